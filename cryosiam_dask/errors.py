@@ -1,0 +1,95 @@
+"""What a user can get wrong.
+
+Every error states the rule that was broken, the value that broke it, the place where the value stands, and the remedy::
+
+    configs/config_semantic.yaml, parameters.network.threshold: must lie between 0 and 1; found 10. Set a probability.
+
+The command line prints these texts as they are; nobody should see a traceback for a bad file, key or checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+
+class CryosiamDaskError(Exception):
+    """A rule that a user's input broke.
+
+    Parameters
+    ----------
+    rule
+        What must hold, as a sentence without its full stop.
+    place
+        Where the value stands: a file, a key of the configuration, a command-line option.
+    value
+        The offending value; left out of the message when ``None``.
+    remedy
+        What to do about it, as a sentence without its full stop.
+    """
+
+    def __init__(self, rule: str, *, place: object = "", value: object = None, remedy: str = "") -> None:
+        super().__init__(rule, place, value, remedy)
+        self.rule, self.place, self.value, self.remedy = rule, str(place), value, remedy
+
+    def __str__(self) -> str:
+        place = f"{self.place}: " if self.place else ""
+        value = f"; found {self.value}" if self.value is not None else ""
+        remedy = f". {self.remedy}" if self.remedy else ""
+        return f"{place}{self.rule}{value}{remedy}."
+
+    def __reduce__(self) -> tuple[Callable[..., CryosiamDaskError], tuple[Any, ...]]:
+        # Errors travel from the workers to the client: keyword-only arguments need this.
+        return _rebuild, (type(self), self.rule, self.place, self.value, self.remedy)
+
+
+def _rebuild(cls: type[CryosiamDaskError], rule: str, place: str, value: object, remedy: str) -> CryosiamDaskError:
+    return cls(rule, place=place, value=value, remedy=remedy)
+
+
+class ConfigurationError(CryosiamDaskError):
+    """A key, value or path of the configuration cannot be used."""
+
+
+class CheckpointError(CryosiamDaskError):
+    """A checkpoint is unsafe, foreign, incomplete or does not fit its own description."""
+
+
+class TomogramError(CryosiamDaskError):
+    """An input file is not a readable tomogram."""
+
+
+class MaskError(CryosiamDaskError):
+    """A lamella mask is missing, unreadable or holds values other than 0 and 1."""
+
+
+class LabelsError(CryosiamDaskError):
+    """A label volume cannot be labelled, filtered or post-processed as asked."""
+
+
+class OutputError(CryosiamDaskError):
+    """An output cannot be written, or would replace something made otherwise."""
+
+
+class DeviceError(CryosiamDaskError):
+    """The device that was asked for cannot be used."""
+
+
+class Problems(CryosiamDaskError):
+    """Several errors at once, so that a user mends all of them before the next run.
+
+    Parameters
+    ----------
+    problems
+        The single errors, in the order in which they are shown.
+    """
+
+    def __init__(self, problems: Iterable[CryosiamDaskError]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(f"{len(self.problems)} problems")
+
+    def __str__(self) -> str:
+        return "\n".join(str(problem) for problem in self.problems)
+
+    def __reduce__(self) -> tuple[Callable[..., CryosiamDaskError], tuple[Any, ...]]:
+        return type(self), (self.problems,)
