@@ -36,7 +36,8 @@ class CryosiamDaskError(Exception):
         place = f"{self.place}: " if self.place else ""
         value = f"; found {self.value}" if self.value is not None else ""
         remedy = f". {self.remedy}" if self.remedy else ""
-        return f"{place}{self.rule}{value}{remedy}."
+        text = f"{place}{self.rule}{value}{remedy}"
+        return text if text.endswith("?") else f"{text}."
 
     def __reduce__(self) -> tuple[Callable[..., CryosiamDaskError], tuple[Any, ...]]:
         # Errors travel from the workers to the client: keyword-only arguments need this.

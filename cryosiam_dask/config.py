@@ -1,0 +1,292 @@
+"""The YAML files of CryoSiam as frozen, typed models.
+
+`read_configuration` reads either of CryoSiam's two files (lamella prediction, semantic segmentation) as it stands.
+Everything that is wrong with a file is reported at once, each problem with its key, the value found and the remedy.
+Keys that CryoSiam's own files may carry but that mean nothing here are accepted and listed in `Configuration.unused`.
+
+Relative paths are taken from the current folder, as CryoSiam and its viewer take them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+from cryosiam_dask.errors import ConfigurationError, Problems
+from cryosiam_dask.grid import DEFAULT_BLOCK_SIZE
+
+#: Keys of CryoSiam's files that have no meaning here: devices are chosen by ``--device`` and ``--workers``, the
+#: number of classes is read from the checkpoint, and training and evaluation are not part of this program.
+UNUSED_KEYS: Mapping[str, frozenset[str]] = {
+    "": frozenset({"log_dir", "temp_dir", "labels_folder", "eval_skip_prediction"}),
+    "parameters": frozenset({"gpu_devices"}),
+    "parameters.network": frozenset({"out_channels", "min_voxels"}),
+    "hyper_parameters": frozenset(),
+}
+
+_Path = Annotated[Path, Field(strict=False), AfterValidator(Path.expanduser)]
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
+
+
+class Data(_Model):
+    """``parameters.data``: how intensities are scaled and how large the network's patch is.
+
+    Attributes
+    ----------
+    patch_size
+        Patch shape in voxels, (z, y, x) or (y, x); the checkpoint's own where it is not given.
+    min, max
+        Intensities mapped to 0 and 1; what lies outside is clipped.
+    mean, std
+        Subtracted from, and dividing, the scaled intensities.
+    """
+
+    patch_size: Annotated[tuple[Annotated[int, Field(ge=4)], ...], Field(strict=False)] | None = None
+    min: _Number = 0.0
+    max: _Number = 1.0
+    mean: _Number = 0.0
+    std: Annotated[_Number, Field(gt=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _range(self) -> Self:
+        if self.max <= self.min:
+            raise ValueError(f"max must be larger than min: no intensity lies between {self.min:g} and {self.max:g}")
+        return self
+
+
+class Network(_Model):
+    """``parameters.network``: what becomes of the network's probabilities.
+
+    Attributes
+    ----------
+    in_channels, spatial_dims
+        Must agree with the checkpoint.
+    threshold
+        Probability threshold. Not given: 0.9 for a model of one class (lamella), 0.1 for several.
+    postprocessing
+        Lamella: keep the largest smoothed component and fill it to its convex hull.
+    hull_3d
+        YAML key ``3d_postprocessing``: one 3-D hull instead of one for each z-slice.
+    postprocessing_sizes
+        One entry per label, the first for label 0: components of that label with at most so many voxels are removed;
+        -1 leaves the label alone.
+    """
+
+    in_channels: Annotated[int, Field(ge=1)] = 1
+    spatial_dims: Annotated[int, Field(ge=2, le=3)] = 3
+    threshold: Annotated[_Number, Field(ge=0, le=1)] | None = None
+    postprocessing: bool = False
+    hull_3d: bool = Field(default=False, alias="3d_postprocessing")
+    postprocessing_sizes: Annotated[tuple[Annotated[int, Field(ge=-1)], ...], Field(strict=False)] | None = None
+
+
+class Parameters(_Model):
+    """``parameters``."""
+
+    data: Data = Data()
+    network: Network = Network()
+
+
+class HyperParameters(_Model):
+    """``hyper_parameters``.
+
+    Attributes
+    ----------
+    batch_size
+        Patches in one forward pass.
+    """
+
+    batch_size: Annotated[int, Field(ge=1)] = 2
+
+
+class Configuration(_Model):
+    """One YAML file.
+
+    Attributes
+    ----------
+    data_folder
+        Folder of the tomograms.
+    prediction_folder
+        Folder of the outputs; made if it is missing.
+    trained_model
+        Checkpoint (``.ckpt``).
+    mask_folder
+        Folder of the lamella masks ``<stem>_preds.h5``; ``None`` predicts everywhere.
+    file_extension
+        Ending of the tomograms' names, with its dot.
+    test_files
+        Names of single tomograms; ``None`` takes every file with the extension.
+    save_internal_files
+        Also write probabilities and distances.
+    save_original_file_extension
+        Write an MRC file of the input's name instead of HDF5 (not with `save_internal_files`).
+    work_folder
+        Folder of the temporary zarr stores; ``None`` puts them beside the outputs.
+    keep_work
+        Keep a tomogram's zarr store once its output is complete.
+    block_size
+        Edge in voxels of the blocks that are read, predicted and written at once; never changes a result.
+    """
+
+    data_folder: _Path
+    prediction_folder: _Path
+    trained_model: _Path
+    mask_folder: _Path | None = None
+    file_extension: Annotated[str, Field(pattern=r"^\.[^/]*[^/.]$")] = ".mrc"
+    test_files: Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    save_internal_files: bool = False
+    save_original_file_extension: bool = False
+    work_folder: _Path | None = None
+    keep_work: bool = False
+    block_size: Annotated[int, Field(ge=4)] = DEFAULT_BLOCK_SIZE
+    parameters: Parameters = Parameters()
+    hyper_parameters: HyperParameters = HyperParameters()
+
+    _unused: tuple[str, ...] = PrivateAttr(default=())
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Keys of CryoSiam that the file holds and that have no effect here."""
+        return self._unused
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, values: Any) -> Any:
+        # "parameters:" with nothing below it reads as null; it means the defaults.
+        if isinstance(values, dict):
+            return {k: v for k, v in values.items() if not (v is None and k in ("parameters", "hyper_parameters"))}
+        return values
+
+
+#: What pydantic calls a value of the wrong kind, in the words of a YAML file.
+_RULES: Mapping[str, str] = {
+    "string_pattern_mismatch": "must begin with a dot, such as .mrc, .rec or .mrc.gz",
+    "path_type": "must be a path, written as text",
+    "tuple_type": "must be a list, such as [ 128, 128, 128 ] or [ 'a.mrc' ], or null",
+    "model_type": "must hold keys of its own, indented below it",
+    "bool_type": "must be True or False, without quotes",
+    "string_type": "must be text",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+}
+
+_SECTIONS: Mapping[str, type[_Model]] = {
+    "": Configuration,
+    "parameters": Parameters,
+    "parameters.data": Data,
+    "parameters.network": Network,
+    "hyper_parameters": HyperParameters,
+}
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error: otherwise the first value would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def read_configuration(path: Path | str) -> Configuration:
+    """Read a YAML file of CryoSiam.
+
+    Parameters
+    ----------
+    path
+        The file.
+
+    Raises
+    ------
+    ConfigurationError
+        If the file cannot be read or is not YAML.
+    Problems
+        All keys and values that are wrong.
+    """
+    path = Path(path)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except OSError as error:
+        raise ConfigurationError(
+            "the configuration file must be readable", place=path, value=error.strerror, remedy="Check --config-file"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ConfigurationError(
+            "the configuration must be a YAML file",
+            place=f"{path}, line {mark.line + 1}" if mark else path,
+            value=getattr(error, "problem", None) or "bytes that are not UTF-8 text",
+            remedy="Compare it with configs/config_semantic.yaml",
+        ) from None
+    if not isinstance(values, dict):
+        raise ConfigurationError(
+            "the configuration must be a mapping of keys to values",
+            place=path,
+            value="an empty file" if values is None else type(values).__name__,
+            remedy="Compare it with configs/config_semantic.yaml",
+        )
+    values, unused = _without_unused(values)
+    try:
+        configuration = Configuration.model_validate(values)
+    except ValidationError as error:
+        raise Problems(_explain(path, e) for e in error.errors(include_url=False)) from None
+    configuration._unused = unused
+    return configuration
+
+
+def _without_unused(values: dict[str, Any], section: str = "") -> tuple[dict[str, Any], tuple[str, ...]]:
+    kept, unused = {}, []
+    for key, value in values.items():
+        name = f"{section}.{key}" if section else str(key)
+        if key in UNUSED_KEYS.get(section, ()):
+            unused.append(name)
+        elif name in _SECTIONS and isinstance(value, dict):
+            kept[key], below = _without_unused(value, name)
+            unused.extend(below)
+        else:
+            kept[key] = value
+    return kept, tuple(unused)
+
+
+def _keys(section: str) -> Iterator[str]:
+    for name, field in _SECTIONS[section].model_fields.items():
+        yield field.alias or name
+
+
+def _explain(path: Path, error: Any) -> ConfigurationError:
+    """One problem that pydantic found, in the words of the configuration."""
+    location = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-"))]
+    key, kind, value = ".".join(location), error["type"], error["input"]
+    place = f"{path}, key {key}" if key else f"{path}"
+    section, name = ".".join(location[:-1]), location[-1] if location else ""
+    if kind == "extra_forbidden":
+        everywhere = {k: f"{s}.{k}" if s else k for s in _SECTIONS for k in _keys(s)}
+        near = difflib.get_close_matches(name, [*_keys(section)], 1, 0.5) or [
+            everywhere[k] for k in difflib.get_close_matches(name, everywhere, 1, 0.7)
+        ]
+        known = ", ".join(_keys(section))
+        remedy = f"Did you mean {near[0]}?" if near else f"The keys known here are {known}"
+        return ConfigurationError("this key is not known", place=place, remedy=remedy)
+    if kind == "missing":
+        return ConfigurationError("this key is required", place=place, remedy=f"Add a line '{name}: …'")
+    rule = _RULES.get(kind) or error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    return ConfigurationError(
+        rule,
+        place=place,
+        value=None if isinstance(value, dict) else repr(value),
+        remedy="configs/config_all_keys.yaml explains every key",
+    )
