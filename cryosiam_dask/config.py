@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from cryosiam_dask.errors import ConfigurationError, Problems
 from cryosiam_dask.grid import DEFAULT_BLOCK_SIZE
@@ -140,7 +149,7 @@ class Configuration(_Model):
     data_folder: _Path
     prediction_folder: _Path
     trained_model: _Path
-    mask_folder: _Path | None = None
+    mask_folder: Annotated[_Path | None, BeforeValidator(lambda value: value or None)] = None
     file_extension: Annotated[str, Field(pattern=r"^\.[^/]*[^/.]$")] = ".mrc"
     test_files: Annotated[tuple[str, ...], Field(strict=False)] | None = None
     save_internal_files: bool = False
@@ -157,14 +166,6 @@ class Configuration(_Model):
     def unused(self) -> tuple[str, ...]:
         """Keys of CryoSiam that the file holds and that have no effect here."""
         return self._unused
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_sections(cls, values: Any) -> Any:
-        # "parameters:" with nothing below it reads as null; it means the defaults.
-        if isinstance(values, dict):
-            return {k: v for k, v in values.items() if not (v is None and k in ("parameters", "hyper_parameters"))}
-        return values
 
 
 #: What pydantic calls a value of the wrong kind, in the words of a YAML file.
@@ -257,6 +258,8 @@ def _without_unused(values: dict[str, Any], section: str = "") -> tuple[dict[str
         elif name in _SECTIONS and isinstance(value, dict):
             kept[key], below = _without_unused(value, name)
             unused.extend(below)
+        elif name in _SECTIONS and value is None:
+            pass  # "parameters:" with nothing below it means the defaults
         else:
             kept[key] = value
     return kept, tuple(unused)

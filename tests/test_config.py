@@ -1,0 +1,142 @@
+"""The YAML files of CryoSiam, as they stand and with everything that can be wrong in them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from cryosiam_dask.config import Configuration, Data, HyperParameters, Network, Parameters, read_configuration
+from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, Problems
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+MINIMAL = "data_folder: d\nprediction_folder: p\ntrained_model: m.ckpt\n"
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems(tmp_path: Path, text: str) -> list[str]:
+    with pytest.raises(CryosiamDaskError) as caught:
+        read_configuration(write(tmp_path, text))
+    error = caught.value
+    return [str(p) for p in error.problems] if isinstance(error, Problems) else [str(error)]
+
+
+def test_lamella_file_as_it_stands() -> None:
+    c = read_configuration(CONFIGS / "config_lamella.yaml")
+    assert c.data_folder == Path("/scratch/stojanov/dataset1/predictions/denoised")
+    assert c.parameters.data.patch_size == (128, 128, 128)
+    assert c.parameters.network.threshold == 0.9
+    assert c.parameters.network.postprocessing and not c.parameters.network.hull_3d
+    assert c.mask_folder is None and c.test_files is None and not c.save_internal_files
+    assert c.hyper_parameters.batch_size == 2
+
+
+def test_semantic_file_as_it_stands() -> None:
+    c = read_configuration(CONFIGS / "config_semantic.yaml")
+    assert c.mask_folder == Path("/scratch/stojanov/dataset1/predictions/lamella")
+    assert c.parameters.network.threshold == 0.1
+    assert c.parameters.network.postprocessing_sizes == (-1, 5000, -1, -1, -1)
+    assert not c.parameters.network.postprocessing
+
+
+def test_file_with_every_key_shows_the_defaults(tmp_path: Path) -> None:
+    shown = read_configuration(CONFIGS / "config_all_keys.yaml")
+    defaults = read_configuration(write(tmp_path, MINIMAL))
+    required = {"data_folder", "prediction_folder", "trained_model"}
+    assert shown.model_dump(exclude=required) == defaults.model_dump(exclude=required)
+    text = (CONFIGS / "config_all_keys.yaml").read_text()
+    for model in (Configuration, Parameters, Data, Network, HyperParameters):
+        for name, field in model.model_fields.items():
+            assert f"{field.alias or name}:" in text
+
+
+def test_models_are_frozen(tmp_path: Path) -> None:
+    c = read_configuration(write(tmp_path, MINIMAL))
+    with pytest.raises(ValidationError):
+        c.file_extension = ".rec"  # type: ignore[misc]
+
+
+def test_keys_of_cryosiam_without_meaning_here_are_accepted_and_named(tmp_path: Path) -> None:
+    text = MINIMAL + "log_dir: x\nparameters:\n  gpu_devices: 1\n  network:\n    out_channels: 14\n    min_voxels: 10\n"
+    c = read_configuration(write(tmp_path, text))
+    assert c.unused == ("log_dir", "parameters.gpu_devices", "parameters.network.out_channels",
+                        "parameters.network.min_voxels")  # fmt: skip
+
+
+def test_empty_sections_and_an_empty_mask_folder_mean_the_defaults(tmp_path: Path) -> None:
+    c = read_configuration(write(tmp_path, MINIMAL + "mask_folder: ''\nparameters:\n  data:\nhyper_parameters:\n"))
+    assert c.mask_folder is None and c.parameters.data.max == 1 and c.hyper_parameters.batch_size == 2
+
+
+def test_home_folder_is_expanded(tmp_path: Path) -> None:
+    c = read_configuration(write(tmp_path, MINIMAL.replace(": d", ": ~/d")))
+    assert c.data_folder == Path.home() / "d"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("trained_modell: x", r"key trained_modell: this key is not known. Did you mean trained_model\?"),
+        ("threshold: 0.2", r"key threshold: .*not known. Did you mean parameters.network.threshold\?"),
+        ("zebra: 1", r"key zebra: .*not known. The keys known here are data_folder, "),
+        ("parameters: {network: {treshold: 1}}", r"key parameters.network.treshold: .*Did you mean threshold\?"),
+        ("parameters: {network: {3d_postprocesing: no}}", r"Did you mean 3d_postprocessing\?"),
+        ("test_files: a.mrc", r"key test_files: must be a list.*found 'a.mrc'"),
+        ("file_extension: mrc", r"key file_extension: must begin with a dot.*found 'mrc'"),
+        ("save_internal_files: 'no'", r"key save_internal_files: must be True or False.*found 'no'"),
+        ("parameters: 3", r"key parameters: must hold keys of its own.*found 3"),
+        ("parameters: {data: {patch_size: 128}}", r"key parameters.data.patch_size: must be a list.*found 128"),
+        ("parameters: {data: {patch_size: [128, 1.5]}}", r"patch_size.1: must be a whole number; found 1.5"),
+        ("parameters: {data: {min: 1, max: 1}}", r"parameters.data: max must be larger than min"),
+        ("parameters: {data: {std: 0}}", r"parameters.data.std: must be greater than 0; found 0"),
+        ("parameters: {data: {mean: .nan}}", r"parameters.data.mean: must be a finite number; found nan"),
+        ("parameters: {data: {mean: true}}", r"parameters.data.mean: must be a number; found True"),
+        ("parameters: {network: {threshold: 3}}", r"network.threshold: must be less than or equal to 1; found 3"),
+        ("parameters: {network: {spatial_dims: 4}}", r"spatial_dims: must be less than or equal to 3; found 4"),
+        ("parameters: {network: {postprocessing_sizes: [-2]}}", r"sizes.0: must be greater than or equal to -1"),
+        ("hyper_parameters: {batch_size: 0}", r"batch_size: must be greater than or equal to 1; found 0"),
+        ("hyper_parameters: {batch_size: 2.0}", r"batch_size: must be a whole number; found 2.0"),
+    ],
+)
+def test_each_fault_is_named_with_key_value_and_remedy(tmp_path: Path, line: str, expected: str) -> None:
+    (problem,) = problems(tmp_path, MINIMAL + line)
+    assert re.search(expected, problem), problem
+    assert str(tmp_path / "config.yaml") in problem
+
+
+def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
+    found = problems(tmp_path, "data_folder: 3\nzebra: 1\nhyper_parameters: {batch_size: -1}\n")
+    assert len(found) == 5  # data_folder, two missing keys, the unknown one, batch_size
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: [1", "line 1: the configuration must be a YAML file"),
+        ("", "found an empty file"),
+        ("- a\n- b", "must be a mapping of keys to values; found list"),
+        (MINIMAL + "data_folder: again", "line 4: .*the key 'data_folder' stands twice"),
+        ("? [a, b]\n: c", "YAML"),
+        ("a: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path: Path, text: str, expected: str) -> None:
+    (problem,) = problems(tmp_path, text)
+    assert re.search(expected, problem), problem
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"must be readable; found No such file.*Check --config-file"):
+        read_configuration(tmp_path / "missing.yaml")
+    with pytest.raises(ConfigurationError, match="must be readable; found Is a directory"):
+        read_configuration(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(ConfigurationError, match="must be a YAML file; found bytes that are not UTF-8"):
+        read_configuration(tmp_path / "binary.yaml")
