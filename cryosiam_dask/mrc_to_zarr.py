@@ -1,0 +1,636 @@
+"""Tomogram files (MRC and its relatives) to chunked zarr arrays.
+
+1. `read_header` reads the 1024-byte header, decides what the file really holds (byte order, signedness, axis order,
+   voxel size) and refuses what cannot be read. It touches no voxel, so it is cheap enough to check hundreds of files
+   before a run.
+2. `ingest` creates a zarr array with all its metadata, lets every task of an executor fill whole chunks of it, and adds
+   the statistics of the voxels at the end: an array without the attribute ``statistics`` is not complete.
+3. `convert` does the same for a path of its own, which appears complete or not at all.
+
+Arrays are always (z, y, x), or (y, x) for an image; triples of voxel sizes and positions are in the same order.
+"""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import math
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias, cast
+
+import mrcfile.utils
+import numpy as np
+import zarr
+from mrcfile.constants import IMAGE_STACK_SPACEGROUP, MAP_ID
+from mrcfile.dtypes import HEADER_DTYPE
+from zarr.codecs import BloscCodec
+from zarr.storage import StoreLike
+
+from cryosiam_dask.errors import OutputError, TomogramError
+from cryosiam_dask.executor import SERIAL, Executor
+
+CHUNK = 128  # voxels along each axis
+PIECE_BYTES = 32 * 2**20  # what a task reads and writes at once
+STREAM_BYTES = 128 * 2**20  # what a compressed file, which can only be read in order, may hold in memory
+COMPRESSOR = BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle")  # the work store is written once and read twice
+
+_GZIP_MAGIC = b"\x1f\x8b\x08"
+_LARGEST_AXIS = 65535  # byte-swapped sizes are always larger than this, real ones never
+_IMOD_STAMP = 1146047817
+_PLAUSIBLE_ANGSTROM = (0.01, 1000.0)
+
+Region: TypeAlias = tuple[slice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TomogramHeader:
+    """What a tomogram file holds, after every decision that its header asks for.
+
+    Attributes
+    ----------
+    path
+        The file.
+    shape
+        (z, y, x), or (y, x) for a single image, in voxels.
+    mode
+        The MRC mode: 0, 1, 2, 4, 6 or 12.
+    file_dtype
+        Of the voxels in the file, with byte order and the signedness decided on.
+    axes
+        Which axis of the file's (section, row, column) array is z, y and x; (0, 1, 2) as a rule.
+    offset
+        Where the voxels begin, in bytes.
+    compressed
+        Whether the file is gzip-compressed.
+    file_bytes, modified
+        Size in bytes and modification time (seconds since 1970) of the file as it lies on the disk.
+    voxel_size_angstrom
+        Per axis of `shape`; ``None`` where the header does not know it.
+    origin_angstrom, nstart
+        Position of the volume in Å and in voxels, per axis of `shape`.
+    notes
+        What was decided, for the log.
+    warnings
+        What looks wrong with the file and may need attention.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    mode: int
+    file_dtype: np.dtype[Any]
+    axes: tuple[int, ...]
+    offset: int
+    compressed: bool
+    file_bytes: int
+    modified: float
+    voxel_size_angstrom: tuple[float | None, ...]
+    origin_angstrom: tuple[float, ...]
+    nstart: tuple[int, ...]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the voxels in the zarr array: native byte order, complex voxels as their real part, no half precision."""
+        if self.file_dtype.kind in "fc":
+            return np.dtype(np.float32)
+        return self.file_dtype.newbyteorder("=")
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        """Shape of the array in the file, before its axes are brought into order."""
+        return tuple(self.shape[self.axes.index(axis)] for axis in range(len(self.shape)))
+
+    @property
+    def voxel_bytes(self) -> int:
+        """Size of all voxels in the file, uncompressed."""
+        return math.prod(self.shape) * self.file_dtype.itemsize
+
+    def attributes(self) -> dict[str, Any]:
+        """Attributes of the zarr array: axes, sizes in Å, and where the voxels come from (JSON values only)."""
+        return {
+            "axes": list("zyx"[-len(self.shape) :]),
+            "voxel_size_angstrom": list(self.voxel_size_angstrom),
+            "origin_angstrom": list(self.origin_angstrom),
+            "nstart": list(self.nstart),
+            "source": self.path.name,
+            "source_bytes": self.file_bytes,
+            "source_modified": self.modified,
+            "mode": self.mode,
+            "notes": list(self.notes),
+            "warnings": list(self.warnings),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Minimum, maximum and mean of the finite voxels (``None`` without any) and the number of the others."""
+
+    minimum: float | None
+    maximum: float | None
+    mean: float | None
+    non_finite: int
+
+    def attributes(self) -> dict[str, float | int | None]:
+        """The same as JSON values."""
+        return {"min": self.minimum, "max": self.maximum, "mean": self.mean, "non_finite_voxels": self.non_finite}
+
+
+@dataclass(frozen=True, slots=True)
+class IngestReport:
+    """What `ingest` found; `warnings` are those of the header and of the voxels."""
+
+    header: TomogramHeader
+    statistics: Statistics
+    warnings: tuple[str, ...]
+
+
+def stem(path: str | Path) -> str:
+    """Name of a tomogram: the file name without ``.gz`` and then without its last extension.
+
+    Examples
+    --------
+    >>> stem("/data/x.mrc.d/TS_018_9.96Apx.mrc.gz")
+    'TS_018_9.96Apx'
+    """
+    name = Path(path).name
+    return Path(name.removesuffix(".gz")).stem
+
+
+# ---------------------------------------------------------------------------------------------------------- the header
+
+
+def read_header(path: str | Path) -> TomogramHeader:
+    """Read and judge the header of an MRC or REC file (``.mrc``, ``.rec``, ``.map``, ``.st``, each also ``.gz``).
+
+    Parameters
+    ----------
+    path
+        The file. Whether it is compressed is told by its content.
+
+    Returns
+    -------
+    TomogramHeader
+        With all decisions taken; odd but readable headers leave a warning in it.
+
+    Raises
+    ------
+    TomogramError
+        If the file cannot be opened, is no MRC file, is shorter than its header says, or is of a kind that is not
+        supported (4-bit and RGB voxels, stacks of volumes). A compressed file's length is known only when it is read.
+    """
+    path = Path(path)
+    try:
+        status = path.stat()
+        with path.open("rb") as file:
+            compressed = file.read(3) == _GZIP_MAGIC
+        with _open(path, compressed=compressed) as file:
+            raw = file.read(HEADER_DTYPE.itemsize)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise _damaged_gzip(path, error) from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if len(raw) < HEADER_DTYPE.itemsize:
+        raise TomogramError(
+            f"an MRC file begins with a header of {HEADER_DTYPE.itemsize} bytes",
+            place=path,
+            value=f"{len(raw)} bytes",
+            remedy="The file is empty or truncated: copy it again or take it out of the folder",
+        )
+
+    notes: list[str] = []
+    warnings: list[str] = []
+    header, byte_order = _in_byte_order(raw, path, status.st_size, warnings)
+    file_dtype = _voxel_dtype(header, byte_order, path, notes, warnings)
+    if mrcfile.utils.spacegroup_is_volume_stack(header["ispg"]):
+        raise TomogramError(
+            "must hold one volume, not a stack of volumes",
+            place=path,
+            value=f"space group {header['ispg']} (a 4-D stack), {header['nz']} sections",
+            remedy="Write each volume to a file of its own",
+        )
+
+    # The header speaks of columns, rows and sections (nx, ny, nz and nxstart ...) or of x, y and z (cell and origin).
+    order = tuple(int(header[name]) for name in ("maps", "mapr", "mapc"))
+    if sorted(order) != [1, 2, 3]:
+        warnings.append(f"axis order (MAPS, MAPR, MAPC) = {order} is no order; taken as 3, 2, 1")
+        order = (3, 2, 1)
+    axes: tuple[int, ...] = tuple(order.index(axis) for axis in (3, 2, 1))
+    file_shape = tuple(int(header[name]) for name in ("nz", "ny", "nx"))
+    file_start = tuple(int(header[name]) for name in ("nzstart", "nystart", "nxstart"))
+    shape = tuple(file_shape[axis] for axis in axes)
+    nstart = tuple(file_start[axis] for axis in axes)
+    if axes != (0, 1, 2):
+        stored = ", ".join("xyz"[axis - 1] for axis in order)
+        notes.append(f"stored with the axes {stored} (sections, rows, columns): transposed to z, y, x")
+    voxel_size = _voxel_size(header, warnings)
+    origin = tuple(float(header["origin"][axis]) for axis in "zyx")
+    if not all(map(math.isfinite, origin)):
+        warnings.append(f"origin {origin} is not finite; taken as 0")
+        origin = (0.0, 0.0, 0.0)
+    if header["ispg"] == IMAGE_STACK_SPACEGROUP and file_shape[0] == 1 and axes[0] == 0:  # a single image
+        shape, nstart, voxel_size, origin = shape[1:], nstart[1:], voxel_size[1:], origin[1:]
+        axes = tuple(axis - 1 for axis in axes[1:])
+
+    warnings += _unknown_voxel_size(voxel_size)
+
+    result = TomogramHeader(
+        path=path,
+        shape=shape,
+        mode=int(header["mode"]),
+        file_dtype=file_dtype,
+        axes=axes,
+        offset=HEADER_DTYPE.itemsize + int(header["nsymbt"]),
+        compressed=compressed,
+        file_bytes=status.st_size,
+        modified=status.st_mtime,
+        voxel_size_angstrom=voxel_size,
+        origin_angstrom=origin,
+        nstart=nstart,
+        notes=tuple(notes),
+        warnings=tuple(warnings),
+    )
+    missing = result.offset + result.voxel_bytes - status.st_size
+    if compressed or missing == 0:
+        return result
+    if missing > 0:
+        raise _too_short(result, status.st_size)
+    return replace(result, warnings=(*result.warnings, f"{-missing} bytes after the voxels are ignored"))
+
+
+def _open(path: Path, *, compressed: bool) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path, "rb") if compressed else path.open("rb"))
+
+
+def _in_byte_order(raw: bytes, path: Path, file_bytes: int, warnings: list[str]) -> tuple[Any, str]:
+    """Interpret the header in the byte order of its machine stamp, or in the one in which it makes sense."""
+    header = np.frombuffer(raw, HEADER_DTYPE)[0]
+    if bytes(header["map"])[:3] != MAP_ID[:3]:
+        warnings.append("no MAP identifier in the header")
+    stamp = mrcfile.utils.pretty_machine_stamp(header["machst"])
+    orders = "<>"
+    try:
+        if mrcfile.utils.byte_order_from_machine_stamp(header["machst"]) == ">":
+            orders = "><"
+        known = True
+    except ValueError:
+        known = False
+    for order in orders:
+        header = np.frombuffer(raw, HEADER_DTYPE.newbyteorder(order))[0]
+        sizes = [int(header[name]) for name in ("nx", "ny", "nz")]
+        # Modes are small numbers: in the wrong byte order they are huge, as the sizes are.
+        if all(1 <= size <= _LARGEST_AXIS for size in sizes) and 0 <= header["mode"] < 256 and header["nsymbt"] >= 0:
+            if not known or order != orders[0]:
+                read = "little" if order == "<" else "big"
+                warnings.append(f"machine stamp {stamp} is unknown or wrong; read as {read}-endian")
+            return header, order
+    header = np.frombuffer(raw, HEADER_DTYPE.newbyteorder(orders[0]))[0]
+    raise TomogramError(
+        f"an MRC header gives three sizes from 1 to {_LARGEST_AXIS} and a mode",
+        place=path,
+        value=f"sizes {tuple(int(header[name]) for name in ('nx', 'ny', 'nz'))}, mode {header['mode']} "
+        f"in a file of {file_bytes} bytes",
+        remedy="This is no MRC file, or a damaged one: take it out of the folder or write it again",
+    )
+
+
+def _voxel_dtype(header: Any, byte_order: str, path: Path, notes: list[str], warnings: list[str]) -> np.dtype[Any]:
+    """Dtype of the voxels in the file; mode 0 is signed or unsigned."""
+    mode = int(header["mode"])
+    extra = np.frombuffer(header["extra2"].tobytes(), byte_order + "i4")
+    stamp, flags = int(extra[10]), int(extra[11])  # bytes 152 and 156 of the file, after 112 bytes of header
+    half_bytes = mode == 101 or (mode == 0 and stamp == _IMOD_STAMP and bool(flags & 16))
+    try:
+        if half_bytes:
+            raise ValueError
+        dtype: np.dtype[Any] = mrcfile.utils.dtype_from_mode(mode).newbyteorder(byte_order)
+    except ValueError:
+        raise TomogramError(
+            "the MRC mode must be 0, 1, 2, 4, 6 or 12",
+            place=path,
+            value=f"mode {mode}" + (" with 4-bit voxels" if half_bytes else ""),
+            remedy="Convert the file, for example with IMOD: newstack -mode 2 IN OUT",
+        ) from None
+    if mode == 4:
+        warnings.append("complex voxels: only their real part is used")
+    if mode != 0:
+        return dtype
+    if stamp == _IMOD_STAMP:
+        signed, why = bool(flags & 1), "as IMOD's flags say"
+    elif float(header["dmax"]) > 127:
+        signed, why = False, f"because the header's maximum is {float(header['dmax']):g} > 127"
+    else:
+        signed, why = True, "as the standard says: neither IMOD's flags nor the header's maximum tells otherwise"
+    notes.append(f"mode 0 read as {'signed' if signed else 'unsigned'} bytes, {why}")
+    return np.dtype(np.int8 if signed else np.uint8)
+
+
+def _voxel_size(header: Any, warnings: list[str]) -> tuple[float | None, ...]:
+    """Cell divided by samples along z, y and x in Å; ``None`` where unset, and, with a warning, where implausible."""
+    cells = [float(header["cella"][axis]) for axis in "zyx"]
+    samples = [int(header[name]) for name in ("mz", "my", "mx")]
+    sizes = [cell / count if count > 0 else math.nan for cell, count in zip(cells, samples, strict=True)]
+    # 0 (or no samples) and exactly 1 are what programs write that do not know the size.
+    known = sorted(size for size in sizes if size > 0 and size != 1 and math.isfinite(size))
+    median = known[len(known) // 2] if len(known) == 3 else None
+    result: list[float | None] = []
+    for axis, size, cell, count in zip("zyx", sizes, cells, samples, strict=True):
+        if size not in known:
+            result.append(None)
+        elif _PLAUSIBLE_ANGSTROM[0] <= size <= _PLAUSIBLE_ANGSTROM[1] and (
+            median is None or median / 10 <= size <= median * 10
+        ):
+            result.append(size)
+        else:
+            warnings.append(
+                f"voxel size along {axis} reads as {size:g} Å (cell {cell:g} Å, {count} samples), which is implausible"
+            )
+            result.append(None)
+    return tuple(result)
+
+
+def _unknown_voxel_size(voxel_size: Sequence[float | None]) -> list[str]:
+    unknown = [axis for axis, size in zip("zyx"[-len(voxel_size) :], voxel_size, strict=True) if size is None]
+    return [f"voxel size along {', '.join(unknown)} is unknown"] if unknown else []
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def _unreadable(path: Path, error: OSError) -> TomogramError:
+    return TomogramError(
+        "the tomogram must be a readable file", place=path, value=_reason(error), remedy="Check path and permissions"
+    )
+
+
+def _too_short(header: TomogramHeader, found: int) -> TomogramError:
+    size = " × ".join(map(str, header.shape))
+    return TomogramError(
+        f"{size} voxels of mode {header.mode} need {header.offset + header.voxel_bytes} bytes with the header",
+        place=header.path,
+        value=f"{found} bytes",
+        remedy="The file is truncated: copy it or write it again",
+    )
+
+
+def _damaged_gzip(path: Path, error: Exception) -> TomogramError:
+    return TomogramError(
+        "a compressed tomogram must be a complete gzip file",
+        place=path,
+        value=str(error),
+        remedy="The file is truncated or damaged: copy it or compress it again",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- the voxels
+
+
+def ingest(
+    source: str | Path,
+    store: StoreLike,
+    *,
+    name: str | None = "tomogram",
+    chunks: Sequence[int] | None = None,
+    executor: Executor = SERIAL,
+) -> tuple[zarr.Array[Any], IngestReport]:
+    """Fill a new zarr array with the voxels of a tomogram file.
+
+    Parameters
+    ----------
+    source
+        The file; see `read_header`.
+    store
+        Where the array goes: a path, a zarr store, or anything else that zarr takes for one. Tasks that run in other
+        processes must be able to reach it.
+    name
+        Path of the array within the store; ``None`` makes it the store's root. An array of that name is replaced.
+    chunks
+        Voxels of a chunk along each axis; 128 as a rule, fewer along the sections of a compressed file of large
+        sections, which is read in order and a chunk's depth at a time.
+    executor
+        Runs one task for each row of chunks, or a single one for a compressed file. A task holds about 100 MB.
+
+    Returns
+    -------
+    array : zarr.Array, (z, y, x) or (y, x)
+        int8, uint8, int16, uint16 or float32 voxels as stored in the file, non-finite ones included. Its attributes are
+        those of `TomogramHeader.attributes` and ``statistics``.
+    report : IngestReport
+        The header, the statistics and all warnings.
+
+    Raises
+    ------
+    TomogramError
+        If the file cannot be read; a header that tells so is refused before anything is written.
+    OutputError
+        If the store cannot be written.
+    """
+    header = read_header(source)
+    try:
+        array = zarr.create_array(
+            store,
+            name=name,
+            shape=header.shape,
+            chunks=_chunks(header) if chunks is None else tuple(chunks),
+            dtype=header.dtype,
+            compressors=COMPRESSOR,
+            fill_value=0,
+            dimension_names=list("zyx"[-len(header.shape) :]),
+            attributes=header.attributes(),
+            overwrite=True,
+        )
+        parts: Iterable[_Part]
+        if header.compressed:
+            (parts,) = executor.map(partial(_stream, array=array), [header], name="ingest")
+        else:
+            rows = list(itertools.product(*(range(0, n, c) for n, c in zip(array.shape, array.chunks, strict=True))))
+            rows = [row for row in rows if row[-1] == 0]
+            copied = executor.map(partial(_copy_row, header=header, array=array), rows, name="ingest")
+            parts = itertools.chain.from_iterable(copied)
+        statistics = _merge(parts)
+        array.update_attributes({"statistics": statistics.attributes()})
+    except OSError as error:
+        raise OutputError(
+            "the converted tomogram must be writable",
+            place=store,
+            value=_reason(error),
+            remedy="Free space on the disk or choose another place",
+        ) from error
+    warnings = header.warnings
+    if statistics.non_finite:
+        warnings += (f"{statistics.non_finite} voxels are NaN or infinite; they are treated as the minimum",)
+    return array, IngestReport(header, statistics, warnings)
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    chunks: Sequence[int] | None = None,
+    executor: Executor = SERIAL,
+    overwrite: bool = False,
+) -> IngestReport:
+    """Convert a tomogram file to a zarr v3 array at a path of its own.
+
+    The array grows under the name ``.<target>.part`` and is renamed when it is complete.
+
+    Parameters
+    ----------
+    source, chunks, executor
+        See `ingest`.
+    target
+        Folder of the new array, for example ``tomogram.zarr``; open it with ``zarr.open_array``.
+    overwrite
+        Whether a zarr array or group that is there already may be replaced.
+
+    Returns
+    -------
+    IngestReport
+        See `ingest`.
+
+    Raises
+    ------
+    TomogramError
+        If the file cannot be read.
+    OutputError
+        If the target exists or cannot be written.
+    """
+    target = Path(target)
+    if target.exists() or target.is_symlink():
+        is_zarr = any((target / name).is_file() for name in ("zarr.json", ".zarray", ".zgroup"))
+        if not overwrite or not is_zarr:
+            raise OutputError(
+                "the converted tomogram must not replace anything" if is_zarr else "only zarr data can be replaced",
+                place=target,
+                value="an existing file or folder",
+                remedy="Choose another name" + (", or allow it with --overwrite" if is_zarr else ""),
+            )
+    part, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("part", "old"))
+    try:
+        _, report = ingest(source, part, name=None, chunks=chunks, executor=executor)
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            target.replace(old)
+        part.replace(target)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise OutputError(
+            "the converted tomogram must be writable", place=target, value=_reason(error), remedy="Choose another place"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return report
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Statistics of a piece: extremes and sum of its `finite` voxels, and how many more it has."""
+
+    minimum: float
+    maximum: float
+    total: float
+    finite: int
+    non_finite: int
+
+
+def _part(voxels: np.ndarray[Any, Any]) -> _Part:
+    size = voxels.size
+    if voxels.dtype.kind == "f":
+        finite = np.isfinite(voxels)
+        if not finite.all():
+            voxels = voxels[finite]
+    if not voxels.size:
+        return _Part(math.inf, -math.inf, 0.0, 0, size)
+    total = float(voxels.sum(dtype=np.float64))
+    return _Part(float(voxels.min()), float(voxels.max()), total, voxels.size, size - voxels.size)
+
+
+def _merge(parts: Iterable[_Part]) -> Statistics:
+    parts = list(parts)
+    finite = sum(part.finite for part in parts)
+    non_finite = sum(part.non_finite for part in parts)
+    if not finite:
+        return Statistics(None, None, None, non_finite)
+    return Statistics(
+        minimum=min(part.minimum for part in parts),
+        maximum=max(part.maximum for part in parts),
+        mean=math.fsum(part.total for part in parts) / finite,
+        non_finite=non_finite,
+    )
+
+
+def _chunks(header: TomogramHeader) -> tuple[int, ...]:
+    chunks = [min(CHUNK, size) for size in header.shape]
+    if header.compressed:
+        sections = header.axes.index(0)
+        section_bytes = header.voxel_bytes // header.shape[sections]
+        while chunks[sections] > 1 and chunks[sections] * section_bytes > STREAM_BYTES:
+            chunks[sections] = (chunks[sections] + 1) // 2
+    return tuple(chunks)
+
+
+def _native(voxels: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    return np.ascontiguousarray(voxels.real, dtype=dtype)
+
+
+def _copy_row(start: tuple[int, ...], *, header: TomogramHeader, array: zarr.Array[Any]) -> list[_Part]:
+    """Copy the row of chunks that begins at `start` (whose last index is 0), a few chunks at a time."""
+    try:
+        mapped = np.memmap(header.path, header.file_dtype, "r", header.offset, header.file_shape).transpose(header.axes)
+    except OSError as error:
+        raise _unreadable(header.path, error) from error
+    except ValueError as error:  # cut short since its header was read
+        raise _too_short(header, header.path.stat().st_size) from error
+    row = [slice(a, min(a + c, n)) for a, c, n in zip(start, array.chunks, array.shape, strict=True)]
+    column_bytes = math.prod(s.stop - s.start for s in row) * header.file_dtype.itemsize
+    width = max(1, PIECE_BYTES // column_bytes) * array.chunks[-1]
+    parts = []
+    for first in range(0, array.shape[-1], width):
+        region: Region = (*row[:-1], slice(first, min(first + width, array.shape[-1])))
+        voxels = _native(mapped[region], array.dtype)
+        array[region] = voxels
+        parts.append(_part(voxels))
+    return parts
+
+
+def _stream(header: TomogramHeader, *, array: zarr.Array[Any]) -> list[_Part]:
+    """Copy a compressed file from its beginning to its end, one layer of chunks at a time."""
+    sections = header.axes.index(0)  # the axis of the array along which the file goes on
+    file_shape = header.file_shape
+    section_bytes = header.voxel_bytes // file_shape[0]
+    parts = []
+    for first, layer in _layers(header, array.chunks[sections], section_bytes):
+        count = len(layer) // section_bytes
+        voxels = np.frombuffer(layer, header.file_dtype).reshape(count, *file_shape[1:]).transpose(header.axes)
+        region = tuple(
+            slice(first, first + count) if axis == sections else slice(None) for axis in range(len(header.shape))
+        )
+        voxels = _native(voxels, array.dtype)
+        array[region] = voxels
+        parts.append(_part(voxels))
+    return parts
+
+
+def _layers(header: TomogramHeader, depth: int, section_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """Yield (first section, bytes of up to `depth` sections) of a compressed file."""
+    read = 0
+    try:
+        with _open(header.path, compressed=True) as file:
+            read = len(file.read(header.offset))
+            for first in range(0, header.file_shape[0], depth):
+                wanted = min(depth, header.file_shape[0] - first) * section_bytes
+                layer = file.read(wanted)
+                read += len(layer)
+                if len(layer) < wanted:
+                    raise _too_short(header, read)
+                yield first, layer
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise _damaged_gzip(header.path, error) from error
+    except OSError as error:
+        raise _unreadable(header.path, error) from error
