@@ -1,0 +1,313 @@
+"""CryoSiam's network at prediction: voxels of patches in, class scores and distances out.
+
+1. **Encoder**, MONAI's ResNet without pooling in its stem: four levels at strides 1, 2, 4 and 8.
+2. **Decoder**, a feature pyramid (`FPN`) or a bidirectional one (`BiFPN`): the four levels merged into one at stride 1.
+3. **Projector**, three pointwise convolutions: a dense embedding of `dense_dim` channels.
+4. **Heads** on the embedding: class scores (`semantic_head`) and distances (`distance_head`).
+
+The modules carry the names that the weights have in a checkpoint. What training needs and prediction does not (global
+projections, predictors, projections of the single levels) is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from monai.networks.nets.resnet import ResNet
+from torch import Tensor, nn
+from torch.nn import functional
+
+_CONVOLUTION: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
+_BATCH_NORM: dict[int, type[nn.BatchNorm2d] | type[nn.BatchNorm3d]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_LINEAR = {2: "bilinear", 3: "trilinear"}
+_EXPANSION = {"basic": 1, "bottleneck": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Everything that decides the shapes of the network's weights.
+
+    Attributes
+    ----------
+    spatial_dims
+        2 for images, 3 for tomograms.
+    in_channels
+        Channels of the input.
+    block_type
+        Residual block of the encoder.
+    num_layers, num_filters
+        Blocks and width of each of the encoder's four levels, finest first.
+    fpn_channels
+        Channels of the decoder.
+    decoder
+        Feature pyramid, or bidirectional feature pyramid.
+    later_convolutions
+        Whether the levels of the feature pyramid pass one more convolution.
+    bifpn_layers
+        Blocks of the bidirectional feature pyramid; 0 for the other decoder.
+    dense_dim
+        Channels of the dense embedding.
+    out_channels
+        Classes, and channels of the distances.
+    semantic_widths, distance_widths
+        Channels of the hidden convolutions of the heads; None without a distance head.
+    kernel_size
+        Kernel of the heads' convolutions, one odd number an axis.
+    """
+
+    spatial_dims: int
+    in_channels: int
+    block_type: Literal["basic", "bottleneck"]
+    num_layers: tuple[int, ...]
+    num_filters: tuple[int, ...]
+    fpn_channels: int
+    decoder: Literal["fpn", "bifpn"]
+    later_convolutions: bool
+    bifpn_layers: int
+    dense_dim: int
+    out_channels: int
+    semantic_widths: tuple[int, ...]
+    distance_widths: tuple[int, ...] | None
+    kernel_size: tuple[int, ...]
+
+    @property
+    def level_channels(self) -> tuple[int, ...]:
+        """Channels of the encoder's four levels, finest first."""
+        return tuple(width * _EXPANSION[self.block_type] for width in self.num_filters)
+
+    @property
+    def has_distance_head(self) -> bool:
+        """Whether distances can be predicted."""
+        return self.distance_widths is not None
+
+
+class Encoder(ResNet):  # type: ignore[misc]  # MONAI is untyped here
+    """MONAI's ResNet, returning its four levels instead of a classification."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__(
+            block=architecture.block_type,
+            layers=list(architecture.num_layers),
+            block_inplanes=list(architecture.num_filters),
+            spatial_dims=architecture.spatial_dims,
+            n_input_channels=architecture.in_channels,
+            no_max_pool=True,
+            feed_forward=False,
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Levels of `x` (n, c, *spatial) at strides 1, 2, 4 and 8, finest first."""
+        x = self.act(self.bn1(self.conv1(x)))
+        levels = []
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+            levels.append(x)
+        return levels
+
+
+class FPN(nn.Module):
+    """Feature pyramid: the coarser levels are enlarged linearly and added to the finer ones."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        convolution, width = _CONVOLUTION[architecture.spatial_dims], architecture.fpn_channels
+        self.mode = _LINEAR[architecture.spatial_dims]
+        self.later_convolutions = architecture.later_convolutions
+        # The names count from the coarsest level (1) to the finest (4), the other way round than the encoder's.
+        for number, channels in zip((4, 3, 2, 1), architecture.level_channels, strict=True):
+            self.add_module(f"layer{number}", convolution(channels, width, 1))
+            if self.later_convolutions:
+                self.add_module(f"later_conv{number}", convolution(width, width, 3, padding=1))
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        """Merge `levels`, finest first, into (n, fpn_channels, *spatial). Empties the list, to free memory early."""
+        x: Tensor = self.get_submodule("layer1")(levels.pop())
+        for number in (2, 3, 4):
+            finer: Tensor = self.get_submodule(f"layer{number}")(levels.pop())
+            x = finer.add_(functional.interpolate(x, size=finer.shape[2:], mode=self.mode, align_corners=False))
+        # The coarser levels' later convolutions only served training.
+        return self.get_submodule("later_conv4")(x) if self.later_convolutions else x
+
+
+class BiFPN(nn.Module):
+    """Bidirectional feature pyramid over five levels p2 (stride 1) to p6 (stride 16)."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        dims, width = architecture.spatial_dims, architecture.fpn_channels
+        for level, channels in zip((2, 3, 4, 5), architecture.level_channels, strict=True):
+            self.add_module(f"p{level}", _CONVOLUTION[dims](channels, width, 1))
+        self.p6 = _HalvingUnit(dims, width)
+        self.bifpn = nn.ModuleList(_Exchange(dims, width) for _ in range(architecture.bifpn_layers))
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        """Merge `levels`, finest first, into (n, fpn_channels, *spatial). Empties the list, to free memory early."""
+        pyramid: list[Tensor] = [self.get_submodule(f"p{level}")(levels.pop(0)) for level in (2, 3, 4, 5)]
+        pyramid.append(self.p6(pyramid[-1]))
+        for number, exchange in enumerate(self.bifpn, start=1):
+            pyramid = exchange(pyramid, finest_only=number == len(self.bifpn))
+        return pyramid[0]
+
+
+class _Exchange(nn.Module):
+    """One block of the bidirectional pyramid: from coarse to fine, then from fine to coarse."""
+
+    def __init__(self, dims: int, width: int) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.ones(2, 4))
+        self.w2 = nn.Parameter(torch.ones(3, 4))
+        for level in (2, 3, 4, 5):
+            self.add_module(f"p{level}_td", _SeparableUnit(dims, width))
+        for level in (3, 4, 5, 6):
+            self.add_module(f"p{level}_out", _SeparableUnit(dims, width))
+
+    def forward(self, levels: list[Tensor], finest_only: bool) -> list[Tensor]:
+        """Exchange between `levels`, finest first; with `finest_only` just the finest is made and returned."""
+        # Each column holds the shares of one fusion, in the order in which the fusions happen.
+        w1, w2 = (weight / (weight.sum(dim=0) + 1e-4) for weight in (self.w1.relu(), self.w2.relu()))
+        down = levels[4:]
+        for column, level in enumerate((5, 4, 3, 2)):
+            coarser = functional.interpolate(down[0], scale_factor=2)
+            fused = w1[0, column] * levels[level - 2] + w1[1, column] * coarser
+            down.insert(0, self.get_submodule(f"p{level}_td")(fused))
+        if finest_only:
+            return down[:1]
+        up = down[:1]
+        for column, level in enumerate((3, 4, 5, 6)):
+            finer = functional.interpolate(up[-1], scale_factor=0.5)
+            fused = w2[0, column] * levels[level - 2] + w2[1, column] * down[level - 2] + w2[2, column] * finer
+            up.append(self.get_submodule(f"p{level}_out")(fused))
+        return up
+
+
+class _SeparableUnit(nn.Module):
+    """Depthwise and pointwise convolution, both of kernel 1, batch norm, ReLU."""
+
+    def __init__(self, dims: int, width: int) -> None:
+        super().__init__()
+        self.depthwise = _CONVOLUTION[dims](width, width, 1, groups=width, bias=False)
+        self.pointwise = _CONVOLUTION[dims](width, width, 1, bias=False)
+        self.bn = _BATCH_NORM[dims](width, eps=4e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu_(self.bn(self.pointwise(self.depthwise(x))))
+
+
+class _HalvingUnit(nn.Module):
+    """Convolution of kernel 3 and stride 2, batch norm, ReLU."""
+
+    def __init__(self, dims: int, width: int) -> None:
+        super().__init__()
+        self.conv = _CONVOLUTION[dims](width, width, 3, stride=2, padding=1)
+        self.bn = _BATCH_NORM[dims](width, eps=4e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu_(self.bn(self.conv(x)))
+
+
+class Network(nn.Module):
+    """Encoder, decoder, projector and heads, with fresh weights.
+
+    Parameters
+    ----------
+    architecture
+        Its shapes; the names in its ``state_dict`` are those of a checkpoint's parts.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        dims, width, dense = architecture.spatial_dims, architecture.fpn_channels, architecture.dense_dim
+        self.encoder = Encoder(architecture)
+        self.decoder = FPN(architecture) if architecture.decoder == "fpn" else BiFPN(architecture)
+        self.projector = nn.Sequential(
+            _CONVOLUTION[dims](width, width, 1, bias=False),
+            _BATCH_NORM[dims](width),
+            nn.ReLU(inplace=True),
+            _CONVOLUTION[dims](width, width, 1, bias=False),
+            _BATCH_NORM[dims](width),
+            nn.ReLU(inplace=True),
+            _CONVOLUTION[dims](width, dense, 1),
+            _BATCH_NORM[dims](dense, affine=False),
+        )
+        self.semantic_head = _head(architecture, architecture.semantic_widths)
+        if architecture.distance_widths is not None:
+            self.distance_head = _head(architecture, architecture.distance_widths)
+
+    def forward(self, x: Tensor, distances: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Evaluate patches.
+
+        Parameters
+        ----------
+        x
+            Normalised voxels, float32, (n, in_channels, *spatial).
+        distances
+            Whether the distance head is evaluated too.
+
+        Returns
+        -------
+        scores
+            Class scores before softmax or sigmoid, float32, (n, out_channels, *spatial).
+        distances
+            What the distance head says, float32, of the same shape; None if not asked for.
+        """
+        embedding = self.projector(self.decoder(self.encoder(x)))
+        return self.semantic_head(embedding), self.distance_head(embedding) if distances else None
+
+
+def _head(architecture: Architecture, widths: tuple[int, ...]) -> nn.Sequential:
+    dims, kernel = architecture.spatial_dims, architecture.kernel_size
+    padding = tuple(k // 2 for k in kernel)
+    modules: list[nn.Module] = []
+    channels = architecture.dense_dim
+    for width in widths:
+        modules.append(_CONVOLUTION[dims](channels, width, kernel, padding=padding))  # type: ignore[arg-type]
+        modules += [_BATCH_NORM[dims](width), nn.ReLU(inplace=True)]
+        channels = width
+    modules.append(_CONVOLUTION[dims](channels, architecture.out_channels, kernel, padding=padding))  # type: ignore[arg-type]
+    return nn.Sequential(*modules)
+
+
+def build_network(architecture: Architecture) -> Network:
+    """A network with fresh weights, in training mode."""
+    return Network(architecture)
+
+
+def required_divisor(architecture: Architecture) -> int:
+    """Number that must divide every axis of a patch.
+
+    The bidirectional pyramid doubles and halves exactly between strides 1 and 16; the other decoder enlarges each level
+    to the size of the next, whatever that is.
+    """
+    return 16 if architecture.decoder == "bifpn" else 1
+
+
+def peak_bytes(architecture: Architecture, patch: tuple[int, ...], batch_size: int = 1) -> int:
+    """Rough upper estimate of the memory that evaluating one batch takes, weights included, in bytes.
+
+    Counts the float32 channels at stride 1 that are alive at once in the most demanding place. A margin of half of that
+    covers the coarser levels, which have at most a quarter of the voxels, and the libraries' work space. Peaks measured
+    on a CPU were 0.5 to 0.75 of the estimate.
+
+    Parameters
+    ----------
+    architecture
+        The network.
+    patch
+        Shape of a patch in voxels.
+    batch_size
+        Patches evaluated at once.
+    """
+    finest, width = architecture.level_channels[0], architecture.fpn_channels
+    heads = [architecture.semantic_widths, architecture.distance_widths or ()]
+    alive = max(
+        4 * finest + architecture.num_filters[0],  # a block's input, its branch and both steps of its shortcut
+        finest + 2 * architecture.num_filters[1] + width,  # the second level begins at stride 1
+        finest + 3 * width if architecture.decoder == "fpn" else 6 * width,
+        architecture.dense_dim + architecture.out_channels + max(3 * w for widths in heads for w in (0, *widths)),
+    )
+    with torch.device("meta"):
+        weights = sum(tensor.nbytes for tensor in build_network(architecture).state_dict().values())
+    return int(weights) + 6 * alive * math.prod(patch) * batch_size  # 4 bytes and the margin
