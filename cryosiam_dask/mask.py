@@ -1,0 +1,231 @@
+"""The lamella mask of a tomogram, block by block.
+
+A mask is the dataset ``labels`` of an HDF5 file, with the values 0 and 1. If its shape is not the tomogram's, it is
+resized as ``skimage.transform.resize(mask.astype("int8"), shape, mode="constant", preserve_range=True).astype("int8")``
+does it with the whole mask in memory, voxel for voxel. The last step truncates, so that a voxel whose interpolated value
+falls short of 1 by a single rounding error is outside: every sum here is made of the same numbers in the same order.
+For a block:
+
+1. Voxel k of an axis of n voxels stands at (k + 0.5) · (m / n) − 0.5 on the mask's axis of m voxels.
+2. The voxels of the mask on either side of the block's positions are read, and, where an axis shrinks, a margin for
+   the Gaussian that skimage smooths with: sigma (m / n − 1) / 2, cut off at 4 sigma, zeros outside the mask.
+3. Linear interpolation, zeros outside the mask. Shifting positions by the whole number of voxels at which the part
+   that was read begins is exact in floating point.
+
+A block whose part of the mask does not fit a fixed budget is halved until it does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from cryosiam_dask.errors import MaskError
+
+WORKING_BYTES = 64 * 2**20  # for one part of a block
+DATASET = "labels"
+
+Region: TypeAlias = tuple[slice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """A lamella mask that stands for a tomogram of `shape`.
+
+    Attributes
+    ----------
+    path
+        The HDF5 file.
+    shape
+        The tomogram's: (z, y, x) or (y, x).
+    stored_shape
+        The mask's in the file; resized on reading where it is another.
+    full
+        Whether a mask of another shape is 1 throughout (it then stays 1 throughout: resizing clips to its range).
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    stored_shape: tuple[int, ...]
+    full: bool = False
+
+
+def open_mask(path: str | Path, shape: tuple[int, ...]) -> Mask:
+    """Check a lamella mask and say how it fits a tomogram of `shape`.
+
+    Parameters
+    ----------
+    path
+        An HDF5 file with the dataset ``labels``, such as ``<stem>_preds.h5`` of a lamella prediction.
+    shape
+        The tomogram's: (z, y, x) or (y, x).
+
+    Returns
+    -------
+    Mask
+        A plain value for `read_mask`; it can be sent to other processes.
+
+    Raises
+    ------
+    MaskError
+        If the file is missing or no HDF5 file, has no numeric dataset ``labels`` of as many axes as the tomogram, or
+        (where the shapes differ; otherwise `read_mask` tells) holds values other than 0 and 1.
+    """
+    path = Path(path)
+    with _open(path) as labels:
+        if labels.ndim != len(shape) or labels.dtype.kind not in "biuf" or 0 in labels.shape:
+            raise MaskError(
+                f"the mask must be a volume of numbers with {len(shape)} axes, as the tomogram has",
+                place=f"{path}, dataset {DATASET}",
+                value=f"shape {labels.shape}, dtype {labels.dtype}",
+                remedy="Predict the lamella of this tomogram again",
+            )
+        stored_shape = tuple(int(size) for size in labels.shape)
+        if stored_shape == shape:
+            return Mask(path, shape, stored_shape)
+        whole = tuple(slice(0, size) for size in stored_shape)
+        full = True
+        for part in _parts(whole, _volume):
+            full &= bool(_binary(labels, part, path).all())
+    return Mask(path, shape, stored_shape, full)
+
+
+def read_mask(mask: Mask, region: Region) -> NDArray[np.uint8]:
+    """Read the part of a mask that belongs to a block of the tomogram.
+
+    Parameters
+    ----------
+    mask
+        From `open_mask`.
+    region
+        The block, one slice with start and stop within the tomogram for each of its axes.
+
+    Returns
+    -------
+    numpy.ndarray, (z, y, x) or (y, x), uint8
+        1 inside the lamella, 0 outside.
+
+    Raises
+    ------
+    MaskError
+        If the file cannot be read or holds values other than 0 and 1.
+    """
+    if mask.full:
+        return np.ones(tuple(s.stop - s.start for s in region), np.uint8)
+    with _open(mask.path) as labels:
+        if mask.stored_shape == mask.shape:
+            return _binary(labels, region, mask.path)
+        resized = np.zeros(tuple(s.stop - s.start for s in region), np.uint8)
+        for part in _parts(region, lambda part: _working_bytes(mask, part)):
+            where = tuple(slice(p.start - r.start, p.stop - r.start) for p, r in zip(part, region, strict=True))
+            resized[where] = _resized(labels, mask, part)
+    return resized
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """Open the dataset of a mask; whatever goes wrong in HDF5 until it is closed becomes a `MaskError`."""
+    try:
+        with h5py.File(path, "r", locking="best-effort", rdcc_nbytes=WORKING_BYTES) as file:
+            labels = file.get(DATASET)
+            if not isinstance(labels, h5py.Dataset):
+                raise MaskError(
+                    f"a lamella mask must hold the dataset {DATASET}",
+                    place=path,
+                    value=", ".join(file) or "an empty file",
+                    remedy="Point mask_folder to the output of a lamella prediction",
+                )
+            yield labels
+    except FileNotFoundError as error:
+        raise MaskError(
+            "the lamella mask must exist", place=path, remedy="Run the lamella prediction first, or correct mask_folder"
+        ) from error
+    except (OSError, RuntimeError) as error:
+        raise MaskError(
+            "the lamella mask must be a readable HDF5 file",
+            place=path,
+            value=error,
+            remedy="Predict the lamella of this tomogram again",
+        ) from error
+
+
+def _binary(labels: Any, region: Region, path: Path) -> NDArray[np.uint8]:
+    stored = labels[region]
+    foreign = stored[(stored != 0) & (stored != 1)]
+    if foreign.size:
+        raise MaskError(
+            "a lamella mask holds only 0 (outside) and 1 (inside)",
+            place=f"{path}, dataset {DATASET}",
+            value=foreign[0],
+            remedy="Point mask_folder to the output of a lamella prediction, not of a semantic one",
+        )
+    return np.asarray(stored, np.uint8)
+
+
+def _parts(region: Region, cost: Callable[[Region], int]) -> Iterator[Region]:
+    """Halve a region along its widest axis until its parts cost no more than the budget (or are single voxels)."""
+    widths = [s.stop - s.start for s in region]
+    width = max(widths)
+    if width <= 1 or cost(region) <= WORKING_BYTES:
+        yield region
+        return
+    axis = widths.index(width)
+    middle = region[axis].start + width // 2
+    for half in (slice(region[axis].start, middle), slice(middle, region[axis].stop)):
+        yield from _parts((*region[:axis], half, *region[axis + 1 :]), cost)
+
+
+def _volume(region: Region) -> int:
+    return math.prod(s.stop - s.start for s in region)
+
+
+def _sigmas(mask: Mask) -> list[float]:
+    """Of the Gaussian against aliasing along each axis, in voxels of the mask: 0 where the axis does not shrink."""
+    return [max(0.0, (m / n - 1) / 2) for m, n in zip(mask.stored_shape, mask.shape, strict=True)]
+
+
+def _positions(mask: Mask, region: Region) -> list[NDArray[np.float64]]:
+    """Where the voxels of a region stand on each axis of the stored mask."""
+    return [
+        (np.arange(s.start, s.stop, dtype=np.float64) + 0.5) * (m / n) - 0.5
+        for s, m, n in zip(region, mask.stored_shape, mask.shape, strict=True)
+    ]
+
+
+def _support(mask: Mask, region: Region) -> Region:
+    """The part of the stored mask on which a region depends."""
+    support = []
+    for axis, sigma, m in zip(_positions(mask, region), _sigmas(mask), mask.stored_shape, strict=True):
+        radius = int(4.0 * sigma + 0.5)  # as SciPy rounds it
+        first, last = math.floor(axis[0]) - radius, math.floor(axis[-1]) + 1 + radius
+        support.append(slice(max(first, 0), min(last + 1, m)))
+    return tuple(support)
+
+
+def _working_bytes(mask: Mask, region: Region) -> int:
+    """Float64 copies of the stored part, and a position per axis and a value for each voxel of the region."""
+    return 8 * (3 * _volume(_support(mask, region)) + (len(region) + 1) * _volume(region))
+
+
+def _resized(labels: Any, mask: Mask, region: Region) -> NDArray[np.uint8]:
+    support = _support(mask, region)
+    stored = _binary(labels, support, mask.path)
+    if not stored.any():  # zeros give zeros, and most of a volume is not near the rim of its lamella
+        return np.zeros(tuple(s.stop - s.start for s in region), np.uint8)
+    values = stored.astype(np.float64)
+    sigmas = _sigmas(mask)
+    if any(sigmas):
+        values = ndimage.gaussian_filter(values, sigmas, mode="grid-constant")
+    positions = [axis - s.start for axis, s in zip(_positions(mask, region), support, strict=True)]
+    coordinates = np.stack(np.meshgrid(*positions, indexing="ij"))
+    interpolated = ndimage.map_coordinates(values, coordinates, order=1, mode="grid-constant")
+    return np.asarray(interpolated, np.uint8)
