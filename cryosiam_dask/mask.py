@@ -2,9 +2,9 @@
 
 A mask is the dataset ``labels`` of an HDF5 file, with the values 0 and 1. If its shape is not the tomogram's, it is
 resized as ``skimage.transform.resize(mask.astype("int8"), shape, mode="constant", preserve_range=True).astype("int8")``
-does it with the whole mask in memory, voxel for voxel. The last step truncates, so that a voxel whose interpolated value
-falls short of 1 by a single rounding error is outside: every sum here is made of the same numbers in the same order.
-For a block:
+does it with the whole mask in memory, voxel for voxel. The last step truncates, so that a voxel whose interpolated
+value falls short of 1 by a single rounding error is outside: every sum here is made of the same numbers in the same
+order. For a block:
 
 1. Voxel k of an axis of n voxels stands at (k + 0.5) · (m / n) − 0.5 on the mask's axis of m voxels.
 2. The voxels of the mask on either side of the block's positions are read, and, where an axis shrinks, a margin for
@@ -94,7 +94,7 @@ def open_mask(path: str | Path, shape: tuple[int, ...]) -> Mask:
             return Mask(path, shape, stored_shape)
         whole = tuple(slice(0, size) for size in stored_shape)
         full = True
-        for part in _parts(whole, _volume):
+        for part in _parts(whole, lambda part: 4 * _volume(part)):  # with the comparisons of `_binary`
             full &= bool(_binary(labels, part, path).all())
     return Mask(path, shape, stored_shape, full)
 
