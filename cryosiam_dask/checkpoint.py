@@ -1,0 +1,331 @@
+"""A ``.ckpt`` file to an architecture and its weights, without executing anything that stands in the file.
+
+A checkpoint is a pickle, and a pickle can name any function to be called while it is loaded. It is read with torch's
+restricted unpickler, which knows tensors and plain containers. The few other names that training programs leave in
+their checkpoints are replaced by inert stand-ins here, so that nothing the file names is ever imported or called; a
+file with any other name in it is refused.
+
+The architecture comes from the file's own description (``hyper_parameters``), the widths of the heads from the weights.
+The weights must then fit that architecture exactly, in the parts that prediction uses; what else is in the file
+(optimizer, callbacks, projectors and predictors of the training) is ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryosiam_dask.errors import CheckpointError
+from cryosiam_dask.network import Architecture, build_network
+
+#: The parts of the network that prediction uses, and the prefix of each in a checkpoint.
+_PREFIXES = {
+    "encoder": "_model_backbone.",
+    "decoder": "_model_backbone.",
+    "projector": "_model_backbone.",
+    "semantic_head": "_model.",
+    "distance_head": "_model.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What prediction needs of a checkpoint.
+
+    Attributes
+    ----------
+    architecture
+        The network's shapes.
+    patch_size
+        Patch that it was trained with, in voxels, (z, y, x) or (y, x).
+    state
+        Weights for `load_state_dict` of the network that `build_network` makes of the architecture; float32.
+    sha256
+        Hash of the file, hexadecimal.
+    """
+
+    architecture: Architecture
+    patch_size: tuple[int, ...]
+    state: Mapping[str, Tensor] = field(repr=False, compare=False)
+    sha256: str
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint that CryoSiam's training wrote for semantic or lamella segmentation.
+
+    Parameters
+    ----------
+    path
+        The ``.ckpt`` file.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, damaged, not a checkpoint of CryoSiam, or would execute something; if its architecture
+        cannot be used here, or its weights do not fit it.
+    """
+    content, sha256 = _load(path)
+    weights = content.get("state_dict") if isinstance(content, Mapping) else None
+    if not isinstance(weights, Mapping):
+        _refuse_foreign(path, "no state_dict")
+    parameters = _Parameters(path, content.get("hyper_parameters"))
+    state = {
+        name.removeprefix(prefix): tensor
+        for part, prefix in _PREFIXES.items()
+        for name, tensor in weights.items()
+        if str(name).startswith(f"{prefix}{part}.") and not name.startswith("_model_backbone.encoder.fc.")
+    }
+    architecture = _architecture(path, parameters, state)
+    patch_size = parameters.integers("config", "data.patch_size", architecture.spatial_dims)
+    return Checkpoint(architecture, patch_size, _fit(path, architecture, state), sha256)
+
+
+class _Ignored:
+    """Stands in for an object of no use here, whatever it is made of."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+class _NumpyDtype:
+    """Stands in for a NumPy dtype: its own unpickling trusts the file with memory layouts."""
+
+    def __init__(self, code: str = "", *_: object) -> None:
+        self.code = code
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.code = f"{state[1]}{self.code}"
+
+
+def _numpy_scalar(dtype: _NumpyDtype, data: bytes = b"") -> object:
+    """A NumPy number as a Python number, and nothing else."""
+    return np.frombuffer(data, dtype.code)[0].item() if re.fullmatch("[<>|][biuf][1248]", dtype.code) else _Ignored()
+
+
+_STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    *((_Ignored, f"pathlib.{local}{name}") for local in ("", "_local.") for name in ("PosixPath", "WindowsPath")),
+    *((_Ignored, f"pathlib.{local}Pure{name}") for local in ("", "_local.") for name in ("PosixPath", "WindowsPath")),
+    (_Ignored, "argparse.Namespace"),
+    (_Ignored, "numpy.ndarray"),
+    (_NumpyDtype, "numpy.dtype"),
+    *((_Ignored, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *((_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((dict, f"{module}.AttributeDict") for module in (
+        "lightning.fabric.utilities.data",
+        "lightning_fabric.utilities.data",
+        "lightning.pytorch.utilities.parsing",
+        "pytorch_lightning.utilities.parsing",
+    )),
+]  # fmt: skip
+
+# The stand-ins are known to torch's unpickler for the whole process while a file is read.
+_UNPICKLER = threading.Lock()
+
+
+def _load(path: str | Path) -> tuple[Any, str]:
+    """Content and hash of a file."""
+    try:
+        with Path(path).open("rb") as file:
+            is_archive = file.read(4) == b"PK\x03\x04"
+            file.seek(0)
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        with _UNPICKLER, torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # A training's optimizer state can be twice the weights: mapped, it is never read.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    except OSError as error:
+        raise CheckpointError(
+            "the checkpoint must be a file that can be read", place=path, value=error.strerror, remedy=_REMEDY_PATH
+        ) from None
+    except Exception as error:  # Whatever damaged bytes make the unpickler or the archive reader stumble over.
+        reason = str(error).partition("WeightsUnpickler error: ")[2] or str(error) or "an unexpected end"
+        if named := re.search(r"GLOBAL (\S+)", reason):
+            raise CheckpointError(
+                "loading a checkpoint must not execute anything, and this one asks for a function or class that is "
+                "neither a tensor nor a plain value",
+                place=path,
+                value=named[1],
+                remedy="If you trust its source, load it there with torch and save only its state_dict and "
+                "hyper_parameters to a new file",
+            ) from None
+        raise CheckpointError(
+            "the checkpoint must be a complete file written by torch.save, with its own protocol",
+            place=path,
+            value="another kind of file" if "operand" in reason else re.split(r"\.\s|\n", reason)[0][:200],
+            remedy="Copy or download it again, and check that it is CryoSiam's .ckpt file",
+        ) from None
+    return content, sha256
+
+
+_REMEDY_PATH = "Set trained_model to the path of CryoSiam's .ckpt file"
+
+
+def _refuse_foreign(path: str | Path, found: str) -> NoReturn:
+    raise CheckpointError(
+        "the checkpoint must be one that CryoSiam's training wrote, with state_dict and hyper_parameters",
+        place=path,
+        value=found,
+        remedy=_REMEDY_PATH,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Parameters:
+    """The file's description of itself; values come from YAML files of all ages."""
+
+    path: str | Path
+    tree: Any
+
+    def get(self, config: str, key: str, default: object = ...) -> Any:
+        """``hyper_parameters[config]["parameters"]`` at `key`, whose levels are separated by dots."""
+        value, trail = self.tree, "hyper_parameters"
+        for level in (config, "parameters", *key.split(".")):
+            if not isinstance(value, Mapping) or level not in value:
+                if default is not ...:
+                    return default
+                _refuse_foreign(self.path, f"no {trail}.{level}")
+            value, trail = value[level], f"{trail}.{level}"
+        return value
+
+    def refuse(self, config: str, key: str, rule: str) -> NoReturn:
+        raise CheckpointError(
+            f"hyper_parameters.{config}.parameters.{key} {rule}",
+            place=self.path,
+            value=self.get(config, key, None),
+            remedy="Use a checkpoint of a network that this program knows",
+        )
+
+    def integers(self, config: str, key: str, count: int, default: object = ...) -> tuple[int, ...]:
+        value = self.get(config, key, default)
+        values = list(value) if isinstance(value, list | tuple) else [value] * count
+        if len(values) != count or not all(isinstance(v, int | float) and v > 0 and v % 1 == 0 for v in values):
+            self.refuse(config, key, f"must be {count} positive whole number{'s' if count > 1 else ''}")
+        return tuple(int(v) for v in values)
+
+    def integer(self, config: str, key: str, default: object = ...) -> int:
+        return self.integers(config, key, 1, default)[0]
+
+
+def _architecture(path: str | Path, parameters: _Parameters, state: Mapping[str, Tensor]) -> Architecture:
+    """Architecture that a checkpoint describes."""
+    backbone, config = "backbone_config", "config"
+    dims = parameters.integer(backbone, "network.spatial_dims")
+    if dims not in (2, 3):
+        parameters.refuse(backbone, "network.spatial_dims", "must be 2 or 3")
+    dense_dim = parameters.integer(backbone, "network.dense_dim")
+    for key, value in (("network.spatial_dims", dims), ("network.dense_dim", dense_dim)):
+        if parameters.integer(config, key, value) != value:
+            parameters.refuse(config, key, f"must be {value}, as for the backbone")
+    in_channels = parameters.integer(backbone, "network.in_channels")
+    if in_channels != 1:
+        parameters.refuse(backbone, "network.in_channels", "must be 1, because tomograms have one channel")
+    block_type = parameters.get(backbone, "network.block_type")
+    if block_type not in ("basic", "bottleneck"):
+        parameters.refuse(backbone, "network.block_type", "must be 'basic' or 'bottleneck'")
+    if not parameters.get(backbone, "network.no_max_pool"):
+        parameters.refuse(
+            backbone, "network.no_max_pool", "must be true: a network that pools at its start labels at half resolution"
+        )
+    out_channels = parameters.integer(config, "network.out_channels")
+    if out_channels > 256:
+        parameters.refuse(config, "network.out_channels", "must be at most 256, because labels are stored in one byte")
+    kernel_size = parameters.integers(config, "network.kernel_size", dims, 3)
+    padding = parameters.integers(config, "network.padding", dims, 1)
+    if any(kernel != 2 * pad + 1 for kernel, pad in zip(kernel_size, padding, strict=True)):
+        parameters.refuse(config, "network.padding", f"must be half of the kernel size {list(kernel_size)}")
+    if not any(name.startswith("semantic_head.") for name in state):
+        raise CheckpointError(
+            "the checkpoint must hold a semantic head",
+            place=path,
+            value="no weights named _model.semantic_head",
+            remedy="Use a checkpoint trained for semantic or lamella segmentation, not for another task",
+        )
+    is_fpn = parameters.get(backbone, "network.decoder_type", "fpn") == "fpn"
+    has_distances = any(name.startswith("distance_head.") for name in state)
+    return Architecture(
+        spatial_dims=dims,
+        in_channels=in_channels,
+        block_type=block_type,
+        num_layers=parameters.integers(backbone, "network.num_layers", 4),
+        num_filters=parameters.integers(backbone, "network.num_filters", 4),
+        fpn_channels=parameters.integer(backbone, "network.fpn_channels"),
+        decoder="fpn" if is_fpn else "bifpn",
+        later_convolutions=is_fpn and bool(parameters.get(backbone, "network.add_fpn_later_conv", False)),
+        bifpn_layers=0 if is_fpn else parameters.integer(backbone, "network.fpn_layers", 2),
+        dense_dim=dense_dim,
+        out_channels=out_channels,
+        semantic_widths=_hidden_widths(state, "semantic_head"),
+        distance_widths=_hidden_widths(state, "distance_head") if has_distances else None,
+        kernel_size=kernel_size,
+    )
+
+
+def _hidden_widths(state: Mapping[str, Tensor], head: str) -> tuple[int, ...]:
+    """Output channels of a head's convolutions but the last; batch norms lie between them."""
+    widths, index = [], 0
+    while isinstance(weight := state.get(f"{head}.{3 * index}.weight"), Tensor) and weight.ndim > 0:
+        widths.append(weight.shape[0])
+        index += 1
+    return tuple(widths[:-1])
+
+
+def _fit(path: str | Path, architecture: Architecture, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights as float32, if they are exactly those of the architecture."""
+    with torch.device("meta"):
+        expected: dict[str, Tensor] = build_network(architecture).state_dict()
+    problems = {
+        "missing": [_full(name) for name in expected if name not in state],
+        "left over": [_full(name) for name in state if name not in expected],
+        "of another kind": [
+            f"{_full(name)} {_shape(state[name])} instead of {_shape(tensor)}"
+            for name, tensor in expected.items()
+            if name in state and _shape(state[name]) != _shape(tensor)
+        ],
+    }
+    found = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for kind, names in problems.items()
+        if names
+    ]
+    if found:
+        raise CheckpointError(
+            "the weights must be exactly those of the network that the checkpoint describes in its hyper_parameters",
+            place=path,
+            value="; ".join(found),
+            remedy="Use the checkpoint as CryoSiam's training wrote it",
+        )
+    # A copy, so that nothing stays mapped to a file that somebody may replace.
+    fitted = {
+        name: state[name].detach().to(tensor.dtype, copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in expected.items()
+    }
+    if broken := [_full(name) for name, tensor in fitted.items() if not tensor.isfinite().all()]:
+        raise CheckpointError(
+            "the weights must be finite numbers",
+            place=path,
+            value=f"NaN or infinity in {len(broken)} of them ({', '.join(broken[:3])})",
+            remedy="Use a checkpoint from before the training diverged",
+        )
+    return fitted
+
+
+def _full(name: str) -> str:
+    """A weight's name in the file."""
+    return _PREFIXES[name.partition(".")[0]] + name
+
+
+def _shape(value: object) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
