@@ -1,0 +1,370 @@
+"""Labels to the files that users keep: HDF5, and MRC where it is asked for.
+
+Every file grows under the hidden name ``.<name>.part`` in its own folder, is flushed to the disk and then renamed: a
+user sees a complete file or none, and an earlier one stays as it is until that moment. Arrays are read and written
+block by block; nothing the size of a volume is ever in memory.
+
+HDF5 chunks are compressed here, by a pool of threads, and handed over ready-made: the HDF5 library compresses one after
+the other, 50 MB of probabilities a second.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import itertools
+import json
+import math
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor as Pool
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import h5py
+import numpy as np
+from mrcfile.constants import IMAGE_STACK_SPACEGROUP, MAP_ID, VOLUME_SPACEGROUP
+from mrcfile.dtypes import HEADER_DTYPE
+from mrcfile.utils import machine_stamp_from_byte_order, mode_from_dtype
+from numpy.typing import NDArray
+
+from cryosiam_dask.errors import OutputError
+
+LABELS, PROBABILITIES, DISTANCES = "labels", "probs", "distances"  # the names that viewers open
+CHUNK = {2: 256, 3: 64}  # voxels along each axis of an HDF5 chunk, by the number of axes
+BLOCK_CHUNKS = 4  # chunks along each axis that are in memory at once: 64 MiB of float32
+GZIP_LEVEL = 1  # every HDF5 reader has gzip; higher levels cost time and gain little
+MRC_BLOCK = 128  # sections and rows of an MRC file that are in memory at once
+
+Region: TypeAlias = tuple[slice, ...]
+
+
+class Sliceable(Protocol):
+    """An array that is read a region at a time: zarr, h5py, numpy."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __getitem__(self, region: Region, /) -> Any: ...
+
+
+def write_hdf5(
+    path: str | Path,
+    labels: Sliceable,
+    *,
+    attributes: Mapping[str, Any],
+    probabilities: Sliceable | None = None,
+    distances: Sliceable | None = None,
+) -> None:
+    """Write a predictions file, replacing an earlier one at once when it is complete.
+
+    Parameters
+    ----------
+    path
+        For example ``<stem>_preds.h5``, in a folder that exists.
+    labels : (z, y, x) or (y, x), uint8
+        Written as the dataset ``labels``.
+    attributes
+        Written to the file and to ``labels``: numbers, strings, sequences of either, mappings (as JSON). ``None`` is
+        left out, and is NaN within a sequence of numbers, such as a voxel size known along two axes only.
+    probabilities, distances : (class, z, y, x) or (class, y, x), float32
+        Written as the datasets ``probs`` and ``distances`` where given.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written; an earlier file is then untouched.
+    """
+    path = Path(path)
+    with _replacing(path) as sink, h5py.File(sink, "w") as file, ThreadPoolExecutor() as pool:
+        _write_labels(file, sink, labels, attributes, pool)
+        for name, source in ((PROBABILITIES, probabilities), (DISTANCES, distances)):
+            if source is not None:
+                _write(file, sink, name, source, np.dtype(np.float32), pool)
+
+
+def replace_labels(path: str | Path, labels: Sliceable, *, attributes: Mapping[str, Any]) -> None:
+    """Replace the labels of a predictions file and keep all else that it holds.
+
+    Parameters
+    ----------
+    path
+        An existing predictions file.
+    labels : (z, y, x) or (y, x), uint8
+        The new labels; they may be computed from the old ones while these are replaced.
+    attributes
+        Added to those of the file and of ``labels``, or put in their place; as in `write_hdf5`.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be read or written; it is then untouched.
+    """
+    path = Path(path)
+    with _reading(path) as old, _replacing(path) as sink, h5py.File(sink, "w") as file, ThreadPoolExecutor() as pool:
+        for name in old:
+            if name != LABELS:
+                old.copy(name, file)
+        file.attrs.update(old.attrs)
+        earlier = dict(old[LABELS].attrs) if LABELS in old else {}
+        _write_labels(file, sink, labels, attributes, pool, earlier)
+
+
+def read_attributes(path: str | Path) -> dict[str, Any]:
+    """Read the attributes of a predictions file as plain Python values.
+
+    Parameters
+    ----------
+    path
+        An HDF5 file.
+
+    Returns
+    -------
+    dict
+        Numbers, strings, and lists of either, with ``None`` for NaN; mappings come back as the JSON text that was
+        written. Empty for a file without attributes, such as CryoSiam's own.
+
+    Raises
+    ------
+    OutputError
+        If the file is no readable HDF5 file.
+    """
+    with _reading(Path(path)) as file:
+        return {name: _plain(value) for name, value in file.attrs.items()}
+
+
+def write_mrc(
+    path: str | Path,
+    labels: Sliceable,
+    *,
+    voxel_size_angstrom: Sequence[float | None] | None = None,
+    origin_angstrom: Sequence[float] | None = None,
+    nstart: Sequence[int] | None = None,
+    label: str = "",
+) -> None:
+    """Write labels as an MRC file, replacing an earlier one at once when it is complete.
+
+    Parameters
+    ----------
+    path
+        The file, in a folder that exists. It is never compressed.
+    labels : (z, y, x) or (y, x), uint8
+        Written as int8 (mode 0) where all are below 128, as uint16 (mode 6) otherwise.
+    voxel_size_angstrom
+        Along z, y and x (or y and x); ``None`` where it is unknown.
+    origin_angstrom, nstart
+        Position of the volume in Å and in voxels, in the same order.
+    label
+        A line for the header, at most 80 ASCII characters.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written; an earlier file is then untouched.
+    """
+    shape = labels.shape
+    # Whole rows, so that what is in memory makes one run of bytes in each section.
+    regions = list(_regions(shape, (*[MRC_BLOCK] * (len(shape) - 1), shape[-1])))
+    counts = np.zeros(256, np.int64)
+    for region in regions:
+        counts += np.bincount(_uint8(labels[region]).ravel(), minlength=256)
+    values = np.flatnonzero(counts)
+    dtype = np.dtype(np.int8 if values[-1] < 128 else "<u2")
+
+    header = np.zeros((), HEADER_DTYPE.newbyteorder("<"))
+    header["mode"] = mode_from_dtype(dtype)
+    header["ispg"] = VOLUME_SPACEGROUP if len(shape) == 3 else IMAGE_STACK_SPACEGROUP
+    header["cellb"] = (90, 90, 90)
+    header["mapc"], header["mapr"], header["maps"] = 1, 2, 3
+    header["map"], header["nversion"] = MAP_ID, 20141
+    header["machst"] = machine_stamp_from_byte_order("<")
+    header["nz"] = header["mz"] = 1  # of an image
+    for axis, size in zip("xyz", reversed(shape), strict=False):
+        header[f"n{axis}"] = header[f"m{axis}"] = size
+    for axis, size, voxel in zip("xyz", reversed(shape), reversed(voxel_size_angstrom or ()), strict=False):
+        header["cella"][axis] = size * (voxel or 0)
+    for axis, position in zip("xyz", reversed(origin_angstrom or ()), strict=False):
+        header["origin"][axis] = position
+    for axis, start in zip("xyz", reversed(nstart or ()), strict=False):
+        header[f"n{axis}start"] = start
+    mean = values @ counts[values] / math.prod(shape)
+    header["dmin"], header["dmax"], header["dmean"] = values[0], values[-1], mean
+    header["rms"] = math.sqrt((values - mean) ** 2 @ counts[values] / math.prod(shape))
+    header["nlabl"] = bool(label)
+    header["label"][0] = label.encode("ascii", "replace")[:80]
+
+    path = Path(path)
+    with _replacing(path) as sink:
+        sink.write(header.tobytes())
+        for region in regions:
+            block = _uint8(labels[region]).astype(dtype)
+            sections = block.reshape(-1, *block.shape[-2:])
+            first = region[0].start if len(shape) == 3 else 0
+            for z, rows in enumerate(sections, first):
+                sink.seek(HEADER_DTYPE.itemsize + (z * shape[-2] + region[-2].start) * shape[-1] * dtype.itemsize)
+                sink.write(rows.tobytes())
+            sink.check()
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+class _Sink(io.FileIO):
+    """A file that keeps the first error of the operating system and from then on swallows what is written.
+
+    HDF5 cannot close a file that it cannot write: on a full disk it keeps the file open for good, cannot create one of
+    that name again, and crashes the process when it ends. So it is not told; whoever writes calls `check` and gives up.
+    """
+
+    error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        view = memoryview(data).cast("B")
+        written = 0
+        try:
+            while self.error is None and written < len(view):
+                written += super().write(view[written:])
+        except OSError as error:
+            self.error = error
+        return len(view)
+
+    def truncate(self, size: int | None = None, /) -> int:
+        try:
+            if self.error is None:
+                return super().truncate(size)
+        except OSError as error:
+            self.error = error
+        return size or 0
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[_Sink]:
+    """Open a hidden file that takes the place of `path` when the block has ended well, and vanishes otherwise."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with _Sink(part, "w+") as sink:
+            try:
+                yield sink
+            finally:
+                sink.check()  # in place of whatever HDF5 has made of it
+            os.fsync(sink.fileno())
+        part.replace(path)
+    except OSError as error:
+        remedy = {
+            errno.ENOSPC: "Free space on the disk, or choose another folder",
+            errno.EDQUOT: "Free space in your quota, or choose another folder",
+            errno.EFBIG: "The file system or a limit (ulimit -f) does not allow files of this size",
+            errno.ENOENT: "Create the folder first",
+        }.get(error.errno or 0, "Check the folder and its permissions, or choose another one")
+        raise OutputError(
+            "the output must be writable", place=path, value=error.strerror or error, remedy=remedy
+        ) from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    try:
+        file = h5py.File(path, "r", locking="best-effort")
+    except OSError as error:
+        raise OutputError(
+            "an existing predictions file must be readable HDF5",
+            place=path,
+            value=error,
+            remedy="Remove the file and predict again",
+        ) from error
+    with file:
+        yield file
+
+
+# ------------------------------------------------------------------------------------------------- datasets, attributes
+
+
+def _write_labels(
+    file: Any,
+    sink: _Sink,
+    labels: Sliceable,
+    attributes: Mapping[str, Any],
+    pool: Pool,
+    earlier: Mapping[str, Any] | None = None,
+) -> None:
+    dataset = _write(file, sink, LABELS, labels, np.dtype(np.uint8), pool)
+    stored = {name: _storable(value) for name, value in attributes.items() if value is not None}
+    file.attrs.update(stored)
+    dataset.attrs.update({**(earlier or {}), **stored})
+
+
+def _write(file: Any, sink: _Sink, name: str, source: Sliceable, dtype: np.dtype[Any], pool: Pool) -> Any:
+    """Write a dataset in whole chunks of space, one class at a time; floats are shuffled before they are compressed."""
+    classes = (1,) if dtype.kind == "f" else ()
+    space = source.shape[len(classes) :]
+    chunk = (*classes, *(min(CHUNK[len(space)], size) for size in space))
+    dataset = file.create_dataset(
+        name,
+        source.shape,
+        dtype,
+        chunks=chunk,
+        compression="gzip",
+        compression_opts=GZIP_LEVEL,
+        shuffle=dtype.kind == "f",
+    )
+    encode = partial(_encode, chunk=chunk)
+    for region in _regions(source.shape, (*classes, *(BLOCK_CHUNKS * size for size in chunk[len(classes) :]))):
+        block = np.asarray(source[region]).astype(dtype, casting="safe", copy=False)
+        parts = list(_regions(block.shape, chunk))
+        for part, encoded in zip(parts, pool.map(encode, (block[part] for part in parts)), strict=True):
+            dataset.id.write_direct_chunk(tuple(r.start + p.start for r, p in zip(region, part, strict=True)), encoded)
+        sink.check()
+    return dataset
+
+
+def _encode(values: NDArray[Any], *, chunk: tuple[int, ...]) -> bytes:
+    """Bytes of an HDF5 chunk after the filters shuffle (of anything wider than a byte) and gzip; rims are padded."""
+    padded = np.zeros(chunk, values.dtype)
+    padded[tuple(slice(0, size) for size in values.shape)] = values
+    by_byte = padded.view(np.uint8).reshape(-1, values.dtype.itemsize).T
+    return zlib.compress(by_byte.tobytes(), GZIP_LEVEL)
+
+
+def _regions(shape: Sequence[int], step: Sequence[int]) -> Iterator[Region]:
+    """Divide an array of `shape` into blocks of `step`, smaller at the far rim, in C order."""
+    edges = (
+        [slice(start, min(start + width, size)) for start in range(0, size, width)]
+        for size, width in zip(shape, step, strict=True)
+    )
+    return itertools.product(*edges)
+
+
+def _uint8(values: Any) -> NDArray[np.uint8]:
+    return np.asarray(values).astype(np.uint8, casting="safe", copy=False)
+
+
+def _storable(value: Any) -> Any:
+    """The HDF5 form of an attribute."""
+    if isinstance(value, Mapping):
+        return json.dumps(value, default=str)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list | tuple) and not any(isinstance(item, str) for item in value):
+        return np.array([math.nan if item is None else item for item in value])
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """The Python form of an attribute."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return None if isinstance(value, float) and math.isnan(value) else value
