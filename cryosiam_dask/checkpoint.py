@@ -142,14 +142,15 @@ def _load(path: str | Path) -> tuple[Any, str]:
             is_archive = file.read(4) == b"PK\x03\x04"
             file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        with _UNPICKLER, torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # A training's optimizer state can be twice the weights: mapped, it is never read.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except OSError as error:
         raise CheckpointError(
             "the checkpoint must be a file that can be read", place=path, value=error.strerror, remedy=_REMEDY_PATH
         ) from None
+    try:
+        with _UNPICKLER, torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # A training's optimizer state can be twice the weights: mapped, it is never read.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except Exception as error:  # Whatever damaged bytes make the unpickler or the archive reader stumble over.
         reason = str(error).partition("WeightsUnpickler error: ")[2] or str(error) or "an unexpected end"
         if named := re.search(r"GLOBAL (\S+)", reason):

@@ -278,10 +278,10 @@ def build_network(architecture: Architecture) -> Network:
 def required_divisor(architecture: Architecture) -> int:
     """Number that must divide every axis of a patch.
 
-    The bidirectional pyramid doubles and halves exactly between strides 1 and 16; the other decoder enlarges each level
-    to the size of the next, whatever that is.
+    A quarter of a patch is its halo. The bidirectional pyramid doubles and halves exactly, down to stride 16; the other
+    decoder enlarges each level to the size of the next, whatever that is.
     """
-    return 16 if architecture.decoder == "bifpn" else 1
+    return 16 if architecture.decoder == "bifpn" else 4
 
 
 def peak_bytes(architecture: Architecture, patch: tuple[int, ...], batch_size: int = 1) -> int:
