@@ -35,7 +35,7 @@ from cryosiam_dask.errors import OutputError, TomogramError
 from cryosiam_dask.executor import SERIAL, Executor
 
 CHUNK = 128  # voxels along each axis
-PIECE_BYTES = 32 * 2**20  # what a task reads and writes at once
+PIECE_BYTES = 64 * 2**20  # what a task reads and writes at once
 STREAM_BYTES = 128 * 2**20  # what a compressed file, which can only be read in order, may hold in memory
 COMPRESSOR = BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle")  # the work store is written once and read twice
 
@@ -414,7 +414,7 @@ def ingest(
         Voxels of a chunk along each axis; 128 as a rule, fewer along the sections of a compressed file of large
         sections, which is read in order and a chunk's depth at a time.
     executor
-        Runs one task for each row of chunks, or a single one for a compressed file. A task holds about 100 MB.
+        Runs one task for each row of chunks, or a single one for a compressed file. A task holds about 200 MB.
 
     Returns
     -------
@@ -581,22 +581,40 @@ def _native(voxels: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> np.ndarray[An
 
 def _copy_row(start: tuple[int, ...], *, header: TomogramHeader, array: zarr.Array[Any]) -> list[_Part]:
     """Copy the row of chunks that begins at `start` (whose last index is 0), a few chunks at a time."""
-    try:
-        mapped = np.memmap(header.path, header.file_dtype, "r", header.offset, header.file_shape).transpose(header.axes)
-    except OSError as error:
-        raise _unreadable(header.path, error) from error
-    except ValueError as error:  # cut short since its header was read
-        raise _too_short(header, header.path.stat().st_size) from error
     row = [slice(a, min(a + c, n)) for a, c, n in zip(start, array.chunks, array.shape, strict=True)]
     column_bytes = math.prod(s.stop - s.start for s in row) * header.file_dtype.itemsize
     width = max(1, PIECE_BYTES // column_bytes) * array.chunks[-1]
     parts = []
     for first in range(0, array.shape[-1], width):
         region: Region = (*row[:-1], slice(first, min(first + width, array.shape[-1])))
-        voxels = _native(mapped[region], array.dtype)
+        voxels = _native(_read(header, region), array.dtype)
         array[region] = voxels
         parts.append(_part(voxels))
     return parts
+
+
+def _read(header: TomogramHeader, region: Region) -> np.ndarray[Any, Any]:
+    """Read a region of an uncompressed file, as (z, y, x).
+
+    Whole rows are read and cut. A memory map would need no cutting, but its pages count as the process's memory, and a
+    file that shrinks meanwhile would kill the process.
+    """
+    stored = [region[header.axes.index(axis)] for axis in range(len(region))]  # (section, row, column) or (row, column)
+    sections = range(stored[0].start, stored[0].stop) if len(stored) == 3 else range(1)
+    rows, columns = stored[-2:]
+    height, width = header.file_shape[-2:]
+    voxels = np.empty((len(sections), rows.stop - rows.start, columns.stop - columns.start), header.file_dtype)
+    try:
+        with header.path.open("rb") as file:
+            for voxels_of_section, section in zip(voxels, sections, strict=True):
+                file.seek(header.offset + (section * height + rows.start) * width * header.file_dtype.itemsize)
+                run = np.fromfile(file, header.file_dtype, (rows.stop - rows.start) * width)
+                if run.size < (rows.stop - rows.start) * width:  # cut short since its header was read
+                    raise _too_short(header, header.path.stat().st_size)
+                voxels_of_section[:] = run.reshape(-1, width)[:, columns]
+    except OSError as error:
+        raise _unreadable(header.path, error) from error
+    return voxels.reshape([s.stop - s.start for s in stored]).transpose(header.axes)
 
 
 def _stream(header: TomogramHeader, *, array: zarr.Array[Any]) -> list[_Part]:
