@@ -209,11 +209,11 @@ class _Parameters:
             remedy="Use a checkpoint of a network that this program knows",
         )
 
-    def integers(self, config: str, key: str, count: int, default: object = ...) -> tuple[int, ...]:
+    def integers(self, config: str, key: str, count: int, default: object = ..., least: int = 1) -> tuple[int, ...]:
         value = self.get(config, key, default)
         values = list(value) if isinstance(value, list | tuple) else [value] * count
-        if len(values) != count or not all(isinstance(v, int | float) and v > 0 and v % 1 == 0 for v in values):
-            self.refuse(config, key, f"must be {count} positive whole number{'s' if count > 1 else ''}")
+        if len(values) != count or not all(isinstance(v, int | float) and v >= least and v % 1 == 0 for v in values):
+            self.refuse(config, key, f"must be {count} whole number{'s' if count > 1 else ''} of at least {least}")
         return tuple(int(v) for v in values)
 
     def integer(self, config: str, key: str, default: object = ...) -> int:
@@ -244,7 +244,7 @@ def _architecture(path: str | Path, parameters: _Parameters, state: Mapping[str,
     if out_channels > 256:
         parameters.refuse(config, "network.out_channels", "must be at most 256, because labels are stored in one byte")
     kernel_size = parameters.integers(config, "network.kernel_size", dims, 3)
-    padding = parameters.integers(config, "network.padding", dims, 1)
+    padding = parameters.integers(config, "network.padding", dims, 1, least=0)
     if any(kernel != 2 * pad + 1 for kernel, pad in zip(kernel_size, padding, strict=True)):
         parameters.refuse(config, "network.padding", f"must be half of the kernel size {list(kernel_size)}")
     if not any(name.startswith("semantic_head.") for name in state):
