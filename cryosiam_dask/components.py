@@ -45,14 +45,14 @@ BLOCK_VOXELS = 1 << 22
 _LARGEST_BLOCK = 1 << 29  # a provisional label fits 29 bits: see `_touching`
 _REACH = {6: 1, 18: 2, 26: 3}  # along how many axes at once a step to a neighbour may move
 _PROBABILITY_ONE = 1 << 30  # probabilities are summed as integers, so that the sum does not depend on the blocks
-_MERGES: dict[str, np.ufunc] = {
-    "voxels": np.add,
-    "first": np.minimum,
-    "coordinate_sums": np.add,
-    "lower": np.minimum,
-    "upper": np.maximum,
-    "probability_sum": np.add,
-    "probability_max": np.maximum,
+# What is measured of a component: how two parts of it are put together, the dtype, and the shape of one entry.
+_COLUMNS: dict[str, tuple[np.ufunc, Any, tuple[int, ...]]] = {
+    "voxels": (np.add, np.int64, ()),
+    "coordinate_sums": (np.add, np.int64, (3,)),
+    "lower": (np.minimum, np.int64, (3,)),
+    "upper": (np.maximum, np.int64, (3,)),
+    "probability_sum": (np.add, np.int64, ()),
+    "probability_max": (np.maximum, np.float32, ()),
 }
 
 
@@ -450,7 +450,13 @@ def find_components(
         measure=measure or probabilities is not None,
         probabilities=probabilities,
     )
-    return _merged(labelling, executor.map(task, labelling.blocks.indices, name="label"))
+    return _merged(
+        labelling,
+        executor.map(task, labelling.blocks.indices, name="label"),
+        np.dtype(labels.dtype),
+        task.keywords["measure"],
+        probabilities is not None,
+    )
 
 
 def write_instances(
@@ -492,7 +498,7 @@ def remove_small(
     output: WritableArray,
     sizes: Sequence[int],
     *,
-    n_classes: int,
+    n_classes: int | None = None,
     connectivity: int = 26,
     executor: Executor = SERIAL,
     array_module: ArrayModule = "numpy",
@@ -509,7 +515,7 @@ def remove_small(
         One entry for each class, index = label: a component stays if it has *more* voxels than that, and becomes
         background otherwise. -1 leaves the class alone. The entry of the background has no effect.
     n_classes
-        Classes of the segmentation, the background included.
+        Classes of the segmentation, the background included; as many as there are sizes by default.
     connectivity
         What makes a component; CryoSiam uses 26.
     executor, array_module
@@ -525,6 +531,7 @@ def remove_small(
     LabelsError
         If `sizes` has not one entry of -1 or more for each class, or the labels hold another class.
     """
+    n_classes = len(sizes) if n_classes is None else n_classes
     if len(sizes) != n_classes:
         raise LabelsError(
             f"sizes must have one entry for each of the {n_classes} labels, the background first",
@@ -602,8 +609,7 @@ def relabel_block(labels: ChunkedArray, labelling: Labelling, index: Index, valu
     blocks = labelling.blocks
     if not values.any():
         return np.zeros(blocks.extent(index), dtype=values.dtype)
-    _, provisional, _ = _label_block(labels, labelling, index)
-    return _look_up(np.append(values.dtype.type(0), values), provisional, labelling)
+    return _look_up(np.append(values.dtype.type(0), values), _label_block(labels, labelling, index), labelling)
 
 
 def instances_dtype(count: int) -> np.dtype[Any]:
@@ -638,8 +644,18 @@ class _Description:
     planes: tuple[bytes, ...]
 
 
-def _label_block(labels: ChunkedArray, labelling: Labelling, index: Index) -> tuple[NDArray[Any], Any, int]:
-    """Return block `index` on the host, and its provisional labels 1 .. n on the device, with n; None for n = 0."""
+@dataclass(frozen=True, slots=True)
+class _Labelled:
+    """A block on the host, and on the device its voxels of the classes looked for and their labels 1 .. count."""
+
+    block: NDArray[Any]
+    wanted: Any = None
+    labels: Any = None
+    count: int = 0
+
+
+def _label_block(labels: ChunkedArray, labelling: Labelling, index: Index) -> _Labelled:
+    """Read, check and label block `index`."""
     block = labelling.blocks.read(labels, index)
     if block.dtype.kind == "b":
         block = block.view(np.uint8)
@@ -657,15 +673,15 @@ def _label_block(labels: ChunkedArray, labelling: Labelling, index: Index) -> tu
         for label in labelling.classes:
             np.copyto(wanted, block, where=block == label)
     if not wanted.any():
-        return block, None, 0
+        return _Labelled(block)
     device = backend(labelling.array_module)
-    provisional, count = device.label(device.xp.asarray(wanted), labelling.connectivity)
-    return block, provisional, count
+    wanted = device.xp.asarray(wanted)
+    return _Labelled(block, wanted, *device.label(wanted, labelling.connectivity))
 
 
-def _look_up(values: NDArray[Any], provisional: Any, labelling: Labelling) -> NDArray[Any]:
+def _look_up(values: NDArray[Any], labelled: _Labelled, labelling: Labelling) -> NDArray[Any]:
     device = backend(labelling.array_module)
-    return device.to_host(device.xp.asarray(values).take(provisional))
+    return device.to_host(device.xp.asarray(values).take(labelled.labels))
 
 
 def _describe_block(
@@ -677,41 +693,39 @@ def _describe_block(
     probabilities: ChunkedArray | None,
 ) -> _Description:
     """Pass 1 of one block."""
-    block, provisional, count = _label_block(labels, labelling, index)
+    labelled = _label_block(labels, labelling, index)
+    if not labelled.count:
+        return _Description(0, {}, ())
     device = backend(labelling.array_module)
-    starts, lengths, run_labels = _runs(provisional, count, device)
-    columns = _columns(starts, lengths, run_labels, count, labelling.blocks, index, measure)
-    columns["class"] = block.reshape(-1)[columns.pop("local")]
+    starts, lengths, run_labels = _runs(labelled, device)
+    columns = _columns(starts, lengths, run_labels, labelled.count, labelling.blocks, index, measure)
+    columns["class"] = labelled.block.reshape(-1)[columns.pop("local")]
     if probabilities is not None:
-        own = _own_probabilities(block, labelling, index, columns["class"], probabilities)
-        columns |= _probability_columns(own, device.to_host(provisional) if count else own.astype(np.uint8), count)
+        own = _own_probabilities(labelled.block, labelling, index, columns["class"], probabilities)
+        columns |= _probability_columns(own, device.to_host(labelled.labels), labelled.count)
     planes = tuple(
-        zlib.compress(device.to_host(provisional[(slice(None),) * axis + (side,)]).astype(np.uint32).tobytes(), 1)
+        zlib.compress(device.to_host(labelled.labels[(slice(None),) * axis + (side,)]).astype(np.uint32).tobytes(), 1)
         for axis in range(3)
         for side in (0, -1)
-        if count
     )
-    return _Description(count, columns, planes)
+    return _Description(labelled.count, columns, planes)
 
 
-def _runs(provisional: Any, count: int, device: Backend) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Return start, length and provisional label of each stretch of one label along x, in C order.
+def _runs(labelled: _Labelled, device: Backend) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Return start, length and provisional label of each stretch of one class along x, in C order.
 
-    Everything that is measured follows from these, which are far fewer than the voxels.
+    All that is measured follows from these, which are far fewer than the voxels.
     """
-    if not count:
-        nothing = np.zeros(0, dtype=np.int64)
-        return nothing, nothing, nothing
-    flat = provisional.reshape(-1)
-    begins = device.xp.empty(flat.size, dtype=bool)
-    device.xp.not_equal(flat[1:], flat[:-1], out=begins[1:])
-    begins[:: provisional.shape[-1]] = True
-    starts = device.xp.flatnonzero(begins)
-    run_labels = device.to_host(flat[starts]).astype(np.int64)
-    starts = device.to_host(starts)
-    lengths = np.diff(starts, append=flat.size)
-    labelled = run_labels > 0
-    return starts[labelled], lengths[labelled], run_labels[labelled]
+    xp, flat = device.xp, labelled.wanted.reshape(-1)
+    begins = xp.empty(flat.size, dtype=bool)
+    xp.not_equal(flat[1:], flat[:-1], out=begins[1:])
+    begins[:: labelled.wanted.shape[-1]] = True
+    starts = xp.flatnonzero(begins)
+    lengths = xp.diff(starts, append=flat.size)
+    foreground = xp.flatnonzero(flat[starts])
+    starts, lengths = starts[foreground], lengths[foreground]
+    run_labels = labelled.labels.reshape(-1)[starts].astype(np.int64)
+    return device.to_host(starts), device.to_host(lengths), device.to_host(run_labels)
 
 
 def _columns(
@@ -736,7 +750,7 @@ def _columns(
 
     origin = np.array([part.start for part in blocks.slices(index)])
     local = extreme(np.minimum, starts)
-    extent = [max(1, size) for size in blocks.extent(index)]
+    extent = blocks.extent(index)
     position = np.stack(np.unravel_index(local, extent), axis=1) + origin
     first = (position[:, 0] * blocks.shape[1] + position[:, 1]) * blocks.shape[2] + position[:, 2]
     columns: dict[str, NDArray[Any]] = {"voxels": total(lengths).astype(np.uint32), "first": first, "local": local}
@@ -795,20 +809,31 @@ def _filter_block(
     if stays.all():
         block = labelling.blocks.read(labels, index)
     else:
-        block, provisional, _ = _label_block(labels, labelling, index)
-        block = block * _look_up(np.append(True, stays), provisional, labelling)
+        labelled = _label_block(labels, labelling, index)
+        block = labelled.block * _look_up(np.append(True, stays), labelled, labelling)
     labelling.blocks.write(output, index, block.astype(output.dtype, copy=False))
 
 
 # ---- the merge ----
 
 
-def _merged(labelling: Labelling, descriptions: list[_Description]) -> Components:
+def _merged(
+    labelling: Labelling,
+    descriptions: list[_Description],
+    class_dtype: np.dtype[Any],
+    measure: bool,
+    with_probabilities: bool,
+) -> Components:
     """Put the blocks together: steps 2 to 5 of the module's description."""
+
+    def gathered(name: str, dtype: Any, shape: tuple[int, ...] = ()) -> NDArray[Any]:
+        parts = [description.columns.pop(name) for description in descriptions if description.count]
+        return np.concatenate([np.zeros((0, *shape), dtype=dtype), *parts])
+
     offsets = _offsets([description.count for description in descriptions])
-    classes = np.concatenate([description.columns["class"] for description in descriptions])
+    classes = gathered("class", class_dtype)
+    first = gathered("first", np.int64)
     pairs = list(_touching(labelling, descriptions, offsets, classes))
-    first = np.concatenate([description.columns["first"] for description in descriptions])
     others, roots = _roots(np.concatenate([np.zeros((0, 2), dtype=np.int64), *pairs]), first)
     is_root = np.ones(len(first), dtype=bool)
     is_root[others] = False
@@ -818,34 +843,27 @@ def _merged(labelling: Labelling, descriptions: list[_Description]) -> Component
     numbers[in_order] = np.arange(1, len(in_order) + 1)
     numbers[others] = numbers[roots]
 
-    def finished(name: str) -> NDArray[Any]:
-        column = np.concatenate([description.columns[name] for description in descriptions])
-        if column.dtype.kind in "ui":
-            column = column.astype(np.int64, copy=False)
-        _MERGES[name].at(column, roots, column[others])
+    def merged(name: str) -> NDArray[Any]:
+        merge, dtype, shape = _COLUMNS[name]
+        column = gathered(name, dtype, shape)
+        merge.at(column, roots, column[others])
         return column[in_order]
 
-    voxels = finished("voxels")
+    voxels = merged("voxels")
     measurements = None
-    if "coordinate_sums" in descriptions[0].columns:
-        measurements = _measurements(labelling.blocks, voxels, finished, "probability_sum" in descriptions[0].columns)
+    if measure:
+        lower, upper = merged("lower"), merged("upper")
+        at_border = (lower == 0) | (upper == np.array(labelling.blocks.shape))
+        measurements = Measurements(
+            centroids=merged("coordinate_sums") / voxels[:, None],
+            lower=lower,
+            upper=upper,
+            # A 2-D image has no border in z.
+            touches_border=at_border[:, 3 - labelling.blocks.ndim :].any(axis=1),
+            mean_probability=merged("probability_sum") / voxels / _PROBABILITY_ONE if with_probabilities else None,
+            max_probability=merged("probability_max") if with_probabilities else None,
+        )
     return Components(labelling, offsets, numbers, voxels, classes[in_order], first[in_order], measurements)
-
-
-def _measurements(
-    blocks: Blocks, voxels: NDArray[np.int64], finished: Callable[[str], NDArray[Any]], with_probabilities: bool
-) -> Measurements:
-    lower, upper = finished("lower"), finished("upper")
-    own_axes = slice(3 - blocks.ndim, None)  # a 2-D image has no border in z
-    at_border = (lower == 0) | (upper == np.array(blocks.shape))
-    return Measurements(
-        centroids=finished("coordinate_sums") / voxels[:, None],
-        lower=lower,
-        upper=upper,
-        touches_border=at_border[:, own_axes].any(axis=1),
-        mean_probability=finished("probability_sum") / voxels / _PROBABILITY_ONE if with_probabilities else None,
-        max_probability=finished("probability_max") if with_probabilities else None,
-    )
 
 
 def _offsets(counts: Sequence[int]) -> NDArray[np.int64]:
@@ -927,6 +945,8 @@ def _roots(pairs: NDArray[np.int64], first: NDArray[np.int64]) -> tuple[NDArray[
     >>> _roots(np.array([[0, 2], [2, 5]]), first=np.array([7, 1, 3, 9, 8, 4]))
     (array([0, 5]), array([2, 2]))
     """
+    if not len(pairs):
+        return pairs[:, 0], pairs[:, 0]
     nodes, ends = np.unique(pairs, return_inverse=True)
     before, behind = ends.reshape(-1, 2).T
     graph = coo_array((np.ones(len(pairs), dtype=bool), (before, behind)), shape=(len(nodes), len(nodes)))
