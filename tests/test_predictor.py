@@ -1,0 +1,365 @@
+"""Predictions: equal to CryoSiam's, and the same bytes however patches are grouped."""
+
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from itertools import product
+
+import checkpoints
+import golden
+import h5py
+import mrcfile
+import numpy as np
+import pytest
+import torch
+from checkpoints import SMALL
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from monai.transforms import NormalizeIntensity, ScaleIntensityRange
+from skimage.transform import resize
+
+from cryosiam_dask.checkpoint import read_checkpoint
+from cryosiam_dask.errors import CheckpointError, DeviceError
+from cryosiam_dask.predictor import Predictor, PredictorSpec, load_predictor, normalise
+
+EVERYTHING = ("labels", "probabilities", "distances")
+
+
+def make_spec(path, **changes) -> PredictorSpec:
+    checkpoint = read_checkpoint(path)
+    spec = PredictorSpec(
+        checkpoint=str(path),
+        sha256=checkpoint.sha256,
+        device="cpu",
+        patch=checkpoint.patch_size,
+        classes=checkpoint.architecture.out_channels,
+        batch_size=2,
+        minimum=0,
+        maximum=1,
+        mean=0,
+        std=1,
+        threshold=0.1,
+    )
+    return replace(spec, **changes)
+
+
+def golden_spec(case, model="model.ckpt", yaml="config.yaml") -> PredictorSpec:
+    parameters = golden.configuration(case, yaml)["parameters"]
+    data = parameters["data"]
+    return make_spec(
+        golden.FOLDER / case / model,
+        patch=tuple(data["patch_size"]),
+        minimum=data["min"],
+        maximum=data["max"],
+        mean=data["mean"],
+        std=data["std"],
+        threshold=parameters["network"]["threshold"],
+    )
+
+
+def sliding_window(voxels, spec, every=1, mask=1):
+    """CryoSiam's sliding window, voxel by voxel; with `every` only each so many patches.
+
+    Returns the outputs, multiplied by the mask, and which voxels were predicted.
+    """
+    predictor = load_predictor(spec)
+    padded = np.zeros([max(s, p) for s, p in zip(voxels.shape, spec.patch, strict=True)], np.float32)
+    padded[tuple(slice(s) for s in voxels.shape)] = normalise(voxels, spec)
+    kept = {
+        name: np.zeros((() if name == "labels" else (spec.classes,)) + padded.shape, np.float32) for name in EVERYTHING
+    }
+    done = np.zeros(padded.shape, bool)
+    axes = [
+        [start for start in range(0, size, p // 2) if start < size - p // 4]
+        for size, p in zip(padded.shape, spec.patch, strict=True)
+    ]
+    for start in list(product(*axes))[::every]:
+        seen = np.ix_(*[(np.arange(p) + s) % n for s, p, n in zip(start, spec.patch, padded.shape, strict=True)])
+        result = predictor.predict_patches(padded[seen][None], EVERYTHING)
+        core, target = [], []
+        for s, p, n, starts in zip(start, spec.patch, padded.shape, axes, strict=True):
+            first = 0 if s == 0 else p // 4
+            last = n - s if s == starts[-1] else 3 * p // 4
+            core.append(slice(first, last))
+            target.append(slice(s + first, s + last))
+        for name, values in kept.items():
+            values[(..., *target)] = result[name][0][(..., *core)]
+        done[tuple(target)] = True
+    crop = (..., *(slice(s) for s in voxels.shape))
+    return {name: values[crop] * mask for name, values in kept.items()}, done[crop]
+
+
+def undecided(probabilities, threshold):
+    """Voxels whose label may flip: the two best values, of which none counts below the threshold, are within 1e-4."""
+    near = (np.abs(probabilities - threshold) < 1e-4).any(0)
+    if len(probabilities) > 1:
+        best = np.sort(probabilities, axis=0)
+        near |= best[-1] - best[-2] < 1e-4
+    return near
+
+
+def read_mask(case, shape):
+    with h5py.File(golden.FOLDER / case / "mask" / "tomo_preds.h5") as file:
+        mask = file["labels"][:].astype(np.int8)
+    if mask.shape != shape:
+        mask = resize(mask, shape, mode="constant", preserve_range=True).astype(np.int8)
+    return mask
+
+
+@pytest.mark.parametrize("case", golden.CASES)
+def test_predictions_equal_those_of_cryosiam(case):
+    expected, spec = golden.expected(case), golden_spec(case)
+    voxels = mrcfile.read(golden.FOLDER / case / "data" / "tomo.mrc")
+    mask = read_mask(case, voxels.shape) if case.startswith("masked") else np.ones(voxels.shape, np.int8)
+    # Of the larger volumes every third patch, which takes in all positions along every axis.
+    result, done = sliding_window(voxels, spec, every=1 if voxels.size < 30_000 else 3, mask=mask)
+    assert done.mean() > 0.3
+    np.testing.assert_allclose(result["probabilities"][:, done], expected["probs"][:, done], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(result["distances"][:, done], expected["distances"][:, done], rtol=1e-3, atol=1e-4)
+    sure = done & ~(undecided(result["probabilities"], spec.threshold) & (mask > 0))
+    assert sure.sum() > 0.99 * done.sum()
+    np.testing.assert_array_equal(result["labels"][sure], expected["labels"][sure])
+
+
+@pytest.mark.parametrize(
+    "model, yaml, labels, probabilities, tolerance",
+    [
+        ("lamella.ckpt", "config_lamella_none.yaml", "lamella_none", "lamella_probs", 1e-4),
+        ("semantic.ckpt", "config_semantic.yaml", "semantic_before_sizes", "semantic_probs", 1e-3),  # kept as float16
+    ],
+)
+def test_predictions_equal_those_of_cryosiam_in_the_main_job(model, yaml, labels, probabilities, tolerance):
+    case = "lamella_then_semantic"
+    expected, spec = golden.expected(case), golden_spec(case, model, yaml)
+    voxels = mrcfile.read(golden.FOLDER / case / "data" / "TS_a_6.80Apx.mrc")
+    mask = expected["lamella_slicewise"] if model == "semantic.ckpt" else np.ones(voxels.shape, np.uint8)
+    result, done = sliding_window(voxels, spec, every=11, mask=mask)
+    assert done.mean() > 0.05
+    np.testing.assert_allclose(
+        result["probabilities"][:, done], expected[probabilities][:, done], rtol=0, atol=tolerance
+    )
+    sure = done & ~(undecided(result["probabilities"], spec.threshold) & (mask > 0))
+    assert sure.sum() > 0.99 * done.sum()
+    np.testing.assert_array_equal(result["labels"][sure], expected[labels][sure])
+
+
+BLANK = PredictorSpec("", "", "cpu", (16, 16, 16), 3, 2, 0, 1, 0, 1, 0.1)
+intensities = st.floats(-1e4, 1e4, width=32)
+
+
+@given(
+    hnp.arrays(np.float32, hnp.array_shapes(max_dims=3, max_side=5), elements=intensities),
+    st.sampled_from(["<f4", ">f4", "f8", "<i2", ">i2"]),
+    intensities,
+    st.floats(0.125, 1e4, width=32),
+    st.floats(-2, 2, width=32),
+    st.floats(0.125, 8, width=32),
+)
+def test_intensities_are_scaled_as_by_monai(voxels, dtype, minimum, width, mean, std):
+    voxels = voxels.astype(dtype)
+    before = voxels.copy()
+    scaled = normalise(voxels, replace(BLANK, minimum=minimum, maximum=minimum + width, mean=mean, std=std))
+    reference = torch.from_numpy(voxels.astype(np.float32))
+    reference = ScaleIntensityRange(minimum, minimum + width, 0, 1, clip=True)(reference)
+    reference = NormalizeIntensity(subtrahend=mean, divisor=std)(reference)
+    np.testing.assert_allclose(scaled, np.asarray(reference), rtol=1e-6, atol=1e-6)
+    assert scaled.dtype == np.float32
+    np.testing.assert_array_equal(voxels, before)
+
+
+def test_voxels_that_are_no_numbers_count_as_the_minimum():
+    voxels = np.array([np.nan, np.inf, -np.inf, 1e300, -3e38, 3e38, 5, 15])
+    spec = replace(BLANK, minimum=5, maximum=25, mean=0.25, std=0.5)
+    np.testing.assert_array_equal(normalise(voxels, spec), [-0.5, -0.5, -0.5, -0.5, -0.5, 1.5, -0.5, 0.5])
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory) -> PredictorSpec:
+    return make_spec(checkpoints.write(tmp_path_factory.mktemp("model") / "model.ckpt"))
+
+
+def some_patches(count, spec, seed=0):
+    return np.random.default_rng(seed).random((count, *spec.patch), np.float32)
+
+
+@pytest.mark.parametrize("decoder", ["fpn", "bifpn"])
+def test_bytes_do_not_depend_on_batches_or_threads(tmp_path, decoder):
+    architecture = replace(SMALL, decoder=decoder, bifpn_layers=2 * (decoder == "bifpn"))
+    spec = make_spec(checkpoints.write(tmp_path / "model.ckpt", architecture))
+    patches = some_patches(5, spec)
+    expected = load_predictor(spec).predict_patches(patches, EVERYTHING)
+    threads = torch.get_num_threads()
+    try:
+        for batch_size, number in product((1, 2, 3, 8), (1, 2)):
+            torch.set_num_threads(number)
+            predictor = load_predictor(replace(spec, batch_size=batch_size))
+            whole = predictor.predict_patches(patches, EVERYTHING)
+            single = [predictor.predict_patches(patches[[i]], EVERYTHING) for i in (4, 2, 0, 3, 1)]
+            for name, values in expected.items():
+                np.testing.assert_array_equal(whole[name], values)
+                np.testing.assert_array_equal(np.concatenate([part[name] for part in single])[[2, 4, 1, 3, 0]], values)
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5])
+@pytest.mark.parametrize("threshold", [0, 0.1, 0.5, 0.9, 1])
+def test_labels_follow_from_probabilities(tmp_path, classes, threshold):
+    path = checkpoints.write(tmp_path / "model.ckpt", replace(SMALL, out_channels=classes))
+    spec = make_spec(path, threshold=threshold)
+    result = load_predictor(spec).predict_patches(some_patches(2, spec), EVERYTHING)
+    probabilities = result["probabilities"]
+    assert result["labels"].shape == (2, *spec.patch) and result["labels"].dtype == np.uint8
+    assert probabilities.shape == result["distances"].shape == (2, classes, *spec.patch)
+    assert probabilities.dtype == result["distances"].dtype == np.float32
+    if classes == 1:
+        expected = probabilities[:, 0] > np.float32(threshold)
+    else:
+        np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+        expected = np.where(probabilities < np.float32(threshold), 0, probabilities).argmax(axis=1)
+    np.testing.assert_array_equal(result["labels"], expected)
+
+
+def blind(value):
+    """Makes a checkpoint's scores the same everywhere: `value` for each class."""
+
+    def edit(saved):
+        saved["state_dict"]["_model.semantic_head.6.weight"].zero_()
+        saved["state_dict"]["_model.semantic_head.6.bias"][:] = torch.tensor(value)
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "scores, threshold, label",
+    [
+        ([0.0, 1.0, 1.0], 0.1, 1),  # the first of equals
+        ([1.0, 1.0, 0.0], 0.1, 0),
+        ([0.0, 1.0, 1.0], 0.5, 0),  # none reaches the threshold
+        ([0.0, 0.0, 9.0], 0.9, 2),
+        ([0.0], 0.5, 0),  # one class must exceed it
+        ([0.0], 0.4999, 1),
+        ([0.0, 0.0], 0.5, 0),
+        ([-1e4, 0.0], 1.0, 1),  # several classes need only reach it
+    ],
+)
+def test_ties_and_thresholds(tmp_path, scores, threshold, label):
+    path = checkpoints.write(tmp_path / "model.ckpt", replace(SMALL, out_channels=len(scores)), blind(scores))
+    spec = make_spec(path, threshold=threshold)
+    assert (load_predictor(spec).predict_patches(some_patches(1, spec), {"labels"})["labels"] == label).all()
+
+
+@pytest.mark.parametrize("wanted", [{"labels"}, {"probabilities"}, {"labels", "distances"}])
+def test_only_what_is_wanted_is_returned(spec, wanted):
+    predictor, patches = load_predictor(spec), some_patches(2, spec)
+    everything, result = predictor.predict_patches(patches, EVERYTHING), predictor.predict_patches(patches, wanted)
+    assert result.keys() == wanted
+    for name, values in result.items():
+        np.testing.assert_array_equal(values, everything[name])
+
+
+def test_arrays_of_any_layout(spec):
+    patches = some_patches(2, spec)
+    expected = load_predictor(spec).predict_patches(patches, {"probabilities"})["probabilities"]
+    read_only = patches.copy()
+    read_only.setflags(write=False)
+    for same in (
+        read_only,
+        np.asfortranarray(patches),
+        patches.astype(">f4"),
+        np.flip(patches)[::-1, ::-1, ::-1, ::-1],
+    ):
+        result = load_predictor(spec).predict_patches(same, {"probabilities"})
+        np.testing.assert_array_equal(result["probabilities"], expected)
+
+
+def test_a_checkpoint_without_distances(tmp_path):
+    spec = make_spec(checkpoints.write(tmp_path / "model.ckpt", replace(SMALL, distance_widths=None)))
+    predictor = load_predictor(spec)
+    assert predictor.predict_patches(some_patches(1, spec), {"labels"}).keys() == {"labels"}
+    with pytest.raises(CheckpointError, match="must hold a distance head"):
+        predictor.predict_patches(some_patches(1, spec), {"distances"})
+
+
+def test_the_specification_travels_and_is_loaded_once(spec):
+    copy = pickle.loads(pickle.dumps(spec))
+    assert copy == spec and hash(copy) == hash(spec)
+    found: list[Predictor] = []
+    threads = [threading.Thread(target=lambda: found.append(load_predictor(copy))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and {id(predictor) for predictor in found} == {id(load_predictor(spec))}
+
+
+def test_threads_of_one_process_do_not_disturb_each_other(spec):
+    patches = some_patches(6, spec)
+    expected = load_predictor(spec).predict_patches(patches, EVERYTHING)
+    found = {}
+
+    def predict(i):
+        found[i] = load_predictor(spec).predict_patches(patches[[i]], EVERYTHING)
+
+    threads = [threading.Thread(target=predict, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(np.concatenate([found[i][name] for i in range(6)]), values)
+
+
+def test_a_checkpoint_that_changed_is_refused(tmp_path):
+    path = checkpoints.write(tmp_path / "model.ckpt")
+    spec = make_spec(path)
+    checkpoints.write(path, seed=1)
+    with pytest.raises(CheckpointError, match="must stay as it is during a run"):
+        load_predictor(spec)
+
+
+def test_a_gpu_that_is_not_there_is_an_error_and_auto_is_the_cpu():
+    program = """
+from cryosiam_dask.errors import DeviceError
+from cryosiam_dask.predictor import resolve_device
+print(resolve_device("auto"), resolve_device("cpu"))
+try:
+    resolve_device("cuda")
+except DeviceError as error:
+    print(error)
+"""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    output = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert output.startswith("cpu cpu\ndevice cuda was asked for and must be usable; found ")
+    assert "--device cpu" in output
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decoder", ["fpn", "bifpn"])
+def test_the_gpu_agrees_with_the_cpu_for_every_batch(tmp_path, decoder):
+    architecture = replace(SMALL, decoder=decoder, bifpn_layers=2 * (decoder == "bifpn"))
+    spec = make_spec(checkpoints.write(tmp_path / "model.ckpt", architecture), batch_size=3)
+    patches = some_patches(7, spec)
+    on_cpu = load_predictor(spec).predict_patches(patches, EVERYTHING)
+    predictor = load_predictor(replace(spec, device="cuda"))
+    on_gpu = predictor.predict_patches(patches, EVERYTHING)
+    for name in ("probabilities", "distances"):
+        np.testing.assert_allclose(on_gpu[name], on_cpu[name], rtol=0, atol=1e-4)
+    for i, patch in enumerate(patches):
+        for name, values in predictor.predict_patches(patch[None], EVERYTHING).items():
+            np.testing.assert_array_equal(values[0], on_gpu[name][i])
+
+
+@pytest.mark.gpu
+def test_a_batch_too_large_for_the_gpu_is_an_error(tmp_path):
+    path = checkpoints.write(tmp_path / "model.ckpt")
+    spec = make_spec(path, device="cuda", patch=(256, 256, 256), batch_size=2**12)
+    with pytest.raises(DeviceError, match=r"batch_size 4096 and patch_size \[256, 256, 256\]"):
+        load_predictor(spec).predict_patches(some_patches(1, spec), {"labels"})
