@@ -178,6 +178,20 @@ class Blocks:
             )
         return cls((shape[0], shape[1], shape[2]), (edges[0], edges[1], edges[2]), ndim)
 
+    @classmethod
+    def between(cls, array: ChunkedArray, output: ChunkedArray) -> Blocks:
+        """Cut `array` into blocks of whole chunks of `output`: tasks may read across chunks, but must write whole ones.
+
+        Raises
+        ------
+        LabelsError
+            If the shapes differ, or a block is too large.
+        """
+        blocks = cls.of(output)
+        blocks = cls.of(array, blocks.block[3 - blocks.ndim :])
+        blocks.require_whole_chunks(output)
+        return blocks
+
     @property
     def counts(self) -> Index:
         """Number of blocks along each axis; one, of no voxels, along an axis of length 0."""
@@ -543,8 +557,7 @@ def remove_small(
     if not np.can_cast(labels.dtype, output.dtype):
         raise LabelsError(f"the output must hold labels of {np.dtype(labels.dtype)}", value=np.dtype(output.dtype))
     _require_two_arrays(labels, output)
-    blocks = Blocks.of(output)  # tasks may read across chunks, but must write whole ones
-    blocks.require_whole_chunks(output)
+    blocks = Blocks.between(labels, output)
     components = find_components(
         labels,
         connectivity=connectivity,

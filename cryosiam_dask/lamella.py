@@ -133,9 +133,7 @@ def postprocess_lamella(
             value=f"labels {shape}, probabilities {tuple(probabilities.shape)}",
             remedy="Turn parameters.network.postprocessing off for 2-D images",
         )
-    filled = Blocks.of(output)
-    filled.require_whole_chunks(output)
-
+    filled = Blocks.between(labels, output)
     smoothed = Blocks.of(labels, voxels=_SMOOTHED_VOXELS)
     above = work.create_array(
         "lamella_above_threshold",
