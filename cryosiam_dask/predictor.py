@@ -167,7 +167,7 @@ class Predictor:
         Parameters
         ----------
         voxels
-            Normalised, (n, *patch), float32; any number of patches.
+            Normalised, (n, *patch), float32; one patch or more, whatever the batch size.
         wanted
             Which of ``"labels"``, ``"probabilities"`` and ``"distances"`` to return.
 
@@ -208,9 +208,10 @@ class Predictor:
         self, voxels: npt.NDArray[np.float32], size: int, wanted: Collection[str]
     ) -> dict[str, npt.NDArray[np.generic]]:
         """Predict one batch of at most `size` patches."""
-        batch = np.zeros((size, 1, *voxels.shape[1:]), np.float32)
-        batch[: len(voxels), 0] = voxels
-        scores, distances = self._network(torch.from_numpy(batch).to(self.spec.device), distances="distances" in wanted)
+        batch = torch.zeros(size, 1, *voxels.shape[1:], device=self.spec.device)
+        # A copy, as torch takes no read-only, foreign-endian or flipped arrays.
+        batch[: len(voxels), 0] = torch.from_numpy(np.array(voxels, np.float32, order="C"))
+        scores, distances = self._network(batch, distances="distances" in wanted)
         probabilities = scores.sigmoid() if scores.shape[1] == 1 else scores.softmax(dim=1)
         result = {"probabilities": probabilities, "distances": distances}
         if "labels" in wanted:
