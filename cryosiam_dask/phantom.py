@@ -1,0 +1,272 @@
+"""Phantom tomograms whose truth is known, for the demo and for training its two small models.
+
+1. A lamella is a slab, slightly tilted against the grid, with noise only above and below it.
+2. Structures are drawn as signed distances into a volume with a margin: vesicles and tubes (membranes), globular
+   particles, worm-like filaments, microtubules. The lamella's faces cut them, as milling does.
+3. The detector adds white noise, the limited tilt range takes a wedge out of the Fourier transform, and a slight blur
+   stands for the denoising that CryoSiam expects before it.
+4. Dense matter is dark. Intensities are brought to 0..1, so that the documented ``min: 0`` and ``max: 1`` fit.
+
+The margin keeps the Fourier transform's periodicity out of the part that is cut out at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import mrcfile
+import numpy as np
+import scipy.fft
+from numpy.typing import NDArray
+from scipy import ndimage
+
+CLASS_NAMES = ("background", "membrane", "particle", "filament", "microtubule")
+MEMBRANE, PARTICLE, FILAMENT, MICROTUBULE = 1, 2, 3, 4
+
+SHAPE = (80, 112, 112)
+VOXEL_SIZE_ANGSTROM = 14.0
+
+# Lengths in voxels of 14 Å: a lamella of 70 to 78 nm, bilayers of 7 nm, particles of 17 to 25 nm,
+# filaments of 7 nm, microtubules of 25 nm.
+_MARGIN = 16
+_THICKNESS = (50.0, 56.0)
+_BILAYER = 2.4
+_PARTICLE_RADII = (6.0, 9.0)
+_FILAMENT = 2.4
+_MICROTUBULE, _MICROTUBULE_WALL = 9.0, 3.0
+_TILT_RANGE_DEGREES = 60.0
+
+Distances = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Phantom:
+    """A simulated tomogram and what it really shows.
+
+    Attributes
+    ----------
+    tomogram
+        (z, y, x), float32, 0..1; dense matter is dark.
+    truth
+        (z, y, x), uint8, index into `CLASS_NAMES`; 0 outside the lamella.
+    lamella
+        (z, y, x), uint8, 1 inside the lamella.
+    voxel_size_angstrom
+        Edge of a voxel in Å.
+    """
+
+    tomogram: NDArray[np.float32]
+    truth: NDArray[np.uint8]
+    lamella: NDArray[np.uint8]
+    voxel_size_angstrom: float = VOXEL_SIZE_ANGSTROM
+
+
+def make_phantom(seed: int, shape: tuple[int, int, int] = SHAPE) -> Phantom:
+    """Simulate a tomogram of a tilted lamella; the same seed and shape give the same phantom.
+
+    Parameters
+    ----------
+    seed
+        Decides everything that is random.
+    shape
+        (z, y, x) in voxels; z should exceed the lamella's 56 voxels.
+    """
+    rng = np.random.default_rng(seed)
+    canvas = _Canvas(tuple(s + 2 * _MARGIN for s in shape), rng)
+    lamella = _slab(canvas)
+    # From large to small, so that there is room for the large ones. Counts follow the area of the lamella.
+    area = shape[1] * shape[2] / (112 * 112)
+    for draw, count in ((_draw_microtubule, 1.5), (_draw_vesicle, 3), (_draw_tube, 2)):
+        for _ in range(round(count * area)):
+            draw(canvas)
+    _draw_filaments(canvas, round(50 * area))
+    _draw_particles(canvas, round(60 * area))
+    projection = _image(canvas, lamella)
+    inside = tuple(slice(_MARGIN, -_MARGIN) for _ in shape)
+    truth = np.where(lamella, canvas.labels, np.uint8(0))
+    return Phantom(
+        tomogram=_scale(projection[inside]),
+        truth=np.ascontiguousarray(truth[inside]),
+        lamella=lamella[inside].astype(np.uint8),
+    )
+
+
+def write_phantom(phantom: Phantom, folder: Path, stem: str) -> Path:
+    """Write ``<stem>.mrc`` (float32, with its voxel size) and ``<stem>_truth.npz`` (`labels`, `lamella`).
+
+    Returns
+    -------
+    Path
+        The tomogram.
+    """
+    path = folder / f"{stem}.mrc"
+    with mrcfile.new(path, overwrite=True) as mrc:
+        mrc.set_data(phantom.tomogram)
+        mrc.set_volume()
+        mrc.voxel_size = phantom.voxel_size_angstrom
+    np.savez_compressed(folder / f"{stem}_truth.npz", labels=phantom.truth, lamella=phantom.lamella)
+    return path
+
+
+def dice(prediction: NDArray[np.uint8], truth: NDArray[np.uint8], n_classes: int) -> tuple[float, ...]:
+    """Dice score of each class, 2 |A ∩ B| / (|A| + |B|), in the order of the labels; 1 where both lack the class."""
+    agreed = np.bincount(truth[prediction == truth], minlength=n_classes)
+    total = np.bincount(prediction.ravel(), minlength=n_classes) + np.bincount(truth.ravel(), minlength=n_classes)
+    return tuple(2 * int(a) / int(t) if t else 1.0 for a, t in zip(agreed, total, strict=True))
+
+
+class _Canvas:
+    """What has been drawn so far: density (0..1) and labels on a grid with its margin."""
+
+    def __init__(self, shape: tuple[int, ...], rng: np.random.Generator) -> None:
+        self.rng = rng
+        self.shape = shape
+        self.density = np.zeros(shape, np.float32)
+        self.labels = np.zeros(shape, np.uint8)
+
+    def box(self, low: NDArray[np.floating], high: NDArray[np.floating]) -> tuple[slice, ...]:
+        """The part of the grid between two corners."""
+        return tuple(
+            slice(max(0, math.floor(a)), min(s, math.ceil(b) + 1))
+            for a, b, s in zip(low, high, self.shape, strict=True)
+        )
+
+    def point(self, depth: float) -> NDArray[np.float64]:
+        """A random point (z, y, x) whose z is at most `depth` from the middle."""
+        point = self.rng.uniform(0, self.shape)
+        point[0] = self.shape[0] / 2 + self.rng.uniform(-depth, depth)
+        return point
+
+    def is_free(self, box: tuple[slice, ...], distance: Distances, clearance: float) -> bool:
+        """Whether nothing was drawn yet within `clearance` of where `distance` is negative."""
+        return not self.labels[box][distance < clearance].any()
+
+    def draw(self, box: tuple[slice, ...], distance: Distances, label: int, density: Distances | float) -> None:
+        """Draw what lies at a negative distance, with an edge one voxel wide."""
+        edge = np.clip(0.5 - distance, 0, 1) * density
+        np.maximum(self.density[box], edge, out=self.density[box])
+        self.labels[box][distance < 0] = label
+
+
+def _coordinates(box: tuple[slice, ...], origin: NDArray[np.float64]) -> list[Distances]:
+    """Coordinates of a box's voxels relative to a point, for broadcasting: z (d, 1, 1), y (1, h, 1), x (1, 1, w)."""
+    axes = (np.arange(part.start, part.stop) - at for part, at in zip(box, origin, strict=True))
+    return [a.astype(np.float32) for a in np.meshgrid(*axes, indexing="ij", sparse=True)]
+
+
+def _slab(canvas: _Canvas) -> NDArray[np.bool_]:
+    """The lamella: a slab about the middle, sloping a few degrees along y and x."""
+    z, y, x = _coordinates(tuple(slice(0, s) for s in canvas.shape), np.array(canvas.shape) / 2)
+    slope_y, slope_x = canvas.rng.uniform(0.02, 0.05, 2) * canvas.rng.choice([-1, 1], 2)
+    return np.asarray(np.abs(z - slope_y * y - slope_x * x) < canvas.rng.uniform(*_THICKNESS) / 2)
+
+
+def _direction(canvas: _Canvas, rise: float) -> NDArray[np.float64]:
+    """A random unit vector (z, y, x) that lies in the plane of the lamella but for a z of up to `rise`."""
+    angle = canvas.rng.uniform(0, 2 * np.pi)
+    vector = np.array([canvas.rng.uniform(-rise, rise), np.sin(angle), np.cos(angle)])
+    return np.asarray(vector / np.linalg.norm(vector))
+
+
+def _draw_vesicle(canvas: _Canvas) -> None:
+    """An ellipsoidal bilayer near the middle of the lamella, so that the faces cut the larger ones open."""
+    for _ in range(40):
+        radius = canvas.rng.uniform(16, 32)
+        centre = canvas.point(8)
+        stretch = canvas.rng.uniform(0.85, 1.15, 3)
+        box = canvas.box(centre - 1.2 * radius - 4, centre + 1.2 * radius + 4)
+        z, y, x = (c / s for c, s in zip(_coordinates(box, centre), stretch, strict=True))
+        shell = np.abs(np.sqrt(z * z + y * y + x * x) - radius) - _BILAYER
+        if canvas.is_free(box, shell, 4):
+            canvas.draw(box, shell, MEMBRANE, 0.75)
+            return
+
+
+def _draw_tube(canvas: _Canvas) -> None:
+    """A membrane tube with round ends."""
+    for _ in range(40):
+        start, radius = canvas.point(14), canvas.rng.uniform(10, 13)
+        end = start + _direction(canvas, 0.4) * canvas.rng.uniform(25, 60)
+        box = canvas.box(np.minimum(start, end) - radius - 5, np.maximum(start, end) + radius + 5)
+        shell = np.abs(_distance_to_segment(box, start, end) - radius) - _BILAYER
+        if canvas.is_free(box, shell, 4):
+            canvas.draw(box, shell, MEMBRANE, 0.75)
+            return
+
+
+def _draw_microtubule(canvas: _Canvas) -> None:
+    """A straight hollow cylinder across the whole field; its lumen belongs to it."""
+    for _ in range(40):
+        centre, along = canvas.point(14), _direction(canvas, 0.1) * sum(canvas.shape)
+        box = tuple(slice(0, s) for s in canvas.shape)
+        distance = _distance_to_segment(box, centre - along, centre + along) - _MICROTUBULE
+        if canvas.is_free(box, distance, 3):
+            canvas.draw(box, distance, MICROTUBULE, np.where(distance > -_MICROTUBULE_WALL, np.float32(0.85), 0))
+            return
+
+
+def _distance_to_segment(box: tuple[slice, ...], start: NDArray[np.float64], end: NDArray[np.float64]) -> Distances:
+    """Distance of each voxel from a line between two points."""
+    z, y, x = _coordinates(box, start)
+    along = (end - start).astype(np.float32)
+    nearest = np.clip((z * along[0] + y * along[1] + x * along[2]) / (along @ along), 0, 1)
+    offsets = (c - nearest * a for c, a in zip((z, y, x), along, strict=True))
+    return np.asarray(np.sqrt(sum(o * o for o in offsets)))
+
+
+def _draw_filaments(canvas: _Canvas, count: int) -> None:
+    """Worm-like chains: steps of one voxel whose direction drifts; a chain ends where it meets something."""
+    axis = np.zeros(canvas.shape, bool)
+    blocked = ndimage.binary_dilation(canvas.labels > 0, iterations=5)
+    for _ in range(count):
+        point, direction = canvas.point(26), _direction(canvas, 0.5)
+        for _ in range(int(canvas.rng.integers(40, 120))):
+            direction += canvas.rng.normal(0, 0.12, 3)
+            direction /= np.linalg.norm(direction)
+            point += direction
+            index = tuple(point.astype(int))
+            if point.min() < 0 or np.any(point >= canvas.shape) or blocked[index]:
+                break
+            axis[index] = True
+    distance = ndimage.distance_transform_edt(~axis).astype(np.float32) - _FILAMENT
+    canvas.draw(tuple(slice(0, s) for s in canvas.shape), distance, FILAMENT, 0.9)
+
+
+def _draw_particles(canvas: _Canvas, count: int) -> None:
+    """Globular complexes with a lumpy surface and a little structure inside."""
+    for _ in range(count):
+        for _ in range(20):
+            centre, radius = canvas.point(28), canvas.rng.uniform(*_PARTICLE_RADII)
+            box = canvas.box(centre - radius - 4, centre + radius + 4)
+            z, y, x = _coordinates(box, centre)
+            phase = canvas.rng.uniform(0, 2 * np.pi, 3).astype(np.float32)
+            lumps = sum(np.sin(0.6 * c + p) for c, p in zip((z, y, x), phase, strict=True))
+            distance = (np.sqrt(z * z + y * y + x * x) - radius + 0.4 * lumps).astype(np.float32)
+            if canvas.is_free(box, distance, 3):
+                canvas.draw(box, distance, PARTICLE, (0.95 + 0.1 * lumps / 3).astype(np.float32))
+                break
+
+
+def _image(canvas: _Canvas, lamella: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """The density as a microscope with a limited tilt range would show it: noise, missing wedge, slight blur."""
+    cytosol = ndimage.gaussian_filter(canvas.rng.standard_normal(canvas.shape, np.float32), 1.2)
+    cytosol *= 0.2 / cytosol.std()
+    density = np.where(lamella, canvas.density + 0.25 + cytosol * (1 - canvas.density), np.float32(0))
+    density += canvas.rng.normal(0, 0.3, canvas.shape).astype(np.float32)
+    spectrum = scipy.fft.rfftn(density)
+    kz, ky, kx = (
+        scipy.fft.fftfreq(canvas.shape[0])[:, None, None].astype(np.float32),
+        scipy.fft.fftfreq(canvas.shape[1])[None, :, None].astype(np.float32),
+        scipy.fft.rfftfreq(canvas.shape[2])[None, None, :].astype(np.float32),
+    )
+    # The specimen turns about y, so each projection fills a plane through the ky axis.
+    missing = np.abs(kz) > np.abs(kx) * np.tan(np.deg2rad(_TILT_RANGE_DEGREES))
+    blur = np.exp(-2 * (np.pi * 1.0) ** 2 * (kz**2 + ky**2 + kx**2))
+    return np.asarray(scipy.fft.irfftn(np.where(missing, 0, spectrum * blur), canvas.shape))
+
+
+def _scale(density: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Dark where dense, mean 0.6, standard deviation 0.15, cut to 0..1."""
+    return np.asarray(np.clip(0.6 - 0.15 * (density - density.mean()) / density.std(), 0, 1), np.float32)
