@@ -220,7 +220,8 @@ class Blocks:
     def read(self, array: ChunkedArray, index: Index) -> NDArray[Any]:
         """Return block `index` of `array` as a C-contiguous (z, y, x) NumPy array in native byte order."""
         part = np.asarray(array[self.slices(index)[3 - self.ndim :]])
-        return np.ascontiguousarray(part, dtype=part.dtype.newbyteorder("=")).reshape(self.extent(index))
+        # cc3d wants memory that it could write to, though it does not.
+        return np.require(part, part.dtype.newbyteorder("="), ["C", "W"]).reshape(self.extent(index))
 
     def write(self, array: WritableArray, index: Index, values: NDArray[Any] | int) -> None:
         """Write block `index` of `array`; `values` is a (z, y, x) block or one number for all of it."""

@@ -2,10 +2,15 @@
 
 import doctest
 import itertools
+import json
+import os
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 
 import cc3d
 import dask.array as da
@@ -160,6 +165,17 @@ def test_nothing_in_the_volume(shape):
     assert len(components) == 0 and not output.any()
     assert components.measurements.centroids.shape == (0, 3)
     assert components.select(np.zeros(0, dtype=bool)).voxels.size == 0
+
+
+@pytest.mark.parametrize("dtype", ["int8", ">i2", "<u4", ">u8", "bool"])
+def test_any_integers_in_any_byte_order_and_read_only(dtype):
+    labels = blobs((9, 10, 11), classes=1 if dtype == "bool" else 4).astype(dtype)
+    labels.flags.writeable = False
+    for view in (labels, np.asfortranarray(labels), labels[::-1, :, ::-1]):
+        components, output = instances(view, block=(9, 10, 11))
+        native = view.astype(np.uint8 if dtype == "bool" else np.dtype(dtype).newbyteorder("="), order="C")
+        np.testing.assert_array_equal(output, whole(native)[0])
+        np.testing.assert_array_equal(components.classes, native.reshape(-1)[components.first])
 
 
 def test_a_full_volume_is_one_component():
@@ -522,3 +538,17 @@ def test_errors_travel_from_the_workers(processes):
 
 def test_the_examples_in_the_docstrings():
     assert doctest.testmod(module).failed == 0
+
+
+def test_the_benchmark_still_runs(tmp_path):
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "benchmarks/bench_components.py", "--quick", "--output", tmp_path / "rows.json"],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["agrees"] for row in rows if row["method"].startswith("here")] == [True] * 3
