@@ -18,6 +18,11 @@ R = TypeVar("R")
 class Executor(Protocol):
     """Runs one function over many items."""
 
+    @property
+    def workers(self) -> int:
+        """How many calls run at the same time."""
+        ...
+
     def map(self, function: Callable[[T], R], items: Sequence[T], *, name: str) -> list[R]:
         """Return ``[function(item) for item in items]``.
 
@@ -36,6 +41,8 @@ class Executor(Protocol):
 
 class SerialExecutor:
     """Runs every call in this process, in order."""
+
+    workers = 1
 
     def map(self, function: Callable[[T], R], items: Sequence[T], *, name: str) -> list[R]:
         """Return ``[function(item) for item in items]``; `name` is not used."""

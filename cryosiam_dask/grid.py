@@ -307,6 +307,24 @@ def make_grid(shape: tuple[int, ...], patch: tuple[int, ...], block_size: int = 
     return Grid(tuple(BlockAxis(axis, d) for axis, d in zip(axes, cores, strict=True)))
 
 
+def block_size_for(shape: tuple[int, ...], patch: tuple[int, ...], largest: int, workers: int) -> int:
+    """Largest block size up to `largest` with which every worker gets at least two blocks, if there is one.
+
+    Parameters
+    ----------
+    shape, patch
+        See `make_grid`.
+    largest
+        Block edge in voxels that must not be exceeded.
+    workers
+        Number of workers.
+    """
+    size, smallest = largest, 3 * min(patch) // 2
+    while size > smallest and math.prod(make_grid(shape, patch, size).block_counts) < 2 * workers:
+        size -= min(patch)
+    return max(size, min(smallest, largest))
+
+
 def wrapped_segments(start: int, stop: int, size: int, padded: int) -> list[tuple[slice, slice]]:
     """Where the voxels of a window come from.
 

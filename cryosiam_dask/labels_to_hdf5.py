@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from cryosiam_dask.errors import OutputError
 
 LABELS, PROBABILITIES, DISTANCES = "labels", "probs", "distances"  # the names that viewers open
+REMOVED = "removed"  # labels of the voxels that a size filter took away; with them `labels` are the unfiltered ones
 CHUNK = {2: 256, 3: 64}  # voxels along each axis of an HDF5 chunk, by the number of axes
 BLOCK_CHUNKS = 4  # chunks along each axis that are in memory at once: 64 MiB of float32
 GZIP_LEVEL = 1  # every HDF5 reader has gzip; higher levels cost time and gain little
@@ -56,6 +57,7 @@ def write_hdf5(
     labels: Sliceable,
     *,
     attributes: Mapping[str, Any],
+    removed: Sliceable | None = None,
     probabilities: Sliceable | None = None,
     distances: Sliceable | None = None,
 ) -> None:
@@ -70,6 +72,8 @@ def write_hdf5(
     attributes
         Written to the file and to ``labels``: numbers, strings, sequences of either, mappings (as JSON). ``None`` is
         left out, and is NaN within a sequence of numbers, such as a voxel size known along two axes only.
+    removed : (z, y, x) or (y, x), uint8
+        Labels that a size filter set to 0, and 0 elsewhere; written as the dataset ``removed`` where given.
     probabilities, distances : (class, z, y, x) or (class, y, x), float32
         Written as the datasets ``probs`` and ``distances`` where given.
 
@@ -81,13 +85,17 @@ def write_hdf5(
     path = Path(path)
     with _replacing(path) as sink, h5py.File(sink, "w") as file, ThreadPoolExecutor() as pool:
         _write_labels(file, sink, labels, attributes, pool)
+        if removed is not None:
+            _write(file, sink, REMOVED, removed, np.dtype(np.uint8), pool)
         for name, source in ((PROBABILITIES, probabilities), (DISTANCES, distances)):
             if source is not None:
                 _write(file, sink, name, source, np.dtype(np.float32), pool)
 
 
-def replace_labels(path: str | Path, labels: Sliceable, *, attributes: Mapping[str, Any]) -> None:
-    """Replace the labels of a predictions file and keep all else that it holds.
+def replace_labels(
+    path: str | Path, labels: Sliceable, *, attributes: Mapping[str, Any], removed: Sliceable | None = None
+) -> None:
+    """Replace the labels of a predictions file and what was removed from them, and keep all else that it holds.
 
     Parameters
     ----------
@@ -95,6 +103,8 @@ def replace_labels(path: str | Path, labels: Sliceable, *, attributes: Mapping[s
         An existing predictions file.
     labels : (z, y, x) or (y, x), uint8
         The new labels; they may be computed from the old ones while these are replaced.
+    removed : (z, y, x) or (y, x), uint8
+        Labels that a size filter set to 0, and 0 elsewhere; ``None`` where nothing was removed.
     attributes
         Added to those of the file and of ``labels``, or put in their place; as in `write_hdf5`.
 
@@ -106,11 +116,13 @@ def replace_labels(path: str | Path, labels: Sliceable, *, attributes: Mapping[s
     path = Path(path)
     with _reading(path) as old, _replacing(path) as sink, h5py.File(sink, "w") as file, ThreadPoolExecutor() as pool:
         for name in old:
-            if name != LABELS:
+            if name not in (LABELS, REMOVED):
                 old.copy(name, file)
         file.attrs.update(old.attrs)
         earlier = dict(old[LABELS].attrs) if LABELS in old else {}
         _write_labels(file, sink, labels, attributes, pool, earlier)
+        if removed is not None:
+            _write(file, sink, REMOVED, removed, np.dtype(np.uint8), pool)
 
 
 def read_attributes(path: str | Path) -> dict[str, Any]:

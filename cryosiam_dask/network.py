@@ -278,10 +278,9 @@ def build_network(architecture: Architecture) -> Network:
 def required_divisor(architecture: Architecture) -> int:
     """Number that must divide every axis of a patch.
 
-    A quarter of a patch is its halo. The bidirectional pyramid doubles and halves exactly, down to stride 16; the other
-    decoder enlarges each level to the size of the next, whatever that is.
+    The stride of the coarsest level, so that no level is cut short: 16 for the bidirectional pyramid, 8 for the other.
     """
-    return 16 if architecture.decoder == "bifpn" else 4
+    return 16 if architecture.decoder == "bifpn" else 8
 
 
 def peak_bytes(architecture: Architecture, patch: tuple[int, ...], batch_size: int = 1) -> int:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import cryosiam_dask.grid
 from cryosiam_dask.errors import ConfigurationError
-from cryosiam_dask.grid import BlockAxis, PatchAxis, make_grid, wrapped_segments
+from cryosiam_dask.grid import BlockAxis, PatchAxis, block_size_for, make_grid, wrapped_segments
 
 
 def owner_by_writing_in_order(size: int, patch: int) -> np.ndarray:
@@ -122,3 +122,14 @@ def test_refusals_name_rule_value_place_and_remedy() -> None:
 
 def test_docstring_examples() -> None:
     assert doctest.testmod(cryosiam_dask.grid).failed == 0
+
+
+@given(st.integers(1, 400), st.sampled_from([8, 16, 32]), st.integers(4, 300), st.integers(1, 20))
+def test_blocks_shrink_until_every_worker_has_two(size: int, patch: int, largest: int, workers: int) -> None:
+    shape, patches = (size, size), (patch, patch)
+    chosen = block_size_for(shape, patches, largest, workers)
+    assert chosen <= largest
+    count = int(np.prod(make_grid(shape, patches, chosen).block_counts))
+    most = int(np.prod(make_grid(shape, patches, 1).block_counts))
+    assert count >= min(2 * workers, most)
+    assert chosen == largest or np.prod(make_grid(shape, patches, chosen + patch).block_counts) < 2 * workers

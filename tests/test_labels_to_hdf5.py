@@ -112,16 +112,18 @@ def test_replaced_labels_keep_the_rest(tmp_path: Path) -> None:
     path = tmp_path / "x.h5"
     labels = random_labels((30, 70, 20))
     scores = np.random.default_rng(1).random((3, 30, 70, 20)).astype(np.float32)
-    write_hdf5(path, labels, probabilities=scores, attributes={"nstart": (1, 2, 3), "sizes": (-1, -1)})
+    write_hdf5(path, labels, probabilities=scores, removed=labels, attributes={"nstart": (1, 2, 3), "sizes": (-1, -1)})
     with h5py.File(path, "a") as file:
         file.create_group("notes")["mine"] = 7
         file["labels"].attrs["seen_by"] = "me"
         expected_bytes = file["probs"].id.get_storage_size()
     with h5py.File(path) as old:
         replace_labels(path, old["labels"], attributes={"sizes": (-1, 5000)})  # from the very file that is replaced
-    replace_labels(path, labels // 2, attributes={})
+        assert set(h5py.File(path)) == {"labels", "probs", "notes"}  # what was removed belonged to the old labels
+    replace_labels(path, labels // 2, removed=labels - labels // 2, attributes={})
     with h5py.File(path) as file:
-        assert set(file) == {"labels", "probs", "notes"}
+        assert set(file) == {"labels", "probs", "notes", "removed"}
+        np.testing.assert_array_equal(file["labels"][:] + file["removed"][:], labels)
         assert file["notes/mine"][()] == 7
         np.testing.assert_array_equal(file["labels"][:], labels // 2)
         np.testing.assert_array_equal(file["probs"][:], scores)

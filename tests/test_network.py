@@ -41,9 +41,9 @@ def test_scores_and_distances_have_the_shape_of_the_patch(name):
     assert run(network, torch.rand(1, 1, *shape))[1] is None
 
 
-@pytest.mark.parametrize("size", [4, 12, 20, 36])
+@pytest.mark.parametrize("size", [8, 16, 24, 40])
 def test_every_multiple_of_the_divisor_is_a_patch(size):
-    assert required_divisor(SMALL) == 4 and required_divisor(VARIANTS["bifpn"]) == 16
+    assert required_divisor(SMALL) == 8 and required_divisor(VARIANTS["bifpn"]) == 16
     assert run(build_network(SMALL), torch.rand(1, 1, size, size, size))[0].shape[2:] == (size,) * 3
 
 

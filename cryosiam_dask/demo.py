@@ -1,0 +1,145 @@
+"""The demo: two phantom tomograms through the very path that a user takes, compared with the truth.
+
+It writes tomograms and the two YAML files to a folder, runs the lamella and then the semantic model on them with the
+small models that ship with the package, prints the Dice score of every class and draws a picture of every tomogram.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import h5py
+import mrcfile
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from cryosiam_dask.errors import OutputError
+from cryosiam_dask.phantom import CLASS_NAMES, dice, make_phantom, write_phantom
+from cryosiam_dask.pipeline import Outcome
+from cryosiam_dask.preview import write_preview
+from cryosiam_dask.runner import Device, say, segment
+
+SEEDS: Mapping[str, int] = {"phantom_1": 1, "phantom_2": 2}
+
+
+def run_demo(folder: Path, console: Console, *, device: Device = "auto", workers: int | None = None) -> list[Outcome]:
+    """Run the demo.
+
+    Parameters
+    ----------
+    folder
+        Where to work; made if it is missing.
+    console
+        Where to print.
+    device, workers
+        See `cryosiam_dask.runner.segment`.
+
+    Raises
+    ------
+    OutputError
+        If the folder cannot be written to.
+    """
+    tomograms, lamella, semantic = (folder / name for name in ("tomograms", "lamella", "semantic"))
+    try:
+        tomograms.mkdir(parents=True, exist_ok=True)
+        for stem, seed in SEEDS.items():
+            if not (tomograms / f"{stem}.mrc").exists():  # a demo that is repeated finds its outputs done
+                write_phantom(make_phantom(seed), tomograms, stem)
+    except OSError as error:
+        raise OutputError(
+            "the demo needs a folder that it can write to", place=folder, value=error.strerror,
+            remedy="Choose another one with --output",
+        ) from None  # fmt: skip
+    say(console, f"made {len(SEEDS)} phantom tomograms in {tomograms}")
+    outcomes: list[Outcome] = []
+    with as_file(files("cryosiam_dask") / "models") as models:
+        stages = {
+            "lamella": _lamella(tomograms, lamella, models / "demo_lamella.ckpt"),
+            "semantic": _semantic(tomograms, lamella, semantic, models / "demo_semantic.ckpt"),
+        }
+        for stage, configuration in stages.items():
+            config_file = folder / f"config_{stage}.yaml"
+            config_file.write_text(yaml.safe_dump(configuration, sort_keys=False))
+            say(console, f"\ncryosiam-dask semantic-predict --config-file {config_file}")
+            outcomes += segment(config_file, console, device=device, workers=workers, overwrite=True)
+    if all(outcome.status != "failed" for outcome in outcomes):
+        _compare(folder, console)
+    return outcomes
+
+
+def _lamella(tomograms: Path, output: Path, model: Path) -> dict[str, Any]:
+    return {
+        "data_folder": str(tomograms),
+        "prediction_folder": str(output),
+        "trained_model": str(model),
+        "file_extension": ".mrc",
+        "test_files": None,
+        "save_internal_files": False,
+        "parameters": {
+            "data": {"min": 0, "max": 1, "mean": 0, "std": 1},
+            "network": {
+                "in_channels": 1,
+                "spatial_dims": 3,
+                "threshold": 0.9,
+                "postprocessing": True,
+                "3d_postprocessing": False,
+            },
+        },
+        "hyper_parameters": {"batch_size": 2},
+    }
+
+
+def _semantic(tomograms: Path, masks: Path, output: Path, model: Path) -> dict[str, Any]:
+    return {
+        "data_folder": str(tomograms),
+        "mask_folder": str(masks),
+        "prediction_folder": str(output),
+        "trained_model": str(model),
+        "file_extension": ".mrc",
+        "test_files": None,
+        "parameters": {
+            "data": {"min": 0, "max": 1, "mean": 0, "std": 1},
+            "network": {
+                "in_channels": 1,
+                "spatial_dims": 3,
+                "threshold": 0.1,
+                "postprocessing_sizes": [-1, 500, 200, 50, 200],
+            },
+        },
+        "hyper_parameters": {"batch_size": 2},
+    }
+
+
+def _compare(folder: Path, console: Console) -> None:
+    """Print the Dice scores and draw the pictures."""
+    table = Table("Dice score", "lamella", *CLASS_NAMES[1:])
+    scores = {}
+    for stem in SEEDS:
+        with (
+            np.load(folder / "tomograms" / f"{stem}_truth.npz") as truth,
+            h5py.File(folder / "lamella" / f"{stem}_preds.h5") as lamella,
+            h5py.File(folder / "semantic" / f"{stem}_preds.h5") as semantic,
+            mrcfile.open(folder / "tomograms" / f"{stem}.mrc") as tomogram,
+        ):
+            inside = dice(lamella["labels"][()], truth["lamella"], 2)[1]
+            classes = dice(semantic["labels"][()], truth["labels"], len(CLASS_NAMES))[1:]
+            scores[stem] = dict(zip(("lamella", *CLASS_NAMES[1:]), (inside, *classes), strict=True))
+            table.add_row(stem, *(f"{score:.3f}" for score in scores[stem].values()))
+            write_preview(
+                folder / f"{stem}.png",
+                tomogram.data,
+                semantic["labels"],
+                voxel_size_angstrom=float(semantic.attrs["voxel_size_angstrom"][-1]),
+                class_names=CLASS_NAMES,
+                lamella=lamella["labels"],
+                title=stem,
+            )
+    (folder / "dice.json").write_text(json.dumps(scores, indent=2) + "\n")
+    console.print(table)
+    say(console, "pictures: " + ", ".join(str(folder / f"{stem}.png") for stem in SEEDS))

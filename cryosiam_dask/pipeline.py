@@ -1,0 +1,450 @@
+"""A collection of tomograms from files to files, and what became of each.
+
+`run` takes the tomograms of a plan one after the other through the stages::
+
+    tomogram.mrc ─ingest─▶ zarr ─predict─▶ labels ─lamella─▶ ─remove small─▶ ─export─▶ <stem>_preds.h5
+
+A tomogram that fails is recorded and the others go on. An output appears complete or not at all.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import math
+import os
+import platform
+import shutil
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import h5py
+import numpy as np
+import zarr
+
+from cryosiam_dask._version import __version__
+from cryosiam_dask.components import remove_small
+from cryosiam_dask.config import Configuration
+from cryosiam_dask.errors import (
+    ConfigurationError,
+    CryosiamDaskError,
+    OutputError,
+    Problems,
+)
+from cryosiam_dask.executor import SERIAL, Executor
+from cryosiam_dask.grid import block_size_for, make_grid
+from cryosiam_dask.labels_to_hdf5 import read_attributes, replace_labels, write_hdf5, write_mrc
+from cryosiam_dask.lamella import postprocess_lamella
+from cryosiam_dask.mask import open_mask
+from cryosiam_dask.mrc_to_zarr import IngestReport, TomogramHeader, ingest, read_header
+from cryosiam_dask.plan import MRC_LABEL, Job, RunPlan, removal_sizes, with_sizes
+from cryosiam_dask.progress import Reporter
+from cryosiam_dask.zarr_to_labels import StoredPrediction, create_outputs, predict_store
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one tomogram.
+
+    Attributes
+    ----------
+    stem
+        Its name.
+    status
+        ``"done"``, ``"skipped"`` or ``"failed"``.
+    shape
+        (z, y, x) in voxels; empty where the file could not be read.
+    seconds
+        Wall-clock time spent on it.
+    voxels
+        Voxels of each label.
+    warnings
+        What needs attention.
+    error
+        Why it failed.
+    details
+        The traceback of an error that this program did not foresee.
+    """
+
+    stem: str
+    status: Literal["done", "skipped", "failed"]
+    shape: tuple[int, ...] = ()
+    seconds: float = 0.0
+    voxels: tuple[int, ...] = ()
+    warnings: tuple[str, ...] = ()
+    error: str = ""
+    details: str = field(default="", repr=False)
+
+
+def run(
+    plan: RunPlan, reporter: Reporter, *, device: Literal["cpu", "cuda"] = "cpu", executor: Executor = SERIAL
+) -> list[Outcome]:
+    """Segment the tomograms of a plan.
+
+    Parameters
+    ----------
+    plan
+        From `plan_run`.
+    reporter
+        Told what happens.
+    device
+        What the workers run the network on.
+    executor
+        Runs the pieces of every stage.
+
+    Returns
+    -------
+    list of Outcome
+        One for each tomogram, those that were done before included. Failures are outcomes, not exceptions.
+    """
+    plan.configuration.prediction_folder.mkdir(parents=True, exist_ok=True)
+    outcomes = [Outcome(job.stem, "skipped") for job in plan.skipped]
+    for job in plan.jobs:
+        began = time.monotonic()
+        reporter.begin(job.stem)
+        header: TomogramHeader | None = None
+        try:
+            header = read_header(job.source)
+            voxels, warnings = _segment(plan, job, header, device, executor)
+            outcome = Outcome(job.stem, "done", header.shape, time.monotonic() - began, voxels, warnings)
+            reporter.end(f"done in {outcome.seconds:.0f} s, {job.output}")
+        except Exception as error:
+            shape = header.shape if header else ()
+            outcome = _failed(job.stem, shape, began, error, job.output)
+            reporter.end(f"FAILED: {outcome.error}")
+        outcomes.append(outcome)
+    return outcomes
+
+
+def _failed(stem: str, shape: tuple[int, ...], began: float, error: Exception, path: Path) -> Outcome:
+    """The outcome of a tomogram whose work on the output `path` ended with `error`."""
+    details = ""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        error = OutputError(
+            "work and output folder must be writable and have space left",
+            place=error.filename or path.parent,
+            value=error.strerror,
+            remedy="Free space, change the permissions, or set work_folder or prediction_folder to another disk",
+        )
+    if isinstance(error, CryosiamDaskError):
+        message = str(error)
+    else:
+        message = f"{path}: unexpected {type(error).__name__}: {error}"
+        details = "".join(traceback.format_exception(error))
+    return Outcome(stem, "failed", shape, time.monotonic() - began, error=message, details=details)
+
+
+def _segment(
+    plan: RunPlan, job: Job, header: TomogramHeader, device: Literal["cpu", "cuda"], executor: Executor
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """One tomogram from file to file; returns the voxels of each label, and warnings."""
+    configuration, network = plan.configuration, plan.configuration.parameters.network
+    block_size = block_size_for(header.shape, plan.patch, configuration.block_size, executor.workers)
+    grid = make_grid(header.shape, plan.patch, block_size)
+    mask = None if job.mask is None else open_mask(job.mask, header.shape)
+    with _work_group(configuration, job.stem) as work:
+        tomogram, report = ingest(job.source, work.store, executor=executor)
+        outputs = create_outputs(work, grid, plan.checkpoint.architecture.out_channels, plan.wanted)
+        predict_store(StoredPrediction(plan.spec(device), grid, tomogram, outputs, mask), executor=executor)
+        labels, warnings = outputs["labels"], list(report.warnings)
+        if network.postprocessing:
+            filled = _like(work, "lamella", labels)
+            found = postprocess_lamella(
+                outputs["probabilities"],
+                labels,
+                filled,
+                threshold=plan.threshold,
+                hull="volume" if network.hull_3d else "slices",
+                work=work,
+                executor=executor,
+            ).found
+            if not found:
+                warnings.append(
+                    f"no lamella found: no smoothed probability lies above the threshold {plan.threshold:g}. "
+                    "The labels were left as they are. Lower network.threshold, and check trained_model"
+                )
+            labels = filled
+        unfiltered, sizes = labels, removal_sizes(configuration)
+        if sizes:
+            labels = _like(work, "filtered", unfiltered)
+            remove_small(unfiltered, labels, _for_all_labels(sizes), executor=executor)
+        voxels = _count_voxels(labels, plan.labels, executor)
+        if voxels[0] == math.prod(header.shape):
+            warnings.append(_why_blank(plan, report))
+        attributes = _attributes(plan, job, report, warnings)
+        if job.output.suffix == ".h5":
+            internal = outputs if configuration.save_internal_files else {}
+            write = partial(
+                write_hdf5,
+                labels=labels,
+                removed=Removed(unfiltered, labels) if sizes else None,
+                probabilities=internal.get("probabilities"),
+                distances=internal.get("distances"),
+                attributes=attributes,
+            )
+        else:
+            write = partial(
+                write_mrc,
+                labels=labels,
+                voxel_size_angstrom=header.voxel_size_angstrom,
+                origin_angstrom=header.origin_angstrom,
+                nstart=header.nstart,
+                label=MRC_LABEL + job.fingerprint,
+            )
+        executor.map(write, [job.output], name="export")
+    return voxels, tuple(warnings)
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """The labels that the size filter removed, computed while they are read.
+
+    Kept in an output, they give back the unfiltered labels by addition, so that other sizes can be tried without
+    inference; they compress to next to nothing.
+
+    Parameters
+    ----------
+    unfiltered, filtered
+        Labels before and after, (z, y, x), uint8.
+    """
+
+    unfiltered: Any
+    filtered: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(z, y, x)."""
+        return tuple(self.filtered.shape)
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """Of the filtered labels."""
+        return tuple(self.filtered.chunks)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """uint8."""
+        return np.dtype(np.uint8)
+
+    def __getitem__(self, region: Any) -> Any:
+        return self.unfiltered[region] - self.filtered[region]
+
+
+@contextmanager
+def _work_group(configuration: Configuration, stem: str) -> Iterator[zarr.Group]:
+    """An empty zarr group for a tomogram's intermediate arrays, which no other run uses at the same time."""
+    folder = (configuration.work_folder or configuration.prediction_folder) / f"{stem}.work.zarr"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    complete = False
+    try:
+        try:
+            # The kernel drops the lock with the process, however that ends; some network disks know no locks.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                "only one run may work on a tomogram at a time",
+                place=folder,
+                value="a folder in use by another run",
+                remedy="Wait for the other run, or use another prediction_folder",
+            ) from None
+        except OSError:
+            pass
+        for left_over in folder.iterdir():
+            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+        yield zarr.create_group(str(folder))
+        complete = True
+    finally:
+        os.close(lock)
+        if not (complete and configuration.keep_work):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _like(work: zarr.Group, name: str, labels: zarr.Array[Any]) -> zarr.Array[Any]:
+    return work.create_array(
+        name, shape=labels.shape, chunks=labels.chunks, dtype=labels.dtype, fill_value=0, compressors=labels.compressors
+    )
+
+
+def _for_all_labels(sizes: Sequence[int]) -> list[int]:
+    """One entry for each label that uint8 holds; those without an entry of their own are left alone."""
+    return [*sizes, *[-1] * (256 - len(sizes))]
+
+
+def _count_voxels(labels: zarr.Array[Any], count: int, executor: Executor) -> tuple[int, ...]:
+    counts = executor.map(partial(_count_chunk, labels, count), _corners(labels), name="count")
+    totals = np.zeros(max(map(len, counts)), np.int64)
+    for chunk in counts:
+        totals[: len(chunk)] += chunk
+    return tuple(totals.tolist())
+
+
+def _count_chunk(labels: zarr.Array[Any], count: int, corner: tuple[int, ...]) -> Any:
+    return np.bincount(np.asarray(labels[_chunk_region(labels, corner)]).ravel(), minlength=count)
+
+
+def _why_blank(plan: RunPlan, report: IngestReport) -> str:
+    data, statistics = plan.configuration.parameters.data, report.statistics
+    lowest, highest = (math.nan if v is None else v for v in (statistics.minimum, statistics.maximum))
+    return (
+        f"every voxel is background. Its intensities run from {lowest:g} to {highest:g}, and min {data.min:g} to max "
+        f"{data.max:g} is what the network sees: set parameters.data.min and max to the range of the tomogram, verify "
+        f"trained_model and lower network.threshold (now {plan.threshold:g})"
+        + ("; check that the masks in mask_folder are not empty" if plan.configuration.mask_folder else "")
+    )
+
+
+def _attributes(plan: RunPlan, job: Job, report: IngestReport, warnings: Sequence[str]) -> dict[str, Any]:
+    header = report.header
+    packages = ("dask", "h5py", "monai", "numpy", "scikit-image", "torch", "zarr")
+    return {
+        "software": f"cryosiam_dask {__version__}",
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "source": job.source.name,
+        "voxel_size_angstrom": header.voxel_size_angstrom,
+        "origin_angstrom": header.origin_angstrom,
+        "nstart": header.nstart,
+        "axes": "zyx"[-len(header.shape) :],
+        "checkpoint": plan.configuration.trained_model.name,
+        "checkpoint_sha256": plan.checkpoint.sha256,
+        "configuration": plan.configuration.model_dump_json(by_alias=True),
+        "threshold": plan.threshold,
+        "patch_size": plan.patch,
+        "postprocessing_sizes": removal_sizes(plan.configuration),
+        "warnings": "\n".join(warnings),
+        "prediction_fingerprint": job.prediction_fingerprint,
+        "fingerprint": job.fingerprint,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- after the run
+
+
+def postprocess(
+    configuration: Configuration, reporter: Reporter, *, filename: str | None = None, executor: Executor = SERIAL
+) -> list[Outcome]:
+    """Apply ``postprocessing_sizes`` to written predictions, without inference.
+
+    It starts from the labels before any removal, so that other sizes can be tried and the same sizes change nothing.
+
+    Parameters
+    ----------
+    configuration
+        The YAML file; of its paths only ``prediction_folder`` is read.
+    reporter
+        Told what happens.
+    filename
+        Name of a single tomogram; rules over ``test_files``.
+    executor
+        Runs the pieces.
+
+    Raises
+    ------
+    Problems
+        If there are no predictions or no sizes.
+    """
+    predictions = _find_predictions(configuration, filename)
+    sizes = removal_sizes(configuration)
+    outcomes = []
+    for path in predictions:
+        stem, began = path.name.removesuffix("_preds.h5"), time.monotonic()
+        reporter.begin(stem)
+        shape: tuple[int, ...] = ()
+        try:
+            with _work_group(configuration, stem) as work:
+                unfiltered = _read_unfiltered(path, work, executor)
+                shape = unfiltered.shape
+                labels = _like(work, "filtered", unfiltered)
+                remove_small(unfiltered, labels, _for_all_labels(sizes), executor=executor)
+                voxels = _count_voxels(labels, max(2, len(sizes)), executor)
+                attributes: dict[str, Any] = {"postprocessing_sizes": sizes}
+                prediction = read_attributes(path).get("prediction_fingerprint")
+                if prediction:
+                    attributes["fingerprint"] = with_sizes(prediction, sizes)
+                write = partial(
+                    replace_labels, labels=labels, removed=Removed(unfiltered, labels), attributes=attributes
+                )
+                executor.map(write, [path], name="export")
+            outcome = Outcome(stem, "done", shape, time.monotonic() - began, voxels)
+            reporter.end(f"done in {outcome.seconds:.0f} s, {path}")
+        except Exception as error:
+            outcome = _failed(stem, shape, began, error, path)
+            reporter.end(f"FAILED: {outcome.error}")
+        outcomes.append(outcome)
+    return outcomes
+
+
+def _find_predictions(configuration: Configuration, filename: str | None) -> list[Path]:
+    folder, extension = configuration.prediction_folder, configuration.file_extension
+    names = (filename,) if filename is not None else configuration.test_files
+    if names is None:
+        predictions = sorted(folder.glob("*_preds.h5"))
+    else:
+        predictions = [folder / f"{name.removesuffix(extension)}_preds.h5" for name in names]
+    problems: list[CryosiamDaskError] = [
+        OutputError(
+            "there must be a written prediction of this name",
+            place="key prediction_folder",
+            value=f"no file {path}",
+            remedy="Run semantic-predict first",
+        )
+        for path in predictions or [folder / "*_preds.h5"]
+        if not path.is_file()
+    ]
+    if configuration.parameters.network.postprocessing_sizes is None:
+        problems.append(
+            ConfigurationError(
+                "this key is required to remove small components",
+                place="key parameters.network.postprocessing_sizes",
+                remedy="Add a list with one entry per label, such as [ -1, 5000, -1, -1, -1 ]",
+            )
+        )
+    if problems:
+        raise Problems(problems)
+    return predictions
+
+
+def _read_unfiltered(path: Path, work: zarr.Group, executor: Executor) -> zarr.Array[Any]:
+    """Copy the labels of a written prediction, with what was removed from them, to a zarr array."""
+    try:
+        with h5py.File(path, "r") as file:
+            stored = file["labels"]
+            shape, kind = stored.shape, stored.dtype
+    except (OSError, KeyError, AttributeError):
+        raise OutputError(
+            "a prediction must be an HDF5 file with a dataset 'labels'",
+            place=path,
+            remedy="Run semantic-predict again",
+        ) from None
+    if kind.kind not in "iu":
+        raise OutputError("labels must be whole numbers", place=path, value=kind, remedy="Run semantic-predict again")
+    labels = work.create_array("labels", shape=shape, chunks=tuple(min(128, n) for n in shape), dtype=np.uint8)
+    executor.map(partial(_read_unfiltered_chunk, path, labels), _corners(labels), name="read")
+    return labels
+
+
+def _read_unfiltered_chunk(path: Path, labels: zarr.Array[Any], corner: tuple[int, ...]) -> None:
+    region = _chunk_region(labels, corner)
+    with h5py.File(path, "r") as file:
+        chunk = file["labels"][region]
+        if "removed" in file:
+            chunk += file["removed"][region]
+    if chunk.min() < 0 or chunk.max() > 255:
+        raise OutputError("labels must lie between 0 and 255", place=path, value=chunk.max())
+    labels[region] = chunk
+
+
+def _corners(array: zarr.Array[Any]) -> list[tuple[int, ...]]:
+    return list(product(*(range(0, n, c) for n, c in zip(array.shape, array.chunks, strict=True))))
+
+
+def _chunk_region(array: zarr.Array[Any], corner: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(a, min(a + c, n)) for a, c, n in zip(corner, array.chunks, array.shape, strict=True))

@@ -1,0 +1,174 @@
+"""From a YAML file to a finished run, with what a person sees of it: the steps that the commands share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from distributed.system import MEMORY_LIMIT
+from rich.console import Console
+from rich.table import Table
+
+from cryosiam_dask.cluster import DaskExecutor, Setup, open_cluster
+from cryosiam_dask.config import read_configuration
+from cryosiam_dask.mrc_to_zarr import convert, read_header
+from cryosiam_dask.pipeline import Outcome, postprocess, run
+from cryosiam_dask.plan import RunPlan, plan_run
+from cryosiam_dask.predictor import load_predictor, resolve_device
+from cryosiam_dask.progress import make_reporter
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def segment(
+    config_file: Path,
+    console: Console,
+    *,
+    filename: str | None = None,
+    device: Device = "auto",
+    workers: int | None = None,
+    overwrite: bool = False,
+    dashboard_address: str = "127.0.0.1:8787",
+) -> list[Outcome]:
+    """Plan and run one configuration, and print what becomes of it.
+
+    Parameters
+    ----------
+    config_file
+        The YAML file.
+    console
+        Where to print.
+    filename, overwrite
+        See `cryosiam_dask.plan.plan_run`.
+    device
+        ``"auto"``: CUDA where it can be used, else the CPU.
+    workers
+        Worker processes; ``None``: all visible GPUs, or as many as cores and memory allow.
+    dashboard_address
+        Where the Dask dashboard listens.
+
+    Raises
+    ------
+    Problems, ConfigurationError, DeviceError
+        What stands in the way of the run.
+    """
+    plan = plan_run(read_configuration(config_file), filename=filename, overwrite=overwrite)
+    for note in plan.notes:
+        say(console, f"note: {note}")
+    for job in plan.skipped:
+        say(console, f"{job.stem}: skipped, {job.output} was made from the same input, checkpoint and settings")
+    if not plan.jobs:
+        outcomes = [Outcome(job.stem, "skipped") for job in plan.skipped]
+        print_table(console, outcomes)
+        return outcomes
+    chosen = resolve_device(device)
+    if workers is None:
+        workers = default_workers(plan) if chosen == "cpu" else 0
+    with open_cluster(chosen, workers, dashboard_address=dashboard_address) as client:
+        client.register_plugin(Setup(partial(load_predictor, plan.spec(chosen))), name="model")
+        count = len(client.scheduler_info(n_workers=-1)["workers"])
+        say(
+            console,
+            f"{_number(len(plan.jobs), 'tomogram')} on {_number(count, f'{chosen} worker')}; "
+            f"dashboard {client.dashboard_link}",
+        )
+        reporter = make_reporter(console, len(plan.jobs))
+        try:
+            outcomes = run(plan, reporter, device=chosen, executor=DaskExecutor(client, reporter.step))
+        finally:
+            reporter.close()
+    print_table(console, outcomes)
+    return outcomes
+
+
+def postprocess_again(
+    config_file: Path, console: Console, *, filename: str | None = None, workers: int | None = None
+) -> list[Outcome]:
+    """Apply ``postprocessing_sizes`` to written predictions, and print what becomes of it.
+
+    Parameters
+    ----------
+    config_file, console, filename, workers
+        See `segment`.
+    """
+    configuration = read_configuration(config_file)
+    with open_cluster("cpu", workers or cores()) as client:
+        reporter = make_reporter(console, 1)
+        try:
+            outcomes = postprocess(
+                configuration, reporter, filename=filename, executor=DaskExecutor(client, reporter.step)
+            )
+        finally:
+            reporter.close()
+    print_table(console, outcomes)
+    return outcomes
+
+
+def convert_file(
+    source: Path, target: Path, console: Console, *, overwrite: bool = False, workers: int | None = None
+) -> None:
+    """Convert one tomogram to zarr, and print what was found in it.
+
+    Parameters
+    ----------
+    source, target, overwrite
+        See `cryosiam_dask.mrc_to_zarr.convert`.
+    console, workers
+        See `segment`.
+    """
+    header = read_header(source)  # what is wrong with it is said before workers start
+    with open_cluster("cpu", 1 if header.compressed else workers or cores()) as client:
+        report = convert(source, target, executor=DaskExecutor(client), overwrite=overwrite)
+    statistics = report.statistics
+    say(console, f"{target}: {' × '.join(map(str, header.shape))} (z, y, x), {header.dtype}")
+    if statistics.minimum is not None:
+        say(console, f"intensities {statistics.minimum:g} to {statistics.maximum:g}, mean {statistics.mean:g}")
+    for note in header.notes:
+        say(console, f"note: {note}")
+    for warning in report.warnings:
+        say(console, f"attention: {warning}")
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def default_workers(plan: RunPlan) -> int:
+    """CPU worker processes that both cores and memory allow, at least one."""
+    return max(1, min(cores(), int(0.8 * MEMORY_LIMIT / plan.bytes_per_worker)))
+
+
+def say(console: Console, message: str) -> None:
+    """Print a line as it is."""
+    console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def _number(count: int, thing: str) -> str:
+    return f"{count} {thing}{'s' * (count != 1)}"
+
+
+def print_table(console: Console, outcomes: Sequence[Outcome]) -> None:
+    """Print what became of every tomogram, and after it what needs attention."""
+    table = Table("tomogram", "status", "shape (z, y, x)", "seconds", "voxels of each label, from 0")
+    for outcome in outcomes:
+        table.add_row(
+            outcome.stem,
+            outcome.status,
+            " × ".join(map(str, outcome.shape)),
+            f"{outcome.seconds:.1f}" if outcome.seconds else "",
+            "  ".join(f"{n:,}" for n in outcome.voxels),
+        )
+    if not console.is_terminal:
+        console = Console(file=console.file, width=160)
+    console.print(table)
+    for outcome in outcomes:
+        for warning in outcome.warnings:
+            say(console, f"attention, {outcome.stem}: {warning}")
+        if outcome.error:
+            say(console, f"failed, {outcome.stem}: {outcome.error}")
+            if outcome.details and os.environ.get("CRYOSIAM_DASK_DEBUG"):
+                say(console, outcome.details)

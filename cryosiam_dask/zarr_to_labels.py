@@ -1,0 +1,305 @@
+"""Tomogram to labels: the network's sliding window, block by block.
+
+A block (see `cryosiam_dask.grid`) is read with the halo that its patches need, its patches are predicted in batches,
+and the cores of the patches are put together to the block's labels, probabilities and distances. `predict_window` does
+that for the voxels of one block, wherever they come from. Two ways lead to it:
+
+* `predict_store` for stored volumes: every task reads its own block with its halo from the zarr store and writes whole
+  chunks of the outputs. Nothing but the block's index travels. This is what the command line runs.
+* `predict` for any Dask array: a graph of `dask.array.map_overlap`, in which Dask moves the halos.
+
+Both give the same bytes; ``benchmarks/bench_halo.py`` compares their cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.codecs import BloscCodec
+
+from cryosiam_dask.executor import SERIAL, Executor
+from cryosiam_dask.grid import DEFAULT_BLOCK_SIZE, Block, Grid, make_grid, wrapped_segments
+from cryosiam_dask.mask import Mask, read_mask
+from cryosiam_dask.predictor import PredictorSpec, load_predictor, normalise
+
+Array = npt.NDArray[Any]
+
+#: What a network can be asked for, and the dtype of each.
+OUTPUTS: Mapping[str, type] = {"labels": np.uint8, "probabilities": np.float32, "distances": np.float32}
+
+
+def predict_window(
+    spec: PredictorSpec, voxels: Array, block: Block, wanted: Sequence[str], mask: Array | None = None
+) -> dict[str, Array]:
+    """Predict one block.
+
+    Parameters
+    ----------
+    spec
+        The network and how it is run.
+    voxels
+        The block's window, normalised: ``block.window_shape`` (z, y, x), float32.
+    block
+        Which patches to predict and where their cores belong.
+    wanted
+        Keys of `OUTPUTS`.
+    mask
+        ``block.shape`` (z, y, x), 0 or 1; every output is multiplied by it. A patch whose core lies outside it is not
+        predicted.
+
+    Returns
+    -------
+    dict
+        ``labels`` (z, y, x), ``probabilities`` and ``distances`` (class, z, y, x), as far as they were wanted.
+    """
+    predictor = load_predictor(spec)
+    leading = {name: (() if name == "labels" else (spec.classes,)) for name in wanted}
+    result: dict[str, Array] = {name: np.zeros(leading[name] + block.shape, OUTPUTS[name]) for name in wanted}
+    patches = [p for p in block.patches if mask is None or mask[p.target].any()]
+    for first in range(0, len(patches), spec.batch_size):
+        batch = patches[first : first + spec.batch_size]
+        predicted = predictor.predict_patches(np.stack([voxels[p.window] for p in batch]), frozenset(wanted))
+        for name, values in predicted.items():
+            for patch, value in zip(batch, values, strict=True):
+                result[name][_all_classes(patch.target)] = value[_all_classes(patch.core)]
+    if mask is not None:
+        result = {name: values * mask for name, values in result.items()}
+    return result
+
+
+def _all_classes(region: tuple[slice, ...]) -> Any:
+    """Index of a region in an array that may have a class axis before its (z, y, x)."""
+    return (..., *region)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPrediction:
+    """Where a tomogram's prediction reads and writes; travels to the workers.
+
+    Attributes
+    ----------
+    spec
+        The network and how it is run.
+    grid
+        Patches and blocks.
+    tomogram
+        Intensities as stored, (z, y, x).
+    outputs
+        Arrays to fill by name, with chunks of ``grid.chunks`` over their last axes; zero where nothing is written.
+    mask
+        The lamella, or ``None``.
+    """
+
+    spec: PredictorSpec
+    grid: Grid
+    tomogram: zarr.Array[Any]
+    outputs: Mapping[str, zarr.Array[Any]]
+    mask: Mask | None = None
+
+
+def create_outputs(
+    group: zarr.Group, grid: Grid, classes: int, wanted: Sequence[str], overwrite: bool = False
+) -> dict[str, zarr.Array[Any]]:
+    """Create the arrays that a prediction fills.
+
+    Parameters
+    ----------
+    group
+        Where to create them; each is called by its name in `wanted`.
+    grid
+        Gives shape and chunks.
+    classes
+        Length of the class axis of ``probabilities`` and ``distances``.
+    wanted
+        Keys of `OUTPUTS`.
+    overwrite
+        Replace arrays of these names.
+    """
+    outputs = {}
+    for name in wanted:
+        leading = () if name == "labels" else (classes,)
+        outputs[name] = group.create_array(
+            name,
+            shape=leading + grid.shape,
+            chunks=(1,) * len(leading) + grid.chunks,
+            dtype=OUTPUTS[name],
+            fill_value=0,
+            compressors=BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"),
+            overwrite=overwrite,
+        )
+    return outputs
+
+
+def predict_store(prediction: StoredPrediction, *, executor: Executor = SERIAL) -> int:
+    """Predict a stored tomogram.
+
+    Parameters
+    ----------
+    prediction
+        What to read and where to write.
+    executor
+        Runs the blocks.
+
+    Returns
+    -------
+    int
+        Number of blocks that the mask did not rule out.
+    """
+    done = executor.map(partial(predict_stored_block, prediction), prediction.grid.indices(), name="predict")
+    return sum(done)
+
+
+def predict_stored_block(prediction: StoredPrediction, index: tuple[int, ...]) -> bool:
+    """Read, predict and write one block; returns whether there was anything to predict in it."""
+    grid = prediction.grid
+    block = grid.block(index)
+    mask = None if prediction.mask is None else read_mask(prediction.mask, block.region)
+    if mask is not None and not mask.any():
+        return False  # The outputs hold zeros already.
+    voxels = read_window(prediction.tomogram, block, grid, prediction.spec)
+    result = predict_window(prediction.spec, voxels, block, tuple(prediction.outputs), mask)
+    for name, values in result.items():
+        prediction.outputs[name][_all_classes(block.region)] = values
+    return True
+
+
+def read_window(tomogram: Any, block: Block, grid: Grid, spec: PredictorSpec) -> npt.NDArray[np.float32]:
+    """Read what a block's patches see.
+
+    Parameters
+    ----------
+    tomogram
+        Intensities as stored, (z, y, x); anything that slices like an array.
+    block, grid
+        Which voxels.
+    spec
+        How intensities are scaled.
+
+    Returns
+    -------
+    ndarray
+        ``block.window_shape`` (z, y, x), float32: normalised, then padded with zeros and wrapped around past the end.
+    """
+    voxels = np.zeros(block.window_shape, np.float32)
+    segments = [
+        wrapped_segments(start, stop, a.axis.size, a.axis.padded)
+        for (start, stop), a in zip(block.window, grid.axes, strict=True)
+    ]
+    for pieces in product(*segments):
+        source, target = zip(*pieces, strict=True)
+        voxels[target] = normalise(np.asarray(tomogram[source]), spec)
+    return voxels
+
+
+def predict(
+    tomogram: da.Array,
+    spec: PredictorSpec,
+    *,
+    outputs: Sequence[str] = ("labels",),
+    mask: da.Array | None = None,
+    block_size: int = DEFAULT_BLOCK_SIZE,
+) -> dict[str, da.Array]:
+    """Predict any Dask array of intensities, lazily.
+
+    Parameters
+    ----------
+    tomogram
+        Intensities, (z, y, x) or (y, x), any chunks and any real dtype.
+    spec
+        The network and how it is run.
+    outputs
+        Which of ``"labels"``, ``"probabilities"`` and ``"distances"``. Labels alone are the cheapest to move.
+    mask
+        Shape of the tomogram, 0 or 1; every output is multiplied by it.
+    block_size
+        Edge in voxels of the blocks to aim for; never changes a value.
+
+    Returns
+    -------
+    dict
+        ``labels`` uint8 (z, y, x); ``probabilities`` and ``distances`` float32 (class, z, y, x).
+
+    Raises
+    ------
+    ConfigurationError
+        If patch and tomogram differ in their number of axes.
+    """
+    grid = make_grid(tomogram.shape, spec.patch, block_size)
+    axes = [a.axis for a in grid.axes]
+    window = tomogram.map_blocks(partial(normalise, spec=spec), dtype=np.float32)
+    window = da.pad(window, [(0, axis.padded - axis.size) for axis in axes])
+    window = da.pad(window, [(0, axis.extent - axis.padded) for axis in axes], mode="wrap")
+    window = window.rechunk(tuple(tuple(np.diff([*a.edges[:-1], a.axis.extent])) for a in grid.axes))
+    regions = tuple(tuple(int(n) for n in np.diff(a.edges)) for a in grid.axes)
+
+    def overlap(names: tuple[str, ...], stacked: bool) -> da.Array:
+        return da.map_overlap(
+            partial(_predict_chunk, grid=grid, spec=spec, names=names, stacked=stacked),
+            window,
+            depth={i: axis.halo for i, axis in enumerate(axes)},
+            boundary="none",
+            trim=False,
+            allow_rechunk=False,
+            new_axis=0 if stacked else None,
+            chunks=((len(names) * spec.classes,), *regions) if stacked else regions,
+            dtype=np.float32 if stacked else np.uint8,
+            meta=np.zeros((0,) * (len(axes) + stacked), np.float32 if stacked else np.uint8),
+            token="predict",
+        )
+
+    fields = tuple(name for name in outputs if name != "labels")
+    result = {}
+    if fields:
+        # One evaluation of the network for everything: labels follow from the probabilities.
+        names = tuple(dict.fromkeys(("probabilities", *fields))) if "labels" in outputs else fields
+        stack = overlap(names, stacked=True)
+        result = {name: stack[i * spec.classes : (i + 1) * spec.classes] for i, name in enumerate(names)}
+        if "labels" in outputs:
+            probabilities = result["probabilities"].rechunk({0: -1})
+            result["labels"] = probabilities.map_blocks(
+                partial(labels_of, threshold=spec.threshold), drop_axis=0, dtype=np.uint8
+            )
+    elif "labels" in outputs:
+        result["labels"] = overlap(("labels",), stacked=False)
+    if mask is not None:
+        result = {name: values * mask.astype(values.dtype) for name, values in result.items()}
+    return {name: result[name] for name in outputs}
+
+
+def _predict_chunk(
+    voxels: Array, *, grid: Grid, spec: PredictorSpec, names: tuple[str, ...], stacked: bool, block_info: Any = None
+) -> Array:
+    """`predict_window` on one chunk of a `map_overlap` graph, whose location Dask tells."""
+    location = block_info[None]["chunk-location"][1 if stacked else 0 :]
+    block = grid.block(tuple(location))
+    voxels = voxels[tuple(slice(0, n) for n in block.window_shape)]
+    result = predict_window(spec, voxels, block, names)
+    return np.concatenate([result[name] for name in names]) if stacked else result["labels"]
+
+
+def labels_of(probabilities: Array, threshold: float) -> npt.NDArray[np.uint8]:
+    """Labels that follow from probabilities.
+
+    Parameters
+    ----------
+    probabilities
+        (class, z, y, x), float32.
+    threshold
+        One class: a voxel above it is 1. Several: values below it count as 0 and the largest wins, the first of
+        equals; where none reaches it the label is 0.
+    """
+    limit = np.float32(threshold)
+    labels: Array
+    if len(probabilities) == 1:
+        labels = probabilities[0] > limit
+    else:
+        labels = np.where(probabilities < limit, np.float32(0), probabilities).argmax(0)
+    return labels.astype(np.uint8)
