@@ -1,5 +1,48 @@
-"""CryoSiam's lamella and semantic segmentation of cryo-electron tomograms, on chunked arrays with Dask."""
+"""CryoSiam's lamella and semantic segmentation of cryo-electron tomograms, on chunked arrays with Dask.
+
+The stages are functions on Dask arrays and zarr stores and can be used one by one::
+
+    import dask.array as da
+    import cryosiam_dask
+
+    cryosiam_dask.convert("TS_01.mrc", "TS_01.zarr")
+    spec = cryosiam_dask.predictor_spec("cryosiam_semantic.ckpt")
+    labels = cryosiam_dask.predict(da.from_zarr("TS_01.zarr"), spec)["labels"]
+
+They are imported when they are first used: torch alone takes seconds.
+"""
+
+from importlib import import_module
+from typing import Any
 
 from cryosiam_dask._version import __version__
 
-__all__ = ["__version__"]
+_HOMES = {
+    "config": ("read_configuration",),
+    "plan": ("plan_run",),
+    "pipeline": ("postprocess", "run"),
+    "mrc_to_zarr": ("convert", "ingest", "read_header"),
+    "checkpoint": ("read_checkpoint",),
+    "predictor": ("PredictorSpec", "predictor_spec"),
+    "grid": ("make_grid",),
+    "zarr_to_labels": ("StoredPrediction", "create_outputs", "labels_of", "predict", "predict_store"),
+    "mask": ("open_mask", "read_mask"),
+    "lamella": ("postprocess_lamella",),
+    "components": ("find_components", "remove_small", "write_instances"),
+    "labels_to_hdf5": ("read_attributes", "write_hdf5", "write_mrc"),
+    "preview": ("write_preview",),
+    "cluster": ("DaskExecutor", "open_cluster"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -127,7 +127,13 @@ def run(
 def _failed(stem: str, shape: tuple[int, ...], began: float, error: Exception, path: Path) -> Outcome:
     """The outcome of a tomogram whose work on the output `path` ended with `error`."""
     details = ""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+    if isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EROFS,
+        errno.EACCES,
+    ):
         error = OutputError(
             "work and output folder must be writable and have space left",
             place=error.filename or path.parent,

@@ -30,15 +30,13 @@ from cryosiam_dask.errors import (
 from cryosiam_dask.grid import make_grid
 from cryosiam_dask.labels_to_hdf5 import read_attributes
 from cryosiam_dask.network import peak_bytes, required_divisor
-from cryosiam_dask.predictor import PredictorSpec
+from cryosiam_dask.predictor import PredictorSpec, default_threshold
 
 #: Raised whenever a change of the code changes a result, so that outputs of before are not taken for done.
 NUMBERS_VERSION = 1
 
 MRC_LABEL = "cryosiam_dask "  # before the fingerprint, in the only place of an MRC header that takes text
 _PROCESS_BYTES = 700 * 2**20  # Python with its libraries, one process
-
-_LAMELLA_THRESHOLD, _SEMANTIC_THRESHOLD = 0.9, 0.1  # documented defaults of network.threshold
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +168,7 @@ def plan_run(configuration: Configuration, *, filename: str | None = None, overw
         checkpoint = read_checkpoint(configuration.trained_model)
         patch = _check_network(configuration, checkpoint, problems, notes)
         given = configuration.parameters.network.threshold
-        default = _LAMELLA_THRESHOLD if checkpoint.architecture.out_channels == 1 else _SEMANTIC_THRESHOLD
-        threshold = default if given is None else given
+        threshold = default_threshold(checkpoint.architecture.out_channels) if given is None else given
     except CheckpointError as error:
         problems.append(error)
     if checkpoint is None or problems:

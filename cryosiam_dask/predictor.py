@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -62,6 +63,60 @@ class PredictorSpec:
     mean: float
     std: float
     threshold: float
+
+
+def predictor_spec(
+    checkpoint: str | Path,
+    *,
+    patch_size: tuple[int, ...] | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    batch_size: int = 2,
+    minimum: float = 0.0,
+    maximum: float = 1.0,
+    mean: float = 0.0,
+    std: float = 1.0,
+    threshold: float | None = None,
+) -> PredictorSpec:
+    """Say how to predict with a checkpoint; what is not given is CryoSiam's documented default.
+
+    Parameters
+    ----------
+    checkpoint
+        CryoSiam's ``.ckpt``.
+    patch_size
+        Voxels, (z, y, x) or (y, x); the checkpoint's own by default.
+    device
+        See `resolve_device`.
+    batch_size, minimum, maximum, mean, std
+        See `PredictorSpec`.
+    threshold
+        See `PredictorSpec` and `default_threshold`.
+
+    Raises
+    ------
+    CheckpointError, DeviceError
+        If the checkpoint or the device cannot be used.
+    """
+    found = read_checkpoint(checkpoint)
+    classes = found.architecture.out_channels
+    return PredictorSpec(
+        checkpoint=str(checkpoint),
+        sha256=found.sha256,
+        device=resolve_device(device),
+        patch=tuple(patch_size or found.patch_size),
+        classes=classes,
+        batch_size=batch_size,
+        minimum=minimum,
+        maximum=maximum,
+        mean=mean,
+        std=std,
+        threshold=default_threshold(classes) if threshold is None else threshold,
+    )
+
+
+def default_threshold(classes: int) -> float:
+    """CryoSiam's documented threshold: 0.9 for a lamella (one class), 0.1 for several classes."""
+    return 0.9 if classes == 1 else 0.1
 
 
 def normalise(voxels: npt.NDArray[Any], spec: PredictorSpec) -> npt.NDArray[np.float32]:

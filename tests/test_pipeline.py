@@ -1,0 +1,314 @@
+"""From files to files in this process: outputs, what is kept, and what a fault leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import golden
+import h5py
+import mrcfile
+import numpy as np
+import pytest
+import yaml
+import zarr
+
+from cryosiam_dask import __version__
+from cryosiam_dask.config import Configuration, read_configuration
+from cryosiam_dask.errors import Problems
+from cryosiam_dask.pipeline import Outcome, postprocess, run
+from cryosiam_dask.plan import plan_run
+
+SHAPE = (24, 20, 22)
+
+
+class Listener:
+    """A reporter that remembers."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def begin(self, tomogram: str) -> None:
+        self.messages.append(f"begin {tomogram}")
+
+    def step(self, name: str, done: int, total: int) -> None:
+        self.messages.append(name)
+
+    def end(self, message: str) -> None:
+        self.messages.append(message)
+
+    def say(self, message: str) -> None:
+        self.messages.append(message)
+
+    def close(self) -> None:
+        self.messages.append("close")
+
+
+def write_tomogram(path: Path, seed: int, shape: tuple[int, ...] = SHAPE) -> None:
+    with mrcfile.new(path) as mrc:
+        mrc.set_data(np.random.default_rng(seed).random(shape, np.float32))
+        mrc.voxel_size = 9.96
+        mrc.header.origin = (10, 20, 30)
+        mrc.nstart = (1, 2, 3)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    for seed, stem in enumerate(("TS_1", "TS_2_9.96Apx", "TS_3")):
+        write_tomogram(tmp_path / "data" / f"{stem}.mrc", seed)
+    checkpoints.write(tmp_path / "model.ckpt", seed=35)  # all three labels occur
+    return tmp_path
+
+
+def configure(folder: Path, network: dict[str, Any] | None = None, **changes: Any) -> Configuration:
+    values = {
+        "data_folder": str(folder / "data"),
+        "prediction_folder": str(folder / "out"),
+        "trained_model": str(folder / "model.ckpt"),
+        "parameters": {"network": network or {}},
+        **changes,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    return read_configuration(folder / "config.yaml")
+
+
+def segment(configuration: Configuration, **options: Any) -> dict[str, Outcome]:
+    return {outcome.stem: outcome for outcome in run(plan_run(configuration, **options), Listener())}
+
+
+def labels(folder: Path, stem: str = "TS_1") -> np.ndarray:
+    with h5py.File(folder / "out" / f"{stem}_preds.h5") as file:
+        return file["labels"][:]
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_outputs_as_the_viewer_opens_them(folder: Path) -> None:
+    outcomes = segment(configure(folder, save_internal_files=True))
+    assert [outcome.status for outcome in outcomes.values()] == ["done"] * 3
+    assert files(folder / "out") == ["TS_1_preds.h5", "TS_2_9.96Apx_preds.h5", "TS_3_preds.h5"]
+    with h5py.File(folder / "out" / "TS_2_9.96Apx_preds.h5") as file:
+        assert set(file) == {"labels", "probs", "distances"}
+        assert file["labels"].shape == SHAPE and file["labels"].dtype == np.uint8
+        assert file["probs"].shape == file["distances"].shape == (3, *SHAPE)
+        assert file["probs"].dtype == file["distances"].dtype == np.float32
+        assert file["labels"].chunks and file["labels"].compression == "gzip"
+        np.testing.assert_allclose(file["probs"][:].sum(axis=0), 1, atol=1e-5)
+        np.testing.assert_array_equal(file["labels"][:], file["probs"][:].argmax(axis=0))
+        attributes = dict(file.attrs)
+        counts = np.bincount(file["labels"][:].ravel(), minlength=3)
+    assert outcomes["TS_2_9.96Apx"].voxels == tuple(counts)
+    np.testing.assert_allclose(attributes["voxel_size_angstrom"], 9.96, rtol=1e-5)
+    np.testing.assert_array_equal(attributes["origin_angstrom"], (30, 20, 10))  # (z, y, x)
+    np.testing.assert_array_equal(attributes["nstart"], (3, 2, 1))
+    assert attributes["software"] == f"cryosiam_dask {__version__}"
+    assert json.loads(attributes["configuration"])["parameters"]["network"]["spatial_dims"] == 3
+    assert len(attributes["checkpoint_sha256"]) == 64 and "torch" in attributes["versions"]
+
+
+def test_done_is_skipped_and_made_otherwise_needs_overwrite(folder: Path) -> None:
+    segment(configure(folder))
+    before = {path: path.read_bytes() for path in (folder / "out").iterdir()}
+    assert {outcome.status for outcome in segment(configure(folder)).values()} == {"skipped"}
+    (folder / "out" / "TS_3_preds.h5").unlink()
+    assert [outcome.status for outcome in segment(configure(folder)).values()] == ["skipped", "skipped", "done"]
+    assert {path: path.read_bytes() for path in (folder / "out").iterdir()} == before  # the same bytes again
+    with pytest.raises(Problems, match="--overwrite"):
+        plan_run(configure(folder, {"threshold": 0.5}))
+    outcomes = segment(configure(folder, {"threshold": 0.5}), overwrite=True)
+    assert {outcome.status for outcome in outcomes.values()} == {"done"}
+
+
+def test_bytes_depend_on_no_block_size(folder: Path) -> None:
+    segment(configure(folder, save_internal_files=True, block_size=24))
+    with h5py.File(folder / "out" / "TS_1_preds.h5") as file:
+        small = {name: file[name][:] for name in file}
+    segment(configure(folder, save_internal_files=True), overwrite=True)
+    with h5py.File(folder / "out" / "TS_1_preds.h5") as file:
+        for name, values in small.items():
+            np.testing.assert_array_equal(file[name][:], values)
+
+
+def test_mrc_output_has_the_inputs_name_place_and_size(folder: Path) -> None:
+    segment(configure(folder))
+    outcomes = segment(configure(folder, save_original_file_extension=True))
+    assert outcomes["TS_2_9.96Apx"].status == "done"
+    path = folder / "out" / "TS_2_9.96Apx.mrc"
+    assert mrcfile.validate(path)
+    with mrcfile.open(path) as mrc:
+        assert mrc.data.dtype == np.int8
+        np.testing.assert_array_equal(mrc.data, labels(folder, "TS_2_9.96Apx"))
+        assert mrc.voxel_size.x == pytest.approx(9.96)
+        assert mrc.header.origin.tolist() == (10, 20, 30)
+        assert mrc.nstart.tolist() == (1, 2, 3)
+    assert {o.status for o in segment(configure(folder, save_original_file_extension=True)).values()} == {"skipped"}
+
+
+def test_broken_files_fail_alone(folder: Path) -> None:
+    whole = (folder / "data" / "TS_2_9.96Apx.mrc").read_bytes()
+    (folder / "data" / "TS_2_9.96Apx.mrc").write_bytes(whole[:-100])
+    (folder / "data" / "notes.mrc").write_text("not a tomogram")
+    write_tomogram(folder / "data" / "image.mrc", 0, (30, 40))
+    outcomes = segment(configure(folder))
+    assert {stem for stem, o in outcomes.items() if o.status == "done"} == {"TS_1", "TS_3"}
+    assert "TS_2_9.96Apx.mrc" in outcomes["TS_2_9.96Apx"].error
+    assert "notes.mrc" in outcomes["notes"].error
+    assert "as many axes as the tomogram, which has 2" in outcomes["image"].error
+    assert not any(o.details for o in outcomes.values())  # each was foreseen
+    assert files(folder / "out") == ["TS_1_preds.h5", "TS_3_preds.h5"]
+
+
+def test_unreadable_masks_fail_alone(folder: Path) -> None:
+    (folder / "masks").mkdir()
+    for stem, values in (("TS_1", np.ones(SHAPE, np.uint8)), ("TS_3", np.full(SHAPE, 7, np.uint8))):
+        with h5py.File(folder / "masks" / f"{stem}_preds.h5", "w") as file:
+            file["labels"] = values
+    (folder / "masks" / "TS_2_9.96Apx_preds.h5").write_bytes(b"not HDF5")
+    outcomes = segment(configure(folder, mask_folder=str(folder / "masks")))
+    assert [outcomes[s].status for s in ("TS_1", "TS_2_9.96Apx", "TS_3")] == ["done", "failed", "failed"]
+    assert "TS_2_9.96Apx_preds.h5" in outcomes["TS_2_9.96Apx"].error
+    assert "7" in outcomes["TS_3"].error
+    assert files(folder / "out") == ["TS_1_preds.h5"]
+
+
+def test_failure_while_writing_keeps_the_earlier_output(folder: Path) -> None:
+    segment(configure(folder))
+    before = labels(folder)
+    (folder / "data" / "TS_1.mrc").write_bytes(b"")
+    outcomes = segment(configure(folder), overwrite=True)
+    assert outcomes["TS_1"].status == "failed"
+    np.testing.assert_array_equal(labels(folder), before)
+
+
+def test_nans_and_blank_results_are_warned_of(folder: Path) -> None:
+    voxels = np.random.default_rng(0).random(SHAPE, np.float32)
+    voxels[3, 4, 5:8] = np.nan
+    with (
+        pytest.warns(RuntimeWarning, match="NaN"),
+        mrcfile.new(folder / "data" / "TS_1.mrc", overwrite=True) as mrc,
+    ):
+        mrc.set_data(voxels)
+    outcomes = segment(configure(folder, {"threshold": 1.0}))
+    nans, blank = (next(w for w in outcomes["TS_1"].warnings if word in w) for word in ("NaN", "background"))
+    assert "3 voxels" in nans
+    assert "every voxel is background" in blank and "parameters.data.min" in blank and "network.threshold" in blank
+    with h5py.File(folder / "out" / "TS_1_preds.h5") as file:
+        assert "NaN" in file.attrs["warnings"]
+
+
+def test_no_lamella_keeps_the_thresholded_labels_and_warns(folder: Path) -> None:
+    segment(configure(folder, {"threshold": 0.999}))
+    thresholded = labels(folder)
+    outcomes = segment(configure(folder, {"threshold": 0.999, "postprocessing": True}), overwrite=True)
+    assert any("no lamella found" in warning for warning in outcomes["TS_1"].warnings)
+    np.testing.assert_array_equal(labels(folder), thresholded)
+
+
+@pytest.mark.parametrize("work", [None, "work"])
+def test_work_store_is_removed_or_kept(folder: Path, work: str | None) -> None:
+    place = folder / (work or "out")
+    where = {"work_folder": str(place)} if work else {}
+    segment(configure(folder, **where))
+    assert not list(place.glob("*.work.zarr"))
+    segment(configure(folder, {"threshold": 0.2}, keep_work=True, **where), overwrite=True)
+    group = zarr.open_group(place / "TS_1.work.zarr", mode="r")
+    assert group["tomogram"].attrs["axes"] == ["z", "y", "x"]
+    np.testing.assert_array_equal(group["labels"][:], labels(folder))
+
+
+def test_only_one_run_works_on_a_tomogram(folder: Path) -> None:
+    import fcntl
+    import os
+
+    (folder / "out" / "TS_1.work.zarr").mkdir(parents=True)
+    lock = os.open(folder / "out" / "TS_1.work.zarr", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        outcomes = segment(configure(folder))
+    finally:
+        os.close(lock)
+    assert "only one run may work on a tomogram at a time" in outcomes["TS_1"].error
+    assert outcomes["TS_3"].status == "done"
+    assert segment(configure(folder))["TS_1"].status == "done"  # the lock went with its holder
+
+
+# ------------------------------------------------------------------------------------------- removing small components
+
+
+def sizes_of(sizes: list[int]) -> dict[str, Any]:
+    return {"postprocessing_sizes": sizes}
+
+
+def test_sizes_can_be_changed_again_and_again(folder: Path) -> None:
+    segment(configure(folder, save_internal_files=True))
+    unfiltered = labels(folder)
+    with h5py.File(folder / "out" / "TS_1_preds.h5") as file:
+        probabilities = file["probs"][:]
+    results = {}
+    for sizes in ([-1, -1, 10**6], [-1, 10**6, -1], [-1, -1, 10**6], [-1, -1, -1]):
+        outcomes = postprocess(configure(folder, sizes_of(sizes), save_internal_files=True), Listener())
+        assert [outcome.status for outcome in outcomes] == ["done"] * 3
+        found = labels(folder)
+        np.testing.assert_array_equal(results.setdefault(tuple(sizes), found), found)
+        with h5py.File(folder / "out" / "TS_1_preds.h5") as file:
+            np.testing.assert_array_equal(file["probs"][:], probabilities)
+            np.testing.assert_array_equal(found + file["removed"][:], unfiltered)
+            assert file.attrs["voxel_size_angstrom"][0] == pytest.approx(9.96)
+    assert (unfiltered == 1).any() and not (results[-1, 10**6, -1] == 1).any()
+    assert (results[-1, -1, 10**6] != unfiltered).any()
+    np.testing.assert_array_equal(results[-1, -1, -1], unfiltered)
+
+
+def test_sizes_in_the_run_and_after_it_are_the_same(folder: Path) -> None:
+    configuration = configure(folder, sizes_of([-1, 5, 5]))
+    segment(configuration)
+    in_the_run = labels(folder)
+    segment(configure(folder), overwrite=True)
+    postprocess(configuration, Listener())
+    np.testing.assert_array_equal(labels(folder), in_the_run)
+    # A run with these sizes takes the post-processed outputs for its own.
+    assert {outcome.status for outcome in segment(configuration).values()} == {"skipped"}
+
+
+def test_predictions_of_cryosiam_can_be_postprocessed(folder: Path) -> None:
+    """CryoSiam's files hold nothing but the datasets."""
+    expected = golden.expected("lamella_then_semantic")
+    sizes = golden.configuration("lamella_then_semantic", "config_semantic.yaml")["parameters"]["network"]
+    (folder / "out").mkdir()
+    with h5py.File(folder / "out" / "TS_a_preds.h5", "w") as file:
+        file["labels"] = expected["semantic_before_sizes"]
+    configuration = configure(folder, sizes_of(sizes["postprocessing_sizes"]))
+    (outcome,) = postprocess(configuration, Listener())
+    np.testing.assert_array_equal(labels(folder, "TS_a"), expected["semantic"])
+    assert outcome.voxels == tuple(np.bincount(expected["semantic"].ravel(), minlength=4))
+
+
+def test_postprocessing_needs_predictions_and_sizes(folder: Path) -> None:
+    with pytest.raises(Problems) as caught:
+        postprocess(configure(folder, test_files=["TS_1.mrc", "TS_9.mrc"]), Listener())
+    text = str(caught.value)
+    assert "TS_9_preds.h5" in text and "Run semantic-predict first" in text and "postprocessing_sizes" in text
+    with pytest.raises(Problems, match=r"no file .*_preds.h5"):
+        postprocess(configure(folder, sizes_of([-1, 1])), Listener(), filename="TS_1.mrc")
+
+
+def test_broken_predictions_fail_alone(folder: Path) -> None:
+    segment(configure(folder))
+    (folder / "out" / "TS_1_preds.h5").write_bytes(b"not HDF5")
+    with h5py.File(folder / "out" / "TS_3_preds.h5", "w") as file:
+        file["probs"] = np.zeros((2, 2, 2))
+    with h5py.File(folder / "out" / "TS_4_preds.h5", "w") as file:
+        file["labels"] = np.full((4, 4, 4), -3)
+    with h5py.File(folder / "out" / "TS_5_preds.h5", "w") as file:
+        file["labels"] = np.zeros((4, 4, 4))
+    outcomes = {o.stem: o for o in postprocess(configure(folder, sizes_of([-1, 5])), Listener())}
+    assert [o.stem for o in outcomes.values() if o.status == "done"] == ["TS_2_9.96Apx"]
+    for stem, words in {"TS_1": "must be an HDF5 file", "TS_3": "dataset 'labels'", "TS_4": "between 0 and 255",
+                        "TS_5": "whole numbers"}.items():  # fmt: skip
+        assert words in outcomes[stem].error and f"{stem}_preds.h5" in outcomes[stem].error
+    assert (folder / "out" / "TS_1_preds.h5").read_bytes() == b"not HDF5"

@@ -1,0 +1,227 @@
+"""Everything that can stand in the way of a run, reported before any work starts."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import mrcfile
+import numpy as np
+import pytest
+import yaml
+
+from cryosiam_dask.config import Configuration, read_configuration
+from cryosiam_dask.errors import Problems
+from cryosiam_dask.plan import plan_run, removal_sizes, with_sizes
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two small tomograms, a checkpoint and a folder of masks."""
+    for name in ("data", "masks"):
+        (tmp_path / name).mkdir()
+    for stem in ("TS_1", "TS_018_9.96Apx"):
+        with mrcfile.new(tmp_path / "data" / f"{stem}.mrc") as mrc:
+            mrc.set_data(np.zeros((4, 5, 6), np.float32))
+        (tmp_path / "masks" / f"{stem}_preds.h5").touch()
+    checkpoints.write(tmp_path / "model.ckpt", checkpoints.SMALL)
+    return tmp_path
+
+
+def configure(folder: Path, **changes: Any) -> Configuration:
+    """A configuration; keys of sections are written with double underscores."""
+    values: dict[str, Any] = {
+        "data_folder": str(folder / "data"),
+        "prediction_folder": str(folder / "out"),
+        "trained_model": str(folder / "model.ckpt"),
+    }
+    for key, value in changes.items():
+        *sections, last = key.split("__")
+        place = values
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    return read_configuration(folder / "config.yaml")
+
+
+def problems(configuration: Configuration, **options: Any) -> list[str]:
+    with pytest.raises(Problems) as caught:
+        plan_run(configuration, **options)
+    return [str(problem) for problem in caught.value.problems]
+
+
+def test_jobs_and_defaults(folder: Path) -> None:
+    plan = plan_run(configure(folder, mask_folder=str(folder / "masks")))
+    assert [job.stem for job in plan.jobs] == ["TS_018_9.96Apx", "TS_1"]
+    assert plan.jobs[0].output == folder / "out" / "TS_018_9.96Apx_preds.h5"
+    assert plan.jobs[0].mask == folder / "masks" / "TS_018_9.96Apx_preds.h5"
+    assert plan.patch == (16, 16, 16) and plan.threshold == 0.1 and plan.labels == 3
+    assert plan.wanted == ("labels",)
+    assert not (folder / "out").exists()  # nothing is written
+
+
+def test_patch_size_and_threshold_of_the_configuration_rule(folder: Path) -> None:
+    patch = {"parameters__data__patch_size": [8, 16, 24], "parameters__network__threshold": 0.5}
+    plan = plan_run(configure(folder, **patch))
+    assert plan.patch == (8, 16, 24) and plan.threshold == 0.5
+    assert plan.spec("cpu").patch == (8, 16, 24) and plan.spec("cpu").threshold == 0.5
+
+
+def test_outputs_follow_what_is_saved(folder: Path) -> None:
+    assert plan_run(configure(folder, parameters__network__postprocessing=True)).wanted == ("labels", "probabilities")
+    plan = plan_run(configure(folder, save_internal_files=True, save_original_file_extension=True))
+    assert plan.wanted == ("labels", "probabilities", "distances")
+    assert plan.jobs[0].output.name == "TS_018_9.96Apx_preds.h5"
+    plan = plan_run(configure(folder, save_original_file_extension=True))
+    assert plan.jobs[0].output == folder / "out" / "TS_018_9.96Apx.mrc"
+
+
+def test_names_of_single_tomograms(folder: Path) -> None:
+    assert [j.stem for j in plan_run(configure(folder, test_files=["TS_1.mrc"])).jobs] == ["TS_1"]
+    assert [j.stem for j in plan_run(configure(folder, test_files=["TS_018_9.96Apx"])).jobs] == ["TS_018_9.96Apx"]
+    assert [j.stem for j in plan_run(configure(folder), filename="TS_1.mrc").jobs] == ["TS_1"]
+
+
+def test_folder_whose_name_contains_the_extension(folder: Path) -> None:
+    (folder / "data").rename(folder / "x.mrc.d")
+    plan = plan_run(configure(folder, data_folder=str(folder / "x.mrc.d")))
+    assert [job.output.name for job in plan.jobs] == ["TS_018_9.96Apx_preds.h5", "TS_1_preds.h5"]
+
+
+def test_keys_without_effect_and_labels_without_size_are_noted(folder: Path) -> None:
+    plan = plan_run(configure(folder, log_dir="x", parameters__network__postprocessing_sizes=[-1, 5]))
+    assert plan.notes == (
+        "the key log_dir has no effect here",
+        "postprocessing_sizes has 2 entries for the 3 labels 0 to 2: the labels from 2 on are left alone",
+    )
+
+
+FAULTS: dict[str, tuple[dict[str, Any], Callable[[Path], object], str]] = {
+    "no data folder": ({"data_folder": "nowhere"}, lambda f: None,
+        r"key data_folder: there must be a folder.*no folder nowhere \(relative to /.*\)\. Correct data_folder"),
+    "data folder is a file": ({"data_folder": "model.ckpt"}, lambda f: None, "key data_folder: there must be a folder"),
+    "empty data folder": ({}, lambda f: [p.unlink() for p in (f / "data").iterdir()],
+        "key data_folder.*at least one file whose name ends with file_extension, which is .mrc; found no file at all"),
+    "other files only": ({"file_extension": ".rec"}, lambda f: None, r"found files ending with \.mrc\. Check"),
+    "no checkpoint": ({"trained_model": "nowhere.ckpt"}, lambda f: None, "nowhere.ckpt"),
+    "no mask folder": ({"mask_folder": "nowhere"}, lambda f: None, "key mask_folder: there must be a folder"),
+    "a mask is missing": ({"mask_folder": "masks"}, lambda f: (f / "masks" / "TS_1_preds.h5").unlink(),
+        r"key mask_folder: there must be a lamella mask for TS_1.mrc; found no file .*TS_1_preds.h5\. Run the lamella"),
+    "prediction folder is a file": ({"prediction_folder": "model.ckpt"}, lambda f: None,
+        r"key prediction_folder: must be a folder that can be written to.*is a file\)"),
+    "prediction folder below a file": ({"prediction_folder": "model.ckpt/out"}, lambda f: None,
+        "key prediction_folder: must be a folder"),
+    "work folder is a file": ({"work_folder": "model.ckpt"}, lambda f: None, "key work_folder: must be a folder"),
+    "missing test file": ({"test_files": ["TS_9.mrc"]}, lambda f: None,
+        r"key test_files: the tomogram must be a file in data_folder.*found TS_9.mrc"),
+    "test file of another extension": ({"test_files": ["TS_1.rec"]}, lambda f: None,
+        r"must end with file_extension, which is .mrc; found TS_1.rec"),
+    "no test file": ({"test_files": []}, lambda f: None, "key test_files: must name at least one tomogram"),
+    "other dimensions": ({"parameters__network__spatial_dims": 2}, lambda f: None,
+        r"key parameters.network.spatial_dims: must agree with the checkpoint .*which has 3; found 2\. Set it to 3"),
+    "other channels": ({"parameters__network__in_channels": 2}, lambda f: None, r"in_channels: must agree.*found 2"),
+    "patch of two axes": ({"parameters__data__patch_size": [16, 16]}, lambda f: None,
+        r"key parameters.data.patch_size: must be 3 multiples of 8.*found \[16, 16\]\. Set it to \[16, 16, 16\]"),
+    "patch of odd size": ({"parameters__data__patch_size": [16, 17, 6]}, lambda f: None,
+        r"multiples of 8.*found \[16, 17, 6\]\. Set it to \[16, 16, 8\]"),
+    "size for a label that does not exist": ({"parameters__network__postprocessing_sizes": [-1, 1, 1, 1]},
+        lambda f: None, r"postprocessing_sizes: must have one entry for each of the model's 3 labels"),
+    "output made by another program": ({}, lambda f: ((f / "out").mkdir(), (f / "out/TS_1_preds.h5").touch()),
+        r"TS_1_preds.h5: this output was made from another input.*Replace it with --overwrite"),
+    "output over its input": ({"prediction_folder": "data", "save_original_file_extension": True}, lambda f: None,
+        "an output must not replace its own input"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_reported_with_its_remedy(folder: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes, prepare, expected = FAULTS[fault]
+    monkeypatch.chdir(folder)
+    prepare(folder)
+    before = sorted(folder.rglob("*"))
+    found = problems(configure(folder, **changes))
+    assert all(re.search(expected, problem, re.S) for problem in found), found
+    assert sorted(p for p in folder.rglob("*") if p.name != "config.yaml") == before  # nothing was made
+
+
+def test_all_faults_are_reported_at_once(folder: Path) -> None:
+    (folder / "masks" / "TS_1_preds.h5").unlink()
+    (folder / "masks" / "TS_018_9.96Apx_preds.h5").unlink()
+    found = problems(
+        configure(
+            folder, mask_folder=str(folder / "masks"), work_folder=str(folder / "model.ckpt"),
+            parameters__network__spatial_dims=2, parameters__data__patch_size=[15, 16, 16],
+        )
+    )  # fmt: skip
+    assert len(found) == 5
+
+
+def test_a_single_tomogram_needs_only_its_own_mask(folder: Path) -> None:
+    (folder / "masks" / "TS_1_preds.h5").unlink()
+    configuration = configure(folder, mask_folder=str(folder / "masks"))
+    assert len(plan_run(configuration, filename="TS_018_9.96Apx.mrc").jobs) == 1
+    assert len(problems(configuration, filename="TS_1.mrc")) == 1
+    assert "--filename" in problems(configuration, filename="TS_9.mrc")[0]
+
+
+def test_overwrite_allows_foreign_outputs(folder: Path) -> None:
+    (folder / "out").mkdir()
+    (folder / "out" / "TS_1_preds.h5").touch()
+    assert len(plan_run(configure(folder), overwrite=True).jobs) == 2
+
+
+def test_bifpn_needs_multiples_of_16(folder: Path) -> None:
+    from dataclasses import replace
+
+    checkpoints.write(folder / "model.ckpt", replace(checkpoints.SMALL, decoder="bifpn", bifpn_layers=1))
+    (problem,) = problems(configure(folder, parameters__data__patch_size=[24, 24, 24]))
+    assert "multiples of 16" in problem and "[16, 16, 16]" in problem
+
+
+def test_model_without_distances_saves_probabilities_alone(folder: Path) -> None:
+    from dataclasses import replace
+
+    checkpoints.write(folder / "model.ckpt", replace(checkpoints.SMALL, distance_widths=None))
+    plan = plan_run(configure(folder, save_internal_files=True))
+    assert plan.wanted == ("labels", "probabilities")
+    assert "no distance head" in plan.notes[0]
+
+
+def test_fingerprint_changes_with_everything_that_changes_numbers(folder: Path) -> None:
+    def fingerprint(**changes: Any) -> str:
+        return next(j.fingerprint for j in plan_run(configure(folder, **changes)).jobs if j.stem == "TS_1")
+
+    seen = [
+        fingerprint(),
+        fingerprint(parameters__data__max=2),
+        fingerprint(parameters__data__patch_size=[8, 16, 16]),
+        fingerprint(parameters__network__threshold=0.2),
+        fingerprint(parameters__network__postprocessing=True),
+        fingerprint(parameters__network__postprocessing=True, parameters__network__3d_postprocessing=True),
+        fingerprint(parameters__network__postprocessing_sizes=[-1, 5, -1]),
+        fingerprint(save_internal_files=True),
+        fingerprint(mask_folder=str(folder / "masks")),
+    ]
+    shutil.copy(folder / "data" / "TS_018_9.96Apx.mrc", folder / "data" / "TS_1.mrc")  # another time of modification
+    seen.append(fingerprint())
+    checkpoints.write(folder / "model.ckpt", checkpoints.SMALL, lambda values: values.update(epoch=99))
+    seen.append(fingerprint())
+    assert len(set(seen)) == len(seen)
+    same = fingerprint(block_size=64, keep_work=True, hyper_parameters__batch_size=1)
+    assert same == seen[-1] == fingerprint(parameters__network__postprocessing_sizes=[-1, -1, -1])
+
+
+def test_sizes_without_effect_are_left_out(folder: Path) -> None:
+    assert removal_sizes(configure(folder, parameters__network__postprocessing_sizes=[-1, 5, -1])) == [-1, 5]
+    assert with_sizes("x", [-1, 5]) != with_sizes("x", [])
+
+
+def test_memory_of_a_worker_grows_with_what_it_holds(folder: Path) -> None:
+    small = plan_run(configure(folder, block_size=24)).bytes_per_worker
+    assert small < plan_run(configure(folder, block_size=256)).bytes_per_worker
+    assert small < plan_run(configure(folder, block_size=24, save_internal_files=True)).bytes_per_worker
