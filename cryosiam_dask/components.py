@@ -655,7 +655,7 @@ class _Description:
 
     count: int
     columns: dict[str, NDArray[Any]]
-    planes: tuple[bytes, ...]
+    planes: list[bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -709,7 +709,7 @@ def _describe_block(
     """Pass 1 of one block."""
     labelled = _label_block(labels, labelling, index)
     if not labelled.count:
-        return _Description(0, {}, ())
+        return _Description(0, {}, [])
     device = backend(labelling.array_module)
     starts, lengths, run_labels = _runs(labelled, device)
     columns = _columns(starts, lengths, run_labels, labelled.count, labelling.blocks, index, measure)
@@ -717,11 +717,11 @@ def _describe_block(
     if probabilities is not None:
         own = _own_probabilities(labelled.block, labelling, index, columns["class"], probabilities)
         columns |= _probability_columns(own, device.to_host(labelled.labels), labelled.count)
-    planes = tuple(
+    planes = [
         zlib.compress(device.to_host(labelled.labels[(slice(None),) * axis + (side,)]).astype(np.uint32).tobytes(), 1)
         for axis in range(3)
         for side in (0, -1)
-    )
+    ]
     return _Description(labelled.count, columns, planes)
 
 
@@ -847,14 +847,21 @@ def _merged(
     offsets = _offsets([description.count for description in descriptions])
     classes = gathered("class", class_dtype)
     first = gathered("first", np.int64)
-    pairs = list(_touching(labelling, descriptions, offsets, classes))
-    others, roots = _roots(np.concatenate([np.zeros((0, 2), dtype=np.int64), *pairs]), first)
+    nothing = np.zeros((0, 2), dtype=np.int64)
+    others, roots = _roots(np.concatenate([nothing, *_touching(labelling, descriptions, offsets, classes)]), first)
+    for description in descriptions:
+        description.planes.clear()
+    # These tables are what the caller needs most memory for: let each go as soon as the next is made.
     is_root = np.ones(len(first), dtype=bool)
     is_root[others] = False
     in_order = np.flatnonzero(is_root)
-    in_order = in_order[np.argsort(first[in_order])]
-    numbers = np.zeros(len(first), dtype=instances_dtype(len(in_order)))
-    numbers[in_order] = np.arange(1, len(in_order) + 1)
+    first = first[in_order]
+    order = np.argsort(first)
+    first = first[order]
+    in_order = in_order[order]
+    del order
+    numbers = np.zeros(len(is_root), dtype=instances_dtype(len(in_order)))
+    numbers[in_order] = np.arange(1, len(in_order) + 1, dtype=numbers.dtype)
     numbers[others] = numbers[roots]
 
     def merged(name: str) -> NDArray[Any]:
@@ -877,7 +884,7 @@ def _merged(
             mean_probability=merged("probability_sum") / voxels / _PROBABILITY_ONE if with_probabilities else None,
             max_probability=merged("probability_max") if with_probabilities else None,
         )
-    return Components(labelling, offsets, numbers, voxels, classes[in_order], first[in_order], measurements)
+    return Components(labelling, offsets, numbers, voxels, classes[in_order], first, measurements)
 
 
 def _offsets(counts: Sequence[int]) -> NDArray[np.int64]:
