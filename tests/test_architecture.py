@@ -1,0 +1,75 @@
+"""Who may import whom: the house keeps its shape."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cryosiam_dask
+
+PACKAGE = Path(cryosiam_dask.__file__).parent
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+#: Everybody may use these; they use nothing of the package but each other.
+FOUNDATION = {"_version", "errors", "executor", "grid", "config"}
+STAGES = {"mrc_to_zarr", "zarr_to_labels", "lamella", "components", "labels_to_hdf5", "mask", "preview", "phantom"}
+#: From the command line down to the foundation; imports go one way.
+LAYERS = [{"cli"}, {"demo"}, {"runner"}, {"pipeline"}, {"plan", "progress", "cluster"}, STAGES, {"predictor"},
+          {"checkpoint"}, {"network"}, FOUNDATION]  # fmt: skip
+#: What a stage may use of another: the lamella is the largest component, and a block is predicted inside its mask.
+BETWEEN_STAGES = {("lamella", "components"), ("zarr_to_labels", "mask")}
+
+ONLY_IN = {
+    "torch": {"network", "checkpoint", "predictor"},
+    "monai": {"network"},
+    "dask": {"zarr_to_labels", "cluster"},
+    "distributed": {"cluster", "runner"},
+    "typer": {"cli"},
+}
+
+
+def imported(module: str) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+        elif isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+    return names
+
+
+def used(module: str) -> set[str]:
+    return {name.split(".")[1] for name in imported(module) if name.startswith("cryosiam_dask.")}
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "__init__"])
+def test_imports_go_one_way(module: str) -> None:
+    layer = next((i for i, names in enumerate(LAYERS) if module in names), None)
+    assert layer is not None, f"{module} has no place in the house yet"
+    below = set().union(*LAYERS[layer + 1 :])
+    allowed = below | {b for a, b in BETWEEN_STAGES if a == module} | (FOUNDATION if module in FOUNDATION else set())
+    assert used(module) <= allowed
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_libraries_stay_in_their_rooms(library: str) -> None:
+    found = {module for module in MODULES if library in {name.split(".")[0] for name in imported(module)}}
+    assert found <= ONLY_IN[library]
+
+
+def test_geometry_and_the_command_line_load_nothing_heavy() -> None:
+    heavy = "{'torch', 'dask', 'zarr', 'numpy'}"
+    code = f"import sys, cryosiam_dask.cli, cryosiam_dask.grid; print(*{heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_public_names_exist() -> None:
+    for name in cryosiam_dask.__all__:
+        assert getattr(cryosiam_dask, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        cryosiam_dask.nothing  # noqa: B018

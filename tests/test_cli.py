@@ -1,0 +1,201 @@
+"""The command line by its real entry point, in processes of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import golden
+import h5py
+import mrcfile
+import numpy as np
+import pytest
+import yaml
+import zarr
+
+from cryosiam_dask import __version__
+
+COMMAND = Path(sys.executable).with_name("cryosiam-dask")
+LAMELLA = golden.FOLDER / "lamella_then_semantic"
+
+
+def start(*arguments: object, folder: Path, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [COMMAND, *map(str, arguments)],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"},
+        **options,
+    )
+
+
+def call(*arguments: object, folder: Path, status: int = 0, **options: Any) -> str:
+    """Run a command to its end; returns what it printed."""
+    process = start(*arguments, folder=folder, **options)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == status, out + err
+    assert "Traceback" not in out + err
+    return out + err
+
+
+def write_yaml(path: Path, values: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def write_tomogram(path: Path, seed: int = 0, shape: tuple[int, ...] = (24, 20, 22)) -> None:
+    with mrcfile.new(path) as mrc:
+        mrc.set_data(np.random.default_rng(seed).random(shape, np.float32))
+        mrc.voxel_size = 9.96
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three tomograms, a checkpoint, and ``config.yaml`` with relative paths."""
+    (tmp_path / "data").mkdir()
+    for seed in range(3):
+        write_tomogram(tmp_path / "data" / f"TS_{seed}.mrc", seed)
+    checkpoints.write(tmp_path / "model.ckpt", seed=35)
+    write_yaml(
+        tmp_path / "config.yaml", {"data_folder": "data", "prediction_folder": "out", "trained_model": "model.ckpt"}
+    )
+    return tmp_path
+
+
+def test_the_main_job_with_cryosiams_own_files_and_spelling(tmp_path: Path) -> None:
+    """Lamella, then semantic model inside it, on two workers: what CryoSiam wrote, voxel for voxel."""
+    folder = tmp_path / "case"
+    shutil.copytree(LAMELLA, folder)
+    expected = golden.expected(LAMELLA.name)
+    # Distances are compared elsewhere and would double the time here.
+    for name in ("config_lamella_slicewise.yaml", "config_semantic.yaml"):
+        values = golden.configuration(LAMELLA.name, name)
+        write_yaml(folder / name, {**values, "save_internal_files": False})
+    output = call("semantic_predict", "--config_file=config_lamella_slicewise.yaml", "--workers=2", folder=folder)
+    assert re.search(r"TS_a_6.80Apx\W+done\W+72 × 88 × 80", output)
+    output = call("semantic_predict", "--config_file", "config_semantic.yaml", "--device", "cpu", folder=folder)
+    counts = np.bincount(expected["semantic"].ravel(), minlength=4)
+    assert "  ".join(f"{n:,}" for n in counts) in output
+    found = {}
+    for stage in ("lamella_slicewise", "semantic"):
+        with h5py.File(folder / stage / "TS_a_6.80Apx_preds.h5") as file:
+            found[stage] = {name: file[name][:] for name in file}
+        assert [path.name for path in (folder / stage).iterdir()] == ["TS_a_6.80Apx_preds.h5"]
+    np.testing.assert_array_equal(found["lamella_slicewise"]["labels"], expected["lamella_slicewise"])
+    np.testing.assert_array_equal(found["semantic"]["labels"], expected["semantic"])
+    before = found["semantic"]["labels"] + found["semantic"]["removed"]
+    np.testing.assert_array_equal(before, expected["semantic_before_sizes"])
+
+
+def test_run_skip_overwrite_and_postprocess(folder: Path) -> None:
+    output = call("semantic-predict", "--config-file", "config.yaml", "--filename", "TS_1.mrc", folder=folder)
+    assert "dashboard http://127.0.0.1:" in output and "1 tomogram on " in output
+    assert [path.name for path in (folder / "out").iterdir()] == ["TS_1_preds.h5"]
+    before = (folder / "out" / "TS_1_preds.h5").read_bytes()
+    output = call("semantic-predict", "--config-file", "config.yaml", "--workers", 1, folder=folder)
+    assert "TS_1: skipped, out/TS_1_preds.h5 was made from the same input" in output
+    assert len(list((folder / "out").iterdir())) == 3
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    write_yaml(folder / "other.yaml", {**values, "parameters": {"network": {"threshold": 0.45}}})
+    output = call("semantic-predict", "--config-file", "other.yaml", folder=folder, status=2)
+    assert output.count("Replace it with --overwrite") == 3
+    assert (folder / "out" / "TS_1_preds.h5").read_bytes() == before
+    sizes = {"parameters": {"network": {"postprocessing_sizes": [-1, 10**6, -1]}}}
+    write_yaml(folder / "sizes.yaml", {**values, **sizes})
+    output = call("semantic_postprocess", "--config_file=sizes.yaml", folder=folder)
+    assert output.count(" done ") >= 3
+    with h5py.File(folder / "out" / "TS_1_preds.h5") as file:
+        assert not (file["labels"][:] == 1).any() and (file["removed"][:] == 1).any()
+    assert call("semantic-predict", "--config-file", "sizes.yaml", folder=folder).count("skipped, ") == 3
+
+
+def test_failed_tomograms_give_status_1_and_the_others_are_done(folder: Path) -> None:
+    (folder / "data" / "TS_0.mrc").write_bytes(b"\0" * 3000)
+    with (folder / "data" / "TS_2.mrc").open("r+b") as file:
+        file.truncate(5000)
+    output = call("semantic-predict", "--config-file", "config.yaml", folder=folder, status=1)
+    assert "failed, TS_0: " in output and "failed, TS_2: " in output and "5000" in output
+    assert [path.name for path in (folder / "out").iterdir()] == ["TS_1_preds.h5"]
+
+
+def test_every_fault_of_a_configuration_at_once_and_nothing_made(folder: Path) -> None:
+    write_yaml(folder / "bad.yaml", {"data_folder": "nowhere", "prediction_folder": "out", "trained_modell": "m.ckpt"})
+    output = call("semantic-predict", "--config-file", "bad.yaml", folder=folder, status=2)
+    assert output.count("error: ") == 2 and "Did you mean trained_model?" in output
+    write_yaml(folder / "bad.yaml", {"data_folder": "nowhere", "prediction_folder": "out", "trained_model": "m.ckpt"})
+    output = call("semantic-predict", "--config-file", "bad.yaml", folder=folder, status=2)
+    assert output.count("error: ") == 2 and "no folder nowhere" in output and "m.ckpt" in output
+    assert not (folder / "out").exists()
+
+
+def test_a_gpu_that_is_not_there_is_an_error(folder: Path) -> None:
+    options = {"env": {**os.environ, "CUDA_VISIBLE_DEVICES": ""}}
+    process = subprocess.run(
+        [COMMAND, "semantic-predict", "--config-file", "config.yaml", "--device", "cuda"],
+        cwd=folder, capture_output=True, text=True, **options,
+    )  # fmt: skip
+    assert process.returncode == 2
+    assert "error: device cuda was asked for" in process.stderr and "--device cpu" in process.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing_half_written(folder: Path, number: signal.Signals) -> None:
+    write_tomogram(folder / "data" / "TS_1.mrc.new", 1, (100, 100, 100))
+    (folder / "data" / "TS_1.mrc.new").replace(folder / "data" / "TS_1.mrc")
+    process = start("semantic-predict", "--config-file", "config.yaml", folder=folder, start_new_session=True)
+    work = folder / "out" / "TS_1.work.zarr" / "labels"
+    while not work.exists():  # until the second tomogram is being predicted
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, out + err
+    assert "interrupted" in err and "Traceback" not in out + err
+    assert [path.name for path in (folder / "out").iterdir()] == ["TS_0_preds.h5"]
+    assert "TS_0: skipped" in call("semantic-predict", "--config-file", "config.yaml", "--filename", "TS_0.mrc",
+                                   folder=folder)  # fmt: skip
+
+
+def test_a_disk_that_is_full_is_said_and_leaves_nothing(folder: Path) -> None:
+    """A limit on the size of files stands for the disk: the kernel refuses the write in either case."""
+    write_tomogram(folder / "data" / "TS_3.mrc", 3, (60, 60, 60))
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+    output = call("semantic-predict", "--config-file", "config.yaml", folder=folder, status=1, preexec_fn=limit)
+    assert "failed, TS_3: " in output and "File too large" in output
+    assert sorted(p.name for p in (folder / "out").iterdir()) == [f"TS_{i}_preds.h5" for i in range(3)]
+
+
+def test_convert(folder: Path) -> None:
+    output = call("convert", "data/TS_0.mrc", "TS_0.zarr", folder=folder)
+    assert "24 × 20 × 22 (z, y, x), float32" in output and "intensities " in output
+    with mrcfile.open(folder / "data" / "TS_0.mrc") as mrc:
+        np.testing.assert_array_equal(zarr.open_array(folder / "TS_0.zarr", mode="r")[:], mrc.data)
+    output = call("convert", "data/TS_0.mrc", "TS_0.zarr", folder=folder, status=2)
+    assert "error: " in output and "--overwrite" in output
+    assert "TS_9.mrc" in call("convert", "TS_9.mrc", "x.zarr", folder=folder, status=2)
+    assert not (folder / "x.zarr").exists()
+
+
+def test_version_help_and_wrong_usage(tmp_path: Path) -> None:
+    assert call("--version", folder=tmp_path).strip() == __version__
+    output = call("--help", folder=tmp_path)
+    assert all(name in output for name in ("semantic-predict", "semantic-postprocess", "convert", "demo"))
+    assert "--config-file" in call("semantic_predict", "--help", folder=tmp_path)
+    assert "No such command" in call("semantic-predicd", folder=tmp_path, status=2)
+    assert "--config-file" in call("semantic-predict", folder=tmp_path, status=2)
+    output = call("semantic-predict", "--config-file", "none.yaml", folder=tmp_path, status=2)
+    assert "error: none.yaml: the configuration file must be readable; found No such file" in output
