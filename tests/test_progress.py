@@ -1,0 +1,75 @@
+"""What a person sees of a run: bars on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import io
+import re
+
+from rich.console import Console
+
+from cryosiam_dask.pipeline import Outcome
+from cryosiam_dask.progress import LogReporter, TerminalReporter, make_reporter
+from cryosiam_dask.runner import print_table
+
+
+def play(reporter: LogReporter | TerminalReporter) -> None:
+    for tomogram in ("TS_1", "TS_2"):
+        reporter.begin(tomogram)
+        for done in range(5):
+            reporter.step("predict", done, 4)
+        reporter.step("export", 0, 1)
+        reporter.step("export", 1, 1)
+        reporter.end("done in 3 s [not markup]")
+    reporter.close()
+
+
+def test_log_has_plain_lines_with_time_left() -> None:
+    file = io.StringIO()
+    play(LogReporter(Console(file=file, width=40), total=2, interval=0))
+    lines = file.getvalue().splitlines()
+    assert all(re.match(r"\d\d:\d\d:\d\d TS_[12]: ", line) for line in lines)
+    assert re.fullmatch(r".* TS_1: begins \(1 of 2\)", lines[0])
+    assert re.fullmatch(r".* TS_1: predict 1/4, 0:00:00 left", lines[1])
+    assert sum("predict done in 0:00:00" in line for line in lines) == 2
+    assert sum("done in 3 s [not markup]" in line for line in lines) == 2
+
+
+def test_log_is_silent_between_intervals() -> None:
+    file = io.StringIO()
+    play(LogReporter(Console(file=file), total=2))
+    assert not re.search(r"predict \d/4", file.getvalue())
+
+
+def test_terminal_shows_tomogram_step_and_time_left() -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=120, color_system=None)
+    reporter = make_reporter(console, 2)
+    assert isinstance(reporter, TerminalReporter)
+    reporter.begin("TS_1")
+    reporter.step("predict", 0, 4)
+    reporter.step("predict", 3, 4)
+    reporter._progress.refresh()
+    shown = file.getvalue()
+    assert "TS_1: predict" in shown and "3/4" in shown and "left" in shown and "tomograms" in shown
+    reporter.end("done in 3 s")
+    reporter.close()
+    assert "TS_1: done in 3 s" in file.getvalue() and "1/2" in file.getvalue()
+
+
+def test_reporter_fits_the_console() -> None:
+    assert isinstance(make_reporter(Console(file=io.StringIO()), 1), LogReporter)
+
+
+def test_table_names_what_needs_attention() -> None:
+    file = io.StringIO()
+    outcomes = [
+        Outcome("TS_1", "done", (464, 960, 928), 12.34, (413_000_000, 358_720), ("no lamella found",)),
+        Outcome("TS_2", "failed", error="TS_2.mrc: the file is cut short."),
+        Outcome("TS_3", "skipped"),
+    ]
+    print_table(Console(file=file), outcomes)
+    text = file.getvalue()
+    assert re.search(r"TS_1\W+done\W+464 × 960 × 928\W+12\.3\W+413,000,000  358,720", text)
+    assert "attention, TS_1: no lamella found" in text
+    assert "failed, TS_2: TS_2.mrc: the file is cut short." in text
+    assert "skipped" in text
