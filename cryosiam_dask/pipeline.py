@@ -18,7 +18,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -247,31 +247,52 @@ class Removed:
 @contextmanager
 def _work_group(configuration: Configuration, stem: str) -> Iterator[zarr.Group]:
     """An empty zarr group for a tomogram's intermediate arrays, which no other run uses at the same time."""
-    folder = (configuration.work_folder or configuration.prediction_folder) / f"{stem}.work.zarr"
+    folder = _work_folder(configuration, stem)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
     complete = False
-    try:
+    with _claimed(folder):
         try:
-            # The kernel drops the lock with the process, however that ends; some network disks know no locks.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(
-                "only one run may work on a tomogram at a time",
-                place=folder,
-                value="a folder in use by another run",
-                remedy="Wait for the other run, or use another prediction_folder",
-            ) from None
-        except OSError:
-            pass
-        for left_over in folder.iterdir():
-            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
-        yield zarr.create_group(str(folder))
-        complete = True
+            for left_over in folder.iterdir():
+                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+            yield zarr.create_group(str(folder))
+            complete = True
+        finally:
+            if not (complete and configuration.keep_work):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _work_folder(configuration: Configuration, stem: str) -> Path:
+    return (configuration.work_folder or configuration.prediction_folder) / f"{stem}.work.zarr"
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Hold a folder against other runs; the kernel lets go of it with the process, however that ends."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise OutputError(
+            "only one run may work on a tomogram at a time",
+            place=folder,
+            value="a folder in use by another run",
+            remedy="Wait for the other run, or use another prediction_folder",
+        ) from None
+    except OSError:
+        pass  # some network disks know no locks
+    try:
+        yield
     finally:
         os.close(lock)
-        if not (complete and configuration.keep_work):
-            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_left_overs(plan: RunPlan) -> None:
+    """Remove what tasks in flight wrote after their tomogram had failed; to be called when the workers are gone."""
+    for job in plan.jobs if not plan.configuration.keep_work else ():
+        folder = _work_folder(plan.configuration, job.stem)
+        with suppress(OutputError, OSError), _claimed(folder):
+            shutil.rmtree(folder)
 
 
 def _like(work: zarr.Group, name: str, labels: zarr.Array[Any]) -> zarr.Array[Any]:

@@ -15,7 +15,7 @@ from rich.table import Table
 from cryosiam_dask.cluster import DaskExecutor, Setup, open_cluster
 from cryosiam_dask.config import read_configuration
 from cryosiam_dask.mrc_to_zarr import convert, read_header
-from cryosiam_dask.pipeline import Outcome, postprocess, run
+from cryosiam_dask.pipeline import Outcome, postprocess, remove_left_overs, run
 from cryosiam_dask.plan import RunPlan, plan_run
 from cryosiam_dask.predictor import load_predictor, resolve_device
 from cryosiam_dask.progress import make_reporter
@@ -67,19 +67,22 @@ def segment(
     chosen = resolve_device(device)
     if workers is None:
         workers = default_workers(plan) if chosen == "cpu" else 0
-    with open_cluster(chosen, workers, dashboard_address=dashboard_address) as client:
-        client.register_plugin(Setup(partial(load_predictor, plan.spec(chosen))), name="model")
-        count = len(client.scheduler_info(n_workers=-1)["workers"])
-        say(
-            console,
-            f"{_number(len(plan.jobs), 'tomogram')} on {_number(count, f'{chosen} worker')}; "
-            f"dashboard {client.dashboard_link}",
-        )
-        reporter = make_reporter(console, len(plan.jobs))
-        try:
-            outcomes = run(plan, reporter, device=chosen, executor=DaskExecutor(client, reporter.step))
-        finally:
-            reporter.close()
+    try:
+        with open_cluster(chosen, workers, dashboard_address=dashboard_address) as client:
+            client.register_plugin(Setup(partial(load_predictor, plan.spec(chosen))), name="model")
+            count = len(client.scheduler_info(n_workers=-1)["workers"])
+            say(
+                console,
+                f"{_number(len(plan.jobs), 'tomogram')} on {_number(count, f'{chosen} worker')}; "
+                f"dashboard {client.dashboard_link}",
+            )
+            reporter = make_reporter(console, len(plan.jobs))
+            try:
+                outcomes = run(plan, reporter, device=chosen, executor=DaskExecutor(client, reporter.step))
+            finally:
+                reporter.close()
+    finally:
+        remove_left_overs(plan)
     print_table(console, outcomes)
     return outcomes
 
