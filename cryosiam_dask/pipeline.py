@@ -356,7 +356,7 @@ def _attributes(plan: RunPlan, job: Job, report: IngestReport, warnings: Sequenc
 
 
 def postprocess(
-    configuration: Configuration, reporter: Reporter, *, filename: str | None = None, executor: Executor = SERIAL
+    configuration: Configuration, predictions: Sequence[Path], reporter: Reporter, *, executor: Executor = SERIAL
 ) -> list[Outcome]:
     """Apply ``postprocessing_sizes`` to written predictions, without inference.
 
@@ -365,20 +365,19 @@ def postprocess(
     Parameters
     ----------
     configuration
-        The YAML file; of its paths only ``prediction_folder`` is read.
+        The YAML file; of its paths only ``prediction_folder`` and ``work_folder`` are used.
+    predictions
+        From `find_predictions`.
     reporter
         Told what happens.
-    filename
-        Name of a single tomogram; rules over ``test_files``.
     executor
         Runs the pieces.
 
-    Raises
-    ------
-    Problems
-        If there are no predictions or no sizes.
+    Returns
+    -------
+    list of Outcome
+        One for each prediction.
     """
-    predictions = _find_predictions(configuration, filename)
     sizes = removal_sizes(configuration)
     outcomes = []
     for path in predictions:
@@ -409,7 +408,21 @@ def postprocess(
     return outcomes
 
 
-def _find_predictions(configuration: Configuration, filename: str | None) -> list[Path]:
+def find_predictions(configuration: Configuration, filename: str | None = None) -> list[Path]:
+    """The written predictions of a configuration.
+
+    Parameters
+    ----------
+    configuration
+        The YAML file.
+    filename
+        Name of a single tomogram; rules over ``test_files``.
+
+    Raises
+    ------
+    Problems
+        If one is missing, or there are none, or the configuration has no ``postprocessing_sizes``.
+    """
     folder, extension = configuration.prediction_folder, configuration.file_extension
     names = (filename,) if filename is not None else configuration.test_files
     if names is None:

@@ -15,7 +15,7 @@ from rich.table import Table
 from cryosiam_dask.cluster import DaskExecutor, Setup, open_cluster
 from cryosiam_dask.config import read_configuration
 from cryosiam_dask.mrc_to_zarr import convert, read_header
-from cryosiam_dask.pipeline import Outcome, postprocess, remove_left_overs, run
+from cryosiam_dask.pipeline import Outcome, find_predictions, postprocess, remove_left_overs, run
 from cryosiam_dask.plan import RunPlan, plan_run
 from cryosiam_dask.predictor import load_predictor, resolve_device
 from cryosiam_dask.progress import make_reporter
@@ -98,12 +98,12 @@ def postprocess_again(
         See `segment`.
     """
     configuration = read_configuration(config_file)
+    predictions = find_predictions(configuration, filename)
     with open_cluster("cpu", workers or cores()) as client:
-        reporter = make_reporter(console, 1)
+        reporter = make_reporter(console, len(predictions))
         try:
-            outcomes = postprocess(
-                configuration, reporter, filename=filename, executor=DaskExecutor(client, reporter.step)
-            )
+            executor = DaskExecutor(client, reporter.step)
+            outcomes = postprocess(configuration, predictions, reporter, executor=executor)
         finally:
             reporter.close()
     print_table(console, outcomes)

@@ -18,7 +18,8 @@ import zarr
 from cryosiam_dask import __version__
 from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.errors import Problems
-from cryosiam_dask.pipeline import Outcome, postprocess, run
+from cryosiam_dask.pipeline import Outcome, find_predictions, run
+from cryosiam_dask.pipeline import postprocess as postprocess_files
 from cryosiam_dask.plan import plan_run
 
 SHAPE = (24, 20, 22)
@@ -77,6 +78,10 @@ def configure(folder: Path, network: dict[str, Any] | None = None, **changes: An
 
 def segment(configuration: Configuration, **options: Any) -> dict[str, Outcome]:
     return {outcome.stem: outcome for outcome in run(plan_run(configuration, **options), Listener())}
+
+
+def postprocess(configuration: Configuration, filename: str | None = None) -> list[Outcome]:
+    return postprocess_files(configuration, find_predictions(configuration, filename), Listener())
 
 
 def labels(folder: Path, stem: str = "TS_1") -> np.ndarray:
@@ -251,7 +256,7 @@ def test_sizes_can_be_changed_again_and_again(folder: Path) -> None:
         probabilities = file["probs"][:]
     results = {}
     for sizes in ([-1, -1, 10**6], [-1, 10**6, -1], [-1, -1, 10**6], [-1, -1, -1]):
-        outcomes = postprocess(configure(folder, sizes_of(sizes), save_internal_files=True), Listener())
+        outcomes = postprocess(configure(folder, sizes_of(sizes), save_internal_files=True))
         assert [outcome.status for outcome in outcomes] == ["done"] * 3
         found = labels(folder)
         np.testing.assert_array_equal(results.setdefault(tuple(sizes), found), found)
@@ -268,7 +273,7 @@ def test_sizes_in_the_run_and_after_it_are_the_same(folder: Path) -> None:
     segment(configuration)
     in_the_run = labels(folder)
     segment(configure(folder), overwrite=True)
-    postprocess(configuration, Listener())
+    postprocess(configuration)
     np.testing.assert_array_equal(labels(folder), in_the_run)
     # A run with these sizes takes the post-processed outputs for its own.
     assert {outcome.status for outcome in segment(configuration).values()} == {"skipped"}
@@ -282,18 +287,18 @@ def test_predictions_of_cryosiam_can_be_postprocessed(folder: Path) -> None:
     with h5py.File(folder / "out" / "TS_a_preds.h5", "w") as file:
         file["labels"] = expected["semantic_before_sizes"]
     configuration = configure(folder, sizes_of(sizes["postprocessing_sizes"]))
-    (outcome,) = postprocess(configuration, Listener())
+    (outcome,) = postprocess(configuration)
     np.testing.assert_array_equal(labels(folder, "TS_a"), expected["semantic"])
     assert outcome.voxels == tuple(np.bincount(expected["semantic"].ravel(), minlength=4))
 
 
 def test_postprocessing_needs_predictions_and_sizes(folder: Path) -> None:
     with pytest.raises(Problems) as caught:
-        postprocess(configure(folder, test_files=["TS_1.mrc", "TS_9.mrc"]), Listener())
+        postprocess(configure(folder, test_files=["TS_1.mrc", "TS_9.mrc"]))
     text = str(caught.value)
     assert "TS_9_preds.h5" in text and "Run semantic-predict first" in text and "postprocessing_sizes" in text
     with pytest.raises(Problems, match=r"no file .*_preds.h5"):
-        postprocess(configure(folder, sizes_of([-1, 1])), Listener(), filename="TS_1.mrc")
+        postprocess(configure(folder, sizes_of([-1, 1])), filename="TS_1.mrc")
 
 
 def test_broken_predictions_fail_alone(folder: Path) -> None:
@@ -305,7 +310,7 @@ def test_broken_predictions_fail_alone(folder: Path) -> None:
         file["labels"] = np.full((4, 4, 4), -3)
     with h5py.File(folder / "out" / "TS_5_preds.h5", "w") as file:
         file["labels"] = np.zeros((4, 4, 4))
-    outcomes = {o.stem: o for o in postprocess(configure(folder, sizes_of([-1, 5])), Listener())}
+    outcomes = {o.stem: o for o in postprocess(configure(folder, sizes_of([-1, 5])))}
     assert [o.stem for o in outcomes.values() if o.status == "done"] == ["TS_2_9.96Apx"]
     for stem, words in {"TS_1": "must be an HDF5 file", "TS_3": "dataset 'labels'", "TS_4": "between 0 and 255",
                         "TS_5": "whole numbers"}.items():  # fmt: skip
