@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.resources import as_file, files
 from pathlib import Path
 
 import mrcfile
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from cryosiam_dask.checkpoint import read_checkpoint
 from cryosiam_dask.phantom import CLASS_NAMES, SHAPE, Phantom, dice, make_phantom, write_phantom
 
 
@@ -105,3 +107,15 @@ def test_dice_against_the_definition(prediction: np.ndarray, truth: np.ndarray) 
     for label, score in enumerate(dice(prediction, truth, 4)):
         a, b = prediction == label, truth == label
         assert score == (2 * (a & b).sum() / (a.sum() + b.sum()) if a.any() or b.any() else 1)
+
+
+def test_the_models_of_the_demo_ship_with_the_package() -> None:
+    models = files("cryosiam_dask") / "models"
+    classes = {"demo_lamella.ckpt": 1, "demo_semantic.ckpt": len(CLASS_NAMES)}
+    with as_file(models) as folder:
+        assert sum((folder / name).stat().st_size for name in classes) < 1_000_000
+        for name, count in classes.items():
+            checkpoint = read_checkpoint(folder / name)
+            assert checkpoint.architecture.out_channels == count
+            # The widths that CryoSiam's own program builds.
+            assert checkpoint.architecture.semantic_widths == checkpoint.architecture.distance_widths == (32, 64)
