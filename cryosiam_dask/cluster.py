@@ -14,9 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
+import dask
 from distributed import Client, Future, KilledWorker, LocalCluster, WorkerPlugin, as_completed
 
 from cryosiam_dask.errors import DeviceError
+
+#: Let glibc keep what the network frees for its next patch. Dask's own setting gives every page back to the kernel and
+#: faults it in again, which makes a patch take 1.6 times as long on a CPU.
+_KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": 8_000_000_000, "MALLOC_MMAP_THRESHOLD_": 4_000_000_000}
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -147,7 +152,8 @@ def open_cluster(
         "local_directory": scratch,
         "silence_logs": logging.CRITICAL,
     }
-    with warnings.catch_warnings():
+    environment = "distributed.nanny.pre-spawn-environ"
+    with warnings.catch_warnings(), dask.config.set({environment: dask.config.get(environment) | _KEEP_MEMORY}):
         warnings.filterwarnings("ignore", message="Port .* is already in use")
         if device == "cuda":
             cluster = _cuda_cluster(workers, options)

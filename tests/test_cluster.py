@@ -97,8 +97,9 @@ def test_every_process_is_set_up_once(client: Client, tmp_path: Path) -> None:
     assert processes <= {path.name for path in tmp_path.iterdir()}
 
 
-def test_workers_compute_in_one_thread(client: Client) -> None:
-    assert set(DaskExecutor(client).map(partial(environment, "OMP_NUM_THREADS"), range(4), name="env")) == {"1"}
+@pytest.mark.parametrize(("name", "value"), [("OMP_NUM_THREADS", "1"), ("MALLOC_TRIM_THRESHOLD_", "8000000000")])
+def test_workers_compute_in_one_thread_and_keep_their_memory(client: Client, name: str, value: str) -> None:
+    assert set(DaskExecutor(client).map(partial(environment, name), range(4), name="env")) == {value}
 
 
 def test_gpus_that_are_not_there_are_an_error() -> None:
