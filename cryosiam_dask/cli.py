@@ -108,6 +108,18 @@ def semantic_postprocess(config_file: ConfigFile, filename: Filename = None, wor
 
 
 @app.command()
+def components(config_file: ConfigFile, filename: Filename = None, workers: Workers = None) -> None:
+    """Number and measure the connected components of predictions that are written already.
+
+    Example: cryosiam-dask components --config-file configs/config_semantic.yaml
+    """
+    with _plain_errors():
+        from cryosiam_dask.runner import measure_predictions
+
+        _exit(measure_predictions(config_file, Console(), filename=filename, workers=workers))
+
+
+@app.command()
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="A tomogram: .mrc, .rec, .map or .st, also .gz.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.zarr", help="The zarr v3 array to make.")],

@@ -136,6 +136,8 @@ class Configuration(_Model):
         Names of single tomograms; ``None`` takes every file with the extension.
     save_internal_files
         Also write probabilities and distances.
+    components
+        Also write the instances of each class and tables of their measurements.
     save_original_file_extension
         Write an MRC file of the input's name instead of HDF5 (not with `save_internal_files`).
     work_folder
@@ -153,6 +155,7 @@ class Configuration(_Model):
     file_extension: Annotated[str, Field(pattern=r"^\.[^/]*[^/.]$")] = ".mrc"
     test_files: Annotated[tuple[str, ...], Field(strict=False)] | None = None
     save_internal_files: bool = False
+    components: bool = False
     save_original_file_extension: bool = False
     work_folder: _Path | None = None
     keep_work: bool = False

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor as Pool
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -35,10 +36,12 @@ from numpy.typing import NDArray
 from cryosiam_dask.errors import OutputError
 
 LABELS, PROBABILITIES, DISTANCES = "labels", "probs", "distances"  # the names that viewers open
+INSTANCES = "instances"
 REMOVED = "removed"  # labels of the voxels that a size filter took away; with them `labels` are the unfiltered ones
 CHUNK = {2: 256, 3: 64}  # voxels along each axis of an HDF5 chunk, by the number of axes
 BLOCK_CHUNKS = 4  # chunks along each axis that are in memory at once: 64 MiB of float32
 GZIP_LEVEL = 1  # every HDF5 reader has gzip; higher levels cost time and gain little
+_AGAIN = "Run semantic-predict again"
 MRC_BLOCK = 128  # sections and rows of an MRC file that are in memory at once
 
 Region: TypeAlias = tuple[slice, ...]
@@ -49,7 +52,59 @@ class Sliceable(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> Any: ...
     def __getitem__(self, region: Region, /) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoredDataset:
+    """A dataset of an HDF5 file that can be sent to other processes: the file is opened whenever a region is read.
+
+    Attributes
+    ----------
+    path, name
+        The file and the dataset.
+    shape, dtype, chunks
+        As stored; no chunks where the dataset is contiguous.
+    """
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    chunks: tuple[int, ...] | None
+
+    def __getitem__(self, region: Any, /) -> Any:
+        try:
+            with _reading(self.path) as file:
+                return file[self.name][region]
+        except (OSError, KeyError) as error:
+            raise OutputError(
+                f"the dataset '{self.name}' must be readable", place=self.path, value=error, remedy=_AGAIN
+            ) from error
+
+
+def open_dataset(path: str | Path, name: str) -> StoredDataset:
+    """Look at a dataset of a predictions file.
+
+    Raises
+    ------
+    OutputError
+        If the file is no readable HDF5 file or holds no such dataset with voxels in it.
+    """
+    path = Path(path)
+    try:
+        with h5py.File(path, "r", locking="best-effort") as file:
+            stored = file[name]
+            dataset = StoredDataset(path, name, tuple(map(int, stored.shape)), stored.dtype, stored.chunks)
+    except (OSError, KeyError, AttributeError):
+        raise OutputError(
+            f"a prediction must be an HDF5 file with a dataset '{name}'", place=path, remedy=_AGAIN
+        ) from None
+    if 0 in dataset.shape:
+        raise OutputError(f"the dataset '{name}' must hold voxels", place=path, value=dataset.shape, remedy=_AGAIN)
+    return dataset
 
 
 def write_hdf5(
@@ -84,12 +139,45 @@ def write_hdf5(
     """
     path = Path(path)
     with _replacing(path) as sink, h5py.File(sink, "w") as file, ThreadPoolExecutor() as pool:
-        _write_labels(file, sink, labels, attributes, pool)
+        _describe(file, _write(file, sink, LABELS, labels, np.dtype(np.uint8), pool), attributes)
         if removed is not None:
             _write(file, sink, REMOVED, removed, np.dtype(np.uint8), pool)
         for name, source in ((PROBABILITIES, probabilities), (DISTANCES, distances)):
             if source is not None:
                 _write(file, sink, name, source, np.dtype(np.float32), pool)
+
+
+def write_instances_hdf5(path: str | Path, instances: Sliceable, *, attributes: Mapping[str, Any]) -> None:
+    """Write a file of instance numbers, replacing an earlier one at once when it is complete.
+
+    Parameters
+    ----------
+    path
+        For example ``<stem>_components.h5``, in a folder that exists.
+    instances : (z, y, x) or (y, x), unsigned integers
+        Written as the dataset ``instances``, in their own dtype.
+    attributes
+        Written to the file and to ``instances``, as in `write_hdf5`.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written; an earlier file is then untouched.
+    """
+    with _replacing(Path(path)) as sink, h5py.File(sink, "w") as file, ThreadPoolExecutor() as pool:
+        _describe(file, _write(file, sink, INSTANCES, instances, np.dtype(instances.dtype), pool), attributes)
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a small file, replacing an earlier one at once when it is complete.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written; an earlier file is then untouched.
+    """
+    with _replacing(Path(path)) as sink:
+        sink.write(content)
 
 
 def replace_labels(
@@ -120,9 +208,21 @@ def replace_labels(
                 old.copy(name, file)
         file.attrs.update(old.attrs)
         earlier = dict(old[LABELS].attrs) if LABELS in old else {}
-        _write_labels(file, sink, labels, attributes, pool, earlier)
+        _describe(file, _write(file, sink, LABELS, labels, np.dtype(np.uint8), pool), attributes, earlier)
         if removed is not None:
             _write(file, sink, REMOVED, removed, np.dtype(np.uint8), pool)
+
+
+def dataset_names(path: str | Path) -> set[str]:
+    """Names of what a predictions file holds.
+
+    Raises
+    ------
+    OutputError
+        If the file is no readable HDF5 file.
+    """
+    with _reading(Path(path)) as file:
+        return set(file)
 
 
 def read_attributes(path: str | Path) -> dict[str, Any]:
@@ -301,22 +401,14 @@ def _reading(path: Path) -> Iterator[Any]:
 # ------------------------------------------------------------------------------------------------- datasets, attributes
 
 
-def _write_labels(
-    file: Any,
-    sink: _Sink,
-    labels: Sliceable,
-    attributes: Mapping[str, Any],
-    pool: Pool,
-    earlier: Mapping[str, Any] | None = None,
-) -> None:
-    dataset = _write(file, sink, LABELS, labels, np.dtype(np.uint8), pool)
+def _describe(file: Any, dataset: Any, attributes: Mapping[str, Any], earlier: Mapping[str, Any] | None = None) -> None:
     stored = {name: _storable(value) for name, value in attributes.items() if value is not None}
     file.attrs.update(stored)
     dataset.attrs.update({**(earlier or {}), **stored})
 
 
 def _write(file: Any, sink: _Sink, name: str, source: Sliceable, dtype: np.dtype[Any], pool: Pool) -> Any:
-    """Write a dataset in whole chunks of space, one class at a time; floats are shuffled before they are compressed."""
+    """Write a dataset in whole chunks of space, one class at a time; more than a byte is shuffled first."""
     classes = (1,) if dtype.kind == "f" else ()
     space = source.shape[len(classes) :]
     chunk = (*classes, *(min(CHUNK[len(space)], size) for size in space))
@@ -327,7 +419,7 @@ def _write(file: Any, sink: _Sink, name: str, source: Sliceable, dtype: np.dtype
         chunks=chunk,
         compression="gzip",
         compression_opts=GZIP_LEVEL,
-        shuffle=dtype.kind == "f",
+        shuffle=dtype.itemsize > 1,
     )
     encode = partial(_encode, chunk=chunk)
     for region in _regions(source.shape, (*classes, *(BLOCK_CHUNKS * size for size in chunk[len(classes) :]))):

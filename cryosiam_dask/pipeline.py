@@ -3,6 +3,7 @@
 `run` takes the tomograms of a plan one after the other through the stages::
 
     tomogram.mrc ─ingest─▶ zarr ─predict─▶ labels ─lamella─▶ ─remove small─▶ ─export─▶ <stem>_preds.h5
+                                                                           └─number─▶ <stem>_components.h5, tables
 
 A tomogram that fails is recorded and the others go on. An output appears complete or not at all.
 """
@@ -17,21 +18,21 @@ import platform
 import shutil
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import h5py
 import numpy as np
 import zarr
 
 from cryosiam_dask._version import __version__
-from cryosiam_dask.components import remove_small
+from cryosiam_dask.components import ChunkedArray, remove_small
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.errors import (
     ConfigurationError,
@@ -41,9 +42,18 @@ from cryosiam_dask.errors import (
 )
 from cryosiam_dask.executor import SERIAL, Executor
 from cryosiam_dask.grid import block_size_for, make_grid
-from cryosiam_dask.labels_to_hdf5 import read_attributes, replace_labels, write_hdf5, write_mrc
+from cryosiam_dask.labels_to_hdf5 import (
+    StoredDataset,
+    dataset_names,
+    open_dataset,
+    read_attributes,
+    replace_labels,
+    write_hdf5,
+    write_mrc,
+)
 from cryosiam_dask.lamella import postprocess_lamella
 from cryosiam_dask.mask import open_mask
+from cryosiam_dask.measurements import COLLECTION, collect_tables, remove_outdated, write_components
 from cryosiam_dask.mrc_to_zarr import IngestReport, TomogramHeader, ingest, read_header
 from cryosiam_dask.plan import MRC_LABEL, Job, RunPlan, removal_sizes, with_sizes
 from cryosiam_dask.progress import Reporter
@@ -113,6 +123,8 @@ def run(
         header: TomogramHeader | None = None
         try:
             header = read_header(job.source)
+            for note in header.notes:
+                reporter.say(f"{job.stem}: {note}")
             voxels, warnings = _segment(plan, job, header, device, executor)
             outcome = Outcome(job.stem, "done", header.shape, time.monotonic() - began, voxels, warnings)
             reporter.end(f"done in {outcome.seconds:.0f} s, {job.output}")
@@ -121,6 +133,9 @@ def run(
             outcome = _failed(job.stem, shape, began, error, job.output)
             reporter.end(f"FAILED: {outcome.error}")
         outcomes.append(outcome)
+    for job in plan.unmeasured:
+        outcomes.append(_attempt(job.output, reporter, partial(_measure, plan.configuration, job.output, executor)))
+    _collect(plan.configuration, outcomes)
     return outcomes
 
 
@@ -206,6 +221,8 @@ def _segment(
                 label=MRC_LABEL + job.fingerprint,
             )
         executor.map(write, [job.output], name="export")
+        probabilities = outputs.get("probabilities")
+        warnings += _update_components(configuration, job.stem, labels, probabilities, attributes, work, executor)
     return voxels, tuple(warnings)
 
 
@@ -289,7 +306,7 @@ def _claimed(folder: Path) -> Iterator[None]:
 
 def remove_left_overs(plan: RunPlan) -> None:
     """Remove what tasks in flight wrote after their tomogram had failed; to be called when the workers are gone."""
-    for job in plan.jobs if not plan.configuration.keep_work else ():
+    for job in (*plan.jobs, *plan.unmeasured) if not plan.configuration.keep_work else ():
         folder = _work_folder(plan.configuration, job.stem)
         with suppress(OutputError, OSError), _claimed(folder):
             shutil.rmtree(folder)
@@ -399,16 +416,115 @@ def postprocess(
                     replace_labels, labels=labels, removed=Removed(unfiltered, labels), attributes=attributes
                 )
                 executor.map(write, [path], name="export")
-            outcome = Outcome(stem, "done", shape, time.monotonic() - began, voxels)
+                attributes = read_attributes(path)
+                warnings = _update_components(
+                    configuration, stem, labels, _probabilities(path), attributes, work, executor
+                )
+            outcome = Outcome(stem, "done", shape, time.monotonic() - began, voxels, tuple(warnings))
             reporter.end(f"done in {outcome.seconds:.0f} s, {path}")
         except Exception as error:
             outcome = _failed(stem, shape, began, error, path)
             reporter.end(f"FAILED: {outcome.error}")
         outcomes.append(outcome)
+    _collect(configuration, outcomes)
     return outcomes
 
 
-def find_predictions(configuration: Configuration, filename: str | None = None) -> list[Path]:
+def measure(
+    configuration: Configuration, predictions: Sequence[Path], reporter: Reporter, *, executor: Executor = SERIAL
+) -> list[Outcome]:
+    """Number and measure the components of written predictions, without inference.
+
+    Parameters
+    ----------
+    configuration, predictions, reporter, executor
+        As of `postprocess`.
+
+    Returns
+    -------
+    list of Outcome
+        One for each prediction.
+    """
+    configuration = configuration.model_copy(update={"components": True})
+    outcomes = [_attempt(path, reporter, partial(_measure, configuration, path, executor)) for path in predictions]
+    _collect(configuration, outcomes)
+    return outcomes
+
+
+_Result: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]  # shape, voxels of each label, warnings
+
+
+def _attempt(path: Path, reporter: Reporter, work: Callable[[], _Result]) -> Outcome:
+    """What became of work on the written prediction `path`."""
+    stem, began = path.name.removesuffix("_preds.h5"), time.monotonic()
+    reporter.begin(stem)
+    try:
+        shape, voxels, warnings = work()
+        outcome = Outcome(stem, "done", shape, time.monotonic() - began, voxels, warnings)
+        reporter.end(f"done in {outcome.seconds:.0f} s, {path.parent}")
+    except Exception as error:
+        outcome = _failed(stem, (), began, error, path)
+        reporter.end(f"FAILED: {outcome.error}")
+    return outcome
+
+
+def _measure(configuration: Configuration, path: Path, executor: Executor) -> _Result:
+    stem, labels = path.name.removesuffix("_preds.h5"), _written_labels(path)
+    with _work_group(configuration, stem) as work:
+        attributes, probabilities = read_attributes(path), _probabilities(path)
+        warnings = _update_components(configuration, stem, labels, probabilities, attributes, work, executor)
+    return labels.shape, (), tuple(warnings)
+
+
+#: What the file of components says of its tomogram and of the labels that it was made from.
+_INHERITED = ("source", "voxel_size_angstrom", "origin_angstrom", "nstart", "axes", "fingerprint")
+
+
+def _update_components(
+    configuration: Configuration,
+    stem: str,
+    labels: ChunkedArray,
+    probabilities: ChunkedArray | None,
+    attributes: Mapping[str, Any],
+    work: zarr.Group,
+    executor: Executor,
+) -> list[str]:
+    """Write the components of new labels, or remove those of earlier ones; returns what needs attention."""
+    folder = configuration.prediction_folder
+    outdated = remove_outdated(folder, stem, attributes.get("fingerprint"))
+    if not configuration.components:
+        if not outdated:
+            return []
+        return [
+            "its components were those of other labels and have been removed. Set components: True, or run "
+            "'cryosiam-dask components', to make them again"
+        ]
+    inherited = {name: attributes[name] for name in _INHERITED if attributes.get(name) is not None}
+    inherited["software"] = f"cryosiam_dask {__version__}"
+    write_components(
+        folder, stem, labels, probabilities=probabilities, attributes=inherited, work=work, executor=executor
+    )
+    return _unknown_voxel_size(inherited)
+
+
+def _unknown_voxel_size(attributes: Mapping[str, Any]) -> list[str]:
+    size = attributes.get("voxel_size_angstrom")
+    if size is not None and all(size):
+        return []
+    return ["the voxel size is unknown: tables hold voxels alone, without Å and nm³. Set it in the tomogram's header"]
+
+
+def _collect(configuration: Configuration, outcomes: list[Outcome]) -> None:
+    """Bring the tables of all tomograms up to date, if there are any."""
+    path = configuration.prediction_folder / f"{COLLECTION}.csv"
+    if configuration.components or path.exists():
+        try:
+            collect_tables(path.parent)
+        except Exception as error:
+            outcomes.append(_failed(path.name, (), time.monotonic(), error, path))
+
+
+def find_predictions(configuration: Configuration, filename: str | None = None, *, sizes: bool = False) -> list[Path]:
     """The written predictions of a configuration.
 
     Parameters
@@ -417,11 +533,13 @@ def find_predictions(configuration: Configuration, filename: str | None = None) 
         The YAML file.
     filename
         Name of a single tomogram; rules over ``test_files``.
+    sizes
+        Whether ``postprocessing_sizes`` are needed.
 
     Raises
     ------
     Problems
-        If one is missing, or there are none, or the configuration has no ``postprocessing_sizes``.
+        If one is missing, or there are none, or the configuration lacks ``postprocessing_sizes``.
     """
     folder, extension = configuration.prediction_folder, configuration.file_extension
     names = (filename,) if filename is not None else configuration.test_files
@@ -439,7 +557,7 @@ def find_predictions(configuration: Configuration, filename: str | None = None) 
         for path in predictions or [folder / "*_preds.h5"]
         if not path.is_file()
     ]
-    if configuration.parameters.network.postprocessing_sizes is None:
+    if sizes and configuration.parameters.network.postprocessing_sizes is None:
         problems.append(
             ConfigurationError(
                 "this key is required to remove small components",
@@ -452,20 +570,22 @@ def find_predictions(configuration: Configuration, filename: str | None = None) 
     return predictions
 
 
+def _written_labels(path: Path) -> StoredDataset:
+    labels = open_dataset(path, "labels")
+    if labels.dtype.kind not in "iu":
+        raise OutputError(
+            "labels must be whole numbers", place=path, value=labels.dtype, remedy="Run semantic-predict again"
+        )
+    return labels
+
+
+def _probabilities(path: Path) -> StoredDataset | None:
+    return open_dataset(path, "probs") if "probs" in dataset_names(path) else None
+
+
 def _read_unfiltered(path: Path, work: zarr.Group, executor: Executor) -> zarr.Array[Any]:
     """Copy the labels of a written prediction, with what was removed from them, to a zarr array."""
-    try:
-        with h5py.File(path, "r") as file:
-            stored = file["labels"]
-            shape, kind = stored.shape, stored.dtype
-    except (OSError, KeyError, AttributeError):
-        raise OutputError(
-            "a prediction must be an HDF5 file with a dataset 'labels'",
-            place=path,
-            remedy="Run semantic-predict again",
-        ) from None
-    if kind.kind not in "iu":
-        raise OutputError("labels must be whole numbers", place=path, value=kind, remedy="Run semantic-predict again")
+    shape = _written_labels(path).shape
     labels = work.create_array("labels", shape=shape, chunks=tuple(min(128, n) for n in shape), dtype=np.uint8)
     executor.map(partial(_read_unfiltered_chunk, path, labels), _corners(labels), name="read")
     return labels

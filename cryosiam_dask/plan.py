@@ -53,6 +53,8 @@ class Job:
         The file that the run makes.
     mask
         The lamella mask's file, or ``None``.
+    components
+        The instances that the run makes besides, or ``None``.
     prediction_fingerprint
         Hash of everything that the labels depend on before small components are removed.
     fingerprint
@@ -63,6 +65,7 @@ class Job:
     stem: str
     output: Path
     mask: Path | None
+    components: Path | None
     prediction_fingerprint: str
     fingerprint: str
 
@@ -81,8 +84,10 @@ class RunPlan:
         Probability threshold.
     jobs
         Tomograms to segment.
+    unmeasured
+        Tomograms whose output was made so, but not their components.
     skipped
-        Tomograms whose output was made from the same input, checkpoint and settings.
+        Tomograms all of whose outputs were made from the same input, checkpoint and settings.
     notes
         What a user should know before the run.
     """
@@ -92,6 +97,7 @@ class RunPlan:
     patch: tuple[int, ...]
     threshold: float
     jobs: tuple[Job, ...]
+    unmeasured: tuple[Job, ...]
     skipped: tuple[Job, ...]
     notes: tuple[str, ...]
 
@@ -173,13 +179,15 @@ def plan_run(configuration: Configuration, *, filename: str | None = None, overw
         problems.append(error)
     if checkpoint is None or problems:
         raise Problems(problems)
-    jobs, skipped = [], []
+    jobs, unmeasured, skipped = [], [], []
     settings = _settings(configuration, checkpoint, patch, threshold)
     for source, mask in zip(sources, masks, strict=True):
         stem = source.name.removesuffix(configuration.file_extension)
         output = _output_path(configuration, source, stem)
         prediction = _fingerprint(source, mask, settings)
-        job = Job(source, stem, output, mask, prediction, with_sizes(prediction, removal_sizes(configuration)))
+        fingerprint = with_sizes(prediction, removal_sizes(configuration))
+        components = configuration.prediction_folder / f"{stem}_components.h5" if configuration.components else None
+        job = Job(source, stem, output, mask, components, prediction, fingerprint)
         if output.resolve() == source.resolve():
             problems.append(
                 OutputError(
@@ -191,7 +199,12 @@ def plan_run(configuration: Configuration, *, filename: str | None = None, overw
         elif not output.exists() or overwrite:
             jobs.append(job)
         elif _read_fingerprint(output) == job.fingerprint:
-            skipped.append(job)
+            if _components_done(job):
+                skipped.append(job)
+            elif output.suffix == ".h5":
+                unmeasured.append(job)
+            else:
+                jobs.append(job)
         else:
             problems.append(
                 OutputError(
@@ -202,7 +215,9 @@ def plan_run(configuration: Configuration, *, filename: str | None = None, overw
             )
     if problems:
         raise Problems(problems)
-    return RunPlan(configuration, checkpoint, patch, threshold, tuple(jobs), tuple(skipped), tuple(notes))
+    return RunPlan(
+        configuration, checkpoint, patch, threshold, tuple(jobs), tuple(unmeasured), tuple(skipped), tuple(notes)
+    )
 
 
 def _find_tomograms(
@@ -398,6 +413,14 @@ def _read_fingerprint(output: Path) -> str | None:
             return label.removeprefix(MRC_LABEL).strip() if label.startswith(MRC_LABEL) else None
     except (OutputError, OSError, ValueError):
         return None
+
+
+def _components_done(job: Job) -> bool:
+    """Whether a tomogram's components, where they are wanted, are those of its output."""
+    if job.components is None:
+        return True
+    tables = [job.components.with_suffix(ending) for ending in (".csv", ".parquet")]
+    return all(path.is_file() for path in tables) and _read_fingerprint(job.components) == job.fingerprint
 
 
 def with_sizes(prediction_fingerprint: str, sizes: Sequence[int]) -> str:

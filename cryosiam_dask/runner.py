@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,7 @@ from rich.table import Table
 from cryosiam_dask.cluster import DaskExecutor, Setup, open_cluster
 from cryosiam_dask.config import read_configuration
 from cryosiam_dask.mrc_to_zarr import convert, read_header
-from cryosiam_dask.pipeline import Outcome, find_predictions, postprocess, remove_left_overs, run
+from cryosiam_dask.pipeline import Outcome, find_predictions, measure, postprocess, remove_left_overs, run
 from cryosiam_dask.plan import RunPlan, plan_run
 from cryosiam_dask.predictor import load_predictor, resolve_device
 from cryosiam_dask.progress import make_reporter
@@ -60,23 +60,26 @@ def segment(
         say(console, f"note: {note}")
     for job in plan.skipped:
         say(console, f"{job.stem}: skipped, {job.output} was made from the same input, checkpoint and settings")
-    if not plan.jobs:
+    for job in plan.unmeasured:
+        say(console, f"{job.stem}: {job.output} is up to date, its components are not")
+    if not plan.jobs and not plan.unmeasured:
         outcomes = [Outcome(job.stem, "skipped") for job in plan.skipped]
         print_table(console, outcomes)
         return outcomes
-    chosen = resolve_device(device)
+    chosen, total = resolve_device(device), len(plan.jobs) + len(plan.unmeasured)
     if workers is None:
         workers = default_workers(plan) if chosen == "cpu" else 0
     try:
         with open_cluster(chosen, workers, dashboard_address=dashboard_address) as client:
-            client.register_plugin(Setup(partial(load_predictor, plan.spec(chosen))), name="model")
+            if plan.jobs:
+                client.register_plugin(Setup(partial(load_predictor, plan.spec(chosen))), name="model")
             count = len(client.scheduler_info(n_workers=-1)["workers"])
             say(
                 console,
-                f"{_number(len(plan.jobs), 'tomogram')} on {_number(count, f'{chosen} worker')}; "
+                f"{_number(total, 'tomogram')} on {_number(count, f'{chosen} worker')}; "
                 f"dashboard {client.dashboard_link}",
             )
-            reporter = make_reporter(console, len(plan.jobs))
+            reporter = make_reporter(console, total)
             try:
                 outcomes = run(plan, reporter, device=chosen, executor=DaskExecutor(client, reporter.step))
             finally:
@@ -98,12 +101,33 @@ def postprocess_again(
         See `segment`.
     """
     configuration = read_configuration(config_file)
+    predictions = find_predictions(configuration, filename, sizes=True)
+    return _with_predictions(partial(postprocess, configuration, predictions), len(predictions), console, workers)
+
+
+def measure_predictions(
+    config_file: Path, console: Console, *, filename: str | None = None, workers: int | None = None
+) -> list[Outcome]:
+    """Number and measure the components of written predictions, and print what becomes of it.
+
+    Parameters
+    ----------
+    config_file, console, filename, workers
+        See `segment`.
+    """
+    configuration = read_configuration(config_file)
     predictions = find_predictions(configuration, filename)
+    return _with_predictions(partial(measure, configuration, predictions), len(predictions), console, workers)
+
+
+def _with_predictions(
+    action: Callable[..., list[Outcome]], count: int, console: Console, workers: int | None
+) -> list[Outcome]:
+    """Do something with written predictions on a cluster of CPU workers, and print what becomes of it."""
     with open_cluster("cpu", workers or cores()) as client:
-        reporter = make_reporter(console, len(predictions))
+        reporter = make_reporter(console, count)
         try:
-            executor = DaskExecutor(client, reporter.step)
-            outcomes = postprocess(configuration, predictions, reporter, executor=executor)
+            outcomes = action(reporter, executor=DaskExecutor(client, reporter.step))
         finally:
             reporter.close()
     print_table(console, outcomes)

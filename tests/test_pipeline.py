@@ -11,6 +11,7 @@ import golden
 import h5py
 import mrcfile
 import numpy as np
+import pandas
 import pytest
 import yaml
 import zarr
@@ -18,7 +19,7 @@ import zarr
 from cryosiam_dask import __version__
 from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.errors import Problems
-from cryosiam_dask.pipeline import Outcome, find_predictions, run
+from cryosiam_dask.pipeline import Outcome, find_predictions, measure, run
 from cryosiam_dask.pipeline import postprocess as postprocess_files
 from cryosiam_dask.plan import plan_run
 
@@ -81,7 +82,7 @@ def segment(configuration: Configuration, **options: Any) -> dict[str, Outcome]:
 
 
 def postprocess(configuration: Configuration, filename: str | None = None) -> list[Outcome]:
-    return postprocess_files(configuration, find_predictions(configuration, filename), Listener())
+    return postprocess_files(configuration, find_predictions(configuration, filename, sizes=True), Listener())
 
 
 def labels(folder: Path, stem: str = "TS_1") -> np.ndarray:
@@ -316,3 +317,118 @@ def test_broken_predictions_fail_alone(folder: Path) -> None:
                         "TS_5": "whole numbers"}.items():  # fmt: skip
         assert words in outcomes[stem].error and f"{stem}_preds.h5" in outcomes[stem].error
     assert (folder / "out" / "TS_1_preds.h5").read_bytes() == b"not HDF5"
+
+
+# ----------------------------------------------------------------------------------------------------------- components
+
+
+def instances(folder: Path, stem: str = "TS_1") -> np.ndarray:
+    with h5py.File(folder / "out" / f"{stem}_components.h5") as file:
+        return file["instances"][:]
+
+
+def outputs(*stems: str, components: bool = True) -> list[str]:
+    collection = ["components.csv", "components.parquet"] if components else []
+    endings = ["components.csv", "components.h5", "components.parquet", "preds.h5"] if components else ["preds.h5"]
+    return sorted(collection + [f"{stem}_{ending}" for stem in stems for ending in endings])
+
+
+STEMS = ("TS_1", "TS_2_9.96Apx", "TS_3")
+
+
+def test_components_in_the_run_and_after_it_are_the_same(folder: Path) -> None:
+    outcomes = segment(configure(folder, sizes_of([-1, 5, 5]), components=True, save_internal_files=True))
+    assert {outcome.status for outcome in outcomes.values()} == {"done"} and files(folder / "out") == outputs(*STEMS)
+    found = instances(folder, "TS_2_9.96Apx")
+    table = pandas.read_parquet(folder / "out" / "components.parquet")
+    own = table[table["tomogram"] == "TS_2_9.96Apx"]
+    assert set(table["tomogram"]) == set(STEMS) and len(own) == found.max() and (own["voxels"] > 5).all()
+    np.testing.assert_array_equal(found > 0, labels(folder, "TS_2_9.96Apx") > 0)
+    with h5py.File(folder / "out" / "TS_2_9.96Apx_preds.h5") as file:
+        predicted, probabilities = dict(file.attrs), file["probs"][:]
+    row = own.loc[own["voxels"].idxmax()]
+    inside = found == row["label"]
+    np.testing.assert_allclose(row["mean_probability"], probabilities[row["class"]][inside].mean(), rtol=1e-5)
+    np.testing.assert_allclose(row["volume_nm3"], row["voxels"] * 0.996**3, rtol=1e-5)
+    with h5py.File(folder / "out" / "TS_2_9.96Apx_components.h5") as file:
+        attributes = dict(file.attrs)
+    for name in ("fingerprint", "source", "voxel_size_angstrom", "origin_angstrom", "nstart"):
+        np.testing.assert_array_equal(attributes[name], predicted[name])
+    assert attributes["software"] == f"cryosiam_dask {__version__}"
+    before = {path: path.read_bytes() for path in (folder / "out").glob("*components.csv")}
+    for path in (folder / "out").glob("*components.*"):
+        path.unlink()
+    configuration = configure(folder)
+    outcomes = {o.stem: o for o in measure(configuration, find_predictions(configuration), Listener())}
+    assert {o.status for o in outcomes.values()} == {"done"} and outcomes["TS_1"].shape == SHAPE
+    assert {path: path.read_bytes() for path in before} == before
+    np.testing.assert_array_equal(instances(folder, "TS_2_9.96Apx"), found)
+
+
+def test_only_missing_components_are_made(folder: Path) -> None:
+    segment(configure(folder))
+    written = labels(folder)
+    outcomes = segment(configure(folder, components=True))
+    assert {outcome.status for outcome in outcomes.values()} == {"done"} and files(folder / "out") == outputs(*STEMS)
+    table = (folder / "out" / "components.csv").read_bytes()
+    (folder / "out" / "TS_1_components.csv").unlink()
+    modified = (folder / "out" / "TS_1_preds.h5").stat().st_mtime_ns
+    outcomes = segment(configure(folder, components=True))
+    assert [outcomes[stem].status for stem in STEMS] == ["done", "skipped", "skipped"]
+    assert (folder / "out" / "TS_1_preds.h5").stat().st_mtime_ns == modified
+    assert (folder / "out" / "components.csv").read_bytes() == table
+    np.testing.assert_array_equal(instances(folder) > 0, written > 0)
+    # A run over a single tomogram leaves the others in the collection.
+    segment(configure(folder, {"threshold": 0.45}, components=True), filename="TS_1.mrc", overwrite=True)
+    assert set(pandas.read_csv(folder / "out" / "components.csv")["tomogram"]) == set(STEMS)
+
+
+def test_components_follow_the_labels(folder: Path) -> None:
+    segment(configure(folder, components=True))
+    before = instances(folder)
+    postprocess(configure(folder, sizes_of([-1, 10**6, -1]), components=True))
+    assert instances(folder).max() < before.max() and files(folder / "out") == outputs(*STEMS)
+    np.testing.assert_array_equal(instances(folder) > 0, labels(folder) > 0)
+    assert not (pandas.read_csv(folder / "out" / "components.csv")["class"] == 1).any()
+    # The same sizes again change nothing, so that nothing has to go; other sizes remove what they make untrue.
+    assert not any(o.warnings for o in postprocess(configure(folder, sizes_of([-1, 10**6, -1]))))
+    assert files(folder / "out") == outputs(*STEMS)
+    outcomes = postprocess(configure(folder, sizes_of([-1, -1, 5])))
+    assert all("have been removed" in o.warnings[0] for o in outcomes)
+    assert files(folder / "out") == outputs(*STEMS, components=False)
+
+
+def test_unknown_voxel_sizes_and_mrc_outputs(folder: Path) -> None:
+    with mrcfile.open(folder / "data" / "TS_1.mrc", "r+") as mrc:
+        mrc.voxel_size = 0
+    outcomes = segment(configure(folder, components=True, save_original_file_extension=True))
+    assert ["voxel size is unknown" in " ".join(outcomes[stem].warnings) for stem in STEMS] == [True, False, False]
+    table = pandas.read_parquet(folder / "out" / "components.parquet")
+    assert (table["volume_nm3"].isna() == (table["tomogram"] == "TS_1")).all()
+    outcomes = segment(configure(folder, components=True, save_original_file_extension=True))
+    assert {outcome.status for outcome in outcomes.values()} == {"skipped"}
+
+
+def test_components_of_broken_predictions_fail_alone(folder: Path) -> None:
+    segment(configure(folder))
+    (folder / "out" / "TS_1_preds.h5").write_bytes(b"not HDF5")
+    with h5py.File(folder / "out" / "TS_3_preds.h5", "r+") as file:
+        file["probs"] = np.zeros((3, 4, 4, 4), np.float32)
+    with h5py.File(folder / "out" / "TS_4_preds.h5", "w") as file:
+        file["labels"] = np.zeros((4, 4, 4))
+    with h5py.File(folder / "out" / "TS_5_preds.h5", "w") as file:
+        file["labels"] = np.zeros((0, 4, 4), np.uint8)
+    with h5py.File(folder / "out" / "TS_6_preds.h5", "w") as file:  # as other programs write it: nothing but labels
+        file["labels"] = np.arange(27, dtype=np.int64).reshape(3, 3, 3) % 2 * 300
+    with h5py.File(folder / "out" / "TS_7_preds.h5", "w") as file:
+        file["labels"] = np.full((3, 3, 3), -1)
+    configuration = configure(folder)
+    outcomes = {o.stem: o for o in measure(configuration, find_predictions(configuration), Listener())}
+    assert [o.stem for o in outcomes.values() if o.status == "done"] == ["TS_2_9.96Apx", "TS_6"]
+    for stem, words in {"TS_1": "must be an HDF5 file", "TS_3": "shape of the labels", "TS_4": "whole numbers",
+                        "TS_5": "must hold voxels", "TS_7": "must not be negative"}.items():  # fmt: skip
+        assert words in outcomes[stem].error and not outcomes[stem].details
+    assert set(pandas.read_csv(folder / "out" / "components.csv")["tomogram"]) == {"TS_2_9.96Apx", "TS_6"}
+    (folder / "out" / "TS_6_components.parquet").write_bytes(b"damaged")
+    *_, collection = measure(configuration, find_predictions(configuration, "TS_2_9.96Apx"), Listener())
+    assert collection.status == "failed" and "TS_6_components.parquet" in collection.error

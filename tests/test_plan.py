@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import h5py
 import mrcfile
 import numpy as np
 import pytest
@@ -214,6 +215,29 @@ def test_fingerprint_changes_with_everything_that_changes_numbers(folder: Path) 
     assert len(set(seen)) == len(seen)
     same = fingerprint(block_size=64, keep_work=True, hyper_parameters__batch_size=1)
     assert same == seen[-1] == fingerprint(parameters__network__postprocessing_sizes=[-1, -1, -1])
+
+
+def test_components_that_are_missing_or_of_other_labels_are_made(folder: Path) -> None:
+    (folder / "out").mkdir()
+    configuration = configure(folder, components=True)
+    assert [job.components for job in plan_run(configure(folder)).jobs] == [None, None]
+    for job in plan_run(configuration).jobs:
+        with h5py.File(job.output, "w") as file:
+            file.attrs["fingerprint"] = job.fingerprint
+    job = next(j for j in plan_run(configuration).unmeasured if j.stem == "TS_018_9.96Apx")
+    assert job.components == folder / "out" / "TS_018_9.96Apx_components.h5"
+    for ending in (".csv", ".parquet"):
+        (folder / "out" / f"TS_018_9.96Apx_components{ending}").touch()
+    for fingerprint, done in ((None, False), ("other", False), (job.fingerprint, True)):
+        with h5py.File(job.components, "w") as file:
+            file.attrs.update({"fingerprint": fingerprint} if fingerprint else {})
+        plan = plan_run(configuration)
+        assert not plan.jobs
+        assert [j.stem for j in plan.skipped] == ["TS_018_9.96Apx"] * done
+        assert [j.stem for j in plan.unmeasured] == ["TS_018_9.96Apx"] * (not done) + ["TS_1"]
+    (folder / "out" / "TS_018_9.96Apx_components.parquet").unlink()
+    assert len(plan_run(configuration).unmeasured) == 2
+    assert len(plan_run(configure(folder)).skipped) == 2
 
 
 def test_sizes_without_effect_are_left_out(folder: Path) -> None:

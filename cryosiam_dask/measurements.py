@@ -1,0 +1,230 @@
+"""Instances of a segmentation and what is measured of each: a file of instance numbers, and tables.
+
+For a tomogram ``<stem>_components.h5`` (dataset ``instances``) with ``<stem>_components.csv`` and ``.parquet``, and for
+all tomograms of a folder ``components.csv`` and ``components.parquet``. A table holds one row for each component:
+
+============================================== =========================================================================
+``tomogram``, ``class``, ``label``             name, class, and the number in ``instances``
+``voxels``, ``volume_nm3``                     size
+``z``, ``y``, ``x``                            centroid: mean of the voxel indices, which count from 0
+``z_angstrom``, ``y_angstrom``, ``x_angstrom`` the same from the centre of the first voxel, in Å
+``z_min``, ``z_max``, ``y_min``, …             bounding box in voxels, its upper end exclusive
+``mean_probability``, ``max_probability``      of the component's own class; empty without probabilities
+``touches_border``                             whether the volume may cut it
+============================================== =========================================================================
+
+What depends on an unknown voxel size is empty. An image is a volume of one slice, whose z in Å and volume are empty.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from cryosiam_dask.components import ChunkedArray, Components, find_components, instances_dtype, write_instances
+from cryosiam_dask.errors import LabelsError, OutputError
+from cryosiam_dask.executor import SERIAL, Executor
+from cryosiam_dask.labels_to_hdf5 import read_attributes, write_bytes, write_instances_hdf5
+
+CONNECTIVITY = 26
+COLLECTION = "components"  # name of the tables of all tomograms
+
+
+def component_files(folder: Path, stem: str) -> tuple[Path, Path, Path]:
+    """The files of a tomogram's components: HDF5, CSV, Parquet."""
+    return (
+        folder / f"{stem}_components.h5",
+        folder / f"{stem}_components.csv",
+        folder / f"{stem}_components.parquet",
+    )
+
+
+def write_components(
+    folder: Path,
+    stem: str,
+    labels: ChunkedArray,
+    *,
+    work: zarr.Group,
+    attributes: Mapping[str, Any],
+    probabilities: ChunkedArray | None = None,
+    executor: Executor = SERIAL,
+) -> Components:
+    """Find, number and measure the components of a tomogram, and write their three files.
+
+    The HDF5 file comes last: where it carries a fingerprint, the tables belong to it.
+
+    Parameters
+    ----------
+    folder, stem
+        Where the files go, and the tomogram's name.
+    labels
+        (z, y, x) or (y, x), integers, 0 is background.
+    work
+        Holds the instances for the time being, as the array ``instances``.
+    attributes
+        For the HDF5 file, as in `cryosiam_dask.labels_to_hdf5.write_hdf5`; ``voxel_size_angstrom`` also for the tables.
+    probabilities
+        (class, z, y, x) or (class, y, x).
+    executor
+        Runs the pieces.
+
+    Raises
+    ------
+    LabelsError
+        If the labels are not integers, negative, or of another shape than the probabilities.
+    OutputError
+        If a file cannot be written.
+    """
+    hdf5, *tables = component_files(folder, stem)
+    components = find_components(
+        labels, connectivity=CONNECTIVITY, measure=True, probabilities=probabilities, executor=executor
+    )
+    blocks = components.labelling.blocks
+    instances = work.create_array(
+        "instances",
+        shape=labels.shape,
+        chunks=tuple(map(min, blocks.block, blocks.shape))[3 - blocks.ndim :],
+        dtype=instances_dtype(len(components)),
+        fill_value=0,
+        overwrite=True,
+    )
+    write_instances(components, labels, instances, executor=executor)
+    table = component_table(components, stem, attributes.get("voxel_size_angstrom"))
+    for path in tables:
+        write_table(path, table)
+    write = partial(write_instances_hdf5, instances=instances, attributes={**attributes, "connectivity": CONNECTIVITY})
+    executor.map(write, [hdf5], name="export")
+    return components
+
+
+def remove_outdated(folder: Path, stem: str, fingerprint: str | None) -> bool:
+    """Remove the components of a tomogram unless they were made from the labels of this fingerprint.
+
+    Returns
+    -------
+    bool
+        Whether there was anything to remove.
+    """
+    files = component_files(folder, stem)
+    try:
+        if fingerprint and read_attributes(files[0]).get("fingerprint") == fingerprint:
+            return False
+    except OutputError:
+        pass  # missing or damaged
+    found = [path for path in files if path.exists()]
+    for path in found:
+        path.unlink()
+    return bool(found)
+
+
+def component_table(
+    components: Components, tomogram: str, voxel_size_angstrom: Sequence[float | None] | None = None
+) -> Any:
+    """Return what is measured of each component as a pandas.DataFrame, in the columns of the module's description.
+
+    Parameters
+    ----------
+    components
+        From `cryosiam_dask.components.find_components` with ``measure=True``.
+    tomogram
+        Its name.
+    voxel_size_angstrom
+        Along z, y and x (or y and x); ``None`` where it is unknown.
+
+    Raises
+    ------
+    LabelsError
+        If nothing was measured.
+    """
+    import pandas
+
+    measured, count = components.measurements, len(components)
+    if measured is None:
+        raise LabelsError("a table needs measurements", remedy="Call find_components with measure=True")
+    size = voxel_size(components.labelling.blocks.ndim, voxel_size_angstrom)
+    columns: dict[str, Any] = {
+        "tomogram": pandas.Series([tomogram] * count, dtype="str"),
+        "class": components.classes.astype(np.int64),
+        "label": np.arange(1, count + 1),
+        "voxels": components.voxels,
+        "volume_nm3": components.voxels * (size.prod() / 1000),
+    }
+    columns |= dict(zip("zyx", measured.centroids.T, strict=True))
+    columns |= {f"{axis}_angstrom": measured.centroids[:, i] * size[i] for i, axis in enumerate("zyx")}
+    for i, axis in enumerate("zyx"):
+        columns |= {f"{axis}_min": measured.lower[:, i], f"{axis}_max": measured.upper[:, i]}
+    for name, values in (("mean", measured.mean_probability), ("max", measured.max_probability)):
+        columns[f"{name}_probability"] = np.full(count, np.nan) if values is None else values.astype(np.float64)
+    columns["touches_border"] = measured.touches_border
+    return pandas.DataFrame(columns)
+
+
+def voxel_size(ndim: int, voxel_size_angstrom: Sequence[float | None] | None) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return the voxel size along z, y and x in Å, NaN where it is unknown and along z of an image."""
+    known = [np.nan if not size else float(size) for size in voxel_size_angstrom or ()]
+    return np.array([np.nan] * (3 - ndim) + known) if len(known) == ndim else np.full(3, np.nan)
+
+
+def write_table(path: Path, table: Any) -> None:
+    """Write a pandas.DataFrame as CSV or, by the ending of `path`, Parquet; complete or not at all.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written; an earlier file is then untouched.
+    """
+    write_bytes(
+        path, table.to_parquet(index=False) if path.suffix == ".parquet" else table.to_csv(index=False).encode()
+    )
+
+
+def collect_tables(folder: Path) -> None:
+    """Put the tables of all tomograms of a folder together, ``components.csv`` and ``components.parquet``.
+
+    Without any table both are removed.
+
+    Raises
+    ------
+    OutputError
+        If a table cannot be read, or the result cannot be written.
+    """
+    import pandas
+
+    both = [folder / f"{COLLECTION}{ending}" for ending in (".csv", ".parquet")]
+    with holding(folder):
+        tables = []
+        for path in sorted(folder.glob("*_components.parquet")):
+            try:
+                tables.append(pandas.read_parquet(path))
+            except (OSError, ValueError, KeyError) as error:  # what pyarrow raises of a damaged file is one of these
+                raise OutputError(
+                    "the table must be readable to be collected",
+                    place=path,
+                    value=error,
+                    remedy="Remove the file and run 'cryosiam-dask components' again",
+                ) from None
+        for path in both:
+            if tables:
+                write_table(path, pandas.concat(tables, ignore_index=True))
+            else:
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Wait until no other run puts the tables of `folder` together, and keep others from it for the time being."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network disks know no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
