@@ -20,7 +20,7 @@ from cryosiam_dask._version import __version__
 _HOMES = {
     "config": ("read_configuration",),
     "plan": ("plan_run",),
-    "pipeline": ("measure", "postprocess", "run"),
+    "pipeline": ("list_centers", "measure", "postprocess", "run"),
     "mrc_to_zarr": ("convert", "ingest", "read_header"),
     "checkpoint": ("read_checkpoint",),
     "predictor": ("PredictorSpec", "predictor_spec"),
@@ -29,6 +29,7 @@ _HOMES = {
     "mask": ("open_mask", "read_mask"),
     "lamella": ("postprocess_lamella",),
     "components": ("find_components", "remove_small", "write_instances"),
+    "centers": ("center_table", "write_centers"),
     "measurements": ("component_table", "write_components"),
     "labels_to_hdf5": ("read_attributes", "write_hdf5", "write_mrc"),
     "preview": ("write_preview",),

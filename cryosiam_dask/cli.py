@@ -120,6 +120,33 @@ def components(config_file: ConfigFile, filename: Filename = None, workers: Work
 
 
 @app.command()
+def semantic_to_centers(
+    config_file: ConfigFile,
+    filename: Filename = None,
+    min_voxels: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Leave out components of so many voxels or fewer. Default: the key of this name, or 0."
+        ),
+    ] = None,
+    erode: Annotated[bool, typer.Option("--erode", help="Erode each class once before, to part what touches.")] = False,
+    workers: Workers = None,
+) -> None:
+    """List the centres of each class's components in STAR files for RELION 5 and Warp, and in CSV files.
+
+    Example: cryosiam-dask semantic-to-centers --config-file configs/config_semantic.yaml --min-voxels 10
+    """
+    with _plain_errors():
+        from cryosiam_dask.runner import list_particles
+
+        _exit(
+            list_particles(
+                config_file, Console(), filename=filename, min_voxels=min_voxels, erode=erode, workers=workers
+            )
+        )
+
+
+@app.command()
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="A tomogram: .mrc, .rec, .map or .st, also .gz.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.zarr", help="The zarr v3 array to make.")],

@@ -34,7 +34,7 @@ from cryosiam_dask.grid import DEFAULT_BLOCK_SIZE
 UNUSED_KEYS: Mapping[str, frozenset[str]] = {
     "": frozenset({"log_dir", "temp_dir", "labels_folder", "eval_skip_prediction"}),
     "parameters": frozenset({"gpu_devices"}),
-    "parameters.network": frozenset({"out_channels", "min_voxels"}),
+    "parameters.network": frozenset({"out_channels"}),
     "hyper_parameters": frozenset(),
 }
 
@@ -88,6 +88,8 @@ class Network(_Model):
     postprocessing_sizes
         One entry per label, the first for label 0: components of that label with at most so many voxels are removed;
         -1 leaves the label alone.
+    min_voxels
+        Particle lists: components with at most so many voxels are left out.
     """
 
     in_channels: Annotated[int, Field(ge=1)] = 1
@@ -96,6 +98,7 @@ class Network(_Model):
     postprocessing: bool = False
     hull_3d: bool = Field(default=False, alias="3d_postprocessing")
     postprocessing_sizes: Annotated[tuple[Annotated[int, Field(ge=-1)], ...], Field(strict=False)] | None = None
+    min_voxels: Annotated[int, Field(ge=0)] = 0
 
 
 class Parameters(_Model):

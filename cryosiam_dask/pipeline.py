@@ -32,6 +32,7 @@ import numpy as np
 import zarr
 
 from cryosiam_dask._version import __version__
+from cryosiam_dask.centers import collect_centers, write_centers
 from cryosiam_dask.components import ChunkedArray, remove_small
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.errors import (
@@ -398,7 +399,7 @@ def postprocess(
     sizes = removal_sizes(configuration)
     outcomes = []
     for path in predictions:
-        stem, began = path.name.removesuffix("_preds.h5"), time.monotonic()
+        stem, began = _stem(path), time.monotonic()
         reporter.begin(stem)
         shape: tuple[int, ...] = ()
         try:
@@ -451,12 +452,63 @@ def measure(
     return outcomes
 
 
+def list_centers(
+    configuration: Configuration,
+    predictions: Sequence[Path],
+    reporter: Reporter,
+    *,
+    min_voxels: int | None = None,
+    erode: bool = False,
+    executor: Executor = SERIAL,
+) -> list[Outcome]:
+    """Write lists of the centres of components, of each class of written predictions.
+
+    Parameters
+    ----------
+    configuration, predictions, reporter, executor
+        As of `postprocess`.
+    min_voxels
+        Components with at most so many voxels are left out; ``None``: as the configuration says.
+    erode
+        Whether to erode each class once before.
+
+    Returns
+    -------
+    list of Outcome
+        One for each prediction.
+    """
+    folder = configuration.prediction_folder
+    smallest = configuration.parameters.network.min_voxels if min_voxels is None else min_voxels
+
+    def act(path: Path) -> _Result:
+        labels, probabilities, attributes = _written_labels(path), _probabilities(path), read_attributes(path)
+        counts = write_centers(
+            folder,
+            _stem(path),
+            labels,
+            min_voxels=smallest,
+            erode=erode,
+            classes=range(1, max(2, probabilities.shape[0] if probabilities else 2)),
+            voxel_size_angstrom=attributes.get("voxel_size_angstrom"),
+            executor=executor,
+        )
+        reporter.say(f"particles: {', '.join(f'{n} of class {label}' for label, n in counts.items())}")
+        return labels.shape, (), tuple(_unknown_voxel_size(attributes))
+
+    outcomes = [_attempt(path, reporter, partial(act, path)) for path in predictions]
+    try:
+        collect_centers(folder)
+    except Exception as error:
+        outcomes.append(_failed("class…_centers.csv", (), time.monotonic(), error, folder))
+    return outcomes
+
+
 _Result: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]  # shape, voxels of each label, warnings
 
 
 def _attempt(path: Path, reporter: Reporter, work: Callable[[], _Result]) -> Outcome:
     """What became of work on the written prediction `path`."""
-    stem, began = path.name.removesuffix("_preds.h5"), time.monotonic()
+    stem, began = _stem(path), time.monotonic()
     reporter.begin(stem)
     try:
         shape, voxels, warnings = work()
@@ -469,7 +521,7 @@ def _attempt(path: Path, reporter: Reporter, work: Callable[[], _Result]) -> Out
 
 
 def _measure(configuration: Configuration, path: Path, executor: Executor) -> _Result:
-    stem, labels = path.name.removesuffix("_preds.h5"), _written_labels(path)
+    stem, labels = _stem(path), _written_labels(path)
     with _work_group(configuration, stem) as work:
         attributes, probabilities = read_attributes(path), _probabilities(path)
         warnings = _update_components(configuration, stem, labels, probabilities, attributes, work, executor)
@@ -568,6 +620,10 @@ def find_predictions(configuration: Configuration, filename: str | None = None, 
     if problems:
         raise Problems(problems)
     return predictions
+
+
+def _stem(prediction: Path) -> str:
+    return prediction.name.removesuffix("_preds.h5")
 
 
 def _written_labels(path: Path) -> StoredDataset:

@@ -15,7 +15,7 @@ from rich.table import Table
 from cryosiam_dask.cluster import DaskExecutor, Setup, open_cluster
 from cryosiam_dask.config import read_configuration
 from cryosiam_dask.mrc_to_zarr import convert, read_header
-from cryosiam_dask.pipeline import Outcome, find_predictions, measure, postprocess, remove_left_overs, run
+from cryosiam_dask.pipeline import Outcome, find_predictions, list_centers, measure, postprocess, remove_left_overs, run
 from cryosiam_dask.plan import RunPlan, plan_run
 from cryosiam_dask.predictor import load_predictor, resolve_device
 from cryosiam_dask.progress import make_reporter
@@ -118,6 +118,30 @@ def measure_predictions(
     configuration = read_configuration(config_file)
     predictions = find_predictions(configuration, filename)
     return _with_predictions(partial(measure, configuration, predictions), len(predictions), console, workers)
+
+
+def list_particles(
+    config_file: Path,
+    console: Console,
+    *,
+    filename: str | None = None,
+    min_voxels: int | None = None,
+    erode: bool = False,
+    workers: int | None = None,
+) -> list[Outcome]:
+    """Write particle lists of written predictions, and print what becomes of it.
+
+    Parameters
+    ----------
+    config_file, console, filename, workers
+        See `segment`.
+    min_voxels, erode
+        See `cryosiam_dask.pipeline.list_centers`.
+    """
+    configuration = read_configuration(config_file)
+    predictions = find_predictions(configuration, filename)
+    action = partial(list_centers, configuration, predictions, min_voxels=min_voxels, erode=erode)
+    return _with_predictions(action, len(predictions), console, workers)
 
 
 def _with_predictions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import resource
@@ -179,6 +180,23 @@ def test_a_disk_that_is_full_is_said_and_leaves_nothing(folder: Path) -> None:
     assert sorted(p.name for p in (folder / "out").iterdir()) == [f"TS_{i}_preds.h5" for i in range(3)]
 
 
+def test_components_and_particle_lists(folder: Path) -> None:
+    call("semantic-predict", "--config-file", "config.yaml", folder=folder)
+    output = call("components", "--config-file", "config.yaml", "--workers", 2, folder=folder)
+    assert output.count(" done ") >= 3
+    with (folder / "out" / "components.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["tomogram"] for row in rows} == {"TS_0", "TS_1", "TS_2"}
+    with h5py.File(folder / "out" / "TS_1_components.h5") as file:
+        assert file["instances"][:].max() == sum(row["tomogram"] == "TS_1" for row in rows)
+    arguments = ("--config_file=config.yaml", "--min_voxels=2", "--erode", "--workers=1", "--filename=TS_1.mrc")
+    assert "of class 1" in call("semantic_to_centers", *arguments, folder=folder)
+    names = {path.name for path in (folder / "out").glob("*.star")}
+    assert {"TS_1_class1_centers.star", "class1_centers.star"} <= names and not any("TS_0" in name for name in names)
+    output = call("components", "--config-file", "config.yaml", "--filename", "TS_9.mrc", folder=folder, status=2)
+    assert "Run semantic-predict first" in output
+
+
 def test_convert(folder: Path) -> None:
     output = call("convert", "data/TS_0.mrc", "TS_0.zarr", folder=folder)
     assert "24 × 20 × 22 (z, y, x), float32" in output and "intensities " in output
@@ -193,7 +211,10 @@ def test_convert(folder: Path) -> None:
 def test_version_help_and_wrong_usage(tmp_path: Path) -> None:
     assert call("--version", folder=tmp_path).strip() == __version__
     output = call("--help", folder=tmp_path)
-    assert all(name in output for name in ("semantic-predict", "semantic-postprocess", "convert", "demo"))
+    assert all(
+        name in output
+        for name in ("semantic-predict", "semantic-postprocess", "components", "semantic-to-centers", "convert", "demo")
+    )
     assert "--config-file" in call("semantic_predict", "--help", folder=tmp_path)
     assert "No such command" in call("semantic-predicd", folder=tmp_path, status=2)
     assert "--config-file" in call("semantic-predict", folder=tmp_path, status=2)

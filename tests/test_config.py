@@ -64,10 +64,9 @@ def test_models_are_frozen(tmp_path: Path) -> None:
 
 
 def test_keys_of_cryosiam_without_meaning_here_are_accepted_and_named(tmp_path: Path) -> None:
-    text = MINIMAL + "log_dir: x\nparameters:\n  gpu_devices: 1\n  network:\n    out_channels: 14\n    min_voxels: 10\n"
+    text = MINIMAL + "log_dir: x\nparameters:\n  gpu_devices: 1\n  network:\n    out_channels: 14\n"
     c = read_configuration(write(tmp_path, text))
-    assert c.unused == ("log_dir", "parameters.gpu_devices", "parameters.network.out_channels",
-                        "parameters.network.min_voxels")  # fmt: skip
+    assert c.unused == ("log_dir", "parameters.gpu_devices", "parameters.network.out_channels")
 
 
 def test_empty_sections_and_an_empty_mask_folder_mean_the_defaults(tmp_path: Path) -> None:
@@ -101,6 +100,8 @@ def test_home_folder_is_expanded(tmp_path: Path) -> None:
         ("parameters: {network: {threshold: 3}}", r"network.threshold: must be less than or equal to 1; found 3"),
         ("parameters: {network: {spatial_dims: 4}}", r"spatial_dims: must be less than or equal to 3; found 4"),
         ("parameters: {network: {postprocessing_sizes: [-2]}}", r"sizes.0: must be greater than or equal to -1"),
+        ("parameters: {network: {min_voxels: -1}}", r"min_voxels: must be greater than or equal to 0; found -1"),
+        ("components: 26", r"key components: must be True or False.*found 26"),
         ("hyper_parameters: {batch_size: 0}", r"batch_size: must be greater than or equal to 1; found 0"),
         ("hyper_parameters: {batch_size: 2.0}", r"batch_size: must be a whole number; found 2.0"),
     ],

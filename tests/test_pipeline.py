@@ -13,13 +13,16 @@ import mrcfile
 import numpy as np
 import pandas
 import pytest
+import starfile
 import yaml
 import zarr
+from skimage.measure import label as label_whole
+from skimage.measure import regionprops
 
 from cryosiam_dask import __version__
 from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.errors import Problems
-from cryosiam_dask.pipeline import Outcome, find_predictions, measure, run
+from cryosiam_dask.pipeline import Outcome, find_predictions, list_centers, measure, run
 from cryosiam_dask.pipeline import postprocess as postprocess_files
 from cryosiam_dask.plan import plan_run
 
@@ -432,3 +435,45 @@ def test_components_of_broken_predictions_fail_alone(folder: Path) -> None:
     (folder / "out" / "TS_6_components.parquet").write_bytes(b"damaged")
     *_, collection = measure(configuration, find_predictions(configuration, "TS_2_9.96Apx"), Listener())
     assert collection.status == "failed" and "TS_6_components.parquet" in collection.error
+
+
+# ------------------------------------------------------------------------------------------------------- particle lists
+
+
+def test_particle_lists_of_written_predictions(folder: Path) -> None:
+    segment(configure(folder))
+    written = labels(folder, "TS_2_9.96Apx")
+    regions = regionprops(label_whole(written == 1))
+    three = {"min_voxels": 3}
+    for network, options, smallest in (({}, {}, 0), (three, {}, 3), (three, {"min_voxels": 1}, 1)):
+        configuration = configure(folder, network)
+        outcomes = list_centers(configuration, find_predictions(configuration), Listener(), **options)
+        assert [outcome.status for outcome in outcomes] == ["done"] * 3
+        star = starfile.read(folder / "out" / "TS_2_9.96Apx_class1_centers.star")
+        found = sorted(star[[f"rlnCoordinate{axis}" for axis in "ZYX"]].to_numpy().tolist())
+        np.testing.assert_allclose(found, sorted(r.centroid for r in regions if r.area > smallest), atol=1e-6)
+        assert set(star["rlnTomoName"]) == {"TS_2_9.96Apx"}
+    together = starfile.read(folder / "out" / "class1_centers.star")
+    assert set(together["rlnTomoName"]) == set(STEMS)
+    for path in (folder / "out").glob("*_centers.*"):
+        path.unlink()
+    list_centers(configuration, find_predictions(configuration, "TS_1.mrc"), Listener(), erode=True)
+    assert {path.name.partition("class")[0] for path in (folder / "out").glob("*centers*")} == {"TS_1_", ""}
+
+
+def test_particle_lists_of_broken_predictions_fail_alone(folder: Path) -> None:
+    (folder / "out").mkdir()
+    (folder / "out" / "TS_1_preds.h5").write_bytes(b"not HDF5")
+    with h5py.File(folder / "out" / "TS_2_preds.h5", "w") as file:  # nothing found, and no voxel size known
+        file["labels"] = np.zeros((4, 4, 4), np.uint8)
+    with h5py.File(folder / "out" / "TS_3_preds.h5", "w") as file:
+        file["labels"] = np.zeros((4, 4, 4), np.uint8)
+        file["probs"] = np.zeros((4, 4, 4, 4), np.float32)
+    configuration, listener = configure(folder), Listener()
+    outcomes = list_centers(configuration, find_predictions(configuration), listener)
+    assert [outcome.status for outcome in outcomes] == ["failed", "done", "done"]
+    assert "must be an HDF5 file" in outcomes[0].error and "voxel size is unknown" in outcomes[1].warnings[0]
+    assert "particles: 0 of class 1, 0 of class 2, 0 of class 3" in listener.messages
+    written = sorted(path.name for path in (folder / "out").glob("*.star"))
+    assert written == ["TS_2_class1_centers.star", *(f"TS_3_class{k}_centers.star" for k in (1, 2, 3)),
+                       *(f"class{k}_centers.star" for k in (1, 2, 3))]  # fmt: skip

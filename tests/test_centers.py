@@ -1,0 +1,170 @@
+"""Particle lists: read back and compared with SciPy and scikit-image on whole arrays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+import pytest
+import starfile
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+from skimage import measure
+
+from cryosiam_dask.centers import Eroded, center_table, collect_centers, write_centers
+from cryosiam_dask.components import find_components
+from cryosiam_dask.errors import LabelsError, OutputError
+
+SIZE = (8.0, 9.0, 10.0)  # Å along z, y, x
+
+
+def smooth_volume(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Blobs of classes 1 and 2 that touch each other, the border and the cuts."""
+    noise = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=shape), 1.2)
+    return np.digitize(noise, [0.05, 0.18]).astype(np.uint8)
+
+
+def expected(labels: np.ndarray, label: int, erode: bool, min_voxels: int) -> list[tuple[float, ...]]:
+    """What the reference does with the whole array: erode, label, keep what has more voxels."""
+    mask = labels == label
+    if erode:
+        mask = ndimage.binary_erosion(mask)
+    regions = measure.regionprops(measure.label(mask))
+    return sorted((*region.centroid, region.area) for region in regions if region.area > min_voxels)
+
+
+def star_of(path: Path) -> pandas.DataFrame:
+    return starfile.read(path)
+
+
+shapes = st.tuples(*[st.integers(1, 16)] * 3) | st.tuples(st.integers(2, 30), st.integers(2, 30))
+
+
+@settings(max_examples=30, deadline=None)
+@given(shapes, st.integers(0, 999), st.integers(1, 9), st.booleans(), st.sampled_from([0, 1, 2, 5, 20]))
+def test_lists_hold_what_the_reference_finds_in_the_whole_array(
+    tmp_path_factory: pytest.TempPathFactory,
+    shape: tuple[int, ...], seed: int, chunk: int, erode: bool, min_voxels: int,
+) -> None:  # fmt: skip
+    folder, stem, axes = tmp_path_factory.mktemp("centers"), "TS_018_9.96Apx", "zyx"[-len(shape) :]
+    labels = smooth_volume(shape, seed)
+    stored = zarr.create_array(folder / "labels.zarr", data=labels, chunks=tuple(min(chunk, n) for n in shape))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cryosiam_dask.components.BLOCK_VOXELS", 1)  # one block for each chunk
+        counts = write_centers(folder, stem, stored, min_voxels=min_voxels, erode=erode, classes=(1, 2),
+                               voxel_size_angstrom=SIZE[-len(shape) :])  # fmt: skip
+    collect_centers(folder)
+    for label in (1, 2):
+        rows = expected(labels, label, erode, min_voxels)
+        assert counts[label] == len(rows)
+        for name in (f"{stem}_class{label}_centers", f"class{label}_centers"):
+            table, star = pandas.read_csv(folder / f"{name}.csv"), star_of(folder / f"{name}.star")
+            assert len(table) == len(star) == len(rows)
+            if not rows:
+                continue
+            found = sorted(zip(*(table[axis] for axis in axes), table["voxels"], strict=True))
+            np.testing.assert_allclose(found, rows, rtol=1e-9)
+            np.testing.assert_allclose(star["rlnPixelSize"], 10)
+            assert set(star["rlnTomoName"]) == {stem} and set(star["rlnMicrographName"]) == {"TS_018.tomostar"}
+            for axis, n, size in zip(axes, shape, SIZE[-len(shape) :], strict=True):
+                np.testing.assert_allclose(star[f"rlnCoordinate{axis.upper()}"], table[axis], atol=1e-6)
+                np.testing.assert_allclose(table[f"{axis}_angstrom"], table[axis] * size)
+                centered = (table[axis] - n / 2) * size
+                np.testing.assert_allclose(star[f"rlnCenteredCoordinate{axis.upper()}Angst"], centered, atol=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.integers(0, 999), st.data())
+def test_erosion_is_that_of_the_whole_array_in_every_region(
+    shape: tuple[int, ...], seed: int, data: st.DataObject
+) -> None:
+    labels = smooth_volume(shape, seed)
+    whole = sum(ndimage.binary_erosion(labels == label) * np.uint8(label) for label in (1, 2))
+    region = []
+    for n in shape:
+        start = data.draw(st.integers(0, n - 1))
+        region.append(slice(start, data.draw(st.integers(start + 1, n))))
+    part = Eroded(labels)[tuple(region)]
+    assert part.dtype == labels.dtype
+    np.testing.assert_array_equal(part, whole[tuple(region)])
+
+
+def test_a_single_voxel_stands_at_its_index(tmp_path: Path) -> None:
+    """Index 0 is the centre of the first voxel, and index n / 2 the centre of RELION's tomogram."""
+    labels = np.zeros((6, 8, 10), np.uint8)
+    labels[3, 4, 5] = labels[0, 0, 0] = 1
+    write_centers(tmp_path, "TS", labels, voxel_size_angstrom=SIZE)
+    star = star_of(tmp_path / "TS_class1_centers.star")
+    assert star[[f"rlnCoordinate{axis}" for axis in "XYZ"]].to_numpy().tolist() == [[0, 0, 0], [5, 4, 3]]
+    centered = star[[f"rlnCenteredCoordinate{axis}Angst" for axis in "XYZ"]].to_numpy().tolist()
+    assert centered == [[-50, -36, -24], [0, 0, 0]]
+
+
+def write(folder: Path, stem: str, labels: np.ndarray, **options: Any) -> dict[int, int]:
+    return write_centers(folder, stem, labels, voxel_size_angstrom=options.pop("size", SIZE), **options)
+
+
+def dots(*classes: int) -> np.ndarray:
+    """One voxel of each class."""
+    labels = np.zeros((5, 6, 2 * len(classes) + 1), np.uint16)
+    labels[2, 3, 1::2] = classes
+    return labels
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def both(*stems: str) -> list[str]:
+    return sorted(f"{stem}_centers.{ending}" for stem in stems for ending in ("csv", "star"))
+
+
+def test_lists_of_before_are_replaced_and_those_of_others_stay(tmp_path: Path) -> None:
+    assert write(tmp_path, "TS_1", dots(1, 3)) == {1: 1, 3: 1}
+    assert write(tmp_path, "TS_1_b", dots(3)) == {3: 1}
+    assert write(tmp_path, "001", dots(1, 1)) == {1: 2}
+    collect_centers(tmp_path)
+    assert names(tmp_path) == both("TS_1_class1", "TS_1_class3", "TS_1_b_class3", "001_class1", "class1", "class3")
+    assert star_of(tmp_path / "class1_centers.star")["rlnTomoName"].astype(str).tolist() == ["001", "001", "TS_1"]
+    assert (tmp_path / "class1_centers.csv").read_text().count("\n001,1,1,2.0,3.0,") == 2
+    write(tmp_path, "TS_1", dots(2))
+    write(tmp_path, "TS_1_b", dots(), classes=(1,))
+    collect_centers(tmp_path)
+    assert names(tmp_path) == both("TS_1_class2", "TS_1_b_class1", "001_class1", "class1", "class2")
+    assert len(star_of(tmp_path / "TS_1_b_class1_centers.star")) == 0
+    assert len(star_of(tmp_path / "class1_centers.star")) == 2
+
+
+def test_without_voxel_size_there_are_voxels_only(tmp_path: Path) -> None:
+    write(tmp_path, "TS_1", dots(1), size=None)
+    write(tmp_path, "TS_2", dots(1), size=(10.0, None, 10.0))
+    write(tmp_path, "TS_3", dots(1))
+    collect_centers(tmp_path)
+    voxels = ["rlnTomoName", "rlnMicrographName", "rlnCoordinateX", "rlnCoordinateY", "rlnCoordinateZ"]
+    for name in ("TS_1_class1", "TS_2_class1", "class1"):
+        assert list(star_of(tmp_path / f"{name}_centers.star")) == voxels
+    assert len(list(star_of(tmp_path / "TS_3_class1_centers.star"))) == 9
+    table = pandas.read_csv(tmp_path / "class1_centers.csv")
+    assert table["y_angstrom"].isna().tolist() == [True, True, False]
+    assert table["x"].tolist() == [1, 1, 1]
+
+
+def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LabelsError, match="integers"):
+        write(tmp_path, "TS", dots(1).astype(np.float32), erode=True)
+    with pytest.raises(LabelsError, match="negative"):
+        write(tmp_path, "TS", -dots(1).astype(np.int8))
+    with pytest.raises(LabelsError, match="measure=True"):
+        center_table(find_components(dots(1)), "TS")
+    assert not names(tmp_path)
+    write(tmp_path, "TS", dots(1))
+    (tmp_path / "TS_class1_centers.csv").write_text("tomogram,class,voxels,z,y,x\nTS,1,1,one,2,3\n")
+    with pytest.raises(OutputError, match=r"TS_class1_centers.csv: the particle list must be readable"):
+        collect_centers(tmp_path)
+    (tmp_path / "TS_class1_centers.csv").write_text("")
+    with pytest.raises(OutputError, match="semantic-to-centers' again"):
+        collect_centers(tmp_path)
