@@ -108,7 +108,7 @@ class TerminalReporter:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            TimeRemainingColumn(),
             console=console,
         )
         self._all = self._progress.add_task("tomograms", total=total)
