@@ -33,7 +33,7 @@ import zarr
 
 from cryosiam_dask._version import __version__
 from cryosiam_dask.centers import collect_centers, write_centers
-from cryosiam_dask.components import ChunkedArray, remove_small
+from cryosiam_dask.components import ArrayModule, ChunkedArray, remove_small
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.errors import (
     ConfigurationError,
@@ -116,7 +116,15 @@ def run(
     list of Outcome
         One for each tomogram, those that were done before included. Failures are outcomes, not exceptions.
     """
-    plan.configuration.prediction_folder.mkdir(parents=True, exist_ok=True)
+    try:
+        plan.configuration.prediction_folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            "must be a folder that can be made",
+            place="key prediction_folder",
+            value=f"{plan.configuration.prediction_folder}: {error.strerror}",
+            remedy="Set prediction_folder to another folder or change the permissions",
+        ) from None
     outcomes = [Outcome(job.stem, "skipped") for job in plan.skipped]
     for job in plan.jobs:
         began = time.monotonic()
@@ -169,6 +177,7 @@ def _segment(
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """One tomogram from file to file; returns the voxels of each label, and warnings."""
     configuration, network = plan.configuration, plan.configuration.parameters.network
+    array_module: ArrayModule = "cupy" if device == "cuda" else "numpy"
     block_size = block_size_for(header.shape, plan.patch, configuration.block_size, executor.workers)
     grid = make_grid(header.shape, plan.patch, block_size)
     mask = None if job.mask is None else open_mask(job.mask, header.shape)
@@ -187,6 +196,7 @@ def _segment(
                 hull="volume" if network.hull_3d else "slices",
                 work=work,
                 executor=executor,
+                array_module=array_module,
             ).found
             if not found:
                 warnings.append(
@@ -197,7 +207,7 @@ def _segment(
         unfiltered, sizes = labels, removal_sizes(configuration)
         if sizes:
             labels = _like(work, "filtered", unfiltered)
-            remove_small(unfiltered, labels, _for_all_labels(sizes), executor=executor)
+            remove_small(unfiltered, labels, _for_all_labels(sizes), executor=executor, array_module=array_module)
         voxels = _count_voxels(labels, plan.labels, executor)
         if voxels[0] == math.prod(header.shape):
             warnings.append(_why_blank(plan, report))
