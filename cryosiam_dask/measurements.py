@@ -29,7 +29,14 @@ from typing import Any
 import numpy as np
 import zarr
 
-from cryosiam_dask.components import ChunkedArray, Components, find_components, instances_dtype, write_instances
+from cryosiam_dask.components import (
+    ArrayModule,
+    ChunkedArray,
+    Components,
+    find_components,
+    instances_dtype,
+    write_instances,
+)
 from cryosiam_dask.errors import LabelsError, OutputError
 from cryosiam_dask.executor import SERIAL, Executor
 from cryosiam_dask.labels_to_hdf5 import read_attributes, write_bytes, write_instances_hdf5
@@ -56,6 +63,7 @@ def write_components(
     attributes: Mapping[str, Any],
     probabilities: ChunkedArray | None = None,
     executor: Executor = SERIAL,
+    array_module: ArrayModule = "numpy",
 ) -> Components:
     """Find, number and measure the components of a tomogram, and write their three files.
 
@@ -73,8 +81,8 @@ def write_components(
         For the HDF5 file, as in `cryosiam_dask.labels_to_hdf5.write_hdf5`; ``voxel_size_angstrom`` also for the tables.
     probabilities
         (class, z, y, x) or (class, y, x).
-    executor
-        Runs the pieces.
+    executor, array_module
+        Where the pieces run, and on which arrays.
 
     Raises
     ------
@@ -85,7 +93,12 @@ def write_components(
     """
     hdf5, *tables = component_files(folder, stem)
     components = find_components(
-        labels, connectivity=CONNECTIVITY, measure=True, probabilities=probabilities, executor=executor
+        labels,
+        connectivity=CONNECTIVITY,
+        measure=True,
+        probabilities=probabilities,
+        executor=executor,
+        array_module=array_module,
     )
     blocks = components.labelling.blocks
     instances = work.create_array(

@@ -233,7 +233,9 @@ def _segment(
             )
         executor.map(write, [job.output], name="export")
         probabilities = outputs.get("probabilities")
-        warnings += _update_components(configuration, job.stem, labels, probabilities, attributes, work, executor)
+        warnings += _update_components(
+            configuration, job.stem, labels, probabilities, attributes, work, executor, array_module
+        )
     return voxels, tuple(warnings)
 
 
@@ -550,6 +552,7 @@ def _update_components(
     attributes: Mapping[str, Any],
     work: zarr.Group,
     executor: Executor,
+    array_module: ArrayModule = "numpy",
 ) -> list[str]:
     """Write the components of new labels, or remove those of earlier ones; returns what needs attention."""
     folder = configuration.prediction_folder
@@ -564,7 +567,14 @@ def _update_components(
     inherited = {name: attributes[name] for name in _INHERITED if attributes.get(name) is not None}
     inherited["software"] = f"cryosiam_dask {__version__}"
     write_components(
-        folder, stem, labels, probabilities=probabilities, attributes=inherited, work=work, executor=executor
+        folder,
+        stem,
+        labels,
+        probabilities=probabilities,
+        attributes=inherited,
+        work=work,
+        executor=executor,
+        array_module=array_module,
     )
     return _unknown_voxel_size(inherited)
 
