@@ -114,7 +114,7 @@ class HyperParameters(_Model):
     Attributes
     ----------
     batch_size
-        Patches in one forward pass.
+        Patches in one forward pass on a GPU; a CPU takes one at a time, so that no result depends on it.
     """
 
     batch_size: Annotated[int, Field(ge=1)] = 2
