@@ -267,7 +267,7 @@ def _fill_block(
     rows = np.arange(y.start, y.stop)
     if isinstance(hull, HalfSpaces):
         lines = np.stack(np.meshgrid(np.arange(z.start, z.stop), rows, indexing="ij"), axis=-1).reshape(-1, 2)
-        block = _inside(hull, lines, x).reshape(blocks.extent(index)).astype(output.dtype)
+        block = _inside(_cutting(hull, (z, y, x)), lines, x).reshape(blocks.extent(index)).astype(output.dtype)
     else:
         block = blocks.read(labels, index).copy()
         for z_slice, corners in enumerate(hull or []):
@@ -317,6 +317,17 @@ def half_spaces(voxels: Corners) -> HalfSpaces:
     normals[(normals * hull.equations[:, :-1]).sum(axis=1) < 0] *= -1
     offsets = (normals * facets[:, 0]).sum(axis=1)
     return HalfSpaces(normals, offsets)
+
+
+def _cutting(body: HalfSpaces, region: tuple[slice, ...]) -> HalfSpaces:
+    """Return the half-spaces that cut a region, or one that holds nothing of it where there is such a one."""
+    first, last = (2 * np.array(ends) for ends in zip(*((part.start, part.stop - 1) for part in region), strict=True))
+    nearest = (body.normals * np.where(body.normals > 0, first, last)).sum(axis=1)
+    farthest = (body.normals * np.where(body.normals > 0, last, first)).sum(axis=1)
+    kept = farthest > body.offsets
+    if (nearest > body.offsets).any():
+        kept = np.arange(len(nearest)) == np.argmax(nearest - body.offsets)
+    return HalfSpaces(body.normals[kept], body.offsets[kept])
 
 
 def _inside(body: HalfSpaces, lines: NDArray[np.int64], x: slice) -> NDArray[np.bool_]:
