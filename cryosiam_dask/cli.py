@@ -182,10 +182,15 @@ def demo(
 def _plain_errors() -> Iterator[None]:
     """What a user got wrong is printed as it is, with status 2; an interruption leaves with status 130."""
 
+    signals = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and a batch system's way to say it
+
     def stop(number: int, frame: Any) -> None:
+        for each in signals:
+            signal.signal(each, signal.SIG_IGN)  # a second one must not disturb the tidying up
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)  # a batch system's way to say Ctrl-C
+    for each in signals:
+        signal.signal(each, stop)
     try:
         yield
     except CryosiamDaskError as error:

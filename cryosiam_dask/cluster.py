@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any, Literal, TypeVar
 
 import dask
@@ -153,7 +155,11 @@ def open_cluster(
         "silence_logs": logging.CRITICAL,
     }
     environment = "distributed.nanny.pre-spawn-environ"
-    with warnings.catch_warnings(), dask.config.set({environment: dask.config.get(environment) | _KEEP_MEMORY}):
+    with (
+        _interrupts_are_ours(),
+        warnings.catch_warnings(),
+        dask.config.set({environment: dask.config.get(environment) | _KEEP_MEMORY}),
+    ):
         warnings.filterwarnings("ignore", message="Port .* is already in use")
         if device == "cuda":
             cluster = _cuda_cluster(workers, options)
@@ -161,6 +167,30 @@ def open_cluster(
             cluster = LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, **options)
     with cluster, Client(cluster, set_as_default=False) as client:
         yield client
+
+
+@contextmanager
+def _interrupts_are_ours() -> Iterator[None]:
+    """Keep Ctrl-C, which a terminal sends to the whole group of processes, away from the workers started meanwhile.
+
+    They inherit the blocked signal from the thread that starts them, as do those that replace a lost one; the client
+    gets it as soon as they run, and ends them in order.
+    """
+    # Started later, Python's tracker of semaphores would unblock the signal in the thread that starts workers. A worker
+    # that is ended amid a task leaves one semaphore to it, which need not be told to anybody.
+    silent = "ignore::UserWarning:multiprocessing.resource_tracker"
+    warnings_before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = f"{warnings_before},{silent}" if warnings_before else silent
+    resource_tracker.ensure_running()
+    if warnings_before is None:
+        del os.environ["PYTHONWARNINGS"]
+    else:
+        os.environ["PYTHONWARNINGS"] = warnings_before
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _cuda_cluster(workers: int, options: dict[str, Any]) -> Any:

@@ -10,6 +10,7 @@ Relative paths are taken from the current folder, as CryoSiam and its viewer tak
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -39,7 +40,14 @@ UNUSED_KEYS: Mapping[str, frozenset[str]] = {
 }
 
 _Path = Annotated[Path, Field(strict=False), AfterValidator(Path.expanduser)]
-_Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _scientific(value: Any) -> Any:
+    """YAML takes 1e-3, without a point, for text; everybody else for a number."""
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value) else value
+
+
+_Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_scientific)]
 
 
 class _Model(BaseModel):
@@ -250,9 +258,18 @@ def read_configuration(path: Path | str) -> Configuration:
     try:
         configuration = Configuration.model_validate(values)
     except ValidationError as error:
-        raise Problems(_explain(path, e) for e in error.errors(include_url=False)) from None
+        problems = [_explain(path, e) for e in error.errors(include_url=False)]
+        raise Problems([*problems, *_missing_paths(path, values)]) from None
     configuration._unused = unused
     return configuration
+
+
+def _missing_paths(path: Path, values: dict[str, Any]) -> Iterator[ConfigurationError]:
+    """What the planning of a run would find next, so that a user mends it together with the rest."""
+    for key in ("data_folder", "mask_folder", "trained_model"):
+        value = values.get(key)
+        if isinstance(value, str) and value and not Path(value).expanduser().exists():
+            yield ConfigurationError("must exist", place=f"{path}, key {key}", value=value, remedy=f"Correct {key}")
 
 
 def _without_unused(values: dict[str, Any], section: str = "") -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -282,7 +299,7 @@ def _explain(path: Path, error: Any) -> ConfigurationError:
     key, kind, value = ".".join(location), error["type"], error["input"]
     place = f"{path}, key {key}" if key else f"{path}"
     section, name = ".".join(location[:-1]), location[-1] if location else ""
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "invalid_key"):
         everywhere = {k: f"{s}.{k}" if s else k for s in _SECTIONS for k in _keys(s)}
         near = difflib.get_close_matches(name, [*_keys(section)], 1, 0.5) or [
             everywhere[k] for k in difflib.get_close_matches(name, everywhere, 1, 0.7)

@@ -519,6 +519,8 @@ def convert(
             target.replace(old)
         part.replace(target)
         shutil.rmtree(old, ignore_errors=True)
+    except OutputError as error:
+        raise OutputError(error.rule, place=target, value=error.value, remedy=error.remedy) from error
     except OSError as error:
         raise OutputError(
             "the converted tomogram must be writable", place=target, value=_reason(error), remedy="Choose another place"

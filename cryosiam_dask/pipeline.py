@@ -116,15 +116,7 @@ def run(
     list of Outcome
         One for each tomogram, those that were done before included. Failures are outcomes, not exceptions.
     """
-    try:
-        plan.configuration.prediction_folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            "must be a folder that can be made",
-            place="key prediction_folder",
-            value=f"{plan.configuration.prediction_folder}: {error.strerror}",
-            remedy="Set prediction_folder to another folder or change the permissions",
-        ) from None
+    make_folders(plan)
     outcomes = [Outcome(job.stem, "skipped") for job in plan.skipped]
     for job in plan.jobs:
         began = time.monotonic()
@@ -146,6 +138,28 @@ def run(
         outcomes.append(_attempt(job.output, reporter, partial(_measure, plan.configuration, job.output, executor)))
     _collect(plan.configuration, outcomes)
     return outcomes
+
+
+def make_folders(plan: RunPlan) -> None:
+    """Make the folders that a run writes to.
+
+    Raises
+    ------
+    OutputError
+        If one cannot be made.
+    """
+    for key in ("prediction_folder", "work_folder"):
+        folder: Path | None = getattr(plan.configuration, key)
+        try:
+            if folder:
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                "must be a folder that can be made",
+                place=f"key {key}",
+                value=f"{folder}: {error.strerror}",
+                remedy=f"Set {key} to another folder or change the permissions",
+            ) from None
 
 
 def _failed(stem: str, shape: tuple[int, ...], began: float, error: Exception, path: Path) -> Outcome:

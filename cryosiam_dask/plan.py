@@ -161,7 +161,21 @@ def plan_run(configuration: Configuration, *, filename: str | None = None, overw
     ------
     Problems
         Everything that stands in the way, at once.
+    ConfigurationError
+        If a folder cannot even be looked into.
     """
+    try:
+        return _plan_run(configuration, filename, overwrite)
+    except OSError as error:
+        raise ConfigurationError(
+            "what a configuration names must be readable",
+            place=error.filename or "the configuration",
+            value=error.strerror,
+            remedy="Change the permissions, or the key that names it",
+        ) from None
+
+
+def _plan_run(configuration: Configuration, filename: str | None, overwrite: bool) -> RunPlan:
     problems: list[CryosiamDaskError] = []
     sources = _find_tomograms(configuration, filename, problems)
     masks = _find_masks(configuration, sources, problems)
@@ -180,6 +194,7 @@ def plan_run(configuration: Configuration, *, filename: str | None = None, overw
     if checkpoint is None or problems:
         raise Problems(problems)
     jobs, unmeasured, skipped = [], [], []
+    outputs: dict[Path, Path] = {}
     settings = _settings(configuration, checkpoint, patch, threshold)
     for source, mask in zip(sources, masks, strict=True):
         stem = source.name.removesuffix(configuration.file_extension)
@@ -188,12 +203,21 @@ def plan_run(configuration: Configuration, *, filename: str | None = None, overw
         fingerprint = with_sizes(prediction, removal_sizes(configuration))
         components = configuration.prediction_folder / f"{stem}_components.h5" if configuration.components else None
         job = Job(source, stem, output, mask, components, prediction, fingerprint)
-        if output.resolve() == source.resolve():
+        if output.resolve() in {path.resolve() for path in (source, mask) if path}:
             problems.append(
                 OutputError(
                     "an output must not replace its own input",
                     place=output,
-                    remedy="Set prediction_folder to another folder than data_folder",
+                    remedy="Set prediction_folder to another folder than data_folder and mask_folder",
+                )
+            )
+        elif output in outputs:
+            problems.append(
+                OutputError(
+                    "two tomograms must not have the same output",
+                    place=output,
+                    value=f"{outputs[output]} and {source}",
+                    remedy="Segment them with another prediction_folder each",
                 )
             )
         elif not output.exists() or overwrite:
@@ -213,6 +237,7 @@ def plan_run(configuration: Configuration, *, filename: str | None = None, overw
                     remedy="Replace it with --overwrite, or set another prediction_folder",
                 )
             )
+        outputs[output] = source
     if problems:
         raise Problems(problems)
     return RunPlan(
@@ -258,7 +283,7 @@ def _find_tomograms(
             problems.append(
                 ConfigurationError("must name at least one tomogram, or be null", place=place, remedy="Set it to null")
             )
-        return sources
+        return list(dict.fromkeys(sources))
     sources = sorted(path for path in folder.iterdir() if path.name.endswith(extension) and path.is_file())
     if not sources:
         found = sorted({"".join(path.suffixes[-1:]) for path in folder.iterdir() if path.is_file()} - {""})
@@ -350,6 +375,15 @@ def _check_network(
         )
     if configuration.save_internal_files and not architecture.has_distance_head:
         notes.append(f"{configuration.trained_model} has no distance head: probs are saved, distances are not")
+    if network.postprocessing and architecture.spatial_dims == 2:
+        problems.append(
+            ConfigurationError(
+                "lamella post-processing needs a model of 3-D tomograms",
+                place="key parameters.network.postprocessing",
+                value=f"True, and a model of {architecture.spatial_dims}-D images",
+                remedy="Set it to False",
+            )
+        )
     sizes, labels = network.postprocessing_sizes, max(2, architecture.out_channels)
     if sizes is not None and any(size >= 0 for size in sizes[labels:]):
         problems.append(

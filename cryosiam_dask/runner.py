@@ -10,12 +10,23 @@ from typing import Literal
 
 from distributed.system import MEMORY_LIMIT
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cryosiam_dask.cluster import DaskExecutor, Setup, open_cluster
 from cryosiam_dask.config import read_configuration
+from cryosiam_dask.errors import CryosiamDaskError, DeviceError, Problems
 from cryosiam_dask.mrc_to_zarr import convert, read_header
-from cryosiam_dask.pipeline import Outcome, find_predictions, list_centers, measure, postprocess, remove_left_overs, run
+from cryosiam_dask.pipeline import (
+    Outcome,
+    find_predictions,
+    list_centers,
+    make_folders,
+    measure,
+    postprocess,
+    remove_left_overs,
+    run,
+)
 from cryosiam_dask.plan import RunPlan, plan_run
 from cryosiam_dask.predictor import load_predictor, resolve_device
 from cryosiam_dask.progress import make_reporter
@@ -55,7 +66,18 @@ def segment(
     Problems, ConfigurationError, DeviceError
         What stands in the way of the run.
     """
-    plan = plan_run(read_configuration(config_file), filename=filename, overwrite=overwrite)
+    problems: list[CryosiamDaskError] = []
+    try:
+        chosen = resolve_device(device)
+    except DeviceError as error:
+        problems.append(error)
+    try:
+        plan = plan_run(read_configuration(config_file), filename=filename, overwrite=overwrite)
+    except Problems as found:
+        problems.extend(found.problems)
+    if problems:
+        raise Problems(problems)
+    make_folders(plan)
     for note in plan.notes:
         say(console, f"note: {note}")
     for job in plan.skipped:
@@ -66,7 +88,7 @@ def segment(
         outcomes = [Outcome(job.stem, "skipped") for job in plan.skipped]
         print_table(console, outcomes)
         return outcomes
-    chosen, total = resolve_device(device), len(plan.jobs) + len(plan.unmeasured)
+    total = len(plan.jobs) + len(plan.unmeasured)
     if workers is None:
         workers = default_workers(plan) if chosen == "cpu" else 0
     try:
@@ -207,7 +229,7 @@ def print_table(console: Console, outcomes: Sequence[Outcome]) -> None:
     table = Table("tomogram", "status", "shape (z, y, x)", "seconds", "voxels of each label, from 0")
     for outcome in outcomes:
         table.add_row(
-            outcome.stem,
+            escape(outcome.stem),
             outcome.status,
             " × ".join(map(str, outcome.shape)),
             f"{outcome.seconds:.1f}" if outcome.seconds else "",

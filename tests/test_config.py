@@ -12,7 +12,7 @@ from cryosiam_dask.config import Configuration, Data, HyperParameters, Network, 
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, Problems
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-MINIMAL = "data_folder: d\nprediction_folder: p\ntrained_model: m.ckpt\n"
+MINIMAL = "data_folder: .\nprediction_folder: p\ntrained_model: .\n"
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -75,7 +75,7 @@ def test_empty_sections_and_an_empty_mask_folder_mean_the_defaults(tmp_path: Pat
 
 
 def test_home_folder_is_expanded(tmp_path: Path) -> None:
-    c = read_configuration(write(tmp_path, MINIMAL.replace(": d", ": ~/d")))
+    c = read_configuration(write(tmp_path, MINIMAL.replace("data_folder: .", "data_folder: ~/d")))
     assert c.data_folder == Path.home() / "d"
 
 
@@ -110,6 +110,19 @@ def test_each_fault_is_named_with_key_value_and_remedy(tmp_path: Path, line: str
     (problem,) = problems(tmp_path, MINIMAL + line)
     assert re.search(expected, problem), problem
     assert str(tmp_path / "config.yaml") in problem
+
+
+def test_numbers_as_everybody_writes_them(tmp_path: Path) -> None:
+    """YAML takes 1e-3 for text."""
+    data = read_configuration(write(tmp_path, MINIMAL + "parameters: {data: {min: 1e-3, max: 2E3}}")).parameters.data
+    assert (data.min, data.max) == (0.001, 2000)
+
+
+def test_missing_paths_are_reported_with_the_rest(tmp_path: Path) -> None:
+    found = problems(tmp_path, "data_folder: nowhere\nprediction_folder: p\ntrained_model: m.ckpt\nzebra: 1\n2: 3\n")
+    assert len(found) == 4
+    assert any("key data_folder: must exist; found nowhere" in problem for problem in found)
+    assert any("key 2: this key is not known" in problem for problem in found)
 
 
 def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:

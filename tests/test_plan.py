@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from cryosiam_dask.config import Configuration, read_configuration
-from cryosiam_dask.errors import Problems
+from cryosiam_dask.errors import CryosiamDaskError, Problems
 from cryosiam_dask.plan import plan_run, removal_sizes, with_sizes
 
 
@@ -134,6 +134,8 @@ FAULTS: dict[str, tuple[dict[str, Any], Callable[[Path], object], str]] = {
         lambda f: None, r"postprocessing_sizes: must have one entry for each of the model's 3 labels"),
     "output made by another program": ({}, lambda f: ((f / "out").mkdir(), (f / "out/TS_1_preds.h5").touch()),
         r"TS_1_preds.h5: this output was made from another input.*Replace it with --overwrite"),
+    "output over its mask": ({"prediction_folder": "masks", "mask_folder": "masks"}, lambda f: None,
+        "an output must not replace its own input"),
     "output over its input": ({"prediction_folder": "data", "save_original_file_extension": True}, lambda f: None,
         "an output must not replace its own input"),
 }  # fmt: skip
@@ -148,6 +150,34 @@ def test_each_fault_is_reported_with_its_remedy(folder: Path, fault: str, monkey
     found = problems(configure(folder, **changes))
     assert all(re.search(expected, problem, re.S) for problem in found), found
     assert sorted(p for p in folder.rglob("*") if p.name != "config.yaml") == before  # nothing was made
+
+
+def test_two_tomograms_with_one_output_are_refused_and_one_named_twice_is_done_once(folder: Path) -> None:
+    for name in ("a", "b"):
+        (folder / "data" / name).mkdir()
+        shutil.copy(folder / "data" / "TS_1.mrc", folder / "data" / name)
+    (problem,) = problems(configure(folder, test_files=["a/TS_1.mrc", "b/TS_1.mrc"]))
+    assert "two tomograms must not have the same output" in problem and "b/TS_1.mrc" in problem
+    assert len(plan_run(configure(folder, test_files=["TS_1.mrc", "TS_1", "TS_1.mrc"])).jobs) == 1
+
+
+def test_lamella_of_an_image_is_refused(folder: Path) -> None:
+    from dataclasses import replace
+
+    images = replace(checkpoints.SMALL, spatial_dims=2, kernel_size=(3, 3))
+    checkpoints.write(folder / "model.ckpt", images)
+    network = {"parameters__network__spatial_dims": 2, "parameters__network__postprocessing": True}
+    (problem,) = problems(configure(folder, **network))
+    assert "postprocessing: lamella post-processing needs a model of 3-D tomograms" in problem
+
+
+def test_what_cannot_be_looked_into_is_named(folder: Path) -> None:
+    """A loop of links refuses even the superuser."""
+    (folder / "data" / "loop.mrc").symlink_to(folder / "data" / "loop.mrc")
+    plan_run(configure(folder))  # among others it is no file
+    (folder / "loop").symlink_to(folder / "loop")
+    with pytest.raises(CryosiamDaskError, match="loop"):
+        plan_run(configure(folder, data_folder=str(folder / "loop")))
 
 
 def test_all_faults_are_reported_at_once(folder: Path) -> None:

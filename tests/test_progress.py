@@ -65,11 +65,11 @@ def test_table_names_what_needs_attention() -> None:
     outcomes = [
         Outcome("TS_1", "done", (464, 960, 928), 12.34, (413_000_000, 358_720), ("no lamella found",)),
         Outcome("TS_2", "failed", error="TS_2.mrc: the file is cut short."),
-        Outcome("TS_3", "skipped"),
+        Outcome("TS_3[bin4]", "skipped"),
     ]
     print_table(Console(file=file), outcomes)
     text = file.getvalue()
     assert re.search(r"TS_1\W+done\W+464 × 960 × 928\W+12\.3\W+413,000,000  358,720", text)
     assert "attention, TS_1: no lamella found" in text
     assert "failed, TS_2: TS_2.mrc: the file is cut short." in text
-    assert "skipped" in text
+    assert "TS_3[bin4]" in text and "skipped" in text
