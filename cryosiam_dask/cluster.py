@@ -22,7 +22,7 @@ from distributed import Client, Future, KilledWorker, LocalCluster, WorkerPlugin
 from cryosiam_dask.errors import DeviceError
 
 #: Let glibc keep what the network frees for its next patch. Dask's own setting gives every page back to the kernel and
-#: faults it in again, which makes a patch take 1.6 times as long on a CPU.
+#: faults it in again, which takes a good part of a CPU's time for a patch.
 _KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": 8_000_000_000, "MALLOC_MMAP_THRESHOLD_": 4_000_000_000}
 
 T = TypeVar("T")
