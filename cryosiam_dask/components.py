@@ -39,9 +39,9 @@ ArrayModule: TypeAlias = Literal["numpy", "cupy"]
 Index: TypeAlias = tuple[int, int, int]
 Slices: TypeAlias = tuple[slice, slice, slice]
 
-BLOCK_VOXELS = 1 << 24
+BLOCK_VOXELS = 1 << 22
 """How many voxels one task labels, at most: smaller chunks are labelled several at a time, so that handing tasks out
-does not outweigh them. A task takes about 14 bytes a voxel of its block."""
+does not outweigh them. A task takes about 15 bytes a voxel of its block."""
 
 _LARGEST_BLOCK = 1 << 29  # a provisional label fits 29 bits: see `_touching`
 _REACH = {6: 1, 18: 2, 26: 3}  # along how many axes at once a step to a neighbour may move
