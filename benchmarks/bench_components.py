@@ -305,6 +305,7 @@ def main(arguments: list[str] | None = None) -> None:
         for case, name, shape in cases:
             bench(case, volume(name, shape), options.workers, report, Path(folder), options)
     if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
         rows = ",\n    ".join(json.dumps(row, ensure_ascii=False) for row in report.rows)
         options.output.write_text(f'{{\n  "machine": {json.dumps(described)},\n  "rows": [\n    {rows}\n  ]\n}}\n')
 
