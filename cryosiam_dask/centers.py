@@ -1,8 +1,9 @@
 """Particle lists: the centres of each class's components, for RELION 5, Warp and spreadsheets.
 
 For each class of a tomogram ``<stem>_class<k>_centers.star`` and ``.csv``, and for each class of all tomograms of a
-folder ``class<k>_centers.star`` and ``.csv``. As in CryoSiam, the mask of a class may be eroded once, its components
-(26 neighbours) count if they have more than so many voxels, and the centre is the mean of the voxel indices.
+folder ``class<k>_centers.star`` and ``.csv``, and ``class<k>_relion_import.star``. As in CryoSiam, the mask of a class
+may be eroded once, its components (26 neighbours) count if they have more than so many voxels, and the centre is the
+mean of the voxel indices.
 
 Coordinates count voxels of the segmented tomogram from 0, the centre of the first voxel: what CryoSiam's viewer, napari
 and Warp do, and RELION, whose tomogram of n voxels has its centre at n / 2. A STAR file has the columns
@@ -16,6 +17,11 @@ and Warp do, and RELION, whose tomogram of n voxels has its centre at n / 2. A S
 ================================== =====================================================================================
 
 without the last four where the voxel size is unknown. Orientations are left to those programs.
+
+``class<k>_relion_import.star`` is what RELION 5 imports: for each tomogram its ``rlnTomoName`` and the absolute path of
+its list, ``rlnTomoImportParticleFile``, so that any RELION project finds it. (RELION also takes a wildcard, but takes
+the file for such an index where the wildcard finds no more than one.) It leaves out the lists that RELION refuses or
+puts in the wrong places: those without particles, without voxel size, and of images.
 """
 
 from __future__ import annotations
@@ -30,13 +36,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cryosiam_dask.components import ChunkedArray, Components, find_components
-from cryosiam_dask.errors import LabelsError, OutputError
+from cryosiam_dask.errors import OutputError
 from cryosiam_dask.executor import SERIAL, Executor
 from cryosiam_dask.labels_to_hdf5 import write_bytes
-from cryosiam_dask.measurements import CONNECTIVITY, holding, voxel_size, write_table
+from cryosiam_dask.measurements import CONNECTIVITY, component_table, holding, voxel_size, write_table
 
 _OF_A_TOMOGRAM = re.compile(r"(.+)_class(\d+)_centers\.(?:csv|star)")
-_OF_ALL = re.compile(r"class(\d+)_centers\.(?:csv|star)")
+_OF_ALL = re.compile(r"class(\d+)_(?:centers\.(?:csv|star)|relion_import\.star)")
 _WARPS_PIXEL_SIZE = re.compile(r"_\d+(\.\d+)?Apx$")  # which Warp appends to the name of a tilt series' tomogram
 
 
@@ -153,40 +159,27 @@ def center_table(
 
     Parameters
     ----------
-    components
-        From `cryosiam_dask.components.find_components` with ``measure=True``.
-    tomogram
-        Its name.
-    voxel_size_angstrom
-        Along z, y and x (or y and x); ``None`` where it is unknown.
+    components, tomogram, voxel_size_angstrom
+        As of `cryosiam_dask.measurements.component_table`.
 
     Raises
     ------
     LabelsError
         If nothing was measured.
     """
-    import pandas
-
-    measured, blocks, count = components.measurements, components.labelling.blocks, len(components)
-    if measured is None:
-        raise LabelsError("a table needs measurements", remedy="Call find_components with measure=True")
-    size, axes = voxel_size(blocks.ndim, voxel_size_angstrom), [(i, "zyx"[i]) for i in range(3 - blocks.ndim, 3)]
-    columns: dict[str, Any] = {
-        "tomogram": pandas.Series([tomogram] * count, dtype="str"),
-        "class": components.classes.astype(np.int64),
-        "voxels": components.voxels,
-    }
-    columns |= {axis: measured.centroids[:, i] for i, axis in axes}
-    columns |= {f"{axis}_angstrom": measured.centroids[:, i] * size[i] for i, axis in axes}
-    columns |= {
-        f"{axis}_centered_angstrom": (measured.centroids[:, i] - blocks.shape[i] / 2) * size[i] for i, axis in axes
-    }
-    columns["pixel_size_angstrom"] = np.full(count, size[2])
-    return pandas.DataFrame(columns)
+    measured = component_table(components, tomogram, voxel_size_angstrom)
+    blocks = components.labelling.blocks
+    axes = "zyx"[3 - blocks.ndim :]
+    table = measured[["tomogram", "class", "voxels", *axes, *(f"{axis}_angstrom" for axis in axes)]].copy()
+    size = voxel_size(blocks.ndim, voxel_size_angstrom)
+    for i, axis in enumerate(axes, start=3 - blocks.ndim):
+        table[f"{axis}_centered_angstrom"] = (table[axis] - blocks.shape[i] / 2) * size[i]
+    table["pixel_size_angstrom"] = size[2]
+    return table
 
 
 def collect_centers(folder: Path) -> None:
-    """Put the lists of all tomograms of a folder together, one for each class.
+    """Put the lists of all tomograms of a folder together, one for each class, and write what RELION imports.
 
     Raises
     ------
@@ -197,6 +190,7 @@ def collect_centers(folder: Path) -> None:
 
     with holding(folder):
         parts: dict[int, list[Any]] = {}
+        of_relion: dict[int, list[tuple[str, str]]] = {}
         for path in sorted(folder.glob("*_centers.csv")):
             match = _OF_A_TOMOGRAM.fullmatch(path.name)
             if match:
@@ -206,6 +200,9 @@ def collect_centers(folder: Path) -> None:
                     coordinates = [name for name in table if name not in ("tomogram", "class", "voxels")]
                     table[coordinates].replace("", "nan").astype(float)
                     parts.setdefault(int(match[2]), []).append(table)
+                    if len(table) and "rlnCenteredCoordinateZAngst" in _star(table):
+                        row = table["tomogram"][0], str(path.resolve().with_suffix(".star"))
+                        of_relion.setdefault(int(match[2]), []).append(row)
                 except (OSError, ValueError, KeyError) as error:
                     raise OutputError(
                         "the particle list must be readable to be collected",
@@ -215,18 +212,25 @@ def collect_centers(folder: Path) -> None:
                     ) from None
         for label, tables in parts.items():
             _write(folder / f"class{label}_centers", pandas.concat(tables, ignore_index=True))
+        for label, rows in of_relion.items():
+            index = pandas.DataFrame(rows, columns=["rlnTomoName", "rlnTomoImportParticleFile"])
+            _write_star(folder / f"class{label}_relion_import.star", index)
         for path in folder.iterdir():
             match = _OF_ALL.fullmatch(path.name)
-            if match and int(match[1]) not in parts:
+            if match and int(match[1]) not in (of_relion if path.name.endswith("_relion_import.star") else parts):
                 path.unlink()
 
 
 def _write(path: Path, table: Any) -> None:
     """Write both forms of a list; `path` is without ending."""
+    write_table(path.with_name(f"{path.name}.csv"), table)
+    _write_star(path.with_name(f"{path.name}.star"), _star(table))
+
+
+def _write_star(path: Path, table: Any) -> None:
     import starfile
 
-    write_table(path.with_name(f"{path.name}.csv"), table)
-    write_bytes(path.with_name(f"{path.name}.star"), starfile.to_string(_star(table)).encode())
+    write_bytes(path, starfile.to_string(table).encode())
 
 
 def _star(table: Any) -> Any:

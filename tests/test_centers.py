@@ -120,7 +120,9 @@ def names(folder: Path) -> list[str]:
 
 
 def both(*stems: str) -> list[str]:
-    return sorted(f"{stem}_centers.{ending}" for stem in stems for ending in ("csv", "star"))
+    """Files of these lists; of a class of all tomograms, also what RELION imports."""
+    lists = [f"{stem}_centers.{ending}" for stem in stems for ending in ("csv", "star")]
+    return sorted(lists + [f"{stem}_relion_import.star" for stem in stems if stem.startswith("class")])
 
 
 def test_lists_of_before_are_replaced_and_those_of_others_stay(tmp_path: Path) -> None:
@@ -137,6 +139,37 @@ def test_lists_of_before_are_replaced_and_those_of_others_stay(tmp_path: Path) -
     assert names(tmp_path) == both("TS_1_class2", "TS_1_b_class1", "001_class1", "class1", "class2")
     assert len(star_of(tmp_path / "TS_1_b_class1_centers.star")) == 0
     assert len(star_of(tmp_path / "class1_centers.star")) == 2
+    write(tmp_path, "001", dots(2), classes=(1,))
+    collect_centers(tmp_path)
+    assert names(tmp_path) == sorted(
+        {*both("TS_1_class2", "TS_1_b_class1", "001_class1", "001_class2", "class1", "class2")}
+        - {"class1_relion_import.star"}  # no particles, nothing to import
+    )
+
+
+def test_relion_finds_each_tomograms_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What RELION 5 reads of the index: a list of the columns of the others, of the tomogram that the index names."""
+    folder = tmp_path / "lists"
+    folder.mkdir()
+    write(folder, "001", dots(1, 1))
+    write(folder, "TS_2_9.96Apx", dots(1, 2))
+    write(folder, "no_particles", dots(), classes=(1, 2))
+    write(folder, "no_voxel_size", dots(1), size=None)
+    write(folder, "image", dots(1)[2], size=SIZE[1:])
+    monkeypatch.chdir(tmp_path)  # the folder may be given relative to anything; RELION runs somewhere else
+    collect_centers(Path("lists"))
+    monkeypatch.chdir(folder.parent.parent)
+    for label, stems in ((1, ["001", "TS_2_9.96Apx"]), (2, ["TS_2_9.96Apx"])):
+        index = star_of(folder / f"class{label}_relion_import.star")
+        assert list(index) == ["rlnTomoName", "rlnTomoImportParticleFile"]
+        assert index["rlnTomoName"].astype(str).str.zfill(3).tolist() == stems
+        columns = set()
+        for stem, path in zip(stems, index["rlnTomoImportParticleFile"], strict=True):
+            assert Path(path) == folder.resolve() / f"{stem}_class{label}_centers.star"
+            particles = star_of(Path(path))
+            assert set(particles["rlnTomoName"].astype(str).str.zfill(3)) == {stem}
+            columns.add(tuple(particles))
+        assert len(columns) == 1 and "rlnCenteredCoordinateZAngst" in columns.pop()
 
 
 def test_without_voxel_size_there_are_voxels_only(tmp_path: Path) -> None:
