@@ -135,9 +135,10 @@ def write_hdf5(
     Raises
     ------
     OutputError
-        If the file cannot be written; an earlier file is then untouched.
+        If there are no voxels, or the file cannot be written; an earlier file is then untouched.
     """
     path = Path(path)
+    require_voxels(path, labels)
     with _replacing(path) as sink, h5py.File(sink, "w") as file, ThreadPoolExecutor() as pool:
         _describe(file, _write(file, sink, LABELS, labels, np.dtype(np.uint8), pool), attributes)
         if removed is not None:
@@ -162,8 +163,9 @@ def write_instances_hdf5(path: str | Path, instances: Sliceable, *, attributes: 
     Raises
     ------
     OutputError
-        If the file cannot be written; an earlier file is then untouched.
+        If there are no voxels, or the file cannot be written; an earlier file is then untouched.
     """
+    require_voxels(path, instances)
     with _replacing(Path(path)) as sink, h5py.File(sink, "w") as file, ThreadPoolExecutor() as pool:
         _describe(file, _write(file, sink, INSTANCES, instances, np.dtype(instances.dtype), pool), attributes)
 
@@ -202,6 +204,7 @@ def replace_labels(
         If the file cannot be read or written; it is then untouched.
     """
     path = Path(path)
+    require_voxels(path, labels)
     with _reading(path) as old, _replacing(path) as sink, h5py.File(sink, "w") as file, ThreadPoolExecutor() as pool:
         for name in old:
             if name not in (LABELS, REMOVED):
@@ -211,6 +214,23 @@ def replace_labels(
         _describe(file, _write(file, sink, LABELS, labels, np.dtype(np.uint8), pool), attributes, earlier)
         if removed is not None:
             _write(file, sink, REMOVED, removed, np.dtype(np.uint8), pool)
+
+
+def require_voxels(path: str | Path, source: Sliceable) -> None:
+    """Refuse to write an array without voxels, which neither HDF5 chunks nor MRC files can hold.
+
+    Raises
+    ------
+    OutputError
+        If an axis has length 0.
+    """
+    if 0 in source.shape:
+        raise OutputError(
+            "a file must hold voxels",
+            place=path,
+            value=f"shape {tuple(source.shape)}",
+            remedy="Check the tomogram that the labels were made from",
+        )
 
 
 def dataset_names(path: str | Path) -> set[str]:
@@ -275,8 +295,9 @@ def write_mrc(
     Raises
     ------
     OutputError
-        If the file cannot be written; an earlier file is then untouched.
+        If there are no voxels, or the file cannot be written; an earlier file is then untouched.
     """
+    require_voxels(path, labels)
     shape = labels.shape
     # Whole rows, so that what is in memory makes one run of bytes in each section.
     regions = list(_regions(shape, (*[MRC_BLOCK] * (len(shape) - 1), shape[-1])))

@@ -39,7 +39,7 @@ from cryosiam_dask.components import (
 )
 from cryosiam_dask.errors import LabelsError, OutputError
 from cryosiam_dask.executor import SERIAL, Executor
-from cryosiam_dask.labels_to_hdf5 import read_attributes, write_bytes, write_instances_hdf5
+from cryosiam_dask.labels_to_hdf5 import read_attributes, require_voxels, write_bytes, write_instances_hdf5
 
 CONNECTIVITY = 26
 COLLECTION = "components"  # name of the tables of all tomograms
@@ -89,9 +89,10 @@ def write_components(
     LabelsError
         If the labels are not integers, negative, or of another shape than the probabilities.
     OutputError
-        If a file cannot be written.
+        If there are no voxels, or a file cannot be written.
     """
     hdf5, *tables = component_files(folder, stem)
+    require_voxels(hdf5, labels)
     components = find_components(
         labels,
         connectivity=CONNECTIVITY,

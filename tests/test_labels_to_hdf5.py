@@ -19,7 +19,13 @@ from hypothesis import strategies as st
 
 from cryosiam_dask import labels_to_hdf5
 from cryosiam_dask.errors import OutputError
-from cryosiam_dask.labels_to_hdf5 import read_attributes, replace_labels, write_hdf5, write_mrc
+from cryosiam_dask.labels_to_hdf5 import (
+    read_attributes,
+    replace_labels,
+    write_hdf5,
+    write_instances_hdf5,
+    write_mrc,
+)
 
 
 def random_labels(shape: tuple[int, ...], classes: int = 5) -> np.ndarray:
@@ -241,6 +247,20 @@ class Broken:
         if self.reads == 2:
             raise ValueError("lost")
         return np.zeros(tuple(s.stop - s.start for s in region), np.uint8)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 4), (4, 4, 0), (0, 0, 0), (0, 4)])
+@pytest.mark.parametrize("writer", [write_hdf5, write_instances_hdf5, replace_labels, write_mrc])
+def test_an_array_without_voxels_is_refused_and_leaves_the_old_file(
+    tmp_path: Path, writer: Any, shape: tuple[int, ...]
+) -> None:
+    path = tmp_path / "x.out"
+    path.write_bytes(b"old")
+    with pytest.raises(
+        OutputError, match=r"x\.out: a file must hold voxels; found shape \(.*0.*\)\. Check the tomogram"
+    ):
+        writer(path, np.zeros(shape, np.uint8), **({} if writer is write_mrc else {"attributes": {}}))
+    assert path.read_bytes() == b"old" and names(tmp_path) == ["x.out"]
 
 
 @pytest.mark.parametrize("writer", [write_hdf5, write_mrc])

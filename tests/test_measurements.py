@@ -166,6 +166,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         write(tmp_path, "c", labels.astype(np.float32))
     with pytest.raises(LabelsError, match="negative"):
         write(tmp_path, "d", -labels.astype(np.int8))
+    with pytest.raises(OutputError, match=r"f_components.h5: a file must hold voxels; found shape \(0, 4, 4\)"):
+        write(tmp_path, "f", np.zeros((0, 4, 4), np.uint8))
     with pytest.raises(LabelsError, match="measure=True"):
         component_table(find_components(labels), "TS")
     assert not list(tmp_path.glob("*_components.*"))
