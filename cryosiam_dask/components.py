@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
+from numcodecs import LZ4
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -46,6 +46,7 @@ does not outweigh them. A task takes about 15 bytes a voxel of its block."""
 _LARGEST_BLOCK = 1 << 29  # a provisional label fits 29 bits: see `_touching`
 _REACH = {6: 1, 18: 2, 26: 3}  # along how many axes at once a step to a neighbour may move
 _PROBABILITY_ONE = 1 << 30  # probabilities are summed as integers, so that the sum does not depend on the blocks
+_PLANES = LZ4()  # border planes are mostly background
 # What is measured of a component: how two parts of it are put together, the dtype, and the shape of one entry.
 _COLUMNS: dict[str, tuple[np.ufunc, Any, tuple[int, ...]]] = {
     "voxels": (np.add, np.int64, ()),
@@ -154,8 +155,8 @@ class Blocks:
     ndim: int
 
     @classmethod
-    def of(cls, array: ChunkedArray, block: Sequence[int] | None = None, *, voxels: int = BLOCK_VOXELS) -> Blocks:
-        """Cut `array` into blocks of whole chunks of it, of about `voxels` voxels, unless `block` is given.
+    def of(cls, array: ChunkedArray, block: Sequence[int] | None = None, *, voxels: int | None = None) -> Blocks:
+        """Cut `array` into blocks of whole chunks of it, of up to `voxels` (`BLOCK_VOXELS`), unless `block` is given.
 
         Raises
         ------
@@ -167,9 +168,11 @@ class Blocks:
             raise LabelsError(
                 "components are found in 2-D or 3-D arrays, in blocks of as many axes",
                 value=f"shape {tuple(array.shape)}, block {block}",
+                remedy="Pass one volume or image at a time",
             )
         lead = (1,) * (3 - ndim)
         shape = (*lead, *(int(size) for size in array.shape))
+        voxels = BLOCK_VOXELS if voxels is None else voxels
         edges = _grown([*lead, *chunk_shape(array)], shape, voxels) if block is None else [*lead, *block]
         if min(edges) < 1 or math.prod(map(min, edges, shape)) >= _LARGEST_BLOCK:
             raise LabelsError(
@@ -239,7 +242,9 @@ class Blocks:
         """
         if tuple(output.shape) != self.shape[3 - self.ndim :]:
             raise LabelsError(
-                f"the output must have the shape of its input, {self.shape[3 - self.ndim :]}", value=output.shape
+                f"the output must have the shape of its input, {self.shape[3 - self.ndim :]}",
+                value=output.shape,
+                remedy="Make the output in that shape",
             )
         for axis, chunk in enumerate(chunk_shape(output), start=3 - self.ndim):
             if self.block[axis] % chunk and self.block[axis] < self.shape[axis]:
@@ -294,7 +299,11 @@ class Labelling:
 
     def __post_init__(self) -> None:
         if self.connectivity not in _REACH:
-            raise LabelsError("connectivity must be 6, 18 or 26", value=self.connectivity)
+            raise LabelsError(
+                "connectivity must be 6, 18 or 26",
+                value=self.connectivity,
+                remedy="Count the neighbours in 3-D, for an image too",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -457,7 +466,8 @@ def find_components(
     if probabilities is not None and probabilities.shape[1:] != tuple(labels.shape):
         raise LabelsError(
             f"probabilities must have a class axis and then the shape of the labels, {tuple(labels.shape)}",
-            value=probabilities.shape,
+            value=tuple(probabilities.shape),
+            remedy="Take labels and probabilities of the same prediction, or predict again",
         )
     task = partial(
         _describe_block,
@@ -551,13 +561,23 @@ def remove_small(
     if len(sizes) != n_classes:
         raise LabelsError(
             f"sizes must have one entry for each of the {n_classes} labels, the background first",
+            place="sizes",
             value=f"{len(sizes)} entries, {list(sizes)}",
             remedy="Write -1 for a label to be left alone",
         )
     if any(size < -1 for size in sizes):
-        raise LabelsError("a size must be a number of voxels, or -1 to leave the label alone", value=list(sizes))
+        raise LabelsError(
+            "a size must be a number of voxels",
+            place="sizes",
+            value=list(sizes),
+            remedy="Write -1 for a label to be left alone",
+        )
     if not np.can_cast(labels.dtype, output.dtype):
-        raise LabelsError(f"the output must hold labels of {np.dtype(labels.dtype)}", value=np.dtype(output.dtype))
+        raise LabelsError(
+            f"the output must hold labels of {np.dtype(labels.dtype)}",
+            value=np.dtype(output.dtype),
+            remedy="Make the output in the dtype of the labels",
+        )
     _require_two_arrays(labels, output)
     blocks = Blocks.between(labels, output)
     components = find_components(
@@ -638,7 +658,8 @@ def instances_dtype(count: int) -> np.dtype[Any]:
 
 def _require_two_arrays(labels: ChunkedArray, output: ChunkedArray) -> None:
     store = getattr(output, "store_path", None)
-    if output is labels or (store is not None and store == getattr(labels, "store_path", None)):
+    # Compared by name, since zarr takes two stores in memory for one if they have the same content.
+    if output is labels or (store is not None and str(store) == str(getattr(labels, "store_path", None))):
         raise LabelsError(
             "the output must be another array than the labels, which are read twice", remedy="Write to a new array"
         )
@@ -677,10 +698,15 @@ def _label_block(labels: ChunkedArray, labelling: Labelling, index: Index) -> _L
     if block.size:
         where = f"labels[{', '.join(f'{part.start}:{part.stop}' for part in labelling.blocks.slices(index))}]"
         if block.dtype.kind == "i" and block.min() < 0:
-            raise LabelsError("labels must not be negative", place=where, value=block.min())
+            raise LabelsError(
+                "labels must not be negative", place=where, value=block.min(), remedy="Write 0 for the background"
+            )
         if labelling.n_classes is not None and block.max() >= labelling.n_classes:
             raise LabelsError(
-                f"labels must be below the number of classes, {labelling.n_classes}", place=where, value=block.max()
+                f"labels must be below the number of classes, {labelling.n_classes}",
+                place=where,
+                value=block.max(),
+                remedy="Count the background as a class, and give every class its entry",
             )
     wanted = block
     if labelling.classes is not None:
@@ -719,7 +745,7 @@ def _describe_block(
         own = _own_probabilities(labelled.block, labelling, index, columns["class"], probabilities)
         columns |= _probability_columns(own, device.to_host(labelled.labels), labelled.count)
     planes = [
-        zlib.compress(device.to_host(labelled.labels[(slice(None),) * axis + (side,)]).astype(np.uint32).tobytes(), 1)
+        _PLANES.encode(device.to_host(labelled.labels[(slice(None),) * axis + (side,)]).astype(np.uint32))
         for axis in range(3)
         for side in (0, -1)
     ]
@@ -794,7 +820,11 @@ def _own_probabilities(
     where = labelling.blocks.slices(index)[3 - labelling.blocks.ndim :]
     for label in np.unique(present).tolist():
         if label >= channels > 1:
-            raise LabelsError("each label must have its channel of probabilities", value=f"{label} of {channels}")
+            raise LabelsError(
+                "each label must have its channel of probabilities",
+                value=f"label {label} and {channels} channels",
+                remedy="Take labels and probabilities of the same prediction, or predict again",
+            )
         channel = np.asarray(probabilities[(label if channels > 1 else 0, *where)]).reshape(block.shape)
         np.copyto(own, channel, where=block == label)
     return own
@@ -841,11 +871,16 @@ def _merged(
 ) -> Components:
     """Put the blocks together: steps 2 to 5 of the module's description."""
 
-    def gathered(name: str, dtype: Any, shape: tuple[int, ...] = ()) -> NDArray[Any]:
-        parts = [description.columns.pop(name) for description in descriptions if description.count]
-        return np.concatenate([np.zeros((0, *shape), dtype=dtype), *parts])
-
     offsets = _offsets([description.count for description in descriptions])
+
+    def gathered(name: str, dtype: Any, shape: tuple[int, ...] = ()) -> NDArray[Any]:
+        column = np.empty((offsets[-1], *shape), dtype=dtype)
+        # Block by block, so that hardly more than one copy of the column is ever held.
+        for description, start, stop in zip(descriptions, offsets, offsets[1:], strict=False):
+            if description.count:
+                column[start:stop] = description.columns.pop(name)
+        return column
+
     classes = gathered("class", class_dtype)
     first = gathered("first", np.int64)
     nothing = np.zeros((0, 2), dtype=np.int64)
@@ -920,8 +955,8 @@ def _touching(
 
     @lru_cache(maxsize=4 * max(blocks.counts))
     def plane(index: Index, axis: int, high: bool) -> NDArray[np.uint32]:
-        packed = zlib.decompress(descriptions[position[index]].planes[2 * axis + high])
-        return np.frombuffer(packed, dtype=np.uint32).reshape(np.delete(blocks.extent(index), axis))
+        unpacked = _PLANES.decode(descriptions[position[index]].planes[2 * axis + high])
+        return np.frombuffer(unpacked, dtype=np.uint32).reshape(np.delete(blocks.extent(index), axis))
 
     for axis, index in itertools.product(range(3), indices):
         beyond = [i + (a == axis) for a, i in enumerate(index)]

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +27,7 @@ from skimage.measure import label as skimage_label
 from skimage.measure import regionprops
 
 from cryosiam_dask import components as module
+from cryosiam_dask.cluster import DaskExecutor, open_cluster
 from cryosiam_dask.components import (
     Blocks,
     find_components,
@@ -159,12 +161,28 @@ def test_an_image_is_labelled_as_one_slice(image):
         assert len(components) == count
 
 
-@pytest.mark.parametrize("shape", [(0, 4, 4), (4, 0, 4), (5, 6, 7)])
+@pytest.mark.parametrize("shape", [(0, 4, 4), (4, 0, 4), (4, 4, 0), (0, 0, 0), (0, 4), (5, 6, 7), (5, 6)])
 def test_nothing_in_the_volume(shape):
-    components, output = instances(np.zeros(shape, dtype=np.uint8), block=(2, 2, 2), measure=True)
+    labels = np.zeros(shape, dtype=np.uint8)
+    components, output = instances(labels, block=(2, 2, 2)[: len(shape)], measure=True)
     assert len(components) == 0 and not output.any()
     assert components.measurements.centroids.shape == (0, 3)
     assert components.select(np.zeros(0, dtype=bool)).voxels.size == 0
+    assert largest_component(labels)[1] == 0
+    stored, filtered = (store(labels, (1,) * len(shape)) for _ in range(2))
+    assert remove_small(stored, filtered, [-1, 5]).found == (0, 0) and not filtered[:].any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 9, 8), (9, 1, 8), (9, 8, 1), (1, 1, 20), (20, 1, 1), (1, 20)])
+@pytest.mark.parametrize("connectivity", REACH)
+def test_axes_of_length_one(shape, connectivity):
+    labels = np.random.default_rng(0).integers(0, 3, shape).astype(np.uint8)
+    labels.flat[-1] = 1
+    reference, count = whole(labels.reshape((1,) * (3 - len(shape)) + shape), connectivity)
+    for edge in (1, 2, 3, 100):
+        components, output = instances(labels, block=(edge,) * len(shape), connectivity=connectivity)
+        np.testing.assert_array_equal(output, reference.reshape(shape))
+        assert len(components) == count
 
 
 @pytest.mark.parametrize("dtype", ["int8", ">i2", "<u4", ">u8", "bool"])
@@ -297,6 +315,61 @@ def test_killed_between_or_within_the_passes_and_started_again():
     np.testing.assert_array_equal(output[:], whole(labels)[0])
 
 
+@pytest.fixture(scope="module")
+def client():
+    with open_cluster("cpu", 2, dashboard_address="127.0.0.1:0") as client:
+        yield client
+
+
+def die_once(function, mark, numbered):
+    """Do the work on the fourth item and then die, once, before anybody has been told."""
+    number, item = numbered
+    result = function(item)
+    if number == 3 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+
+class Unlucky(DaskExecutor):
+    """Loses a worker process amid one step, or just before it."""
+
+    def __init__(self, client, step, mark, amid):
+        super().__init__(client)
+        self.step, self.mark, self.amid = step, mark, amid
+
+    def map(self, function, items, *, name):
+        if name == self.step and self.amid:
+            function, items = partial(die_once, function, self.mark), list(enumerate(items))
+        elif name == self.step:
+            os.kill(next(iter(self.client.run(os.getpid).values())), signal.SIGKILL)
+            self.mark.touch()
+        return super().map(function, items, name=name)
+
+
+@pytest.mark.parametrize(
+    ("step", "amid"),
+    [("label", True), ("number", False), ("number", True), ("remove small", False), ("remove small", True)],
+)
+def test_a_worker_that_is_killed_changes_nothing(client, step, amid, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK_VOXELS", 1)  # one block for each chunk
+    labels, sizes = blobs((24, 26, 28)), [-1, 5, 9, -1, 20]
+    group = zarr.open_group(tmp_path / "work.zarr", mode="w")
+    stored = store(labels, (8, 8, 8), group)
+    output, filtered = (
+        group.create_array(name, shape=labels.shape, chunks=(8, 8, 8), dtype=dtype, fill_value=7)
+        for name, dtype in (("output", "uint16"), ("filtered", "uint8"))
+    )
+    executor = Unlucky(client, step, tmp_path / "died", amid)
+    components = find_components(stored, executor=executor)
+    assert len(components.labelling.blocks.indices) == 3 * 4 * 4
+    write_instances(components, stored, output, executor=executor)
+    remove_small(stored, filtered, sizes, executor=executor)
+    assert (tmp_path / "died").exists()
+    np.testing.assert_array_equal(output[:], whole(labels)[0])
+    np.testing.assert_array_equal(filtered[:], removed(labels, sizes))
+
+
 @pytest.mark.parametrize("make", [da.from_array, lambda labels, chunks: store(labels, chunks)])
 def test_no_chunk_is_labelled_more_than_twice(make, monkeypatch):
     calls = []
@@ -426,7 +499,9 @@ def test_removal_equals_labelling_each_class_of_the_whole_array(case, sizes):
     labels, chunks, _ = case
     stored = store(labels, chunks)
     output = zarr.group({}).create_array("output", shape=labels.shape, chunks=chunks, dtype=labels.dtype, fill_value=3)
-    summary = remove_small(stored, output, sizes, n_classes=5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BLOCK_VOXELS", 1)  # one block for each chunk
+        summary = remove_small(stored, output, sizes, n_classes=5)
     reference = removed(labels, sizes)
     np.testing.assert_array_equal(output[:], reference)
     gone = np.bincount(labels[reference != labels], minlength=5)
@@ -449,7 +524,9 @@ def test_more_than_the_size_stays_however_many_chunks_cut_it(block, monkeypatch)
         cube[1, 4, 4] = voxels > 64
         labels[:, 8 * i : 8 * i + 8] = cube
     output = zarr.group({}).create_array("output", shape=labels.shape, chunks=block, dtype="uint8")
-    summary = remove_small(store(labels, block), output, [-1, 64], n_classes=2)
+    stored = store(labels, block)
+    assert len(Blocks.between(stored, output).indices) == labels.size // np.prod(block)
+    summary = remove_small(stored, output, [-1, 64], n_classes=2)
     assert (summary.found, summary.removed, summary.removed_voxels) == ((0, 3), (0, 2), (0, 127))
     np.testing.assert_array_equal(output[:, :16], 0)
     np.testing.assert_array_equal(output[:, 16:], labels[:, 16:])
@@ -500,7 +577,10 @@ def written(output, block=(1, 1, 3)):
         (lambda: find_components(FEW, block=(1, 1, 0)), r"a block must hold from 1 to .* voxels; found \(1, 1, 0\)"),
         (lambda: Blocks.of(da.zeros((1024,) * 3, chunks=1024)), r"a block must hold .* Store the array in chunks"),
         (lambda: find_components(FEW, probabilities=np.ones((3, 1, 1, 4))), "must have a class axis and then"),
-        (lambda: find_components(FEW, probabilities=np.ones((2, *FEW.shape))), "its channel.*; found 2 of 2"),
+        (
+            lambda: find_components(FEW, probabilities=np.ones((2, *FEW.shape))),
+            "its channel.*; found label 2 and 2 channels",
+        ),
         (lambda: written(output_of(), block=(1, 1, 3)), "chunks of 2 voxels do not divide the block edge 3 on axis 2"),
         (lambda: written(output_of((1, 1, 4))), r"the output must have the shape of its input, \(1, 1, 5\)"),
         (lambda: written(output_of(chunks=(1, 1, 1), dtype="float32")), "must hold 3 components; found float32"),
@@ -508,15 +588,16 @@ def written(output, block=(1, 1, 3)):
         (lambda: remove_small(FEW, output_of(), [-1, 3]), r"0:5\]: labels must be below .* 2; found 2"),
         (lambda: remove_small(FEW, output_of(), [-1, 3, 4, 5], n_classes=3), "each of the 3 labels.*found 4 entries"),
         (lambda: remove_small(FEW, output_of(), [-1, 3], n_classes=3), "each of the 3 labels.*found 2 entries"),
-        (lambda: remove_small(FEW, output_of(), [-1, 3, -2]), "number of voxels, or -1"),
+        (lambda: remove_small(FEW, output_of(), [-1, 3, -2]), "number of voxels; .*Write -1"),
         (lambda: remove_small(FEW, output_of(dtype="uint8"), [-1, 3, 3]), "must hold labels of int16; found uint8"),
         (lambda: remove_small(FEW, output_of((1, 2, 5)), [-1, 3, 3]), r"the shape of its input, \(1, 1, 5\)"),
         (lambda: remove_small(FEW, FEW, [-1, 3, 3]), "another array than the labels"),
     ],
 )
 def test_bad_input_is_refused_in_words(call, message):
-    with pytest.raises(LabelsError, match=message):
+    with pytest.raises(LabelsError, match=message) as caught:
         call()
+    assert caught.value.remedy
 
 
 def test_too_many_components_for_the_dtype():
