@@ -91,19 +91,30 @@ def open_dataset(path: str | Path, name: str) -> StoredDataset:
     Raises
     ------
     OutputError
-        If the file is no readable HDF5 file or holds no such dataset with voxels in it.
+        If the file is no readable HDF5 file, holds no such dataset with voxels in it, or its datasets are not of one
+        volume.
     """
     path = Path(path)
     try:
         with h5py.File(path, "r", locking="best-effort") as file:
             stored = file[name]
             dataset = StoredDataset(path, name, tuple(map(int, stored.shape)), stored.dtype, stored.chunks)
+            shapes = {other: tuple(file[other].shape) for other in (LABELS, REMOVED, PROBABILITIES) if other in file}
     except (OSError, KeyError, AttributeError):
         raise OutputError(
             f"a prediction must be an HDF5 file with a dataset '{name}'", place=path, remedy=_AGAIN
         ) from None
     if 0 in dataset.shape:
         raise OutputError(f"the dataset '{name}' must hold voxels", place=path, value=dataset.shape, remedy=_AGAIN)
+    of_labels = shapes.get(LABELS)
+    for other, axes, rule in ((REMOVED, 0, "have"), (PROBABILITIES, 1, "have a class axis and then")):
+        if of_labels and other in shapes and shapes[other][axes:] != of_labels:
+            raise OutputError(
+                f"the dataset '{other}' must {rule} the shape of the labels, {of_labels}",
+                place=path,
+                value=shapes[other],
+                remedy=_AGAIN,
+            )
     return dataset
 
 

@@ -1,0 +1,167 @@
+"""Prediction files that do not fit together: each command says so and leaves the file as it is, or is right."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas
+import pytest
+import yaml
+from scipy import ndimage
+
+from cryosiam_dask.config import Configuration, read_configuration
+from cryosiam_dask.pipeline import Outcome, find_predictions, list_centers, measure, postprocess
+
+SHAPE = (6, 7, 8)
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def begin(self, tomogram: str) -> None: ...
+    def step(self, name: str, done: int, total: int) -> None: ...
+    def end(self, message: str) -> None: ...
+    def say(self, message: str) -> None: ...
+    def close(self) -> None: ...
+
+
+COMMANDS = {"components": measure, "semantic-postprocess": postprocess, "semantic-to-centers": list_centers}
+command = pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+
+
+def two_classes() -> np.ndarray:
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[1:3, 1:3, 1:3], labels[5, 5, 5] = 1, 2
+    return labels
+
+
+def configure(folder: Path, sizes: list[int]) -> Configuration:
+    values = {
+        "data_folder": str(folder / "data"),
+        "prediction_folder": str(folder),
+        "trained_model": str(folder / "model.ckpt"),
+        "parameters": {"network": {"postprocessing_sizes": sizes}},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    return read_configuration(folder / "config.yaml")
+
+
+def run(command: Callable[..., list[Outcome]], folder: Path, *sizes: int, **datasets: Any) -> Outcome:
+    with h5py.File(folder / "TS_preds.h5", "w") as file:
+        for name, values in datasets.items():
+            file[name] = values
+    configuration = configure(folder, list(sizes) or [-1, 3, 0])
+    (outcome,) = command(configuration, find_predictions(configuration), Silent())
+    return outcome
+
+
+def written(folder: Path) -> np.ndarray:
+    with h5py.File(folder / "TS_preds.h5") as file:
+        return file["labels"][:]
+
+
+def probabilities(*shape: int) -> np.ndarray:
+    return np.full(shape, 0.5, np.float32)
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "other probabilities": (
+        {"probs": probabilities(3, 6, 7, 9)},
+        r"'probs'.*shape of the labels, \(6, 7, 8\); found \(3,",
+    ),
+    "no class axis": ({"probs": probabilities(*SHAPE)}, r"'probs' must have a class axis.*found \(6, 7, 8\)"),
+    "one probability": ({"probs": np.float32(0.5)}, r"'probs' must have a class axis.*found \(\)"),
+    "more removed": ({"removed": np.zeros((6, 7, 9), np.uint8)}, r"'removed' must have the shape.*found \(6, 7, 9\)"),
+    "less removed": ({"removed": np.zeros((3, 7, 8), np.uint8)}, r"'removed' must have the shape.*found \(3, 7, 8\)"),
+    "floats": ({"labels": two_classes().astype(np.float32)}, "labels must be whole numbers; found float32"),
+    "no voxels": ({"labels": np.zeros((6, 0, 8), np.uint8)}, r"must hold voxels; found \(6, 0, 8\)"),
+}
+
+
+@command
+@pytest.mark.parametrize("kind", BAD)
+def test_a_file_that_does_not_fit_together_is_refused_and_kept(
+    tmp_path: Path, command: Callable[..., list[Outcome]], kind: str
+) -> None:
+    datasets, words = BAD[kind]
+    folder = tmp_path / "out"
+    folder.mkdir()
+    outcome = run(command, folder, **{"labels": two_classes(), **datasets})
+    assert outcome.status == "failed" and not outcome.details
+    assert re.search(words, outcome.error), outcome.error
+    assert outcome.error.startswith(str(folder / "TS_preds.h5")) and outcome.error.endswith(
+        "Run semantic-predict again."
+    )
+    assert sorted(path.name for path in folder.iterdir()) == ["TS_preds.h5", "config.yaml"]
+    with h5py.File(folder / "TS_preds.h5") as file:
+        assert set(file) == {"labels", *datasets}
+
+
+@command
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 4, 5), ()])
+def test_neither_a_volume_nor_an_image(
+    tmp_path: Path, command: Callable[..., list[Outcome]], shape: tuple[int, ...]
+) -> None:
+    outcome = run(command, tmp_path, labels=np.ones(shape, np.uint8))
+    assert outcome.status == "failed" and not outcome.details and "2-D or 3-D arrays" in outcome.error
+
+
+@command
+def test_negative_labels(tmp_path: Path, command: Callable[..., list[Outcome]]) -> None:
+    outcome = run(command, tmp_path, labels=-two_classes().astype(np.int16))
+    assert outcome.status == "failed" and not outcome.details
+    assert "must not be negative; found -2" in outcome.error or "must lie between 0 and 255" in outcome.error
+
+
+def test_labels_without_their_channel_of_probabilities(tmp_path: Path) -> None:
+    outcome = run(measure, tmp_path, labels=two_classes(), probs=probabilities(2, *SHAPE))
+    assert outcome.status == "failed" and "found label 2 and 2 channels. Take labels and" in outcome.error
+    assert not list(tmp_path.glob("*components*"))
+
+
+@command
+@pytest.mark.parametrize("shape", [(6, 7, 8), (1, 1, 1), (6, 7)])
+def test_background_alone_is_a_result(
+    tmp_path: Path, command: Callable[..., list[Outcome]], shape: tuple[int, ...]
+) -> None:
+    outcome = run(command, tmp_path, labels=np.zeros(shape, np.uint8))
+    assert (outcome.status, outcome.shape) == ("done", shape)
+    assert not written(tmp_path).any()
+    for table in tmp_path.glob("*.csv"):
+        assert len(pandas.read_csv(table)) == 0
+
+
+@pytest.mark.parametrize("sizes", [[-1], [-1, 3], [-1, 7, 0], [-1, 8, 1], [-1, 8, 1, 5, 5], [-1, -1, 1, *[9] * 300]])
+def test_sizes_for_fewer_or_more_classes_than_there_are(tmp_path: Path, sizes: list[int]) -> None:
+    """Classes without a size are left alone; sizes without a class have nothing to remove."""
+    labels = two_classes()
+    outcome = run(postprocess, tmp_path, *sizes, labels=labels)
+    expected = labels.copy()
+    for label, size in zip((1, 2), sizes[1:], strict=False):
+        parts, count = ndimage.label(labels == label, np.ones((3, 3, 3)))
+        for part in range(1, count + 1):
+            if size >= 0 and np.count_nonzero(parts == part) <= size:
+                expected[parts == part] = 0
+    np.testing.assert_array_equal(written(tmp_path), expected)
+    assert outcome.status == "done" and outcome.voxels[:1] == (np.count_nonzero(expected == 0),)
+
+
+@command
+def test_a_tomogram_that_has_been_replaced_is_not_looked_at(
+    tmp_path: Path, command: Callable[..., list[Outcome]]
+) -> None:
+    """What is written tells of the prediction, its shape and voxel size; only a run compares it with its tomogram."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "TS.mrc").write_bytes(b"a tomogram of another shape, or none")
+    outcome = run(command, tmp_path, labels=two_classes())
+    assert (outcome.status, outcome.shape) == ("done", SHAPE)
+    for table in tmp_path.glob("TS_*.csv"):
+        rows = pandas.read_csv(table).set_index("class")
+        for label, row in rows.iterrows():
+            inside = np.argwhere(two_classes() == label)
+            assert row["voxels"] == len(inside) and row[["z", "y", "x"]].tolist() == inside.mean(axis=0).tolist()
