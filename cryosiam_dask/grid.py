@@ -20,6 +20,18 @@ at once. Along one axis of ``size`` voxels with patches of ``patch`` voxels:
 [(0, 96), (96, 160), (160, 224), (224, 288), (288, 300)]
 >>> BlockAxis(axis, cores=3).edges
 (0, 96, 288, 300)
+
+These are CryoSiam's own patches. With another *halo* than patch/4 they are laid so that all cores but the last have
+``patch - 2 * halo`` voxels and begin at multiples of that, the first patch starts with the axis, and the last one keeps
+everything up to the end. Rules 1 and 3 hold as before; blocks are simply multiples of the core.
+
+>>> axis = PatchAxis(size=300, patch=128, halo=16)
+>>> axis.starts
+(0, 80, 176)
+>>> [axis.core(i) for i in range(axis.count)]
+[(0, 96), (96, 192), (192, 300)]
+>>> BlockAxis(axis, cores=1).edges
+(0, 96, 192, 300)
 """
 
 from __future__ import annotations
@@ -32,7 +44,11 @@ from itertools import product
 from cryosiam_dask.errors import ConfigurationError
 
 #: Block edge in voxels when none is asked for: large against the halo, small against the memory of a worker.
-DEFAULT_BLOCK_SIZE = 256
+DEFAULT_BLOCK_SIZE = 320
+
+
+#: Chunks of about so many voxels along an axis, where the patches do not decide.
+_CHUNK = 160
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +61,19 @@ class PatchAxis:
         Voxels along the axis, at least 1.
     patch
         Voxels of a patch along it, a positive multiple of 4.
+    halo
+        Voxels on either side of a core that the network sees and nobody keeps, less than half of a patch;
+        patch/4, as CryoSiam has it, if 0.
 
     Raises
     ------
     ConfigurationError
-        If the size is not positive or the patch not a positive multiple of 4.
+        If the size is not positive, the patch not a positive multiple of 4, or the halo too large.
     """
 
     size: int
     patch: int
+    halo: int = 0
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -65,6 +85,20 @@ class PatchAxis:
                 value=self.patch,
                 remedy=f"Set it to {max(4, round(self.patch / 4) * 4)}",
             )
+        if not 0 <= 2 * self.halo < self.patch:
+            raise ConfigurationError(
+                f"a halo must leave something of its patch, which has {self.patch} voxels",
+                place="parameters.data.halo",
+                value=self.halo,
+                remedy=f"Set it to {self.patch // 4} or less, or patch_size to more",
+            )
+        if not self.halo:
+            object.__setattr__(self, "halo", self.patch // 4)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the patches are CryoSiam's own."""
+        return 4 * self.halo == self.patch
 
     @property
     def padded(self) -> int:
@@ -73,34 +107,38 @@ class PatchAxis:
 
     @property
     def stride(self) -> int:
-        """Voxels between the starts of neighbouring patches."""
-        return self.patch // 2
-
-    @property
-    def halo(self) -> int:
-        """Voxels on either side of a core that the network sees and nobody keeps."""
-        return self.patch // 4
+        """Voxels between neighbouring cores."""
+        return self.patch - 2 * self.halo
 
     @property
     def count(self) -> int:
-        """Number of patches, at least 2."""
-        return math.ceil((self.padded - self.halo) / self.stride)
+        """Number of patches; CryoSiam has at least 2."""
+        if self.exact:
+            return math.ceil((self.padded - self.halo) / self.stride)
+        return 1 if self.size <= self.patch else 1 + math.ceil((self.size - self.patch + self.halo) / self.stride)
 
     @property
     def starts(self) -> tuple[int, ...]:
         """First voxel of every patch."""
-        return tuple(i * self.stride for i in range(self.count))
+        return tuple(self.start(i) for i in range(self.count))
 
     @property
     def extent(self) -> int:
         """Voxels from the first patch's start to the last one's end: the padded axis and what is wrapped around."""
-        return (self.count + 1) * self.stride
+        return self.start(self.count - 1) + self.patch
+
+    def start(self, i: int) -> int:
+        """First voxel of patch `i`."""
+        return max(0, self._core_start(i) - self.halo)
 
     def core(self, i: int) -> tuple[int, int]:
         """Voxels [start, stop) that patch `i` owns; empty if they all lie in the padding."""
-        start = 0 if i == 0 else i * self.stride + self.halo
-        stop = self.padded if i == self.count - 1 else i * self.stride + 3 * self.halo
-        return min(start, self.size), min(stop, self.size)
+        stop = self.padded if i == self.count - 1 else self._core_start(i + 1)
+        return min(self._core_start(i), self.size), min(stop, self.size)
+
+    def _core_start(self, i: int) -> int:
+        # CryoSiam's first core lacks the halo on its left side and has these voxels more.
+        return 0 if i == 0 else i * self.stride + (self.halo if self.exact else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,25 +150,33 @@ class BlockAxis:
     axis
         Its patches.
     cores
-        Patch cores in a block, an odd number of at least 3; the first block owns the half of that.
+        Patch cores in a block, at least 1. With CryoSiam's patches an odd number of at least 3, of which the first
+        block owns the half.
     """
 
     axis: PatchAxis
     cores: int
 
     def __post_init__(self) -> None:
-        if self.cores < 3 or self.cores % 2 == 0:
+        if self.cores < 1 or (self.axis.exact and (self.cores < 3 or self.cores % 2 == 0)):
             raise ValueError(f"a block must own an odd number of at least 3 cores along an axis; found {self.cores}")
 
     @property
     def chunk(self) -> int:
-        """Voxels of an output chunk: half a block."""
-        return self.cores * self.axis.halo
+        """Voxels of an output chunk, which divide every inner block edge: half a block with CryoSiam's patches."""
+        if self.axis.exact:
+            return self.cores * self.axis.halo
+        stride = self.axis.stride
+        return max(part for part in range(1, min(stride, _CHUNK) + 1) if stride % part == 0)
 
     @property
     def edges(self) -> tuple[int, ...]:
         """Block edges in voxels, from 0 to the size of the axis."""
-        return (0, *range(self.chunk, self.axis.size, 2 * self.chunk), self.axis.size)
+        step = self.cores * self.axis.stride
+        first = self.chunk if self.axis.exact else step
+        # The last core may be longer than the others: no edge may cut it.
+        last = self.axis.size - 1 if self.axis.exact else self.axis.core(self.axis.count - 1)[0]
+        return (0, *range(first, last + 1, step), self.axis.size)
 
     @property
     def count(self) -> int:
@@ -140,10 +186,12 @@ class BlockAxis:
     def patches(self, block: int) -> range:
         """Numbers of the patches whose cores block `block` owns."""
         start, stop = self.edges[block], self.edges[block + 1]
-        quarter = self.axis.halo
-        first = 0 if start == 0 else (start // quarter - 1) // 2
-        last = self.axis.count if stop == self.axis.size else (stop // quarter - 1) // 2
-        return range(first, last)
+        last = self.axis.count if stop == self.axis.size else self._owner(stop)
+        return range(self._owner(start), last)
+
+    def _owner(self, edge: int) -> int:
+        """Number of the patch whose core begins at an inner block edge, or at 0."""
+        return (edge - self.axis.halo) // self.axis.stride if self.axis.exact and edge else edge // self.axis.stride
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,12 +286,15 @@ class Grid:
     @property
     def largest_window(self) -> tuple[int, ...]:
         """Shape that no block's window exceeds."""
-        return tuple(min((a.cores + 1) * a.axis.stride, a.axis.extent) for a in self.axes)
+        return tuple(min((a.cores - 1) * a.axis.stride + a.axis.patch, a.axis.extent) for a in self.axes)
 
     @property
     def largest_block(self) -> tuple[int, ...]:
         """Shape that no block exceeds."""
-        return tuple(min(2 * a.chunk, a.axis.size) for a in self.axes)
+        # Without CryoSiam's rules the last core lacks a halo behind it, and where it is the only one before it too.
+        return tuple(
+            min(a.cores * a.axis.stride + (0 if a.axis.exact else 2 * a.axis.halo), a.axis.size) for a in self.axes
+        )
 
     def indices(self) -> list[tuple[int, ...]]:
         """Indices of all blocks in raster order."""
@@ -258,12 +309,11 @@ class Grid:
             for a, i in zip(self.axes, index, strict=True)
         ]
         window = tuple(
-            (p[0] * a.axis.stride, p[-1] * a.axis.stride + a.axis.patch)
-            for a, p in zip(self.axes, numbers, strict=True)
+            (a.axis.start(p[0]), a.axis.start(p[-1]) + a.axis.patch) for a, p in zip(self.axes, numbers, strict=True)
         )
         patches = []
         for number in product(*numbers):
-            starts = [n * a.axis.stride for a, n in zip(self.axes, number, strict=True)]
+            starts = [a.axis.start(n) for a, n in zip(self.axes, number, strict=True)]
             cores = [a.axis.core(n) for a, n in zip(self.axes, number, strict=True)]
             patches.append(
                 Patch(
@@ -278,7 +328,9 @@ class Grid:
         return (self.block(index) for index in self.indices())
 
 
-def make_grid(shape: tuple[int, ...], patch: tuple[int, ...], block_size: int = DEFAULT_BLOCK_SIZE) -> Grid:
+def make_grid(
+    shape: tuple[int, ...], patch: tuple[int, ...], block_size: int = DEFAULT_BLOCK_SIZE, halo: int = 0
+) -> Grid:
     """Lay patches and blocks over a tomogram.
 
     Parameters
@@ -288,12 +340,16 @@ def make_grid(shape: tuple[int, ...], patch: tuple[int, ...], block_size: int = 
     patch
         Shape of a patch, in the same order.
     block_size
-        Block edge in voxels to aim for; along each axis the largest odd number of cores that fits, at least 3.
+        Block edge in voxels to aim for; along each axis the largest number of cores that fits. With CryoSiam's patches
+        an odd number, at least 3.
+    halo
+        See `PatchAxis`.
 
     Raises
     ------
     ConfigurationError
-        If patch and tomogram differ in their number of axes, or a patch is not a positive multiple of 4.
+        If patch and tomogram differ in their number of axes, a patch is not a positive multiple of 4, or the halo too
+        large.
     """
     if len(shape) != len(patch):
         raise ConfigurationError(
@@ -302,26 +358,35 @@ def make_grid(shape: tuple[int, ...], patch: tuple[int, ...], block_size: int = 
             value=list(patch),
             remedy="Use a model and a patch size for 2-D images or for 3-D tomograms, whichever this is",
         )
-    axes = [PatchAxis(size, p) for size, p in zip(shape, patch, strict=True)]
-    cores = [max(3, (block_size // axis.stride - 1) // 2 * 2 + 1) for axis in axes]
+    axes = [PatchAxis(size, p, halo) for size, p in zip(shape, patch, strict=True)]
+    cores = [
+        max(3, (block_size // axis.stride - 1) // 2 * 2 + 1)
+        if axis.exact
+        # Wide enough that a block's halo never reaches past its neighbour.
+        else max(math.ceil(2 * axis.halo / axis.stride), block_size // axis.stride, 1)
+        for axis in axes
+    ]
     return Grid(tuple(BlockAxis(axis, d) for axis, d in zip(axes, cores, strict=True)))
 
 
-def block_size_for(shape: tuple[int, ...], patch: tuple[int, ...], largest: int, workers: int) -> int:
+def block_size_for(shape: tuple[int, ...], patch: tuple[int, ...], largest: int, workers: int, halo: int = 0) -> int:
     """Largest block size up to `largest` with which every worker gets at least two blocks, if there is one.
 
     Parameters
     ----------
-    shape, patch
+    shape, patch, halo
         See `make_grid`.
     largest
         Block edge in voxels that must not be exceeded.
     workers
         Number of workers.
     """
-    size, smallest = largest, 3 * min(patch) // 2
-    while size > smallest and math.prod(make_grid(shape, patch, size).block_counts) < 2 * workers:
-        size -= min(patch)
+    axis = PatchAxis(1, min(patch), halo)
+    # One or two more cores to a block, whichever makes a difference.
+    step, smallest = (2 * axis.stride, 3 * axis.stride) if axis.exact else (axis.stride, axis.stride)
+    size = largest
+    while size > smallest and math.prod(make_grid(shape, patch, size, halo).block_counts) < 2 * workers:
+        size -= step
     return max(size, min(smallest, largest))
 
 

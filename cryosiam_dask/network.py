@@ -7,23 +7,32 @@
 
 The modules carry the names that the weights have in a checkpoint. What training needs and prediction does not (global
 projections, predictors, projections of the single levels) is left out.
+
+Of a patch only its core is kept, an eighth of it inside a tomogram. The encoder has to see the whole patch; whatever
+follows is evaluated on the core alone, with the margin that its convolutions need around it. No kept value changes by
+that.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from monai.networks.nets.resnet import ResNet
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 _CONVOLUTION: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 _BATCH_NORM: dict[int, type[nn.BatchNorm2d] | type[nn.BatchNorm3d]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _LINEAR = {2: "bilinear", 3: "trilinear"}
 _EXPANSION = {"basic": 1, "bottleneck": 4}
+
+Region = tuple[slice, ...]
+"""Part of a patch, a slice with start and stop for each spatial axis."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +131,19 @@ class FPN(nn.Module):
             if self.later_convolutions:
                 self.add_module(f"later_conv{number}", convolution(width, width, 3, padding=1))
 
-    def forward(self, levels: list[Tensor]) -> Tensor:
-        """Merge `levels`, finest first, into (n, fpn_channels, *spatial). Empties the list, to free memory early."""
-        x: Tensor = self.get_submodule("layer1")(levels.pop())
-        for number in (2, 3, 4):
-            finer: Tensor = self.get_submodule(f"layer{number}")(levels.pop())
-            x = finer.add_(functional.interpolate(x, size=finer.shape[2:], mode=self.mode, align_corners=False))
+    def forward(self, levels: list[Tensor], region: Region) -> Tensor:
+        """Merge `levels`, finest first, into (n, fpn_channels, *region). Empties the list, to free memory early."""
+        sizes = [level.shape[2:] for level in levels]
+        regions = [_grown(region, (1,) * len(region), sizes[0]) if self.later_convolutions else region]
+        for size in sizes[1:]:
+            regions.append(_read_by_enlarging(regions[-1], size))
+        x: Tensor = self.get_submodule("layer1")(_part(levels.pop(), regions[-1]))
+        for number, coarser, finer in zip((2, 3, 4), regions[:0:-1], regions[-2::-1], strict=True):
+            enlarged = functional.interpolate(x, scale_factor=2, mode=self.mode, align_corners=False)
+            x = self.get_submodule(f"layer{number}")(_part(levels.pop(), finer))
+            x.add_(_part(enlarged, _within(finer, tuple(slice(2 * c.start, 2 * c.stop) for c in coarser))))
         # The coarser levels' later convolutions only served training.
-        return self.get_submodule("later_conv4")(x) if self.later_convolutions else x
+        return _part(self.get_submodule("later_conv4")(x), _within(region, finer)) if self.later_convolutions else x
 
 
 class BiFPN(nn.Module):
@@ -143,13 +157,17 @@ class BiFPN(nn.Module):
         self.p6 = _HalvingUnit(dims, width)
         self.bifpn = nn.ModuleList(_Exchange(dims, width) for _ in range(architecture.bifpn_layers))
 
-    def forward(self, levels: list[Tensor]) -> Tensor:
-        """Merge `levels`, finest first, into (n, fpn_channels, *spatial). Empties the list, to free memory early."""
-        pyramid: list[Tensor] = [self.get_submodule(f"p{level}")(levels.pop(0)) for level in (2, 3, 4, 5)]
-        pyramid.append(self.p6(pyramid[-1]))
+    def forward(self, levels: list[Tensor], region: Region) -> Tensor:
+        """Merge `levels`, finest first, into (n, fpn_channels, *region). Empties the list, to free memory early."""
+        # All that exchanges between levels has kernels of one voxel: the voxels of the coarsest level do for regions.
+        whole = tuple(slice(r.start // 16 * 16, -(-r.stop // 16) * 16) for r in region)
+        coarsest = self.get_submodule("p5")(levels.pop())
+        at = {level: tuple(slice(r.start >> level - 2, r.stop >> level - 2) for r in whole) for level in range(2, 7)}
+        pyramid = [self.get_submodule(f"p{level}")(_part(levels.pop(0), at[level])) for level in (2, 3, 4)]
+        pyramid += [_part(coarsest, at[5]), _part(self.p6(coarsest), at[6])]
         for number, exchange in enumerate(self.bifpn, start=1):
             pyramid = exchange(pyramid, finest_only=number == len(self.bifpn))
-        return pyramid[0]
+        return _part(pyramid[0], _within(region, whole))
 
 
 class _Exchange(nn.Module):
@@ -236,7 +254,10 @@ class Network(nn.Module):
         if architecture.distance_widths is not None:
             self.distance_head = _head(architecture, architecture.distance_widths)
 
-    def forward(self, x: Tensor, distances: bool = False) -> tuple[Tensor, Tensor | None]:
+        hidden = max(len(architecture.semantic_widths), len(architecture.distance_widths or ()))
+        self.margin = tuple((hidden + 1) * (k // 2) for k in architecture.kernel_size)
+
+    def forward(self, x: Tensor, distances: bool = False, core: Region | None = None) -> tuple[Tensor, Tensor | None]:
         """Evaluate patches.
 
         Parameters
@@ -245,16 +266,47 @@ class Network(nn.Module):
             Normalised voxels, float32, (n, in_channels, *spatial).
         distances
             Whether the distance head is evaluated too.
+        core
+            The part of the patch that is asked for; all of it by default.
 
         Returns
         -------
         scores
-            Class scores before softmax or sigmoid, float32, (n, out_channels, *spatial).
+            Class scores before softmax or sigmoid, float32, (n, out_channels, *core).
         distances
             What the distance head says, float32, of the same shape; None if not asked for.
         """
-        embedding = self.projector(self.decoder(self.encoder(x)))
-        return self.semantic_head(embedding), self.distance_head(embedding) if distances else None
+        size = x.shape[2:]
+        core = tuple(slice(0, n) for n in size) if core is None else core
+        seen = _grown(core, self.margin, size)
+        embedding = self.projector(self.decoder(self.encoder(x), seen))
+        inner = _within(core, seen)
+        scores = _part(self.semantic_head(embedding), inner)
+        return scores, _part(self.distance_head(embedding), inner) if distances else None
+
+
+def _part(x: Tensor, region: Region) -> Tensor:
+    where: Any = (..., *region)
+    return x[where]
+
+
+def _grown(region: Region, margin: Sequence[int], size: Sequence[int]) -> Region:
+    """`region` with a margin, as far as there are voxels: beyond them the convolutions' own padding is right."""
+    return tuple(slice(max(0, r.start - m), min(r.stop + m, n)) for r, m, n in zip(region, margin, size, strict=True))
+
+
+def _within(region: Region, outer: Region) -> Region:
+    """`region`, counted from the start of `outer`."""
+    return tuple(slice(r.start - o.start, r.stop - o.start) for r, o in zip(region, outer, strict=True))
+
+
+def _read_by_enlarging(region: Region, size: Sequence[int]) -> Region:
+    """The voxels of a level of `size` from which linear enlarging by 2 makes `region` of the finer level.
+
+    >>> _read_by_enlarging((slice(4, 9),), (8,))
+    (slice(1, 6, None),)
+    """
+    return tuple(slice(max(0, (r.start - 1) // 2), min(r.stop // 2 + 1, n)) for r, n in zip(region, size, strict=True))
 
 
 def _head(architecture: Architecture, widths: tuple[int, ...]) -> nn.Sequential:
@@ -273,6 +325,60 @@ def _head(architecture: Architecture, widths: tuple[int, ...]) -> nn.Sequential:
 def build_network(architecture: Architecture) -> Network:
     """A network with fresh weights, in training mode."""
     return Network(architecture)
+
+
+def fold_batch_norms(module: nn.Module) -> None:
+    """Merge each batch norm of a network in evaluation mode into the convolution before it, in place.
+
+    Says the same with one pass over the voxels less, but for the rounding of the last bits.
+    """
+    before: tuple[str, nn.Module] = ("", module)
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.BatchNorm2d | nn.BatchNorm3d) and isinstance(before[1], nn.Conv2d | nn.Conv3d):
+            setattr(module, before[0], fuse_conv_bn_eval(before[1], child))
+            setattr(module, name, nn.Identity())
+        else:
+            fold_batch_norms(child)
+        before = name, child
+
+
+class _OneDNNConvolution(nn.Module):
+    """A convolution by oneDNN, whatever its shape.
+
+    With one patch in a batch PyTorch chooses its own code for kernels of one voxel and for the coarse levels. That is
+    several times slower, and copies whatever has its channels last.
+    """
+
+    def __init__(self, of: nn.Conv2d | nn.Conv3d) -> None:
+        super().__init__()
+        self.weight, self.bias = of.weight, of.bias
+        self.settings = list(of.padding), list(of.stride), list(of.dilation), of.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.aten.mkldnn_convolution(x, self.weight, self.bias, *self.settings)  # type: ignore[no-any-return]
+
+
+def convolve_with_onednn(module: nn.Module) -> None:
+    """Replace every convolution of a network that runs on a CPU, in place."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.Conv2d | nn.Conv3d):
+            setattr(module, name, _OneDNNConvolution(child))
+        else:
+            convolve_with_onednn(child)
+
+
+def required_halo(architecture: Architecture) -> int:
+    """Voxels beyond a core without which its values are wrong, whatever the patch.
+
+    The heads' convolutions and the decoder's last one must not meet the padding at a patch's border, and neither may
+    the coarsest level's voxel that is next to the core.
+    """
+    hidden = max(len(architecture.semantic_widths), len(architecture.distance_widths or ()))
+    return (
+        (hidden + 1) * (max(architecture.kernel_size) // 2)
+        + architecture.later_convolutions
+        + required_divisor(architecture)
+    )
 
 
 def required_divisor(architecture: Architecture) -> int:

@@ -62,10 +62,40 @@ def test_blocks_own_whole_cores_and_whole_chunks(patch: int, cores: int) -> None
             assert cores_of_block[0][0] == edges[b] and cores_of_block[-1][1] == edges[b + 1]
 
 
-@given(st.lists(st.tuples(st.integers(1, 70), st.sampled_from([4, 8, 16])), min_size=1, max_size=3), st.integers(1, 40))
-def test_patches_fill_every_block_once(axes: list[tuple[int, int]], block_size: int) -> None:
+@pytest.mark.parametrize(("patch", "halo"), [(8, 1), (8, 3), (16, 3), (16, 6), (16, 7), (32, 4)])
+def test_patches_with_another_halo_keep_it_on_all_sides(patch: int, halo: int) -> None:
+    for size in range(1, 6 * patch):
+        axis = PatchAxis(size, patch, halo)
+        cores = [axis.core(i) for i in range(axis.count)]
+        assert cores[0][0] == 0 and cores[-1][1] == size
+        assert all(a < b for a, b in cores) and all(left[1] == right[0] for left, right in pairwise(cores))
+        for (a, b), start in zip(cores, axis.starts, strict=True):
+            assert start == 0 or a - start == halo
+            assert b == size or start + patch - b >= halo
+            assert b <= start + patch
+        # No patch too many: without the last one, the end of the axis would not be seen.
+        assert axis.count == 1 or axis.starts[-2] + patch < size
+        assert axis.count > 1 or size <= patch
+        for number in range(1, 4):
+            blocks = BlockAxis(axis, number)
+            assert all(edge % blocks.chunk == 0 for edge in blocks.edges[:-1])
+            assert [n for b in range(blocks.count) for n in blocks.patches(b)] == list(range(axis.count))
+            assert all(blocks.edges[b] == axis.core(blocks.patches(b)[0])[0] for b in range(blocks.count))
+
+
+def test_a_halo_of_a_quarter_is_that_of_cryosiam() -> None:
+    assert PatchAxis(300, 128, 32) == PatchAxis(300, 128)
+    assert make_grid((300, 200), (64, 64), 128, halo=16) == make_grid((300, 200), (64, 64), 128)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 70), st.sampled_from([4, 8, 16])), min_size=1, max_size=3),
+    st.integers(1, 40),
+    st.integers(0, 7),
+)
+def test_patches_fill_every_block_once(axes: list[tuple[int, int]], block_size: int, halo: int) -> None:
     shape, patch = tuple(s for s, _ in axes), tuple(p for _, p in axes)
-    grid = make_grid(shape, patch, block_size)
+    grid = make_grid(shape, patch, block_size, halo=min(halo, min(patch) // 2 - 1))
     written = np.zeros(shape, int)
     for block in grid:
         view = written[block.region]
@@ -116,6 +146,8 @@ def test_refusals_name_rule_value_place_and_remedy() -> None:
         make_grid((100, 100), (32, 32, 32))
     with pytest.raises(ConfigurationError, match="at least one voxel"):
         PatchAxis(0, 32)
+    with pytest.raises(ConfigurationError, match=r"halo: a halo must leave something.*found 16.*Set it to 8 or less"):
+        PatchAxis(100, 32, 16)
     with pytest.raises(ValueError, match="odd number"):
         BlockAxis(PatchAxis(100, 32), 4)
 
@@ -124,12 +156,21 @@ def test_docstring_examples() -> None:
     assert doctest.testmod(cryosiam_dask.grid).failed == 0
 
 
-@given(st.integers(1, 400), st.sampled_from([8, 16, 32]), st.integers(4, 300), st.integers(1, 20))
-def test_blocks_shrink_until_every_worker_has_two(size: int, patch: int, largest: int, workers: int) -> None:
+@given(
+    st.integers(1, 400),
+    st.sampled_from([8, 16, 32]),
+    st.integers(4, 300),
+    st.integers(1, 20),
+    st.sampled_from([0, 1, 3]),
+)
+def test_blocks_shrink_until_every_worker_has_two(size: int, patch: int, largest: int, workers: int, halo: int) -> None:
     shape, patches = (size, size), (patch, patch)
-    chosen = block_size_for(shape, patches, largest, workers)
+
+    def count(block_size: int) -> int:
+        return int(np.prod(make_grid(shape, patches, block_size, halo).block_counts))
+
+    chosen = block_size_for(shape, patches, largest, workers, halo)
     assert chosen <= largest
-    count = int(np.prod(make_grid(shape, patches, chosen).block_counts))
-    most = int(np.prod(make_grid(shape, patches, 1).block_counts))
-    assert count >= min(2 * workers, most)
-    assert chosen == largest or np.prod(make_grid(shape, patches, chosen + patch).block_counts) < 2 * workers
+    assert count(chosen) >= min(2 * workers, count(1))
+    step = patch - 2 * halo if halo else patch
+    assert chosen == largest or count(chosen + step) < 2 * workers

@@ -8,7 +8,14 @@ import torch
 from checkpoints import SMALL
 from torch import nn
 
-from cryosiam_dask.network import BiFPN, build_network, peak_bytes, required_divisor
+from cryosiam_dask.network import (
+    BiFPN,
+    build_network,
+    fold_batch_norms,
+    peak_bytes,
+    required_divisor,
+    required_halo,
+)
 
 VARIANTS = {
     "fpn": SMALL,
@@ -41,6 +48,59 @@ def test_scores_and_distances_have_the_shape_of_the_patch(name):
     assert run(network, torch.rand(1, 1, *shape))[1] is None
 
 
+def randomised(architecture):
+    """A network whose batch norms and fusions do something."""
+    torch.manual_seed(1)
+    network = build_network(architecture)
+    for name, tensor in network.state_dict().items():
+        if tensor.ndim == 1 or name.endswith((".w1", ".w2")):
+            tensor.copy_(torch.rand_like(tensor, dtype=torch.float32) + 0.5)
+    return network
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_core_is_evaluated_as_in_its_whole_patch(name):
+    architecture = VARIANTS[name]
+    network, dims = randomised(architecture).double(), architecture.spatial_dims
+    patch = torch.rand(2, 1, *(48, 48, 48)[:dims], dtype=torch.float64)
+    scores, distances = run(network, patch, distances=True)
+    sides = [(0, 24), (12, 36), (29, 48)], [(8, 24), (0, 24), (47, 48)], [(9, 10), (0, 48), (17, 25)]
+    for core in (*zip(*sides[:dims], strict=True), *zip(*sides[dims - 1 :: -1], strict=True)):
+        region = tuple(slice(*side) for side in core)
+        for whole, part in zip((scores, distances), run(network, patch, distances=True, core=region), strict=True):
+            torch.testing.assert_close(part, whole[(..., *region)], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_core_takes_less_work_than_its_patch(name):
+    architecture = VARIANTS[name]
+    network, patch = build_network(architecture), torch.rand(1, 1, *(64,) * architecture.spatial_dims)
+    voxels = []
+    network.semantic_head.register_forward_hook(lambda _, given, __: voxels.append(math.prod(given[0].shape[2:])))
+    run(network, patch, core=(slice(16, 48),) * architecture.spatial_dims)
+    assert voxels == [math.prod(32 + 2 * margin for margin in network.margin)]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_folding_batch_norms_changes_nothing(name):
+    architecture = VARIANTS[name]
+    network = randomised(architecture).double()
+    patch = torch.rand(1, 1, *(32,) * architecture.spatial_dims, dtype=torch.float64)
+    expected = run(network, patch, distances=True)
+    fold_batch_norms(network)
+    assert not any(isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d) for module in network.modules())
+    for found, whole in zip(run(network, patch, distances=True), expected, strict=True):
+        torch.testing.assert_close(found, whole, rtol=1e-9, atol=1e-9)
+
+
+def test_a_halo_covers_what_the_heads_and_the_coarsest_level_reach():
+    assert required_halo(SMALL) == 3 + 8
+    assert required_halo(VARIANTS["basic, later"]) == 3 + 1 + 8
+    assert required_halo(VARIANTS["bifpn"]) == 3 + 16
+    assert required_halo(VARIANTS["2-D bifpn"]) == 3 * 2 + 16
+    assert required_halo(VARIANTS["one class, three widths"]) == 4 + 8
+
+
 @pytest.mark.parametrize("size", [8, 16, 24, 40])
 def test_every_multiple_of_the_divisor_is_a_patch(size):
     assert required_divisor(SMALL) == 8 and required_divisor(VARIANTS["bifpn"]) == 16
@@ -69,7 +129,7 @@ def test_the_pyramid_adds_enlarged_levels():
     for number in (1, 2, 3, 4):
         nn.init.constant_(decoder.get_submodule(f"layer{number}").weight, 10.0**number)
         nn.init.constant_(decoder.get_submodule(f"layer{number}").bias, 0)
-    merged = run(decoder, constant_levels([1, 2, 3, 4]))
+    merged = run(decoder, constant_levels([1, 2, 3, 4]), (slice(0, 16),) * 3)
     torch.testing.assert_close(merged, torch.full_like(merged, 1e4 * 1 + 1e3 * 2 + 1e2 * 3 + 1e1 * 4))
 
 
@@ -80,7 +140,7 @@ def test_levels_are_enlarged_linearly_between_voxel_centres():
         nn.init.constant_(decoder.get_submodule(f"layer{number}").bias, 0)
     levels = constant_levels([0, 0, 0, 0], size=8)
     levels[1][0, 0, :, :, 1] = 1  # one bright plane of four: voxel centres at 0.5, 2.5, 4.5 and 6.5 of the finer level
-    merged = run(decoder, levels)
+    merged = run(decoder, levels, (slice(0, 8),) * 3)
     expected = torch.tensor([0, 0.25, 0.75, 0.75, 0.25, 0, 0, 0])
     torch.testing.assert_close(merged[0, 0, 3, 5], expected)
 
@@ -117,7 +177,7 @@ def test_the_bidirectional_pyramid_on_constant_levels(dims, layers):
         for column, i in enumerate((1, 2, 3, 4)):
             up.append(fuse(w2, column, (levels[i], down[i], up[-1])))
         levels = up
-    merged = run(decoder, constant_levels([1, 2, 3, 4], dims))
+    merged = run(decoder, constant_levels([1, 2, 3, 4], dims), (slice(0, 16),) * dims)
     torch.testing.assert_close(merged, torch.full_like(merged, levels[0]))
 
 
