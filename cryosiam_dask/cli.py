@@ -75,6 +75,9 @@ def semantic_predict(
     dashboard_address: Annotated[
         str, typer.Option(help="Where the Dask dashboard listens; it runs whatever it is sent, so keep it local.")
     ] = "127.0.0.1:8787",
+    timeline: Annotated[
+        bool, typer.Option("--timeline", help="Draw when each worker read, computed and wrote each block.")
+    ] = False,
 ) -> None:
     """Predict the lamella or the semantic classes of every tomogram.
 
@@ -91,6 +94,7 @@ def semantic_predict(
             workers=workers,
             overwrite=overwrite,
             dashboard_address=dashboard_address,
+            timeline=timeline,
         )
         _exit(outcomes)
 

@@ -1,4 +1,7 @@
-"""Where the work runs: worker processes of this machine, each with one GPU or one CPU thread.
+"""Where the work runs: worker processes of this machine, each with one GPU or one CPU core.
+
+A worker has two threads, so that it can read a block and write another one while it computes a third. What does not say
+that it can be overlapped like this runs alone in its process.
 
 `open_cluster` starts them and gives a `DaskExecutor`, which runs the per-chunk functions of the stages on them with a
 bounded number in flight, so that neither the scheduler's memory nor the workers' grows with the size of a tomogram.
@@ -9,21 +12,23 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import resource_tracker
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import dask
 from distributed import Client, Future, KilledWorker, LocalCluster, WorkerPlugin, as_completed
 
 from cryosiam_dask.errors import DeviceError
 
-#: Let glibc keep what the network frees for its next patch. Dask's own setting gives every page back to the kernel and
-#: faults it in again, which takes a good part of a CPU's time for a patch.
-_KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": 8_000_000_000, "MALLOC_MMAP_THRESHOLD_": 4_000_000_000}
+#: Let glibc keep what the network frees for its next layer and its next patch, in one heap for all threads. Otherwise
+#: every large tensor is mapped anew, and the kernel's clearing of its pages takes a good part of a CPU's time.
+_KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": 8_000_000_000, "MALLOC_MMAP_MAX_": 0, "MALLOC_ARENA_MAX": 1}
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -43,7 +48,8 @@ class DaskExecutor:
         Told of every call that is done.
     """
 
-    #: Calls in flight for each worker thread: one that runs, and one that waits so that the thread never does.
+    #: Calls in flight for each worker: one that runs, and one that waits (or, with `overlap`, reads or writes) so that
+    #: the worker never does.
     IN_FLIGHT = 2
 
     def __init__(self, client: Client, progress: Progress = lambda name, done, total: None) -> None:
@@ -52,10 +58,10 @@ class DaskExecutor:
 
     @property
     def workers(self) -> int:
-        """Worker threads of the cluster."""
-        return max(1, int(sum(self.client.nthreads().values())))
+        """Worker processes of the cluster."""
+        return max(1, len(self.client.nthreads()))
 
-    def map(self, function: Callable[[T], R], items: Sequence[T], *, name: str) -> list[R]:
+    def map(self, function: Callable[[T], R], items: Sequence[T], *, name: str, overlap: bool = False) -> list[R]:
         """Return ``[function(item) for item in items]``, computed by the workers.
 
         Raises
@@ -65,6 +71,7 @@ class DaskExecutor:
         Exception
             Whatever the first failing call raised; calls that have not started are cancelled.
         """
+        call = function if overlap else _Alone(function)
         results: dict[int, R] = {}
         prefix = f"{name}-{uuid.uuid4().hex}"
         waiting = iter(enumerate(items))
@@ -73,7 +80,7 @@ class DaskExecutor:
 
         def launch() -> None:
             for i, item in waiting:
-                future = self.client.submit(function, item, key=(prefix, i), pure=False)
+                future = self.client.submit(call, item, key=(prefix, i), pure=False)
                 flying[future] = i
                 done.add(future)
                 return
@@ -98,6 +105,20 @@ class DaskExecutor:
             if flying:
                 self.client.cancel(list(flying), force=True)
         return [results[i] for i in range(len(items))]
+
+
+_ALONE = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class _Alone(Generic[T, R]):
+    """`function`, of which no two calls run at the same time in a process."""
+
+    function: Callable[[T], R]
+
+    def __call__(self, item: T) -> R:
+        with _ALONE:
+            return self.function(item)
 
 
 class Setup(WorkerPlugin):  # type: ignore[misc]  # untyped
@@ -130,7 +151,7 @@ def open_cluster(
     Parameters
     ----------
     device
-        ``"cuda"``: one worker for each visible GPU, pinned to it. ``"cpu"``: worker processes of one thread.
+        ``"cuda"``: one worker for each visible GPU, pinned to it. ``"cpu"``: workers that compute in one thread.
     workers
         How many; for ``"cuda"`` at most the number of visible GPUs, 0 for all of them.
     dashboard_address
@@ -164,7 +185,9 @@ def open_cluster(
         if device == "cuda":
             cluster = _cuda_cluster(workers, options)
         else:
-            cluster = LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, **options)
+            cluster = LocalCluster(
+                n_workers=workers, threads_per_worker=DaskExecutor.IN_FLIGHT, processes=True, **options
+            )
     with cluster, Client(cluster, set_as_default=False) as client:
         yield client
 
@@ -210,4 +233,4 @@ def _cuda_cluster(workers: int, options: dict[str, Any]) -> Any:
             value=f"{available} visible (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')})",
             remedy="Ask for fewer, or make more GPUs visible",
         )
-    return LocalCUDACluster(n_workers=workers or available, threads_per_worker=1, **options)
+    return LocalCUDACluster(n_workers=workers or available, threads_per_worker=DaskExecutor.IN_FLIGHT, **options)

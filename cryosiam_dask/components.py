@@ -524,6 +524,7 @@ def remove_small(
     output: WritableArray,
     sizes: Sequence[int],
     *,
+    removed: WritableArray | None = None,
     n_classes: int | None = None,
     connectivity: int = 26,
     executor: Executor = SERIAL,
@@ -540,6 +541,8 @@ def remove_small(
     sizes
         One entry for each class, index = label: a component stays if it has *more* voxels than that, and becomes
         background otherwise. -1 leaves the class alone. The entry of the background has no effect.
+    removed
+        An array like `output`, for the labels that were removed, 0 elsewhere. Written in full.
     n_classes
         Classes of the segmentation, the background included; as many as there are sizes by default.
     connectivity
@@ -591,7 +594,9 @@ def remove_small(
         array_module=array_module,
     )
     stays = components.voxels > np.asarray(sizes)[components.classes.astype(np.int64)]
-    task = partial(_filter_block, labels=labels, output=output, labelling=components.labelling)
+    if removed is not None:
+        components.labelling.blocks.require_whole_chunks(removed)
+    task = partial(_filter_block, labels=labels, output=output, removed=removed, labelling=components.labelling)
     executor.map(task, components.per_block(np.append(True, stays)[components.numbers]), name="remove small")
 
     def per_class(of: NDArray[np.bool_], weights: NDArray[np.int64] | None = None) -> tuple[int, ...]:
@@ -847,16 +852,25 @@ def _write_block(
 
 
 def _filter_block(
-    item: tuple[Index, NDArray[np.bool_]], *, labels: ChunkedArray, output: WritableArray, labelling: Labelling
+    item: tuple[Index, NDArray[np.bool_]],
+    *,
+    labels: ChunkedArray,
+    output: WritableArray,
+    removed: WritableArray | None,
+    labelling: Labelling,
 ) -> None:
     """Pass 2 of one block: `item` is its index and whether each of its provisional labels stays."""
     index, stays = item
+    blocks = labelling.blocks
     if stays.all():
-        block = labelling.blocks.read(labels, index)
+        before = block = blocks.read(labels, index)
     else:
         labelled = _label_block(labels, labelling, index)
-        block = labelled.block * _look_up(np.append(True, stays), labelled, labelling)
-    labelling.blocks.write(output, index, block.astype(output.dtype, copy=False))
+        before = labelled.block
+        block = before * _look_up(np.append(True, stays), labelled, labelling)
+    blocks.write(output, index, block.astype(output.dtype, copy=False))
+    if removed is not None:
+        blocks.write(removed, index, 0 if stays.all() else (before - block).astype(removed.dtype, copy=False))
 
 
 # ---- the merge ----

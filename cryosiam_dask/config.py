@@ -13,7 +13,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -61,6 +61,8 @@ class Data(_Model):
     ----------
     patch_size
         Patch shape in voxels, (z, y, x) or (y, x); the checkpoint's own where it is not given.
+    halo
+        Voxels at each side of a patch that are not kept; a quarter of the patch, as in CryoSiam, where it is not given.
     min, max
         Intensities mapped to 0 and 1; what lies outside is clipped.
     mean, std
@@ -68,6 +70,7 @@ class Data(_Model):
     """
 
     patch_size: Annotated[tuple[Annotated[int, Field(ge=4)], ...], Field(strict=False)] | None = None
+    halo: Annotated[int, Field(ge=1)] | None = None
     min: _Number = 0.0
     max: _Number = 1.0
     mean: _Number = 0.0
@@ -123,9 +126,12 @@ class HyperParameters(_Model):
     ----------
     batch_size
         Patches in one forward pass on a GPU; a CPU takes one at a time, so that no result depends on it.
+    precision
+        Of the network's products: fp32, or where the device has instructions for them tf32, bf16 or fp16.
     """
 
     batch_size: Annotated[int, Field(ge=1)] = 2
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
 
 
 class Configuration(_Model):

@@ -23,7 +23,7 @@ class Executor(Protocol):
         """How many calls run at the same time."""
         ...
 
-    def map(self, function: Callable[[T], R], items: Sequence[T], *, name: str) -> list[R]:
+    def map(self, function: Callable[[T], R], items: Sequence[T], *, name: str, overlap: bool = False) -> list[R]:
         """Return ``[function(item) for item in items]``.
 
         Parameters
@@ -35,6 +35,9 @@ class Executor(Protocol):
             Its arguments, one call for each.
         name
             What the calls are called in the dashboard and in the progress display, for example ``"smooth"``.
+        overlap
+            Whether a worker may begin a call while it still works on another one, so that one reads or writes while
+            the other computes. The function itself sees to it that they take turns where they must.
         """
         ...
 
@@ -44,8 +47,8 @@ class SerialExecutor:
 
     workers = 1
 
-    def map(self, function: Callable[[T], R], items: Sequence[T], *, name: str) -> list[R]:
-        """Return ``[function(item) for item in items]``; `name` is not used."""
+    def map(self, function: Callable[[T], R], items: Sequence[T], *, name: str, overlap: bool = False) -> list[R]:
+        """Return ``[function(item) for item in items]``; `name` and `overlap` are not used."""
         return [function(item) for item in items]
 
 

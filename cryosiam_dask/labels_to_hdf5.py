@@ -4,8 +4,8 @@ Every file grows under the hidden name ``.<name>.part`` in its own folder, is fl
 user sees a complete file or none, and an earlier one stays as it is until that moment. Arrays are read and written
 block by block; nothing the size of a volume is ever in memory.
 
-HDF5 chunks are compressed here, by a pool of threads, and handed over ready-made: the HDF5 library compresses one after
-the other, 50 MB of probabilities a second.
+HDF5 chunks are compressed here, by a pool of threads, or before by those who filled an `exportable_array`, and handed
+over ready-made: the HDF5 library compresses one after the other, 50 MB of probabilities a second.
 """
 
 from __future__ import annotations
@@ -28,18 +28,23 @@ from typing import Any, Protocol, TypeAlias
 
 import h5py
 import numpy as np
+import zarr
 from mrcfile.constants import IMAGE_STACK_SPACEGROUP, MAP_ID, VOLUME_SPACEGROUP
 from mrcfile.dtypes import HEADER_DTYPE
 from mrcfile.utils import machine_stamp_from_byte_order, mode_from_dtype
+from numcodecs import Zlib
 from numpy.typing import NDArray
+from zarr.storage import LocalStore
 
 from cryosiam_dask.errors import OutputError
 
 LABELS, PROBABILITIES, DISTANCES = "labels", "probs", "distances"  # the names that viewers open
 INSTANCES = "instances"
 REMOVED = "removed"  # labels of the voxels that a size filter took away; with them `labels` are the unfiltered ones
-CHUNK = {2: 256, 3: 64}  # voxels along each axis of an HDF5 chunk, by the number of axes
-BLOCK_CHUNKS = 4  # chunks along each axis that are in memory at once: 64 MiB of float32
+#: Voxels of an HDF5 chunk by its axes, of one byte each and of more: up to 1 MiB, which is what HDF5's cache holds.
+CHUNK = {2: (512, 512), 3: (64, 128, 128)}
+CHUNK_OF_WIDER = {2: (256, 256), 3: (64, 64, 64)}
+BLOCK_CHUNKS = 4  # chunks along each axis that are in memory at once: 64 MiB
 GZIP_LEVEL = 1  # every HDF5 reader has gzip; higher levels cost time and gain little
 _AGAIN = "Run semantic-predict again"
 MRC_BLOCK = 128  # sections and rows of an MRC file that are in memory at once
@@ -116,6 +121,37 @@ def open_dataset(path: str | Path, name: str) -> StoredDataset:
                 remedy=_AGAIN,
             )
     return dataset
+
+
+def exportable_array(group: zarr.Group, name: str, shape: tuple[int, ...]) -> zarr.Array[Any]:
+    """Create an array of labels whose compressed chunks are those of the HDF5 file that it will be written to.
+
+    Whoever fills it compresses it, many at a time; `write_hdf5` has but to copy the bytes.
+
+    Parameters
+    ----------
+    group
+        Where to create it.
+    name
+        Its name there.
+    shape
+        (z, y, x) or (y, x).
+
+    Returns
+    -------
+    zarr.Array
+        uint8, all 0.
+    """
+    # zarr's own format 3 has no zlib, which is what HDF5 calls gzip.
+    return zarr.create_array(
+        group.store_path / name,
+        shape=shape,
+        chunks=_chunk(shape, 1),
+        dtype=np.uint8,
+        fill_value=0,
+        compressors=Zlib(GZIP_LEVEL),
+        zarr_format=2,
+    )
 
 
 def write_hdf5(
@@ -443,7 +479,7 @@ def _write(file: Any, sink: _Sink, name: str, source: Sliceable, dtype: np.dtype
     """Write a dataset in whole chunks of space, one class at a time; more than a byte is shuffled first."""
     classes = (1,) if dtype.kind == "f" else ()
     space = source.shape[len(classes) :]
-    chunk = (*classes, *(min(CHUNK[len(space)], size) for size in space))
+    chunk = (*classes, *_chunk(space, dtype.itemsize))
     dataset = file.create_dataset(
         name,
         source.shape,
@@ -453,6 +489,13 @@ def _write(file: Any, sink: _Sink, name: str, source: Sliceable, dtype: np.dtype
         compression_opts=GZIP_LEVEL,
         shuffle=dtype.itemsize > 1,
     )
+    files = _chunk_files(source, chunk, dtype)
+    if files is not None:
+        for corner, file in files:
+            with suppress(FileNotFoundError):  # of a chunk that holds nothing but 0
+                dataset.id.write_direct_chunk(corner, file.read_bytes())
+            sink.check()
+        return dataset
     encode = partial(_encode, chunk=chunk)
     for region in _regions(source.shape, (*classes, *(BLOCK_CHUNKS * size for size in chunk[len(classes) :]))):
         block = np.asarray(source[region]).astype(dtype, casting="safe", copy=False)
@@ -461,6 +504,32 @@ def _write(file: Any, sink: _Sink, name: str, source: Sliceable, dtype: np.dtype
             dataset.id.write_direct_chunk(tuple(r.start + p.start for r, p in zip(region, part, strict=True)), encoded)
         sink.check()
     return dataset
+
+
+def _chunk(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    chunk = (CHUNK if itemsize == 1 else CHUNK_OF_WIDER)[len(shape)]
+    return tuple(min(edge, size) for edge, size in zip(chunk, shape, strict=True))
+
+
+def _chunk_files(
+    source: Any, chunk: tuple[int, ...], dtype: np.dtype[Any]
+) -> Iterator[tuple[tuple[int, ...], Path]] | None:
+    """The files that hold the chunks of an `exportable_array`, each with its corner; None for any other array."""
+    if (
+        not isinstance(source, zarr.Array)
+        or not isinstance(source.store, LocalStore)
+        or source.metadata.zarr_format != 2
+        or (source.chunks, source.dtype, source.compressors) != (chunk, dtype, (Zlib(GZIP_LEVEL),))
+    ):
+        return None
+    folder, counts = (
+        Path(source.store.root) / source.path,
+        (-(-n // c) for n, c in zip(source.shape, chunk, strict=True)),
+    )
+    return (
+        (tuple(i * c for i, c in zip(index, chunk, strict=True)), folder / ".".join(map(str, index)))
+        for index in itertools.product(*map(range, counts))
+    )
 
 
 def _encode(values: NDArray[Any], *, chunk: tuple[int, ...]) -> bytes:

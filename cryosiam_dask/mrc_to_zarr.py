@@ -397,6 +397,7 @@ def ingest(
     *,
     name: str | None = "tomogram",
     chunks: Sequence[int] | None = None,
+    compress: bool = True,
     executor: Executor = SERIAL,
 ) -> tuple[zarr.Array[Any], IngestReport]:
     """Fill a new zarr array with the voxels of a tomogram file.
@@ -413,6 +414,8 @@ def ingest(
     chunks
         Voxels of a chunk along each axis; 128 as a rule, fewer along the sections of a compressed file of large
         sections, which is read in order and a chunk's depth at a time.
+    compress
+        Whether to compress the voxels. Without, reading takes a third of the time; floats hardly shrink anyway.
     executor
         Runs one task for each row of chunks, or a single one for a compressed file. A task holds about 200 MB.
 
@@ -439,7 +442,7 @@ def ingest(
             shape=header.shape,
             chunks=_chunks(header) if chunks is None else tuple(chunks),
             dtype=header.dtype,
-            compressors=COMPRESSOR,
+            compressors=COMPRESSOR if compress else None,
             fill_value=0,
             dimension_names=list("zyx"[-len(header.shape) :]),
             attributes=header.attributes(),

@@ -30,10 +30,11 @@ from typing import Any, Literal, TypeAlias
 import h5py
 import numpy as np
 import zarr
+from numpy.typing import NDArray
 
 from cryosiam_dask._version import __version__
 from cryosiam_dask.centers import collect_centers, write_centers
-from cryosiam_dask.components import ArrayModule, ChunkedArray, remove_small
+from cryosiam_dask.components import ArrayModule, Blocks, ChunkedArray, remove_small
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.errors import (
     ConfigurationError,
@@ -46,6 +47,7 @@ from cryosiam_dask.grid import block_size_for, make_grid
 from cryosiam_dask.labels_to_hdf5 import (
     StoredDataset,
     dataset_names,
+    exportable_array,
     open_dataset,
     read_attributes,
     replace_labels,
@@ -58,7 +60,8 @@ from cryosiam_dask.measurements import COLLECTION, collect_tables, remove_outdat
 from cryosiam_dask.mrc_to_zarr import IngestReport, TomogramHeader, ingest, read_header
 from cryosiam_dask.plan import MRC_LABEL, Job, RunPlan, removal_sizes, with_sizes
 from cryosiam_dask.progress import Reporter
-from cryosiam_dask.zarr_to_labels import StoredPrediction, create_outputs, predict_store
+from cryosiam_dask.timeline import write_timeline
+from cryosiam_dask.zarr_to_labels import StoredPrediction, create_outputs, predict_store, tomogram_chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,12 @@ class Outcome:
 
 
 def run(
-    plan: RunPlan, reporter: Reporter, *, device: Literal["cpu", "cuda"] = "cpu", executor: Executor = SERIAL
+    plan: RunPlan,
+    reporter: Reporter,
+    *,
+    device: Literal["cpu", "cuda"] = "cpu",
+    executor: Executor = SERIAL,
+    timeline: bool = False,
 ) -> list[Outcome]:
     """Segment the tomograms of a plan.
 
@@ -110,6 +118,8 @@ def run(
         What the workers run the network on.
     executor
         Runs the pieces of every stage.
+    timeline
+        Whether to draw ``<stem>_timeline.png``, when each worker read, computed and wrote each block.
 
     Returns
     -------
@@ -126,7 +136,7 @@ def run(
             header = read_header(job.source)
             for note in header.notes:
                 reporter.say(f"{job.stem}: {note}")
-            voxels, warnings = _segment(plan, job, header, device, executor)
+            voxels, warnings = _segment(plan, job, header, device, executor, timeline)
             outcome = Outcome(job.stem, "done", header.shape, time.monotonic() - began, voxels, warnings)
             reporter.end(f"done in {outcome.seconds:.0f} s, {job.output}")
         except Exception as error:
@@ -187,18 +197,27 @@ def _failed(stem: str, shape: tuple[int, ...], began: float, error: Exception, p
 
 
 def _segment(
-    plan: RunPlan, job: Job, header: TomogramHeader, device: Literal["cpu", "cuda"], executor: Executor
+    plan: RunPlan,
+    job: Job,
+    header: TomogramHeader,
+    device: Literal["cpu", "cuda"],
+    executor: Executor,
+    timeline: bool,
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """One tomogram from file to file; returns the voxels of each label, and warnings."""
     configuration, network = plan.configuration, plan.configuration.parameters.network
     array_module: ArrayModule = "cupy" if device == "cuda" else "numpy"
-    block_size = block_size_for(header.shape, plan.patch, configuration.block_size, executor.workers)
-    grid = make_grid(header.shape, plan.patch, block_size)
+    block_size = block_size_for(header.shape, plan.patch, configuration.block_size, executor.workers, plan.halo)
+    grid = make_grid(header.shape, plan.patch, block_size, plan.halo)
     mask = None if job.mask is None else open_mask(job.mask, header.shape)
     with _work_group(configuration, job.stem) as work:
-        tomogram, report = ingest(job.source, work.store, executor=executor)
+        chunks = None if header.compressed else tomogram_chunks(grid)
+        compress = header.dtype.kind != "f" or configuration.keep_work
+        tomogram, report = ingest(job.source, work.store, chunks=chunks, compress=compress, executor=executor)
         outputs = create_outputs(work, grid, plan.checkpoint.architecture.out_channels, plan.wanted)
-        predict_store(StoredPrediction(plan.spec(device), grid, tomogram, outputs, mask), executor=executor)
+        times = predict_store(StoredPrediction(plan.spec(device), grid, tomogram, outputs, mask), executor=executor)
+        if timeline and times:
+            write_timeline(configuration.prediction_folder / f"{job.stem}_timeline.png", times, job.stem)
         labels, warnings = outputs["labels"], list(report.warnings)
         if network.postprocessing:
             filled = _like(work, "lamella", labels)
@@ -218,11 +237,9 @@ def _segment(
                     "The labels were left as they are. Lower network.threshold, and check trained_model"
                 )
             labels = filled
-        unfiltered, sizes = labels, removal_sizes(configuration)
-        if sizes:
-            labels = _like(work, "filtered", unfiltered)
-            remove_small(unfiltered, labels, _for_all_labels(sizes), executor=executor, array_module=array_module)
-        voxels = _count_voxels(labels, plan.labels, executor)
+        labels, removed, voxels = _without_small(
+            labels, removal_sizes(configuration), work, plan.labels, executor, array_module
+        )
         if voxels[0] == math.prod(header.shape):
             warnings.append(_why_blank(plan, report))
         attributes = _attributes(plan, job, report, warnings)
@@ -231,7 +248,7 @@ def _segment(
             write = partial(
                 write_hdf5,
                 labels=labels,
-                removed=Removed(unfiltered, labels) if sizes else None,
+                removed=removed,
                 probabilities=internal.get("probabilities"),
                 distances=internal.get("distances"),
                 attributes=attributes,
@@ -251,41 +268,6 @@ def _segment(
             configuration, job.stem, labels, probabilities, attributes, work, executor, array_module
         )
     return voxels, tuple(warnings)
-
-
-@dataclass(frozen=True, slots=True)
-class Removed:
-    """The labels that the size filter removed, computed while they are read.
-
-    Kept in an output, they give back the unfiltered labels by addition, so that other sizes can be tried without
-    inference; they compress to next to nothing.
-
-    Parameters
-    ----------
-    unfiltered, filtered
-        Labels before and after, (z, y, x), uint8.
-    """
-
-    unfiltered: Any
-    filtered: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(z, y, x)."""
-        return tuple(self.filtered.shape)
-
-    @property
-    def chunks(self) -> tuple[int, ...]:
-        """Of the filtered labels."""
-        return tuple(self.filtered.chunks)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """uint8."""
-        return np.dtype(np.uint8)
-
-    def __getitem__(self, region: Any) -> Any:
-        return self.unfiltered[region] - self.filtered[region]
 
 
 @contextmanager
@@ -345,21 +327,45 @@ def _like(work: zarr.Group, name: str, labels: zarr.Array[Any]) -> zarr.Array[An
     )
 
 
-def _for_all_labels(sizes: Sequence[int]) -> list[int]:
-    """One entry for each label that uint8 holds; those without an entry of their own are left alone."""
-    return [*sizes, *[-1] * (256 - len(sizes))]
+def _without_small(
+    labels: zarr.Array[Any],
+    sizes: Sequence[int],
+    work: zarr.Group,
+    count: int,
+    executor: Executor,
+    array_module: ArrayModule,
+) -> tuple[zarr.Array[Any], zarr.Array[Any] | None, tuple[int, ...]]:
+    """Apply ``postprocessing_sizes``; returns the labels, those that were removed, and the voxels of each label.
+
+    What was removed is kept in the output: it gives back the unfiltered labels by addition, so that other sizes can be
+    tried without inference, and compresses to next to nothing.
+    """
+    blocks = Blocks.of(labels)
+    counts = executor.map(partial(_count_block, labels, blocks), blocks.indices, name="count")
+    voxels = np.sum(counts, axis=0)
+    voxels = voxels[: max(count, int(np.flatnonzero(voxels)[-1]) + 1)]
+    if not sizes:
+        return labels, None, tuple(voxels.tolist())
+    kept, removed = (exportable_array(work, name, labels.shape) for name in ("filtered", "removed"))
+    # One entry for each label that uint8 holds; those without an entry of their own are left alone.
+    of_all = [*sizes, *[-1] * (256 - len(sizes))]
+    removal = remove_small(labels, kept, of_all, removed=removed, executor=executor, array_module=array_module)
+    gone = np.array(removal.removed_voxels)[: len(voxels)]
+    voxels = voxels - gone
+    voxels[0] += gone.sum()
+    return kept, removed, tuple(voxels.tolist())
 
 
-def _count_voxels(labels: zarr.Array[Any], count: int, executor: Executor) -> tuple[int, ...]:
-    counts = executor.map(partial(_count_chunk, labels, count), _corners(labels), name="count")
-    totals = np.zeros(max(map(len, counts)), np.int64)
-    for chunk in counts:
-        totals[: len(chunk)] += chunk
-    return tuple(totals.tolist())
-
-
-def _count_chunk(labels: zarr.Array[Any], count: int, corner: tuple[int, ...]) -> Any:
-    return np.bincount(np.asarray(labels[_chunk_region(labels, corner)]).ravel(), minlength=count)
+def _count_block(labels: zarr.Array[Any], blocks: Blocks, index: tuple[int, int, int]) -> NDArray[np.int64]:
+    block = blocks.read(labels, index)
+    counts = np.zeros(256, np.int64)
+    highest = int(block.max())
+    if highest > 20:
+        return np.bincount(block.reshape(-1), minlength=256)
+    # Comparing a few times is many times faster than np.bincount, which makes 64-bit integers of all voxels.
+    for label in range(highest + 1):
+        counts[label] = np.count_nonzero(block == label)
+    return counts
 
 
 def _why_blank(plan: RunPlan, report: IngestReport) -> str:
@@ -432,16 +438,12 @@ def postprocess(
             with _work_group(configuration, stem) as work:
                 unfiltered = _read_unfiltered(path, work, executor)
                 shape = unfiltered.shape
-                labels = _like(work, "filtered", unfiltered)
-                remove_small(unfiltered, labels, _for_all_labels(sizes), executor=executor)
-                voxels = _count_voxels(labels, max(2, len(sizes)), executor)
+                labels, removed, voxels = _without_small(unfiltered, sizes, work, max(2, len(sizes)), executor, "numpy")
                 attributes: dict[str, Any] = {"postprocessing_sizes": sizes}
                 prediction = read_attributes(path).get("prediction_fingerprint")
                 if prediction:
                     attributes["fingerprint"] = with_sizes(prediction, sizes)
-                write = partial(
-                    replace_labels, labels=labels, removed=Removed(unfiltered, labels), attributes=attributes
-                )
+                write = partial(replace_labels, labels=labels, removed=removed, attributes=attributes)
                 executor.map(write, [path], name="export")
                 attributes = read_attributes(path)
                 warnings = _update_components(
@@ -686,9 +688,14 @@ def _read_unfiltered_chunk(path: Path, labels: zarr.Array[Any], corner: tuple[in
     with h5py.File(path, "r") as file:
         chunk = file["labels"][region]
         if "removed" in file:
-            chunk += file["removed"][region]
+            chunk = chunk + file["removed"][region]
     if chunk.min() < 0 or chunk.max() > 255:
-        raise OutputError("labels must lie between 0 and 255", place=path, value=chunk.max())
+        raise OutputError(
+            "labels must lie between 0 and 255",
+            place=path,
+            value=f"{chunk.min()} to {chunk.max()}",
+            remedy="Predict again, or correct the file that was edited",
+        )
     labels[region] = chunk
 
 

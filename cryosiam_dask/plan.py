@@ -29,11 +29,11 @@ from cryosiam_dask.errors import (
 )
 from cryosiam_dask.grid import make_grid
 from cryosiam_dask.labels_to_hdf5 import read_attributes
-from cryosiam_dask.network import peak_bytes, required_divisor
+from cryosiam_dask.network import peak_bytes, required_divisor, required_halo
 from cryosiam_dask.predictor import PredictorSpec, default_threshold
 
 #: Raised whenever a change of the code changes a result, so that outputs of before are not taken for done.
-NUMBERS_VERSION = 1
+NUMBERS_VERSION = 2
 
 MRC_LABEL = "cryosiam_dask "  # before the fingerprint, in the only place of an MRC header that takes text
 _PROCESS_BYTES = 700 * 2**20  # Python with its libraries, one process
@@ -118,14 +118,20 @@ class RunPlan:
         return tuple(wanted)
 
     @property
+    def halo(self) -> int:
+        """Voxels at each side of a patch that are not kept, 0 for CryoSiam's patches."""
+        return self.configuration.parameters.data.halo or 0
+
+    @property
     def bytes_per_worker(self) -> int:
         """Memory that a CPU worker needs, estimated from patch, block and network, in bytes."""
         architecture = self.checkpoint.architecture
-        endless = make_grid((2**30,) * len(self.patch), self.patch, self.configuration.block_size)
+        endless = make_grid((2**30,) * len(self.patch), self.patch, self.configuration.block_size, self.halo)
         per_voxel = sum(1 if name == "labels" else 4 * architecture.out_channels for name in self.wanted)
         window = math.prod(endless.largest_window) * 8  # as read, and normalised
         block = math.prod(endless.largest_block) * per_voxel
-        return _PROCESS_BYTES + window + block + peak_bytes(architecture, self.patch)
+        # Two blocks at a time: one computes while another is read or written.
+        return _PROCESS_BYTES + 2 * (window + block) + peak_bytes(architecture, self.patch)
 
     def spec(self, device: Literal["cpu", "cuda"]) -> PredictorSpec:
         """How a worker is to run the network on `device`."""
@@ -142,6 +148,8 @@ class RunPlan:
             mean=data.mean,
             std=data.std,
             threshold=self.threshold,
+            halo=self.halo,
+            precision=self.configuration.hyper_parameters.precision,
         )
 
 
@@ -373,6 +381,19 @@ def _check_network(
                 remedy=f"Set it to {rounded}",
             )
         )
+    halo, needed = configuration.parameters.data.halo, required_halo(architecture)
+    if halo is not None and not needed <= halo < min(patch) / 2:
+        problems.append(
+            ConfigurationError(
+                f"must be at least {needed}, which this network needs around a core, and less than half of patch_size "
+                f"{list(patch)}",
+                place="key parameters.data.halo",
+                value=halo,
+                remedy=f"Set it to {max(needed, min(patch) // 8)}"
+                if 2 * needed < min(patch)
+                else f"Set patch_size to {(2 * needed // divisor + 1) * divisor} or more along each axis",
+            )
+        )
     if configuration.save_internal_files and not architecture.has_distance_head:
         notes.append(f"{configuration.trained_model} has no distance head: probs are saved, distances are not")
     if network.postprocessing and architecture.spatial_dims == 2:
@@ -417,6 +438,8 @@ def _settings(
         "numbers_version": NUMBERS_VERSION,
         "checkpoint_sha256": checkpoint.sha256,
         "patch_size": list(patch),
+        "halo": data.halo,
+        "precision": configuration.hyper_parameters.precision,
         "scaling": [data.min, data.max, data.mean, data.std],
         "threshold": threshold,
         "hull": ("volume" if network.hull_3d else "slices") if network.postprocessing else None,

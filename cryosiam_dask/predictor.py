@@ -4,16 +4,19 @@ The only module that knows a device. A result must not depend on how patches are
 depend on the size of a batch and on the number of threads, in their last bits. Therefore patches are evaluated
 
 * on the CPU one at a time, in one thread (more cores are used by more worker processes);
-* on a GPU in batches of always the same size, the last one filled up with zeros, with deterministic algorithms in full
-  single precision.
+* on a GPU in batches of always the same size, the last one filled up with zeros, with deterministic algorithms.
+
+Single precision is the default. The other precisions are opt-in, and an error on a device that has no instructions for
+them.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +28,12 @@ import torch
 
 from cryosiam_dask.checkpoint import read_checkpoint
 from cryosiam_dask.errors import CheckpointError, DeviceError
-from cryosiam_dask.network import build_network
+from cryosiam_dask.grid import Patch
+from cryosiam_dask.network import build_network, convolve_with_onednn, fold_batch_norms
+
+_PIECE = 1 << 16  # voxels
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +58,10 @@ class PredictorSpec:
         Subtracted from the clipped intensities, and divided by.
     threshold
         Probability that a class must reach to become a label.
+    halo
+        Voxels on either side of a patch that are not kept; 0 for CryoSiam's patches (see `cryosiam_dask.grid`).
+    precision
+        Of the products in the network's convolutions; sums, probabilities and labels are in single precision.
     """
 
     checkpoint: str
@@ -63,6 +75,8 @@ class PredictorSpec:
     mean: float
     std: float
     threshold: float
+    halo: int = 0
+    precision: Precision = "fp32"
 
 
 def predictor_spec(
@@ -76,6 +90,8 @@ def predictor_spec(
     mean: float = 0.0,
     std: float = 1.0,
     threshold: float | None = None,
+    halo: int = 0,
+    precision: Precision = "fp32",
 ) -> PredictorSpec:
     """Say how to predict with a checkpoint; what is not given is CryoSiam's documented default.
 
@@ -91,6 +107,8 @@ def predictor_spec(
         See `PredictorSpec`.
     threshold
         See `PredictorSpec` and `default_threshold`.
+    halo, precision
+        See `PredictorSpec`.
 
     Raises
     ------
@@ -111,6 +129,8 @@ def predictor_spec(
         mean=mean,
         std=std,
         threshold=default_threshold(classes) if threshold is None else threshold,
+        halo=halo,
+        precision=precision,
     )
 
 
@@ -134,15 +154,22 @@ def normalise(voxels: npt.NDArray[Any], spec: PredictorSpec) -> npt.NDArray[np.f
     ndarray
         ``(clip((v - minimum) / (maximum - minimum), 0, 1) - mean) / std``, float32; a new array.
     """
+    given = np.ascontiguousarray(voxels).reshape(-1)
+    scaled = np.empty(given.shape, np.float32)
     with np.errstate(over="ignore"):  # What overflows is infinite, or far outside the range and clipped.
-        scaled = voxels.astype(np.float32)
-        scaled[~np.isfinite(scaled)] = spec.minimum
-        scaled -= spec.minimum
-        scaled /= spec.maximum - spec.minimum
-    scaled.clip(0, 1, out=scaled)
-    scaled -= spec.mean
-    scaled /= spec.std
-    return scaled
+        # Piece by piece, so that a processor finds what one step left in its cache for the next.
+        for first in range(0, given.size, _PIECE):
+            piece = scaled[first : first + _PIECE]
+            piece[:] = given[first : first + _PIECE]
+            finite = np.isfinite(piece)
+            if not finite.all():
+                piece[~finite] = spec.minimum
+            piece -= spec.minimum
+            piece /= spec.maximum - spec.minimum
+            piece.clip(0, 1, out=piece)
+            piece -= spec.mean
+            piece /= spec.std
+    return scaled.reshape(voxels.shape)
 
 
 def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
@@ -176,6 +203,35 @@ def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cu
     )
 
 
+def require_precision(precision: Precision, device: Literal["cpu", "cuda"]) -> None:
+    """Refuse a precision for which this machine's device has no instructions: it would be slower than single.
+
+    Raises
+    ------
+    DeviceError
+        With what the device can do.
+    """
+    if device == "cuda":
+        capability = torch.cuda.get_device_capability()
+        # Tensor cores: fp16 since Volta, bf16 and tf32 since Ampere.
+        able = {"fp32"} | ({"fp16"} if capability >= (7, 0) else set())
+        able |= {"bf16", "tf32"} if capability >= (8, 0) else set()
+        name = f"{torch.cuda.get_device_name()} (compute capability {capability[0]}.{capability[1]})"
+    else:
+        features: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        able = {"fp32"} | {
+            p for p in ("bf16", "fp16") if features.get(f"avx512_{p}", False) or features.get(f"amx_{p}", False)
+        }
+        name = features.get("cpu_name", "this CPU")
+    if precision not in able:
+        raise DeviceError(
+            f"the device must have instructions for precision {precision}",
+            place="hyper_parameters.precision",
+            value=f"{name}, which has {', '.join(sorted(able))}",
+            remedy="Set it to fp32, or use another device",
+        )
+
+
 class Predictor:
     """A network in the memory of its device; `load_predictor` makes one per process.
 
@@ -194,6 +250,7 @@ class Predictor:
 
     def __init__(self, spec: PredictorSpec) -> None:
         device = resolve_device(spec.device)
+        require_precision(spec.precision, device)
         checkpoint = read_checkpoint(spec.checkpoint)
         if checkpoint.sha256 != spec.sha256:
             raise CheckpointError(
@@ -205,33 +262,53 @@ class Predictor:
         if device == "cuda":
             torch.backends.cudnn.benchmark = False
             torch.backends.cudnn.deterministic = True
-            torch.backends.cudnn.allow_tf32 = False
-            torch.backends.cuda.matmul.allow_tf32 = False
+            torch.backends.cudnn.allow_tf32 = spec.precision == "tf32"
+            torch.backends.cuda.matmul.allow_tf32 = spec.precision == "tf32"
         with torch.device("meta"):  # The weights come from the checkpoint: none need be made up.
             network = build_network(checkpoint.architecture)
         network.load_state_dict(checkpoint.state, assign=True)
         self.spec = spec
         self.has_distance_head = checkpoint.architecture.has_distance_head
-        self._network = network.eval().to(device)
+        network.eval()
+        fold_batch_norms(network)
+        # Channels last is what convolutions are fastest with, on CPUs and GPUs.
+        self._layout = torch.channels_last if len(spec.patch) == 2 else torch.channels_last_3d
+        self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(spec.precision, torch.float32)
+        self._network = network.to(device, self._dtype).to(memory_format=self._layout)  # type: ignore[call-overload]
+        if device == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+            convolve_with_onednn(network)
+        self._turn = threading.Lock()
 
-    def predict_patches(
-        self, voxels: npt.NDArray[np.float32], wanted: Collection[str]
-    ) -> dict[str, npt.NDArray[np.generic]]:
-        """Predict patches.
+    def predict_block(
+        self,
+        window: npt.NDArray[np.float32],
+        patches: Sequence[Patch],
+        shape: tuple[int, ...],
+        wanted: Collection[str],
+    ) -> tuple[dict[str, npt.NDArray[Any]], tuple[float, float]]:
+        """Predict the patches of a block.
+
+        Threads of one process take turns on the device: one may bring its voxels there while another one computes.
 
         Parameters
         ----------
-        voxels
-            Normalised, (n, *patch), float32; one patch or more, whatever the batch size.
+        window
+            Normalised voxels that the patches see, (z, y, x), float32.
+        patches
+            Which patches, and where in the result their cores belong.
+        shape
+            Voxels of the result along each axis.
         wanted
             Which of ``"labels"``, ``"probabilities"`` and ``"distances"`` to return.
 
         Returns
         -------
         dict
-            ``labels`` uint8 (n, *patch): with one class 1 where its probability exceeds the threshold; with several the
+            ``labels`` uint8 (z, y, x): with one class 1 where its probability exceeds the threshold; with several the
             most probable one (the first of equals), or 0 where none reaches the threshold. ``probabilities`` and
-            ``distances`` float32 (n, class, *patch), before any threshold.
+            ``distances`` float32 (class, z, y, x), before any threshold. All are 0 where no patch has its core.
+        tuple of float
+            When the device began and ended, seconds since the epoch.
 
         Raises
         ------
@@ -247,37 +324,68 @@ class Predictor:
                 value="no weights named _model.distance_head",
                 remedy="Ask for labels and probabilities only",
             )
-        size = 1 if self.spec.device == "cpu" else self.spec.batch_size
+        device = self.spec.device
+        # A stream of its own for every block, so that copies do not wait for what another thread computes.
+        stream = torch.cuda.Stream() if device == "cuda" else None  # type: ignore[no-untyped-call]
         try:
-            with torch.inference_mode(), _one_thread():
-                parts = [self._evaluate(voxels[i : i + size], size, wanted) for i in range(0, len(voxels), size)]
+            with torch.inference_mode(), _one_thread(), torch.cuda.stream(stream) if stream else nullcontext():
+                # A copy, as torch takes no read-only, foreign-endian or flipped arrays.
+                voxels = torch.from_numpy(np.require(window, np.float32, ["C", "W"]))
+                voxels = voxels.pin_memory().to(device, non_blocking=True) if stream else voxels
+                with self._turn:
+                    began = time.time()
+                    result = {
+                        name: torch.zeros(
+                            shape if name == "labels" else (self.spec.classes, *shape),
+                            dtype=torch.uint8 if name == "labels" else torch.float32,
+                            device=device,
+                        )
+                        for name in wanted
+                    }
+                    for batch in _batches(patches, 1 if device == "cpu" else self.spec.batch_size):
+                        self._evaluate(voxels, batch, result)
+                    if stream:
+                        stream.synchronize()
+                    ended = time.time()
+                return {name: values.cpu().numpy() for name, values in result.items()}, (began, ended)
         except torch.OutOfMemoryError:
             raise DeviceError(
                 "a batch of patches must fit into the GPU's memory",
                 value=f"batch_size {self.spec.batch_size} and patch_size {list(self.spec.patch)}",
                 remedy="Lower hyper_parameters.batch_size, or parameters.data.patch_size if it is 1 already",
             ) from None
-        return {name: np.concatenate([part[name] for part in parts]) for name in wanted}
 
-    def _evaluate(
-        self, voxels: npt.NDArray[np.float32], size: int, wanted: Collection[str]
-    ) -> dict[str, npt.NDArray[np.generic]]:
-        """Predict one batch of at most `size` patches."""
-        batch = torch.zeros(size, 1, *voxels.shape[1:], device=self.spec.device)
-        # A copy, as torch takes no read-only, foreign-endian or flipped arrays.
-        batch[: len(voxels), 0] = torch.from_numpy(np.array(voxels, np.float32, order="C"))
-        scores, distances = self._network(batch, distances="distances" in wanted)
+    def _evaluate(self, voxels: torch.Tensor, patches: Sequence[Patch], result: dict[str, torch.Tensor]) -> None:
+        """Predict one batch of patches that have one core, and put it into the result."""
+        size = 1 if self.spec.device == "cpu" else self.spec.batch_size
+        batch = torch.zeros(size, 1, *self.spec.patch, device=self.spec.device, dtype=self._dtype)
+        for i, patch in enumerate(patches):
+            batch[i, 0] = voxels[patch.window]
+        batch = batch.to(memory_format=self._layout)
+        scores, distances = self._network(batch, distances="distances" in result, core=patches[0].core)
+        scores = scores.float()
         probabilities = scores.sigmoid() if scores.shape[1] == 1 else scores.softmax(dim=1)
-        result = {"probabilities": probabilities, "distances": distances}
-        if "labels" in wanted:
+        found = {"probabilities": probabilities, "distances": distances}
+        if "labels" in result:
             # Compared in single precision, as the probabilities are.
             threshold = torch.tensor(self.spec.threshold, dtype=torch.float32, device=self.spec.device)
             if scores.shape[1] == 1:
-                labels = probabilities[:, 0] > threshold
+                found["labels"] = probabilities[:, 0] > threshold
             else:
-                labels = probabilities.masked_fill(probabilities < threshold, 0).argmax(dim=1)
-            result["labels"] = labels.to(torch.uint8)
-        return {name: result[name][: len(voxels)].cpu().numpy() for name in wanted}
+                found["labels"] = probabilities.masked_fill(probabilities < threshold, 0).argmax(dim=1)
+        for name, values in result.items():
+            for i, patch in enumerate(patches):
+                target: Any = (..., *patch.target)
+                values[target] = found[name][i]
+
+
+def _batches(patches: Sequence[Patch], size: int) -> Iterator[list[Patch]]:
+    """Up to `size` patches at a time, all with the same core: the network evaluates no more than that."""
+    alike: dict[tuple[tuple[int, int], ...], list[Patch]] = {}
+    for patch in patches:
+        alike.setdefault(tuple((s.start, s.stop) for s in patch.core), []).append(patch)
+    for group in alike.values():
+        yield from (group[i : i + size] for i in range(0, len(group), size))
 
 
 @contextmanager

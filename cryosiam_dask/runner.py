@@ -28,7 +28,7 @@ from cryosiam_dask.pipeline import (
     run,
 )
 from cryosiam_dask.plan import RunPlan, plan_run
-from cryosiam_dask.predictor import load_predictor, resolve_device
+from cryosiam_dask.predictor import load_predictor, require_precision, resolve_device
 from cryosiam_dask.progress import make_reporter
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -43,6 +43,7 @@ def segment(
     workers: int | None = None,
     overwrite: bool = False,
     dashboard_address: str = "127.0.0.1:8787",
+    timeline: bool = False,
 ) -> list[Outcome]:
     """Plan and run one configuration, and print what becomes of it.
 
@@ -60,6 +61,8 @@ def segment(
         Worker processes; ``None``: all visible GPUs, or as many as cores and memory allow.
     dashboard_address
         Where the Dask dashboard listens.
+    timeline
+        See `cryosiam_dask.pipeline.run`.
 
     Raises
     ------
@@ -68,13 +71,16 @@ def segment(
     """
     problems: list[CryosiamDaskError] = []
     try:
-        chosen = resolve_device(device)
-    except DeviceError as error:
-        problems.append(error)
-    try:
-        plan = plan_run(read_configuration(config_file), filename=filename, overwrite=overwrite)
+        configuration = read_configuration(config_file)
+        plan = plan_run(configuration, filename=filename, overwrite=overwrite)
     except Problems as found:
         problems.extend(found.problems)
+    try:
+        chosen = resolve_device(device)
+        if not problems:
+            require_precision(configuration.hyper_parameters.precision, chosen)
+    except DeviceError as error:
+        problems.append(error)
     if problems:
         raise Problems(problems)
     make_folders(plan)
@@ -103,7 +109,9 @@ def segment(
             )
             reporter = make_reporter(console, total)
             try:
-                outcomes = run(plan, reporter, device=chosen, executor=DaskExecutor(client, reporter.step))
+                outcomes = run(
+                    plan, reporter, device=chosen, executor=DaskExecutor(client, reporter.step), timeline=timeline
+                )
             finally:
                 reporter.close()
     finally:

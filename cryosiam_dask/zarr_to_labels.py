@@ -13,6 +13,8 @@ Both give the same bytes; ``benchmarks/bench_halo.py`` compares their cost.
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +40,7 @@ OUTPUTS: Mapping[str, type] = {"labels": np.uint8, "probabilities": np.float32, 
 
 def predict_window(
     spec: PredictorSpec, voxels: Array, block: Block, wanted: Sequence[str], mask: Array | None = None
-) -> dict[str, Array]:
+) -> tuple[dict[str, Array], tuple[float, float]]:
     """Predict one block.
 
     Parameters
@@ -59,25 +61,36 @@ def predict_window(
     -------
     dict
         ``labels`` (z, y, x), ``probabilities`` and ``distances`` (class, z, y, x), as far as they were wanted.
+    tuple of float
+        When the device began and ended, seconds since the epoch.
     """
-    predictor = load_predictor(spec)
-    leading = {name: (() if name == "labels" else (spec.classes,)) for name in wanted}
-    result: dict[str, Array] = {name: np.zeros(leading[name] + block.shape, OUTPUTS[name]) for name in wanted}
     patches = [p for p in block.patches if mask is None or mask[p.target].any()]
-    for first in range(0, len(patches), spec.batch_size):
-        batch = patches[first : first + spec.batch_size]
-        predicted = predictor.predict_patches(np.stack([voxels[p.window] for p in batch]), frozenset(wanted))
-        for name, values in predicted.items():
-            for patch, value in zip(batch, values, strict=True):
-                result[name][_all_classes(patch.target)] = value[_all_classes(patch.core)]
+    result, computed = load_predictor(spec).predict_block(voxels, patches, block.shape, wanted)
     if mask is not None:
         result = {name: values * mask for name, values in result.items()}
-    return result
+    return result, computed
 
 
 def _all_classes(region: tuple[slice, ...]) -> Any:
     """Index of a region in an array that may have a class axis before its (z, y, x)."""
     return (..., *region)
+
+
+_SLAB = 64  # sections; windows begin at whole chunks of the tomogram
+
+
+def tomogram_chunks(grid: Grid) -> tuple[int, ...]:
+    """Chunks in which a tomogram is best stored: with CryoSiam's patches most windows end where chunks do.
+
+    Parameters
+    ----------
+    grid
+        The patches that will read it.
+    """
+    strides = [a.axis.stride if a.axis.exact else _SLAB for a in grid.axes]
+    chunk = [s * max(1, round(_SLAB / s)) for s in strides]
+    chunk[-1] *= 4  # every chunk costs about as much as reading so many voxels
+    return tuple(min(n, c) for n, c in zip(grid.shape, chunk, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +145,35 @@ def create_outputs(
             chunks=(1,) * len(leading) + grid.chunks,
             dtype=OUTPUTS[name],
             fill_value=0,
-            compressors=BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"),
+            compressors=BloscCodec(cname="lz4", clevel=1, shuffle="shuffle"),  # written once and read a few times
             overwrite=overwrite,
         )
     return outputs
 
 
-def predict_store(prediction: StoredPrediction, *, executor: Executor = SERIAL) -> int:
+@dataclass(frozen=True, slots=True)
+class BlockTimes:
+    """When a block was worked on, each step as (began, ended) in seconds since the epoch.
+
+    Attributes
+    ----------
+    worker
+        Number of the process.
+    read
+        Reading and normalising its voxels.
+    compute
+        The network, on the device.
+    write
+        Compressing and writing its results.
+    """
+
+    worker: int
+    read: tuple[float, float]
+    compute: tuple[float, float]
+    write: tuple[float, float]
+
+
+def predict_store(prediction: StoredPrediction, *, executor: Executor = SERIAL) -> list[BlockTimes]:
     """Predict a stored tomogram.
 
     Parameters
@@ -150,25 +185,30 @@ def predict_store(prediction: StoredPrediction, *, executor: Executor = SERIAL) 
 
     Returns
     -------
-    int
-        Number of blocks that the mask did not rule out.
+    list of BlockTimes
+        One for each block that the mask did not rule out.
     """
-    done = executor.map(partial(predict_stored_block, prediction), prediction.grid.indices(), name="predict")
-    return sum(done)
+    blocks = partial(predict_stored_block, prediction)
+    done = executor.map(blocks, prediction.grid.indices(), name="predict", overlap=True)
+    return [times for times in done if times]
 
 
-def predict_stored_block(prediction: StoredPrediction, index: tuple[int, ...]) -> bool:
-    """Read, predict and write one block; returns whether there was anything to predict in it."""
+def predict_stored_block(prediction: StoredPrediction, index: tuple[int, ...]) -> BlockTimes | None:
+    """Read, predict and write one block; returns None if the mask leaves nothing to predict in it."""
     grid = prediction.grid
     block = grid.block(index)
     mask = None if prediction.mask is None else read_mask(prediction.mask, block.region)
     if mask is not None and not mask.any():
-        return False  # The outputs hold zeros already.
+        return None  # The outputs hold zeros already.
+    began = time.time()
     voxels = read_window(prediction.tomogram, block, grid, prediction.spec)
-    result = predict_window(prediction.spec, voxels, block, tuple(prediction.outputs), mask)
+    read = time.time()
+    result, computed = predict_window(prediction.spec, voxels, block, tuple(prediction.outputs), mask)
+    del voxels  # while the next block's are read
+    writing = time.time()
     for name, values in result.items():
         prediction.outputs[name][_all_classes(block.region)] = values
-    return True
+    return BlockTimes(os.getpid(), (began, read), computed, (writing, time.time()))
 
 
 def read_window(tomogram: Any, block: Block, grid: Grid, spec: PredictorSpec) -> npt.NDArray[np.float32]:
@@ -195,7 +235,12 @@ def read_window(tomogram: Any, block: Block, grid: Grid, spec: PredictorSpec) ->
     ]
     for pieces in product(*segments):
         source, target = zip(*pieces, strict=True)
-        voxels[target] = normalise(np.asarray(tomogram[source]), spec)
+        # Some chunks at a time: as stored and normalised, a whole window would be there three times.
+        for first in range(source[0].start, source[0].stop, _SLAB):
+            slab = slice(first, min(first + _SLAB, source[0].stop))
+            at = target[0].start + first - source[0].start
+            inside = slice(at, at + slab.stop - slab.start)
+            voxels[(inside, *target[1:])] = normalise(np.asarray(tomogram[(slab, *source[1:])]), spec)
     return voxels
 
 
@@ -232,7 +277,7 @@ def predict(
     ConfigurationError
         If patch and tomogram differ in their number of axes.
     """
-    grid = make_grid(tomogram.shape, spec.patch, block_size)
+    grid = make_grid(tomogram.shape, spec.patch, block_size, spec.halo)
     axes = [a.axis for a in grid.axes]
     window = tomogram.map_blocks(partial(normalise, spec=spec), dtype=np.float32)
     window = da.pad(window, [(0, axis.padded - axis.size) for axis in axes])
@@ -244,7 +289,11 @@ def predict(
         return da.map_overlap(
             partial(_predict_chunk, grid=grid, spec=spec, names=names, stacked=stacked),
             window,
-            depth={i: axis.halo for i, axis in enumerate(axes)},
+            # With CryoSiam's patches the first one ends a halo behind its core, with others another halo further.
+            depth={
+                i: (a.axis.halo, a.axis.halo if a.axis.exact or a.cores > 1 else 2 * a.axis.halo)
+                for i, a in enumerate(grid.axes)
+            },
             boundary="none",
             trim=False,
             allow_rechunk=False,
@@ -281,7 +330,7 @@ def _predict_chunk(
     location = block_info[None]["chunk-location"][1 if stacked else 0 :]
     block = grid.block(tuple(location))
     voxels = voxels[tuple(slice(0, n) for n in block.window_shape)]
-    result = predict_window(spec, voxels, block, names)
+    result, _ = predict_window(spec, voxels, block, names)
     return np.concatenate([result[name] for name in names]) if stacked else result["labels"]
 
 

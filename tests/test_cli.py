@@ -100,13 +100,14 @@ def test_the_main_job_with_cryosiams_own_files_and_spelling(tmp_path: Path) -> N
 
 
 def test_run_skip_overwrite_and_postprocess(folder: Path) -> None:
-    output = call("semantic-predict", "--config-file", "config.yaml", "--filename", "TS_1.mrc", folder=folder)
+    one = ("--config-file", "config.yaml", "--filename", "TS_1.mrc", "--timeline")
+    output = call("semantic-predict", *one, folder=folder)
     assert "dashboard http://127.0.0.1:" in output and "1 tomogram on " in output
-    assert [path.name for path in (folder / "out").iterdir()] == ["TS_1_preds.h5"]
+    assert {path.name for path in (folder / "out").iterdir()} == {"TS_1_preds.h5", "TS_1_timeline.png"}
     before = (folder / "out" / "TS_1_preds.h5").read_bytes()
     output = call("semantic-predict", "--config-file", "config.yaml", "--workers", 1, folder=folder)
     assert "TS_1: skipped, out/TS_1_preds.h5 was made from the same input" in output
-    assert len(list((folder / "out").iterdir())) == 3
+    assert len(list((folder / "out").glob("*_preds.h5"))) == 3
     values = yaml.safe_load((folder / "config.yaml").read_text())
     write_yaml(folder / "other.yaml", {**values, "parameters": {"network": {"threshold": 0.45}}})
     output = call("semantic-predict", "--config-file", "other.yaml", folder=folder, status=2)

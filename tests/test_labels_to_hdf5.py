@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from cryosiam_dask import labels_to_hdf5
 from cryosiam_dask.errors import OutputError
 from cryosiam_dask.labels_to_hdf5 import (
+    exportable_array,
     read_attributes,
     replace_labels,
     write_hdf5,
@@ -39,6 +40,29 @@ def names(folder: Path) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------- HDF5
 
 
+@pytest.mark.parametrize("shape", [(5, 7), (70, 130, 129), (64, 128, 128), (1, 300, 40)])
+def test_exportable_arrays_are_copied_chunk_by_chunk(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    group = zarr.create_group(tmp_path / "work.zarr")
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 4, shape, dtype=np.uint8) * (rng.random(shape) < 0.1)
+    values[: shape[0] // 2] = 0  # chunks of which some hold nothing
+    labels, removed = (exportable_array(group, name, shape) for name in ("labels", "removed"))
+    labels[:] = values
+    write_hdf5(tmp_path / "copied.h5", labels, attributes={}, removed=removed)
+    write_hdf5(tmp_path / "compressed.h5", values, attributes={}, removed=np.zeros(shape, np.uint8))
+    for name, expected in (("labels", values), ("removed", np.zeros(shape))):
+        with h5py.File(tmp_path / "copied.h5") as file, h5py.File(tmp_path / "compressed.h5") as other:
+            np.testing.assert_array_equal(file[name][:], expected)
+            np.testing.assert_array_equal(other[name][:], expected)
+            assert file[name].chunks == other[name].chunks == labels.chunks
+            assert file[name].compression == "gzip"
+    # The bytes were copied: those of a chunk are the same in both.
+    chunk = next((Path(labels.store.root) / labels.path).glob("[0-9]*"))
+    with h5py.File(tmp_path / "copied.h5") as file:
+        corner = tuple(int(i) * c for i, c in zip(chunk.name.split("."), labels.chunks, strict=True))
+        assert file["labels"].id.read_direct_chunk(corner)[1] == chunk.read_bytes()
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 23), min_size=2, max_size=3), st.integers(4, 24), st.integers(1, 3), st.integers(1, 3))
 def test_any_reader_finds_what_was_written(
@@ -49,7 +73,8 @@ def test_any_reader_finds_what_was_written(
     scores = np.random.default_rng(1).normal(size=(classes, *shape)).astype(np.float32)
     scores.flat[0] = np.nan
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(labels_to_hdf5, "CHUNK", {2: chunk, 3: chunk})
+        for name in ("CHUNK", "CHUNK_OF_WIDER"):
+            patch.setattr(labels_to_hdf5, name, {2: (chunk,) * 2, 3: (chunk,) * 3})
         patch.setattr(labels_to_hdf5, "BLOCK_CHUNKS", blocks)
         write_hdf5(path, labels, probabilities=scores, distances=-scores, attributes={})
     with h5py.File(path) as file:
@@ -67,7 +92,7 @@ def test_zarr_arrays_of_several_blocks(tmp_path: Path) -> None:
     write_hdf5(tmp_path / "x.h5", labels, probabilities=scores, attributes={})
     with h5py.File(tmp_path / "x.h5") as file:
         assert set(file) == {"labels", "probs"}
-        assert file["labels"].chunks == (64, 64, 64)
+        assert file["labels"].chunks == (64, 128, 90)
         assert file["probs"].chunks == (1, 64, 64, 64)
         np.testing.assert_array_equal(file["labels"][:], labels[:])
         assert (file["probs"][:] == 1).all()
@@ -239,7 +264,7 @@ def test_a_file_that_does_not_fit_leaves_the_old_one(tmp_path: Path, writer: str
 class Broken:
     """An array whose second block cannot be read."""
 
-    shape = (70, 300, 70)
+    shape = (70, 600, 70)
     reads = 0
 
     def __getitem__(self, region: tuple[slice, ...]) -> np.ndarray:

@@ -24,6 +24,7 @@ from skimage.transform import resize
 
 from cryosiam_dask.checkpoint import read_checkpoint
 from cryosiam_dask.errors import CheckpointError, DeviceError
+from cryosiam_dask.grid import Patch
 from cryosiam_dask.predictor import Predictor, PredictorSpec, load_predictor, normalise
 
 EVERYTHING = ("labels", "probabilities", "distances")
@@ -61,6 +62,25 @@ def golden_spec(case, model="model.ckpt", yaml="config.yaml") -> PredictorSpec:
     )
 
 
+def predict_patches(predictor, patches, wanted, core=None):
+    """The network on patches (n, z, y, x), laid one behind the other along z; outputs begin with the axis n."""
+    count, *patch = patches.shape
+    core = core or tuple(slice(0, size) for size in patch)
+    kept = [part.stop - part.start for part in core]
+
+    def behind(i, sizes):
+        return (slice(i * sizes[0], (i + 1) * sizes[0]), *(slice(0, size) for size in sizes[1:]))
+
+    tiles = [Patch(behind(i, patch), core, behind(i, kept)) for i in range(count)]
+    window = patches.reshape(count * patch[0], *patch[1:])
+    result, (began, ended) = predictor.predict_block(window, tiles, (count * kept[0], *kept[1:]), wanted)
+    assert began <= ended
+    return {
+        name: np.moveaxis(values.reshape(*values.shape[: -len(kept)], count, *kept), -len(kept) - 1, 0)
+        for name, values in result.items()
+    }
+
+
 def sliding_window(voxels, spec, every=1, mask=1):
     """CryoSiam's sliding window, voxel by voxel; with `every` only each so many patches.
 
@@ -79,7 +99,7 @@ def sliding_window(voxels, spec, every=1, mask=1):
     ]
     for start in list(product(*axes))[::every]:
         seen = np.ix_(*[(np.arange(p) + s) % n for s, p, n in zip(start, spec.patch, padded.shape, strict=True)])
-        result = predictor.predict_patches(padded[seen][None], EVERYTHING)
+        result = predict_patches(predictor, padded[seen][None], EVERYTHING)
         core, target = [], []
         for s, p, n, starts in zip(start, spec.patch, padded.shape, axes, strict=True):
             first = 0 if s == 0 else p // 4
@@ -191,14 +211,14 @@ def test_bytes_do_not_depend_on_batches_or_threads(tmp_path, decoder):
     architecture = replace(SMALL, decoder=decoder, bifpn_layers=2 * (decoder == "bifpn"))
     spec = make_spec(checkpoints.write(tmp_path / "model.ckpt", architecture))
     patches = some_patches(5, spec)
-    expected = load_predictor(spec).predict_patches(patches, EVERYTHING)
+    expected = predict_patches(load_predictor(spec), patches, EVERYTHING)
     threads = torch.get_num_threads()
     try:
         for batch_size, number in product((1, 2, 3, 8), (1, 2)):
             torch.set_num_threads(number)
             predictor = load_predictor(replace(spec, batch_size=batch_size))
-            whole = predictor.predict_patches(patches, EVERYTHING)
-            single = [predictor.predict_patches(patches[[i]], EVERYTHING) for i in (4, 2, 0, 3, 1)]
+            whole = predict_patches(predictor, patches, EVERYTHING)
+            single = [predict_patches(predictor, patches[[i]], EVERYTHING) for i in (4, 2, 0, 3, 1)]
             for name, values in expected.items():
                 np.testing.assert_array_equal(whole[name], values)
                 np.testing.assert_array_equal(np.concatenate([part[name] for part in single])[[2, 4, 1, 3, 0]], values)
@@ -212,7 +232,7 @@ def test_bytes_do_not_depend_on_batches_or_threads(tmp_path, decoder):
 def test_labels_follow_from_probabilities(tmp_path, classes, threshold):
     path = checkpoints.write(tmp_path / "model.ckpt", replace(SMALL, out_channels=classes))
     spec = make_spec(path, threshold=threshold)
-    result = load_predictor(spec).predict_patches(some_patches(2, spec), EVERYTHING)
+    result = predict_patches(load_predictor(spec), some_patches(2, spec), EVERYTHING)
     probabilities = result["probabilities"]
     assert result["labels"].shape == (2, *spec.patch) and result["labels"].dtype == np.uint8
     assert probabilities.shape == result["distances"].shape == (2, classes, *spec.patch)
@@ -251,21 +271,59 @@ def blind(value):
 def test_ties_and_thresholds(tmp_path, scores, threshold, label):
     path = checkpoints.write(tmp_path / "model.ckpt", replace(SMALL, out_channels=len(scores)), blind(scores))
     spec = make_spec(path, threshold=threshold)
-    assert (load_predictor(spec).predict_patches(some_patches(1, spec), {"labels"})["labels"] == label).all()
+    assert (predict_patches(load_predictor(spec), some_patches(1, spec), {"labels"})["labels"] == label).all()
 
 
 @pytest.mark.parametrize("wanted", [{"labels"}, {"probabilities"}, {"labels", "distances"}])
 def test_only_what_is_wanted_is_returned(spec, wanted):
     predictor, patches = load_predictor(spec), some_patches(2, spec)
-    everything, result = predictor.predict_patches(patches, EVERYTHING), predictor.predict_patches(patches, wanted)
+    everything, result = predict_patches(predictor, patches, EVERYTHING), predict_patches(predictor, patches, wanted)
     assert result.keys() == wanted
     for name, values in result.items():
         np.testing.assert_array_equal(values, everything[name])
 
 
+def test_a_core_is_predicted_as_in_its_whole_patch(spec):
+    patches = some_patches(3, spec)
+    whole = predict_patches(load_predictor(spec), patches, EVERYTHING)
+    core = (slice(4, 12), slice(0, 12), slice(13, 16))
+    found = predict_patches(load_predictor(spec), patches, EVERYTHING, core)
+    for name in ("probabilities", "distances"):
+        np.testing.assert_allclose(found[name], whole[name][(..., *core)], rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(found["labels"], whole["labels"][(..., *core)])
+
+
+def test_patches_with_different_cores_go_where_they_belong(spec):
+    (patch,) = some_patches(1, spec)
+    whole = predict_patches(load_predictor(spec), patch[None], {"probabilities"})["probabilities"][0]
+    seen = (slice(0, 16),) * 3
+    cores = [(slice(0, 5), *seen[1:]), (slice(9, 16), *seen[1:]), (slice(5, 9), slice(0, 8), slice(0, 16))]
+    tiles = [Patch(seen, core, core) for core in cores]
+    result, _ = load_predictor(spec).predict_block(patch, tiles, patch.shape, {"probabilities"})
+    expected = np.zeros_like(whole)
+    for core in cores:
+        expected[(slice(None), *core)] = whole[(slice(None), *core)]
+    np.testing.assert_allclose(result["probabilities"], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
+def test_a_precision_is_used_or_refused(spec, precision):
+    features = torch.cpu.get_capabilities()
+    if precision != "tf32" and (features.get(f"avx512_{precision}") or features.get(f"amx_{precision}")):
+        patches = some_patches(2, spec)
+        found = predict_patches(Predictor(replace(spec, precision=precision)), patches, {"probabilities"})
+        expected = predict_patches(load_predictor(spec), patches, {"probabilities"})
+        assert found["probabilities"].dtype == np.float32
+        difference = np.abs(found["probabilities"] - expected["probabilities"]).max()
+        assert 1e-6 < difference < 0.1  # rounded, and no more than that
+    else:
+        with pytest.raises(DeviceError, match=f"for precision {precision}.*which has .*fp32.*Set it to fp32"):
+            Predictor(replace(spec, precision=precision))
+
+
 def test_arrays_of_any_layout(spec):
     patches = some_patches(2, spec)
-    expected = load_predictor(spec).predict_patches(patches, {"probabilities"})["probabilities"]
+    expected = predict_patches(load_predictor(spec), patches, {"probabilities"})["probabilities"]
     read_only = patches.copy()
     read_only.setflags(write=False)
     for same in (
@@ -274,16 +332,16 @@ def test_arrays_of_any_layout(spec):
         patches.astype(">f4"),
         np.flip(patches)[::-1, ::-1, ::-1, ::-1],
     ):
-        result = load_predictor(spec).predict_patches(same, {"probabilities"})
+        result = predict_patches(load_predictor(spec), same, {"probabilities"})
         np.testing.assert_array_equal(result["probabilities"], expected)
 
 
 def test_a_checkpoint_without_distances(tmp_path):
     spec = make_spec(checkpoints.write(tmp_path / "model.ckpt", replace(SMALL, distance_widths=None)))
     predictor = load_predictor(spec)
-    assert predictor.predict_patches(some_patches(1, spec), {"labels"}).keys() == {"labels"}
+    assert predict_patches(predictor, some_patches(1, spec), {"labels"}).keys() == {"labels"}
     with pytest.raises(CheckpointError, match="must hold a distance head"):
-        predictor.predict_patches(some_patches(1, spec), {"distances"})
+        predict_patches(predictor, some_patches(1, spec), {"distances"})
 
 
 def test_the_specification_travels_and_is_loaded_once(spec):
@@ -300,11 +358,11 @@ def test_the_specification_travels_and_is_loaded_once(spec):
 
 def test_threads_of_one_process_do_not_disturb_each_other(spec):
     patches = some_patches(6, spec)
-    expected = load_predictor(spec).predict_patches(patches, EVERYTHING)
+    expected = predict_patches(load_predictor(spec), patches, EVERYTHING)
     found = {}
 
     def predict(i):
-        found[i] = load_predictor(spec).predict_patches(patches[[i]], EVERYTHING)
+        found[i] = predict_patches(load_predictor(spec), patches[[i]], EVERYTHING)
 
     threads = [threading.Thread(target=predict, args=(i,)) for i in range(6)]
     for thread in threads:
@@ -347,13 +405,13 @@ def test_the_gpu_agrees_with_the_cpu_for_every_batch(tmp_path, decoder):
     architecture = replace(SMALL, decoder=decoder, bifpn_layers=2 * (decoder == "bifpn"))
     spec = make_spec(checkpoints.write(tmp_path / "model.ckpt", architecture), batch_size=3)
     patches = some_patches(7, spec)
-    on_cpu = load_predictor(spec).predict_patches(patches, EVERYTHING)
+    on_cpu = predict_patches(load_predictor(spec), patches, EVERYTHING)
     predictor = load_predictor(replace(spec, device="cuda"))
-    on_gpu = predictor.predict_patches(patches, EVERYTHING)
+    on_gpu = predict_patches(predictor, patches, EVERYTHING)
     for name in ("probabilities", "distances"):
         np.testing.assert_allclose(on_gpu[name], on_cpu[name], rtol=0, atol=1e-4)
     for i, patch in enumerate(patches):
-        for name, values in predictor.predict_patches(patch[None], EVERYTHING).items():
+        for name, values in predict_patches(predictor, patch[None], EVERYTHING).items():
             np.testing.assert_array_equal(values[0], on_gpu[name][i])
 
 
@@ -362,4 +420,4 @@ def test_a_batch_too_large_for_the_gpu_is_an_error(tmp_path):
     path = checkpoints.write(tmp_path / "model.ckpt")
     spec = make_spec(path, device="cuda", patch=(256, 256, 256), batch_size=2**12)
     with pytest.raises(DeviceError, match=r"batch_size 4096 and patch_size \[256, 256, 256\]"):
-        load_predictor(spec).predict_patches(some_patches(1, spec), {"labels"})
+        predict_patches(load_predictor(spec), some_patches(1, spec), {"labels"})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import dask
@@ -16,10 +18,10 @@ from hypothesis import strategies as st
 
 from cryosiam_dask.checkpoint import read_checkpoint
 from cryosiam_dask.errors import ConfigurationError
-from cryosiam_dask.grid import make_grid
+from cryosiam_dask.grid import Patch, make_grid
 from cryosiam_dask.mask import open_mask
 from cryosiam_dask.mrc_to_zarr import ingest
-from cryosiam_dask.predictor import PredictorSpec
+from cryosiam_dask.predictor import PredictorSpec, load_predictor, normalise
 from cryosiam_dask.zarr_to_labels import (
     StoredPrediction,
     create_outputs,
@@ -51,11 +53,13 @@ def specification(case: str, batch_size: int = 2) -> PredictorSpec:
     )
 
 
-def stored(case: str, store: zarr.storage.MemoryStore, block_size: int, batch_size: int = 2) -> StoredPrediction:
+def stored(
+    case: str, store: zarr.storage.MemoryStore, block_size: int, batch_size: int = 2, halo: int = 0
+) -> StoredPrediction:
     (source,) = (golden.FOLDER / case / "data").iterdir()
     tomogram, _ = ingest(source, store, chunks=(13,) * len(golden.expected(case)["labels"].shape))
-    spec = specification(case, batch_size)
-    grid = make_grid(tomogram.shape, spec.patch, block_size)
+    spec = replace(specification(case, batch_size), halo=halo)
+    grid = make_grid(tomogram.shape, spec.patch, block_size, halo)
     mask = golden.FOLDER / case / "mask" / "tomo_preds.h5"
     return StoredPrediction(
         spec,
@@ -66,8 +70,8 @@ def stored(case: str, store: zarr.storage.MemoryStore, block_size: int, batch_si
     )
 
 
-def predicted(case: str, block_size: int, batch_size: int = 2) -> dict[str, np.ndarray]:
-    prediction = stored(case, zarr.storage.MemoryStore(), block_size, batch_size)
+def predicted(case: str, block_size: int, batch_size: int = 2, halo: int = 0) -> dict[str, np.ndarray]:
+    prediction = stored(case, zarr.storage.MemoryStore(), block_size, batch_size, halo)
     predict_store(prediction)
     return {name: array[:] for name, array in prediction.outputs.items()}
 
@@ -115,6 +119,37 @@ def test_map_overlap_gives_the_same_bytes_as_stored_blocks(case: str) -> None:
     np.testing.assert_array_equal(distances, expected["distances"])
 
 
+@pytest.mark.parametrize("halo", [3, 5])
+def test_another_halo_gives_the_values_of_its_patches(halo: int) -> None:
+    found = predicted("high_threshold", 1, halo=halo)
+    prediction = stored("high_threshold", zarr.storage.MemoryStore(), 1, halo=halo)
+    spec, axes = prediction.spec, [a.axis for a in prediction.grid.axes]
+    assert min(a.count for a in axes) > 1
+    voxels = normalise(prediction.tomogram[:], spec)
+    whole = tuple(slice(0, p) for p in spec.patch)
+    for numbers in product(*(range(a.count) for a in axes)):
+        starts = [a.start(n) for a, n in zip(axes, numbers, strict=True)]
+        # The tomogram goes on from its beginning behind its end.
+        window = np.take(voxels, np.arange(starts[0], starts[0] + spec.patch[0]), 0, mode="wrap")
+        window = np.take(window, np.arange(starts[1], starts[1] + spec.patch[1]), 1, mode="wrap")
+        window = np.take(window, np.arange(starts[2], starts[2] + spec.patch[2]), 2, mode="wrap")
+        patch, _ = load_predictor(spec).predict_block(window, [Patch(whole, whole, whole)], spec.patch, NAMES)
+        cores = [a.core(n) for a, n in zip(axes, numbers, strict=True)]
+        target = tuple(slice(*core) for core in cores)
+        core = tuple(slice(a - s, b - s) for (a, b), s in zip(cores, starts, strict=True))
+        np.testing.assert_allclose(
+            found["probabilities"][(..., *target)], patch["probabilities"][(..., *core)], rtol=0, atol=1e-6
+        )
+        np.testing.assert_array_equal(found["labels"][target], patch["labels"][core])
+    other = predicted("high_threshold", 40, 3, halo)
+    for name in NAMES:
+        np.testing.assert_array_equal(other[name], found[name])
+    tomogram = da.from_array(prediction.tomogram[:], chunks=17)
+    for block_size in (1, 30):
+        (labels,) = dask.compute(predict(tomogram, spec, block_size=block_size)["labels"], scheduler="synchronous")
+        np.testing.assert_array_equal(labels, found["labels"])
+
+
 def test_mask_of_a_dask_array() -> None:
     prediction = stored("masked", zarr.storage.MemoryStore(), 1)
     predict_store(prediction)
@@ -143,7 +178,9 @@ def test_block_outside_the_mask_reads_and_writes_nothing(tmp_path: Path) -> None
     masked = StoredPrediction(
         prediction.spec, prediction.grid, prediction.tomogram, prediction.outputs, unreadable.mask
     )
-    assert predict_store(masked) == 1
+    (times,) = predict_store(masked)
+    steps = (*times.read, *times.compute, *times.write)
+    assert list(steps) == sorted(steps)
     expected = predicted("high_threshold", 1)
     for name in NAMES:
         np.testing.assert_array_equal(prediction.outputs[name][:], expected[name] * mask)
