@@ -37,6 +37,7 @@ import psutil
 import zarr
 from scipy import ndimage
 from skimage.measure import label as skimage_label
+from skimage.measure import regionprops
 
 from cryosiam_dask.cluster import DaskExecutor, open_cluster
 from cryosiam_dask.components import find_components, instances_dtype, remove_small, write_instances
@@ -163,14 +164,13 @@ class Report:
 
 
 def one_array_filter(labels: np.ndarray) -> np.ndarray:
-    """The size filter on one array: label each class on its own, count, drop."""
+    """The size filter on one array, class by class as CryoSiam goes about it: label, measure each region, keep."""
     result = labels.copy()
     for label, size in enumerate(SIZES):
         if label and size >= 0:
             parts = skimage_label(labels == label, connectivity=3)
-            small = np.bincount(parts.reshape(-1)) <= size
-            small[0] = False
-            result[small[parts]] = 0
+            large = [region.label for region in regionprops(parts) if region.area > size]
+            result[(parts > 0) & ~np.isin(parts, large)] = 0
     return result
 
 

@@ -14,6 +14,7 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,20 @@ import zarr
 
 from cryosiam_dask import zarr_to_labels
 from cryosiam_dask.cluster import DaskExecutor, open_cluster
-from cryosiam_dask.grid import make_grid
+from cryosiam_dask.grid import Patch, make_grid
 from cryosiam_dask.predictor import PredictorSpec
 
 
 class NullPredictor:
     """Stands for a network that takes no time: label 1 where the intensity lies above the middle."""
 
-    def predict_patches(self, voxels: np.ndarray, wanted: frozenset[str]) -> dict[str, np.ndarray]:
-        return {"labels": (voxels > 0.5).astype(np.uint8)}
+    def predict_block(
+        self, window: np.ndarray, patches: Sequence[Patch], shape: tuple[int, ...], wanted: Collection[str]
+    ) -> tuple[dict[str, np.ndarray], tuple[float, float]]:
+        labels = np.zeros(shape, np.uint8)
+        for patch in patches:
+            labels[patch.target] = window[patch.window][patch.core] > 0.5
+        return {"labels": labels}, (0.0, 0.0)
 
 
 def install_null_network() -> None:

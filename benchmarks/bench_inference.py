@@ -7,14 +7,14 @@ All of it predicts the labels of one volume in memory with one network, CryoSiam
 (random weights: they cost what trained ones cost), on all cores:
 
 * `plain loop`: the procedure of CryoSiam written down as it stands, one patch after the other through the whole network
-  with both heads, labels multiplied by the mask at the end;
+  with both heads;
 * `MONAI`: `sliding_window_inference` of the same network without its distance head, overlap 0.5, constant and gaussian;
 * `exact`: this package, zarr to zarr on one worker a core, which gives the labels of the plain loop;
 * `fast`: the same with a larger patch and a smaller halo.
 
-Ratios are to the plain loop in the same run. `agreement` is the share of voxels with the label of the plain loop: where
-weights are random it says that exact mode is exact, and nothing about the quality of the others; `agreement_decided`
-counts only voxels whose two best probabilities are at least 1e-5 apart in the plain loop. `tflop` are the network's
+The last two also inside a lamella mask. The first two know no masks: they predict everything, and multiply. Ratios are
+to the plain loop in the same run. `agreement` is the share of voxels with the label of the plain loop: where weights
+are random it says that exact mode is exact, and nothing about the quality of the others. `tflop` are the network's
 products and sums, counted by PyTorch. `host_bytes` is the most private memory of all processes together.
 """
 
@@ -47,8 +47,8 @@ from checkpoints import write  # a checkpoint of CryoSiam's format with random w
 
 from cryosiam_dask.checkpoint import read_checkpoint
 from cryosiam_dask.cluster import DaskExecutor, open_cluster
-from cryosiam_dask.grid import make_grid
-from cryosiam_dask.mask import open_mask
+from cryosiam_dask.grid import Grid, block_size_for, make_grid
+from cryosiam_dask.mask import Mask, open_mask
 from cryosiam_dask.network import Architecture, Network, build_network
 from cryosiam_dask.predictor import PredictorSpec, predictor_spec
 from cryosiam_dask.zarr_to_labels import StoredPrediction, create_outputs, predict_store
@@ -81,15 +81,8 @@ def labels_of(scores: torch.Tensor) -> torch.Tensor:
     return probabilities.masked_fill(probabilities < THRESHOLD, 0).argmax(dim=1).to(torch.uint8)
 
 
-def decided(scores: torch.Tensor) -> torch.Tensor:
-    best = scores.softmax(dim=1).topk(2, dim=1).values
-    return (best[:, 0] - best[:, 1] > 1e-5).to(torch.uint8)
-
-
-def plain_loop(
-    network: Network, volume: np.ndarray, mask: np.ndarray | None, patch: int, of: Callable[..., Any] = labels_of
-) -> np.ndarray:
-    """CryoSiam's procedure: every patch through everything, the middle of each is kept, the mask comes last."""
+def plain_loop(network: Network, volume: np.ndarray, patch: int) -> np.ndarray:
+    """CryoSiam's procedure: every patch through everything, and the middle of each is kept."""
     quarter = patch // 4
     axes = [[start for start in range(0, size, patch // 2) if start < size - quarter] for size in volume.shape]
     labels = np.zeros(volume.shape, np.uint8)
@@ -97,7 +90,7 @@ def plain_loop(
         for starts in product(*axes):
             where = np.ix_(*[(np.arange(patch) + s) % n for s, n in zip(starts, volume.shape, strict=True)])
             scores, _ = network(torch.from_numpy(volume[where])[None, None], distances=True)
-            found = of(scores)[0].numpy()
+            found = labels_of(scores)[0].numpy()
             core, target = [], []
             for start, size in zip(starts, volume.shape, strict=True):
                 low = 0 if start == 0 else quarter
@@ -105,16 +98,15 @@ def plain_loop(
                 core.append(slice(low, high))
                 target.append(slice(start + low, start + high))
             labels[tuple(target)] = found[tuple(core)]
-    return labels if mask is None else labels * mask
+    return labels
 
 
-def monai(network: Network, volume: np.ndarray, mask: np.ndarray | None, patch: int, mode: str) -> np.ndarray:
+def monai(network: Network, volume: np.ndarray, patch: int, mode: str) -> np.ndarray:
     with torch.inference_mode():
         scores = sliding_window_inference(
             torch.from_numpy(volume)[None, None], (patch,) * 3, 1, lambda x: network(x)[0], overlap=0.5, mode=mode
         )
-        labels = labels_of(scores)[0].numpy()
-    return labels if mask is None else labels * mask
+        return labels_of(scores)[0].numpy()
 
 
 class Peak:
@@ -195,90 +187,71 @@ def bench(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     with h5py.File(folder / "mask.h5", "w") as file:
         file.create_dataset("labels", data=slab, chunks=True, compression="gzip", compression_opts=1)
 
-    sure = plain_loop(network, volume, None, options.patch, decided) > 0
-    for case, mask in (("whole", None), (f"mask of {options.mask_share:.0%}", slab)):
-        reference: np.ndarray | None = None
-        baseline = 0.0
+    reference: np.ndarray | None = None
+    baseline = 0.0
 
-        def row(
-            method: str,
-            run: Callable[[], np.ndarray],
-            tflop: float,
-            case: str = case,
-            **more: Any,
-        ) -> None:
-            nonlocal reference, baseline
-            times, peaks = [], []
-            for _ in range(options.repeats):
-                with Peak() as peak:
-                    result = run()
-                times.append(peak.seconds)
-                peaks.append(peak.bytes)
-            seconds = min(times)
-            if reference is None:
-                reference, baseline = result, seconds
-            rows.append(
-                {
-                    "case": case,
-                    "method": method,
-                    "seconds": round(seconds, 2),
-                    "all_seconds": [round(s, 2) for s in times],
-                    "ratio": round(baseline / seconds, 2),
-                    "tflop": round(tflop / 1e12, 2),
-                    "agreement": round(float((result == reference).mean()), 6),
-                    "agreement_decided": round(float((result == reference)[sure].mean()), 6),
-                    "host_bytes": max(peaks),
-                    **more,
-                }
-            )
-            print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
-
-        starts = [range(0, n - options.patch // 4, options.patch // 2) for n in shape]
-        count = int(np.prod([len(axis) for axis in starts]))
-        with torch.device("meta"):
-            on_meta = build_network(read_checkpoint(checkpoint).architecture).eval()
-            whole = torch.zeros(1, 1, *(options.patch,) * 3)
-        with FlopCounterMode(display=False) as both:
-            on_meta(whole, distances=True)
-        with FlopCounterMode(display=False) as one:
-            on_meta(whole)
-        row(
-            "plain loop",
-            lambda mask=mask: plain_loop(network, volume, mask, options.patch),
-            count * both.get_total_flops(),
+    def row(method: str, run: Callable[[], np.ndarray], tflop: float, mask: np.ndarray | None = None) -> None:
+        nonlocal reference, baseline
+        times, peaks = [], []
+        for _ in range(options.repeats):
+            with Peak() as peak:
+                result = run()
+            times.append(peak.seconds)
+            peaks.append(peak.bytes)
+        seconds = min(times)
+        if reference is None:
+            reference, baseline = result, seconds
+        expected = reference if mask is None else reference * mask
+        rows.append(
+            {
+                "case": "whole" if mask is None else f"mask of {options.mask_share:.0%}",
+                "method": method,
+                "seconds": round(seconds, 2),
+                "all_seconds": [round(s, 2) for s in times],
+                "ratio": round(baseline / seconds, 2),
+                "tflop": round(tflop / 1e12, 3),
+                "agreement": round(float((result == expected).mean()), 6),
+                "host_bytes": max(peaks),
+            }
         )
-        windows = int(np.prod([-(-(n - options.patch) // (options.patch // 2)) + 1 for n in shape]))
-        for mode in ("constant", "gaussian"):
-            row(
-                f"MONAI, {mode}",
-                lambda mask=mask, mode=mode: monai(network, volume, mask, options.patch, mode),
-                windows * one.get_total_flops(),
-            )
-        stored_mask = None if mask is None else open_mask(folder / "mask.h5", shape)
-        with open_cluster("cpu", options.workers, dashboard_address="127.0.0.1:0") as client:
-            executor = DaskExecutor(client)
+        print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
+
+    starts = [range(0, n - options.patch // 4, options.patch // 2) for n in shape]
+    count = int(np.prod([len(axis) for axis in starts]))
+    with torch.device("meta"):
+        on_meta = build_network(read_checkpoint(checkpoint).architecture).eval()
+        whole = torch.zeros(1, 1, *(options.patch,) * 3)
+    with FlopCounterMode(display=False) as both:
+        on_meta(whole, distances=True)
+    with FlopCounterMode(display=False) as one:
+        on_meta(whole)
+    row("plain loop", lambda: plain_loop(network, volume, options.patch), count * both.get_total_flops())
+    windows = int(np.prod([-(-(n - options.patch) // (options.patch // 2)) + 1 for n in shape]))
+    for mode in ("constant", "gaussian"):
+        row(
+            f"MONAI, {mode}",
+            lambda mode=mode: monai(network, volume, options.patch, mode),
+            windows * one.get_total_flops(),
+        )
+    with open_cluster("cpu", options.workers, dashboard_address="127.0.0.1:0") as client:
+        executor = DaskExecutor(client)
+        for mask in (None, slab):
+            stored_mask = None if mask is None else open_mask(folder / "mask.h5", shape)
             for method, patch, halo in (
                 ("exact", options.patch, 0),
                 (f"fast, patch {options.fast_patch}, halo {options.fast_halo}", options.fast_patch, options.fast_halo),
             ):
                 spec = predictor_spec(checkpoint, patch_size=(patch,) * 3, device="cpu", threshold=THRESHOLD, halo=halo)
-                # Blocks small enough for all workers to have work, as a run chooses them.
-                grid = make_grid(shape, spec.patch, 3 * patch // 2 if not halo else patch - 2 * halo, halo)
+                grid = make_grid(shape, spec.patch, block_size_for(shape, spec.patch, 256, options.workers, halo), halo)
 
-                def run(
-                    spec: PredictorSpec = spec,
-                    grid: Any = grid,
-                    stored_mask: Any = stored_mask,
-                    executor: DaskExecutor = executor,
-                ) -> np.ndarray:
+                def run(spec: PredictorSpec = spec, grid: Grid = grid, mask: Mask | None = stored_mask) -> np.ndarray:
                     group = zarr.open_group(folder / "out.zarr", mode="w")
                     outputs = create_outputs(group, grid, spec.classes, ["labels"])
-                    predict_store(StoredPrediction(spec, grid, tomogram, outputs, stored_mask), executor=executor)
+                    predict_store(StoredPrediction(spec, grid, tomogram, outputs, mask), executor=executor)
                     return np.asarray(outputs["labels"][:])
 
-                small = StoredPrediction(spec, grid, tomogram, {}, None)
-                client.run(_warm, small.spec)
-                row(method, run, flop(spec, mask, shape), workers=options.workers)
+                client.run(_warm, spec)
+                row(method, run, flop(spec, mask, shape), mask)
     return rows
 
 
