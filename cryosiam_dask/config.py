@@ -21,8 +21,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PrivateAttr,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -50,6 +52,14 @@ def _scientific(value: Any) -> Any:
 _Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_scientific)]
 
 
+# Told apart before they are looked at, so that a fault is reported once and not for either kind.
+_PatchSize = Annotated[
+    Annotated[tuple[Annotated[int, Field(ge=4)], ...], Field(strict=False), Tag("tag-list")]
+    | Annotated[Literal["auto"], Tag("tag-auto")],
+    Discriminator(lambda value: "tag-auto" if value == "auto" else "tag-list"),
+]
+
+
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
 
@@ -60,7 +70,8 @@ class Data(_Model):
     Attributes
     ----------
     patch_size
-        Patch shape in voxels, (z, y, x) or (y, x); the checkpoint's own where it is not given.
+        Patch shape in voxels, (z, y, x) or (y, x); the checkpoint's own where it is not given; ``"auto"`` for the
+        largest that fits into the device's memory.
     halo
         Voxels at each side of a patch that are not kept; a quarter of the patch, as in CryoSiam, where it is not given.
     min, max
@@ -69,7 +80,7 @@ class Data(_Model):
         Subtracted from, and dividing, the scaled intensities.
     """
 
-    patch_size: Annotated[tuple[Annotated[int, Field(ge=4)], ...], Field(strict=False)] | None = None
+    patch_size: _PatchSize | None = None
     halo: Annotated[int, Field(ge=1)] | None = None
     min: _Number = 0.0
     max: _Number = 1.0
@@ -301,7 +312,7 @@ def _keys(section: str) -> Iterator[str]:
 
 def _explain(path: Path, error: Any) -> ConfigurationError:
     """One problem that pydantic found, in the words of the configuration."""
-    location = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-"))]
+    location = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-", "tag-"))]
     key, kind, value = ".".join(location), error["type"], error["input"]
     place = f"{path}, key {key}" if key else f"{path}"
     section, name = ".".join(location[:-1]), location[-1] if location else ""

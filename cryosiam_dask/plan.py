@@ -123,15 +123,23 @@ class RunPlan:
         return self.configuration.parameters.data.halo or 0
 
     @property
+    def network_bytes(self) -> int:
+        """Memory that the network needs for a patch on a worker's device, estimated, in bytes."""
+        return peak_bytes(self.checkpoint.architecture, self.patch)
+
+    @property
+    def block_bytes(self) -> int:
+        """Memory of a worker for the two blocks that it holds: one computes while another is read or written."""
+        endless = make_grid((2**30,) * len(self.patch), self.patch, self.configuration.block_size, self.halo)
+        classes = self.checkpoint.architecture.out_channels
+        per_voxel = sum(1 if name == "labels" else 4 * classes for name in self.wanted)
+        window = math.prod(endless.largest_window) * 4
+        return 2 * (window + math.prod(endless.largest_block) * per_voxel)
+
+    @property
     def bytes_per_worker(self) -> int:
         """Memory that a CPU worker needs, estimated from patch, block and network, in bytes."""
-        architecture = self.checkpoint.architecture
-        endless = make_grid((2**30,) * len(self.patch), self.patch, self.configuration.block_size, self.halo)
-        per_voxel = sum(1 if name == "labels" else 4 * architecture.out_channels for name in self.wanted)
-        window = math.prod(endless.largest_window) * 8  # as read, and normalised
-        block = math.prod(endless.largest_block) * per_voxel
-        # Two blocks at a time: one computes while another is read or written.
-        return _PROCESS_BYTES + 2 * (window + block) + peak_bytes(architecture, self.patch)
+        return _PROCESS_BYTES + self.block_bytes + self.network_bytes
 
     def spec(self, device: Literal["cpu", "cuda"]) -> PredictorSpec:
         """How a worker is to run the network on `device`."""
@@ -369,7 +377,9 @@ def _check_network(
                     remedy=f"Set it to {value}, or trained_model to another checkpoint",
                 )
             )
-    patch = configuration.parameters.data.patch_size or checkpoint.patch_size
+    given = configuration.parameters.data.patch_size
+    # Only who knows the device can choose: see `cryosiam_dask.runner`.
+    patch = checkpoint.patch_size if given in (None, "auto") else tuple(map(int, given))
     divisor = required_divisor(architecture)
     if len(patch) != architecture.spatial_dims or any(p % divisor for p in patch):
         rounded = [max(divisor, p // divisor * divisor) for p in (*patch, *patch[-1:] * 3)][: architecture.spatial_dims]

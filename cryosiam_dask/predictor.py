@@ -12,12 +12,15 @@ them.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +32,7 @@ import torch
 from cryosiam_dask.checkpoint import read_checkpoint
 from cryosiam_dask.errors import CheckpointError, DeviceError
 from cryosiam_dask.grid import Patch
-from cryosiam_dask.network import build_network, convolve_with_onednn, fold_batch_norms
+from cryosiam_dask.network import build_network, convolve_with_onednn, fold_batch_norms, peak_bytes, required_divisor
 
 _PIECE = 1 << 16  # voxels
 
@@ -232,6 +235,59 @@ def require_precision(precision: Precision, device: Literal["cpu", "cuda"]) -> N
         )
 
 
+#: Longest edges in voxels of the patches that are tried; a CPU would take minutes for a longer one.
+_LONGEST_PATCH = {"cuda": 448, "cpu": 256}
+
+
+def largest_patch(spec: PredictorSpec, extent: tuple[int, ...], memory: int) -> tuple[int, ...]:
+    """The largest patch that fits into the device's memory, as a forward pass proves.
+
+    Parameters
+    ----------
+    spec
+        How to predict; its patch is the smallest that is tried.
+    extent
+        Voxels of the largest tomogram along each axis; no patch need be longer.
+    memory
+        Bytes that the network may take on a CPU.
+
+    Raises
+    ------
+    DeviceError
+        If not even the patch of `spec` fits.
+    """
+    architecture = read_checkpoint(spec.checkpoint).architecture
+    divisor = required_divisor(architecture)
+    longest = max(min(_LONGEST_PATCH[spec.device], -(-max(extent) // divisor) * divisor), *spec.patch)
+    tried: set[tuple[int, ...]] = set()
+    for edge in (*range(longest, max(spec.patch), -32), 0):
+        patch = tuple(max(p, min(edge, -(-n // divisor) * divisor)) for p, n in zip(spec.patch, extent, strict=True))
+        if patch in tried or (spec.device == "cpu" and peak_bytes(architecture, patch) > memory and edge):
+            continue
+        tried.add(patch)
+        # In a process of its own, as one that runs out of memory may be killed, and keeps what it took from a GPU.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            try:
+                pool.submit(_try_patch, replace(spec, patch=patch)).result()
+                return patch
+            except (DeviceError, BrokenProcessPool):
+                pass
+    raise DeviceError(
+        "the patch of the checkpoint must fit into the memory",
+        place=spec.checkpoint,
+        value=f"patch_size {list(spec.patch)}",
+        remedy="Set parameters.data.patch_size to a smaller one, or use another device",
+    )
+
+
+def _try_patch(spec: PredictorSpec) -> None:
+    """Predict a batch of empty patches and throw it away."""
+    whole = tuple(slice(0, size) for size in spec.patch)
+    core = tuple(slice(spec.halo or size // 4, size - (spec.halo or size // 4)) for size in spec.patch)
+    window = np.zeros(spec.patch, np.float32)
+    Predictor(spec).predict_block(window, [Patch(whole, core, core)], spec.patch, ["labels"])
+
+
 class Predictor:
     """A network in the memory of its device; `load_predictor` makes one per process.
 
@@ -329,7 +385,7 @@ class Predictor:
         stream = torch.cuda.Stream() if device == "cuda" else None  # type: ignore[no-untyped-call]
         try:
             with torch.inference_mode(), _one_thread(), torch.cuda.stream(stream) if stream else nullcontext():
-                # A copy, as torch takes no read-only, foreign-endian or flipped arrays.
+                # Copied only where torch cannot take it: if it is read-only, foreign-endian or flipped.
                 voxels = torch.from_numpy(np.require(window, np.float32, ["C", "W"]))
                 voxels = voxels.pin_memory().to(device, non_blocking=True) if stream else voxels
                 with self._turn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -14,8 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from cryosiam_dask.cluster import DaskExecutor, Setup, open_cluster
-from cryosiam_dask.config import read_configuration
-from cryosiam_dask.errors import CryosiamDaskError, DeviceError, Problems
+from cryosiam_dask.config import Configuration, read_configuration
+from cryosiam_dask.errors import CryosiamDaskError, DeviceError, Problems, TomogramError
 from cryosiam_dask.mrc_to_zarr import convert, read_header
 from cryosiam_dask.pipeline import (
     Outcome,
@@ -28,7 +29,7 @@ from cryosiam_dask.pipeline import (
     run,
 )
 from cryosiam_dask.plan import RunPlan, plan_run
-from cryosiam_dask.predictor import load_predictor, require_precision, resolve_device
+from cryosiam_dask.predictor import largest_patch, load_predictor, require_precision, resolve_device
 from cryosiam_dask.progress import make_reporter
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -72,7 +73,9 @@ def segment(
     problems: list[CryosiamDaskError] = []
     try:
         configuration = read_configuration(config_file)
-        plan = plan_run(configuration, filename=filename, overwrite=overwrite)
+        automatic = configuration.parameters.data.patch_size == "auto"
+        # Where the patch is still to be chosen, what was made with another one is looked at afterwards.
+        plan = plan_run(configuration, filename=filename, overwrite=overwrite or automatic)
     except Problems as found:
         problems.extend(found.problems)
     try:
@@ -83,6 +86,9 @@ def segment(
         problems.append(error)
     if problems:
         raise Problems(problems)
+    if automatic:
+        configuration = _with_largest_patch(plan, chosen, workers, console)
+        plan = plan_run(configuration, filename=filename, overwrite=overwrite)
     make_folders(plan)
     for note in plan.notes:
         say(console, f"note: {note}")
@@ -106,6 +112,16 @@ def segment(
                 console,
                 f"{_number(total, 'tomogram')} on {_number(count, f'{chosen} worker')}; "
                 f"dashboard {client.dashboard_link}",
+            )
+            say(
+                console,
+                f"memory of a worker: about {plan.block_bytes / 1e9:.1f} GB for two blocks, "
+                f"{plan.network_bytes / 1e9:.1f} GB for the network"
+                + (
+                    f" and each of {plan.configuration.hyper_parameters.batch_size} patches, on its GPU"
+                    if chosen == "cuda"
+                    else ""
+                ),
             )
             reporter = make_reporter(console, total)
             try:
@@ -216,6 +232,25 @@ def convert_file(
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def _with_largest_patch(
+    plan: RunPlan, device: Literal["cpu", "cuda"], workers: int | None, console: Console
+) -> Configuration:
+    """The configuration of a plan with the largest patch that the device can take for its tomograms."""
+    extent = plan.patch
+    for job in plan.jobs:
+        with suppress(TomogramError):  # such a tomogram fails alone, later
+            shape = read_header(job.source).shape
+            if len(shape) == len(extent):
+                extent = tuple(map(max, extent, shape))
+    memory = int(0.8 * MEMORY_LIMIT / (workers or cores()))
+    patch = largest_patch(plan.spec(device), extent, memory)
+    say(console, f"patch_size {list(patch)} is the largest that fits; results depend on it, so write it into the file")
+    configuration = plan.configuration
+    data = configuration.parameters.data.model_copy(update={"patch_size": patch})
+    parameters = configuration.parameters.model_copy(update={"data": data})
+    return configuration.model_copy(update={"parameters": parameters})
 
 
 def default_workers(plan: RunPlan) -> int:

@@ -122,6 +122,20 @@ def test_run_skip_overwrite_and_postprocess(folder: Path) -> None:
     assert call("semantic-predict", "--config-file", "sizes.yaml", folder=folder).count("skipped, ") == 3
 
 
+def test_the_largest_patch_is_chosen_by_trying(folder: Path) -> None:
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    write_yaml(folder / "auto.yaml", {**values, "parameters": {"data": {"patch_size": "auto"}}})
+    output = call("semantic-predict", "--config-file", "auto.yaml", "--filename", "TS_1.mrc", folder=folder)
+    with h5py.File(folder / "out" / "TS_1_preds.h5") as file:
+        patch = file.attrs["patch_size"].tolist()
+        # As long as the tomogram needs it, since that fits into any memory.
+        assert patch == [max(16, -(-size // 8) * 8) for size in file["labels"].shape]
+    assert f"patch_size {patch} is the largest that fits" in output
+    # With the same patch written down, that is the same result.
+    write_yaml(folder / "same.yaml", {**values, "parameters": {"data": {"patch_size": patch}}})
+    assert "skipped, " in call("semantic-predict", "--config-file", "same.yaml", "--filename", "TS_1", folder=folder)
+
+
 def test_failed_tomograms_give_status_1_and_the_others_are_done(folder: Path) -> None:
     (folder / "data" / "TS_0.mrc").write_bytes(b"\0" * 3000)
     with (folder / "data" / "TS_2.mrc").open("r+b") as file:

@@ -2,16 +2,12 @@
 
 import doctest
 import itertools
-import json
 import os
 import pickle
 import signal
-import subprocess
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 
 import cc3d
 import dask.array as da
@@ -620,17 +616,3 @@ def test_errors_travel_from_the_workers(processes):
 
 def test_the_examples_in_the_docstrings():
     assert doctest.testmod(module).failed == 0
-
-
-def test_the_benchmark_still_runs(tmp_path):
-    root = Path(__file__).parent.parent
-    done = subprocess.run(
-        [sys.executable, "benchmarks/bench_components.py", "--quick", "--output", tmp_path / "rows.json"],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert [row["agrees"] for row in rows if row["method"].startswith("here")] == [True] * 3

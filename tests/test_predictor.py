@@ -25,7 +25,8 @@ from skimage.transform import resize
 from cryosiam_dask.checkpoint import read_checkpoint
 from cryosiam_dask.errors import CheckpointError, DeviceError
 from cryosiam_dask.grid import Patch
-from cryosiam_dask.predictor import Predictor, PredictorSpec, load_predictor, normalise
+from cryosiam_dask.network import peak_bytes
+from cryosiam_dask.predictor import Predictor, PredictorSpec, largest_patch, load_predictor, normalise
 
 EVERYTHING = ("labels", "probabilities", "distances")
 
@@ -397,6 +398,13 @@ except DeviceError as error:
     ).stdout
     assert output.startswith("cpu cpu\ndevice cuda was asked for and must be usable; found ")
     assert "--device cpu" in output
+
+
+def test_the_largest_patch_is_bounded_by_tomogram_and_memory(spec):
+    assert largest_patch(spec, (16, 30, 20), 10**12) == (16, 32, 24)
+    assert largest_patch(spec, (100, 100, 100), 1) == spec.patch
+    enough = peak_bytes(SMALL, (40, 40, 40))
+    assert largest_patch(spec, (72, 72, 72), enough) == (40, 40, 40)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,58 @@
+"""The benchmarks run, and find what they compare to be equal."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+
+
+def rows(name: str, output: Path, *options: str) -> list[dict[str, Any]]:
+    done = subprocess.run(
+        [sys.executable, f"benchmarks/{name}.py", *options, "--output", output],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, Any]] = json.loads(output.read_text())["rows"]
+    return found
+
+
+def test_components(tmp_path: Path) -> None:
+    found = rows("bench_components", tmp_path / "rows.json", "--quick")
+    assert [row["agrees"] for row in found if row["method"].startswith("here")] == [True] * 3
+
+
+def test_inference(tmp_path: Path) -> None:
+    found = rows("bench_inference", tmp_path / "rows.json", "--quick")
+    # The plain loop is CryoSiam's procedure written down once more: exact mode gives its labels.
+    assert [row["agreement"] for row in found if row["method"] == "exact"] == [1.0, 1.0]
+    with Image.open(tmp_path / "rows.png") as picture:
+        assert picture.size[0] > 500
+
+
+def test_overhead(tmp_path: Path) -> None:
+    found = rows("bench_overhead", tmp_path / "rows.json", "--quick")
+    assert [row["method"] for row in found] == ["one process", "whole path", "whole path, slow network"]
+    assert 0 < found[-1]["busy"] <= 1 and (tmp_path / "rows.png").exists()
+
+
+def test_agreement(tmp_path: Path) -> None:
+    exact, elsewhere, *others = rows("bench_agreement", tmp_path / "rows.json", "--quick")
+    assert exact["equal"] == 1 and 0.5 < elsewhere["equal"] < 1
+    assert others and all(0.5 < row["equal"] <= 1 for row in others)
+
+
+def test_halo(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/bench_halo.py", "--quick", "--output", tmp_path / "halo.json"]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    assert json.loads((tmp_path / "halo.json").read_text())
