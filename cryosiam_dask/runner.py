@@ -16,7 +16,7 @@ from rich.table import Table
 
 from cryosiam_dask.cluster import DaskExecutor, Setup, open_cluster
 from cryosiam_dask.config import Configuration, read_configuration
-from cryosiam_dask.errors import CryosiamDaskError, DeviceError, Problems, TomogramError
+from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, DeviceError, Problems, TomogramError
 from cryosiam_dask.mrc_to_zarr import convert, read_header
 from cryosiam_dask.pipeline import (
     Outcome,
@@ -89,6 +89,14 @@ def segment(
     if automatic:
         configuration = _with_largest_patch(plan, chosen, workers, console)
         plan = plan_run(configuration, filename=filename, overwrite=overwrite)
+    if chosen == "cpu" and plan.bytes_per_worker > MEMORY_LIMIT:
+        raise ConfigurationError(
+            "a worker must fit into the memory of this machine",
+            place="keys parameters.data.patch_size and block_size",
+            value=f"about {plan.bytes_per_worker / 1e9:.0f} GB for patch_size {list(plan.patch)} and block_size "
+            f"{plan.configuration.block_size}, of {MEMORY_LIMIT / 1e9:.0f} GB",
+            remedy="Lower them, or set patch_size to auto",
+        )
     make_folders(plan)
     for note in plan.notes:
         say(console, f"note: {note}")

@@ -136,6 +136,15 @@ def test_the_largest_patch_is_chosen_by_trying(folder: Path) -> None:
     assert "skipped, " in call("semantic-predict", "--config-file", "same.yaml", "--filename", "TS_1", folder=folder)
 
 
+def test_a_patch_larger_than_the_memory_is_refused_with_numbers(folder: Path) -> None:
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    write_yaml(folder / "large.yaml", {**values, "parameters": {"data": {"patch_size": [8192, 8192, 8192]}}})
+    output = call("semantic-predict", "--config-file", "large.yaml", "--device", "cpu", folder=folder, status=2)
+    message = " ".join(output.split())
+    assert re.search(r"must fit into the memory.*about \d+ GB for patch_size \[8192, 8192, 8192\].*of \d+ GB", message)
+    assert not (folder / "out").exists()
+
+
 def test_failed_tomograms_give_status_1_and_the_others_are_done(folder: Path) -> None:
     (folder / "data" / "TS_0.mrc").write_bytes(b"\0" * 3000)
     with (folder / "data" / "TS_2.mrc").open("r+b") as file:
