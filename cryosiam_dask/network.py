@@ -394,7 +394,7 @@ def peak_bytes(architecture: Architecture, patch: tuple[int, ...], batch_size: i
 
     Counts the float32 channels at stride 1 that are alive at once in the most demanding place. A margin of half of that
     covers the coarser levels, which have at most a quarter of the voxels, and the libraries' work space. Peaks measured
-    on a CPU, of CryoSiam's default network with half the widths and patches of 64 to 128 voxels, were 0.65 to 0.85 of it.
+    on a CPU, of CryoSiam's default network at half its widths with patches of 64 to 128 voxels, were 0.65 to 0.85.
 
     Parameters
     ----------
