@@ -9,6 +9,7 @@ bounded number in flight, so that neither the scheduler's memory nor the workers
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -189,7 +190,17 @@ def open_cluster(
                 n_workers=workers, threads_per_worker=DaskExecutor.IN_FLIGHT, processes=True, **options
             )
     with cluster, Client(cluster, set_as_default=False) as client:
+        client.register_plugin(Setup(_leave_at_once), name="leave")
         yield client
+
+
+def _leave_at_once() -> None:
+    """Let this process end without the destructors of C++ libraries.
+
+    Those that meet a thread amid its work, as in a worker whose run was interrupted, end the process with a message of
+    their own on the user's terminal.
+    """
+    atexit.register(os._exit, 0)
 
 
 @contextmanager
