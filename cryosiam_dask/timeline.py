@@ -63,7 +63,7 @@ def write_timeline(path: Path, times: Sequence[BlockTimes], title: str) -> None:
                     start, stop = getattr(block, step)
                     # At least a pixel each, and a gap between neighbours.
                     pen.rectangle(
-                        (across(start), y, max(across(start) + 1, across(stop) - 1), y + _LANE - 5), fill=colour
+                        (across(start), y, max(across(start) + 1, across(stop) - 2), y + _LANE - 5), fill=colour
                     )
     bottom = height - 30
     for tenth in range(11):
