@@ -237,9 +237,9 @@ def _segment(
                     "The labels were left as they are. Lower network.threshold, and check trained_model"
                 )
             labels = filled
-        labels, removed, voxels = _without_small(
-            labels, removal_sizes(configuration), work, plan.labels, executor, array_module
-        )
+        voxels, removed, sizes = _count_voxels(labels, plan.labels, executor), None, removal_sizes(configuration)
+        if sizes:
+            labels, removed, voxels = _without_small(labels, voxels, sizes, work, executor, array_module)
         if voxels[0] == math.prod(header.shape):
             warnings.append(_why_blank(plan, report))
         attributes = _attributes(plan, job, report, warnings)
@@ -329,31 +329,31 @@ def _like(work: zarr.Group, name: str, labels: zarr.Array[Any]) -> zarr.Array[An
 
 def _without_small(
     labels: zarr.Array[Any],
+    voxels: tuple[int, ...],
     sizes: Sequence[int],
     work: zarr.Group,
-    count: int,
     executor: Executor,
     array_module: ArrayModule,
-) -> tuple[zarr.Array[Any], zarr.Array[Any] | None, tuple[int, ...]]:
-    """Apply ``postprocessing_sizes``; returns the labels, those that were removed, and the voxels of each label.
+) -> tuple[zarr.Array[Any], zarr.Array[Any], tuple[int, ...]]:
+    """Apply ``postprocessing_sizes``; returns the labels, those that were removed, and the `voxels` of each label.
 
     What was removed is kept in the output: it gives back the unfiltered labels by addition, so that other sizes can be
     tried without inference, and compresses to next to nothing.
     """
-    blocks = Blocks.of(labels)
-    counts = executor.map(partial(_count_block, labels, blocks), blocks.indices, name="count")
-    voxels = np.sum(counts, axis=0)
-    voxels = voxels[: max(count, int(np.flatnonzero(voxels)[-1]) + 1)]
-    if not sizes:
-        return labels, None, tuple(voxels.tolist())
     kept, removed = (exportable_array(work, name, labels.shape) for name in ("filtered", "removed"))
     # One entry for each label that uint8 holds; those without an entry of their own are left alone.
     of_all = [*sizes, *[-1] * (256 - len(sizes))]
     removal = remove_small(labels, kept, of_all, removed=removed, executor=executor, array_module=array_module)
-    gone = np.array(removal.removed_voxels)[: len(voxels)]
-    voxels = voxels - gone
-    voxels[0] += gone.sum()
-    return kept, removed, tuple(voxels.tolist())
+    left = np.array(voxels) - removal.removed_voxels[: len(voxels)]
+    left[0] += sum(removal.removed_voxels)
+    return kept, removed, tuple(left.tolist())
+
+
+def _count_voxels(labels: zarr.Array[Any], count: int, executor: Executor) -> tuple[int, ...]:
+    """Voxels of each label, of at least `count` labels."""
+    blocks = Blocks.of(labels)
+    voxels = np.sum(executor.map(partial(_count_block, labels, blocks), blocks.indices, name="count"), axis=0)
+    return tuple(voxels[: max(count, int(np.flatnonzero(voxels)[-1]) + 1)].tolist())
 
 
 def _count_block(labels: zarr.Array[Any], blocks: Blocks, index: tuple[int, int, int]) -> NDArray[np.int64]:
@@ -438,7 +438,8 @@ def postprocess(
             with _work_group(configuration, stem) as work:
                 unfiltered = _read_unfiltered(path, work, executor)
                 shape = unfiltered.shape
-                labels, removed, voxels = _without_small(unfiltered, sizes, work, max(2, len(sizes)), executor, "numpy")
+                voxels = _count_voxels(unfiltered, max(2, len(sizes)), executor)
+                labels, removed, voxels = _without_small(unfiltered, voxels, sizes, work, executor, "numpy")
                 attributes: dict[str, Any] = {"postprocessing_sizes": sizes}
                 prediction = read_attributes(path).get("prediction_fingerprint")
                 if prediction:

@@ -113,6 +113,7 @@ def test_smallest_dtype_that_holds_the_count(tmp_path: Path, count: int, dtype: 
     write_components(tmp_path, "TS", labels, work=zarr.create_group(tmp_path / "w.zarr"), attributes={})
     with h5py.File(tmp_path / "TS_components.h5") as file:
         assert file["instances"].dtype == dtype
+        assert file["instances"].chunks == ((2, 128, 128) if dtype == "u1" else (2, 64, 64))
         np.testing.assert_array_equal(file["instances"][:][labels > 0], np.arange(1, count + 1))
         assert "voxel_size_angstrom" not in file.attrs
     table = pandas.read_csv(tmp_path / "TS_components.csv")

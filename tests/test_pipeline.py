@@ -266,8 +266,7 @@ def test_sizes_can_be_changed_again_and_again(folder: Path) -> None:
         np.testing.assert_array_equal(results.setdefault(tuple(sizes), found), found)
         with h5py.File(folder / "out" / "TS_1_preds.h5") as file:
             np.testing.assert_array_equal(file["probs"][:], probabilities)
-            assert ("removed" in file) == (max(sizes) > 0)
-            np.testing.assert_array_equal(found + (file["removed"][:] if "removed" in file else 0), unfiltered)
+            np.testing.assert_array_equal(found + file["removed"][:], unfiltered)
             assert file.attrs["voxel_size_angstrom"][0] == pytest.approx(9.96)
     assert (unfiltered == 1).any() and not (results[-1, 10**6, -1] == 1).any()
     np.testing.assert_array_equal(results[-1, -1, -1], unfiltered)
