@@ -415,7 +415,7 @@ def ingest(
         Voxels of a chunk along each axis; 128 as a rule, fewer along the sections of a compressed file of large
         sections, which is read in order and a chunk's depth at a time.
     compress
-        Whether to compress the voxels. Without, reading takes a third of the time; floats hardly shrink anyway.
+        Whether to compress the voxels. Floats hardly shrink, and are read faster without.
     executor
         Runs one task for each row of chunks, or a single one for a compressed file. A task holds about 200 MB.
 

@@ -88,6 +88,12 @@ class Architecture:
         return tuple(width * _EXPANSION[self.block_type] for width in self.num_filters)
 
     @property
+    def head_margin(self) -> tuple[int, ...]:
+        """Voxels along each axis that the heads' convolutions reach beyond what they are asked for."""
+        convolutions = 1 + max(len(self.semantic_widths), len(self.distance_widths or ()))
+        return tuple(convolutions * (kernel // 2) for kernel in self.kernel_size)
+
+    @property
     def has_distance_head(self) -> bool:
         """Whether distances can be predicted."""
         return self.distance_widths is not None
@@ -254,8 +260,7 @@ class Network(nn.Module):
         if architecture.distance_widths is not None:
             self.distance_head = _head(architecture, architecture.distance_widths)
 
-        hidden = max(len(architecture.semantic_widths), len(architecture.distance_widths or ()))
-        self.margin = tuple((hidden + 1) * (k // 2) for k in architecture.kernel_size)
+        self.margin = architecture.head_margin
 
     def forward(self, x: Tensor, distances: bool = False, core: Region | None = None) -> tuple[Tensor, Tensor | None]:
         """Evaluate patches.
@@ -346,7 +351,7 @@ class _OneDNNConvolution(nn.Module):
     """A convolution by oneDNN, whatever its shape.
 
     With one patch in a batch PyTorch chooses its own code for kernels of one voxel and for the coarse levels. That is
-    several times slower, and copies whatever has its channels last.
+    slower, and copies whatever has its channels last.
     """
 
     def __init__(self, of: nn.Conv2d | nn.Conv3d) -> None:
@@ -373,12 +378,7 @@ def required_halo(architecture: Architecture) -> int:
     The heads' convolutions and the decoder's last one must not meet the padding at a patch's border, and neither may
     the coarsest level's voxel that is next to the core.
     """
-    hidden = max(len(architecture.semantic_widths), len(architecture.distance_widths or ()))
-    return (
-        (hidden + 1) * (max(architecture.kernel_size) // 2)
-        + architecture.later_convolutions
-        + required_divisor(architecture)
-    )
+    return max(architecture.head_margin) + architecture.later_convolutions + required_divisor(architecture)
 
 
 def required_divisor(architecture: Architecture) -> int:
@@ -393,8 +393,7 @@ def peak_bytes(architecture: Architecture, patch: tuple[int, ...], batch_size: i
     """Rough upper estimate of the memory that evaluating one batch takes, weights included, in bytes.
 
     Counts the float32 channels at stride 1 that are alive at once in the most demanding place. A margin of half of that
-    covers the coarser levels, which have at most a quarter of the voxels, and the libraries' work space. Peaks measured
-    on a CPU, of CryoSiam's default network at half its widths with patches of 64 to 128 voxels, were 0.65 to 0.85.
+    covers the coarser levels, which have at most a quarter of the voxels, and the libraries' work space.
 
     Parameters
     ----------
