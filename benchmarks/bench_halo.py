@@ -53,11 +53,20 @@ def measure(size: int, patch: int, block_size: int, repeat: int, workers: int) -
         open_cluster("cpu", workers, dashboard_address="127.0.0.1:0") as client,
     ):
         client.run(install_null_network)
-        tomogram = zarr.create_array(Path(folder) / "t.zarr", shape=(size,) * 3, chunks=(128,) * 3, dtype="float32")
+        grid = make_grid((size,) * 3, spec.patch, block_size)
+        # Stored as a run stores it, which suits the one as well as the other.
+        tomogram = zarr.create_array(
+            Path(folder) / "t.zarr",
+            shape=grid.shape,
+            chunks=zarr_to_labels.tomogram_chunks(grid),
+            dtype="float32",
+            compressors=None,
+        )
         rng = np.random.default_rng(0)
-        for z in range(0, size, 128):
-            tomogram[z : z + 128] = rng.random((min(128, size - z), size, size), np.float32)
-        grid = make_grid(tomogram.shape, spec.patch, block_size)
+        for z in range(0, size, tomogram.chunks[0]):
+            tomogram[z : z + tomogram.chunks[0]] = rng.random(
+                (min(tomogram.chunks[0], size - z), size, size), np.float32
+            )
         group = zarr.open_group(Path(folder) / "labels.zarr")
         for _ in range(repeat):
             outputs = zarr_to_labels.create_outputs(group, grid, 2, ["labels"], overwrite=True)

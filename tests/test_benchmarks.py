@@ -52,6 +52,12 @@ def test_agreement(tmp_path: Path) -> None:
     assert others and all(0.5 < row["equal"] <= 1 for row in others)
 
 
+def test_scaling(tmp_path: Path) -> None:
+    found = rows("bench_scaling", tmp_path / "rows.json", "--quick")
+    assert [row["times"] for row in found] == [1, 2, 4, 8] and [row["speedup"] for row in found] == [1] * 4
+    assert found[-1]["shape"] == [48, 48, 48] and (tmp_path / "rows.png").exists()
+
+
 def test_halo(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/bench_halo.py", "--quick", "--output", tmp_path / "halo.json"]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
