@@ -39,7 +39,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tes
 from bench_inference import machine  # noqa: E402
 from checkpoints import SMALL, write  # noqa: E402  # a checkpoint of CryoSiam's format with random weights
 
-from cryosiam_dask import pipeline, zarr_to_labels  # noqa: E402
+from cryosiam_dask import collection, pipeline, zarr_to_labels  # noqa: E402
 from cryosiam_dask.cluster import DaskExecutor, open_cluster  # noqa: E402
 from cryosiam_dask.config import read_configuration  # noqa: E402
 from cryosiam_dask.grid import Patch  # noqa: E402
@@ -76,9 +76,9 @@ class Quiet:
     """A reporter that says nothing."""
 
     def begin(self, name: str) -> None: ...
-    def step(self, name: str, done: int, total: int) -> None: ...
+    def step(self, tomogram: str, name: str, done: int, total: int) -> None: ...
     def say(self, text: str) -> None: ...
-    def end(self, result: str) -> None: ...
+    def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0) -> None: ...
     def close(self) -> None: ...
 
 
@@ -153,10 +153,13 @@ def bench(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     class Stepwise(DaskExecutor):
         """Also says how long each step takes."""
 
-        def map(self, function: Any, items: Any, *, name: str, overlap: bool = False) -> Any:
+        def share(self, tomogram: str, order: int, progress: Any) -> Any:
+            return self
+
+        def map(self, function: Any, items: Any, *, name: str, **options: Any) -> Any:
             began = time.perf_counter()
             try:
-                return super().map(function, items, name=name, overlap=overlap)
+                return super().map(function, items, name=name, **options)
             finally:
                 steps[name] = round(steps.get(name, 0) + time.perf_counter() - began, 2)
 
@@ -173,7 +176,7 @@ def bench(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             steps.clear()
             with Resident(processes) as workers, Resident([os.getpid()]) as leader:
                 began = time.perf_counter()
-                (outcome,) = pipeline.run(plan, Quiet(), executor=Stepwise(client))
+                (outcome,) = collection.run(plan, Quiet(), executor=Stepwise(client))
                 times["whole path"].append(time.perf_counter() - began)
             assert outcome.status == "done", outcome.error
             worker_bytes, client_bytes = max(worker_bytes, workers.bytes), max(client_bytes, leader.bytes)
@@ -201,7 +204,7 @@ def bench(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         pipeline.predict_store = lambda *a, **k: blocks.extend(watched(*a, **k)) or blocks  # type: ignore[assignment]
         began = time.perf_counter()
         timeline = options.output is not None
-        pipeline.run(plan, Quiet(), executor=DaskExecutor(client), timeline=timeline)
+        collection.run(plan, Quiet(), executor=DaskExecutor(client), timeline=timeline)
         row(
             "whole path, slow network",
             [time.perf_counter() - began],

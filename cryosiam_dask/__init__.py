@@ -20,7 +20,8 @@ from cryosiam_dask._version import __version__
 _HOMES = {
     "config": ("read_configuration",),
     "plan": ("plan_run",),
-    "pipeline": ("list_centers", "measure", "postprocess", "run"),
+    "collection": ("run",),
+    "pipeline": ("list_centers", "measure", "postprocess"),
     "mrc_to_zarr": ("convert", "ingest", "read_header"),
     "checkpoint": ("read_checkpoint",),
     "predictor": ("PredictorSpec", "predictor_spec"),

@@ -2,12 +2,13 @@
 
 Every command and option may also be spelled as CryoSiam spells it, with underscores (``semantic_predict
 --config_file=…``). Exit status: 0 all done, 1 some tomograms failed and the others are done, 2 wrong usage or
-configuration, 130 interrupted.
+configuration, 75 stopped by a signal at a point from which the same command goes on, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -18,7 +19,7 @@ import typer
 from rich.console import Console
 
 from cryosiam_dask._version import __version__
-from cryosiam_dask.errors import CryosiamDaskError
+from cryosiam_dask.errors import ClusterError, CryosiamDaskError
 
 if TYPE_CHECKING:
     from cryosiam_dask.pipeline import Outcome
@@ -33,6 +34,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+#: EX_TEMPFAIL of sysexits.h, which batch systems can be told to requeue a job for.
+TEMPORARY = 75
 
 
 class Device(StrEnum):
@@ -83,7 +88,7 @@ def semantic_predict(
 
     Example: cryosiam-dask semantic-predict --config-file configs/config_lamella.yaml
     """
-    with _plain_errors():
+    with _plain_errors(drains=True) as stop:
         from cryosiam_dask.runner import segment
 
         outcomes = segment(
@@ -95,8 +100,9 @@ def semantic_predict(
             overwrite=overwrite,
             dashboard_address=dashboard_address,
             timeline=timeline,
+            stop=stop,
         )
-        _exit(outcomes)
+        _exit(outcomes, stop)
 
 
 @app.command()
@@ -183,31 +189,43 @@ def demo(
 
 
 @contextmanager
-def _plain_errors() -> Iterator[None]:
-    """What a user got wrong is printed as it is, with status 2; an interruption leaves with status 130."""
+def _plain_errors(drains: bool = False) -> Iterator[threading.Event]:
+    """What a user got wrong is printed as it is, with status 2; an interruption leaves with status 130.
 
-    signals = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and a batch system's way to say it
+    With `drains` the first signal only sets the event that is yielded, so that the command can bring its work to a good
+    point; and a cluster that is gone leaves with status 75, as the same command goes on when it is there again.
+    """
+    stop = threading.Event()
+    # Ctrl-C, a batch system's way to say it, and Slurm's warning before it does (--signal=B:USR1@300).
+    signals = (signal.SIGINT, signal.SIGTERM, *((signal.SIGUSR1,) if drains else ()))
 
-    def stop(number: int, frame: Any) -> None:
+    def interrupt(number: int, frame: Any) -> None:
+        if drains and not stop.is_set():
+            stop.set()
+            return
         for each in signals:
-            signal.signal(each, signal.SIG_IGN)  # a second one must not disturb the tidying up
+            signal.signal(each, signal.SIG_IGN)  # another one must not disturb the tidying up
         raise KeyboardInterrupt
 
     for each in signals:
-        signal.signal(each, stop)
+        signal.signal(each, interrupt)
     try:
-        yield
+        yield stop
     except CryosiamDaskError as error:
         for line in str(error).splitlines():
             Console(stderr=True).print(f"error: {line}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
+        raise typer.Exit(TEMPORARY if drains and isinstance(error, ClusterError) and error.temporary else 2) from None
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted: complete outputs were kept, nothing is half-written")
         raise typer.Exit(130) from None
 
 
-def _exit(outcomes: Sequence[Outcome]) -> None:
-    if any(outcome.status == "failed" for outcome in outcomes):
+def _exit(outcomes: Sequence[Outcome], stop: threading.Event | None = None) -> None:
+    left = any(outcome.status == "left" for outcome in outcomes)
+    if left and stop is not None and stop.is_set():
+        Console(stderr=True).print("stopped: repeat the command to go on from here")
+        raise typer.Exit(TEMPORARY)
+    if left or any(outcome.status == "failed" for outcome in outcomes):
         raise typer.Exit(1)
 
 

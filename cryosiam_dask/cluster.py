@@ -10,22 +10,31 @@ bounded number in flight, so that neither the scheduler's memory nor the workers
 from __future__ import annotations
 
 import atexit
+import heapq
 import logging
+import math
 import os
+import queue
 import signal
+import statistics
 import threading
+import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import dask
-from distributed import Client, Future, KilledWorker, LocalCluster, WorkerPlugin, as_completed
+from distributed import Client, Future, KilledWorker, LocalCluster, WorkerPlugin
+from distributed.comm import CommClosedError
 
-from cryosiam_dask.errors import DeviceError
+from cryosiam_dask.errors import CryosiamDaskError, DeviceError, LostClusterError, LostDeviceError
+from cryosiam_dask.executor import Executor, Interrupted, Progress
 
 #: Let glibc keep what the network frees for its next layer and its next patch, in one heap for all threads. Otherwise
 #: every large tensor is mapped anew, and the kernel's clearing of its pages takes a good part of a CPU's time.
@@ -34,12 +43,23 @@ _KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": 8_000_000_000, "MALLOC_MMAP_MAX_": 0, 
 T = TypeVar("T")
 R = TypeVar("R")
 
-#: Called with the name of the running step, the calls done and the calls in all.
-Progress = Callable[[str, int, int], None]
+#: Calls in flight for each worker, of those that may overlap and as many of the others: one that runs, and one that
+#: waits (or reads or writes) so that the worker never does. A worker has a thread for each.
+IN_FLIGHT = 2
+THREADS = 2 * IN_FLIGHT
+
+#: Times that a call is tried on devices that fail or hang.
+_TRIES = 3
+#: A call hangs that takes longer than so many seconds and so many times as long as calls of its step usually do.
+HANG_SECONDS, _HANG_TIMES = 900.0, 20.0
 
 
 class DaskExecutor:
-    """Runs calls on the workers of a Dask cluster (see `cryosiam_dask.executor.Executor`).
+    """Runs calls on the workers of a Dask cluster (see `cryosiam_dask.executor.SharedExecutor`).
+
+    Calls wait here and not in the scheduler: each worker is given a few, of the tomogram that was begun first, and
+    another one when one of them is done. What keeps a device busy and what does not are counted apart, so that neither
+    waits for the other.
 
     Parameters
     ----------
@@ -47,77 +67,365 @@ class DaskExecutor:
         The cluster's client.
     progress
         Told of every call that is done.
+    hang_seconds
+        See `HANG_SECONDS`.
     """
 
-    #: Calls in flight for each worker: one that runs, and one that waits (or, with `overlap`, reads or writes) so that
-    #: the worker never does.
-    IN_FLIGHT = 2
-
-    def __init__(self, client: Client, progress: Progress = lambda name, done, total: None) -> None:
+    def __init__(
+        self,
+        client: Client,
+        progress: Progress = lambda name, done, total: None,
+        *,
+        hang_seconds: float = HANG_SECONDS,
+    ) -> None:
         self.client = client
         self.progress = progress
+        self.hang_seconds = hang_seconds
+        self._steps: list[_Step] = []
+        self._flying: dict[Future, _Flight] = {}
+        self._durations: dict[str, deque[float]] = {}
+        self._addresses: dict[str, int] = {}
+        self._lock = threading.RLock()
+        self._events: queue.SimpleQueue[Future | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._drained = False
+        self._proved = False
 
     @property
     def workers(self) -> int:
         """Worker processes of the cluster."""
         return max(1, len(self.client.nthreads()))
 
-    def map(self, function: Callable[[T], R], items: Sequence[T], *, name: str, overlap: bool = False) -> list[R]:
+    def map(
+        self,
+        function: Callable[[T], R],
+        items: Sequence[T],
+        *,
+        name: str,
+        overlap: bool = False,
+        done: Callable[[T, R], None] | None = None,
+    ) -> list[R]:
         """Return ``[function(item) for item in items]``, computed by the workers.
 
         Raises
         ------
         DeviceError
-            If workers died of a call again and again.
+            If workers died of a call again and again, or their devices failed.
+        ClusterError
+            If the scheduler is gone.
+        Interrupted
+            If `drain` was called and calls are left.
         Exception
             Whatever the first failing call raised; calls that have not started are cancelled.
         """
-        call = function if overlap else _Alone(function)
-        results: dict[int, R] = {}
-        prefix = f"{name}-{uuid.uuid4().hex}"
-        waiting = iter(enumerate(items))
-        flying: dict[Future, int] = {}
-        done = as_completed(loop=self.client.loop)
+        return self._run(_Step(function, items, name, "", 0, overlap, self.progress, done))
 
-        def launch() -> None:
-            for i, item in waiting:
-                future = self.client.submit(call, item, key=(prefix, i), pure=False)
-                flying[future] = i
-                done.add(future)
-                return
+    def share(self, tomogram: str, order: int, progress: Progress) -> Executor:
+        """See `cryosiam_dask.executor.SharedExecutor`."""
+        return _Share(self, tomogram, order, progress)
 
-        self.progress(name, 0, len(items))
+    @property
+    def hunger(self) -> int:
+        """See `cryosiam_dask.executor.SharedExecutor`."""
+        with self._lock:
+            waiting = sum(len(step.waiting) for step in self._steps if step.overlap)
+            return max(0, 2 * IN_FLIGHT * len(self._addresses) - waiting) if self._proved else 0
+
+    def drain(self) -> None:
+        """See `cryosiam_dask.executor.SharedExecutor`."""
+        self._drained = True
+        self._events.put(None)
+
+    def abandon(self) -> None:
+        """See `cryosiam_dask.executor.SharedExecutor`."""
+        self._drained = True
+        with self._lock:
+            for step in list(self._steps):
+                self._end(step, Interrupted())
+
+    def _run(self, step: _Step) -> list[Any]:
+        step.progress(step.name, 0, step.total)
+        with self._lock:
+            self._steps.append(step)
+            self._steps.sort(key=lambda s: s.order)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._dispatch, daemon=True, name="dispatch")
+                self._thread.start()
+        self._events.put(None)
         try:
-            for _ in range(self.IN_FLIGHT * self.workers):
-                launch()
-            for future in done:
-                results[flying.pop(future)] = future.result()
-                launch()
-                self.progress(name, len(results), len(items))
-        except KilledWorker as error:
-            raise DeviceError(
-                "a worker process died several times of the same piece of work",
-                place=f"step '{name}'",
-                value=str(error).split(".")[0],
-                remedy="Most likely the machine ran out of memory: use fewer --workers, or a smaller batch_size, "
-                "patch_size or block_size",
-            ) from None
-        finally:
-            if flying:
-                self.client.cancel(list(flying), force=True)
-        return [results[i] for i in range(len(items))]
+            step.over.wait()
+        except BaseException:  # an interruption of the main thread
+            with self._lock:
+                self._end(step, Interrupted())
+            raise
+        if step.error:
+            raise step.error
+        return [step.results[i] for i in range(step.total)]
+
+    # What follows runs in the dispatching thread, which lives as long as there are steps.
+
+    def _dispatch(self) -> None:
+        looked = -math.inf
+        try:
+            while True:
+                if time.monotonic() - looked > 1:
+                    looked = time.monotonic()
+                    self._look_around()
+                with self._lock:
+                    self._launch()
+                    for step in [s for s in self._steps if not s.flying and (self._drained or not s.waiting)]:
+                        self._end(step, Interrupted() if step.waiting else None)
+                    if not self._steps:
+                        self._thread = None
+                        return
+                self._collect()
+        except BaseException as error:
+            with self._lock:
+                self._thread = None
+                for step in list(self._steps):
+                    self._end(step, error)
+
+    def _look_around(self) -> None:
+        """Find out which workers there are, and which calls hang."""
+        if self.client.status not in ("running", "connecting"):
+            raise _scheduler_is_gone(self.client)
+        if self.client.status == "running":
+            with suppress(OSError, TimeoutError, CommClosedError):
+                self._addresses = dict(self.client.nthreads())
+        now = time.monotonic()
+        with self._lock:
+            for future, flight in list(self._flying.items()):
+                if flight.address not in self._addresses and future.status == "pending":
+                    self._retry(future, flight, _died(flight.step.name), restart=False)
+                    continue
+                times = self._durations.get(flight.step.name)
+                usual = statistics.median(times) if times else 0.0
+                if now - flight.began > max(self.hang_seconds, _HANG_TIMES * usual):
+                    self._retry(future, flight, _hangs(flight, now))
+
+    def _launch(self) -> None:
+        """Give every worker what it can take, of the steps that come first."""
+        if self._drained or self.client.status != "running":
+            return
+        for overlap in (True, False):
+            steps = [step for step in self._steps if step.overlap == overlap and step.waiting]
+            if not steps:
+                continue
+            load = dict.fromkeys(self._addresses, 0)
+            for flight in self._flying.values():
+                if flight.step.overlap == overlap and flight.address in load:
+                    load[flight.address] += 1
+            heap = [(count, address) for address, count in load.items() if count < IN_FLIGHT]
+            heapq.heapify(heap)
+            for step in steps:
+                while step.waiting and heap:
+                    count, address = heapq.heappop(heap)
+                    self._submit(step, step.waiting.popleft(), address)
+                    if count + 1 < IN_FLIGHT:
+                        heapq.heappush(heap, (count + 1, address))
+
+    def _submit(self, step: _Step, number: int, address: str) -> None:
+        future = self.client.submit(
+            step.call,
+            step.items[number],
+            key=(step.prefix, number, step.tries[number]),
+            pure=False,
+            workers=[address],
+        )
+        step.flying += 1
+        self._flying[future] = _Flight(step, number, address, time.monotonic())
+        future.add_done_callback(self._events.put)
+
+    def _collect(self) -> None:
+        """Wait for something to happen, then take all results that have arrived, at once."""
+        arrived = []
+        with suppress(queue.Empty):
+            arrived.append(self._events.get(timeout=1))
+            while True:
+                arrived.append(self._events.get_nowait())
+        futures = [future for future in arrived if future is not None and future in self._flying]
+        finished = [future for future in futures if future.status == "finished"]
+        try:
+            results = dict(zip(finished, self.client.gather(finished), strict=True))
+        except Exception:  # of one whose worker died meanwhile
+            results = {}
+        with self._lock:
+            for future in futures:
+                flight = self._flying.pop(future)
+                flight.step.flying -= 1
+                self._settle(future, flight, results)
+
+    def _settle(self, future: Future, flight: _Flight, results: Mapping[Future, Any]) -> None:
+        step, number = flight.step, flight.number
+        if step.over.is_set():
+            return
+        try:
+            if future in results or future.status == "finished":
+                result = results[future] if future in results else future.result()
+                self._durations.setdefault(step.name, deque(maxlen=99)).append(time.monotonic() - flight.began)
+                self._proved |= step.overlap
+                step.results[number] = result
+                if step.done:
+                    step.done(step.items[number], result)
+                step.progress(step.name, len(step.results), step.total)
+                return
+            error: Any = future.exception() if future.status == "error" else None
+        except Exception as raised:  # of `done` too: what cannot be recorded does not count as done
+            error = raised
+        if isinstance(error, LostDeviceError):
+            self._retry(future, flight, error)
+        elif error is None or isinstance(error, CancelledError | KilledWorker):
+            # The scheduler forgot it, as one does that was started anew, or gave it up.
+            self._retry(future, flight, _died(step.name), restart=False)
+        else:
+            self._end(step, error)
+
+    def _retry(self, future: Future, flight: _Flight, error: CryosiamDaskError, restart: bool = True) -> None:
+        """Let another process do a call that failed by no fault of its own; `error` if it has too often."""
+        step = flight.step
+        if self._flying.pop(future, None):
+            step.flying -= 1
+            self.client.cancel([future], force=True)
+        if restart and flight.address in self._addresses:
+            del self._addresses[flight.address]
+            threading.Thread(target=_restart, args=(self.client, flight.address), daemon=True).start()
+        step.tries[flight.number] += 1
+        if step.tries[flight.number] >= _TRIES:
+            self._end(step, error)
+        else:
+            step.waiting.appendleft(flight.number)
+
+    def _end(self, step: _Step, error: BaseException | None) -> None:
+        """Let the caller of a step go on."""
+        if step in self._steps:
+            self._steps.remove(step)
+        step.error = error
+        step.waiting.clear()
+        left = [future for future, flight in self._flying.items() if flight.step is step]
+        for future in left:
+            del self._flying[future]
+        step.over.set()
+        if left and self.client.status == "running":
+            self.client.cancel(left, force=True)
+
+
+@dataclass(eq=False, slots=True)
+class _Step:
+    """One `map`: what waits, what flies, and what came of it."""
+
+    function: Callable[[Any], Any]
+    items: Sequence[Any]
+    name: str
+    tomogram: str
+    order: int
+    overlap: bool
+    progress: Progress
+    done: Callable[[Any, Any], None] | None
+    waiting: deque[int] = field(init=False)
+    tries: list[int] = field(init=False)
+    flying: int = 0
+    results: dict[int, Any] = field(default_factory=dict)
+    error: BaseException | None = None
+    over: threading.Event = field(default_factory=threading.Event)
+    prefix: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.waiting = deque(range(len(self.items)))
+        self.tries = [0] * len(self.items)
+        # The dashboard groups tasks by the first word, and within it by all of this.
+        self.prefix = "-".join(filter(None, (self.name, self.tomogram, uuid.uuid4().hex)))
+
+    @property
+    def total(self) -> int:
+        return len(self.items)
+
+    @property
+    def call(self) -> Callable[[Any], Any]:
+        return self.function if self.overlap else _Alone(self.function)
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A call that a worker has."""
+
+    step: _Step
+    number: int
+    address: str
+    began: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """A `DaskExecutor` for one tomogram."""
+
+    executor: DaskExecutor
+    tomogram: str
+    order: int
+    progress: Progress
+
+    @property
+    def workers(self) -> int:
+        return self.executor.workers
+
+    def map(
+        self,
+        function: Callable[[T], R],
+        items: Sequence[T],
+        *,
+        name: str,
+        overlap: bool = False,
+        done: Callable[[T, R], None] | None = None,
+    ) -> list[R]:
+        step = _Step(function, items, name, self.tomogram, self.order, overlap, self.progress, done)
+        return self.executor._run(step)
+
+
+def _restart(client: Client, address: str) -> None:
+    """Replace a worker process; where nobody watches over it, it is given up."""
+    try:
+        client.restart_workers([address], timeout=60, raise_for_error=False)
+    except Exception:
+        with suppress(Exception):
+            client.retire_workers([address])
+
+
+def _died(step: str) -> DeviceError:
+    return DeviceError(
+        "a worker process died several times of the same piece of work",
+        place=f"step '{step}'",
+        remedy="Most likely the machine ran out of memory: use fewer --workers, or a smaller batch_size, patch_size or "
+        "block_size",
+    )
+
+
+def _hangs(flight: _Flight, now: float) -> DeviceError:
+    return DeviceError(
+        "a piece of work must end",
+        place=f"step '{flight.step.name}'",
+        value=f"no result after {now - flight.began:.0f} s, on one worker after the other",
+        remedy="Look at the workers' devices and disks, then repeat the command: what is done is kept",
+    )
+
+
+def _scheduler_is_gone(client: Client) -> LostClusterError:
+    return LostClusterError(
+        "the scheduler must stay until the run is over",
+        place=getattr(client.scheduler, "address", "the scheduler"),
+        value="a connection that was closed",
+        remedy="Start it again and repeat the command: what is done is kept",
+    )
 
 
 _ALONE = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
-class _Alone(Generic[T, R]):
+class _Alone:
     """`function`, of which no two calls run at the same time in a process."""
 
-    function: Callable[[T], R]
+    function: Callable[[Any], Any]
 
-    def __call__(self, item: T) -> R:
+    def __call__(self, item: Any) -> Any:
         with _ALONE:
             return self.function(item)
 
@@ -186,9 +494,7 @@ def open_cluster(
         if device == "cuda":
             cluster = _cuda_cluster(workers, options)
         else:
-            cluster = LocalCluster(
-                n_workers=workers, threads_per_worker=DaskExecutor.IN_FLIGHT, processes=True, **options
-            )
+            cluster = LocalCluster(n_workers=workers, threads_per_worker=THREADS, processes=True, **options)
     with cluster, Client(cluster, set_as_default=False) as client:
         client.register_plugin(Setup(_leave_at_once), name="leave")
         yield client
@@ -244,4 +550,4 @@ def _cuda_cluster(workers: int, options: dict[str, Any]) -> Any:
             value=f"{available} visible (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')})",
             remedy="Ask for fewer, or make more GPUs visible",
         )
-    return LocalCUDACluster(n_workers=workers or available, threads_per_worker=DaskExecutor.IN_FLIGHT, **options)
+    return LocalCUDACluster(n_workers=workers or available, threads_per_worker=THREADS, **options)

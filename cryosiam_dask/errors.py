@@ -76,6 +76,28 @@ class DeviceError(CryosiamDaskError):
     """The device that was asked for cannot be used."""
 
 
+class LostDeviceError(DeviceError):
+    """A device failed so that its process can use it no more; another process may try again."""
+
+
+class ClusterError(CryosiamDaskError):
+    """The Dask cluster cannot be reached, does not fit, or is gone.
+
+    Attributes
+    ----------
+    temporary
+        Whether it was there, so that the same command goes on once it is there again.
+    """
+
+    temporary = False
+
+
+class LostClusterError(ClusterError):
+    """The Dask cluster was there and is gone."""
+
+    temporary = True
+
+
 class Problems(CryosiamDaskError):
     """Several errors at once, so that a user mends all of them before the next run.
 

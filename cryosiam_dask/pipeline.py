@@ -1,26 +1,31 @@
-"""A collection of tomograms from files to files, and what became of each.
+"""One tomogram from file to files, and what became of it.
 
-`run` takes the tomograms of a plan one after the other through the stages::
+`segment` takes a tomogram through the stages::
 
     tomogram.mrc ─ingest─▶ zarr ─predict─▶ labels ─lamella─▶ ─remove small─▶ ─export─▶ <stem>_preds.h5
                                                                            └─number─▶ <stem>_components.h5, tables
 
-A tomogram that fails is recorded and the others go on. An output appears complete or not at all.
+and through them again for a second model, which finds the lamella of the first one and the zarr that was made for it.
+An output appears complete or not at all. What is done is recorded block by block (`cryosiam_dask.ledger`), and a run
+that was killed goes on from there. `cryosiam_dask.collection` does this for many tomograms.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
+import json
 import math
 import os
 import platform
 import shutil
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from itertools import product
@@ -37,13 +42,15 @@ from cryosiam_dask.centers import collect_centers, write_centers
 from cryosiam_dask.components import ArrayModule, Blocks, ChunkedArray, remove_small
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.errors import (
+    ClusterError,
     ConfigurationError,
     CryosiamDaskError,
+    DeviceError,
     OutputError,
     Problems,
 )
-from cryosiam_dask.executor import SERIAL, Executor
-from cryosiam_dask.grid import block_size_for, make_grid
+from cryosiam_dask.executor import SERIAL, Executor, Interrupted, SharedExecutor
+from cryosiam_dask.grid import Grid, block_size_for, make_grid
 from cryosiam_dask.labels_to_hdf5 import (
     StoredDataset,
     dataset_names,
@@ -55,13 +62,17 @@ from cryosiam_dask.labels_to_hdf5 import (
     write_mrc,
 )
 from cryosiam_dask.lamella import postprocess_lamella
+from cryosiam_dask.ledger import Ledger, boot_id
 from cryosiam_dask.mask import open_mask
 from cryosiam_dask.measurements import COLLECTION, collect_tables, remove_outdated, write_components
-from cryosiam_dask.mrc_to_zarr import IngestReport, TomogramHeader, ingest, read_header
-from cryosiam_dask.plan import MRC_LABEL, Job, RunPlan, removal_sizes, with_sizes
+from cryosiam_dask.mrc_to_zarr import IngestReport, Statistics, TomogramHeader, ingest, read_header
+from cryosiam_dask.plan import MRC_LABEL, Job, RunPlan, removal_sizes, source_identity, with_sizes
 from cryosiam_dask.progress import Reporter
 from cryosiam_dask.timeline import write_timeline
 from cryosiam_dask.zarr_to_labels import StoredPrediction, create_outputs, predict_store, tomogram_chunks
+
+#: Kind of an error that a disk is full, read-only or not permitted.
+DISK = "disk"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +84,7 @@ class Outcome:
     stem
         Its name.
     status
-        ``"done"``, ``"skipped"`` or ``"failed"``.
+        ``"done"``, ``"skipped"``, ``"failed"``, or ``"left"`` where the run ended before.
     shape
         (z, y, x) in voxels; empty where the file could not be read.
     seconds
@@ -86,95 +97,110 @@ class Outcome:
         Why it failed.
     details
         The traceback of an error that this program did not foresee.
+    kind
+        What kind of error it is: the name of its class, or `DISK`.
+    stage
+        Which of several models, where there are several.
     """
 
     stem: str
-    status: Literal["done", "skipped", "failed"]
+    status: Literal["done", "skipped", "failed", "left"]
     shape: tuple[int, ...] = ()
     seconds: float = 0.0
     voxels: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
     error: str = ""
     details: str = field(default="", repr=False)
+    kind: str = ""
+    stage: str = ""
 
 
-def run(
-    plan: RunPlan,
-    reporter: Reporter,
+def segment(
+    jobs: Sequence[tuple[RunPlan, Job]],
     *,
     device: Literal["cpu", "cuda"] = "cpu",
     executor: Executor = SERIAL,
     timeline: bool = False,
-) -> list[Outcome]:
-    """Segment the tomograms of a plan.
+    say: Callable[[str], None] = lambda message: None,
+) -> Iterator[Outcome]:
+    """Segment one tomogram with one model after the other.
 
     Parameters
     ----------
-    plan
-        From `plan_run`.
-    reporter
-        Told what happens.
+    jobs
+        What is to be done with the same tomogram, in order.
     device
-        What the workers run the network on.
+        What the workers run the networks on.
     executor
         Runs the pieces of every stage.
     timeline
         Whether to draw ``<stem>_timeline.png``, when each worker read, computed and wrote each block.
+    say
+        Told what a user should know.
 
-    Returns
-    -------
-    list of Outcome
-        One for each tomogram, those that were done before included. Failures are outcomes, not exceptions.
-    """
-    make_folders(plan)
-    outcomes = [Outcome(job.stem, "skipped") for job in plan.skipped]
-    for job in plan.jobs:
-        began = time.monotonic()
-        reporter.begin(job.stem)
-        header: TomogramHeader | None = None
-        try:
-            header = read_header(job.source)
-            for note in header.notes:
-                reporter.say(f"{job.stem}: {note}")
-            voxels, warnings = _segment(plan, job, header, device, executor, timeline)
-            outcome = Outcome(job.stem, "done", header.shape, time.monotonic() - began, voxels, warnings)
-            reporter.end(f"done in {outcome.seconds:.0f} s, {job.output}")
-        except Exception as error:
-            shape = header.shape if header else ()
-            outcome = _failed(job.stem, shape, began, error, job.output)
-            reporter.end(f"FAILED: {outcome.error}")
-        outcomes.append(outcome)
-    for job in plan.unmeasured:
-        outcomes.append(_attempt(job.output, reporter, partial(_measure, plan.configuration, job.output, executor)))
-    _collect(plan.configuration, outcomes)
-    return outcomes
-
-
-def make_folders(plan: RunPlan) -> None:
-    """Make the folders that a run writes to.
+    Yields
+    ------
+    Outcome
+        Of each job; a failed one is the last.
 
     Raises
     ------
-    OutputError
-        If one cannot be made.
+    Interrupted, KeyboardInterrupt
+        If the run is to end; what has been done stays done.
     """
-    for key in ("prediction_folder", "work_folder"):
-        folder: Path | None = getattr(plan.configuration, key)
-        try:
-            if folder:
-                folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                "must be a folder that can be made",
-                place=f"key {key}",
-                value=f"{folder}: {error.strerror}",
-                remedy=f"Set {key} to another folder or change the permissions",
-            ) from None
+    last_plan, last = jobs[-1]
+    plan, job, began = jobs[0][0], jobs[0][1], time.time()
+    header: TomogramHeader | None = None
+    try:
+        header = read_header(last.source)
+        for note in header.notes:
+            say(note)
+        # The last job's place outlives the others: that is where the tomogram is kept for all of them.
+        with _workspace(last_plan.configuration, last.stem, say) as shared:
+            grid = make_grid(header.shape, last_plan.patch, last_plan.configuration.block_size, last_plan.halo)
+            tomogram, report = _ingested(shared, last_plan.configuration, last, header, grid, executor)
+            for plan, job in jobs:
+                began = time.time()
+                job = plan.with_fingerprint(job)
+                if plan.made_meanwhile(job):
+                    outcome = Outcome(job.stem, "skipped", header.shape, stage=plan.name)
+                    if plan is not last_plan:
+                        yield outcome
+                    continue
+                own = (
+                    nullcontext(shared)
+                    if job.stem == last.stem and plan is last_plan
+                    else _workspace(plan.configuration, job.stem, say)
+                )
+                with own as space:
+                    voxels, warnings = _segment(plan, job, tomogram, report, space, device, executor, timeline, say)
+                    outcome = Outcome(
+                        job.stem, "done", header.shape, time.time() - began, voxels, warnings, stage=plan.name
+                    )
+                    if plan is not last_plan:
+                        yield record(plan, outcome, began)
+        yield record(plan, outcome, began) if outcome.status == "done" else outcome
+    except Interrupted:
+        raise
+    except Exception as error:
+        yield record(
+            plan, _failed(job.stem, header.shape if header else (), began, error, job.output, plan.name), began
+        )
 
 
-def _failed(stem: str, shape: tuple[int, ...], began: float, error: Exception, path: Path) -> Outcome:
+def record(plan: RunPlan, outcome: Outcome, began: float) -> Outcome:
+    """Write what became of a tomogram to its ledger, as far as the disk lets."""
+    values = {name: value for name, value in asdict(outcome).items() if name not in ("stem", "details")}
+    with suppress(OSError):
+        Ledger(plan.configuration.prediction_folder, outcome.stem).close(
+            **values, run=plan.run, began=began, ended=time.time()
+        )
+    return outcome
+
+
+def _failed(stem: str, shape: tuple[int, ...], began: float, error: Exception, path: Path, stage: str = "") -> Outcome:
     """The outcome of a tomogram whose work on the output `path` ended with `error`."""
-    details = ""
+    details, kind = "", type(error).__name__
     if isinstance(error, OSError) and error.errno in (
         errno.ENOSPC,
         errno.EDQUOT,
@@ -188,111 +214,232 @@ def _failed(stem: str, shape: tuple[int, ...], began: float, error: Exception, p
             value=error.strerror,
             remedy="Free space, change the permissions, or set work_folder or prediction_folder to another disk",
         )
+        kind = DISK
     if isinstance(error, CryosiamDaskError):
         message = str(error)
     else:
         message = f"{path}: unexpected {type(error).__name__}: {error}"
         details = "".join(traceback.format_exception(error))
-    return Outcome(stem, "failed", shape, time.monotonic() - began, error=message, details=details)
+    return Outcome(stem, "failed", shape, time.time() - began, error=message, details=details, kind=kind, stage=stage)
+
+
+@dataclass(frozen=True, slots=True)
+class _Space:
+    """Where the intermediate arrays of a tomogram are, and the record of what is in them."""
+
+    group: zarr.Group
+    ledger: Ledger
+
+
+def _ingested(
+    space: _Space, configuration: Configuration, job: Job, header: TomogramHeader, grid: Grid, executor: Executor
+) -> tuple[zarr.Array[Any], IngestReport]:
+    """The tomogram as zarr: the one that an earlier run made, or a new one."""
+    chunks = None if header.compressed else tomogram_chunks(grid)
+    compress = header.dtype.kind != "f" or configuration.keep_work
+    key = hashlib.sha256(json.dumps([source_identity(job.source), chunks, compress]).encode()).hexdigest()
+    found = space.ledger.last("ingested")
+    # What the kernel had not yet written is gone with the machine.
+    if found and found["key"] == key and found["boot"] == boot_id() and "tomogram" in space.group:
+        values = found["statistics"]
+        statistics = Statistics(values["min"], values["max"], values["mean"], values["non_finite_voxels"])
+        return _array(space.group, "tomogram"), IngestReport(header, statistics, tuple(found["warnings"]))
+    tomogram, report = ingest(job.source, space.group.store, chunks=chunks, compress=compress, executor=executor)
+    space.ledger.append(
+        "ingested", key=key, boot=boot_id(), statistics=report.statistics.attributes(), warnings=report.warnings
+    )
+    return tomogram, report
+
+
+def _predicted(
+    plan: RunPlan,
+    job: Job,
+    tomogram: zarr.Array[Any],
+    space: _Space,
+    device: Literal["cpu", "cuda"],
+    executor: Executor,
+    timeline: bool,
+    say: Callable[[str], None],
+) -> dict[str, zarr.Array[Any]]:
+    """What the network says, block by block; blocks of an earlier run that are recorded are not predicted again."""
+    work, ledger, key, done = space.group, space.ledger, job.prediction_fingerprint, set()
+    found = ledger.last("blocks")
+    resumed = found is not None and found["key"] == key and all(name in work for name in plan.wanted)
+    block_size = (
+        found["block_size"]
+        if found and resumed
+        else block_size_for(tomogram.shape, plan.patch, plan.configuration.block_size, executor.workers, plan.halo)
+    )
+    grid = make_grid(tomogram.shape, plan.patch, block_size, plan.halo)
+    if resumed:
+        done = {tuple(entry["index"]) for entry in ledger.since("block", "blocks")}
+        outputs = {name: _array(work, name) for name in plan.wanted}
+        if done:
+            say(f"{len(done)} of {len(grid.indices())} blocks are there already")
+    token = uuid.uuid4().hex
+    work.attrs["blocks"] = token
+    for name in list(work):
+        if name != "tomogram" and not (resumed and name in plan.wanted):
+            del work[name]
+    if not resumed:
+        outputs = create_outputs(work, grid, plan.checkpoint.architecture.out_channels, plan.wanted)
+        ledger.append("blocks", key=key, block_size=block_size)
+    mask = None if job.mask is None else open_mask(job.mask, tomogram.shape)
+    prediction = StoredPrediction(plan.spec(device), grid, tomogram, outputs, mask, token)
+    times = predict_store(
+        prediction, skip=done, done=lambda index: ledger.append("block", index=index), executor=executor
+    )
+    if timeline and times:
+        write_timeline(plan.configuration.prediction_folder / f"{job.stem}_timeline.png", times, job.stem)
+    return outputs
+
+
+def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
+    found = group[name]
+    assert isinstance(found, zarr.Array)
+    return found
 
 
 def _segment(
     plan: RunPlan,
     job: Job,
-    header: TomogramHeader,
+    tomogram: zarr.Array[Any],
+    report: IngestReport,
+    space: _Space,
     device: Literal["cpu", "cuda"],
     executor: Executor,
     timeline: bool,
+    say: Callable[[str], None],
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """One tomogram from file to file; returns the voxels of each label, and warnings."""
-    configuration, network = plan.configuration, plan.configuration.parameters.network
+    """One tomogram through one model to its files; returns the voxels of each label, and warnings."""
+    configuration, network, header = plan.configuration, plan.configuration.parameters.network, report.header
     array_module: ArrayModule = "cupy" if device == "cuda" else "numpy"
-    block_size = block_size_for(header.shape, plan.patch, configuration.block_size, executor.workers, plan.halo)
-    grid = make_grid(header.shape, plan.patch, block_size, plan.halo)
-    mask = None if job.mask is None else open_mask(job.mask, header.shape)
-    with _work_group(configuration, job.stem) as work:
-        chunks = None if header.compressed else tomogram_chunks(grid)
-        compress = header.dtype.kind != "f" or configuration.keep_work
-        tomogram, report = ingest(job.source, work.store, chunks=chunks, compress=compress, executor=executor)
-        outputs = create_outputs(work, grid, plan.checkpoint.architecture.out_channels, plan.wanted)
-        times = predict_store(StoredPrediction(plan.spec(device), grid, tomogram, outputs, mask), executor=executor)
-        if timeline and times:
-            write_timeline(configuration.prediction_folder / f"{job.stem}_timeline.png", times, job.stem)
-        labels, warnings = outputs["labels"], list(report.warnings)
-        if network.postprocessing:
-            filled = _like(work, "lamella", labels)
-            found = postprocess_lamella(
-                outputs["probabilities"],
-                labels,
-                filled,
-                threshold=plan.threshold,
-                hull="volume" if network.hull_3d else "slices",
-                work=work,
-                executor=executor,
-                array_module=array_module,
-            ).found
-            if not found:
-                warnings.append(
-                    f"no lamella found: no smoothed probability lies above the threshold {plan.threshold:g}. "
-                    "The labels were left as they are. Lower network.threshold, and check trained_model"
-                )
-            labels = filled
-        voxels, removed, sizes = _count_voxels(labels, plan.labels, executor), None, removal_sizes(configuration)
-        if sizes:
-            labels, removed, voxels = _without_small(labels, voxels, sizes, work, executor, array_module)
-        if voxels[0] == math.prod(header.shape):
-            warnings.append(_why_blank(plan, report))
-        attributes = _attributes(plan, job, report, warnings)
-        if job.output.suffix == ".h5":
-            internal = outputs if configuration.save_internal_files else {}
-            write = partial(
-                write_hdf5,
-                labels=labels,
-                removed=removed,
-                probabilities=internal.get("probabilities"),
-                distances=internal.get("distances"),
-                attributes=attributes,
+    work = space.group
+    outputs = _predicted(plan, job, tomogram, space, device, executor, timeline, say)
+    labels, warnings = outputs["labels"], list(report.warnings)
+    if network.postprocessing:
+        filled = _like(work, "lamella", labels)
+        found = postprocess_lamella(
+            outputs["probabilities"],
+            labels,
+            filled,
+            threshold=plan.threshold,
+            hull="volume" if network.hull_3d else "slices",
+            work=work,
+            executor=executor,
+            array_module=array_module,
+        ).found
+        if not found:
+            warnings.append(
+                f"no lamella found: no smoothed probability lies above the threshold {plan.threshold:g}. "
+                "The labels were left as they are. Lower network.threshold, and check trained_model"
             )
-        else:
-            write = partial(
-                write_mrc,
-                labels=labels,
-                voxel_size_angstrom=header.voxel_size_angstrom,
-                origin_angstrom=header.origin_angstrom,
-                nstart=header.nstart,
-                label=MRC_LABEL + job.fingerprint,
-            )
-        executor.map(write, [job.output], name="export")
-        probabilities = outputs.get("probabilities")
-        warnings += _update_components(
-            configuration, job.stem, labels, probabilities, attributes, work, executor, array_module
+        labels = filled
+    voxels, removed, sizes = _count_voxels(labels, plan.labels, executor), None, removal_sizes(configuration)
+    if sizes:
+        labels, removed, voxels = _without_small(labels, voxels, sizes, work, executor, array_module)
+    if voxels[0] == math.prod(header.shape):
+        warnings.append(_why_blank(plan, report))
+    attributes = _attributes(plan, job, report, warnings)
+    if job.output.suffix == ".h5":
+        internal = outputs if configuration.save_internal_files else {}
+        write = partial(
+            write_hdf5,
+            labels=labels,
+            removed=removed,
+            probabilities=internal.get("probabilities"),
+            distances=internal.get("distances"),
+            attributes=attributes,
         )
+    else:
+        write = partial(
+            write_mrc,
+            labels=labels,
+            voxel_size_angstrom=header.voxel_size_angstrom,
+            origin_angstrom=header.origin_angstrom,
+            nstart=header.nstart,
+            label=MRC_LABEL + job.fingerprint,
+        )
+    executor.map(write, [job.output], name="export")
+    probabilities = outputs.get("probabilities")
+    warnings += _update_components(
+        configuration, job.stem, labels, probabilities, attributes, work, executor, array_module
+    )
     return voxels, tuple(warnings)
+
+
+#: Errors after which a tomogram's intermediate arrays are kept, since the same command goes on from them.
+_RESUMABLE = (Interrupted, ClusterError, DeviceError)
+
+
+@contextmanager
+def _workspace(configuration: Configuration, stem: str, say: Callable[[str], None]) -> Iterator[_Space]:
+    """A zarr group for a tomogram's intermediate arrays with its ledger, of an earlier run if they fit together."""
+    folder = work_folder(configuration, stem)
+    folder.mkdir(parents=True, exist_ok=True)
+    with claimed(folder):
+        ledger = Ledger(configuration.prediction_folder, stem)
+        if ledger.fault:
+            say(f"its ledger {ledger.fault}, so that it is begun anew")
+        keep = False
+        try:
+            yield _Space(_open_group(folder, ledger), ledger)
+            keep = configuration.keep_work
+        except _RESUMABLE:
+            keep = True
+            raise
+        except Exception:
+            raise
+        except BaseException:
+            keep = True
+            raise
+        finally:
+            if not keep:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _open_group(folder: Path, ledger: Ledger) -> zarr.Group:
+    """The zarr group that a ledger speaks of, or an empty one where that is not there."""
+    store = ledger.last("store")
+    if store:
+        with suppress(Exception):  # whatever is wrong with it, it is not the one
+            group = zarr.open_group(str(folder), mode="r+")
+            if group.attrs.get("store") == store["token"]:
+                return group
+    group = _empty_group(folder)
+    group.attrs["store"] = token = uuid.uuid4().hex
+    ledger.append("store", token=token)
+    return group
+
+
+def _empty_group(folder: Path) -> zarr.Group:
+    for left_over in folder.iterdir():
+        shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+    return zarr.create_group(str(folder))
 
 
 @contextmanager
 def _work_group(configuration: Configuration, stem: str) -> Iterator[zarr.Group]:
     """An empty zarr group for a tomogram's intermediate arrays, which no other run uses at the same time."""
-    folder = _work_folder(configuration, stem)
+    folder = work_folder(configuration, stem)
     folder.mkdir(parents=True, exist_ok=True)
     complete = False
-    with _claimed(folder):
+    with claimed(folder):
         try:
-            for left_over in folder.iterdir():
-                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
-            yield zarr.create_group(str(folder))
+            yield _empty_group(folder)
             complete = True
         finally:
             if not (complete and configuration.keep_work):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _work_folder(configuration: Configuration, stem: str) -> Path:
+def work_folder(configuration: Configuration, stem: str) -> Path:
+    """Where a tomogram's intermediate arrays are."""
     return (configuration.work_folder or configuration.prediction_folder) / f"{stem}.work.zarr"
 
 
 @contextmanager
-def _claimed(folder: Path) -> Iterator[None]:
+def claimed(folder: Path) -> Iterator[None]:
     """Hold a folder against other runs; the kernel lets go of it with the process, however that ends."""
     lock = os.open(folder, os.O_RDONLY)
     try:
@@ -311,14 +458,6 @@ def _claimed(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-def remove_left_overs(plan: RunPlan) -> None:
-    """Remove what tasks in flight wrote after their tomogram had failed; to be called when the workers are gone."""
-    for job in (*plan.jobs, *plan.unmeasured) if not plan.configuration.keep_work else ():
-        folder = _work_folder(plan.configuration, job.stem)
-        with suppress(OutputError, OSError), _claimed(folder):
-            shutil.rmtree(folder)
 
 
 def _like(work: zarr.Group, name: str, labels: zarr.Array[Any]) -> zarr.Array[Any]:
@@ -406,7 +545,7 @@ def _attributes(plan: RunPlan, job: Job, report: IngestReport, warnings: Sequenc
 
 
 def postprocess(
-    configuration: Configuration, predictions: Sequence[Path], reporter: Reporter, *, executor: Executor = SERIAL
+    configuration: Configuration, predictions: Sequence[Path], reporter: Reporter, *, executor: SharedExecutor = SERIAL
 ) -> list[Outcome]:
     """Apply ``postprocessing_sizes`` to written predictions, without inference.
 
@@ -431,37 +570,40 @@ def postprocess(
     sizes = removal_sizes(configuration)
     outcomes = []
     for path in predictions:
-        stem, began = _stem(path), time.monotonic()
+        stem, began = _stem(path), time.time()
+        own = executor.share(stem, 0, partial(reporter.step, stem))
         reporter.begin(stem)
         shape: tuple[int, ...] = ()
         try:
             with _work_group(configuration, stem) as work:
-                unfiltered = _read_unfiltered(path, work, executor)
+                unfiltered = _read_unfiltered(path, work, own)
                 shape = unfiltered.shape
-                voxels = _count_voxels(unfiltered, max(2, len(sizes)), executor)
-                labels, removed, voxels = _without_small(unfiltered, voxels, sizes, work, executor, "numpy")
+                voxels = _count_voxels(unfiltered, max(2, len(sizes)), own)
+                labels, removed, voxels = _without_small(unfiltered, voxels, sizes, work, own, "numpy")
                 attributes: dict[str, Any] = {"postprocessing_sizes": sizes}
                 prediction = read_attributes(path).get("prediction_fingerprint")
                 if prediction:
                     attributes["fingerprint"] = with_sizes(prediction, sizes)
                 write = partial(replace_labels, labels=labels, removed=removed, attributes=attributes)
-                executor.map(write, [path], name="export")
+                own.map(write, [path], name="export")
                 attributes = read_attributes(path)
                 warnings = _update_components(
                     configuration, stem, labels, _probabilities(path), attributes, work, executor
                 )
-            outcome = Outcome(stem, "done", shape, time.monotonic() - began, voxels, tuple(warnings))
-            reporter.end(f"done in {outcome.seconds:.0f} s, {path}")
+            outcome = Outcome(stem, "done", shape, time.time() - began, voxels, tuple(warnings))
+            reporter.end(stem, f"done in {outcome.seconds:.0f} s, {path}")
+        except Interrupted:
+            raise
         except Exception as error:
             outcome = _failed(stem, shape, began, error, path)
-            reporter.end(f"FAILED: {outcome.error}")
+            reporter.end(stem, f"FAILED: {outcome.error}")
         outcomes.append(outcome)
-    _collect(configuration, outcomes)
+    collect(configuration, outcomes)
     return outcomes
 
 
 def measure(
-    configuration: Configuration, predictions: Sequence[Path], reporter: Reporter, *, executor: Executor = SERIAL
+    configuration: Configuration, predictions: Sequence[Path], reporter: Reporter, *, executor: SharedExecutor = SERIAL
 ) -> list[Outcome]:
     """Number and measure the components of written predictions, without inference.
 
@@ -476,8 +618,8 @@ def measure(
         One for each prediction.
     """
     configuration = configuration.model_copy(update={"components": True})
-    outcomes = [_attempt(path, reporter, partial(_measure, configuration, path, executor)) for path in predictions]
-    _collect(configuration, outcomes)
+    outcomes = [attempt(path, reporter, partial(measure_one, configuration, path), executor) for path in predictions]
+    collect(configuration, outcomes)
     return outcomes
 
 
@@ -488,7 +630,7 @@ def list_centers(
     *,
     min_voxels: int | None = None,
     erode: bool = False,
-    executor: Executor = SERIAL,
+    executor: SharedExecutor = SERIAL,
 ) -> list[Outcome]:
     """Write lists of the centres of components, of each class of written predictions.
 
@@ -509,7 +651,7 @@ def list_centers(
     folder = configuration.prediction_folder
     smallest = configuration.parameters.network.min_voxels if min_voxels is None else min_voxels
 
-    def act(path: Path) -> _Result:
+    def act(path: Path, executor: Executor) -> Result:
         labels, probabilities, attributes = _written_labels(path), _probabilities(path), read_attributes(path)
         counts = write_centers(
             folder,
@@ -524,32 +666,35 @@ def list_centers(
         reporter.say(f"particles: {', '.join(f'{n} of class {label}' for label, n in counts.items())}")
         return labels.shape, (), tuple(_unknown_voxel_size(attributes))
 
-    outcomes = [_attempt(path, reporter, partial(act, path)) for path in predictions]
+    outcomes = [attempt(path, reporter, partial(act, path), executor) for path in predictions]
     try:
         collect_centers(folder)
     except Exception as error:
-        outcomes.append(_failed("class…_centers.csv", (), time.monotonic(), error, folder))
+        outcomes.append(_failed("class…_centers.csv", (), time.time(), error, folder))
     return outcomes
 
 
-_Result: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]  # shape, voxels of each label, warnings
+Result: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]  # shape, voxels of each label, warnings
 
 
-def _attempt(path: Path, reporter: Reporter, work: Callable[[], _Result]) -> Outcome:
+def attempt(path: Path, reporter: Reporter, work: Callable[[Executor], Result], executor: SharedExecutor) -> Outcome:
     """What became of work on the written prediction `path`."""
-    stem, began = _stem(path), time.monotonic()
+    stem, began = _stem(path), time.time()
     reporter.begin(stem)
     try:
-        shape, voxels, warnings = work()
-        outcome = Outcome(stem, "done", shape, time.monotonic() - began, voxels, warnings)
-        reporter.end(f"done in {outcome.seconds:.0f} s, {path.parent}")
+        shape, voxels, warnings = work(executor.share(stem, 0, partial(reporter.step, stem)))
+        outcome = Outcome(stem, "done", shape, time.time() - began, voxels, warnings)
+        reporter.end(stem, f"done in {outcome.seconds:.0f} s, {path.parent}")
+    except Interrupted:
+        raise
     except Exception as error:
         outcome = _failed(stem, (), began, error, path)
-        reporter.end(f"FAILED: {outcome.error}")
+        reporter.end(stem, f"FAILED: {outcome.error}")
     return outcome
 
 
-def _measure(configuration: Configuration, path: Path, executor: Executor) -> _Result:
+def measure_one(configuration: Configuration, path: Path, executor: Executor) -> Result:
+    """Number and measure the components of one written prediction."""
     stem, labels = _stem(path), _written_labels(path)
     with _work_group(configuration, stem) as work:
         attributes, probabilities = read_attributes(path), _probabilities(path)
@@ -603,14 +748,14 @@ def _unknown_voxel_size(attributes: Mapping[str, Any]) -> list[str]:
     return ["the voxel size is unknown: tables hold voxels alone, without Å and nm³. Set it in the tomogram's header"]
 
 
-def _collect(configuration: Configuration, outcomes: list[Outcome]) -> None:
+def collect(configuration: Configuration, outcomes: list[Outcome]) -> None:
     """Bring the tables of all tomograms up to date, if there are any."""
     path = configuration.prediction_folder / f"{COLLECTION}.csv"
     if configuration.components or path.exists():
         try:
             collect_tables(path.parent)
         except Exception as error:
-            outcomes.append(_failed(path.name, (), time.monotonic(), error, path))
+            outcomes.append(_failed(path.name, (), time.time(), error, path))
 
 
 def find_predictions(configuration: Configuration, filename: str | None = None, *, sizes: bool = False) -> list[Path]:

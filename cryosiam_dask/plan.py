@@ -10,8 +10,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,7 +59,9 @@ class Job:
     prediction_fingerprint
         Hash of everything that the labels depend on before small components are removed.
     fingerprint
-        Hash of everything that the output depends on.
+        Hash of everything that the output depends on. Both are empty while the mask is still to be made.
+    found
+        What tells the output that was there before the run from a later one, or ``None``.
     """
 
     source: Path
@@ -68,6 +71,7 @@ class Job:
     components: Path | None
     prediction_fingerprint: str
     fingerprint: str
+    found: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,12 @@ class RunPlan:
         Tomograms all of whose outputs were made from the same input, checkpoint and settings.
     notes
         What a user should know before the run.
+    overwrite
+        Whether outputs made from other inputs or settings may be replaced.
+    name
+        Which of several models this is, where there are several.
+    run
+        Names the run in the ledgers.
     """
 
     configuration: Configuration
@@ -100,6 +110,9 @@ class RunPlan:
     unmeasured: tuple[Job, ...]
     skipped: tuple[Job, ...]
     notes: tuple[str, ...]
+    overwrite: bool = False
+    name: str = ""
+    run: str = ""
 
     @property
     def labels(self) -> int:
@@ -141,6 +154,33 @@ class RunPlan:
         """Memory that a CPU worker needs, estimated from patch, block and network, in bytes."""
         return _PROCESS_BYTES + self.block_bytes + self.network_bytes
 
+    def with_fingerprint(self, job: Job) -> Job:
+        """The job with its fingerprints, which one whose mask was still to be made has not."""
+        if job.fingerprint:
+            return job
+        settings = _settings(self.configuration, self.checkpoint, self.patch, self.threshold)
+        prediction = _fingerprint(job.source, job.mask, settings)
+        sizes = removal_sizes(self.configuration)
+        return replace(job, prediction_fingerprint=prediction, fingerprint=with_sizes(prediction, sizes))
+
+    def made_meanwhile(self, job: Job) -> bool:
+        """Whether the output of a job, its fingerprint known, was made while it waited: by another run, or with the
+        mask that turned out to be the same.
+
+        Raises
+        ------
+        OutputError
+            If there is one that was made otherwise, and may not be replaced.
+        """
+        now = _identity(job.output)
+        if now is None or (now == job.found and self.overwrite):
+            return False
+        if _read_fingerprint(job.output) == job.fingerprint and _components_done(job):
+            return True
+        if self.overwrite or _read_fingerprint(job.output) == job.fingerprint:
+            return False
+        raise _made_otherwise(job.output)
+
     def spec(self, device: Literal["cpu", "cuda"]) -> PredictorSpec:
         """How a worker is to run the network on `device`."""
         data = self.configuration.parameters.data
@@ -161,7 +201,14 @@ class RunPlan:
         )
 
 
-def plan_run(configuration: Configuration, *, filename: str | None = None, overwrite: bool = False) -> RunPlan:
+def plan_run(
+    configuration: Configuration,
+    *,
+    filename: str | None = None,
+    overwrite: bool = False,
+    name: str = "",
+    masks_to_come: Collection[str] = (),
+) -> RunPlan:
     """Look at everything that a run needs, without writing anything.
 
     Parameters
@@ -172,6 +219,10 @@ def plan_run(configuration: Configuration, *, filename: str | None = None, overw
         Name of a single tomogram in the data folder; rules over ``test_files``.
     overwrite
         Whether outputs made from other inputs or settings may be replaced.
+    name
+        Of the model, where there are several.
+    masks_to_come
+        Tomograms (stems) whose masks the same run makes before.
 
     Raises
     ------
@@ -181,7 +232,8 @@ def plan_run(configuration: Configuration, *, filename: str | None = None, overw
         If a folder cannot even be looked into.
     """
     try:
-        return _plan_run(configuration, filename, overwrite)
+        plan = _plan_run(configuration, filename, overwrite, masks_to_come)
+        return replace(plan, overwrite=overwrite, name=name, run=time.strftime("%Y-%m-%dT%H:%M:%S") + f"-{os.getpid()}")
     except OSError as error:
         raise ConfigurationError(
             "what a configuration names must be readable",
@@ -191,10 +243,12 @@ def plan_run(configuration: Configuration, *, filename: str | None = None, overw
         ) from None
 
 
-def _plan_run(configuration: Configuration, filename: str | None, overwrite: bool) -> RunPlan:
+def _plan_run(
+    configuration: Configuration, filename: str | None, overwrite: bool, masks_to_come: Collection[str]
+) -> RunPlan:
     problems: list[CryosiamDaskError] = []
     sources = _find_tomograms(configuration, filename, problems)
-    masks = _find_masks(configuration, sources, problems)
+    masks = _find_masks(configuration, sources, masks_to_come, problems)
     _check_prediction_folder(configuration, problems)
     notes = [f"the key {key} has no effect here" for key in configuration.unused]
     checkpoint: Checkpoint | None = None
@@ -215,10 +269,11 @@ def _plan_run(configuration: Configuration, filename: str | None, overwrite: boo
     for source, mask in zip(sources, masks, strict=True):
         stem = source.name.removesuffix(configuration.file_extension)
         output = _output_path(configuration, source, stem)
-        prediction = _fingerprint(source, mask, settings)
-        fingerprint = with_sizes(prediction, removal_sizes(configuration))
+        to_come = mask is not None and stem in masks_to_come
+        prediction = "" if to_come else _fingerprint(source, mask, settings)
+        fingerprint = "" if to_come else with_sizes(prediction, removal_sizes(configuration))
         components = configuration.prediction_folder / f"{stem}_components.h5" if configuration.components else None
-        job = Job(source, stem, output, mask, components, prediction, fingerprint)
+        job = Job(source, stem, output, mask, components, prediction, fingerprint, _identity(output))
         if output.resolve() in {path.resolve() for path in (source, mask) if path}:
             problems.append(
                 OutputError(
@@ -236,7 +291,7 @@ def _plan_run(configuration: Configuration, filename: str | None, overwrite: boo
                     remedy="Segment them with another prediction_folder each",
                 )
             )
-        elif not output.exists() or overwrite:
+        elif not output.exists() or overwrite or to_come:
             jobs.append(job)
         elif _read_fingerprint(output) == job.fingerprint:
             if _components_done(job):
@@ -246,13 +301,7 @@ def _plan_run(configuration: Configuration, filename: str | None, overwrite: boo
             else:
                 jobs.append(job)
         else:
-            problems.append(
-                OutputError(
-                    "this output was made from another input, checkpoint or other settings",
-                    place=output,
-                    remedy="Replace it with --overwrite, or set another prediction_folder",
-                )
-            )
+            problems.append(_made_otherwise(output))
         outputs[output] = source
     if problems:
         raise Problems(problems)
@@ -315,17 +364,20 @@ def _find_tomograms(
 
 
 def _find_masks(
-    configuration: Configuration, sources: Sequence[Path], problems: list[CryosiamDaskError]
+    configuration: Configuration,
+    sources: Sequence[Path],
+    to_come: Collection[str],
+    problems: list[CryosiamDaskError],
 ) -> list[Path | None]:
     folder = configuration.mask_folder
     if folder is None:
         return [None] * len(sources)
-    if not folder.is_dir():
+    if not folder.is_dir() and not to_come:
         problems.append(_missing("mask_folder", folder, "folder"))
         return [None] * len(sources)
     masks = [folder / f"{s.name.removesuffix(configuration.file_extension)}_preds.h5" for s in sources]
     for source, mask in zip(sources, masks, strict=True):
-        if not mask.is_file():
+        if not mask.is_file() and mask.name.removesuffix("_preds.h5") not in to_come:
             problems.append(
                 MaskError(
                     f"there must be a lamella mask for {source.name}",
@@ -466,8 +518,37 @@ def removal_sizes(configuration: Configuration) -> list[int]:
 
 
 def _fingerprint(source: Path, mask: Path | None, settings: Mapping[str, Any]) -> str:
-    files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in (source, mask) if path]
+    files = [source_identity(source), _mask_identity(mask) if mask else None]
     return hashlib.sha256(json.dumps([files, settings], sort_keys=True).encode()).hexdigest()
+
+
+def _made_otherwise(output: Path) -> OutputError:
+    return OutputError(
+        "this output was made from another input, checkpoint or other settings",
+        place=output,
+        remedy="Replace it with --overwrite, or set another prediction_folder",
+    )
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def source_identity(path: Path) -> list[Any]:
+    """What tells a tomogram file from another one, and from itself before it was changed."""
+    with path.open("rb") as file:
+        header = hashlib.sha256(file.read(1024)).hexdigest()
+    return [path.name, path.stat().st_size, path.stat().st_mtime_ns, header]
+
+
+def _mask_identity(path: Path) -> list[Any]:
+    """By its content, which is the same whenever it is made; compressed, it is small."""
+    with path.open("rb") as file:
+        return [path.name, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
 def _read_fingerprint(output: Path) -> str | None:

@@ -4,7 +4,8 @@ The only module that knows a device. A result must not depend on how patches are
 depend on the size of a batch and on the number of threads, in their last bits. Therefore patches are evaluated
 
 * on the CPU one at a time, in one thread (more cores are used by more worker processes);
-* on a GPU in batches of always the same size, the last one filled up with zeros, with deterministic algorithms.
+* on a GPU in batches of always the same size, the last one filled up with zeros, with deterministic algorithms. Only
+  where the memory does not suffice for a batch, a smaller one is taken, which may change last bits.
 
 Single precision is the default. The other precisions are opt-in, and an error on a device that has no instructions for
 them.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -30,7 +32,7 @@ import numpy.typing as npt
 import torch
 
 from cryosiam_dask.checkpoint import read_checkpoint
-from cryosiam_dask.errors import CheckpointError, DeviceError
+from cryosiam_dask.errors import CheckpointError, DeviceError, LostDeviceError
 from cryosiam_dask.grid import Patch
 from cryosiam_dask.network import build_network, convolve_with_onednn, fold_batch_norms, peak_bytes, required_divisor
 
@@ -334,6 +336,8 @@ class Predictor:
         if device == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             convolve_with_onednn(network)
         self._turn = threading.Lock()
+        # Smaller once the memory did not suffice: what worked is kept for as long as this process has the device.
+        self._batch_size = 1 if device == "cpu" else spec.batch_size
 
     def predict_block(
         self,
@@ -371,7 +375,9 @@ class Predictor:
         CheckpointError
             If distances are wanted and the checkpoint has no distance head.
         DeviceError
-            If the GPU's memory does not suffice.
+            If the GPU's memory suffices for no batch at all.
+        LostDeviceError
+            If the device failed so that this process can use it no more.
         """
         if "distances" in wanted and not self.has_distance_head:
             raise CheckpointError(
@@ -380,40 +386,75 @@ class Predictor:
                 value="no weights named _model.distance_head",
                 remedy="Ask for labels and probabilities only",
             )
+        while True:
+            batch_size = self._batch_size
+            try:
+                return self._predict_block(window, patches, shape, wanted, batch_size)
+            except torch.OutOfMemoryError:
+                pass
+            except torch.AcceleratorError as error:
+                raise LostDeviceError(
+                    "the device must work until the run is over",
+                    place=f"process {os.getpid()} on {socket.gethostname()}",
+                    value=str(error).splitlines()[0],
+                    remedy="Look at the device's log (nvidia-smi, dmesg)",
+                ) from None
+            # Out of the handler, as what it holds of the failed attempt would still be in the memory.
+            with self._turn:
+                torch.cuda.empty_cache()
+                if batch_size > 1:
+                    self._batch_size = min(self._batch_size, batch_size // 2)
+                    continue
+                # Once more without other blocks beside it.
+                try:
+                    return self._predict_block(window, patches, shape, wanted, 1, alone=True)
+                except torch.OutOfMemoryError:
+                    pass
+            raise DeviceError(
+                "a patch and its block must fit into the GPU's memory",
+                value=f"patch_size {list(self.spec.patch)} and a block of {list(shape)}; batch_size "
+                f"{self.spec.batch_size} was tried down to 1, and that alone",
+                remedy="Lower parameters.data.patch_size or block_size, or free the GPU of other programs",
+            )
+
+    def _predict_block(
+        self,
+        window: npt.NDArray[np.float32],
+        patches: Sequence[Patch],
+        shape: tuple[int, ...],
+        wanted: Collection[str],
+        batch_size: int,
+        alone: bool = False,
+    ) -> tuple[dict[str, npt.NDArray[Any]], tuple[float, float]]:
+        """See `predict_block`; `alone` if this thread has its turn already."""
         device = self.spec.device
         # A stream of its own for every block, so that copies do not wait for what another thread computes.
         stream = torch.cuda.Stream() if device == "cuda" else None  # type: ignore[no-untyped-call]
-        try:
-            with torch.inference_mode(), _one_thread(), torch.cuda.stream(stream) if stream else nullcontext():
-                # Copied only where torch cannot take it: if it is read-only, foreign-endian or flipped.
-                voxels = torch.from_numpy(np.require(window, np.float32, ["C", "W"]))
-                voxels = voxels.pin_memory().to(device, non_blocking=True) if stream else voxels
-                with self._turn:
-                    began = time.time()
-                    result = {
-                        name: torch.zeros(
-                            shape if name == "labels" else (self.spec.classes, *shape),
-                            dtype=torch.uint8 if name == "labels" else torch.float32,
-                            device=device,
-                        )
-                        for name in wanted
-                    }
-                    for batch in _batches(patches, 1 if device == "cpu" else self.spec.batch_size):
-                        self._evaluate(voxels, batch, result)
-                    if stream:
-                        stream.synchronize()
-                    ended = time.time()
-                return {name: values.cpu().numpy() for name, values in result.items()}, (began, ended)
-        except torch.OutOfMemoryError:
-            raise DeviceError(
-                "a batch of patches must fit into the GPU's memory",
-                value=f"batch_size {self.spec.batch_size} and patch_size {list(self.spec.patch)}",
-                remedy="Lower hyper_parameters.batch_size, or parameters.data.patch_size if it is 1 already",
-            ) from None
+        with torch.inference_mode(), _one_thread(), torch.cuda.stream(stream) if stream else nullcontext():
+            # Copied only where torch cannot take it: if it is read-only, foreign-endian or flipped.
+            voxels = torch.from_numpy(np.require(window, np.float32, ["C", "W"]))
+            voxels = voxels.pin_memory().to(device, non_blocking=True) if stream else voxels
+            with nullcontext() if alone else self._turn:
+                began = time.time()
+                result = {
+                    name: torch.zeros(
+                        shape if name == "labels" else (self.spec.classes, *shape),
+                        dtype=torch.uint8 if name == "labels" else torch.float32,
+                        device=device,
+                    )
+                    for name in wanted
+                }
+                for batch in _batches(patches, batch_size):
+                    self._evaluate(voxels, batch, result, batch_size)
+                if stream:
+                    stream.synchronize()
+                ended = time.time()
+            return {name: values.cpu().numpy() for name, values in result.items()}, (began, ended)
 
-    def _evaluate(self, voxels: torch.Tensor, patches: Sequence[Patch], result: dict[str, torch.Tensor]) -> None:
-        """Predict one batch of patches that have one core, and put it into the result."""
-        size = 1 if self.spec.device == "cpu" else self.spec.batch_size
+    def _evaluate(
+        self, voxels: torch.Tensor, patches: Sequence[Patch], result: dict[str, torch.Tensor], size: int
+    ) -> None:
+        """Predict one batch of `size` patches at most, that have one core, and put it into the result."""
         batch = torch.zeros(size, 1, *self.spec.patch, device=self.spec.device, dtype=self._dtype)
         for i, patch in enumerate(patches):
             batch[i, 0] = voxels[patch.window]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Protocol
 
@@ -18,18 +19,18 @@ from rich.progress import (
 
 
 class Reporter(Protocol):
-    """Receives what happens in a run, in order."""
+    """Receives what happens in a run, from any thread; several tomograms may be in work at the same time."""
 
     def begin(self, tomogram: str) -> None:
         """Work on a tomogram begins."""
         ...
 
-    def step(self, name: str, done: int, total: int) -> None:
-        """`done` of `total` pieces of the step `name` of the present tomogram are done."""
+    def step(self, tomogram: str, name: str, done: int, total: int) -> None:
+        """`done` of `total` pieces of the step `name` of a tomogram are done."""
         ...
 
-    def end(self, message: str) -> None:
-        """Work on the present tomogram ended; `message` says how."""
+    def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0) -> None:
+        """Work on a tomogram ended; `message` says how, and `voxels` how much was segmented."""
         ...
 
     def say(self, message: str) -> None:
@@ -39,6 +40,36 @@ class Reporter(Protocol):
     def close(self) -> None:
         """The run is over."""
         ...
+
+
+class _Totals:
+    """How far a collection is.
+
+    Parameters
+    ----------
+    total
+        Tomograms in the run.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total, self.ended, self.failed, self.voxels = total, 0, 0, 0
+        self.began = time.monotonic()
+
+    def add(self, failed: bool, voxels: int) -> None:
+        self.ended += 1
+        self.failed += failed
+        self.voxels += voxels
+
+    def __str__(self) -> str:
+        elapsed = max(1e-3, time.monotonic() - self.began)
+        words = [f"{self.ended} of {self.total} done"]
+        if self.failed:
+            words.append(f"{self.failed} failed")
+        if self.voxels:
+            words.append(f"{self.voxels / elapsed / 1e6:.1f} million voxels a second")
+        if 0 < self.ended < self.total:
+            words.append(f"{_duration(elapsed / self.ended * (self.total - self.ended))} left")
+        return ", ".join(words)
 
 
 class LogReporter:
@@ -55,43 +86,51 @@ class LogReporter:
     """
 
     def __init__(self, console: Console, total: int, interval: float = 30.0) -> None:
-        self._console, self._total, self._interval = console, total, interval
+        self._console, self._interval = console, interval
+        self._totals = _Totals(total)
         self._number = 0
-        self._tomogram = self._step = ""
-        self._began = self._told = 0.0
+        self._steps: dict[str, tuple[str, float, float]] = {}  # by tomogram: name, begun, told
+        self._lock = threading.RLock()
 
     def begin(self, tomogram: str) -> None:
         """See `Reporter`."""
-        self._number += 1
-        self._tomogram, self._step = tomogram, ""
-        self.say(f"{tomogram}: begins ({self._number} of {self._total})")
+        with self._lock:
+            self._number += 1
+            self.say(f"{tomogram}: begins ({self._number} of {self._totals.total})")
 
-    def step(self, name: str, done: int, total: int) -> None:
+    def step(self, tomogram: str, name: str, done: int, total: int) -> None:
         """See `Reporter`."""
-        now = time.monotonic()
-        if name != self._step or done == 0:
-            self._step, self._began, self._told = name, now, now
-        elapsed = now - self._began
-        if done == total:
-            self.say(f"{self._tomogram}: {name} done in {_duration(elapsed)}")
-        elif done and now - self._told >= self._interval:
-            self._told = now
-            self.say(f"{self._tomogram}: {name} {done}/{total}, {_duration(elapsed / done * (total - done))} left")
+        with self._lock:
+            now = time.monotonic()
+            step, began, told = self._steps.get(tomogram, ("", now, now))
+            if name != step or done == 0:
+                step, began, told = name, now, now
+            elapsed = now - began
+            if done == total:
+                self.say(f"{tomogram}: {name} done in {_duration(elapsed)}")
+            elif done and now - told >= self._interval:
+                told = now
+                self.say(f"{tomogram}: {name} {done}/{total}, {_duration(elapsed / done * (total - done))} left")
+            self._steps[tomogram] = (step, began, told)
 
-    def end(self, message: str) -> None:
+    def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0) -> None:
         """See `Reporter`."""
-        self.say(f"{self._tomogram}: {message}")
+        with self._lock:
+            self._steps.pop(tomogram, None)
+            self._totals.add(failed, voxels)
+            self.say(f"{tomogram}: {message}" + (f" ({self._totals})" if self._totals.total > 1 else ""))
 
     def say(self, message: str) -> None:
         """See `Reporter`."""
-        self._console.print(f"{time.strftime('%H:%M:%S')} {message}", markup=False, highlight=False, soft_wrap=True)
+        with self._lock:
+            self._console.print(f"{time.strftime('%H:%M:%S')} {message}", markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """See `Reporter`."""
 
 
 class TerminalReporter:
-    """A bar for the collection and one for the present step, each with the time that is left.
+    """A bar for the collection and one for every tomogram in work, each with the time that is left.
 
     Parameters
     ----------
@@ -111,28 +150,32 @@ class TerminalReporter:
             TimeRemainingColumn(),
             console=console,
         )
+        self._totals = _Totals(total)
         self._all = self._progress.add_task("tomograms", total=total)
-        self._task: TaskID | None = None
-        self._tomogram = self._step = ""
+        self._tasks: dict[str, tuple[str, TaskID]] = {}
+        self._lock = threading.RLock()
         self._progress.start()
 
     def begin(self, tomogram: str) -> None:
         """See `Reporter`."""
-        self._tomogram, self._step = tomogram, ""
 
-    def step(self, name: str, done: int, total: int) -> None:
+    def step(self, tomogram: str, name: str, done: int, total: int) -> None:
         """See `Reporter`."""
-        if self._task is None or name != self._step:
-            self._drop()
-            self._step = name
-            self._task = self._progress.add_task(f"{self._tomogram}: {name}", total=total)
-        self._progress.update(self._task, completed=done, total=total)
+        with self._lock:
+            step, task = self._tasks.get(tomogram, ("", None))
+            if task is None or name != step:
+                self._drop(tomogram)
+                task = self._progress.add_task(f"{tomogram}: {name}", total=total)
+                self._tasks[tomogram] = (name, task)
+            self._progress.update(task, completed=done, total=total)
 
-    def end(self, message: str) -> None:
+    def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0) -> None:
         """See `Reporter`."""
-        self._drop()
-        self._progress.advance(self._all)
-        self.say(f"{self._tomogram}: {message}")
+        with self._lock:
+            self._drop(tomogram)
+            self._totals.add(failed, voxels)
+            self._progress.update(self._all, advance=1, description=f"tomograms: {self._totals}")
+            self.say(f"{tomogram}: {message}")
 
     def say(self, message: str) -> None:
         """See `Reporter`."""
@@ -142,10 +185,10 @@ class TerminalReporter:
         """See `Reporter`."""
         self._progress.stop()
 
-    def _drop(self) -> None:
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-            self._task = None
+    def _drop(self, tomogram: str) -> None:
+        _, task = self._tasks.pop(tomogram, ("", None))
+        if task is not None:
+            self._progress.remove_task(task)
 
 
 def make_reporter(console: Console, total: int) -> Reporter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -15,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cryosiam_dask.cluster import DaskExecutor, Setup, open_cluster
+from cryosiam_dask.collection import make_folders, remove_left_overs, run
 from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, DeviceError, Problems, TomogramError
 from cryosiam_dask.mrc_to_zarr import convert, read_header
@@ -22,11 +24,8 @@ from cryosiam_dask.pipeline import (
     Outcome,
     find_predictions,
     list_centers,
-    make_folders,
     measure,
     postprocess,
-    remove_left_overs,
-    run,
 )
 from cryosiam_dask.plan import RunPlan, plan_run
 from cryosiam_dask.predictor import largest_patch, load_predictor, require_precision, resolve_device
@@ -45,6 +44,7 @@ def segment(
     overwrite: bool = False,
     dashboard_address: str = "127.0.0.1:8787",
     timeline: bool = False,
+    stop: threading.Event | None = None,
 ) -> list[Outcome]:
     """Plan and run one configuration, and print what becomes of it.
 
@@ -62,8 +62,8 @@ def segment(
         Worker processes; ``None``: all visible GPUs, or as many as cores and memory allow.
     dashboard_address
         Where the Dask dashboard listens.
-    timeline
-        See `cryosiam_dask.pipeline.run`.
+    timeline, stop
+        See `cryosiam_dask.collection.run`.
 
     Raises
     ------
@@ -134,7 +134,7 @@ def segment(
             reporter = make_reporter(console, total)
             try:
                 outcomes = run(
-                    plan, reporter, device=chosen, executor=DaskExecutor(client, reporter.step), timeline=timeline
+                    plan, reporter, device=chosen, executor=DaskExecutor(client), timeline=timeline, stop=stop
                 )
             finally:
                 reporter.close()
@@ -205,7 +205,7 @@ def _with_predictions(
     with open_cluster("cpu", workers or cores()) as client:
         reporter = make_reporter(console, count)
         try:
-            outcomes = action(reporter, executor=DaskExecutor(client, reporter.step))
+            outcomes = action(reporter, executor=DaskExecutor(client))
         finally:
             reporter.close()
     print_table(console, outcomes)

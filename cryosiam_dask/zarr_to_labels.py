@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import dask.array as da
@@ -26,7 +28,9 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 from zarr.codecs import BloscCodec
+from zarr.storage import LocalStore
 
+from cryosiam_dask.errors import OutputError
 from cryosiam_dask.executor import SERIAL, Executor
 from cryosiam_dask.grid import DEFAULT_BLOCK_SIZE, Block, Grid, make_grid, wrapped_segments
 from cryosiam_dask.mask import Mask, read_mask
@@ -109,6 +113,9 @@ class StoredPrediction:
         Arrays to fill by name, with chunks of ``grid.chunks`` over their last axes; zero where nothing is written.
     mask
         The lamella, or ``None``.
+    token
+        Attribute ``blocks`` of the outputs' group, if it has one. Nothing is written once it holds another: a call of a
+        run that is gone may still be at work when the next one has begun.
     """
 
     spec: PredictorSpec
@@ -116,6 +123,7 @@ class StoredPrediction:
     tomogram: zarr.Array[Any]
     outputs: Mapping[str, zarr.Array[Any]]
     mask: Mask | None = None
+    token: str | None = None
 
 
 def create_outputs(
@@ -173,24 +181,35 @@ class BlockTimes:
     write: tuple[float, float]
 
 
-def predict_store(prediction: StoredPrediction, *, executor: Executor = SERIAL) -> list[BlockTimes]:
+def predict_store(
+    prediction: StoredPrediction,
+    *,
+    skip: Collection[tuple[int, ...]] = (),
+    done: Callable[[tuple[int, ...]], None] = lambda index: None,
+    executor: Executor = SERIAL,
+) -> list[BlockTimes]:
     """Predict a stored tomogram.
 
     Parameters
     ----------
     prediction
         What to read and where to write.
+    skip
+        Indices of blocks whose results are there already.
+    done
+        Called with the index of every block whose results have reached the disk.
     executor
         Runs the blocks.
 
     Returns
     -------
     list of BlockTimes
-        One for each block that the mask did not rule out.
+        One for each block that was predicted: not for those that the mask ruled out.
     """
+    left = [index for index in prediction.grid.indices() if index not in skip]
     blocks = partial(predict_stored_block, prediction)
-    done = executor.map(blocks, prediction.grid.indices(), name="predict", overlap=True)
-    return [times for times in done if times]
+    times = executor.map(blocks, left, name="predict", overlap=True, done=lambda index, _: done(index))
+    return [block for block in times if block]
 
 
 def predict_stored_block(prediction: StoredPrediction, index: tuple[int, ...]) -> BlockTimes | None:
@@ -206,9 +225,31 @@ def predict_stored_block(prediction: StoredPrediction, index: tuple[int, ...]) -
     result, computed = predict_window(prediction.spec, voxels, block, tuple(prediction.outputs), mask)
     del voxels  # while the next block's are read
     writing = time.time()
+    if prediction.token is not None:
+        store = next(iter(prediction.outputs.values())).store
+        if zarr.open_group(store, mode="r").attrs.get("blocks") != prediction.token:
+            raise OutputError("only one run may write a block", place=store, remedy="Let the later run finish")
     for name, values in result.items():
         prediction.outputs[name][_all_classes(block.region)] = values
+        _force_to_disk(prediction.outputs[name], block.region)
     return BlockTimes(os.getpid(), (began, read), computed, (writing, time.time()))
+
+
+def _force_to_disk(array: zarr.Array[Any], region: tuple[slice, ...]) -> None:
+    """Wait until the chunks of a region are on the disk, so that no loss of power takes what was recorded as done."""
+    store = array.store_path.store
+    if not isinstance(store, LocalStore):
+        return
+    leading = [range(n) for n in array.cdata_shape[: -len(region)]]
+    inside = [range(s.start // c, -(-s.stop // c)) for s, c in zip(region, array.chunks[-len(region) :], strict=True)]
+    for chunk in product(*leading, *inside):
+        path = Path(store.root, array.path, array.metadata.encode_chunk_key(chunk))
+        with suppress(FileNotFoundError):  # chunks of zeros have no file
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def read_window(tomogram: Any, block: Block, grid: Grid, spec: PredictorSpec) -> npt.NDArray[np.float32]:

@@ -24,8 +24,10 @@ import yaml
 import zarr
 
 from cryosiam_dask import __version__
+from cryosiam_dask.grid import DEFAULT_BLOCK_SIZE, block_size_for, make_grid
 
 COMMAND = Path(sys.executable).with_name("cryosiam-dask")
+LARGE = (40, 80, 80)
 LAMELLA = golden.FOLDER / "lamella_then_semantic"
 
 
@@ -92,7 +94,7 @@ def test_the_main_job_with_cryosiams_own_files_and_spelling(tmp_path: Path) -> N
     for stage in ("lamella_slicewise", "semantic"):
         with h5py.File(folder / stage / "TS_a_6.80Apx_preds.h5") as file:
             found[stage] = {name: file[name][:] for name in file}
-        assert [path.name for path in (folder / stage).iterdir()] == ["TS_a_6.80Apx_preds.h5"]
+        assert sorted(path.name for path in (folder / stage).iterdir()) == [".ledger", "TS_a_6.80Apx_preds.h5"]
     np.testing.assert_array_equal(found["lamella_slicewise"]["labels"], expected["lamella_slicewise"])
     np.testing.assert_array_equal(found["semantic"]["labels"], expected["semantic"])
     before = found["semantic"]["labels"] + found["semantic"]["removed"]
@@ -103,11 +105,11 @@ def test_run_skip_overwrite_and_postprocess(folder: Path) -> None:
     one = ("--config-file", "config.yaml", "--filename", "TS_1.mrc", "--timeline")
     output = call("semantic-predict", *one, folder=folder)
     assert "dashboard http://127.0.0.1:" in output and "1 tomogram on " in output
-    assert {path.name for path in (folder / "out").iterdir()} == {"TS_1_preds.h5", "TS_1_timeline.png"}
+    assert {path.name for path in (folder / "out").iterdir()} == {".ledger", "TS_1_preds.h5", "TS_1_timeline.png"}
     before = (folder / "out" / "TS_1_preds.h5").read_bytes()
     output = call("semantic-predict", "--config-file", "config.yaml", "--workers", 1, folder=folder)
     assert "TS_1: skipped, out/TS_1_preds.h5 was made from the same input" in output
-    outputs = {"TS_0_preds.h5", "TS_1_preds.h5", "TS_2_preds.h5", "TS_1_timeline.png"}
+    outputs = {".ledger", "TS_0_preds.h5", "TS_1_preds.h5", "TS_2_preds.h5", "TS_1_timeline.png"}
     assert {path.name for path in (folder / "out").iterdir()} == outputs
     values = yaml.safe_load((folder / "config.yaml").read_text())
     write_yaml(folder / "other.yaml", {**values, "parameters": {"network": {"threshold": 0.45}}})
@@ -152,7 +154,7 @@ def test_failed_tomograms_give_status_1_and_the_others_are_done(folder: Path) ->
         file.truncate(5000)
     output = call("semantic-predict", "--config-file", "config.yaml", folder=folder, status=1)
     assert "failed, TS_0: " in output and "failed, TS_2: " in output and "5000" in output
-    assert [path.name for path in (folder / "out").iterdir()] == ["TS_1_preds.h5"]
+    assert sorted(path.name for path in (folder / "out").iterdir()) == [".ledger", "TS_1_preds.h5"]
 
 
 def test_every_fault_of_a_configuration_at_once_and_nothing_made(folder: Path) -> None:
@@ -175,27 +177,46 @@ def test_a_gpu_that_is_not_there_is_an_error(folder: Path) -> None:
     assert "error: device cuda was asked for" in process.stderr and "--device cpu" in process.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_nothing_half_written(folder: Path, number: signal.Signals) -> None:
-    write_tomogram(folder / "data" / "TS_1.mrc.new", 1, (100, 100, 100))
-    (folder / "data" / "TS_1.mrc.new").replace(folder / "data" / "TS_1.mrc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_stopped_run_leaves_nothing_half_written_and_goes_on(folder: Path, number: signal.Signals) -> None:
+    write_tomogram(folder / "data" / "TS_2.mrc.new", 1, LARGE)
+    (folder / "data" / "TS_2.mrc.new").replace(folder / "data" / "TS_2.mrc")
+    call("semantic-predict", "--config-file", "config.yaml", folder=folder)
+    (folder / "out").rename(folder / "whole")
     process = start("semantic-predict", "--config-file", "config.yaml", folder=folder, start_new_session=True)
-    work = folder / "out" / "TS_1.work.zarr" / "labels"
-    while not work.exists():  # until the second tomogram is being predicted
+    ledger, others = folder / "out" / ".ledger" / "TS_2.jsonl", [folder / "out" / f"TS_{i}_preds.h5" for i in (0, 1)]
+    # until only the last one is left, and is being predicted
+    while not (ledger.exists() and b'"what":"block"' in ledger.read_bytes() and all(map(Path.exists, others))):
         assert process.poll() is None
-        time.sleep(0.05)
+        time.sleep(0.01)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)  # a terminal sends Ctrl-C to the whole group, workers included,
-        time.sleep(0.3)
+        time.sleep(0.1)
         os.killpg(process.pid, number)  # and people press it twice
     else:
         os.kill(process.pid, number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, out + err
-    assert err.strip() == "interrupted: complete outputs were kept, nothing is half-written"
-    assert [path.name for path in (folder / "out").iterdir()] == ["TS_0_preds.h5"]
-    assert "TS_0: skipped" in call("semantic-predict", "--config-file", "config.yaml", "--filename", "TS_0.mrc",
-                                   folder=folder)  # fmt: skip
+    out, err = process.communicate(timeout=200)
+    if number == signal.SIGINT:
+        assert process.returncode == 130, out + err
+        assert err.strip() == "interrupted: complete outputs were kept, nothing is half-written"
+    else:
+        assert process.returncode == 75, out + err
+        assert err.strip() == "stopped: repeat the command to go on from here"
+        assert re.search(r"TS_2\W+left", out)
+    left = sorted(path.name for path in (folder / "out").iterdir())
+    assert left == [".ledger", "TS_0_preds.h5", "TS_1_preds.h5", "TS_2.work.zarr"]
+    ledgers = [f"TS_{i}.jsonl" for i in range(3)]
+    assert sorted(path.name for path in (folder / "out" / ".ledger").iterdir()) == ledgers
+    done = ledger.read_bytes().count(b'"what":"block"')
+    output = call("semantic-predict", "--config-file", "config.yaml", folder=folder)
+    assert "TS_0: skipped" in output and "TS_1: skipped" in output
+    size = block_size_for(LARGE, (16, 16, 16), DEFAULT_BLOCK_SIZE, 2)
+    blocks = len(make_grid(LARGE, (16, 16, 16), size).indices())
+    assert f"TS_2: {done} of {blocks} blocks are there already" in output
+    everything = [".ledger", *(f"TS_{i}_preds.h5" for i in range(3))]
+    assert sorted(path.name for path in (folder / "out").iterdir()) == everything
+    for name in everything[1:]:
+        assert (folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes()
 
 
 def test_a_disk_that_is_full_is_said_and_leaves_nothing(folder: Path) -> None:
@@ -207,7 +228,8 @@ def test_a_disk_that_is_full_is_said_and_leaves_nothing(folder: Path) -> None:
 
     output = call("semantic-predict", "--config-file", "config.yaml", folder=folder, status=1, preexec_fn=limit)
     assert "failed, TS_3: " in output and "File too large" in output
-    assert sorted(p.name for p in (folder / "out").iterdir()) == [f"TS_{i}_preds.h5" for i in range(3)]
+    outputs = [".ledger", *(f"TS_{i}_preds.h5" for i in range(3))]
+    assert sorted(p.name for p in (folder / "out").iterdir()) == outputs
 
 
 def test_components_and_particle_lists(folder: Path) -> None:

@@ -20,13 +20,15 @@ from skimage.measure import label as label_whole
 from skimage.measure import regionprops
 
 from cryosiam_dask import __version__
+from cryosiam_dask.collection import run
 from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.errors import Problems
-from cryosiam_dask.pipeline import Outcome, find_predictions, list_centers, measure, run
+from cryosiam_dask.pipeline import Outcome, find_predictions, list_centers, measure
 from cryosiam_dask.pipeline import postprocess as postprocess_files
 from cryosiam_dask.plan import plan_run
 
 SHAPE = (24, 20, 22)
+LEDGER = [".ledger", *(f".ledger/{stem}.jsonl" for stem in ("TS_1", "TS_2_9.96Apx", "TS_3"))]
 
 
 class Listener:
@@ -38,10 +40,10 @@ class Listener:
     def begin(self, tomogram: str) -> None:
         self.messages.append(f"begin {tomogram}")
 
-    def step(self, name: str, done: int, total: int) -> None:
+    def step(self, tomogram: str, name: str, done: int, total: int) -> None:
         self.messages.append(name)
 
-    def end(self, message: str) -> None:
+    def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0) -> None:
         self.messages.append(message)
 
     def say(self, message: str) -> None:
@@ -100,7 +102,7 @@ def files(folder: Path) -> list[str]:
 def test_outputs_as_the_viewer_opens_them(folder: Path) -> None:
     outcomes = segment(configure(folder, save_internal_files=True))
     assert [outcome.status for outcome in outcomes.values()] == ["done"] * 3
-    assert files(folder / "out") == ["TS_1_preds.h5", "TS_2_9.96Apx_preds.h5", "TS_3_preds.h5"]
+    assert files(folder / "out") == [*LEDGER, "TS_1_preds.h5", "TS_2_9.96Apx_preds.h5", "TS_3_preds.h5"]
     with h5py.File(folder / "out" / "TS_2_9.96Apx_preds.h5") as file:
         assert set(file) == {"labels", "probs", "distances"}
         assert file["labels"].shape == SHAPE and file["labels"].dtype == np.uint8
@@ -122,11 +124,12 @@ def test_outputs_as_the_viewer_opens_them(folder: Path) -> None:
 
 def test_done_is_skipped_and_made_otherwise_needs_overwrite(folder: Path) -> None:
     segment(configure(folder))
-    before = {path: path.read_bytes() for path in (folder / "out").iterdir()}
+    before = {path: path.read_bytes() for path in (folder / "out").iterdir() if path.is_file()}
     assert {outcome.status for outcome in segment(configure(folder)).values()} == {"skipped"}
     (folder / "out" / "TS_3_preds.h5").unlink()
     assert [outcome.status for outcome in segment(configure(folder)).values()] == ["skipped", "skipped", "done"]
-    assert {path: path.read_bytes() for path in (folder / "out").iterdir()} == before  # the same bytes again
+    after = {path: path.read_bytes() for path in (folder / "out").iterdir() if path.is_file()}
+    assert after == before  # the same bytes again
     with pytest.raises(Problems, match="--overwrite"):
         plan_run(configure(folder, {"threshold": 0.5}))
     outcomes = segment(configure(folder, {"threshold": 0.5}), overwrite=True)
@@ -169,7 +172,8 @@ def test_broken_files_fail_alone(folder: Path) -> None:
     assert "notes.mrc" in outcomes["notes"].error
     assert "as many axes as the tomogram, which has 2" in outcomes["image"].error
     assert not any(o.details for o in outcomes.values())  # each was foreseen
-    assert files(folder / "out") == ["TS_1_preds.h5", "TS_3_preds.h5"]
+    ledger = sorted([*LEDGER, ".ledger/image.jsonl", ".ledger/notes.jsonl"])
+    assert files(folder / "out") == [*ledger, "TS_1_preds.h5", "TS_3_preds.h5"]
 
 
 def test_unreadable_masks_fail_alone(folder: Path) -> None:
@@ -182,7 +186,7 @@ def test_unreadable_masks_fail_alone(folder: Path) -> None:
     assert [outcomes[s].status for s in ("TS_1", "TS_2_9.96Apx", "TS_3")] == ["done", "failed", "failed"]
     assert "TS_2_9.96Apx_preds.h5" in outcomes["TS_2_9.96Apx"].error
     assert "7" in outcomes["TS_3"].error
-    assert files(folder / "out") == ["TS_1_preds.h5"]
+    assert files(folder / "out") == [*LEDGER, "TS_1_preds.h5"]
 
 
 def test_failure_while_writing_keeps_the_earlier_output(folder: Path) -> None:
@@ -341,7 +345,10 @@ STEMS = ("TS_1", "TS_2_9.96Apx", "TS_3")
 
 def test_components_in_the_run_and_after_it_are_the_same(folder: Path) -> None:
     outcomes = segment(configure(folder, sizes_of([-1, 5, 5]), components=True, save_internal_files=True))
-    assert {outcome.status for outcome in outcomes.values()} == {"done"} and files(folder / "out") == outputs(*STEMS)
+    assert {outcome.status for outcome in outcomes.values()} == {"done"} and files(folder / "out") == [
+        *LEDGER,
+        *outputs(*STEMS),
+    ]
     found = instances(folder, "TS_2_9.96Apx")
     table = pandas.read_parquet(folder / "out" / "components.parquet")
     own = table[table["tomogram"] == "TS_2_9.96Apx"]
@@ -372,7 +379,10 @@ def test_only_missing_components_are_made(folder: Path) -> None:
     segment(configure(folder))
     written = labels(folder)
     outcomes = segment(configure(folder, components=True))
-    assert {outcome.status for outcome in outcomes.values()} == {"done"} and files(folder / "out") == outputs(*STEMS)
+    assert {outcome.status for outcome in outcomes.values()} == {"done"} and files(folder / "out") == [
+        *LEDGER,
+        *outputs(*STEMS),
+    ]
     table = (folder / "out" / "components.csv").read_bytes()
     (folder / "out" / "TS_1_components.csv").unlink()
     modified = (folder / "out" / "TS_1_preds.h5").stat().st_mtime_ns
@@ -390,15 +400,15 @@ def test_components_follow_the_labels(folder: Path) -> None:
     segment(configure(folder, components=True))
     before = instances(folder)
     postprocess(configure(folder, sizes_of([-1, 10**6, -1]), components=True))
-    assert instances(folder).max() < before.max() and files(folder / "out") == outputs(*STEMS)
+    assert instances(folder).max() < before.max() and files(folder / "out") == [*LEDGER, *outputs(*STEMS)]
     np.testing.assert_array_equal(instances(folder) > 0, labels(folder) > 0)
     assert not (pandas.read_csv(folder / "out" / "components.csv")["class"] == 1).any()
     # The same sizes again change nothing, so that nothing has to go; other sizes remove what they make untrue.
     assert not any(o.warnings for o in postprocess(configure(folder, sizes_of([-1, 10**6, -1]))))
-    assert files(folder / "out") == outputs(*STEMS)
+    assert files(folder / "out") == [*LEDGER, *outputs(*STEMS)]
     outcomes = postprocess(configure(folder, sizes_of([-1, -1, 5])))
     assert all("have been removed" in o.warnings[0] for o in outcomes)
-    assert files(folder / "out") == outputs(*STEMS, components=False)
+    assert files(folder / "out") == [*LEDGER, *outputs(*STEMS, components=False)]
 
 
 def test_unknown_voxel_sizes_and_mrc_outputs(folder: Path) -> None:

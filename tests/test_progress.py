@@ -16,10 +16,10 @@ def play(reporter: LogReporter | TerminalReporter) -> None:
     for tomogram in ("TS_1", "TS_2"):
         reporter.begin(tomogram)
         for done in range(5):
-            reporter.step("predict", done, 4)
-        reporter.step("export", 0, 1)
-        reporter.step("export", 1, 1)
-        reporter.end("done in 3 s [not markup]")
+            reporter.step(tomogram, "predict", done, 4)
+        reporter.step(tomogram, "export", 0, 1)
+        reporter.step(tomogram, "export", 1, 1)
+        reporter.end(tomogram, "done in 3 s [not markup]")
     reporter.close()
 
 
@@ -32,6 +32,7 @@ def test_log_has_plain_lines_with_time_left() -> None:
     assert re.fullmatch(r".* TS_1: predict 1/4, 0:00:00 left", lines[1])
     assert sum("predict done in 0:00:00" in line for line in lines) == 2
     assert sum("done in 3 s [not markup]" in line for line in lines) == 2
+    assert re.search(r"\(1 of 2 done, 0:00:00 left\)$", lines[-8]) and lines[-1].endswith("(2 of 2 done)")
 
 
 def test_log_is_silent_between_intervals() -> None:
@@ -46,12 +47,12 @@ def test_terminal_shows_tomogram_step_and_time_left() -> None:
     reporter = make_reporter(console, 2)
     assert isinstance(reporter, TerminalReporter)
     reporter.begin("TS_1")
-    reporter.step("predict", 0, 4)
-    reporter.step("predict", 3, 4)
+    reporter.step("TS_1", "predict", 0, 4)
+    reporter.step("TS_1", "predict", 3, 4)
     reporter._progress.refresh()
     shown = file.getvalue()
     assert "TS_1: predict" in shown and "3/4" in shown and "left" in shown and "tomograms" in shown
-    reporter.end("done in 3 s")
+    reporter.end("TS_1", "done in 3 s")
     reporter.close()
     assert "TS_1: done in 3 s" in file.getvalue() and "1/2" in file.getvalue()
 

@@ -1,0 +1,296 @@
+"""Many tomograms: in which order, how many at a time, what failed, and who else works on them.
+
+Tomograms are begun in order, and each is finished as early as possible: of all calls that wait, those of the tomogram
+that was begun first are run first. The next one is begun early enough that no device waits for it to be read, and late
+enough that few are in work at a time. What does not need the devices is done beside them.
+
+A tomogram that fails is recorded and the others go on, unless all of them fail of the same. Several runs on the same
+folders share the tomograms between them (`cryosiam_dask.ledger.Claims`).
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from cryosiam_dask.errors import OutputError
+from cryosiam_dask.executor import Interrupted, SerialExecutor, SharedExecutor
+from cryosiam_dask.ledger import Claims, Ledger, claim_path, open_claims
+from cryosiam_dask.pipeline import DISK, Outcome, attempt, claimed, collect, measure_one, segment, work_folder
+from cryosiam_dask.plan import Job, RunPlan
+from cryosiam_dask.progress import Reporter
+
+#: Errors that are of one tomogram, however many have them.
+_OF_ITS_OWN = {"TomogramError", "MaskError"}
+#: Errors that are of no tomogram: a single one ends the run while nothing has succeeded yet.
+_OF_ALL = {"CheckpointError", "ClusterError", "DeviceError", "LostDeviceError", DISK}
+#: So many failures of one kind in a row end the run, whatever they are.
+_IN_A_ROW = 3
+#: Seconds after which tomograms that others worked on are looked at again.
+_LOOK = 2.0
+
+
+def run(
+    plans: RunPlan | Sequence[RunPlan],
+    reporter: Reporter,
+    *,
+    device: Literal["cpu", "cuda"] = "cpu",
+    executor: SharedExecutor | None = None,
+    timeline: bool = False,
+    stop: threading.Event | None = None,
+) -> list[Outcome]:
+    """Segment the tomograms of a plan, or of several for the same tomograms.
+
+    Parameters
+    ----------
+    plans
+        From `plan_run`, in the order in which each tomogram needs them.
+    reporter
+        Told what happens.
+    device
+        What the workers run the networks on.
+    executor
+        Runs the pieces of every stage; by default this process does.
+    timeline
+        Whether to draw ``<stem>_timeline.png``, when each worker read, computed and wrote each block.
+    stop
+        Once set, no more pieces are begun; those at work are finished and recorded.
+
+    Returns
+    -------
+    list of Outcome
+        One for each tomogram and plan, those that were done before included. Failures are outcomes, not exceptions.
+    """
+    plans = [plans] if isinstance(plans, RunPlan) else list(plans)
+    for plan in plans:
+        make_folders(plan)
+        _tidy(plan)
+    executor = executor or SerialExecutor()
+    with open_claims() as claims:
+        collection = _Collection(plans, reporter, device, executor, timeline, stop or threading.Event(), claims)
+        outcomes = collection.work()
+    for plan in plans:
+        for job in plan.unmeasured if not collection.over else ():
+            work = partial(measure_one, plan.configuration, job.output)
+            with suppress(Interrupted):
+                outcomes.append(replace(attempt(job.output, reporter, work, executor), stage=plan.name))
+        collect(plan.configuration, outcomes)
+    return outcomes
+
+
+def make_folders(plan: RunPlan) -> None:
+    """Make the folders that a run writes to.
+
+    Raises
+    ------
+    OutputError
+        If one cannot be made.
+    """
+    for key in ("prediction_folder", "work_folder"):
+        folder: Path | None = getattr(plan.configuration, key)
+        try:
+            if folder:
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                "must be a folder that can be made",
+                place=f"key {key}",
+                value=f"{folder}: {error.strerror}",
+                remedy=f"Set {key} to another folder or change the permissions",
+            ) from None
+
+
+def remove_left_overs(plan: RunPlan) -> None:
+    """Remove what tasks in flight wrote after their tomogram had failed; to be called when the workers are gone."""
+    for job in () if plan.configuration.keep_work else (*plan.jobs, *plan.unmeasured):
+        _remove_work(plan, job, only=lambda ledger: ledger.last("store") is None)
+
+
+def _tidy(plan: RunPlan) -> None:
+    """Remove the intermediate arrays of tomograms that were done just before a run was killed."""
+    for job in () if plan.configuration.keep_work else plan.skipped:
+        _remove_work(plan, job, only=lambda ledger: True)
+
+
+def _remove_work(plan: RunPlan, job: Job, only: Callable[[Ledger], bool]) -> None:
+    folder = work_folder(plan.configuration, job.stem)
+    if not folder.exists():
+        return
+    with suppress(OutputError, OSError), claimed(folder):
+        if only(Ledger(plan.configuration.prediction_folder, job.stem)):
+            shutil.rmtree(folder)
+
+
+@dataclass(eq=False, slots=True)
+class _Work:
+    """A tomogram that is being worked on, or waits for it."""
+
+    order: int
+    stem: str
+    jobs: list[tuple[RunPlan, Job]]
+    claims: list[Path]
+    thread: threading.Thread | None = None
+    preparing: bool = True
+    outcomes: list[Outcome] = field(default_factory=list)
+
+
+class _Collection:
+    """The state of a run over many tomograms."""
+
+    def __init__(
+        self,
+        plans: Sequence[RunPlan],
+        reporter: Reporter,
+        device: Literal["cpu", "cuda"],
+        executor: SharedExecutor,
+        timeline: bool,
+        stop: threading.Event,
+        claims: Claims,
+    ) -> None:
+        self.reporter, self.device, self.executor, self.timeline = reporter, device, executor, timeline
+        self.stop, self.claims = stop, claims
+        self.skipped = [Outcome(job.stem, "skipped", stage=plan.name) for plan in plans for job in plan.skipped]
+        works: dict[str, _Work] = {}
+        for plan in plans:
+            for job in plan.jobs:
+                work = works.setdefault(job.stem, _Work(0, job.stem, [], []))
+                work.jobs.append((plan, job))
+                work.claims.append(claim_path(plan.configuration.prediction_folder, job.stem))
+        self.waiting = deque(sorted(works.values(), key=lambda work: work.stem))
+        for order, work in enumerate(self.waiting):
+            work.order = order
+        self.elsewhere: deque[_Work] = deque()
+        self.active: list[_Work] = []
+        self.ended: queue.SimpleQueue[_Work] = queue.SimpleQueue()
+        self.blocks = 1  # of a tomogram, as far as known
+        self.over = False
+        self.failures: list[str] = []
+        self.succeeded = False
+
+    def work(self) -> list[Outcome]:
+        """Go through all tomograms."""
+        everything = sorted([*self.waiting], key=lambda work: work.order)
+        looked = 0.0
+        try:
+            while self.waiting or self.active or self.elsewhere:
+                if self.stop.is_set() and not self.over:
+                    self.over = True
+                    self.executor.drain()
+                    self.reporter.say("stopping: what is in work is brought to a point from which it can go on")
+                if self.over and not self.active:
+                    break
+                if not self.waiting and self.elsewhere and time.monotonic() - looked > _LOOK:
+                    looked = time.monotonic()
+                    self.waiting, self.elsewhere = self.elsewhere, deque()
+                if not self.over and self.waiting and self._admits():
+                    self._begin(self.waiting.popleft())
+                    continue
+                with suppress(queue.Empty):
+                    self._end(self.ended.get(timeout=0.2))
+        except BaseException:
+            self.over = True
+            self.executor.abandon()
+            for work in self.active:
+                if work.thread:
+                    work.thread.join(timeout=30)
+            raise
+        return [*self.skipped, *self._outcomes(everything)]
+
+    def _admits(self) -> bool:
+        """Whether another tomogram should be begun."""
+        if not self.active:
+            return True
+        preparing = sum(work.preparing for work in self.active) * self.blocks
+        return len(self.active) < 4 + self.executor.workers and preparing < self.executor.hunger
+
+    def _begin(self, work: _Work) -> None:
+        taken: list[Path] = []
+        for path in work.claims:
+            if not self.claims.take(path):
+                for other in taken:
+                    self.claims.release(other)
+                self.elsewhere.append(work)
+                return
+            taken.append(path)
+        self.active.append(work)
+        self.reporter.begin(work.stem)
+        work.thread = threading.Thread(target=self._segment, args=(work,), daemon=True, name=work.stem)
+        work.thread.start()
+
+    def _segment(self, work: _Work) -> None:
+        """A tomogram, in a thread of its own."""
+
+        def progress(name: str, done: int, total: int) -> None:
+            if name == "predict" and done == 0:
+                work.preparing, self.blocks = False, max(1, total)
+            if name == "predict" and done:
+                self.succeeded = True
+            self.reporter.step(work.stem, name, done, total)
+
+        try:
+            steps = segment(
+                work.jobs,
+                device=self.device,
+                executor=self.executor.share(work.stem, work.order, progress),
+                timeline=self.timeline,
+                say=lambda message: self.reporter.say(f"{work.stem}: {message}"),
+            )
+            for outcome in steps:
+                work.outcomes.append(outcome)
+        except BaseException:
+            pass  # interrupted: what is missing is left
+        finally:
+            self.ended.put(work)
+
+    def _end(self, work: _Work) -> None:
+        self.active.remove(work)
+        for path in work.claims:
+            self.claims.release(path)
+        message, failed, voxels = "left as it is, to go on from here", False, 0
+        for outcome, (_, job) in zip(work.outcomes, work.jobs, strict=False):
+            stage = f"{outcome.stage}: " if outcome.stage else ""
+            if outcome.status == "failed":
+                message, failed = f"{stage}FAILED: {outcome.error}", True
+                self._consider(outcome)
+            elif outcome.status == "done":
+                self.failures.clear()
+                voxels += math.prod(outcome.shape)
+                message = f"{stage}done in {outcome.seconds:.0f} s, {job.output}"
+            else:
+                message = f"{stage}is there already, {job.output}"
+            if outcome is not work.outcomes[-1]:
+                self.reporter.say(f"{work.stem}: {message}")
+        self.reporter.end(work.stem, message, failed=failed, voxels=voxels)
+
+    def _consider(self, outcome: Outcome) -> None:
+        """End the run if what a tomogram failed of will befall all others."""
+        if outcome.kind in _OF_ITS_OWN or self.over:
+            return
+        self.failures = [kind for kind in self.failures if kind == outcome.kind] + [outcome.kind]
+        at_once = not self.succeeded and outcome.kind in _OF_ALL
+        if (at_once or len(self.failures) >= _IN_A_ROW) and (self.waiting or self.active):
+            self.over = True
+            self.executor.drain()
+            self.reporter.say(
+                "stopping: the first tomogram failed of what would befall all others"
+                if at_once
+                else f"stopping: {_IN_A_ROW} tomograms in a row failed of the same"
+            )
+
+    def _outcomes(self, works: Iterable[_Work]) -> list[Outcome]:
+        found = []
+        for work in works:
+            found += work.outcomes
+            if len(work.outcomes) < len(work.jobs) and not any(o.status == "failed" for o in work.outcomes):
+                found += [Outcome(work.stem, "left", stage=plan.name) for plan, _ in work.jobs[len(work.outcomes) :]]
+        return found

@@ -1,0 +1,332 @@
+"""What is done of a tomogram, so that a run that was killed goes on where it stopped; and who works on it.
+
+For every tomogram of a prediction folder there is, in the folder's ``.ledger``, a file of lines that are only ever
+appended to, each a JSON object behind its checksum::
+
+    7b1f02c4 {"what": "ledger", "version": 1}
+    90c1d3aa {"what": "blocks", "key": "5d41…", "block_size": 320, "token": "a1b2…"}
+    1c22b07e {"what": "block", "index": [0, 0, 1]}
+
+A line stands for something that is on the disk already. A last line that was cut off is as if it had never been
+written; any other damage, or a ledger of another version, costs the work that it stands for and nothing else.
+
+Beside it lies, while somebody works on the tomogram, a claim, in which its holder counts on while it lives.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+VERSION = 1
+FOLDER = ".ledger"
+
+#: Seconds between two counts of a claim's holder, and without a count after which it is taken for gone. Network disks
+#: show a file of another machine late, but hardly by a minute.
+BEAT, PATIENCE = 10.0, 100.0
+
+
+class Ledger:
+    """The record of one tomogram; see the module.
+
+    Parameters
+    ----------
+    prediction_folder
+        Where the outputs go.
+    stem
+        The tomogram's name.
+
+    Attributes
+    ----------
+    fault
+        Why what the file said before cannot be used; empty if it can.
+    """
+
+    def __init__(self, prediction_folder: Path, stem: str) -> None:
+        self.path = prediction_folder / FOLDER / f"{stem}.jsonl"
+        self._lock = threading.Lock()
+        self._synced = 0.0
+        self.entries, self.fault, whole = _read(self.path)
+        if self.fault:
+            self.entries = []
+        if not self.entries:
+            self._replace([])
+        elif whole < self.path.stat().st_size:
+            os.truncate(self.path, whole)
+
+    def last(self, what: str) -> dict[str, Any] | None:
+        """The latest entry of a kind."""
+        return next((entry for entry in reversed(self.entries) if entry["what"] == what), None)
+
+    def since(self, what: str, other: str) -> list[dict[str, Any]]:
+        """The entries `what` behind the latest entry `other`."""
+        first = max((i for i, entry in enumerate(self.entries) if entry["what"] == other), default=len(self.entries))
+        return [entry for entry in self.entries[first:] if entry["what"] == what]
+
+    def append(self, what: str, **values: Any) -> None:
+        """Record something that is on the disk already."""
+        entry = {"what": what, **values}
+        with self._lock, self.path.open("ab") as file:
+            file.write(_line(entry))
+            self.entries.append(entry)
+            # What is lost with the machine is worked on again: not worth waiting for the disk at every block.
+            if time.monotonic() - self._synced > 1:
+                file.flush()
+                os.fsync(file.fileno())
+                self._synced = time.monotonic()
+
+    def close(self, **outcome: Any) -> None:
+        """Replace everything by what became of the tomogram."""
+        with self._lock:
+            self._replace([{"what": "outcome", **outcome}])
+
+    def _replace(self, entries: list[dict[str, Any]]) -> None:
+        self.entries = [{"what": "ledger", "version": VERSION}, *entries]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
+        try:
+            with temporary.open("wb") as file:
+                file.writelines(map(_line, self.entries))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read_entries(prediction_folder: Path, stem: str) -> tuple[list[dict[str, Any]], str]:
+    """The entries of a tomogram's ledger, none where there is none, and what is wrong with it.
+
+    Parameters
+    ----------
+    prediction_folder, stem
+        As of `Ledger`.
+    """
+    entries, fault, _ = _read(prediction_folder / FOLDER / f"{stem}.jsonl")
+    return entries, fault
+
+
+def read_outcomes(prediction_folder: Path) -> dict[str, dict[str, Any]]:
+    """What became of the tomograms of a prediction folder, by name, as far as runs have recorded it.
+
+    Returns
+    -------
+    dict
+        By stem: ``status``, ``shape`` (z, y, x), ``seconds``, ``voxels`` of each label, ``warnings``, ``error``,
+        ``run``, ``began`` and ``ended`` (seconds since the epoch).
+    """
+    found = {}
+    for path in sorted((prediction_folder / FOLDER).glob("*.jsonl")):
+        entries, fault = read_entries(prediction_folder, path.name.removesuffix(".jsonl"))
+        if not fault and entries and entries[-1]["what"] == "outcome":
+            found[path.name.removesuffix(".jsonl")] = {k: v for k, v in entries[-1].items() if k != "what"}
+    return found
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    text = json.dumps(entry, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], str, int]:
+    """Entries, fault, and bytes of the whole lines."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return [], "", 0
+    entries, whole = [], 0
+    for line in content.splitlines(keepends=True):
+        text = line[9:-1]
+        try:
+            if not line.endswith(b"\n") or int(line[:8], 16) != zlib.crc32(text):
+                raise ValueError
+            entries.append(json.loads(text))
+        except ValueError:
+            if whole + len(line) == len(content):
+                break  # cut off as it was written
+            return [], "is damaged", 0
+        whole += len(line)
+    if entries and entries[0] != {"what": "ledger", "version": VERSION}:
+        return [], "was written by another version of this program", 0
+    return entries, "", whole
+
+
+# --------------------------------------------------------------------------------------------------------------- claims
+
+
+class Claims:
+    """The tomograms that this process works on, held against other runs on the same folders.
+
+    A claim is a file that is made only if it is not there, and in which its holder counts on. Whoever finds one of
+    another process watches it, by his own clock: a claim that has not counted for `patience` seconds, or whose process
+    ran on this machine and is gone, is taken away. Neither locks, which some network disks do not have, nor clocks that
+    agree are needed.
+
+    Parameters
+    ----------
+    beat, patience
+        Seconds: see `BEAT` and `PATIENCE`.
+    """
+
+    def __init__(self, beat: float = BEAT, patience: float = PATIENCE) -> None:
+        self._patience = patience
+        self._token = uuid.uuid4().hex
+        self._count = 0
+        self._held: set[Path] = set()
+        self._seen: dict[Path, tuple[bytes, float]] = {}
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, args=(beat,), daemon=True, name="claims")
+        self._thread.start()
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._over.set()
+        self._thread.join()
+        for path in list(self._held):
+            self.release(path)
+
+    def take(self, path: Path) -> bool:
+        """Claim; returns whether this process now holds the claim `path`."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock:
+            if self._create(path):
+                return True
+            try:
+                found = path.read_bytes()
+            except FileNotFoundError:
+                return self._create(path)
+            if not self._abandoned(path, found):
+                return False
+            # Two may have found it abandoned: what is taken away must be what was looked at.
+            aside = path.with_name(f"{path.name}.{self._token}")
+            with suppress(FileNotFoundError):
+                path.rename(aside)
+                fresh = aside.read_bytes() != found
+                if fresh:
+                    with suppress(FileExistsError):
+                        os.link(aside, path)
+                aside.unlink()
+                if fresh:
+                    return False
+            return self._create(path)
+
+    def holds(self, path: Path) -> bool:
+        """Whether the claim is still this process's: one that slept too long has lost it."""
+        try:
+            return bool(json.loads(path.read_bytes()).get("token") == self._token)
+        except (OSError, ValueError):
+            return False
+
+    def release(self, path: Path) -> None:
+        """Give a claim back."""
+        with self._lock:
+            self._held.discard(path)
+            if self.holds(path):
+                path.unlink(missing_ok=True)
+
+    def _content(self) -> bytes:
+        return json.dumps(
+            {
+                "token": self._token,
+                "host": socket.gethostname(),
+                "boot": boot_id() + _processes(),
+                "process": os.getpid(),
+                "count": self._count,
+            }
+        ).encode()
+
+    def _create(self, path: Path) -> bool:
+        # Linked from a whole file, so that nobody ever sees one without its content.
+        temporary = path.with_name(f"{path.name}.{self._token}")
+        temporary.write_bytes(self._content())
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            try:
+                with path.open("xb") as file:
+                    file.write(self._content())
+            except FileExistsError:
+                return False
+        finally:
+            temporary.unlink()
+        self._held.add(path)
+        return True
+
+    def _abandoned(self, path: Path, content: bytes) -> bool:
+        if process_is_gone(content):
+            return True
+        before, since = self._seen.get(path, (b"", 0.0))
+        if before != content:
+            self._seen[path] = (content, time.monotonic())
+            return False
+        return time.monotonic() - since > self._patience
+
+    def _beat(self, seconds: float) -> None:
+        while not self._over.wait(seconds):
+            self._count += 1
+            with self._lock:
+                for path in self._held:
+                    with suppress(OSError):
+                        if self.holds(path):
+                            temporary = path.with_name(f"{path.name}.{self._token}")
+                            temporary.write_bytes(self._content())
+                            temporary.replace(path)
+
+
+@contextmanager
+def open_claims(beat: float = BEAT, patience: float = PATIENCE) -> Iterator[Claims]:
+    """Claims that are given back at the end."""
+    claims = Claims(beat, patience)
+    try:
+        yield claims
+    finally:
+        claims.close()
+
+
+def claim_path(prediction_folder: Path, stem: str) -> Path:
+    """The claim on a tomogram of a prediction folder."""
+    return prediction_folder / FOLDER / f"{stem}.claim"
+
+
+def process_is_gone(content: bytes) -> bool:
+    """Whether a claim's holder was a process of this machine that runs no more."""
+    try:
+        claim = json.loads(content)
+        if claim["host"] != socket.gethostname():
+            return False
+        if claim["boot"] != boot_id() + _processes():
+            return False  # of another machine or container of the same name, or of before it was started again
+        os.kill(claim["process"], 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return False
+
+
+def boot_id() -> str:
+    """A name of this start of this machine; what was not forced to its disk survives no other."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _processes() -> str:
+    """The kernel's name for the set of processes among which this one has its number."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
