@@ -70,39 +70,84 @@ def _root(
 ) -> None: ...
 
 
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs made otherwise.")]
+Dashboard = Annotated[
+    str, typer.Option(help="Where the Dask dashboard listens; who reaches it watches the run, so keep it local.")
+]
+Timeline = Annotated[
+    bool, typer.Option("--timeline", help="Draw when each worker read, computed and wrote each block.")
+]
+Scheduler = Annotated[
+    str | None, typer.Option(help="Use the workers of a Dask scheduler that runs already, tcp://… or tls://….")
+]
+SchedulerFile = Annotated[
+    Path | None, typer.Option(help="The same, with the file that 'dask scheduler --scheduler-file' wrote.")
+]
+PerformanceReport = Annotated[
+    Path | None, typer.Option(help="Write Dask's own report of what every worker did to this HTML file.")
+]
+
+
 @app.command()
 def semantic_predict(
     config_file: ConfigFile,
     filename: Filename = None,
     device: DeviceOption = Device.auto,
     workers: Workers = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace outputs made otherwise.")] = False,
-    dashboard_address: Annotated[
-        str, typer.Option(help="Where the Dask dashboard listens; it runs whatever it is sent, so keep it local.")
-    ] = "127.0.0.1:8787",
-    timeline: Annotated[
-        bool, typer.Option("--timeline", help="Draw when each worker read, computed and wrote each block.")
-    ] = False,
+    overwrite: Overwrite = False,
+    dashboard_address: Dashboard = "127.0.0.1:8787",
+    timeline: Timeline = False,
+    scheduler: Scheduler = None,
+    scheduler_file: SchedulerFile = None,
+    performance_report: PerformanceReport = None,
 ) -> None:
     """Predict the lamella or the semantic classes of every tomogram.
 
     Example: cryosiam-dask semantic-predict --config-file configs/config_lamella.yaml
     """
+    _segment(**locals())
+
+
+@app.command()
+def run(
+    config_file: Annotated[Path, typer.Option(help="YAML file of both models, for example configs/pipeline.yaml.")],
+    filename: Filename = None,
+    device: DeviceOption = Device.auto,
+    workers: Workers = None,
+    overwrite: Overwrite = False,
+    dashboard_address: Dashboard = "127.0.0.1:8787",
+    timeline: Timeline = False,
+    scheduler: Scheduler = None,
+    scheduler_file: SchedulerFile = None,
+    performance_report: PerformanceReport = None,
+) -> None:
+    """Predict the lamella and, inside it, the semantic classes of every tomogram, in one pass.
+
+    Example: cryosiam-dask run --config-file configs/pipeline.yaml
+    """
+    _segment(pipeline=True, **locals())
+
+
+def _segment(config_file: Path, device: Device, **options: Any) -> None:
     with _plain_errors(drains=True) as stop:
         from cryosiam_dask.runner import segment
 
-        outcomes = segment(
-            config_file,
-            Console(),
-            filename=filename,
-            device=device.value,
-            workers=workers,
-            overwrite=overwrite,
-            dashboard_address=dashboard_address,
-            timeline=timeline,
-            stop=stop,
-        )
-        _exit(outcomes, stop)
+        _exit(segment(config_file, Console(), device=device.value, stop=stop, **options), stop)
+
+
+@app.command()
+def status(
+    config_file: Annotated[Path, typer.Option(help="The YAML file of semantic-predict or of run.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say which tomograms are done, in work, failed (and why) and left, and how long the rest will take.
+
+    Example: cryosiam-dask status --config-file configs/pipeline.yaml
+    """
+    with _plain_errors():
+        from cryosiam_dask.overview import print_overview
+
+        print_overview(config_file, Console(), as_json=as_json)
 
 
 @app.command()

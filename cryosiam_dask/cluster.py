@@ -1,4 +1,4 @@
-"""Where the work runs: worker processes of this machine, each with one GPU or one CPU core.
+"""Where the work runs: worker processes of this machine, each with one GPU or one CPU core, or those of a cluster.
 
 A worker has two threads, so that it can read a block and write another one while it computes a third. What does not say
 that it can be overlapped like this runs alone in its process.
@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import atexit
 import heapq
+import json
 import logging
 import math
 import os
+import platform
 import queue
 import signal
+import socket
 import statistics
 import threading
 import time
@@ -26,14 +29,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version as package_version
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import dask
-from distributed import Client, Future, KilledWorker, LocalCluster, WorkerPlugin
-from distributed.comm import CommClosedError
+from distributed import Client, Future, KilledWorker, LocalCluster, WorkerPlugin, performance_report
+from distributed.comm import CommClosedError, get_address_host_port
 
-from cryosiam_dask.errors import CryosiamDaskError, DeviceError, LostClusterError, LostDeviceError
+from cryosiam_dask._version import __version__
+from cryosiam_dask.errors import ClusterError, CryosiamDaskError, DeviceError, LostClusterError, LostDeviceError
 from cryosiam_dask.executor import Executor, Interrupted, Progress
 
 #: Let glibc keep what the network frees for its next layer and its next patch, in one heap for all threads. Otherwise
@@ -94,7 +100,7 @@ class DaskExecutor:
     @property
     def workers(self) -> int:
         """Worker processes of the cluster."""
-        return max(1, len(self.client.nthreads()))
+        return max(1, len(self._addresses or self.client.nthreads()))
 
     def map(
         self,
@@ -410,7 +416,7 @@ def _hangs(flight: _Flight, now: float) -> DeviceError:
 def _scheduler_is_gone(client: Client) -> LostClusterError:
     return LostClusterError(
         "the scheduler must stay until the run is over",
-        place=getattr(client.scheduler, "address", "the scheduler"),
+        place=getattr(client.scheduler, "address", None) or "the Dask cluster",
         value="a connection that was closed",
         remedy="Start it again and repeat the command: what is done is kept",
     )
@@ -498,6 +504,168 @@ def open_cluster(
     with cluster, Client(cluster, set_as_default=False) as client:
         client.register_plugin(Setup(_leave_at_once), name="leave")
         yield client
+
+
+#: Seconds in which a scheduler must answer, and in which it must have a worker.
+_ANSWER_SECONDS, _WORKER_SECONDS = 10, 120
+#: What must be the same in every worker as here, since results or messages depend on it.
+_SAME = ("python", "cryosiam_dask", "dask", "distributed", "numpy", "torch", "zarr")
+
+
+@contextmanager
+def join_cluster(
+    *, address: str | None = None, scheduler_file: Path | None = None, workers: int | None = None
+) -> Iterator[Client]:
+    """Use workers that somebody else started, and leave them running at the end.
+
+    Parameters
+    ----------
+    address
+        Of the scheduler, such as ``tcp://node1:8786``; ``tls://…`` takes its certificates from Dask's configuration.
+    scheduler_file
+        Instead of the address, the file that ``dask scheduler --scheduler-file`` wrote.
+    workers
+        How many to wait for, one by default; others may come later.
+
+    Yields
+    ------
+    distributed.Client
+
+    Raises
+    ------
+    ClusterError
+        If nobody answers, no worker comes, or a worker has other versions of what results depend on.
+    """
+    place = f"--scheduler-file {scheduler_file}" if scheduler_file else f"--scheduler {address}"
+    if scheduler_file is not None:
+        try:
+            address = str(json.loads(scheduler_file.read_text())["address"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ClusterError(
+                "must be a file that 'dask scheduler --scheduler-file' wrote",
+                place=place,
+                value=getattr(error, "strerror", None) or "something else",
+                remedy="Start the scheduler first, on a disk that all nodes see",
+            ) from None
+    try:
+        with _silent():
+            # Asked before, as a client that meets nobody leaves half of itself behind.
+            socket.create_connection(get_address_host_port(str(address)), timeout=_ANSWER_SECONDS).close()
+            client = Client(address, timeout=_ANSWER_SECONDS, set_as_default=False)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise ClusterError(
+            "a Dask scheduler must answer",
+            place=place,
+            value=f"none within {_ANSWER_SECONDS} s ({str(error).splitlines()[0]})",
+            remedy="Check the address, and that the scheduler runs and a firewall lets it be reached",
+        ) from None
+    with client:
+        try:
+            client.wait_for_workers(workers or 1, timeout=_WORKER_SECONDS)
+        except TimeoutError:
+            raise ClusterError(
+                "the scheduler must have workers",
+                place=place,
+                value=f"{len(client.nthreads())} of {workers or 1} within {_WORKER_SECONDS} s",
+                remedy="Start them: dask worker, or dask cuda worker, with --nthreads 4 and this scheduler",
+            ) from None
+        _require_versions(client, place)
+        yield client
+
+
+def _require_versions(client: Client, place: str) -> None:
+    here = versions()
+    try:
+        there = client.run(versions)
+    except Exception as error:
+        raise ClusterError(
+            "every worker must be able to import cryosiam_dask",
+            place=place,
+            value=f"{type(error).__name__}: {error}",
+            remedy="Start the workers in the environment that this command runs in",
+        ) from None
+    for worker, found in there.items():
+        others = [f"{name} {found.get(name)} (here {here[name]})" for name in _SAME if found.get(name) != here[name]]
+        if others:
+            raise ClusterError(
+                "workers must have the versions that this command has",
+                place=f"{place}, worker {worker}",
+                value=", ".join(others),
+                remedy="Start the workers in the environment that this command runs in",
+            )
+
+
+def versions() -> dict[str, str]:
+    """Versions of this process's Python and of the packages that results and messages depend on."""
+    found = {name: package_version(name) for name in _SAME if name not in ("python", "cryosiam_dask")}
+    return {"python": platform.python_version(), "cryosiam_dask": __version__, **found}
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address (``host:port``, with or without a protocol) is of this machine alone."""
+    host = address.rpartition("://")[2].rpartition(":")[0].strip("[]")
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def is_open_to_the_network(client: Client) -> bool:
+    """Whether whoever reaches the scheduler's machine can have the workers run what he likes."""
+    address = str(client.scheduler.address)
+    return not address.startswith(("tls://", "wss://", "inproc://")) and not is_loopback(address)
+
+
+@contextmanager
+def reported(client: Client, path: Path) -> Iterator[None]:
+    """Write Dask's report of what every worker did meanwhile to an HTML file."""
+    with client.as_current(), performance_report(filename=str(path)):
+        yield
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without what distributed logs of a connection that it could not make: an error says it."""
+    logger = logging.getLogger("distributed")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def describe_devices(client: Client, describe: Callable[[], str | None]) -> Literal["cpu", "cuda"]:
+    """Which device the workers have: every one a GPU of its own, or none of them any.
+
+    Parameters
+    ----------
+    client
+        Of the cluster.
+    describe
+        Names the GPU that a process uses, ``None`` where it has none.
+
+    Raises
+    ------
+    DeviceError
+        If two workers have the same GPU, or only some have any.
+    """
+    found: dict[str, str | None] = client.run(describe)
+    with_gpu = {worker: gpu for worker, gpu in found.items() if gpu is not None}
+    if not with_gpu:
+        return "cpu"
+    if len(with_gpu) < len(found):
+        raise DeviceError(
+            "all workers must have a GPU, or none",
+            value=f"{len(with_gpu)} of {len(found)} with one, and {min(set(found) - set(with_gpu))} without",
+            remedy="Start the others with 'dask cuda worker', or take them away",
+        )
+    for worker, gpu in with_gpu.items():
+        twin = next((other for other in with_gpu if other != worker and with_gpu[other] == gpu), None)
+        if twin:
+            raise DeviceError(
+                "every worker must have a GPU of its own",
+                value=f"{gpu} used by {worker} and {twin}",
+                remedy="Start the workers with 'dask cuda worker', which pins each to a GPU",
+            )
+    return "cuda"
 
 
 def _leave_at_once() -> None:

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from cryosiam_dask.errors import OutputError
+from cryosiam_dask.errors import LostClusterError, OutputError
 from cryosiam_dask.executor import Interrupted, SerialExecutor, SharedExecutor
 from cryosiam_dask.ledger import Claims, Ledger, claim_path, open_claims
 from cryosiam_dask.pipeline import DISK, Outcome, attempt, claimed, collect, measure_one, segment, work_folder
@@ -70,6 +70,11 @@ def run(
     -------
     list of Outcome
         One for each tomogram and plan, those that were done before included. Failures are outcomes, not exceptions.
+
+    Raises
+    ------
+    LostClusterError
+        If the workers are gone; the same run goes on from there.
     """
     plans = [plans] if isinstance(plans, RunPlan) else list(plans)
     for plan in plans:
@@ -174,6 +179,7 @@ class _Collection:
         self.ended: queue.SimpleQueue[_Work] = queue.SimpleQueue()
         self.blocks = 1  # of a tomogram, as far as known
         self.over = False
+        self.lost: LostClusterError | None = None
         self.failures: list[str] = []
         self.succeeded = False
 
@@ -204,6 +210,8 @@ class _Collection:
                 if work.thread:
                     work.thread.join(timeout=30)
             raise
+        if self.lost:
+            raise self.lost
         return [*self.skipped, *self._outcomes(everything)]
 
     def _admits(self) -> bool:
@@ -247,6 +255,8 @@ class _Collection:
             )
             for outcome in steps:
                 work.outcomes.append(outcome)
+        except LostClusterError as error:
+            self.lost, self.over = error, True
         except BaseException:
             pass  # interrupted: what is missing is left
         finally:

@@ -1,6 +1,7 @@
 """The YAML files of CryoSiam as frozen, typed models.
 
-`read_configuration` reads either of CryoSiam's two files (lamella prediction, semantic segmentation) as it stands.
+`read_configuration` reads either of CryoSiam's two files (lamella prediction, semantic segmentation) as it stands, and
+`read_pipeline` one file for both models.
 Everything that is wrong with a file is reported at once, each problem with its key, the value found and the remedy.
 Keys that CryoSiam's own files may carry but that mean nothing here are accepted and listed in `Configuration.unused`.
 
@@ -29,7 +30,7 @@ from pydantic import (
     model_validator,
 )
 
-from cryosiam_dask.errors import ConfigurationError, Problems
+from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, Problems
 from cryosiam_dask.grid import DEFAULT_BLOCK_SIZE
 
 #: Keys of CryoSiam's files that have no meaning here: devices are chosen by ``--device`` and ``--workers``, the
@@ -193,6 +194,13 @@ class Configuration(_Model):
 
     _unused: tuple[str, ...] = PrivateAttr(default=())
 
+    def absolute(self) -> Configuration:
+        """The same with absolute paths, for processes that run in other folders."""
+        paths = {name: value.absolute() for name, value in self if isinstance(value, Path)}
+        found = self.model_copy(update=paths)
+        found._unused = self._unused
+        return found
+
     @property
     def unused(self) -> tuple[str, ...]:
         """Keys of CryoSiam that the file holds and that have no effect here."""
@@ -250,6 +258,114 @@ def read_configuration(path: Path | str) -> Configuration:
         All keys and values that are wrong.
     """
     path = Path(path)
+    return _configuration(_read_yaml(path), str(path))
+
+
+#: The models of a pipeline, in the order in which every tomogram needs them.
+STAGES = ("lamella", "semantic")
+#: Keys that a pipeline's models have in common, since they are about the same tomograms.
+_SHARED_KEYS = ("data_folder", "file_extension", "test_files")
+
+
+def read_pipeline(path: Path | str) -> dict[str, Configuration]:
+    """Read a YAML file of two models for the same tomograms.
+
+    Below each of the keys ``lamella`` and ``semantic`` stand the keys of that model's own file. A key above them is
+    meant for both. The semantic model's ``mask_folder`` is the lamella's ``prediction_folder``.
+
+    Parameters
+    ----------
+    path
+        The file.
+
+    Returns
+    -------
+    dict
+        By the names of `STAGES`, in their order.
+
+    Raises
+    ------
+    ConfigurationError
+        If the file cannot be read or is not YAML.
+    Problems
+        All keys and values that are wrong.
+    """
+    path = Path(path)
+    values = _read_yaml(path)
+    common = {key: value for key, value in values.items() if key not in STAGES}
+    problems: list[CryosiamDaskError] = [
+        ConfigurationError(
+            "a pipeline needs the keys of this model, indented below its name",
+            place=f"{path}, key {name}",
+            value=None if name not in values else repr(values[name]),
+            remedy="Compare it with configs/pipeline.yaml, or run semantic-predict with the file of a single model",
+        )
+        for name in STAGES
+        if not isinstance(values.get(name), dict)
+    ]
+    if problems:
+        raise Problems(problems)
+    found: dict[str, Configuration] = {}
+    for name in STAGES:
+        own = {**common, **values[name]}
+        if name == "semantic" and "lamella" in found:
+            own.setdefault("mask_folder", str(found["lamella"].prediction_folder))
+        try:
+            found[name] = _configuration(own, f"{path}, {name}")
+        except Problems as error:
+            problems += error.problems
+    if not problems:
+        lamella, semantic = (found[name] for name in STAGES)
+        for key, one, other in (
+            *((key, getattr(lamella, key), getattr(semantic, key)) for key in _SHARED_KEYS),
+            ("mask_folder", lamella.prediction_folder, semantic.mask_folder),
+        ):
+            if one != other:
+                problems.append(
+                    ConfigurationError(
+                        "must be the lamella's prediction_folder"
+                        if key == "mask_folder"
+                        else "must be the same for both models, which segment the same tomograms",
+                        place=f"{path}, key semantic.{key}",
+                        value=f"{other}, and not {one}",
+                        remedy="Leave it out" if key == "mask_folder" else "Write it once, above lamella and semantic",
+                    )
+                )
+        if lamella.prediction_folder == semantic.prediction_folder:
+            problems.append(
+                ConfigurationError(
+                    "must be another folder than the lamella's, whose files have the same names",
+                    place=f"{path}, key semantic.prediction_folder",
+                    value=semantic.prediction_folder,
+                    remedy="Set it to another folder",
+                )
+            )
+        if lamella.save_original_file_extension:
+            problems.append(
+                ConfigurationError(
+                    "must be False: the semantic model reads the mask from HDF5",
+                    place=f"{path}, key lamella.save_original_file_extension",
+                    remedy="Leave it out",
+                )
+            )
+    if problems:
+        raise Problems(problems)
+    return found
+
+
+def read_pipeline_or_configuration(path: Path | str) -> dict[str, Configuration]:
+    """Read a YAML file of either kind; a single model has the name ``""``.
+
+    Raises
+    ------
+    ConfigurationError, Problems
+        See `read_configuration`.
+    """
+    values = _read_yaml(Path(path))
+    return read_pipeline(path) if any(name in values for name in STAGES) else {"": read_configuration(path)}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
@@ -271,17 +387,22 @@ def read_configuration(path: Path | str) -> Configuration:
             value="an empty file" if values is None else type(values).__name__,
             remedy="Compare it with configs/config_semantic.yaml",
         )
+    return values
+
+
+def _configuration(values: dict[str, Any], place: str) -> Configuration:
+    """The model of what a file, or a part of it that `place` names, says."""
     values, unused = _without_unused(values)
     try:
         configuration = Configuration.model_validate(values)
     except ValidationError as error:
-        problems = [_explain(path, e) for e in error.errors(include_url=False)]
-        raise Problems([*problems, *_missing_paths(path, values)]) from None
+        problems = [_explain(place, e) for e in error.errors(include_url=False)]
+        raise Problems([*problems, *_missing_paths(place, values)]) from None
     configuration._unused = unused
     return configuration
 
 
-def _missing_paths(path: Path, values: dict[str, Any]) -> Iterator[ConfigurationError]:
+def _missing_paths(path: str, values: dict[str, Any]) -> Iterator[ConfigurationError]:
     """What the planning of a run would find next, so that a user mends it together with the rest."""
     for key in ("data_folder", "mask_folder", "trained_model"):
         value = values.get(key)
@@ -310,7 +431,7 @@ def _keys(section: str) -> Iterator[str]:
         yield field.alias or name
 
 
-def _explain(path: Path, error: Any) -> ConfigurationError:
+def _explain(path: str, error: Any) -> ConfigurationError:
     """One problem that pydantic found, in the words of the configuration."""
     location = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-", "tag-"))]
     key, kind, value = ".".join(location), error["type"], error["input"]

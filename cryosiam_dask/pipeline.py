@@ -46,6 +46,7 @@ from cryosiam_dask.errors import (
     ConfigurationError,
     CryosiamDaskError,
     DeviceError,
+    LostClusterError,
     OutputError,
     Problems,
 )
@@ -179,8 +180,13 @@ def segment(
                     )
                     if plan is not last_plan:
                         yield record(plan, outcome, began)
-        yield record(plan, outcome, began) if outcome.status == "done" else outcome
-    except Interrupted:
+        if outcome.status == "done":
+            record(plan, outcome, began)
+        else:  # what became of it when it was made
+            before = shared.ledger.last("outcome") or {"status": "done"}
+            shared.ledger.close(**{name: value for name, value in before.items() if name != "what"})
+        yield outcome
+    except (Interrupted, LostClusterError):
         raise
     except Exception as error:
         yield record(

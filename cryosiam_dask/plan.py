@@ -310,6 +310,21 @@ def _plan_run(
     )
 
 
+def find_sources(configuration: Configuration) -> list[Path]:
+    """The tomogram files of a configuration.
+
+    Raises
+    ------
+    Problems
+        If there are none, or one that is named is missing.
+    """
+    problems: list[CryosiamDaskError] = []
+    sources = _find_tomograms(configuration, None, problems)
+    if problems:
+        raise Problems(problems)
+    return sources
+
+
 def _find_tomograms(
     configuration: Configuration, filename: str | None, problems: list[CryosiamDaskError]
 ) -> list[Path]:

@@ -208,6 +208,14 @@ def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cu
     )
 
 
+def name_of_gpu() -> str | None:
+    """The GPU that this process uses, by its unique name; ``None`` where it has none."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return f"{properties.name} {getattr(properties, 'uuid', '')}".strip()
+
+
 def require_precision(precision: Precision, device: Literal["cpu", "cuda"]) -> None:
     """Refuse a precision for which this machine's device has no instructions: it would be slower than single.
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -15,9 +15,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cryosiam_dask.cluster import DaskExecutor, Setup, open_cluster
+from cryosiam_dask.cluster import (
+    DaskExecutor,
+    Setup,
+    describe_devices,
+    is_loopback,
+    is_open_to_the_network,
+    join_cluster,
+    open_cluster,
+    reported,
+)
 from cryosiam_dask.collection import make_folders, remove_left_overs, run
-from cryosiam_dask.config import Configuration, read_configuration
+from cryosiam_dask.config import Configuration, read_configuration, read_pipeline
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, DeviceError, Problems, TomogramError
 from cryosiam_dask.mrc_to_zarr import convert, read_header
 from cryosiam_dask.pipeline import (
@@ -28,7 +37,7 @@ from cryosiam_dask.pipeline import (
     postprocess,
 )
 from cryosiam_dask.plan import RunPlan, plan_run
-from cryosiam_dask.predictor import largest_patch, load_predictor, require_precision, resolve_device
+from cryosiam_dask.predictor import largest_patch, load_predictor, name_of_gpu, require_precision, resolve_device
 from cryosiam_dask.progress import make_reporter
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -38,15 +47,19 @@ def segment(
     config_file: Path,
     console: Console,
     *,
+    pipeline: bool = False,
     filename: str | None = None,
     device: Device = "auto",
     workers: int | None = None,
+    scheduler: str | None = None,
+    scheduler_file: Path | None = None,
     overwrite: bool = False,
     dashboard_address: str = "127.0.0.1:8787",
+    performance_report: Path | None = None,
     timeline: bool = False,
     stop: threading.Event | None = None,
 ) -> list[Outcome]:
-    """Plan and run one configuration, and print what becomes of it.
+    """Plan and run one configuration, or a pipeline of two, and print what becomes of it.
 
     Parameters
     ----------
@@ -54,79 +67,112 @@ def segment(
         The YAML file.
     console
         Where to print.
+    pipeline
+        Whether the file is one of two models (see `cryosiam_dask.config.read_pipeline`).
     filename, overwrite
         See `cryosiam_dask.plan.plan_run`.
     device
         ``"auto"``: CUDA where it can be used, else the CPU.
     workers
-        Worker processes; ``None``: all visible GPUs, or as many as cores and memory allow.
+        Worker processes; ``None``: all visible GPUs, or as many as cores and memory allow. Of a cluster that runs
+        already: how many to wait for.
+    scheduler, scheduler_file
+        See `cryosiam_dask.cluster.join_cluster`; ``None``: a cluster of this machine is started.
     dashboard_address
         Where the Dask dashboard listens.
+    performance_report
+        HTML file for Dask's own report of what every worker did.
     timeline, stop
         See `cryosiam_dask.collection.run`.
 
     Raises
     ------
-    Problems, ConfigurationError, DeviceError
+    Problems, ConfigurationError, DeviceError, ClusterError
         What stands in the way of the run.
     """
+    joins = scheduler is not None or scheduler_file is not None
     problems: list[CryosiamDaskError] = []
+    plans: list[RunPlan] = []
+    chosen: Literal["cpu", "cuda"] = "cpu"
+    if not joins:
+        try:
+            chosen = resolve_device(device)
+        except DeviceError as error:
+            problems.append(error)
     try:
-        configuration = read_configuration(config_file)
-        automatic = configuration.parameters.data.patch_size == "auto"
-        # Where the patch is still to be chosen, what was made with another one is looked at afterwards.
-        plan = plan_run(configuration, filename=filename, overwrite=overwrite or automatic)
+        configurations = read_pipeline(config_file) if pipeline else {"": read_configuration(config_file)}
+        for name, configuration in configurations.items():
+            configuration = configuration.absolute() if joins else configuration
+            before = {job.stem for job in plans[-1].jobs} if plans else set()
+            try:
+                if not problems and not joins:
+                    require_precision(configuration.hyper_parameters.precision, chosen)
+                plan = _planned(
+                    configuration, name, filename, overwrite, before, None if joins or problems else chosen, workers,
+                    console,
+                )  # fmt: skip
+                plans.append(plan)
+            except Problems as found:
+                problems.extend(found.problems)
+            except DeviceError as error:
+                problems.append(error)
     except Problems as found:
         problems.extend(found.problems)
-    try:
-        chosen = resolve_device(device)
-        if not problems:
-            require_precision(configuration.hyper_parameters.precision, chosen)
-    except DeviceError as error:
-        problems.append(error)
     if problems:
         raise Problems(problems)
-    if automatic:
-        configuration = _with_largest_patch(plan, chosen, workers, console)
-        plan = plan_run(configuration, filename=filename, overwrite=overwrite)
-    if chosen == "cpu" and plan.bytes_per_worker > MEMORY_LIMIT:
-        raise ConfigurationError(
-            "a worker must fit into the memory of this machine",
-            place="keys parameters.data.patch_size and block_size",
-            value=f"about {plan.bytes_per_worker / 1e9:.0f} GB for patch_size {list(plan.patch)} and block_size "
-            f"{plan.configuration.block_size}, of {MEMORY_LIMIT / 1e9:.0f} GB",
-            remedy="Lower them, or set patch_size to auto",
-        )
-    make_folders(plan)
-    for note in plan.notes:
-        say(console, f"note: {note}")
-    for job in plan.skipped:
-        say(console, f"{job.stem}: skipped, {job.output} was made from the same input, checkpoint and settings")
-    for job in plan.unmeasured:
-        say(console, f"{job.stem}: {job.output} is up to date, its components are not")
-    if not plan.jobs and not plan.unmeasured:
-        outcomes = [Outcome(job.stem, "skipped") for job in plan.skipped]
+    for plan in plans:
+        make_folders(plan)
+        for note in plan.notes:
+            say(console, f"note: {note}")
+        for job in plan.skipped:
+            say(console, f"{job.stem}: skipped, {job.output} was made from the same input, checkpoint and settings")
+        for job in plan.unmeasured:
+            say(console, f"{job.stem}: {job.output} is up to date, its components are not")
+    if not any(plan.jobs or plan.unmeasured for plan in plans):
+        outcomes = [Outcome(job.stem, "skipped", stage=plan.name) for plan in plans for job in plan.skipped]
         print_table(console, outcomes)
         return outcomes
-    total = len(plan.jobs) + len(plan.unmeasured)
-    if workers is None:
-        workers = default_workers(plan) if chosen == "cpu" else 0
+    total = len({job.stem for plan in plans for job in (*plan.jobs, *plan.unmeasured)})
+    if not is_loopback(dashboard_address):
+        say(console, f"attention: whoever reaches {dashboard_address} can watch this run, and stop it")
     try:
-        with open_cluster(chosen, workers, dashboard_address=dashboard_address) as client:
-            if plan.jobs:
-                client.register_plugin(Setup(partial(load_predictor, plan.spec(chosen))), name="model")
-            count = len(client.scheduler_info(n_workers=-1)["workers"])
+        with ExitStack() as stack:
+            if joins:
+                client = stack.enter_context(
+                    join_cluster(address=scheduler, scheduler_file=scheduler_file, workers=workers)
+                )
+                if is_open_to_the_network(client):
+                    say(
+                        console,
+                        f"attention: {client.scheduler.address} has no TLS: whoever reaches it can run what he likes "
+                        "as you. Dask's documentation of TLS says how to close it",
+                    )
+            else:
+                count = workers or (min(default_workers(plan) for plan in plans) if chosen == "cpu" else 0)
+                client = stack.enter_context(open_cluster(chosen, count, dashboard_address=dashboard_address))
+            found_device = describe_devices(client, name_of_gpu) if joins or chosen == "cuda" else chosen
+            if joins:
+                chosen = _device_of(found_device, device)
+                for plan in plans:
+                    client.run(require_precision, plan.configuration.hyper_parameters.precision, chosen)
+            if performance_report is not None:
+                stack.enter_context(reported(client, performance_report))
+            for plan in plans:
+                if plan.jobs:
+                    client.register_plugin(Setup(partial(load_predictor, plan.spec(chosen))), name=f"model {plan.name}")
+            count = len(client.nthreads())
             say(
                 console,
                 f"{_number(total, 'tomogram')} on {_number(count, f'{chosen} worker')}; "
                 f"dashboard {client.dashboard_link}",
             )
+            largest = max(plans, key=lambda plan: plan.bytes_per_worker)
             say(
                 console,
-                f"memory of a worker: about {plan.block_bytes / 1e9:.1f} GB for two blocks, "
-                f"{plan.network_bytes / 1e9:.1f} GB for the network"
+                f"memory of a worker: about {largest.block_bytes / 1e9:.1f} GB for two blocks, "
+                f"{largest.network_bytes / 1e9:.1f} GB for the network"
                 + (
-                    f" and each of {plan.configuration.hyper_parameters.batch_size} patches, on its GPU"
+                    f" and each of {largest.configuration.hyper_parameters.batch_size} patches, on its GPU"
                     if chosen == "cuda"
                     else ""
                 ),
@@ -134,14 +180,70 @@ def segment(
             reporter = make_reporter(console, total)
             try:
                 outcomes = run(
-                    plan, reporter, device=chosen, executor=DaskExecutor(client), timeline=timeline, stop=stop
+                    plans, reporter, device=chosen, executor=DaskExecutor(client), timeline=timeline, stop=stop
                 )
             finally:
                 reporter.close()
     finally:
-        remove_left_overs(plan)
+        if not joins:  # tasks of a cluster that stays may still be at work there
+            for plan in plans:
+                remove_left_overs(plan)
     print_table(console, outcomes)
     return outcomes
+
+
+def _planned(
+    configuration: Configuration,
+    name: str,
+    filename: str | None,
+    overwrite: bool,
+    masks_to_come: Collection[str],
+    device: Literal["cpu", "cuda"] | None,
+    workers: int | None,
+    console: Console,
+) -> RunPlan:
+    """The plan of one model; `device` is ``None`` where only the cluster knows."""
+    automatic = configuration.parameters.data.patch_size == "auto"
+    if automatic and device is None:
+        raise Problems(
+            [
+                ConfigurationError(
+                    "must be numbers where the device is another machine's",
+                    place="key parameters.data.patch_size",
+                    value="auto",
+                    remedy="Run a single tomogram on such a machine, and write down what is found",
+                )
+            ]
+        )
+    make = partial(plan_run, filename=filename, name=name, masks_to_come=masks_to_come)
+    # Where the patch is still to be chosen, what was made with another one is looked at afterwards.
+    plan = make(configuration, overwrite=overwrite or automatic)
+    if automatic and device is not None:
+        plan = make(_with_largest_patch(plan, device, workers, console), overwrite=overwrite)
+    if device == "cpu" and plan.bytes_per_worker > MEMORY_LIMIT:
+        raise Problems(
+            [
+                ConfigurationError(
+                    "a worker must fit into the memory of this machine",
+                    place="keys parameters.data.patch_size and block_size",
+                    value=f"about {plan.bytes_per_worker / 1e9:.0f} GB for patch_size {list(plan.patch)} and "
+                    f"block_size {plan.configuration.block_size}, of {MEMORY_LIMIT / 1e9:.0f} GB",
+                    remedy="Lower them, or set patch_size to auto",
+                )
+            ]
+        )
+    return plan
+
+
+def _device_of(found: Literal["cpu", "cuda"], wanted: Device) -> Literal["cpu", "cuda"]:
+    """The device of a cluster that runs already, if it is the one that was asked for."""
+    if wanted == "cuda" and found == "cpu":
+        raise DeviceError(
+            "device cuda was asked for and must be usable",
+            value="workers without GPUs",
+            remedy="Start them with 'dask cuda worker' on nodes with GPUs, or use --device cpu",
+        )
+    return "cpu" if wanted == "cpu" else found
 
 
 def postprocess_again(
@@ -277,10 +379,13 @@ def _number(count: int, thing: str) -> str:
 
 def print_table(console: Console, outcomes: Sequence[Outcome]) -> None:
     """Print what became of every tomogram, and after it what needs attention."""
-    table = Table("tomogram", "status", "shape (z, y, x)", "seconds", "voxels of each label, from 0")
+    several = any(outcome.stage for outcome in outcomes)
+    model = ("model",) if several else ()
+    table = Table("tomogram", *model, "status", "shape (z, y, x)", "seconds", "voxels of each label, from 0")
     for outcome in outcomes:
         table.add_row(
             escape(outcome.stem),
+            *((outcome.stage,) if several else ()),
             outcome.status,
             " × ".join(map(str, outcome.shape)),
             f"{outcome.seconds:.1f}" if outcome.seconds else "",

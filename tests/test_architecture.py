@@ -19,8 +19,8 @@ FOUNDATION = {"_version", "errors", "executor", "grid", "config", "ledger"}
 STAGES = {"mrc_to_zarr", "zarr_to_labels", "lamella", "components", "measurements", "centers", "labels_to_hdf5", "mask",
           "preview", "phantom", "timeline"}  # fmt: skip
 #: From the command line down to the foundation; imports go one way.
-LAYERS = [{"cli"}, {"demo"}, {"runner"}, {"collection"}, {"pipeline"}, {"plan", "progress", "cluster"}, STAGES,
-          {"predictor"}, {"checkpoint"}, {"network"}, FOUNDATION]  # fmt: skip
+LAYERS = [{"cli"}, {"demo"}, {"runner", "overview"}, {"collection"}, {"pipeline"}, {"plan", "progress", "cluster"},
+          STAGES, {"predictor"}, {"checkpoint"}, {"network"}, FOUNDATION]  # fmt: skip
 #: What a stage may use of another: the lamella is the largest component, and a block is predicted inside its mask.
 BETWEEN_STAGES = {("lamella", "components"), ("zarr_to_labels", "mask"), ("timeline", "zarr_to_labels"),
                   ("measurements", "components"),

@@ -1,0 +1,221 @@
+"""Both models in one pass, on a cluster that was there before; and how far a collection is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import golden
+import h5py
+import mrcfile
+import numpy as np
+import pytest
+import yaml
+
+from cryosiam_dask.config import read_configuration, read_pipeline
+from cryosiam_dask.errors import Problems
+from cryosiam_dask.ledger import Ledger
+from cryosiam_dask.overview import seconds_left, states
+
+BIN = Path(sys.executable).parent
+CASE = "lamella_then_semantic"
+
+
+def pipeline_of(folder: Path) -> dict[str, Any]:
+    """The golden case's two files as one."""
+    lamella = golden.configuration(CASE, "config_lamella_slicewise.yaml")
+    semantic = golden.configuration(CASE, "config_semantic.yaml")
+    del semantic["mask_folder"]
+    common = {key: lamella.pop(key) for key in ("data_folder", "file_extension", "test_files")}
+    for values, name in ((lamella, "lamella"), (semantic, "semantic")):
+        values.update(prediction_folder=f"out/{name}", save_internal_files=False)
+    for key in common:
+        del semantic[key]
+    return {**common, "lamella": lamella, "semantic": semantic}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "case"
+    shutil.copytree(golden.FOLDER / CASE, folder)
+    (folder / "pipeline.yaml").write_text(yaml.safe_dump(pipeline_of(folder)))
+    return folder
+
+
+def call(*arguments: object, folder: Path, status: int = 0) -> str:
+    done = subprocess.run(
+        [BIN / "cryosiam-dask", *map(str, arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"},
+        timeout=300,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
+    """A scheduler and two workers as a user starts them; gives the scheduler's file and its process."""
+    folder = tmp_path_factory.mktemp("cluster")
+    file = folder / "scheduler.json"
+    options: dict[str, Any] = {"cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    where = ("--host", "127.0.0.1", "--no-dashboard")
+    scheduler = subprocess.Popen(
+        [BIN / "dask", "scheduler", *where, "--port", "0", "--scheduler-file", file], **options
+    )
+    while not file.exists():
+        assert scheduler.poll() is None
+        time.sleep(0.05)
+    command = [BIN / "dask", "worker", "--scheduler-file", file, "--nworkers", "2", "--nthreads", "4", *where]
+    workers = subprocess.Popen(command, **options)
+    yield file, scheduler
+    for process in (workers, scheduler):
+        process.send_signal(signal.SIGCONT)
+        process.terminate()
+    for process in (workers, scheduler):
+        process.wait(30)
+
+
+def test_one_pass_on_a_cluster_gives_what_cryosiam_gave(folder: Path, cluster: tuple[Path, Any]) -> None:
+    output = call(
+        "run", "--config-file", "pipeline.yaml", "--scheduler-file", cluster[0], "--workers", 2, "--performance-report",
+        "performance.html", folder=folder,
+    )  # fmt: skip
+    assert "1 tomogram on 2 cpu workers" in output and output.count("ingest done") == 1
+    expected = golden.expected(CASE)
+    for name, key in (("lamella", "lamella_slicewise"), ("semantic", "semantic")):
+        with h5py.File(folder / "out" / name / "TS_a_6.80Apx_preds.h5") as file:
+            np.testing.assert_array_equal(file["labels"][:], expected[key])
+        assert not list((folder / "out" / name).glob("*.work.zarr"))
+    assert "predict" in (folder / "performance.html").read_text()
+    # Whoever runs the models one by one finds them done.
+    values = yaml.safe_load((folder / "pipeline.yaml").read_text())
+    single = {**{key: values[key] for key in ("data_folder", "file_extension")}, **values["semantic"]}
+    (folder / "single.yaml").write_text(yaml.safe_dump({**single, "mask_folder": "out/lamella"}))
+    assert "skipped" in call("semantic-predict", "--config-file", "single.yaml", folder=folder)
+    # The lamella made again is the same, and so what was made inside it stays.
+    (folder / "out" / "lamella" / "TS_a_6.80Apx_preds.h5").unlink()
+    before = (folder / "out" / "semantic" / "TS_a_6.80Apx_preds.h5").stat().st_mtime_ns
+    output = call("run", "--config-file", "pipeline.yaml", "--scheduler-file", cluster[0], folder=folder)
+    assert "lamella: done" in output and "semantic: is there already" in output
+    assert (folder / "out" / "semantic" / "TS_a_6.80Apx_preds.h5").stat().st_mtime_ns == before
+    assert call("status", "--config-file", "pipeline.yaml", folder=folder).strip() == "2 done"
+
+
+def test_a_cluster_that_does_not_fit_is_an_error(folder: Path, cluster: tuple[Path, Any], tmp_path: Path) -> None:
+    def fails(*options: object) -> str:
+        return " ".join(call("run", "--config-file", "pipeline.yaml", *options, folder=folder, status=2).split())
+
+    assert "a Dask scheduler must answer; found none" in fails("--scheduler", "tcp://127.0.0.1:1")
+    assert "a Dask scheduler must answer" in fails("--scheduler", "nonsense://x")
+    assert "must be a file that 'dask scheduler --scheduler-file' wrote" in fails("--scheduler-file", "none.json")
+    (tmp_path / "other.json").write_text("[]")
+    assert "must be a file that 'dask scheduler" in fails("--scheduler-file", tmp_path / "other.json")
+    message = fails("--scheduler-file", cluster[0], "--device", "cuda")
+    assert "device cuda was asked for" in message and "workers without GPUs" in message
+    assert not list(folder.glob("out/*/*.h5"))
+
+
+def test_a_scheduler_that_goes_away_leaves_what_was_done(tmp_path: Path, cluster: tuple[Path, Any]) -> None:
+    """Last, as it takes the cluster with it."""
+    (tmp_path / "data").mkdir()
+    with mrcfile.new(tmp_path / "data" / "TS.mrc") as mrc:
+        mrc.set_data(np.random.default_rng(0).random((40, 60, 60), np.float32))
+    checkpoints.write(tmp_path / "model.ckpt", seed=35)
+    values = {"data_folder": "data", "prediction_folder": "out", "trained_model": "model.ckpt", "block_size": 24}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    file, scheduler = cluster
+    command = [BIN / "cryosiam-dask", "semantic-predict", "--config-file", "config.yaml", "--scheduler-file", file]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    ledger = tmp_path / "out" / ".ledger" / "TS.jsonl"
+    while not (ledger.exists() and b'"block"' in ledger.read_bytes()):
+        assert process.poll() is None
+        time.sleep(0.01)
+    scheduler.kill()
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 75, output
+    assert "the scheduler must stay until the run is over" in " ".join(output.split()) and "Traceback" not in output
+    found = states(read_configuration(tmp_path / "config.yaml").model_copy(
+        update={key: tmp_path / values[key] for key in ("data_folder", "prediction_folder")}
+    ))  # fmt: skip
+    assert [(state.state, state.blocks > 0) for state in found] == [("stopped", True)]
+    output = call("semantic-predict", "--config-file", "config.yaml", folder=tmp_path)
+    assert " blocks are there already" in output and (tmp_path / "out" / "TS_preds.h5").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- the file
+
+
+def test_every_fault_of_a_pipeline_at_once(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text("lamella: {}\n")
+    with pytest.raises(Problems, match=r"key semantic: a pipeline needs the keys of this model"):
+        read_pipeline(tmp_path / "p.yaml")
+    one = {"prediction_folder": "a", "trained_model": "m.ckpt", "data_folder": "d"}
+    faulty = {"lamella": {**one, "thresold": 1}, "semantic": {**one, "parameters": {"network": {"threshold": 7}}}}
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(faulty))
+    with pytest.raises(Problems) as error:
+        read_pipeline(tmp_path / "p.yaml")
+    text = str(error.value)
+    assert "p.yaml, lamella, key thresold" in text and "p.yaml, semantic, key parameters.network.threshold" in text
+    (tmp_path / "p.yaml").write_text(
+        yaml.safe_dump({"lamella": one, "semantic": {**one, "data_folder": "other", "mask_folder": "elsewhere"}})
+    )
+    with pytest.raises(Problems) as error:
+        read_pipeline(tmp_path / "p.yaml")
+    text = str(error.value)
+    assert all(f"key semantic.{key}:" in text for key in ("data_folder", "mask_folder", "prediction_folder"))
+
+
+def test_the_example_is_read() -> None:
+    found = read_pipeline(Path(__file__).parents[1] / "configs" / "pipeline.yaml")
+    assert list(found) == ["lamella", "semantic"]
+    assert found["semantic"].mask_folder == found["lamella"].prediction_folder
+    assert found["lamella"].parameters.network.postprocessing
+
+
+# ----------------------------------------------------------------------------------------------------------- the status
+
+
+def test_status_tells_states_and_time_left(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "out").mkdir()
+    names = ("a", "b", "c", "d", "e", "f", "g")
+    for name in names:
+        (tmp_path / "data" / f"{name}.mrc").write_bytes(b"")
+    out = tmp_path / "out"
+    for i, name in enumerate("ab"):
+        (out / f"{name}_preds.h5").write_bytes(b"")
+        Ledger(out, name).close(status="done", seconds=10.0, began=100.0 + 5 * i, ended=110.0 + 5 * i, run="r")
+    Ledger(out, "c").close(status="failed", seconds=1.0, error="c.mrc: is broken.", run="r")
+    running = Ledger(out, "d")
+    running.append("store", token="t")
+    running.append("block", index=[0, 0, 0])
+    (out / ".ledger" / "d.claim").write_text(json.dumps({"host": "node7", "boot": "x", "process": 12, "token": "t"}))
+    stopped = Ledger(out, "e")
+    stopped.append("store", token="t")
+    (out / ".ledger" / "f.jsonl").write_text("rubbish\nrubbish\n")
+    (tmp_path / "c.yaml").write_text(
+        yaml.safe_dump({"data_folder": f"{tmp_path}/data", "prediction_folder": str(out), "trained_model": "m.ckpt"})
+    )
+    found = states(read_configuration(tmp_path / "c.yaml"))
+    assert [state.state for state in found] == ["done", "done", "failed", "running", "stopped", "left", "left"]
+    assert found[2].detail == "c.mrc: is broken." and found[3].detail == "process 12 on node7" and found[3].blocks == 1
+    assert "damaged" in found[5].detail
+    assert seconds_left(found) == pytest.approx(15 / 2 * 4)
+    output = call("status", "--config-file", "c.yaml", folder=tmp_path)
+    assert "2 done, 1 running, 1 stopped, 1 failed, 2 left; about 00:00:30 left" in output
+    assert "c.mrc: is broken." in output and "process 12 on node7" in output
+    document = json.loads(call("status", "--config-file", "c.yaml", "--json", folder=tmp_path))
+    assert document["counts"]["done"] == 2 and len(document["tomograms"]) == len(names)
