@@ -222,8 +222,8 @@ class Claims:
     def holds(self, path: Path) -> bool:
         """Whether the claim is still this process's: one that slept too long has lost it."""
         try:
-            return bool(json.loads(path.read_bytes()).get("token") == self._token)
-        except (OSError, ValueError):
+            return bool(json.loads(path.read_bytes())["token"] == self._token)
+        except (OSError, ValueError, KeyError, TypeError):
             return False
 
     def release(self, path: Path) -> None:
@@ -273,7 +273,7 @@ class Claims:
     def _abandoned(self, path: Path, content: bytes) -> bool:
         if process_is_gone(content):
             return True
-        before, since = self._seen.get(path, (b"", 0.0))
+        before, since = self._seen.get(path, (None, 0.0))
         if before != content:
             self._seen[path] = (content, time.monotonic())
             return False
