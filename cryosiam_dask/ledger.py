@@ -247,19 +247,20 @@ class Claims:
     def _create(self, path: Path) -> bool:
         # Linked from a whole file, so that nobody ever sees one without its content.
         temporary = path.with_name(f"{path.name}.{self._token}")
-        temporary.write_bytes(self._content())
         try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return False
-        except OSError:  # a file system without hard links
+            temporary.write_bytes(self._content())
             try:
-                with path.open("xb") as file:
-                    file.write(self._content())
+                os.link(temporary, path)
             except FileExistsError:
                 return False
+            except OSError:  # a file system without hard links
+                try:
+                    with path.open("xb") as file:
+                        file.write(self._content())
+                except FileExistsError:
+                    return False
         finally:
-            temporary.unlink()
+            temporary.unlink(missing_ok=True)
         self._held.add(path)
         return True
 
