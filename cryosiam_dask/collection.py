@@ -224,7 +224,11 @@ class _Collection:
     def _begin(self, work: _Work) -> None:
         taken: list[Path] = []
         for path in work.claims:
-            if not self.claims.take(path):
+            try:
+                claimed_now = self.claims.take(path)
+            except OSError:
+                break  # what is wrong with the disk, the tomogram will say
+            if not claimed_now:
                 for other in taken:
                     self.claims.release(other)
                 self.elsewhere.append(work)

@@ -183,7 +183,7 @@ class Claims:
         self._count = 0
         self._held: set[Path] = set()
         self._seen: dict[Path, tuple[bytes, float]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, args=(beat,), daemon=True, name="claims")
         self._thread.start()
@@ -207,24 +207,23 @@ class Claims:
                 return self._create(path)
             if not self._abandoned(path, found):
                 return False
-            # Two may have found it abandoned: what is taken away must be what was looked at.
-            aside = path.with_name(f"{path.name}.{self._token}")
-            with suppress(FileNotFoundError):
-                path.rename(aside)
-                fresh = aside.read_bytes() != found
-                if fresh:
-                    with suppress(FileExistsError):
-                        os.link(aside, path)
-                aside.unlink()
-                if fresh:
-                    return False
-            return self._create(path)
+            # Several may have found it abandoned: only who holds the right to this very content puts his own there, and
+            # nobody who looked earlier takes that away.
+            right = path.with_name(f"{path.name}.{zlib.crc32(found):08x}")
+            if not self.take(right):
+                return False
+            try:
+                return path.read_bytes() == found and self._replace(path)
+            except FileNotFoundError:
+                return False
+            finally:
+                self.release(right)
 
     def holds(self, path: Path) -> bool:
         """Whether the claim is still this process's: one that slept too long has lost it."""
         try:
-            return bool(json.loads(path.read_bytes()).get("token") == self._token)
-        except (OSError, ValueError):
+            return bool(json.loads(path.read_bytes())["token"] == self._token)
+        except (OSError, ValueError, KeyError, TypeError):
             return False
 
     def release(self, path: Path) -> None:
@@ -248,26 +247,34 @@ class Claims:
     def _create(self, path: Path) -> bool:
         # Linked from a whole file, so that nobody ever sees one without its content.
         temporary = path.with_name(f"{path.name}.{self._token}")
-        temporary.write_bytes(self._content())
         try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return False
-        except OSError:  # a file system without hard links
+            temporary.write_bytes(self._content())
             try:
-                with path.open("xb") as file:
-                    file.write(self._content())
+                os.link(temporary, path)
             except FileExistsError:
                 return False
+            except OSError:  # a file system without hard links
+                try:
+                    with path.open("xb") as file:
+                        file.write(self._content())
+                except FileExistsError:
+                    return False
         finally:
-            temporary.unlink()
+            temporary.unlink(missing_ok=True)
+        self._held.add(path)
+        return True
+
+    def _replace(self, path: Path) -> bool:
+        temporary = path.with_name(f"{path.name}.{self._token}")
+        temporary.write_bytes(self._content())
+        temporary.replace(path)
         self._held.add(path)
         return True
 
     def _abandoned(self, path: Path, content: bytes) -> bool:
         if process_is_gone(content):
             return True
-        before, since = self._seen.get(path, (b"", 0.0))
+        before, since = self._seen.get(path, (None, 0.0))
         if before != content:
             self._seen[path] = (content, time.monotonic())
             return False
@@ -280,9 +287,7 @@ class Claims:
                 for path in self._held:
                     with suppress(OSError):
                         if self.holds(path):
-                            temporary = path.with_name(f"{path.name}.{self._token}")
-                            temporary.write_bytes(self._content())
-                            temporary.replace(path)
+                            self._replace(path)
 
 
 @contextmanager

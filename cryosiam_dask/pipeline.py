@@ -189,18 +189,23 @@ def segment(
     except (Interrupted, LostClusterError):
         raise
     except Exception as error:
-        yield record(
-            plan, _failed(job.stem, header.shape if header else (), began, error, job.output, plan.name), began
-        )
+        outcome = _failed(job.stem, header.shape if header else (), began, error, job.output, plan.name)
+        yield record(plan, outcome, began, goes_on=isinstance(error, _RESUMABLE))
 
 
-def record(plan: RunPlan, outcome: Outcome, began: float) -> Outcome:
-    """Write what became of a tomogram to its ledger, as far as the disk lets."""
+def record(plan: RunPlan, outcome: Outcome, began: float, *, goes_on: bool = False) -> Outcome:
+    """Write what became of a tomogram to its ledger, as far as the disk lets.
+
+    It takes the place of what was recorded, unless the same command `goes_on` from that.
+    """
     values = {name: value for name, value in asdict(outcome).items() if name not in ("stem", "details")}
+    values |= {"run": plan.run, "began": began, "ended": time.time()}
     with suppress(OSError):
-        Ledger(plan.configuration.prediction_folder, outcome.stem).close(
-            **values, run=plan.run, began=began, ended=time.time()
-        )
+        ledger = Ledger(plan.configuration.prediction_folder, outcome.stem)
+        if goes_on:
+            ledger.append("outcome", **values)
+        else:
+            ledger.close(**values)
     return outcome
 
 

@@ -1,0 +1,226 @@
+"""Many tomograms in one run and in several: what fails, what is left, and who does what."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pytest
+from distributed import Client
+from test_cli import call, start
+from test_pipeline import Listener, configure, write_tomogram
+
+from cryosiam_dask import ledger
+from cryosiam_dask.cluster import DaskExecutor, open_cluster
+from cryosiam_dask.collection import run
+from cryosiam_dask.errors import DeviceError, LostClusterError
+from cryosiam_dask.executor import SerialExecutor, SharedExecutor
+from cryosiam_dask.ledger import VERSION, read_entries, read_outcomes
+from cryosiam_dask.plan import RunPlan, plan_run
+
+STEMS = ("TS_0", "TS_1", "TS_2", "TS_3", "TS_4")
+SHAPE = (16, 32, 32)
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    with open_cluster("cpu", 2, dashboard_address="127.0.0.1:0") as client:
+        yield client
+
+
+@pytest.fixture(params=["serial", "dask"])
+def executor(request: pytest.FixtureRequest) -> SharedExecutor:
+    return SerialExecutor() if request.param == "serial" else DaskExecutor(request.getfixturevalue("client"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    for seed, stem in enumerate(STEMS):
+        write_tomogram(tmp_path / "data" / f"{stem}.mrc", seed, SHAPE)
+    checkpoints.write(tmp_path / "model.ckpt", seed=35)
+    return tmp_path
+
+
+class Acting(SerialExecutor):
+    """Does something when three blocks have been predicted and recorded."""
+
+    def __init__(self, act: Callable[[SerialExecutor], object]) -> None:
+        super().__init__()
+        self.act, self.predicted = act, 0
+
+    def map(self, function: Any, items: Any, *, name: str, overlap: bool = False, done: Any = None) -> list[Any]:
+        def count(item: Any, result: Any) -> None:
+            if done:
+                done(item, result)
+            self.predicted += name == "predict"
+            if name == "predict" and self.predicted == 3:
+                self.act(self)
+
+        return super().map(function, items, name=name, overlap=overlap, done=count)
+
+
+class Stopper(Listener):
+    """A reporter that stops the run when three blocks of a tomogram have been predicted."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        super().__init__()
+        self.stop = stop
+
+    def step(self, tomogram: str, name: str, done: int, total: int) -> None:
+        super().step(tomogram, name, done, total)
+        if name == "predict" and done == 3:
+            self.stop.set()
+
+
+def plan(folder: Path, **changes: Any) -> RunPlan:
+    return plan_run(configure(folder, block_size=8, **changes))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "out").iterdir() if path.is_file()}
+
+
+def test_tomograms_begin_in_order_and_all_are_done(folder: Path, executor: SharedExecutor) -> None:
+    listener = Listener()
+    outcomes = run(plan(folder), listener, executor=executor)
+    assert [(outcome.stem, outcome.status) for outcome in outcomes] == [(stem, "done") for stem in STEMS]
+    begun = [message for message in listener.messages if message.startswith("begin ")]
+    assert begun == [f"begin {stem}" for stem in STEMS]
+    found = read_outcomes(folder / "out")
+    assert {stem: values["status"] for stem, values in found.items()} == dict.fromkeys(STEMS, "done")
+    assert {tuple(values["shape"]) for values in found.values()} == {SHAPE}
+    assert [outcome.voxels for outcome in outcomes] == [tuple(found[stem]["voxels"]) for stem in STEMS]
+
+
+def test_what_befalls_all_ends_the_run_at_once(folder: Path, executor: SharedExecutor) -> None:
+    planned, listener = plan(folder), Listener()
+    checkpoints.write(folder / "model.ckpt", seed=36)
+    outcomes = {outcome.stem: outcome for outcome in run(planned, listener, executor=executor)}
+    assert list(outcomes) == list(STEMS)
+    assert outcomes["TS_0"].kind == "CheckpointError" and "Start the run again" in outcomes["TS_0"].error
+    assert [outcomes[stem].status for stem in STEMS[1:]].count("left") >= 2
+    assert {outcome.status for outcome in outcomes.values()} == {"failed", "left"}
+    assert any("stopping: the first tomogram failed of what would befall all" in text for text in listener.messages)
+
+
+def test_files_that_are_broken_do_not_end_the_run(folder: Path, executor: SharedExecutor) -> None:
+    for stem in STEMS[:4]:
+        os.truncate(folder / "data" / f"{stem}.mrc", 5000)
+    outcomes = run(plan(folder), Listener(), executor=executor)
+    assert [outcome.status for outcome in outcomes] == ["failed"] * 4 + ["done"]
+    assert {outcome.kind for outcome in outcomes[:4]} == {"TomogramError"}
+
+
+@pytest.mark.parametrize("place", [".ledger", "TS_0.work.zarr"])
+def test_a_folder_that_cannot_be_written_to_is_said(folder: Path, place: str) -> None:
+    """A file where a folder is needed stands for a disk that takes nothing."""
+    (folder / "out").mkdir()
+    (folder / "out" / place).touch()
+    outcomes = run(plan(folder), Listener())
+    first = [outcome for outcome in outcomes if outcome.stem == "TS_0"]
+    assert [outcome.status for outcome in first] == ["failed"] and place in first[0].error
+    others = {outcome.status for outcome in outcomes if outcome.stem != "TS_0"}
+    assert others <= ({"done"} if place != ".ledger" else {"failed", "left"})
+
+
+def test_a_stopped_run_says_what_is_left_and_goes_on(folder: Path, client: Client) -> None:
+    expected = run(plan(folder), Listener(), executor=DaskExecutor(client))
+    whole = contents(folder)
+    shutil.rmtree(folder / "out")
+    stop = threading.Event()
+    outcomes = run(plan(folder), Stopper(stop), executor=DaskExecutor(client), stop=stop)
+    assert [outcome.stem for outcome in outcomes] == list(STEMS)
+    assert {outcome.status for outcome in outcomes} <= {"done", "left"}
+    assert [outcome.status for outcome in outcomes].count("left") >= 2
+    assert not list((folder / "out" / ".ledger").glob("*.claim*"))
+    listener = Listener()
+    again = run(plan(folder), listener, executor=DaskExecutor(client))
+    assert {o.stem: o.voxels for o in again if o.status == "done"}.items() <= {
+        o.stem: o.voxels for o in expected
+    }.items()
+    assert any("blocks are there already" in text for text in listener.messages)
+    assert contents(folder) == whole and not list((folder / "out").glob("*.zarr"))
+
+
+def interrupted(folder: Path, **changes: Any) -> Path:
+    """Begin TS_0 and stop; returns its ledger, where some blocks are recorded."""
+    (outcome,) = run(
+        plan(folder, test_files=["TS_0.mrc"], **changes), Listener(), executor=Acting(SerialExecutor.drain)
+    )
+    assert outcome.status == "left"
+    entries, fault = read_entries(folder / "out", "TS_0")
+    assert not fault and sum(entry["what"] == "block" for entry in entries) >= 3
+    return folder / "out" / ".ledger" / "TS_0.jsonl"
+
+
+@pytest.mark.parametrize("fault", ["nothing", "damage", "version", "no work", "other work", "checkpoint", "setting"])
+def test_a_record_that_does_not_fit_is_not_believed(folder: Path, fault: str) -> None:
+    changes: dict[str, Any] = {"work_folder": str(folder / "work"), "save_internal_files": True}
+    path = interrupted(folder, **changes)
+    work = folder / "work" / "TS_0.work.zarr"
+    if fault == "damage":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif fault == "version":
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(ledger._line({"what": "ledger", "version": VERSION + 1}) + b"".join(lines[1:]))
+    elif fault == "no work":
+        shutil.rmtree(work)
+    elif fault == "other work":  # of another run, with other results in it
+        shutil.rmtree(work)
+        kept = path.read_bytes()
+        path.unlink()
+        checkpoints.write(folder / "model.ckpt", seed=36)
+        interrupted(folder, **changes)
+        checkpoints.write(folder / "model.ckpt", seed=35)
+        path.write_bytes(kept)
+    elif fault == "checkpoint":
+        checkpoints.write(folder / "model.ckpt", seed=36)
+    elif fault == "setting":
+        changes["network"] = {"threshold": 0.45}
+    listener = Listener()
+    (outcome,) = run(plan(folder, test_files=["TS_0.mrc"], **changes), listener)
+    assert outcome.status == "done", outcome.error
+    assert any("there already" in text for text in listener.messages) == (fault == "nothing")
+    found = contents(folder)
+    shutil.rmtree(folder / "out")
+    run(plan(folder, test_files=["TS_0.mrc"], **changes), Listener())
+    assert contents(folder) == found
+
+
+@pytest.mark.parametrize("error", [DeviceError("x"), LostClusterError("x")])
+def test_what_was_done_before_devices_failed_is_kept(folder: Path, error: Exception) -> None:
+    def fail(executor: SerialExecutor) -> None:
+        raise error
+
+    options = {"test_files": ["TS_0.mrc"]}
+    (outcome,) = run(plan(folder, **options), Listener(), executor=Acting(fail))
+    assert outcome.status == "failed" and outcome.kind == type(error).__name__
+    assert read_outcomes(folder / "out")["TS_0"]["status"] == "failed"
+    listener = Listener()
+    (outcome,) = run(plan(folder, **options), listener)
+    assert outcome.status == "done" and "TS_0: 3 of 8 blocks are there already" in listener.messages
+    assert read_outcomes(folder / "out")["TS_0"]["status"] == "done"
+
+
+def test_two_runs_at_once_share_the_tomograms(folder: Path) -> None:
+    plan(folder, components=True)
+    arguments = ("semantic-predict", "--config-file", "config.yaml", "--device", "cpu", "--workers", 1)
+    call(*arguments, folder=folder)
+    whole = contents(folder)
+    shutil.rmtree(folder / "out")
+    processes = [start(*arguments, folder=folder) for _ in range(2)]
+    for process in processes:
+        out, err = process.communicate(timeout=200)
+        assert process.returncode == 0, out + err
+    assert contents(folder) == whole
+    assert {values["status"] for values in read_outcomes(folder / "out").values()} == {"done"}
+    assert sorted(p.name for p in (folder / "out" / ".ledger").iterdir()) == [f"{stem}.jsonl" for stem in STEMS]
+    assert not list((folder / "out").glob("*.zarr")) and not list((folder / "out").glob(".TS*"))

@@ -1,0 +1,235 @@
+"""The record of what is done, whatever is left of its file; and claims, of which one is given at a time."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cryosiam_dask.ledger import (
+    VERSION,
+    Claims,
+    Ledger,
+    claim_path,
+    open_claims,
+    process_is_gone,
+    read_entries,
+    read_outcomes,
+)
+
+FIRST = {"what": "ledger", "version": VERSION}
+WRITTEN = [
+    FIRST,
+    {"what": "blocks", "key": "5d\u00e9\n\r", "block_size": 32},
+    *({"what": "block", "index": [0, i, 10 * i]} for i in range(3)),
+]
+
+
+def write(folder: Path, stem: str = "TS_1") -> Path:
+    ledger = Ledger(folder, stem)
+    for entry in WRITTEN[1:]:
+        ledger.append(**entry)
+    return ledger.path
+
+
+def test_what_is_appended_is_read_by_the_next(tmp_path: Path) -> None:
+    assert read_entries(tmp_path, "TS_1") == ([], "")
+    assert Ledger(tmp_path, "TS_1").entries == [FIRST]
+    write(tmp_path)
+    ledger = Ledger(tmp_path, "TS_1")
+    assert (ledger.entries, ledger.fault) == (WRITTEN, "") and read_entries(tmp_path, "TS_1") == (WRITTEN, "")
+    assert ledger.last("block") == WRITTEN[-1] and ledger.last("store") is None
+    assert ledger.since("block", "blocks") == WRITTEN[2:] and ledger.since("block", "store") == []
+    ledger.append("blocks", key="other", block_size=8)
+    ledger.append("block", index=(1, 2, 3))
+    assert Ledger(tmp_path, "TS_1").since("block", "blocks") == [{"what": "block", "index": [1, 2, 3]}]
+
+
+def test_whatever_was_cut_off_the_rest_counts_and_goes_on(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    content = path.read_bytes()
+    counts = []
+    for size in range(len(content) + 1):
+        path.write_bytes(content[:size])
+        whole = WRITTEN[: content[:size].count(b"\n")]
+        assert read_entries(tmp_path, "TS_1") == (whole, "")
+        ledger = Ledger(tmp_path, "TS_1")
+        assert (ledger.entries, ledger.fault) == (whole or [FIRST], "")
+        ledger.append("block", index=[7])
+        assert read_entries(tmp_path, "TS_1") == ([*(whole or [FIRST]), {"what": "block", "index": [7]}], "")
+        counts.append(len(whole))
+    assert set(counts) == set(range(len(WRITTEN) + 1))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_no_damage_makes_up_an_entry(tmp_path: Path, data: st.DataObject) -> None:
+    path = write(tmp_path)
+    content = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, len(content) - 1))
+    content[at] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    entries, fault = read_entries(tmp_path, "TS_1")
+    assert fault in ("", "is damaged") and entries == WRITTEN[: len(entries)]
+    assert not (fault and entries)
+    ledger = Ledger(tmp_path, "TS_1")
+    assert ledger.fault == fault and ledger.entries == (entries or [FIRST])
+    path.unlink()
+
+
+def test_damage_amid_the_file_and_other_versions_cost_everything(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'"block_size":32', b'"block_size":33'))
+    assert read_entries(tmp_path, "TS_1") == ([], "is damaged")
+    assert Ledger(tmp_path, "TS_1").entries == [FIRST] and read_entries(tmp_path, "TS_1") == ([FIRST], "")
+    other = Ledger(tmp_path, "TS_2")
+    other.append("block", index=[1])
+    lines = other.path.read_bytes().splitlines(keepends=True)
+    other.path.write_bytes(lines[1])  # whole lines, the first of which is not that of this version
+    assert read_entries(tmp_path, "TS_2") == ([], "was written by another version of this program")
+
+
+def test_outcomes_replace_everything_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    inode = path.stat().st_ino
+    with path.open("rb") as before:  # who reads meanwhile reads the old file to its end
+        Ledger(tmp_path, "TS_1").close(status="done", shape=(1, 2, 3), voxels=[6])
+        assert before.read().count(b"\n") == len(WRITTEN)
+    assert path.stat().st_ino != inode and [p.name for p in path.parent.iterdir()] == [path.name]
+    assert read_entries(tmp_path, "TS_1")[0][0] == FIRST
+    write(tmp_path, "TS_2")
+    Ledger(tmp_path, "TS_3.4").close(status="failed", error="x")
+    (path.parent / "TS_4.jsonl").write_bytes(b"\0" * 100 + b"\n" + path.read_bytes())
+    assert read_outcomes(tmp_path) == {
+        "TS_1": {"status": "done", "shape": [1, 2, 3], "voxels": [6]},
+        "TS_3.4": {"status": "failed", "error": "x"},
+    }
+    assert read_outcomes(tmp_path / "none") == {}
+
+
+# --------------------------------------------------------------------------------------------------------------- claims
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Write what another process would have."""
+    path.with_suffix(".new").write_text(json.dumps({**json.loads(path.read_bytes()), **changes}))
+    path.with_suffix(".new").replace(path)
+
+
+def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_one_holds_a_claim_and_gives_it_back(tmp_path: Path) -> None:
+    path = claim_path(tmp_path, "TS_1")
+    with open_claims(0.02, 0.2) as one, open_claims(0.02, 0.2) as other:
+        assert one.take(path) and not other.take(path)
+        assert one.holds(path) and not other.holds(path)
+        content = path.read_bytes()
+        until(lambda: path.read_bytes() != content)
+        other.release(path)  # what is not one's own
+        assert one.holds(path)
+        end = time.monotonic() + 0.6
+        while time.monotonic() < end:  # longer than the patience, for it counts
+            assert not other.take(path)
+            time.sleep(0.02)
+        one.release(path)
+        assert other.take(path) and not one.take(path)
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_claim_of_a_process_that_was_killed_is_taken_at_once(tmp_path: Path) -> None:
+    path = claim_path(tmp_path, "TS_1")
+    code = (
+        "import sys, time; from pathlib import Path; from cryosiam_dask.ledger import Claims\n"
+        "assert Claims().take(Path(sys.argv[1])); print('taken', flush=True); time.sleep(100)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline() == "taken\n"
+    with open_claims() as claims:
+        assert not process_is_gone(path.read_bytes()) and not claims.take(path)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        assert process_is_gone(path.read_bytes()) and claims.take(path)
+        assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("drift", [-1e6, 0.0, 1e6])
+def test_another_machines_claim_is_taken_once_it_counts_no_more(tmp_path: Path, drift: float) -> None:
+    path = claim_path(tmp_path, "TS_1")
+    with open_claims(1000) as holder:
+        holder.take(path)
+        # A process number that is free here says nothing of another machine.
+        edit(path, host="elsewhere", process=2**22 - 1)
+        assert not process_is_gone(path.read_bytes())
+        with open_claims(1000, patience=0.3) as watcher:
+            for count in range(20):
+                edit(path, count=count)
+                os.utime(path, (time.time() + drift,) * 2)  # clocks need not agree
+                assert not watcher.take(path)
+                time.sleep(0.03)
+            began = time.monotonic()
+            until(lambda: watcher.take(path))
+            assert time.monotonic() - began > 0.25 and watcher.holds(path) and not holder.holds(path)
+            holder.release(path)
+            assert watcher.holds(path)
+
+
+def test_claims_that_say_nothing_are_waited_for_and_taken(tmp_path: Path) -> None:
+    path = claim_path(tmp_path, "TS_1")
+    path.parent.mkdir()
+    for content in (b"", b"\xff", b"[]", b'"x"', b'{"host": 3}'):
+        path.write_bytes(content)
+        with open_claims(1000, patience=0.05) as claims:
+            assert not process_is_gone(content) and not claims.holds(path) and not claims.take(path)
+            until(lambda claims=claims: claims.take(path))
+
+
+def race(path: Path, rounds: int, number: int, barrier: Barrier, results: Any) -> None:
+    claims = Claims(0.001, 1000)
+    for i in range(rounds):
+        barrier.wait()
+        results[i * barrier.parties + number] = claims.take(path.with_name(f"{i}.claim"))
+    barrier.wait()  # who has a claim keeps it until all have tried
+    claims.close()
+
+
+def test_of_many_one_gets_what_was_abandoned(tmp_path: Path) -> None:
+    many, rounds, path = 6, 60, claim_path(tmp_path, "TS_1")
+    context = multiprocessing.get_context("fork")
+    dead = context.Process(target=time.sleep, args=(0,))
+    dead.start()
+    dead.join()
+    with open_claims() as claims:
+        assert claims.take(path)
+        edit(path, process=dead.pid)
+        for i in range(rounds):
+            os.link(path, path.with_name(f"{i}.claim"))
+        path.unlink()
+    barrier, results = context.Barrier(many), context.Array("b", [-1] * many * rounds)
+    processes = [context.Process(target=race, args=(path, rounds, i, barrier, results)) for i in range(many)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    won = [sum(results[i * many : (i + 1) * many]) for i in range(rounds)]
+    assert won == [1] * rounds
+    assert list(path.parent.iterdir()) == []
