@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from cryosiam_dask._version import __version__
 from cryosiam_dask.centers import collect_centers, write_centers
-from cryosiam_dask.components import ArrayModule, Blocks, ChunkedArray, remove_small
+from cryosiam_dask.components import ArrayModule, Blocks, ChunkedArray, remove_small, require_channel
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.errors import (
     ConfigurationError,
@@ -440,6 +440,9 @@ def postprocess(
                 shape = unfiltered.shape
                 voxels = _count_voxels(unfiltered, max(2, len(sizes)), executor)
                 labels, removed, voxels = _without_small(unfiltered, voxels, sizes, work, executor, "numpy")
+                probabilities = _probabilities(path) if configuration.components else None
+                if probabilities is not None:  # what the components would fail of, before anything is replaced
+                    require_channel(int(np.flatnonzero(voxels)[-1]), probabilities.shape[0])
                 attributes: dict[str, Any] = {"postprocessing_sizes": sizes}
                 prediction = read_attributes(path).get("prediction_fingerprint")
                 if prediction:

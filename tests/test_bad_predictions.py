@@ -124,6 +124,20 @@ def test_labels_without_their_channel_of_probabilities(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*components*"))
 
 
+def test_labels_are_not_replaced_where_their_components_cannot_be_measured(tmp_path: Path) -> None:
+    def with_components(configuration: Configuration, *arguments: Any) -> list[Outcome]:
+        return postprocess(configuration.model_copy(update={"components": True}), *arguments)
+
+    datasets = {"labels": two_classes(), "probs": probabilities(2, *SHAPE)}
+    outcome = run(with_components, tmp_path, -1, 10, 0, **datasets)  # these sizes would remove label 1
+    assert outcome.status == "failed" and not outcome.details and "found label 2 and 2 channels" in outcome.error
+    np.testing.assert_array_equal(written(tmp_path), two_classes())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["TS_preds.h5", "config.yaml"]
+    # Without label 2 there is nothing to measure with a channel that is missing.
+    assert run(with_components, tmp_path, -1, 3, 5, **datasets).status == "done"
+    assert set(pandas.read_csv(tmp_path / "TS_components.csv")["class"]) == {1}
+
+
 @command
 @pytest.mark.parametrize("shape", [(6, 7, 8), (1, 1, 1), (6, 7)])
 def test_background_alone_is_a_result(
