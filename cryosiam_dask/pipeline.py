@@ -692,7 +692,8 @@ def _read_unfiltered_chunk(path: Path, labels: zarr.Array[Any], corner: tuple[in
     with h5py.File(path, "r") as file:
         chunk = file["labels"][region]
         if "removed" in file:
-            chunk = chunk + file["removed"][region]
+            # In 64 bits, where no sum wraps around to a label that looks right.
+            chunk = np.add(chunk, file["removed"][region], dtype=np.int64, casting="same_kind")
     if chunk.min() < 0 or chunk.max() > 255:
         raise OutputError(
             "labels must lie between 0 and 255",

@@ -78,6 +78,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "one probability": ({"probs": np.float32(0.5)}, r"'probs' must have a class axis.*found \(\)"),
     "more removed": ({"removed": np.zeros((6, 7, 9), np.uint8)}, r"'removed' must have the shape.*found \(6, 7, 9\)"),
     "less removed": ({"removed": np.zeros((3, 7, 8), np.uint8)}, r"'removed' must have the shape.*found \(3, 7, 8\)"),
+    "floats removed": (
+        {"removed": np.zeros(SHAPE, np.float32)},
+        "'removed' must hold labels, whole numbers; found float32",
+    ),
     "floats": ({"labels": two_classes().astype(np.float32)}, "labels must be whole numbers; found float32"),
     "no voxels": ({"labels": np.zeros((6, 0, 8), np.uint8)}, r"must hold voxels; found \(6, 0, 8\)"),
 }
@@ -100,6 +104,17 @@ def test_a_file_that_does_not_fit_together_is_refused_and_kept(
     assert sorted(path.name for path in folder.iterdir()) == ["TS_preds.h5", "config.yaml"]
     with h5py.File(folder / "TS_preds.h5") as file:
         assert set(file) == {"labels", *datasets}
+
+
+def test_a_sum_of_labels_and_removed_that_no_byte_holds(tmp_path: Path) -> None:
+    labels = two_classes()
+    outcome = run(postprocess, tmp_path, labels=labels, removed=np.full(SHAPE, 255, np.uint8))
+    assert outcome.status == "failed" and "must lie between 0 and 255; found 255 to 257" in outcome.error
+    np.testing.assert_array_equal(written(tmp_path), labels)
+    # Other programs' dtypes are no obstacle.
+    removed = (labels == 0).astype(np.int64)
+    assert run(postprocess, tmp_path, -1, labels=labels.astype(np.uint64), removed=removed).status == "done"
+    np.testing.assert_array_equal(written(tmp_path), labels + removed)
 
 
 @command
