@@ -153,6 +153,18 @@ def test_labels_are_not_replaced_where_their_components_cannot_be_measured(tmp_p
     assert set(pandas.read_csv(tmp_path / "TS_components.csv")["class"]) == {1}
 
 
+def test_instances_get_no_particle_list_for_each_number(tmp_path: Path) -> None:
+    instances = np.zeros((9, 9, 9), np.uint32)
+    instances[::2, ::2, ::2] = np.arange(200, 325).reshape(5, 5, 5)
+    outcome = run(list_centers, tmp_path, labels=instances)
+    assert outcome.status == "failed" and not outcome.details
+    assert "labels that are classes, from 0 to 255; found 125 different labels, up to 324" in outcome.error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["TS_preds.h5", "config.yaml"]
+    # A wide dtype alone is no fault: other programs write classes so.
+    assert run(list_centers, tmp_path, labels=two_classes().astype(np.int64)).status == "done"
+    assert len(list(tmp_path.glob("TS_class*.star"))) == 2
+
+
 @command
 @pytest.mark.parametrize("shape", [(6, 7, 8), (1, 1, 1), (6, 7)])
 def test_background_alone_is_a_result(
