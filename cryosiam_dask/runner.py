@@ -242,6 +242,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def memory_of_machine() -> int:
+    """Bytes of memory that all workers together may use."""
+    return int(MEMORY_LIMIT)
+
+
 def _with_largest_patch(
     plan: RunPlan, device: Literal["cpu", "cuda"], workers: int | None, console: Console
 ) -> Configuration:
