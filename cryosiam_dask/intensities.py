@@ -107,7 +107,7 @@ def evenly_spread(shape: Sequence[int], piece: Sequence[int], voxels: int) -> li
     if math.prod(shape) > voxels:
         while math.prod(chosen) > 1 and math.prod(chosen) * math.prod(piece) > voxels:
             axis = chosen.index(max(chosen))
-            chosen[axis] = -(-chosen[axis] // 2)
+            chosen[axis] = chosen[axis] * 9 // 10
     starts = [
         # The middles of so many equal parts of the axis.
         [(2 * i + 1) * count // (2 * number) * edge for i in range(number)]
@@ -183,8 +183,8 @@ def intensities(sample: Sample, minimum: float, maximum: float) -> Intensities:
         highest=float(finite.max()) if finite.size else None,
         median=quantiles[1],
         central=(quantiles[0], quantiles[2]) if finite.size else None,
-        below=np.count_nonzero(finite < minimum) / count,
-        above=np.count_nonzero(finite > maximum) / count,
+        below=int(np.count_nonzero(finite < minimum)) / count,
+        above=int(np.count_nonzero(finite > maximum)) / count,
         non_finite=1 - finite.size / count,
     )
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.measure import Measurement
+from rich.table import Column, Table
 
 from cryosiam_dask.diagnosis import percent
 from cryosiam_dask.errors import CryosiamDaskError, Problems
@@ -161,36 +162,41 @@ _ACTIONS = {"segment": "to segment", "measure": "to measure", "skip": "skipped",
 
 
 def _print_tomograms(console: Console, tomograms: Sequence[TomogramForecast]) -> None:
-    headings = ["tomogram", "", "shape (z, y, x)", "voxel size (Å)", "intensities (central 99 %)", "clipped", "blocks"]
-    masked = any(t.mask for t in tomograms)
-    table = Table(*headings, *(["in the mask", "ruled out"] if masked else []), "disk")
-    for t in tomograms:
-        central = t.intensities.central if t.intensities else None
-        masking = []
-        if masked:
-            about = "" if t.mask is None or t.mask.exact else "about "
-            masking = (
-                ["", ""] if t.mask is None
-                else [about + percent(t.mask.coverage), f"{about}{t.mask.blocks_ruled_out}"]
-            )  # fmt: skip
-        table.add_row(
-            *map(
-                escape,
-                (
-                    t.stem,
-                    _ACTIONS[t.action],
-                    _shape(t.shape),
-                    _voxel_size(t.voxel_size_angstrom) if t.shape else "",
-                    "" if central is None else f"{central[0]:.4g} to {central[1]:.4g}",
-                    "" if t.intensities is None
-                    else f"{percent(t.intensities.below)} below, {percent(t.intensities.above)} above",
-                    f"{t.blocks} of up to {_shape(t.block_shape)}" if t.blocks else "",
-                    *masking,
-                    f"{_bytes(t.output_bytes)}, meanwhile {_bytes(t.work_bytes)}" if t.output_bytes else "",
-                ),
-            )
-        )  # fmt: skip
-    console.print(table)
+    """As a table or, where it is too wide for the terminal, one tomogram below the other."""
+    rows = [_row(tomogram) for tomogram in tomograms]
+    used = [name for name in rows[0] if any(row[name] for row in rows)]
+    table = _table(*used)
+    for row in rows:
+        table.add_row(*(escape(row[name]) for name in used))
+    if Measurement.get(console, console.options.update(max_width=10_000), table).maximum <= 1.2 * console.width:
+        console.print(table)
+    else:
+        for row in rows:
+            _print_facts(console, [(name, value) for name, value in row.items() if value])
+
+
+def _row(t: TomogramForecast) -> dict[str, str]:
+    central = t.intensities.central if t.intensities else None
+    row = {
+        "tomogram": t.stem,
+        "action": _ACTIONS[t.action],
+        "shape (z, y, x)": _shape(t.shape),
+        "voxel size (Å)": _voxel_size(t.voxel_size_angstrom) if t.shape else "",
+        "central 99 %": "" if central is None else f"{central[0]:.4g} to {central[1]:.4g}",
+        "clipped below, above": "",
+        "blocks": f"{t.blocks} (≤ {_shape(t.block_shape)})" if t.blocks else "",
+        "in the mask": "",
+        "ruled out": "",
+        "outputs": _bytes(t.output_bytes) if t.output_bytes else "",
+        "work": _bytes(t.work_bytes) if t.work_bytes else "",
+    }
+    if t.intensities is not None:
+        row["clipped below, above"] = f"{percent(t.intensities.below)}, {percent(t.intensities.above)}"
+    if t.mask is not None:
+        about = "" if t.mask.exact else "about "
+        row["in the mask"] = about + percent(t.mask.coverage)
+        row["ruled out"] = f"{about}{t.mask.blocks_ruled_out}"
+    return row
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -219,7 +225,7 @@ def _print_parts(console: Console, parts: Sequence[Part]) -> None:
         "voxels of each label, from 0": ["  ".join(f"{n:,}" for n in part.voxels) for part in parts],
     }
     filled = {name: values for name, values in columns.items() if any(values)}
-    table = Table(*filled)
+    table = _table(*filled)
     for row in zip(*filled.values(), strict=True):
         table.add_row(*map(escape, row))
     console.print(table)
@@ -273,12 +279,16 @@ def _text(name: str, value: Any) -> str:
 
 
 def _print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
-    table = Table(show_header=False)
-    table.add_column(overflow="fold")
-    table.add_column(overflow="fold")
+    table = _table("", "")
+    table.show_header = False
     for name, value in facts:
         table.add_row(escape(name), escape(value))
     console.print(table)
+
+
+def _table(*headings: str) -> Table:
+    """A table that folds what does not fit, and leaves nothing out."""
+    return Table(*(Column(heading, overflow="fold") for heading in headings))
 
 
 def _unbroken(console: Console) -> Console:

@@ -36,6 +36,7 @@ from cryosiam_dask._version import __version__
 from cryosiam_dask.centers import collect_centers, write_centers
 from cryosiam_dask.components import ArrayModule, Blocks, ChunkedArray, remove_small, require_channel
 from cryosiam_dask.config import Configuration
+from cryosiam_dask.diagnosis import blank
 from cryosiam_dask.errors import (
     ConfigurationError,
     CryosiamDaskError,
@@ -44,6 +45,7 @@ from cryosiam_dask.errors import (
 )
 from cryosiam_dask.executor import SERIAL, Executor
 from cryosiam_dask.grid import block_size_for, make_grid
+from cryosiam_dask.intensities import intensities, sample_array
 from cryosiam_dask.labels_to_hdf5 import (
     StoredDataset,
     dataset_names,
@@ -238,10 +240,11 @@ def _segment(
                 )
             labels = filled
         voxels, removed, sizes = _count_voxels(labels, plan.labels, executor), None, removal_sizes(configuration)
+        found_voxels = sum(voxels[1:])
         if sizes:
             labels, removed, voxels = _without_small(labels, voxels, sizes, work, executor, array_module)
         if voxels[0] == math.prod(header.shape):
-            warnings.append(_why_blank(plan, report))
+            warnings.append(_why_blank(plan, report, tomogram, found_voxels, None))
         attributes = _attributes(plan, job, report, warnings)
         if job.output.suffix == ".h5":
             internal = outputs if configuration.save_internal_files else {}
@@ -368,14 +371,22 @@ def _count_block(labels: zarr.Array[Any], blocks: Blocks, index: tuple[int, int,
     return counts
 
 
-def _why_blank(plan: RunPlan, report: IngestReport) -> str:
+def _why_blank(
+    plan: RunPlan, report: IngestReport, tomogram: zarr.Array[Any], found: int, probabilities: Sequence[float] | None
+) -> str:
+    """Why nothing is left of `found` voxels of other labels than the background."""
     data, statistics = plan.configuration.parameters.data, report.statistics
-    lowest, highest = (math.nan if v is None else v for v in (statistics.minimum, statistics.maximum))
-    return (
-        f"every voxel is background. Its intensities run from {lowest:g} to {highest:g}, and min {data.min:g} to max "
-        f"{data.max:g} is what the network sees: set parameters.data.min and max to the range of the tomogram, verify "
-        f"trained_model and lower network.threshold (now {plan.threshold:g})"
-        + ("; check that the masks in mask_folder are not empty" if plan.configuration.mask_folder else "")
+    sample = intensities(sample_array(tomogram), data.min, data.max)
+    return blank(
+        lowest=statistics.minimum,
+        highest=statistics.maximum,
+        clipped=(sample.below, sample.above),
+        scale=(data.min, data.max),
+        threshold=plan.threshold,
+        probabilities=probabilities,
+        checkpoint=plan.configuration.trained_model.name,
+        masked=plan.configuration.mask_folder is not None,
+        removed_voxels=found,
     )
 
 

@@ -210,6 +210,31 @@ def test_nans_and_blank_results_are_warned_of(folder: Path) -> None:
         assert "NaN" in file.attrs["warnings"]
 
 
+def test_why_a_result_is_blank(folder: Path) -> None:
+    def why(network: dict[str, Any], data: dict[str, Any]) -> str:
+        parameters = {"network": network, "data": data}
+        outcome = segment(configure(folder, parameters=parameters), filename="TS_1.mrc", overwrite=True)["TS_1"]
+        assert outcome.voxels[1:] == (0, 0)
+        return next(warning for warning in outcome.warnings if "background" in warning)
+
+    voxels = np.random.default_rng(0).random(SHAPE, np.float32)
+    with mrcfile.open(folder / "data" / "TS_1.mrc") as mrc:
+        np.testing.assert_array_equal(mrc.data, voxels)
+    text = why({"threshold": 1.0}, {"min": 0.25, "max": 0.5})
+    below, above = (f"{100 * share:.1f} %" for share in (np.mean(voxels < 0.25), np.mean(voxels > 0.5)))
+    assert f"{below} of the voxels are clipped below and {above} above. Set parameters.data.min and max to" in text
+    assert "Verify trained_model, which is model.ckpt" in text and "mask_folder" not in text
+    assert "as it should be" in why({"threshold": 1.0}, {})
+    found = np.count_nonzero(labels_of_a_run(folder))
+    text = why({"postprocessing_sizes": [-1, 10**6, 10**6]}, {})
+    assert text.startswith(f"every voxel is background: postprocessing_sizes removed all {found:,} voxels")
+
+
+def labels_of_a_run(folder: Path) -> np.ndarray:
+    segment(configure(folder), filename="TS_1.mrc", overwrite=True)
+    return labels(folder)
+
+
 def test_no_lamella_keeps_the_thresholded_labels_and_warns(folder: Path) -> None:
     segment(configure(folder, {"threshold": 0.999}))
     thresholded = labels(folder)
