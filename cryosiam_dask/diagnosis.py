@@ -200,7 +200,7 @@ def out_of_memory(batch_size: int, patch: Sequence[int], divisor: int = 8, free:
     >>> out_of_memory(1, (128, 128, 128))[1]
     'Set parameters.data.patch_size to [96, 96, 96], which changes the labels a little, or use a GPU with more memory'
     """
-    tried = f"batch_size {batch_size} with patch_size {list(patch)}"
+    tried = f"batch_size {batch_size} and patch_size {list(patch)}"
     if free is not None:
         tried += f", for which {free / 1e9:.1f} GB were free"
     if batch_size > 1:

@@ -82,7 +82,7 @@ def test_blank(given: dict[str, object], words: list[str], others: list[str]) ->
 @pytest.mark.parametrize("batch_size", [8, 3, 2])
 def test_memory_is_first_saved_on_the_batch(batch_size: int) -> None:
     tried, remedy = out_of_memory(batch_size, (128, 128, 128), free=5 * 10**9)
-    assert tried == f"batch_size {batch_size} with patch_size [128, 128, 128], for which 5.0 GB were free"
+    assert tried == f"batch_size {batch_size} and patch_size [128, 128, 128], for which 5.0 GB were free"
     assert remedy == f"Set hyper_parameters.batch_size to {batch_size // 2}"
 
 
