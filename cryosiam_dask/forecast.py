@@ -382,7 +382,14 @@ def _tomogram(
     try:
         if header is not None:
             known["intensities"] = found = intensities(sample_file(header), data.min, data.max)
-            warnings += scaling(found.below, found.above, found.central, data.min, data.max)
+            judged = ""
+            if header.compressed and found.share < 1:
+                # What lies at the beginning need not be like the rest.
+                judged = f" (judged by {found.where}, which is read from its beginning only)"
+            warnings += [
+                f"{sentence}{judged}"
+                for sentence in scaling(found.below, found.above, found.central, data.min, data.max)
+            ]
             if found.non_finite:
                 warnings.append("some voxels are NaN or infinite; they are treated as the minimum")
     except CryosiamDaskError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings as library_warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -245,7 +246,11 @@ def _intensity_facts(found: Intensities) -> dict[str, Any]:
 
 
 def _zarr(path: Path) -> Information:
-    with _foreseen(path, "the zarr store must be readable"):
+    with (
+        _foreseen(path, "the zarr store must be readable"),
+        library_warnings.catch_warnings(record=True) as said,
+    ):
+        library_warnings.simplefilter("always")
         opened = zarr.open(str(path), mode="r")
         # By its members, since a group does not say which of its arrays are broken until they are opened.
         arrays = [opened] if isinstance(opened, zarr.Array) else [a for _, a in opened.members(max_depth=8)]
@@ -253,10 +258,13 @@ def _zarr(path: Path) -> Information:
         attributes = dict(opened.attrs)
     facts: dict[str, Any] = {"zarr_format": opened.metadata.zarr_format, **_ome(attributes), **attributes}
     facts.pop("ome", None), facts.pop("multiscales", None)
-    warnings = tuple(map(str, facts.pop("warnings", None) or ()))
+    warnings = [str(warning) for warning in facts.pop("warnings", None) or ()]
+    warnings += dict.fromkeys(" ".join(str(each.message).split()) for each in said)
+    if "source_bytes" in facts and "statistics" not in facts:
+        warnings.append("the conversion that made it did not come to its end: some voxels are missing")
     notes = tuple(map(str, facts.pop("notes", None) or ()))
     kind = "OME-Zarr image" if "ngff_version" in facts else "zarr array" if arrays == [opened] else "zarr group"
-    return Information(path, kind, facts, parts, notes, warnings)
+    return Information(path, kind, facts, parts, notes, tuple(warnings))
 
 
 def _zarr_part(array: zarr.Array[Any]) -> Part:

@@ -138,7 +138,7 @@ def sample_file(header: TomogramHeader, voxels: int = SAMPLE_VOXELS) -> Sample:
         beginning = read_beginning(header, SAMPLE_STREAM_BYTES)
         sections = header.axes.index(0)
         read, there = beginning.shape[sections], header.shape[sections]
-        where = "all voxels" if read == there else f"the first {read} of {there} sections of a compressed file"
+        where = "all voxels" if read == there else f"the first {read} of the {there} sections of the compressed file"
         stride = -(-beginning.size // voxels)
         return Sample(_float32(beginning.reshape(-1)[::stride]), read / there, where)
     rows, columns = header.file_shape[-2:]

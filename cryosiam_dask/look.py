@@ -115,7 +115,11 @@ def _print_forecast(console: Console, found: Forecast) -> None:
     console = _unbroken(console)
     low, high = found.scaling
     todo = [t for t in found.tomograms if t.action == "segment"]
+    masks = sorted({str(t.mask.path.parent) for t in found.tomograms if t.mask})
     facts = {
+        "reads": f"{_bytes(sum(t.file_bytes for t in todo))} in "
+        + ", ".join(sorted({str(t.source.parent) for t in found.tomograms}))
+        + (f"; masks in {', '.join(masks)}" if masks else ""),
         "model": f"{found.checkpoint}, {found.classes} {'classes' if found.classes > 1 else 'class'}",
         "patch": f"{_shape(found.patch)} voxels, halo {found.halo or 'a quarter of it'}, {found.precision}",
         "threshold": f"{found.threshold:g}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from pathlib import Path
@@ -115,6 +116,18 @@ def test_how_intensities_fall_into_the_range(folder: Path, low: float, high: flo
     assert found.intensities is not None and found.intensities.share == 1
     assert found.intensities.below == np.mean(voxels < low) and found.intensities.above == np.mean(voxels > high)
     assert warned in " ".join(found.warnings) and bool(found.warnings) == bool(warned)
+
+
+def test_what_is_judged_by_the_beginning_of_a_compressed_file_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in list((folder / "data").iterdir()):
+        path.with_suffix(".mrc.gz").write_bytes(gzip.compress(path.read_bytes()))
+    monkeypatch.setattr("cryosiam_dask.intensities.SAMPLE_STREAM_BYTES", 4 * 4 * SHAPE[1] * SHAPE[2])
+    found = of(predicted(configure(folder, file_extension=".mrc.gz", data={"max": 0.5})))
+    assert found.intensities is not None and found.intensities.share == 0.1
+    (warning,) = found.warnings
+    assert "are clipped" in warning and "judged by the first 4 of the 40 sections of the compressed file" in warning
 
 
 def test_nan_is_warned_of_and_not_in_the_json(folder: Path) -> None:

@@ -130,7 +130,11 @@ def test_zarr_stores(tmp_path: Path) -> None:
     group.create_array("x/y", shape=(4, 4), chunks=(2, 2), shards=(4, 4), dtype="u1")
     found = plain(tmp_path / "g.zarr")
     assert found["kind"] == "zarr group" and found["facts"]["mean"] is None
-    assert [(part["name"], part["chunks"]) for part in found["parts"]] == [("x/y", [4, 4])]
+    assert [(part["name"], part["chunks"]) for part in found["parts"]] == [("x/y", [4, 4])] and not found["warnings"]
+    (tmp_path / "g.zarr" / "thumbs").mkdir()
+    assert any("thumbs" in warning for warning in plain(tmp_path / "g.zarr")["warnings"])
+    del zarr.open_array(tmp_path / "a.zarr").attrs["statistics"]
+    assert any("did not come to its end" in warning for warning in plain(tmp_path / "a.zarr")["warnings"])
 
 
 @pytest.mark.parametrize("version", ["0.4", "0.5"])

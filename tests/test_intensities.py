@@ -86,7 +86,7 @@ def test_of_a_compressed_file_the_beginning_is_read(
     monkeypatch.setattr("cryosiam_dask.intensities.SAMPLE_STREAM_BYTES", 10 * 20 * 30 * 2)
     sample = sample_file(read_header(path))
     np.testing.assert_array_equal(sample.values, voxels[:10].ravel())
-    assert sample.where == ("all voxels" if sections == 5 else "the first 10 of 40 sections of a compressed file")
+    assert sample.where == ("all voxels" if sections == 5 else "the first 10 of the 40 sections of the compressed file")
     assert sample.share == min(1, 10 / sections)
     path.write_bytes(path.read_bytes()[:-6])  # without the end of its checksum
     if sections == 5:
