@@ -36,7 +36,7 @@ from cryosiam_dask._version import __version__
 from cryosiam_dask.centers import collect_centers, write_centers
 from cryosiam_dask.components import ArrayModule, Blocks, ChunkedArray, remove_small, require_channel
 from cryosiam_dask.config import Configuration
-from cryosiam_dask.diagnosis import blank
+from cryosiam_dask.diagnosis import beyond_lamella, blank
 from cryosiam_dask.errors import (
     ConfigurationError,
     CryosiamDaskError,
@@ -63,7 +63,7 @@ from cryosiam_dask.mrc_to_zarr import IngestReport, TomogramHeader, ingest, read
 from cryosiam_dask.plan import MRC_LABEL, Job, RunPlan, removal_sizes, with_sizes
 from cryosiam_dask.progress import Reporter
 from cryosiam_dask.timeline import write_timeline
-from cryosiam_dask.zarr_to_labels import StoredPrediction, create_outputs, predict_store, tomogram_chunks
+from cryosiam_dask.zarr_to_labels import BlockTimes, StoredPrediction, create_outputs, predict_store, tomogram_chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +244,9 @@ def _segment(
         if sizes:
             labels, removed, voxels = _without_small(labels, voxels, sizes, work, executor, array_module)
         if voxels[0] == math.prod(header.shape):
-            warnings.append(_why_blank(plan, report, tomogram, found_voxels, None))
+            warnings.append(_why_blank(plan, report, tomogram, found_voxels, times))
+        elif mask is not None:
+            warnings += beyond_lamella(plan.checkpoint.architecture.out_channels, _coverage(times, header.shape))
         attributes = _attributes(plan, job, report, warnings)
         if job.output.suffix == ".h5":
             internal = outputs if configuration.save_internal_files else {}
@@ -372,9 +374,10 @@ def _count_block(labels: zarr.Array[Any], blocks: Blocks, index: tuple[int, int,
 
 
 def _why_blank(
-    plan: RunPlan, report: IngestReport, tomogram: zarr.Array[Any], found: int, probabilities: Sequence[float] | None
+    plan: RunPlan, report: IngestReport, tomogram: zarr.Array[Any], found: int, times: Sequence[BlockTimes]
 ) -> str:
     """Why nothing is left of `found` voxels of other labels than the background."""
+    masked = plan.configuration.mask_folder is not None
     data, statistics = plan.configuration.parameters.data, report.statistics
     sample = intensities(sample_array(tomogram), data.min, data.max)
     return blank(
@@ -383,11 +386,17 @@ def _why_blank(
         clipped=(sample.below, sample.above),
         scale=(data.min, data.max),
         threshold=plan.threshold,
-        probabilities=probabilities,
+        probabilities=[max(seen) for seen in zip(*(block.highest for block in times), strict=True)] or None,
+        coverage=_coverage(times, tomogram.shape) if masked else None,
         checkpoint=plan.configuration.trained_model.name,
-        masked=plan.configuration.mask_folder is not None,
+        masked=masked,
         removed_voxels=found,
     )
+
+
+def _coverage(times: Sequence[BlockTimes], shape: Sequence[int]) -> float:
+    """Share of a tomogram inside its mask."""
+    return sum(block.inside for block in times) / math.prod(shape)
 
 
 def _attributes(plan: RunPlan, job: Job, report: IngestReport, warnings: Sequence[str]) -> dict[str, Any]:

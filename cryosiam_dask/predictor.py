@@ -355,7 +355,7 @@ class Predictor:
         shape
             Voxels of the result along each axis.
         wanted
-            Which of ``"labels"``, ``"probabilities"`` and ``"distances"`` to return.
+            Which of ``"labels"``, ``"probabilities"``, ``"distances"`` and ``"highest"`` to return.
 
         Returns
         -------
@@ -363,6 +363,7 @@ class Predictor:
             ``labels`` uint8 (z, y, x): with one class 1 where its probability exceeds the threshold; with several the
             most probable one (the first of equals), or 0 where none reaches the threshold. ``probabilities`` and
             ``distances`` float32 (class, z, y, x), before any threshold. All are 0 where no patch has its core.
+            ``highest`` float32 (class,): the highest probability of each class in any core.
         tuple of float
             When the device began and ended, seconds since the epoch.
 
@@ -392,7 +393,7 @@ class Predictor:
                     began = time.time()
                     result = {
                         name: torch.zeros(
-                            shape if name == "labels" else (self.spec.classes, *shape),
+                            shape if name == "labels" else (self.spec.classes, *(() if name == "highest" else shape)),
                             dtype=torch.uint8 if name == "labels" else torch.float32,
                             device=device,
                         )
@@ -429,8 +430,11 @@ class Predictor:
                 found["labels"] = probabilities[:, 0] > threshold
             else:
                 found["labels"] = probabilities.masked_fill(probabilities < threshold, 0).argmax(dim=1)
+        if "highest" in result:
+            seen = probabilities[: len(patches)].amax(dim=(0, *range(2, probabilities.ndim)))
+            torch.maximum(result["highest"], seen, out=result["highest"])
         for name, values in result.items():
-            for i, patch in enumerate(patches):
+            for i, patch in enumerate(patches if name != "highest" else ()):
                 target: Any = (..., *patch.target)
                 values[target] = found[name][i]
 
