@@ -56,6 +56,9 @@ Workers = Annotated[
 DeviceOption = Annotated[Device, typer.Option(help="What to run the network on; auto takes GPUs where there are any.")]
 
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(__version__)
@@ -154,6 +157,48 @@ def semantic_to_centers(
                 config_file, Console(), filename=filename, min_voxels=min_voxels, erode=erode, workers=workers
             )
         )
+
+
+@app.command()
+def plan(
+    config_file: ConfigFile,
+    filename: Filename = None,
+    workers: Workers = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Plan for semantic-predict --overwrite.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what semantic-predict would read, compute and write, and what it takes; touch no GPU and write nothing.
+
+    Status 2, with all problems, if it could not succeed.
+
+    Example: cryosiam-dask plan --config-file configs/config_semantic.yaml
+
+    Example: cryosiam-dask plan --config-file configs/config_semantic.yaml --json > plan.json
+    """
+    with _plain_errors():
+        from cryosiam_dask.look import show_plan
+
+        if not show_plan(
+            config_file, Console(), filename=filename, workers=workers, overwrite=overwrite, as_json=as_json
+        ):
+            raise typer.Exit(2)
+
+
+@app.command()
+def info(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A tomogram, zarr store, prediction or checkpoint.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what is in a tomogram, a zarr store, a _preds.h5 or _components.h5 file, or a checkpoint.
+
+    Example: cryosiam-dask info predictions/TS_01_preds.h5
+
+    Example: cryosiam-dask info TS_01.mrc --json
+    """
+    with _plain_errors():
+        from cryosiam_dask.look import show_file
+
+        show_file(path, Console(), as_json=as_json)
 
 
 @app.command()

@@ -533,6 +533,58 @@ def convert(
     return report
 
 
+def read_part(header: TomogramHeader, region: Region) -> np.ndarray[Any, Any]:
+    """Read a region of a file that is not compressed.
+
+    Parameters
+    ----------
+    header
+        From `read_header`.
+    region
+        A slice with start and stop for each axis of ``header.shape``. Whole rows of the file are read, and cut.
+
+    Returns
+    -------
+    ndarray, (z, y, x) or (y, x), ``header.dtype``
+
+    Raises
+    ------
+    TomogramError
+        If the file cannot be read.
+    """
+    return _native(_read(header, region), header.dtype)
+
+
+def read_beginning(header: TomogramHeader, largest: int = STREAM_BYTES) -> np.ndarray[Any, Any]:
+    """Read the first sections of a compressed file.
+
+    Parameters
+    ----------
+    header
+        From `read_header`.
+    largest
+        Uncompressed bytes that all sections together may have; one section is read even if it has more.
+
+    Returns
+    -------
+    ndarray, (z, y, x) or (y, x), ``header.dtype``
+        As many of the file's sections as that gives; they lie along the axis ``header.axes.index(0)``.
+
+    Raises
+    ------
+    TomogramError
+        If the file cannot be read, or, as far as it was read, is damaged or too short.
+    """
+    section_bytes = header.voxel_bytes // header.file_shape[0]
+    count = min(header.file_shape[0], max(1, largest // section_bytes))
+    layers = _layers(header, count, section_bytes)
+    _, layer = next(layers)
+    if count == header.file_shape[0]:
+        next(layers, None)  # reads to the end, where the checksum is
+    voxels = np.frombuffer(layer, header.file_dtype).reshape(count, *header.file_shape[1:])
+    return _native(voxels.transpose(header.axes), header.dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class _Part:
     """Statistics of a piece: extremes and sum of its `finite` voxels, and how many more it has."""

@@ -39,8 +39,9 @@ from numpy.typing import NDArray
 
 from cryosiam_dask._version import __version__
 from cryosiam_dask.centers import collect_centers, write_centers
-from cryosiam_dask.components import ArrayModule, Blocks, ChunkedArray, remove_small
+from cryosiam_dask.components import ArrayModule, Blocks, ChunkedArray, remove_small, require_channel
 from cryosiam_dask.config import Configuration
+from cryosiam_dask.diagnosis import beyond_lamella, blank
 from cryosiam_dask.errors import (
     ClusterError,
     ConfigurationError,
@@ -51,6 +52,7 @@ from cryosiam_dask.errors import (
 )
 from cryosiam_dask.executor import SERIAL, Executor, Interrupted, SharedExecutor
 from cryosiam_dask.grid import Grid, block_size_for, make_grid
+from cryosiam_dask.intensities import intensities, sample_array
 from cryosiam_dask.labels_to_hdf5 import (
     StoredDataset,
     dataset_names,
@@ -69,7 +71,7 @@ from cryosiam_dask.mrc_to_zarr import IngestReport, Statistics, TomogramHeader, 
 from cryosiam_dask.plan import MRC_LABEL, Job, RunPlan, removal_sizes, source_identity, with_sizes
 from cryosiam_dask.progress import Reporter
 from cryosiam_dask.timeline import write_timeline
-from cryosiam_dask.zarr_to_labels import StoredPrediction, create_outputs, predict_store, tomogram_chunks
+from cryosiam_dask.zarr_to_labels import BlockTimes, StoredPrediction, create_outputs, predict_store, tomogram_chunks
 
 #: Kind of an error that a disk is full, read-only or not permitted.
 DISK = "disk"
@@ -260,8 +262,11 @@ def _predicted(
     executor: Executor,
     timeline: bool,
     say: Callable[[str], None],
-) -> dict[str, zarr.Array[Any]]:
-    """What the network says, block by block; blocks of an earlier run that are recorded are not predicted again."""
+) -> tuple[dict[str, zarr.Array[Any]], list[dict[str, Any]]]:
+    """What the network says, block by block; blocks of an earlier run that are recorded are not predicted again.
+
+    Returns the arrays by name, and what is recorded of every block.
+    """
     work, ledger, key, done = space.group, space.ledger, job.prediction_fingerprint, set()
     found = ledger.last("blocks")
     resumed = found is not None and found["key"] == key and all(name in work for name in plan.wanted)
@@ -286,12 +291,15 @@ def _predicted(
         ledger.append("blocks", key=key, block_size=block_size)
     mask = None if job.mask is None else open_mask(job.mask, tomogram.shape)
     prediction = StoredPrediction(plan.spec(device), grid, tomogram, outputs, mask, token)
-    times = predict_store(
-        prediction, skip=done, done=lambda index: ledger.append("block", index=index), executor=executor
-    )
+
+    def record_block(index: tuple[int, ...], block: BlockTimes | None) -> None:
+        highest, inside = (block.highest, block.inside) if block else ((), 0)
+        ledger.append("block", index=index, highest=highest, inside=inside)
+
+    times = predict_store(prediction, skip=done, done=record_block, executor=executor)
     if timeline and times:
         write_timeline(plan.configuration.prediction_folder / f"{job.stem}_timeline.png", times, job.stem)
-    return outputs
+    return outputs, ledger.since("block", "blocks")
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
@@ -315,7 +323,7 @@ def _segment(
     configuration, network, header = plan.configuration, plan.configuration.parameters.network, report.header
     array_module: ArrayModule = "cupy" if device == "cuda" else "numpy"
     work = space.group
-    outputs = _predicted(plan, job, tomogram, space, device, executor, timeline, say)
+    outputs, blocks = _predicted(plan, job, tomogram, space, device, executor, timeline, say)
     labels, warnings = outputs["labels"], list(report.warnings)
     if network.postprocessing:
         filled = _like(work, "lamella", labels)
@@ -336,10 +344,13 @@ def _segment(
             )
         labels = filled
     voxels, removed, sizes = _count_voxels(labels, plan.labels, executor), None, removal_sizes(configuration)
+    found_voxels = sum(voxels[1:])
     if sizes:
         labels, removed, voxels = _without_small(labels, voxels, sizes, work, executor, array_module)
     if voxels[0] == math.prod(header.shape):
-        warnings.append(_why_blank(plan, report))
+        warnings.append(_why_blank(plan, report, tomogram, found_voxels, blocks))
+    elif job.mask is not None:
+        warnings += beyond_lamella(plan.checkpoint.architecture.out_channels, _coverage(blocks, header.shape))
     attributes = _attributes(plan, job, report, warnings)
     if job.output.suffix == ".h5":
         internal = outputs if configuration.save_internal_files else {}
@@ -507,15 +518,34 @@ def _count_block(labels: zarr.Array[Any], blocks: Blocks, index: tuple[int, int,
     return counts
 
 
-def _why_blank(plan: RunPlan, report: IngestReport) -> str:
+def _why_blank(
+    plan: RunPlan,
+    report: IngestReport,
+    tomogram: zarr.Array[Any],
+    found: int,
+    blocks: Sequence[Mapping[str, Any]],
+) -> str:
+    """Why nothing is left of `found` voxels of other labels than the background."""
+    masked = plan.configuration.mask_folder is not None
     data, statistics = plan.configuration.parameters.data, report.statistics
-    lowest, highest = (math.nan if v is None else v for v in (statistics.minimum, statistics.maximum))
-    return (
-        f"every voxel is background. Its intensities run from {lowest:g} to {highest:g}, and min {data.min:g} to max "
-        f"{data.max:g} is what the network sees: set parameters.data.min and max to the range of the tomogram, verify "
-        f"trained_model and lower network.threshold (now {plan.threshold:g})"
-        + ("; check that the masks in mask_folder are not empty" if plan.configuration.mask_folder else "")
+    sample = intensities(sample_array(tomogram), data.min, data.max)
+    return blank(
+        lowest=statistics.minimum,
+        highest=statistics.maximum,
+        clipped=(sample.below, sample.above),
+        scale=(data.min, data.max),
+        threshold=plan.threshold,
+        probabilities=[max(seen) for seen in zip(*(b["highest"] for b in blocks if b["highest"]), strict=True)] or None,
+        coverage=_coverage(blocks, tomogram.shape) if masked else None,
+        checkpoint=plan.configuration.trained_model.name,
+        masked=masked,
+        removed_voxels=found,
     )
+
+
+def _coverage(blocks: Sequence[Mapping[str, Any]], shape: Sequence[int]) -> float:
+    """Share of a tomogram inside its mask."""
+    return sum(block["inside"] for block in blocks) / math.prod(shape)
 
 
 def _attributes(plan: RunPlan, job: Job, report: IngestReport, warnings: Sequence[str]) -> dict[str, Any]:
@@ -580,6 +610,9 @@ def postprocess(
                 shape = unfiltered.shape
                 voxels = _count_voxels(unfiltered, max(2, len(sizes)), own)
                 labels, removed, voxels = _without_small(unfiltered, voxels, sizes, work, own, "numpy")
+                probabilities = _probabilities(path) if configuration.components else None
+                if probabilities is not None:  # what the components would fail of, before anything is replaced
+                    require_channel(int(np.flatnonzero(voxels)[-1]), probabilities.shape[0])
                 attributes: dict[str, Any] = {"postprocessing_sizes": sizes}
                 prediction = read_attributes(path).get("prediction_fingerprint")
                 if prediction:
@@ -834,7 +867,8 @@ def _read_unfiltered_chunk(path: Path, labels: zarr.Array[Any], corner: tuple[in
     with h5py.File(path, "r") as file:
         chunk = file["labels"][region]
         if "removed" in file:
-            chunk = chunk + file["removed"][region]
+            # In 64 bits, where no sum wraps around to a label that looks right.
+            chunk = np.add(chunk, file["removed"][region], dtype=np.int64, casting="same_kind")
     if chunk.min() < 0 or chunk.max() > 255:
         raise OutputError(
             "labels must lie between 0 and 255",

@@ -310,6 +310,11 @@ def _plan_run(
     )
 
 
+def find_tomograms(configuration: Configuration, filename: str | None = None) -> list[Path]:
+    """The tomograms of a configuration, as far as they are there; see `plan_run` for what is not."""
+    return _find_tomograms(configuration, filename, [])
+
+
 def _find_tomograms(
     configuration: Configuration, filename: str | None, problems: list[CryosiamDaskError]
 ) -> list[Path]:

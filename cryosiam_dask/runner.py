@@ -18,6 +18,7 @@ from rich.table import Table
 from cryosiam_dask.cluster import DaskExecutor, Setup, open_cluster
 from cryosiam_dask.collection import make_folders, remove_left_overs, run
 from cryosiam_dask.config import Configuration, read_configuration
+from cryosiam_dask.diagnosis import beyond_lamella
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, DeviceError, Problems, TomogramError
 from cryosiam_dask.mrc_to_zarr import convert, read_header
 from cryosiam_dask.pipeline import (
@@ -141,6 +142,9 @@ def segment(
     finally:
         remove_left_overs(plan)
     print_table(console, outcomes)
+    if plan.jobs and plan.configuration.mask_folder is None:  # of the run, not of each of its tomograms
+        for sentence in beyond_lamella(plan.checkpoint.architecture.out_channels, None):
+            say(console, f"attention: {sentence}")
     return outcomes
 
 
@@ -240,6 +244,11 @@ def convert_file(
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def memory_of_machine() -> int:
+    """Bytes of memory that all workers together may use."""
+    return int(MEMORY_LIMIT)
 
 
 def _with_largest_patch(

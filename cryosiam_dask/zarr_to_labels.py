@@ -13,6 +13,7 @@ Both give the same bytes; ``benchmarks/bench_halo.py`` compares their cost.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -56,7 +57,7 @@ def predict_window(
     block
         Which patches to predict and where their cores belong.
     wanted
-        Keys of `OUTPUTS`.
+        Keys of `OUTPUTS`, and ``"highest"``; see `cryosiam_dask.predictor.Predictor.predict_block`.
     mask
         ``block.shape`` (z, y, x), 0 or 1; every output is multiplied by it. A patch whose core lies outside it is not
         predicted.
@@ -64,14 +65,15 @@ def predict_window(
     Returns
     -------
     dict
-        ``labels`` (z, y, x), ``probabilities`` and ``distances`` (class, z, y, x), as far as they were wanted.
+        ``labels`` (z, y, x), ``probabilities`` and ``distances`` (class, z, y, x), as far as they were wanted, and
+        ``highest`` (class,), of all patches that were predicted, also where they reach out of the mask.
     tuple of float
         When the device began and ended, seconds since the epoch.
     """
     patches = [p for p in block.patches if mask is None or mask[p.target].any()]
     result, computed = load_predictor(spec).predict_block(voxels, patches, block.shape, wanted)
     if mask is not None:
-        result = {name: values * mask for name, values in result.items()}
+        result = {name: values if name == "highest" else values * mask for name, values in result.items()}
     return result, computed
 
 
@@ -161,7 +163,7 @@ def create_outputs(
 
 @dataclass(frozen=True, slots=True)
 class BlockTimes:
-    """When a block was worked on, each step as (began, ended) in seconds since the epoch.
+    """When a block was worked on, each step as (began, ended) in seconds since the epoch, and what was seen in it.
 
     Attributes
     ----------
@@ -173,19 +175,25 @@ class BlockTimes:
         The network, on the device.
     write
         Compressing and writing its results.
+    highest
+        The highest probability of each class in any core that was predicted.
+    inside
+        Voxels of the block inside the mask; all without one.
     """
 
     worker: int
     read: tuple[float, float]
     compute: tuple[float, float]
     write: tuple[float, float]
+    highest: tuple[float, ...] = ()
+    inside: int = 0
 
 
 def predict_store(
     prediction: StoredPrediction,
     *,
     skip: Collection[tuple[int, ...]] = (),
-    done: Callable[[tuple[int, ...]], None] = lambda index: None,
+    done: Callable[[tuple[int, ...], BlockTimes | None], None] = lambda index, block: None,
     executor: Executor = SERIAL,
 ) -> list[BlockTimes]:
     """Predict a stored tomogram.
@@ -197,7 +205,8 @@ def predict_store(
     skip
         Indices of blocks whose results are there already.
     done
-        Called with the index of every block whose results have reached the disk.
+        Called with the index of every block whose results have reached the disk, and with what is returned of it;
+        ``None`` where the mask ruled it out.
     executor
         Runs the blocks.
 
@@ -208,7 +217,7 @@ def predict_store(
     """
     left = [index for index in prediction.grid.indices() if index not in skip]
     blocks = partial(predict_stored_block, prediction)
-    times = executor.map(blocks, left, name="predict", overlap=True, done=lambda index, _: done(index))
+    times = executor.map(blocks, left, name="predict", overlap=True, done=done)
     return [block for block in times if block]
 
 
@@ -222,7 +231,9 @@ def predict_stored_block(prediction: StoredPrediction, index: tuple[int, ...]) -
     began = time.time()
     voxels = read_window(prediction.tomogram, block, grid, prediction.spec)
     read = time.time()
-    result, computed = predict_window(prediction.spec, voxels, block, tuple(prediction.outputs), mask)
+    result, computed = predict_window(prediction.spec, voxels, block, (*prediction.outputs, "highest"), mask)
+    highest = tuple(result.pop("highest").tolist())
+    inside = math.prod(block.shape) if mask is None else int(np.count_nonzero(mask))
     del voxels  # while the next block's are read
     writing = time.time()
     if prediction.token is not None:
@@ -232,7 +243,7 @@ def predict_stored_block(prediction: StoredPrediction, index: tuple[int, ...]) -
     for name, values in result.items():
         prediction.outputs[name][_all_classes(block.region)] = values
         _force_to_disk(prediction.outputs[name], block.region)
-    return BlockTimes(os.getpid(), (began, read), computed, (writing, time.time()))
+    return BlockTimes(os.getpid(), (began, read), computed, (writing, time.time()), highest, inside)
 
 
 def _force_to_disk(array: zarr.Array[Any], region: tuple[slice, ...]) -> None:

@@ -105,6 +105,7 @@ def test_run_skip_overwrite_and_postprocess(folder: Path) -> None:
     one = ("--config-file", "config.yaml", "--filename", "TS_1.mrc", "--timeline")
     output = call("semantic-predict", *one, folder=folder)
     assert "dashboard http://127.0.0.1:" in output and "1 tomogram on " in output
+    assert output.count("attention: no mask_folder is set: expect false positives outside the lamella") == 1
     assert {path.name for path in (folder / "out").iterdir()} == {".ledger", "TS_1_preds.h5", "TS_1_timeline.png"}
     before = (folder / "out" / "TS_1_preds.h5").read_bytes()
     output = call("semantic-predict", "--config-file", "config.yaml", "--workers", 1, folder=folder)

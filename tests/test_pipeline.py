@@ -214,6 +214,50 @@ def test_nans_and_blank_results_are_warned_of(folder: Path) -> None:
         assert "NaN" in file.attrs["warnings"]
 
 
+def test_why_a_result_is_blank(folder: Path) -> None:
+    def why(network: dict[str, Any], data: dict[str, Any]) -> str:
+        parameters = {"network": network, "data": data}
+        outcome = segment(configure(folder, parameters=parameters), filename="TS_1.mrc", overwrite=True)["TS_1"]
+        assert outcome.voxels[1:] == (0, 0)
+        return next(warning for warning in outcome.warnings if "background" in warning)
+
+    voxels = np.random.default_rng(0).random(SHAPE, np.float32)
+    with mrcfile.open(folder / "data" / "TS_1.mrc") as mrc:
+        np.testing.assert_array_equal(mrc.data, voxels)
+    text = why({"threshold": 1.0}, {"min": 0.25, "max": 0.5})
+    below, above = (f"{100 * share:.1f} %" for share in (np.mean(voxels < 0.25), np.mean(voxels > 0.5)))
+    assert f"{below} of the voxels are clipped below and {above} above. Set parameters.data.min and max to" in text
+    assert "Verify trained_model, which is model.ckpt" in text and "mask_folder" not in text
+    text = why({"threshold": 1.0}, {})
+    segment(configure(folder, save_internal_files=True), filename="TS_1.mrc", overwrite=True)
+    with h5py.File(folder / "out" / "TS_1_preds.h5") as file:
+        highest = file["probs"][:].max(axis=(1, 2, 3))[1:]
+    listed = ", ".join(f"{p:.3g} for class {label}" for label, p in enumerate(highest, start=1))
+    assert f"The highest probability is {listed}, and network.threshold 1: lower it to less than" in text
+    assert "as it should be" in text
+    found = np.count_nonzero(labels_of_a_run(folder))
+    text = why({"postprocessing_sizes": [-1, 10**6, 10**6]}, {})
+    assert text.startswith(f"every voxel is background: postprocessing_sizes removed all {found:,} voxels")
+
+
+def test_masks_that_cover_nothing_or_everything_are_said(folder: Path) -> None:
+    (folder / "masks").mkdir()
+    for stem, inside in (("TS_1", 0), ("TS_2_9.96Apx", SHAPE[0]), ("TS_3", 12)):
+        mask = np.zeros(SHAPE, np.uint8)
+        mask[:inside] = 1
+        with h5py.File(folder / "masks" / f"{stem}_preds.h5", "w") as file:
+            file["labels"] = mask
+    outcomes = segment(configure(folder, mask_folder=str(folder / "masks")))
+    assert outcomes["TS_1"].warnings[0].startswith("every voxel is background: its mask is empty")
+    assert outcomes["TS_2_9.96Apx"].warnings[0].startswith("the mask covers 100 % of the tomogram")
+    assert not outcomes["TS_3"].warnings
+
+
+def labels_of_a_run(folder: Path) -> np.ndarray:
+    segment(configure(folder), filename="TS_1.mrc", overwrite=True)
+    return labels(folder)
+
+
 def test_no_lamella_keeps_the_thresholded_labels_and_warns(folder: Path) -> None:
     segment(configure(folder, {"threshold": 0.999}))
     thresholded = labels(folder)
