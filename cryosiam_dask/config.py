@@ -223,6 +223,11 @@ class Configuration(_Model):
     _unused: tuple[str, ...] = PrivateAttr(default=())
 
     @property
+    def reading(self) -> dict[str, Any]:
+        """Which part of a tomogram file is meant: keywords of `cryosiam_dask.mrc_to_zarr.read_header`."""
+        return {"level": self.ome_zarr_level, "dataset": self.hdf5_dataset}
+
+    @property
     def unused(self) -> tuple[str, ...]:
         """Keys of CryoSiam that the file holds and that have no effect here."""
         return self._unused

@@ -57,10 +57,11 @@ from cryosiam_dask.labels_to_hdf5 import (
 from cryosiam_dask.lamella import postprocess_lamella
 from cryosiam_dask.mask import open_mask
 from cryosiam_dask.measurements import COLLECTION, collect_tables, remove_outdated, write_components
-from cryosiam_dask.mrc_to_zarr import IngestReport, TomogramHeader, ingest, read_header
+from cryosiam_dask.mrc_to_zarr import IngestReport, ingest, read_header
 from cryosiam_dask.plan import MRC_LABEL, Job, RunPlan, removal_sizes, with_sizes
 from cryosiam_dask.progress import Reporter
 from cryosiam_dask.timeline import write_timeline
+from cryosiam_dask.tomogram_files import TomogramHeader
 from cryosiam_dask.zarr_to_labels import StoredPrediction, create_outputs, predict_store, tomogram_chunks
 
 
@@ -133,7 +134,7 @@ def run(
         reporter.begin(job.stem)
         header: TomogramHeader | None = None
         try:
-            header = read_header(job.source)
+            header = read_header(job.source, **plan.configuration.reading)
             for note in header.notes:
                 reporter.say(f"{job.stem}: {note}")
             voxels, warnings = _segment(plan, job, header, device, executor, timeline)
@@ -213,7 +214,9 @@ def _segment(
     with _work_group(configuration, job.stem) as work:
         chunks = None if header.compressed else tomogram_chunks(grid)
         compress = header.dtype.kind != "f" or configuration.keep_work
-        tomogram, report = ingest(job.source, work.store, chunks=chunks, compress=compress, executor=executor)
+        tomogram, report = ingest(
+            job.source, work.store, chunks=chunks, compress=compress, executor=executor, **configuration.reading
+        )
         outputs = create_outputs(work, grid, plan.checkpoint.architecture.out_channels, plan.wanted)
         times = predict_store(StoredPrediction(plan.spec(device), grid, tomogram, outputs, mask), executor=executor)
         if timeline and times:

@@ -31,11 +31,13 @@ from cryosiam_dask.grid import make_grid
 from cryosiam_dask.labels_to_hdf5 import read_attributes
 from cryosiam_dask.network import peak_bytes, required_divisor, required_halo
 from cryosiam_dask.predictor import PredictorSpec, default_threshold
+from cryosiam_dask.tomogram_files import is_zarr, source_identity
 
 #: Raised whenever a change of the code changes a result, so that outputs of before are not taken for done.
 NUMBERS_VERSION = 2
 
 MRC_LABEL = "cryosiam_dask "  # before the fingerprint, in the only place of an MRC header that takes text
+MRC_ENDINGS = (".mrc", ".rec", ".map", ".st", ".mrcs", ".ali", ".preali")
 _PROCESS_BYTES = 700 * 2**20  # Python with its libraries, one process
 
 
@@ -273,7 +275,7 @@ def _find_tomograms(
         names = (filename,) if filename is not None else configuration.test_files or ()
         sources = []
         for name in names:
-            if not (folder / name).is_file() and (folder / f"{name}{extension}").is_file():
+            if not _is_tomogram(folder / name) and _is_tomogram(folder / f"{name}{extension}"):
                 name += extension
             if not name.endswith(extension):
                 problems.append(
@@ -284,7 +286,7 @@ def _find_tomograms(
                         remedy="Change the name or file_extension",
                     )
                 )
-            elif not (folder / name).is_file():
+            elif not _is_tomogram(folder / name):
                 problems.append(
                     ConfigurationError(
                         f"the tomogram must be a file in data_folder, which is {folder}",
@@ -300,9 +302,9 @@ def _find_tomograms(
                 ConfigurationError("must name at least one tomogram, or be null", place=place, remedy="Set it to null")
             )
         return list(dict.fromkeys(sources))
-    sources = sorted(path for path in folder.iterdir() if path.name.endswith(extension) and path.is_file())
+    sources = sorted(path for path in folder.iterdir() if path.name.endswith(extension) and _is_tomogram(path))
     if not sources:
-        found = sorted({"".join(path.suffixes[-1:]) for path in folder.iterdir() if path.is_file()} - {""})
+        found = sorted({"".join(path.suffixes[-1:]) for path in folder.iterdir() if _is_tomogram(path)} - {""})
         problems.append(
             ConfigurationError(
                 f"there must be at least one file whose name ends with file_extension, which is {extension}",
@@ -312,6 +314,11 @@ def _find_tomograms(
             )
         )
     return sources
+
+
+def _is_tomogram(path: Path) -> bool:
+    """Whether this can be a tomogram: any file, and the folder of a zarr, which no program hides while it grows."""
+    return path.is_file() or (path.is_dir() and not path.name.startswith(".") and is_zarr(path))
 
 
 def _find_masks(
@@ -416,6 +423,16 @@ def _check_network(
             )
         )
     sizes, labels = network.postprocessing_sizes, max(2, architecture.out_channels)
+    names = configuration.class_names
+    if names is not None and len(names) != labels - 1:
+        problems.append(
+            ConfigurationError(
+                f"must name each of the model's {labels - 1} classes, which are the labels from 1 on",
+                place="key class_names",
+                value=f"{len(names)} names, {list(names)}",
+                remedy="Leave out the background, label 0" if len(names) == labels else "Correct it, or set it to null",
+            )
+        )
     if sizes is not None and any(size >= 0 for size in sizes[labels:]):
         problems.append(
             ConfigurationError(
@@ -435,7 +452,8 @@ def _check_network(
 
 def _output_path(configuration: Configuration, source: Path, stem: str) -> Path:
     if configuration.save_original_file_extension and not configuration.save_internal_files:
-        return configuration.prediction_folder / source.name.removesuffix(".gz")
+        name = source.name.removesuffix(".gz")
+        return configuration.prediction_folder / (name if Path(name).suffix in MRC_ENDINGS else f"{stem}.mrc")
     return configuration.prediction_folder / f"{stem}_preds.h5"
 
 
@@ -454,6 +472,8 @@ def _settings(
         "threshold": threshold,
         "hull": ("volume" if network.hull_3d else "slices") if network.postprocessing else None,
         "save_internal_files": configuration.save_internal_files,
+        # Only where they are set, so that outputs of before stay what they are.
+        **{name: value for name, value in configuration.reading.items() if value},
     }
 
 
@@ -466,7 +486,7 @@ def removal_sizes(configuration: Configuration) -> list[int]:
 
 
 def _fingerprint(source: Path, mask: Path | None, settings: Mapping[str, Any]) -> str:
-    files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in (source, mask) if path]
+    files = [source_identity(path) for path in (source, mask) if path]
     return hashlib.sha256(json.dumps([files, settings], sort_keys=True).encode()).hexdigest()
 
 

@@ -249,7 +249,7 @@ def _with_largest_patch(
     extent = plan.patch
     for job in plan.jobs:
         with suppress(TomogramError):  # such a tomogram fails alone, later
-            shape = read_header(job.source).shape
+            shape = read_header(job.source, **plan.configuration.reading).shape
             if len(shape) == len(extent):
                 extent = tuple(map(max, extent, shape))
     memory = int(0.8 * MEMORY_LIMIT / (workers or cores()))

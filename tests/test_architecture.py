@@ -15,14 +15,15 @@ PACKAGE = Path(cryosiam_dask.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 #: Everybody may use these; they use nothing of the package but each other.
-FOUNDATION = {"_version", "errors", "executor", "grid", "config", "classes"}
+FOUNDATION = {"_version", "errors", "executor", "grid", "config", "classes", "folders"}
 STAGES = {"mrc_to_zarr", "zarr_to_labels", "lamella", "components", "measurements", "centers", "labels_to_hdf5", "mask",
-          "preview", "phantom", "timeline"}  # fmt: skip
+          "preview", "phantom", "timeline", "tomogram_files"}  # fmt: skip
 #: From the command line down to the foundation; imports go one way.
 LAYERS = [{"cli"}, {"demo"}, {"runner"}, {"pipeline"}, {"plan", "progress", "cluster"}, STAGES, {"predictor"},
           {"checkpoint"}, {"network"}, FOUNDATION]  # fmt: skip
 #: What a stage may use of another: the lamella is the largest component, and a block is predicted inside its mask.
-BETWEEN_STAGES = {("lamella", "components"), ("zarr_to_labels", "mask"), ("timeline", "zarr_to_labels"),
+BETWEEN_STAGES = {("mrc_to_zarr", "tomogram_files"), ("zarr_to_labels", "tomogram_files"), ("lamella", "components"),
+                  ("zarr_to_labels", "mask"), ("timeline", "zarr_to_labels"),
                   ("measurements", "components"),
                   ("measurements", "labels_to_hdf5"), ("centers", "components"), ("centers", "measurements"),
                   ("centers", "labels_to_hdf5")}  # fmt: skip
