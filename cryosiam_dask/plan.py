@@ -427,7 +427,7 @@ def _check_network(
     if names is not None and len(names) != labels - 1:
         problems.append(
             ConfigurationError(
-                f"must name each of the model's {labels - 1} classes, which are the labels from 1 on",
+                f"must name the model's labels from 1 on, which are {labels - 1}",
                 place="key class_names",
                 value=f"{len(names)} names, {list(names)}",
                 remedy="Leave out the background, label 0" if len(names) == labels else "Correct it, or set it to null",

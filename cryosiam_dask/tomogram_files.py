@@ -337,13 +337,16 @@ def read_zarr_header(path: Path, *, level: int = 0) -> ZarrHeader:
     if _is_array(metadata):
         found = path
     else:
-        arrays = [child for child, below in _children(path) if _is_array(below) and _space(below.get("shape", ()))]
+        axes = {child: _space(below["shape"]) for child, below in _children(path) if _is_array(below)}
+        arrays = [child for child in axes if axes[child] == 3] or [child for child in axes if axes[child] == 2]
         if len(arrays) != 1:
             raise TomogramError(
                 "a zarr group must be an OME-Zarr image or hold exactly one array that can be a tomogram",
                 place=path,
                 value=f"the arrays {', '.join(child.name for child in arrays[:8])}" if arrays else "none",
-                remedy="Name the folder of the array itself" if arrays else "Check that it was copied as a whole",
+                remedy="Leave only the one that is meant in the group"
+                if arrays
+                else "Check that it was copied as a whole",
             )
         (found,) = arrays
     if level:
@@ -527,8 +530,8 @@ def _array_header(
         )
     if chunk_bytes > LARGE_CHUNK:
         found.append(
-            f"chunks of {chunk_bytes / 2**20:.0f} MiB are decoded as a whole, several at once: every worker needs memory "
-            "for them. 'cryosiam-dask convert' makes a copy in smaller ones"
+            f"chunks of {chunk_bytes / 2**20:.0f} MiB are decoded as a whole, several at once: every worker needs "
+            "memory for them. 'cryosiam-dask convert' makes a copy in smaller ones"
         )
     shape = tuple(int(array.shape[axis]) for axis in axes)
     statistics = attributes.get("statistics")
