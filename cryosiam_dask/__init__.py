@@ -20,7 +20,7 @@ from cryosiam_dask._version import __version__
 _HOMES = {
     "config": ("read_configuration",),
     "plan": ("plan_run",),
-    "pipeline": ("list_centers", "measure", "postprocess", "run"),
+    "pipeline": ("export", "list_centers", "measure", "postprocess", "run"),
     "mrc_to_zarr": ("convert", "ingest", "read_header"),
     "checkpoint": ("read_checkpoint",),
     "predictor": ("PredictorSpec", "predictor_spec"),
@@ -32,6 +32,8 @@ _HOMES = {
     "centers": ("center_table", "write_centers"),
     "measurements": ("component_table", "write_components"),
     "labels_to_hdf5": ("read_attributes", "write_hdf5", "write_mrc"),
+    "ome_zarr": ("write_ome_zarr",),
+    "classes": ("class_names",),
     "preview": ("write_preview",),
     "cluster": ("DaskExecutor", "open_cluster"),
 }

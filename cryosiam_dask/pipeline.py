@@ -43,6 +43,15 @@ from cryosiam_dask.errors import (
     Problems,
 )
 from cryosiam_dask.executor import SERIAL, Executor
+from cryosiam_dask.formats import (
+    MRC_LABEL,
+    Placed,
+    export_prediction,
+    formats_done,
+    other_formats,
+    remove_outdated_formats,
+    write_other_formats,
+)
 from cryosiam_dask.grid import block_size_for, make_grid
 from cryosiam_dask.labels_to_hdf5 import (
     StoredDataset,
@@ -58,7 +67,7 @@ from cryosiam_dask.lamella import postprocess_lamella
 from cryosiam_dask.mask import open_mask
 from cryosiam_dask.measurements import COLLECTION, collect_tables, remove_outdated, write_components
 from cryosiam_dask.mrc_to_zarr import IngestReport, ingest, read_header
-from cryosiam_dask.plan import MRC_LABEL, Job, RunPlan, removal_sizes, with_sizes
+from cryosiam_dask.plan import Job, RunPlan, components_done, removal_sizes, with_sizes
 from cryosiam_dask.progress import Reporter
 from cryosiam_dask.timeline import write_timeline
 from cryosiam_dask.tomogram_files import TomogramHeader
@@ -146,7 +155,7 @@ def run(
             reporter.end(f"FAILED: {outcome.error}")
         outcomes.append(outcome)
     for job in plan.unmeasured:
-        outcomes.append(_attempt(job.output, reporter, partial(_measure, plan.configuration, job.output, executor)))
+        outcomes.append(_attempt(job.output, reporter, partial(_complete, plan, job, executor)))
     _collect(plan.configuration, outcomes)
     return outcomes
 
@@ -266,6 +275,17 @@ def _segment(
                 label=MRC_LABEL + job.fingerprint,
             )
         executor.map(write, [job.output], name="export")
+        formats, stored = other_formats(configuration), Placed.of(tomogram, report)
+        remove_outdated_formats(configuration.prediction_folder, job.stem, job.fingerprint)
+        write_other_formats(
+            configuration.prediction_folder,
+            job.stem,
+            formats,
+            labels,
+            tomogram=stored,
+            attributes=attributes,
+            executor=executor,
+        )
         probabilities = outputs.get("probabilities")
         warnings += _update_components(
             configuration, job.stem, labels, probabilities, attributes, work, executor, array_module
@@ -393,6 +413,7 @@ def _attributes(plan: RunPlan, job: Job, report: IngestReport, warnings: Sequenc
         "origin_angstrom": header.origin_angstrom,
         "nstart": header.nstart,
         "axes": "zyx"[-len(header.shape) :],
+        "class_names": plan.class_names,  # of the labels from 1 on
         "checkpoint": plan.configuration.trained_model.name,
         "checkpoint_sha256": plan.checkpoint.sha256,
         "configuration": plan.configuration.model_dump_json(by_alias=True),
@@ -449,10 +470,11 @@ def postprocess(
                     attributes["fingerprint"] = with_sizes(prediction, sizes)
                 write = partial(replace_labels, labels=labels, removed=removed, attributes=attributes)
                 executor.map(write, [path], name="export")
-                attributes = read_attributes(path)
+                attributes = _written_attributes(configuration, path)
                 warnings = _update_components(
                     configuration, stem, labels, _probabilities(path), attributes, work, executor
                 )
+                warnings += _update_formats(configuration, path, work, executor)
             outcome = Outcome(stem, "done", shape, time.monotonic() - began, voxels, tuple(warnings))
             reporter.end(f"done in {outcome.seconds:.0f} s, {path}")
         except Exception as error:
@@ -482,6 +504,37 @@ def measure(
     outcomes = [_attempt(path, reporter, partial(_measure, configuration, path, executor)) for path in predictions]
     _collect(configuration, outcomes)
     return outcomes
+
+
+def export(
+    configuration: Configuration,
+    predictions: Sequence[Path],
+    reporter: Reporter,
+    *,
+    formats: Sequence[str],
+    executor: Executor = SERIAL,
+) -> list[Outcome]:
+    """Write predictions that are there already in other formats, without inference.
+
+    Parameters
+    ----------
+    configuration, predictions, reporter, executor
+        As of `postprocess`; ``data_folder`` and ``file_extension`` name the tomograms.
+    formats
+        ``"ome-zarr"``, ``"mrc"``.
+
+    Returns
+    -------
+    list of Outcome
+        One for each prediction.
+    """
+
+    def act(path: Path) -> _Result:
+        with _work_group(configuration, _stem(path)) as work:
+            warnings = export_prediction(configuration, path, formats, work=work, executor=executor)
+        return open_dataset(path, "labels").shape, (), warnings
+
+    return [_attempt(path, reporter, partial(act, path)) for path in predictions]
 
 
 def list_centers(
@@ -555,13 +608,41 @@ def _attempt(path: Path, reporter: Reporter, work: Callable[[], _Result]) -> Out
 def _measure(configuration: Configuration, path: Path, executor: Executor) -> _Result:
     stem, labels = _stem(path), _written_labels(path)
     with _work_group(configuration, stem) as work:
-        attributes, probabilities = read_attributes(path), _probabilities(path)
+        attributes, probabilities = _written_attributes(configuration, path), _probabilities(path)
         warnings = _update_components(configuration, stem, labels, probabilities, attributes, work, executor)
     return labels.shape, (), tuple(warnings)
 
 
+def _complete(plan: RunPlan, job: Job, executor: Executor) -> _Result:
+    """Make from a written prediction what is wanted beside it and is missing or outdated."""
+    configuration, warnings = plan.configuration, list[str]()
+    if not components_done(job.components, job.fingerprint, plan.class_names):
+        warnings += _measure(configuration, job.output, executor)[2]
+    if not formats_done(configuration, job.stem, job.fingerprint, plan.class_names):
+        with _work_group(configuration, job.stem) as work:
+            warnings += _update_formats(configuration, job.output, work, executor)
+    return _written_labels(job.output).shape, (), tuple(warnings)
+
+
+def _update_formats(configuration: Configuration, path: Path, work: zarr.Group, executor: Executor) -> list[str]:
+    """Write new labels in the other formats that are wanted, or remove those of earlier ones."""
+    removed = remove_outdated_formats(path.parent, _stem(path), read_attributes(path).get("fingerprint"))
+    formats = other_formats(configuration)
+    if formats:
+        return list(export_prediction(configuration, path, formats, work=work, executor=executor))
+    return [f"{', '.join(removed)} held other labels and has been removed; 'cryosiam-dask export' makes it"] * bool(
+        removed
+    )
+
+
+def _written_attributes(configuration: Configuration, path: Path) -> dict[str, Any]:
+    """Attributes of a written prediction, with the names that its classes have now."""
+    attributes = read_attributes(path)
+    return attributes | ({"class_names": list(configuration.class_names)} if configuration.class_names else {})
+
+
 #: What the file of components says of its tomogram and of the labels that it was made from.
-_INHERITED = ("source", "voxel_size_angstrom", "origin_angstrom", "nstart", "axes", "fingerprint")
+_INHERITED = ("source", "voxel_size_angstrom", "origin_angstrom", "nstart", "axes", "class_names", "fingerprint")
 
 
 def _update_components(

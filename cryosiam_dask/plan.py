@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import mrcfile
-
 from cryosiam_dask.checkpoint import Checkpoint, read_checkpoint
+from cryosiam_dask.classes import class_names, named
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.errors import (
     CheckpointError,
@@ -27,16 +26,17 @@ from cryosiam_dask.errors import (
     OutputError,
     Problems,
 )
+from cryosiam_dask.formats import format_path, formats_done, other_formats, read_mrc_fingerprint
 from cryosiam_dask.grid import make_grid
 from cryosiam_dask.labels_to_hdf5 import read_attributes
 from cryosiam_dask.network import peak_bytes, required_divisor, required_halo
+from cryosiam_dask.ome_zarr import SEGMENTATION, read_own_attributes
 from cryosiam_dask.predictor import PredictorSpec, default_threshold
 from cryosiam_dask.tomogram_files import is_zarr, source_identity
 
 #: Raised whenever a change of the code changes a result, so that outputs of before are not taken for done.
 NUMBERS_VERSION = 2
 
-MRC_LABEL = "cryosiam_dask "  # before the fingerprint, in the only place of an MRC header that takes text
 MRC_ENDINGS = (".mrc", ".rec", ".map", ".st", ".mrcs", ".ali", ".preali")
 _PROCESS_BYTES = 700 * 2**20  # Python with its libraries, one process
 
@@ -87,7 +87,7 @@ class RunPlan:
     jobs
         Tomograms to segment.
     unmeasured
-        Tomograms whose output was made so, but not their components.
+        Tomograms whose output was made so, but not their components or other formats.
     skipped
         Tomograms all of whose outputs were made from the same input, checkpoint and settings.
     notes
@@ -107,6 +107,11 @@ class RunPlan:
     def labels(self) -> int:
         """Number of labels that the model can give, background included."""
         return max(2, self.checkpoint.architecture.out_channels)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the labels from 1 on."""
+        return class_names(self.configuration, self.labels - 1)
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -221,7 +226,9 @@ def _plan_run(configuration: Configuration, filename: str | None, overwrite: boo
         fingerprint = with_sizes(prediction, removal_sizes(configuration))
         components = configuration.prediction_folder / f"{stem}_components.h5" if configuration.components else None
         job = Job(source, stem, output, mask, components, prediction, fingerprint)
-        if output.resolve() in {path.resolve() for path in (source, mask) if path}:
+        others = [format_path(configuration.prediction_folder, stem, name) for name in other_formats(configuration)]
+        inputs = {path.resolve() for path in (source, mask) if path}
+        if inputs & {path.resolve() for path in (output, *others)}:
             problems.append(
                 OutputError(
                     "an output must not replace its own input",
@@ -241,7 +248,10 @@ def _plan_run(configuration: Configuration, filename: str | None, overwrite: boo
         elif not output.exists() or overwrite:
             jobs.append(job)
         elif _read_fingerprint(output) == job.fingerprint:
-            if _components_done(job):
+            names = class_names(configuration, max(2, checkpoint.architecture.out_channels) - 1)
+            if components_done(components, fingerprint, names) and formats_done(
+                configuration, stem, fingerprint, names
+            ):
                 skipped.append(job)
             elif output.suffix == ".h5":
                 unmeasured.append(job)
@@ -303,6 +313,8 @@ def _find_tomograms(
             )
         return list(dict.fromkeys(sources))
     sources = sorted(path for path in folder.iterdir() if path.name.endswith(extension) and _is_tomogram(path))
+    if folder.resolve() == configuration.prediction_folder.resolve():
+        sources = [path for path in sources if not _is_output(path)]
     if not sources:
         found = sorted({"".join(path.suffixes[-1:]) for path in folder.iterdir() if _is_tomogram(path)} - {""})
         problems.append(
@@ -319,6 +331,15 @@ def _find_tomograms(
 def _is_tomogram(path: Path) -> bool:
     """Whether this can be a tomogram: any file, and the folder of a zarr, which no program hides while it grows."""
     return path.is_file() or (path.is_dir() and not path.name.startswith(".") and is_zarr(path))
+
+
+def _is_output(path: Path) -> bool:
+    """Whether this is one of the files that a run leaves in a folder that may also be that of the tomograms."""
+    if path.name.endswith(("_preds.h5", "_components.h5", ".work.zarr")):
+        return True
+    if path.name.endswith("_labels.mrc"):
+        return read_mrc_fingerprint(path) is not None
+    return (path / "labels" / SEGMENTATION).is_dir() and bool(read_own_attributes(path))
 
 
 def _find_masks(
@@ -495,19 +516,29 @@ def _read_fingerprint(output: Path) -> str | None:
     try:
         if output.suffix == ".h5":
             return read_attributes(output).get("fingerprint")
-        with mrcfile.open(output, header_only=True) as mrc:
-            label = bytes(mrc.header.label[0]).decode("ascii", "replace")
-            return label.removeprefix(MRC_LABEL).strip() if label.startswith(MRC_LABEL) else None
-    except (OutputError, OSError, ValueError):
+        return read_mrc_fingerprint(output)
+    except OutputError:
         return None
 
 
-def _components_done(job: Job) -> bool:
-    """Whether a tomogram's components, where they are wanted, are those of its output."""
-    if job.components is None:
+def components_done(path: Path | None, fingerprint: str, names: Sequence[str]) -> bool:
+    """Whether a tomogram's components, where they are wanted, are those of its output, with the names that are wanted.
+
+    Parameters
+    ----------
+    path
+        Their HDF5 file, or ``None``.
+    fingerprint
+        Of the output.
+    names
+        Of the labels from 1 on.
+    """
+    if path is None:
         return True
-    tables = [job.components.with_suffix(ending) for ending in (".csv", ".parquet")]
-    return all(path.is_file() for path in tables) and _read_fingerprint(job.components) == job.fingerprint
+    tables = [path.with_suffix(ending) for ending in (".csv", ".parquet")]
+    if not all(table.is_file() for table in tables) or _read_fingerprint(path) != fingerprint:
+        return False
+    return named(read_attributes(path).get("class_names"), len(names)) == tuple(names)
 
 
 def with_sizes(prediction_fingerprint: str, sizes: Sequence[int]) -> str:

@@ -17,7 +17,8 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 #: Everybody may use these; they use nothing of the package but each other.
 FOUNDATION = {"_version", "errors", "executor", "grid", "config", "classes", "folders"}
 STAGES = {"mrc_to_zarr", "zarr_to_labels", "lamella", "components", "measurements", "centers", "labels_to_hdf5", "mask",
-          "preview", "phantom", "timeline", "tomogram_files"}  # fmt: skip
+          "preview", "phantom", "timeline", "tomogram_files",
+          "ome_zarr", "formats"}  # fmt: skip
 #: From the command line down to the foundation; imports go one way.
 LAYERS = [{"cli"}, {"demo"}, {"runner"}, {"pipeline"}, {"plan", "progress", "cluster"}, STAGES, {"predictor"},
           {"checkpoint"}, {"network"}, FOUNDATION]  # fmt: skip
@@ -26,7 +27,8 @@ BETWEEN_STAGES = {("mrc_to_zarr", "tomogram_files"), ("zarr_to_labels", "tomogra
                   ("zarr_to_labels", "mask"), ("timeline", "zarr_to_labels"),
                   ("measurements", "components"),
                   ("measurements", "labels_to_hdf5"), ("centers", "components"), ("centers", "measurements"),
-                  ("centers", "labels_to_hdf5")}  # fmt: skip
+                  ("centers", "labels_to_hdf5"), ("formats", "labels_to_hdf5"), ("formats", "mrc_to_zarr"),
+                  ("formats", "ome_zarr")}  # fmt: skip
 
 ONLY_IN = {
     "torch": {"network", "checkpoint", "predictor"},
