@@ -177,14 +177,29 @@ def read_mrc_fingerprint(path: Path) -> str | None:
     return label.removeprefix(MRC_LABEL).strip() if label.startswith(MRC_LABEL) else None
 
 
-def remove_outdated_formats(folder: Path, stem: str, fingerprint: str | None) -> list[str]:
-    """Remove what was made from another prediction than that of this fingerprint; returns the names of the files."""
+def remove_outdated_formats(folder: Path, stem: str, fingerprint: str | None, keep: Sequence[str] = ()) -> list[str]:
+    """Remove what was made from another prediction than that of this fingerprint.
+
+    Parameters
+    ----------
+    folder, stem, fingerprint
+        Which files, and the fingerprint that they should carry.
+    keep
+        Formats to leave alone, as they will be replaced.
+
+    Returns
+    -------
+    list of str
+        What needs attention.
+    """
     removed = []
-    for name in _ENDINGS:
-        path = format_path(folder, stem, name)
+    for path in (format_path(folder, stem, name) for name in _ENDINGS if name not in keep):
+        name = "ome-zarr" if path.is_dir() else "mrc"
         if path.exists() and _fingerprint(name, path) not in (None, fingerprint):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-            removed.append(path.name)
+            removed.append(
+                f"{path.name} held other labels and has been removed; 'cryosiam-dask export --format {name}' makes it"
+            )
     return removed
 
 

@@ -275,16 +275,11 @@ def _segment(
                 label=MRC_LABEL + job.fingerprint,
             )
         executor.map(write, [job.output], name="export")
-        formats, stored = other_formats(configuration), Placed.of(tomogram, report)
-        remove_outdated_formats(configuration.prediction_folder, job.stem, job.fingerprint)
+        formats, folder = other_formats(configuration), configuration.prediction_folder
+        warnings += remove_outdated_formats(folder, job.stem, job.fingerprint, keep=formats)
+        beside = Placed.of(tomogram, report)
         write_other_formats(
-            configuration.prediction_folder,
-            job.stem,
-            formats,
-            labels,
-            tomogram=stored,
-            attributes=attributes,
-            executor=executor,
+            folder, job.stem, formats, labels, tomogram=beside, attributes=attributes, executor=executor
         )
         probabilities = outputs.get("probabilities")
         warnings += _update_components(
@@ -626,13 +621,14 @@ def _complete(plan: RunPlan, job: Job, executor: Executor) -> _Result:
 
 def _update_formats(configuration: Configuration, path: Path, work: zarr.Group, executor: Executor) -> list[str]:
     """Write new labels in the other formats that are wanted, or remove those of earlier ones."""
-    removed = remove_outdated_formats(path.parent, _stem(path), read_attributes(path).get("fingerprint"))
     formats = other_formats(configuration)
-    if formats:
-        return list(export_prediction(configuration, path, formats, work=work, executor=executor))
-    return [f"{', '.join(removed)} held other labels and has been removed; 'cryosiam-dask export' makes it"] * bool(
-        removed
-    )
+    warnings: list[str] = []
+    try:
+        if formats:
+            warnings += export_prediction(configuration, path, formats, work=work, executor=executor)
+    finally:  # without a tomogram, for example, an OME-Zarr image cannot be made
+        warnings += remove_outdated_formats(path.parent, _stem(path), read_attributes(path).get("fingerprint"))
+    return warnings
 
 
 def _written_attributes(configuration: Configuration, path: Path) -> dict[str, Any]:

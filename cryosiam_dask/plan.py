@@ -249,9 +249,8 @@ def _plan_run(configuration: Configuration, filename: str | None, overwrite: boo
             jobs.append(job)
         elif _read_fingerprint(output) == job.fingerprint:
             names = class_names(configuration, max(2, checkpoint.architecture.out_channels) - 1)
-            if components_done(components, fingerprint, names) and formats_done(
-                configuration, stem, fingerprint, names
-            ):
+            measured = components_done(components, fingerprint, names)
+            if measured and formats_done(configuration, stem, fingerprint, names):
                 skipped.append(job)
             elif output.suffix == ".h5":
                 unmeasured.append(job)
