@@ -15,12 +15,11 @@ import pytest
 import yaml
 import zarr
 from ome_zarr_models import open_ome_zarr
+from test_cli import call
 from test_pipeline import Listener
-from typer.testing import CliRunner
 from zarr.storage import MemoryStore
 
 from cryosiam_dask import ome_zarr
-from cryosiam_dask.cli import app
 from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.errors import Problems
 from cryosiam_dask.formats import convert_to_ome_zarr, formats_done, read_mrc_fingerprint, remove_outdated_formats
@@ -29,7 +28,7 @@ from cryosiam_dask.ome_zarr import read_own_attributes, write_ome_zarr
 from cryosiam_dask.pipeline import Outcome, export, find_predictions, measure, postprocess, run
 from cryosiam_dask.plan import plan_run
 
-SHAPE = (20, 24, 22)
+SHAPE = (24, 20, 22)
 STEM = "TS 01 µ_9.96Apx"
 SIZE, ORIGIN, START = (10.5, 9.96, 9.96), (30.0, 20.0, 10.0), (3, 2, 1)
 BOTH = ["hdf5", "ome-zarr", "mrc"]
@@ -41,7 +40,8 @@ def several_levels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def voxels() -> np.ndarray:
-    return np.random.default_rng(0).random(SHAPE, np.float32)
+    ramp = np.linspace(0, 1, SHAPE[0])[:, None, None]
+    return (np.random.default_rng(0).random(SHAPE) * ramp).astype(np.float32)
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def folder(tmp_path: Path) -> Path:
         mrc.voxel_size = SIZE[::-1]
         mrc.header.origin = ORIGIN[::-1]
         mrc.nstart = START[::-1]
-    checkpoints.write(tmp_path / "model.ckpt", seed=35)
+    checkpoints.write(tmp_path / "model.ckpt", seed=33)
     return tmp_path
 
 
@@ -91,7 +91,7 @@ def place(path: Path) -> tuple[Any, Any]:
     return scale.scale, translation.translation
 
 
-# ------------------------------------------------------------------------------------------------------------- what goes in
+# --------------------------------------------------------------------------------------------------------- what goes in
 
 
 def as_hdf5(folder: Path, source: Path, stem: str) -> None:
@@ -110,8 +110,8 @@ def as_ome_zarr(folder: Path, source: Path, stem: str) -> None:
 def as_level_one(folder: Path, source: Path, stem: str) -> None:
     """What is to be segmented is the second level, with axes for time and channel, in format 2."""
     group = zarr.create_group(folder / f"{stem}.zarr", zarr_format=2)
-    group.create_array("full", shape=(1, 1, 40, 48, 44), dtype="f4", chunks=(1, 1, 20, 24, 22))
-    group.create_array("half", shape=(1, 1, *SHAPE), dtype="f4", chunks=(1, 1, 9, 9, 9))[:] = voxels()
+    group.create_array("full", shape=(1, 1, 48, 40, 44), dtype="f4", chunks=(1, 1, 20, 24, 22))
+    group.create_array("half", shape=(1, 1, *SHAPE), dtype="f4", chunks=(1, 1, 9, 9, 9))[:] = voxels()[None, None]
     axes = [{"name": "t", "type": "time"}, {"name": "c", "type": "channel"}]
     axes += [{"name": name, "type": "space", "unit": "nanometer"} for name in "zyx"]
     scales = {"full": 0.5, "half": 1.1}
@@ -164,8 +164,8 @@ def test_a_changed_chunk_is_another_input(folder: Path) -> None:
 def test_folders_are_tomograms_only_if_they_are_zarr(folder: Path) -> None:
     (folder / "data" / "notes.mrc").mkdir()
     assert [job.stem for job in plan_run(configure(folder)).jobs] == [STEM]
-    with pytest.raises(Problems, match=r"must end with file_extension, which is \.ome\.zarr; found files ending with \.mrc|"
-                                       r"ends with file_extension, which is \.ome\.zarr; found files ending with \.mrc"):  # fmt: skip
+    message = r"ends with file_extension, which is \.ome\.zarr; found files ending with \.mrc"
+    with pytest.raises(Problems, match=message):
         plan_run(configure(folder, file_extension=".ome.zarr"))
     as_ome_zarr(folder / "data", folder / "data" / f"{STEM}.mrc", STEM)
     (folder / "data" / ".x.ome.zarr").mkdir()
@@ -189,7 +189,7 @@ def test_outputs_are_no_tomograms_of_the_next_run(folder: Path) -> None:
         plan_run(configure(folder, **{**keys, "file_extension": ".ome.zarr"}))
 
 
-# --------------------------------------------------------------------------------------------------------- what comes out
+# ------------------------------------------------------------------------------------------------------- what comes out
 
 
 @pytest.mark.parametrize("extension", [".mrc", ".zarr"])
@@ -213,7 +213,7 @@ def test_every_format_holds_the_labels_at_the_same_place(folder: Path, extension
     np.testing.assert_array_equal(segmentation(path), labels)
     image = zarr.open_group(path, mode="r")
     np.testing.assert_array_equal(image["0"][:], voxels())
-    assert [image[str(n)].shape for n in range(2)] == [SHAPE, (10, 12, 11)]
+    assert [image[str(n)].shape for n in range(2)] == [SHAPE, (12, 10, 11)]
     scale, translation = place(path)
     np.testing.assert_allclose((scale, translation), (SIZE, ORIGIN), rtol=1e-6)
     own = read_own_attributes(path)
@@ -291,9 +291,7 @@ def test_other_sizes_are_applied_to_all_formats(folder: Path) -> None:
     assert names(folder / "out") == [f"{STEM}_preds.h5"]  # no earlier labels beside the new ones
 
 
-def test_a_failure_leaves_the_prediction_and_nothing_half_written(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_leaves_the_prediction_and_nothing_else(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -318,7 +316,7 @@ def test_mrc_instead_of_hdf5_keeps_its_meaning(folder: Path) -> None:
         np.testing.assert_array_equal(segmentation(folder / "out" / f"{STEM}.ome.zarr"), mrc.data)
 
 
-# -------------------------------------------------------------------------------------------------- what is there already
+# ------------------------------------------------------------------------------------------------ what is there already
 
 
 def of_cryosiam(folder: Path, labels: np.ndarray, **datasets: np.ndarray) -> None:
@@ -354,8 +352,8 @@ def failure(folder: Path, **keys: Any) -> str:
 
 
 def test_exports_that_cannot_be(folder: Path) -> None:
-    of_cryosiam(folder, np.zeros((20, 24, 21), np.uint8))
-    message = f"must have the shape of their tomogram {folder / 'data' / STEM}.mrc, (20, 24, 22); found (20, 24, 21)"
+    of_cryosiam(folder, np.zeros((24, 20, 21), np.uint8))
+    message = f"must have the shape of their tomogram {folder / 'data' / STEM}.mrc, (24, 20, 22); found (24, 20, 21)"
     assert message in failure(folder)
     of_cryosiam(folder, np.full(SHAPE, 300))
     assert "labels must lie between 0 and 255; found 300 to 300" in failure(folder)
@@ -379,7 +377,7 @@ def test_outputs_of_other_programs_are_left_alone(folder: Path) -> None:
     assert read_mrc_fingerprint(folder / "out" / f"{STEM}_labels.mrc") is None
 
 
-# ----------------------------------------------------------------------------------------------------------- class names
+# ---------------------------------------------------------------------------------------------------------- class names
 
 
 def test_names_of_classes_reach_the_tables(folder: Path) -> None:
@@ -403,56 +401,42 @@ def test_names_of_classes_reach_the_tables(folder: Path) -> None:
     ("given", "remedy"), [(["one"], "Correct it"), (["background", "one", "two"], "Leave out the background, label 0")]
 )
 def test_names_must_fit_the_model(folder: Path, given: list[str], remedy: str) -> None:
-    with pytest.raises(
-        Problems, match=rf"key class_names: must name the model's labels from 1 on, which are 2.*{remedy}"
-    ):
+    message = rf"key class_names: must name the model's labels from 1 on, which are 2.*{remedy}"
+    with pytest.raises(Problems, match=message):
         plan_run(configure(folder, class_names=given))
 
 
-# ------------------------------------------------------------------------------------------------------- the command line
-
-
-def call(*arguments: object) -> tuple[int, str]:
-    done = CliRunner().invoke(app, [str(a) for a in arguments])
-    return done.exit_code, " ".join(done.output.split())
+# ----------------------------------------------------------------------------------------------------- the command line
 
 
 def test_export_command(folder: Path) -> None:
     of_cryosiam(folder, np.ones(SHAPE, np.uint8))
     configure(folder)
-    status, output = call("export", "--config-file", folder / "config.yaml", "--workers", 1)
-    assert status == 2 and "must name a format other than HDF5; found ['hdf5']. Add 'ome-zarr' or 'mrc'" in output
-    status, _ = call(
-        "export", "--config-file", folder / "config.yaml", "--format", "mrc", "--format", "ome-zarr", "--workers", 1
-    )
-    assert status == 0
+    output = call("export", "--config-file", "config.yaml", folder=folder, status=2)
+    assert "must name a format other than HDF5; found ['hdf5']. Add 'ome-zarr' or 'mrc' to it, or give" in output
+    call("export", "--config-file", "config.yaml", "--format", "mrc", "--format", "ome-zarr", folder=folder)
     assert names(folder / "out") == [f"{STEM}.ome.zarr", f"{STEM}_labels.mrc", f"{STEM}_preds.h5"]
 
 
 def test_convert_command(folder: Path) -> None:
-    source, image, array = folder / "data" / f"{STEM}.mrc", folder / "a.ome.zarr", folder / "a.zarr"
-    assert call("convert", source, image, "--workers", 1)[0] == 0
-    np.testing.assert_allclose(place(image), (SIZE, ORIGIN), rtol=1e-6)
-    assert call("convert", image, array, "--level", 1, "--workers", 1)[0] == 0
-    stored, report = ingest(array, MemoryStore())
-    np.testing.assert_array_equal(stored[:], zarr.open_group(image, mode="r")["1"][:])
-    np.testing.assert_allclose(report.header.voxel_size_angstrom, np.multiply(2, SIZE), rtol=1e-6)
-    np.testing.assert_allclose(report.header.origin_angstrom, np.add(ORIGIN, np.multiply(0.5, SIZE)), rtol=1e-6)
-    status, output = call("convert", source, image)
-    assert status == 2 and "must not replace anything" in output
-    status, output = call("convert", image, folder / "b.zarr", "--level", 9)
-    assert status == 2 and "there must be a level 9" in output
-    assert (
-        names(folder) == ["a.ome.zarr", "a.zarr", "config.yaml", "data", "model.ckpt"]
-        or not (folder / "config.yaml").exists()
-    )
+    source = folder / "data" / f"{STEM}.mrc"
+    call("convert", source, "a.ome.zarr", folder=folder)
+    np.testing.assert_allclose(place(folder / "a.ome.zarr"), (SIZE, ORIGIN), rtol=1e-6)
+    call("convert", "a.ome.zarr", "a.zarr", folder=folder)
+    stored, report = ingest(folder / "a.zarr", MemoryStore())
+    np.testing.assert_array_equal(stored[:], voxels())
+    np.testing.assert_allclose(report.header.voxel_size_angstrom, SIZE, rtol=1e-6)
+    np.testing.assert_allclose(report.header.origin_angstrom, ORIGIN, rtol=1e-6)
+    assert "must not replace anything" in call("convert", source, "a.ome.zarr", folder=folder, status=2)
+    assert "there must be a level 9" in call("convert", "a.ome.zarr", "b.zarr", "--level", 9, folder=folder, status=2)
+    assert names(folder) == ["a.ome.zarr", "a.zarr", "data", "model.ckpt"]
 
 
 def test_conversion_of_what_is_not_finite(tmp_path: Path) -> None:
     data = voxels()
     data[0, 0, 0] = np.nan
-    with mrcfile.new(tmp_path / "x.mrc", data):
-        pass
+    with mrcfile.new_mmap(tmp_path / "x.mrc", SHAPE, mrc_mode=2) as mrc:
+        mrc.data[:] = data
     report = convert_to_ome_zarr(tmp_path / "x.mrc", tmp_path / "x.ome.zarr")
     assert report.statistics.non_finite == 1
     assert zarr.open_group(tmp_path / "x.ome.zarr", mode="r")["0"][0, 0, 0] == np.nanmin(data)
