@@ -18,7 +18,7 @@ from cryosiam_dask.cluster import DaskExecutor, Setup, open_cluster
 from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, DeviceError, Problems, TomogramError
 from cryosiam_dask.formats import convert_to_ome_zarr, other_formats
-from cryosiam_dask.mrc_to_zarr import convert, read_header
+from cryosiam_dask.mrc_to_zarr import convert, read_header, require_free
 from cryosiam_dask.pipeline import (
     Outcome,
     export,
@@ -272,6 +272,7 @@ def convert_file(
         See `segment`.
     """
     header = read_header(source, level=level, dataset=dataset)  # what is wrong is said before workers start
+    require_free(target, overwrite=overwrite)
     make = convert_to_ome_zarr if target.name.endswith(".ome.zarr") else convert
     with open_cluster("cpu", 1 if header.compressed else workers or cores()) as client:
         executor = DaskExecutor(client)
