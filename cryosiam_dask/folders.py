@@ -8,6 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def part_of(target: Path) -> Path:
+    """The hidden folder in which `target` grows."""
+    return target.with_name(f".{target.name}.part")
+
+
 @contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
     """Give the hidden folder ``.<target>.part``, which takes the place of `target` when the block has ended well.
@@ -15,7 +20,7 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     An earlier folder stays as it is until then. The one that is given does not exist yet; it vanishes if the block
     ends otherwise.
     """
-    part, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("part", "old"))
+    part, old = part_of(target), target.with_name(f".{target.name}.old")
     shutil.rmtree(part, ignore_errors=True)
     try:
         yield part

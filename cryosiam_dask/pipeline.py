@@ -43,10 +43,12 @@ from cryosiam_dask.errors import (
     Problems,
 )
 from cryosiam_dask.executor import SERIAL, Executor
+from cryosiam_dask.folders import part_of
 from cryosiam_dask.formats import (
     MRC_LABEL,
     Placed,
     export_prediction,
+    format_path,
     formats_done,
     other_formats,
     remove_outdated_formats,
@@ -335,8 +337,13 @@ def remove_left_overs(plan: RunPlan) -> None:
     """Remove what tasks in flight wrote after their tomogram had failed; to be called when the workers are gone."""
     for job in (*plan.jobs, *plan.unmeasured) if not plan.configuration.keep_work else ():
         folder = _work_folder(plan.configuration, job.stem)
-        with suppress(OutputError, OSError), _claimed(folder):
-            shutil.rmtree(folder)
+        with suppress(OutputError, OSError):
+            folder.mkdir(exist_ok=True)
+            with _claimed(folder):
+                for name in other_formats(plan.configuration):
+                    growing = part_of(format_path(plan.configuration.prediction_folder, job.stem, name))
+                    shutil.rmtree(growing, ignore_errors=True)
+                shutil.rmtree(folder)
 
 
 def _like(work: zarr.Group, name: str, labels: zarr.Array[Any]) -> zarr.Array[Any]:
@@ -434,7 +441,8 @@ def postprocess(
     Parameters
     ----------
     configuration
-        The YAML file; of its paths only ``prediction_folder`` and ``work_folder`` are used.
+        The YAML file; of its paths only ``prediction_folder`` and ``work_folder`` are used, and ``data_folder`` where
+        ``output_formats`` asks for the tomograms beside their labels.
     predictions
         From `find_predictions`.
     reporter

@@ -328,8 +328,10 @@ def _find_tomograms(
 
 
 def _is_tomogram(path: Path) -> bool:
-    """Whether this can be a tomogram: any file, and the folder of a zarr, which no program hides while it grows."""
-    return path.is_file() or (path.is_dir() and not path.name.startswith(".") and is_zarr(path))
+    """Whether this can be a tomogram: any file, or the folder of a zarr. One that lacks its metadata fails later, with
+    its name; hidden ones are still growing."""
+    folder = path.is_dir() and not path.name.startswith(".")
+    return path.is_file() or (folder and (path.suffix == ".zarr" or is_zarr(path)))
 
 
 def _is_output(path: Path) -> bool:

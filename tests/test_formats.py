@@ -26,7 +26,7 @@ from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, Problems
 from cryosiam_dask.formats import convert_to_ome_zarr, formats_done, read_mrc_fingerprint, remove_outdated_formats
 from cryosiam_dask.mrc_to_zarr import convert, ingest
 from cryosiam_dask.ome_zarr import read_own_attributes, write_ome_zarr
-from cryosiam_dask.pipeline import Outcome, export, find_predictions, measure, postprocess, run
+from cryosiam_dask.pipeline import Outcome, export, find_predictions, measure, postprocess, remove_left_overs, run
 from cryosiam_dask.plan import plan_run
 from cryosiam_dask.runner import convert_file, export_predictions
 
@@ -177,6 +177,14 @@ def test_folders_are_tomograms_only_if_they_are_zarr(folder: Path) -> None:
         assert [job.stem for job in plan_run(configuration, filename=name).jobs] == [STEM]
 
 
+def test_a_copy_of_a_zarr_that_is_not_complete_is_named(folder: Path) -> None:
+    (folder / "data" / "TS_2.zarr" / "0").mkdir(parents=True)
+    as_zarr(folder / "data", folder / "data" / f"{STEM}.mrc", STEM)
+    outcomes = {outcome.stem: outcome for outcome in segment(configure(folder, file_extension=".zarr"))}
+    assert outcomes[STEM].status == "done" and outcomes["TS_2"].status == "failed"
+    assert "found none. Check that it was copied as a whole" in outcomes["TS_2"].error and not outcomes["TS_2"].details
+
+
 def test_outputs_are_no_tomograms_of_the_next_run(folder: Path) -> None:
     """All in one folder: what comes out carries the endings of what goes in."""
     as_zarr(folder / "data", folder / "data" / f"{STEM}.mrc", STEM)
@@ -306,6 +314,13 @@ def test_a_failure_leaves_the_prediction_and_nothing_else(folder: Path, monkeypa
     assert [job.stem for job in plan_run(configuration).unmeasured] == [STEM]
     segment(configuration)
     assert names(folder / "out") == [f"{STEM}.ome.zarr", f"{STEM}_preds.h5"]
+
+
+def test_what_tasks_wrote_after_a_failure_is_removed(folder: Path) -> None:
+    plan = plan_run(configure(folder, output_formats=["ome-zarr"]))
+    (folder / "out" / f".{STEM}.ome.zarr.part" / "0").mkdir(parents=True)
+    remove_left_overs(plan)
+    assert names(folder / "out") == []
 
 
 def test_mrc_instead_of_hdf5_keeps_its_meaning(folder: Path) -> None:
