@@ -445,7 +445,8 @@ def _read_level(path: Path, group: Path, image: Mapping[str, Any], level: int) -
     )
     without = [names[axis] for axis in header.axes if not angstrom[axis] > 0]
     if scaled and without:
-        warning = f"the unit of the axes {', '.join(without)} is missing or none of length"
+        values = ", ".join(f"{value:g}" for value in scale[list(header.axes)])
+        warning = f"the unit of the axes {', '.join(without)} is missing or none of length; the scale is {values}"
         header = replace(header, warnings=(warning, *header.warnings))
     return header
 
