@@ -48,6 +48,13 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class Format(StrEnum):
+    """What labels can be written as, beside HDF5."""
+
+    ome_zarr = "ome-zarr"
+    mrc = "mrc"
+
+
 ConfigFile = Annotated[Path, typer.Option(help="CryoSiam's YAML file, for example configs/config_semantic.yaml.")]
 Filename = Annotated[str | None, typer.Option(help="Name of a single tomogram in data_folder.")]
 Workers = Annotated[
@@ -160,6 +167,27 @@ def semantic_to_centers(
 
 
 @app.command()
+def export(
+    config_file: ConfigFile,
+    filename: Filename = None,
+    formats: Annotated[
+        list[Format] | None,
+        typer.Option("--format", help="May be given twice. Default: those of the key output_formats."),
+    ] = None,
+    workers: Workers = None,
+) -> None:
+    """Write predictions that are there already as OME-Zarr (with their tomograms) or MRC, without inference.
+
+    Example: cryosiam-dask export --config-file configs/config_semantic.yaml --format ome-zarr --format mrc
+    """
+    with _plain_errors():
+        from cryosiam_dask.runner import export_predictions
+
+        names = [each.value for each in formats or ()]
+        _exit(export_predictions(config_file, Console(), formats=names, filename=filename, workers=workers))
+
+
+@app.command()
 def plan(
     config_file: ConfigFile,
     filename: Filename = None,
@@ -203,19 +231,26 @@ def info(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="A tomogram: .mrc, .rec, .map or .st, also .gz.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT.zarr", help="The zarr v3 array to make.")],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="IN", help="A tomogram: MRC (.mrc, .rec, .map, .st, also .gz), HDF5 or zarr."),
+    ],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT.zarr", help="The zarr v3 array to make; with .ome.zarr an OME-Zarr image.")
+    ],
+    level: Annotated[int, typer.Option(min=0, help="Level of an OME-Zarr image; 0 is full resolution.")] = 0,
+    dataset: Annotated[str | None, typer.Option(help="Dataset of an HDF5 file with more than one volume.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.zarr.")] = False,
     workers: Workers = None,
 ) -> None:
-    """Convert a tomogram to a chunked zarr array in (z, y, x) order.
+    """Convert a tomogram to a chunked zarr array in (z, y, x) order, or to an OME-Zarr image of several levels.
 
-    Example: cryosiam-dask convert TS_01.mrc TS_01.zarr
+    Example: cryosiam-dask convert TS_01.mrc TS_01.ome.zarr
     """
     with _plain_errors():
         from cryosiam_dask.runner import convert_file
 
-        convert_file(source, target, Console(), overwrite=overwrite, workers=workers)
+        convert_file(source, target, Console(), level=level, dataset=dataset, overwrite=overwrite, workers=workers)
 
 
 @app.command()

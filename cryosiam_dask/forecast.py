@@ -27,12 +27,14 @@ import numpy as np
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.diagnosis import beyond_lamella, scaling
 from cryosiam_dask.errors import CryosiamDaskError, TomogramError
+from cryosiam_dask.formats import format_path, other_formats
 from cryosiam_dask.grid import Grid, block_size_for, make_grid
 from cryosiam_dask.intensities import Intensities, evenly_spread, intensities, sample_file
 from cryosiam_dask.json_values import as_json
 from cryosiam_dask.mask import Mask, open_mask, read_stored
-from cryosiam_dask.mrc_to_zarr import TomogramHeader, read_header
+from cryosiam_dask.mrc_to_zarr import read_header
 from cryosiam_dask.plan import Job, RunPlan, find_tomograms, removal_sizes
+from cryosiam_dask.tomogram_files import TomogramHeader, ZarrHeader
 
 MASK_VOXELS = 1 << 31  # that are read of all masks together, a few seconds
 _LEAST_MASK_VOXELS = 1 << 26  # of each
@@ -247,10 +249,14 @@ def forecast(
     voxels = max(_LEAST_MASK_VOXELS, MASK_VOXELS // max(1, len(plan.jobs)))
     tomograms = [
         *(_tomogram(configuration, plan, job, workers, voxels) for job in plan.jobs),
-        *(_measured(configuration, job) for job in plan.unmeasured),
+        *(_measured(configuration, plan, job) for job in plan.unmeasured),
         *(
             TomogramForecast(
-                job.stem, job.source, "skip", "made from the same input, checkpoint and settings", outputs=_outputs(job)
+                job.stem,
+                job.source,
+                "skip",
+                "made from the same input, checkpoint and settings",
+                outputs=_outputs(configuration, job),
             )
             for job in plan.skipped
         ),
@@ -312,7 +318,7 @@ def unreadable(configuration: Configuration, filename: str | None = None) -> lis
     problems: list[CryosiamDaskError] = []
     for source in find_tomograms(configuration, filename):
         try:
-            read_header(source)
+            read_header(source, **configuration.reading)
         except TomogramError as error:
             problems.append(error)
     return problems
@@ -365,12 +371,12 @@ def _tomogram(
     configuration: Configuration, plan: RunPlan, job: Job, workers: int, mask_voxels: int
 ) -> TomogramForecast:
     header: TomogramHeader | None = None
-    known: dict[str, Any] = {"outputs": _outputs(job)}
+    known: dict[str, Any] = {"outputs": _outputs(configuration, job)}
     warnings: list[str] = []
     problems: list[str] = []
     data = configuration.parameters.data
     try:
-        header = read_header(job.source)
+        header = read_header(job.source, **configuration.reading)
         known |= _of_header(header)
         warnings += header.warnings
         block_size = block_size_for(header.shape, plan.patch, configuration.block_size, workers, plan.halo)
@@ -412,22 +418,22 @@ def _tomogram(
     )
 
 
-def _measured(configuration: Configuration, job: Job) -> TomogramForecast:
+def _measured(configuration: Configuration, plan: RunPlan, job: Job) -> TomogramForecast:
     """A tomogram whose labels are there."""
-    reason = f"{job.output} is up to date, its components are not"
+    reason = f"{job.output} is up to date, {plan.outdated(job)}"
     try:
-        header = read_header(job.source)
+        header = read_header(job.source, **configuration.reading)
     except CryosiamDaskError:  # the labels are there: nothing is read but them
-        return TomogramForecast(job.stem, job.source, "measure", reason, outputs=_outputs(job)[1:])
-    instances = 4 * math.prod(header.shape)
+        return TomogramForecast(job.stem, job.source, "measure", reason, outputs=_outputs(configuration, job)[1:])
+    instances = 4 * math.prod(header.shape) if job.components else 0
     return TomogramForecast(
         job.stem,
         job.source,
         "measure",
         reason,
         work_bytes=instances,
-        output_bytes=instances,
-        outputs=_outputs(job)[1:],
+        output_bytes=instances + _format_bytes(configuration, header),
+        outputs=_outputs(configuration, job)[1:],
         **_of_header(header),
     )
 
@@ -443,10 +449,22 @@ def _of_header(header: TomogramHeader) -> dict[str, Any]:
     }
 
 
-def _outputs(job: Job) -> tuple[Path, ...]:
+def _outputs(configuration: Configuration, job: Job) -> tuple[Path, ...]:
+    formats = [format_path(configuration.prediction_folder, job.stem, name) for name in other_formats(configuration)]
     if job.components is None:
-        return (job.output,)
-    return job.output, job.components, *(job.components.with_suffix(ending) for ending in (".csv", ".parquet"))
+        return job.output, *formats
+    return job.output, job.components, *(job.components.with_suffix(e) for e in (".csv", ".parquet")), *formats
+
+
+#: All levels of an image together, in voxels of the first: each has half as many along two axes at least.
+_ALL_LEVELS = 4 / 3
+
+
+def _format_bytes(configuration: Configuration, header: TomogramHeader) -> int:
+    """What the other formats of a tomogram's labels take at most."""
+    voxels, formats = math.prod(header.shape), other_formats(configuration)
+    image = math.ceil(_ALL_LEVELS * voxels * (1 + header.dtype.itemsize)) if "ome-zarr" in formats else 0
+    return image + (voxels if "mrc" in formats else 0)
 
 
 def _disk_bytes(configuration: Configuration, plan: RunPlan, job: Job, header: TomogramHeader) -> dict[str, int]:
@@ -456,14 +474,16 @@ def _disk_bytes(configuration: Configuration, plan: RunPlan, job: Job, header: T
     removal = 2 if removal_sizes(configuration) else 0  # what is kept, and what is removed
     lamella = 2 if configuration.parameters.network.postprocessing else 0  # its hull, and the threshold of its core
     instances = 4 if job.components else 0
-    tomogram = header.dtype.itemsize * voxels
+    # A zarr is read where it is.
+    tomogram = 0 if isinstance(header, ZarrHeader) else header.dtype.itemsize * voxels
     is_mrc = job.output.suffix != ".h5"
     internal = fields if configuration.save_internal_files else 0
     return {
         "work_bytes": tomogram + voxels * (1 + fields + removal + lamella + instances),
         "certain_work_bytes": tomogram if header.dtype.kind == "f" and not configuration.keep_work else 0,
-        "output_bytes": voxels * (1 + internal + instances + (0 if is_mrc else removal // 2)),
-        "certain_output_bytes": voxels if is_mrc else 0,
+        "output_bytes": voxels * (1 + internal + instances + (0 if is_mrc else removal // 2))
+        + _format_bytes(configuration, header),
+        "certain_output_bytes": voxels * (is_mrc + ("mrc" in other_formats(configuration))),
     }
 
 

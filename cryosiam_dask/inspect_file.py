@@ -26,7 +26,8 @@ from cryosiam_dask.errors import CryosiamDaskError, OutputError, TomogramError
 from cryosiam_dask.intensities import Intensities, intensities, sample_file
 from cryosiam_dask.json_values import as_json
 from cryosiam_dask.labels_to_hdf5 import INSTANCES, LABELS, PROBABILITIES, read_attributes
-from cryosiam_dask.mrc_to_zarr import read_header
+from cryosiam_dask.mrc_to_zarr import MrcHeader, read_header
+from cryosiam_dask.tomogram_files import TomogramHeader
 
 Kind: TypeAlias = Literal["tomogram", "zarr", "HDF5", "checkpoint"]
 
@@ -212,13 +213,22 @@ def _holds_a_pickle(path: Path) -> bool:
 
 def _tomogram(path: Path) -> Information:
     header = read_header(path)
+    facts, warnings = _tomogram_facts(header)
+    kind = "MRC tomogram" if isinstance(header, MrcHeader) else f"tomogram, {header.kind}"
+    return Information(path, kind, facts, notes=header.notes, warnings=(*header.warnings, *warnings))
+
+
+def _tomogram_facts(header: TomogramHeader) -> tuple[dict[str, Any], list[str]]:
+    """What a header and a sample of its voxels tell, and what needs attention in the sample."""
     found = intensities(sample_file(header), -math.inf, math.inf)
-    facts = {
+    facts: dict[str, Any] = {
         "shape": list(header.shape),
         "axes": "zyx"[-len(header.shape) :],
         "dtype": str(header.dtype),
-        "mode": header.mode,
-        "file_dtype": str(header.file_dtype),
+    }
+    if isinstance(header, MrcHeader):
+        facts |= {"mode": header.mode, "file_dtype": str(header.file_dtype)}
+    facts |= {
         "compressed": header.compressed,
         "bytes": header.file_bytes,
         "voxel_size_angstrom": list(header.voxel_size_angstrom),
@@ -226,10 +236,10 @@ def _tomogram(path: Path) -> Information:
         "nstart": list(header.nstart),
         **_intensity_facts(found),
     }
-    warnings = list(header.warnings)
+    warnings = []
     if found.non_finite:
         warnings.append(f"{percent(found.non_finite)} of the voxels that were looked at are NaN or infinite")
-    return Information(path, "MRC tomogram", facts, notes=header.notes, warnings=tuple(warnings))
+    return facts, warnings
 
 
 def _intensity_facts(found: Intensities) -> dict[str, Any]:
@@ -263,6 +273,11 @@ def _zarr(path: Path) -> Information:
     if "source_bytes" in facts and "statistics" not in facts:
         warnings.append("the conversion that made it did not come to its end: some voxels are missing")
     notes = tuple(map(str, facts.pop("notes", None) or ()))
+    try:
+        of_tomogram, seen = _tomogram_facts(read_header(path))
+        facts, warnings = {**of_tomogram, **facts}, [*warnings, *seen]
+    except TomogramError:
+        pass  # other arrays than a tomogram's
     kind = "OME-Zarr image" if "ngff_version" in facts else "zarr array" if arrays == [opened] else "zarr group"
     return Information(path, kind, facts, parts, notes, tuple(warnings))
 
@@ -334,9 +349,19 @@ def _hdf5(path: Path) -> Information:
             facts["classes"] = shapes[PROBABILITIES][0] if shapes[PROBABILITIES] else None
     elif INSTANCES in shapes:
         kind = "components"
+    elif (header := _hdf5_tomogram(path)) is not None:
+        of_tomogram, seen = _tomogram_facts(header)
+        facts, kind, warnings = {**of_tomogram, **facts}, "HDF5 tomogram", [*warnings, *header.warnings, *seen]
     else:
         warnings.append(f"holds neither '{LABELS}' nor '{INSTANCES}': it is no output of this program or CryoSiam")
     return Information(path, kind, facts, tuple(parts), warnings=tuple(warnings))
+
+
+def _hdf5_tomogram(path: Path) -> TomogramHeader | None:
+    try:
+        return read_header(path)
+    except TomogramError:
+        return None
 
 
 def _is_dataset(item: Any) -> bool:

@@ -8,15 +8,17 @@ read in full. A compressed file can only be read from its beginning, so the samp
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cryosiam_dask.mrc_to_zarr import TomogramHeader, read_beginning, read_part
+from cryosiam_dask.mrc_to_zarr import MrcHeader, read_beginning, read_part
+from cryosiam_dask.tomogram_files import TomogramHeader
 
 SAMPLE_VOXELS = 1 << 22  # 16 MiB of float32, a fraction of a second
 SAMPLE_STREAM_BYTES = 64 * 2**20  # of a compressed file, uncompressed
@@ -134,17 +136,20 @@ def sample_file(header: TomogramHeader, voxels: int = SAMPLE_VOXELS) -> Sample:
     TomogramError
         If the file cannot be read, or is shorter than its header says.
     """
-    if header.compressed:
+    if isinstance(header, MrcHeader) and header.compressed:
         beginning = read_beginning(header, SAMPLE_STREAM_BYTES)
         sections = header.axes.index(0)
         read, there = beginning.shape[sections], header.shape[sections]
         where = "all voxels" if read == there else f"the first {read} of the {there} sections of the compressed file"
         stride = -(-beginning.size // voxels)
         return Sample(_float32(beginning.reshape(-1)[::stride]), read / there, where)
-    rows, columns = header.file_shape[-2:]
-    in_file = (1, min(rows, max(1, _ROWS_VOXELS // columns)), columns)[-len(header.shape) :]
-    regions = evenly_spread(header.shape, [in_file[axis] for axis in header.axes], voxels)
-    return _sample(header.shape, regions, [read_part(header, region) for region in regions])
+    piece = header.stored_chunks
+    if math.prod(piece) == 1:  # rows of it
+        axes = header.axes if isinstance(header, MrcHeader) else range(len(header.shape))
+        rows, columns = [header.shape[list(axes).index(axis)] for axis in range(len(header.shape))][-2:]
+        in_file = (1, min(rows, max(1, _ROWS_VOXELS // columns)), columns)[-len(header.shape) :]
+        piece = tuple(in_file[axis] for axis in axes)
+    return _sample_pieces(header.shape, piece, voxels, partial(read_part, header))
 
 
 def sample_array(array: Array, voxels: int = SAMPLE_VOXELS) -> Sample:
@@ -161,12 +166,18 @@ def sample_array(array: Array, voxels: int = SAMPLE_VOXELS) -> Sample:
     if chunks is None:
         *others, columns = array.shape
         chunks = (*([1] * len(others)), columns)
-    regions = evenly_spread(array.shape, chunks, voxels)
+    return _sample_pieces(array.shape, chunks, voxels, array.__getitem__)
+
+
+def _sample_pieces(
+    shape: Sequence[int], piece: Sequence[int], voxels: int, read: Callable[[Region], NDArray[Any]]
+) -> Sample:
+    regions = evenly_spread(shape, piece, voxels)
     parts = []
-    for region in regions:  # a chunk of more voxels than wanted gives up some of them
-        part = np.asarray(array[region]).reshape(-1)
+    for region in regions:  # a piece of more voxels than wanted gives up some of them
+        part = np.asarray(read(region)).reshape(-1)
         parts.append(part[:: max(1, -(-part.size * len(regions) // max(voxels, 1)))])
-    return _sample(array.shape, regions, parts)
+    return _sample(shape, regions, parts)
 
 
 def intensities(sample: Sample, minimum: float, maximum: float) -> Intensities:

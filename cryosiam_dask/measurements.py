@@ -4,7 +4,8 @@ For a tomogram ``<stem>_components.h5`` (dataset ``instances``) with ``<stem>_co
 all tomograms of a folder ``components.csv`` and ``components.parquet``. A table holds one row for each component:
 
 ============================================== =========================================================================
-``tomogram``, ``class``, ``label``             name, class, and the number in ``instances``
+``tomogram``, ``class``, ``class_name``        names, and the class as a number
+``label``                                      the number in ``instances``
 ``voxels``, ``volume_nm3``                     size
 ``z``, ``y``, ``x``                            centroid: mean of the voxel indices, which count from 0
 ``z_angstrom``, ``y_angstrom``, ``x_angstrom`` the same from the centre of the first voxel, in Å
@@ -29,6 +30,7 @@ from typing import Any
 import numpy as np
 import zarr
 
+from cryosiam_dask.classes import named
 from cryosiam_dask.components import (
     ArrayModule,
     ChunkedArray,
@@ -78,7 +80,8 @@ def write_components(
     work
         Holds the instances for the time being, as the array ``instances``.
     attributes
-        For the HDF5 file, as in `cryosiam_dask.labels_to_hdf5.write_hdf5`; ``voxel_size_angstrom`` also for the tables.
+        For the HDF5 file, as in `cryosiam_dask.labels_to_hdf5.write_hdf5`; ``voxel_size_angstrom`` and
+        ``class_names`` also for the tables.
     probabilities
         (class, z, y, x) or (class, y, x).
     executor, array_module
@@ -111,7 +114,9 @@ def write_components(
         overwrite=True,
     )
     write_instances(components, labels, instances, executor=executor)
-    table = component_table(components, stem, attributes.get("voxel_size_angstrom"))
+    table = component_table(
+        components, stem, attributes.get("voxel_size_angstrom"), class_names=attributes.get("class_names")
+    )
     for path in tables:
         write_table(path, table)
     write = partial(write_instances_hdf5, instances=instances, attributes={**attributes, "connectivity": CONNECTIVITY})
@@ -140,7 +145,11 @@ def remove_outdated(folder: Path, stem: str, fingerprint: str | None) -> bool:
 
 
 def component_table(
-    components: Components, tomogram: str, voxel_size_angstrom: Sequence[float | None] | None = None
+    components: Components,
+    tomogram: str,
+    voxel_size_angstrom: Sequence[float | None] | None = None,
+    *,
+    class_names: Sequence[str] | None = None,
 ) -> Any:
     """Return what is measured of each component as a pandas.DataFrame, in the columns of the module's description.
 
@@ -152,6 +161,8 @@ def component_table(
         Its name.
     voxel_size_angstrom
         Along z, y and x (or y and x); ``None`` where it is unknown.
+    class_names
+        Of the classes from 1 on; ``"class 1"`` and so on where they have none.
 
     Raises
     ------
@@ -163,10 +174,12 @@ def component_table(
     measured, count = components.measurements, len(components)
     if measured is None:
         raise LabelsError("a table needs measurements", remedy="Call find_components with measure=True")
+    names = named(class_names, int(components.classes.max(initial=0)))
     size = voxel_size(components.labelling.blocks.ndim, voxel_size_angstrom)
     columns: dict[str, Any] = {
         "tomogram": pandas.Series([tomogram] * count, dtype="str"),
         "class": components.classes.astype(np.int64),
+        "class_name": pandas.Series([names[label - 1] for label in components.classes.tolist()], dtype="str"),
         "label": np.arange(1, count + 1),
         "voxels": components.voxels,
         "volume_nm3": components.voxels * (size.prod() / 1000),

@@ -51,6 +51,15 @@ from cryosiam_dask.errors import (
     Problems,
 )
 from cryosiam_dask.executor import SERIAL, Executor, Interrupted, SharedExecutor
+from cryosiam_dask.formats import (
+    MRC_LABEL,
+    Placed,
+    export_prediction,
+    formats_done,
+    other_formats,
+    remove_outdated_formats,
+    write_other_formats,
+)
 from cryosiam_dask.grid import Grid, block_size_for, make_grid
 from cryosiam_dask.intensities import intensities, sample_array
 from cryosiam_dask.labels_to_hdf5 import (
@@ -67,10 +76,11 @@ from cryosiam_dask.lamella import postprocess_lamella
 from cryosiam_dask.ledger import Ledger, boot_id
 from cryosiam_dask.mask import open_mask
 from cryosiam_dask.measurements import COLLECTION, collect_tables, remove_outdated, write_components
-from cryosiam_dask.mrc_to_zarr import IngestReport, Statistics, TomogramHeader, ingest, read_header
-from cryosiam_dask.plan import MRC_LABEL, Job, RunPlan, removal_sizes, source_identity, with_sizes
+from cryosiam_dask.mrc_to_zarr import IngestReport, Statistics, ingest, read_header
+from cryosiam_dask.plan import Job, RunPlan, components_done, removal_sizes, with_sizes
 from cryosiam_dask.progress import Reporter
 from cryosiam_dask.timeline import write_timeline
+from cryosiam_dask.tomogram_files import TomogramHeader, Voxels, ZarrHeader, source_identity
 from cryosiam_dask.zarr_to_labels import BlockTimes, StoredPrediction, create_outputs, predict_store, tomogram_chunks
 
 #: Kind of an error that a disk is full, read-only or not permitted.
@@ -154,7 +164,7 @@ def segment(
     plan, job, began = jobs[0][0], jobs[0][1], time.time()
     header: TomogramHeader | None = None
     try:
-        header = read_header(last.source)
+        header = read_header(last.source, **last_plan.configuration.reading)
         for note in header.notes:
             say(note)
         # The last job's place outlives the others: that is where the tomogram is kept for all of them.
@@ -235,18 +245,24 @@ class _Space:
 
 def _ingested(
     space: _Space, configuration: Configuration, job: Job, header: TomogramHeader, grid: Grid, executor: Executor
-) -> tuple[zarr.Array[Any], IngestReport]:
-    """The tomogram as zarr: the one that an earlier run made, or a new one."""
+) -> tuple[Voxels, IngestReport]:
+    """The tomogram as zarr: one that is read where it is, the one that an earlier run made, or a new one."""
     chunks = None if header.compressed else tomogram_chunks(grid)
     compress = header.dtype.kind != "f" or configuration.keep_work
-    key = hashlib.sha256(json.dumps([source_identity(job.source), chunks, compress]).encode()).hexdigest()
+    identity = [source_identity(job.source), configuration.reading, chunks, compress]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     found = space.ledger.last("ingested")
+    in_place = isinstance(header, ZarrHeader)
     # What the kernel had not yet written is gone with the machine.
-    if found and found["key"] == key and found["boot"] == boot_id() and "tomogram" in space.group:
+    copied = found is not None and found["boot"] == boot_id() and "tomogram" in space.group
+    if found and found["key"] == key and (in_place or copied):
         values = found["statistics"]
         statistics = Statistics(values["min"], values["max"], values["mean"], values["non_finite_voxels"])
-        return _array(space.group, "tomogram"), IngestReport(header, statistics, tuple(found["warnings"]))
-    tomogram, report = ingest(job.source, space.group.store, chunks=chunks, compress=compress, executor=executor)
+        tomogram = header.open() if isinstance(header, ZarrHeader) else _array(space.group, "tomogram")
+        return tomogram, IngestReport(header, statistics, tuple(found["warnings"]))
+    tomogram, report = ingest(
+        job.source, space.group.store, chunks=chunks, compress=compress, executor=executor, **configuration.reading
+    )
     space.ledger.append(
         "ingested", key=key, boot=boot_id(), statistics=report.statistics.attributes(), warnings=report.warnings
     )
@@ -256,7 +272,7 @@ def _ingested(
 def _predicted(
     plan: RunPlan,
     job: Job,
-    tomogram: zarr.Array[Any],
+    tomogram: Voxels,
     space: _Space,
     device: Literal["cpu", "cuda"],
     executor: Executor,
@@ -311,7 +327,7 @@ def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
 def _segment(
     plan: RunPlan,
     job: Job,
-    tomogram: zarr.Array[Any],
+    tomogram: Voxels,
     report: IngestReport,
     space: _Space,
     device: Literal["cpu", "cuda"],
@@ -372,6 +388,10 @@ def _segment(
             label=MRC_LABEL + job.fingerprint,
         )
     executor.map(write, [job.output], name="export")
+    formats, folder = other_formats(configuration), configuration.prediction_folder
+    warnings += remove_outdated_formats(folder, job.stem, job.fingerprint, keep=formats)
+    beside = Placed.of(tomogram, report)
+    write_other_formats(folder, job.stem, formats, labels, tomogram=beside, attributes=attributes, executor=executor)
     probabilities = outputs.get("probabilities")
     warnings += _update_components(
         configuration, job.stem, labels, probabilities, attributes, work, executor, array_module
@@ -521,7 +541,7 @@ def _count_block(labels: zarr.Array[Any], blocks: Blocks, index: tuple[int, int,
 def _why_blank(
     plan: RunPlan,
     report: IngestReport,
-    tomogram: zarr.Array[Any],
+    tomogram: Voxels,
     found: int,
     blocks: Sequence[Mapping[str, Any]],
 ) -> str:
@@ -545,7 +565,7 @@ def _why_blank(
 
 def _coverage(blocks: Sequence[Mapping[str, Any]], shape: Sequence[int]) -> float:
     """Share of a tomogram inside its mask."""
-    return sum(block["inside"] for block in blocks) / math.prod(shape)
+    return float(sum(block["inside"] for block in blocks) / math.prod(shape))
 
 
 def _attributes(plan: RunPlan, job: Job, report: IngestReport, warnings: Sequence[str]) -> dict[str, Any]:
@@ -559,6 +579,7 @@ def _attributes(plan: RunPlan, job: Job, report: IngestReport, warnings: Sequenc
         "origin_angstrom": header.origin_angstrom,
         "nstart": header.nstart,
         "axes": "zyx"[-len(header.shape) :],
+        "class_names": plan.class_names,  # of the labels from 1 on
         "checkpoint": plan.configuration.trained_model.name,
         "checkpoint_sha256": plan.checkpoint.sha256,
         "configuration": plan.configuration.model_dump_json(by_alias=True),
@@ -584,7 +605,8 @@ def postprocess(
     Parameters
     ----------
     configuration
-        The YAML file; of its paths only ``prediction_folder`` and ``work_folder`` are used.
+        The YAML file; of its paths only ``prediction_folder`` and ``work_folder`` are used, and ``data_folder`` where
+        ``output_formats`` asks for the tomograms beside their labels.
     predictions
         From `find_predictions`.
     reporter
@@ -619,10 +641,9 @@ def postprocess(
                     attributes["fingerprint"] = with_sizes(prediction, sizes)
                 write = partial(replace_labels, labels=labels, removed=removed, attributes=attributes)
                 own.map(write, [path], name="export")
-                attributes = read_attributes(path)
-                warnings = _update_components(
-                    configuration, stem, labels, _probabilities(path), attributes, work, executor
-                )
+                attributes = _written_attributes(configuration, path)
+                warnings = _update_components(configuration, stem, labels, _probabilities(path), attributes, work, own)
+                warnings += _update_formats(configuration, path, work, own)
             outcome = Outcome(stem, "done", shape, time.time() - began, voxels, tuple(warnings))
             reporter.end(stem, f"done in {outcome.seconds:.0f} s, {path}")
         except Interrupted:
@@ -654,6 +675,37 @@ def measure(
     outcomes = [attempt(path, reporter, partial(measure_one, configuration, path), executor) for path in predictions]
     collect(configuration, outcomes)
     return outcomes
+
+
+def export(
+    configuration: Configuration,
+    predictions: Sequence[Path],
+    reporter: Reporter,
+    *,
+    formats: Sequence[str],
+    executor: SharedExecutor = SERIAL,
+) -> list[Outcome]:
+    """Write predictions that are there already in other formats, without inference.
+
+    Parameters
+    ----------
+    configuration, predictions, reporter, executor
+        As of `postprocess`; ``data_folder`` and ``file_extension`` name the tomograms.
+    formats
+        ``"ome-zarr"``, ``"mrc"``.
+
+    Returns
+    -------
+    list of Outcome
+        One for each prediction.
+    """
+
+    def act(path: Path, executor: Executor) -> Result:
+        with _work_group(configuration, _stem(path)) as work:
+            warnings = export_prediction(configuration, path, formats, work=work, executor=executor)
+        return open_dataset(path, "labels").shape, (), warnings
+
+    return [attempt(path, reporter, partial(act, path), executor) for path in predictions]
 
 
 def list_centers(
@@ -730,13 +782,42 @@ def measure_one(configuration: Configuration, path: Path, executor: Executor) ->
     """Number and measure the components of one written prediction."""
     stem, labels = _stem(path), _written_labels(path)
     with _work_group(configuration, stem) as work:
-        attributes, probabilities = read_attributes(path), _probabilities(path)
+        attributes, probabilities = _written_attributes(configuration, path), _probabilities(path)
         warnings = _update_components(configuration, stem, labels, probabilities, attributes, work, executor)
     return labels.shape, (), tuple(warnings)
 
 
+def complete(plan: RunPlan, job: Job, executor: Executor) -> Result:
+    """Make from a written prediction what is wanted beside it and is missing or outdated."""
+    configuration, warnings = plan.configuration, list[str]()
+    if not components_done(job.components, job.fingerprint, plan.class_names):
+        warnings += measure_one(configuration, job.output, executor)[2]
+    if not formats_done(configuration, job.stem, job.fingerprint, plan.class_names):
+        with _work_group(configuration, job.stem) as work:
+            warnings += _update_formats(configuration, job.output, work, executor)
+    return _written_labels(job.output).shape, (), tuple(warnings)
+
+
+def _update_formats(configuration: Configuration, path: Path, work: zarr.Group, executor: Executor) -> list[str]:
+    """Write new labels in the other formats that are wanted, or remove those of earlier ones."""
+    formats = other_formats(configuration)
+    warnings: list[str] = []
+    try:
+        if formats:
+            warnings += export_prediction(configuration, path, formats, work=work, executor=executor)
+    finally:  # without a tomogram, for example, an OME-Zarr image cannot be made
+        warnings += remove_outdated_formats(path.parent, _stem(path), read_attributes(path).get("fingerprint"))
+    return warnings
+
+
+def _written_attributes(configuration: Configuration, path: Path) -> dict[str, Any]:
+    """Attributes of a written prediction, with the names that its classes have now."""
+    attributes = read_attributes(path)
+    return attributes | ({"class_names": list(configuration.class_names)} if configuration.class_names else {})
+
+
 #: What the file of components says of its tomogram and of the labels that it was made from.
-_INHERITED = ("source", "voxel_size_angstrom", "origin_angstrom", "nstart", "axes", "fingerprint")
+_INHERITED = ("source", "voxel_size_angstrom", "origin_angstrom", "nstart", "axes", "class_names", "fingerprint")
 
 
 def _update_components(

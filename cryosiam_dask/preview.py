@@ -19,16 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-# Okabe and Ito's colours, told apart with any common colour blindness; label 1 has the first.
-PALETTE = (
-    (230, 159, 0),
-    (86, 180, 233),
-    (0, 158, 115),
-    (204, 121, 167),
-    (213, 94, 0),
-    (0, 114, 178),
-    (240, 228, 66),
-)
+from cryosiam_dask.classes import OKABE_ITO
+
+PALETTE = OKABE_ITO  # label 1 has the first, and after the last they begin again
 OPACITY = 0.5
 
 _LONGEST, _ENLARGE_TO = 1000, 640

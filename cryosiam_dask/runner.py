@@ -20,9 +20,11 @@ from cryosiam_dask.collection import make_folders, remove_left_overs, run
 from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.diagnosis import beyond_lamella
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, DeviceError, Problems, TomogramError
-from cryosiam_dask.mrc_to_zarr import convert, read_header
+from cryosiam_dask.formats import convert_to_ome_zarr, other_formats
+from cryosiam_dask.mrc_to_zarr import convert, read_header, require_free
 from cryosiam_dask.pipeline import (
     Outcome,
+    export,
     find_predictions,
     list_centers,
     measure,
@@ -104,7 +106,7 @@ def segment(
     for job in plan.skipped:
         say(console, f"{job.stem}: skipped, {job.output} was made from the same input, checkpoint and settings")
     for job in plan.unmeasured:
-        say(console, f"{job.stem}: {job.output} is up to date, its components are not")
+        say(console, f"{job.stem}: {job.output} is up to date, {plan.outdated(job)}")
     if not plan.jobs and not plan.unmeasured:
         outcomes = [Outcome(job.stem, "skipped") for job in plan.skipped]
         print_table(console, outcomes)
@@ -178,6 +180,42 @@ def measure_predictions(
     return _with_predictions(partial(measure, configuration, predictions), len(predictions), console, workers)
 
 
+def export_predictions(
+    config_file: Path,
+    console: Console,
+    *,
+    formats: Sequence[str] = (),
+    filename: str | None = None,
+    workers: int | None = None,
+) -> list[Outcome]:
+    """Write predictions in other formats, and print what becomes of it.
+
+    Parameters
+    ----------
+    config_file, console, filename, workers
+        See `segment`.
+    formats
+        ``"ome-zarr"``, ``"mrc"``; none: those of the key ``output_formats``.
+
+    Raises
+    ------
+    ConfigurationError
+        If neither names a format.
+    """
+    configuration = read_configuration(config_file)
+    formats = formats or other_formats(configuration)
+    if not formats:
+        raise ConfigurationError(
+            "must name a format other than HDF5",
+            place="key output_formats",
+            value=list(configuration.output_formats),
+            remedy="Add 'ome-zarr' or 'mrc' to it, or give --format",
+        )
+    predictions = find_predictions(configuration, filename)
+    action = partial(export, configuration, predictions, formats=formats)
+    return _with_predictions(action, len(predictions), console, workers)
+
+
 def list_particles(
     config_file: Path,
     console: Console,
@@ -217,20 +255,32 @@ def _with_predictions(
 
 
 def convert_file(
-    source: Path, target: Path, console: Console, *, overwrite: bool = False, workers: int | None = None
+    source: Path,
+    target: Path,
+    console: Console,
+    *,
+    level: int = 0,
+    dataset: str | None = None,
+    overwrite: bool = False,
+    workers: int | None = None,
 ) -> None:
     """Convert one tomogram to zarr, and print what was found in it.
 
     Parameters
     ----------
-    source, target, overwrite
+    source, level, dataset, overwrite
         See `cryosiam_dask.mrc_to_zarr.convert`.
+    target
+        An OME-Zarr image where its name ends with ``.ome.zarr``, a single array otherwise.
     console, workers
         See `segment`.
     """
-    header = read_header(source)  # what is wrong with it is said before workers start
+    header = read_header(source, level=level, dataset=dataset)  # what is wrong is said before workers start
+    require_free(target, overwrite=overwrite)
+    make = convert_to_ome_zarr if target.name.endswith(".ome.zarr") else convert
     with open_cluster("cpu", 1 if header.compressed else workers or cores()) as client:
-        report = convert(source, target, executor=DaskExecutor(client), overwrite=overwrite)
+        executor = DaskExecutor(client)
+        report = make(source, target, level=level, dataset=dataset, executor=executor, overwrite=overwrite)
     statistics = report.statistics
     say(console, f"{target}: {' × '.join(map(str, header.shape))} (z, y, x), {header.dtype}")
     if statistics.minimum is not None:
@@ -258,7 +308,7 @@ def _with_largest_patch(
     extent = plan.patch
     for job in plan.jobs:
         with suppress(TomogramError):  # such a tomogram fails alone, later
-            shape = read_header(job.source).shape
+            shape = read_header(job.source, **plan.configuration.reading).shape
             if len(shape) == len(extent):
                 extent = tuple(map(max, extent, shape))
     memory = int(0.8 * MEMORY_LIMIT / (workers or cores()))

@@ -36,6 +36,7 @@ from cryosiam_dask.executor import SERIAL, Executor
 from cryosiam_dask.grid import DEFAULT_BLOCK_SIZE, Block, Grid, make_grid, wrapped_segments
 from cryosiam_dask.mask import Mask, read_mask
 from cryosiam_dask.predictor import PredictorSpec, load_predictor, normalise
+from cryosiam_dask.tomogram_files import Voxels
 
 Array = npt.NDArray[Any]
 
@@ -122,7 +123,7 @@ class StoredPrediction:
 
     spec: PredictorSpec
     grid: Grid
-    tomogram: zarr.Array[Any]
+    tomogram: Voxels
     outputs: Mapping[str, zarr.Array[Any]]
     mask: Mask | None = None
     token: str | None = None
@@ -263,6 +264,12 @@ def _force_to_disk(array: zarr.Array[Any], region: tuple[slice, ...]) -> None:
                 os.close(descriptor)
 
 
+def _slab(chunks: Any) -> int:
+    """Sections to read at once: whole chunks, so that those of a volume that others stored are decoded only once."""
+    chunk = chunks[0] if chunks and isinstance(chunks[0], int) else _SLAB
+    return min(chunk * max(1, _SLAB // chunk), 4 * _SLAB)
+
+
 def read_window(tomogram: Any, block: Block, grid: Grid, spec: PredictorSpec) -> npt.NDArray[np.float32]:
     """Read what a block's patches see.
 
@@ -281,6 +288,7 @@ def read_window(tomogram: Any, block: Block, grid: Grid, spec: PredictorSpec) ->
         ``block.window_shape`` (z, y, x), float32: normalised, then padded with zeros and wrapped around past the end.
     """
     voxels = np.zeros(block.window_shape, np.float32)
+    depth = _slab(getattr(tomogram, "chunks", None))
     segments = [
         wrapped_segments(start, stop, a.axis.size, a.axis.padded)
         for (start, stop), a in zip(block.window, grid.axes, strict=True)
@@ -288,9 +296,9 @@ def read_window(tomogram: Any, block: Block, grid: Grid, spec: PredictorSpec) ->
     for pieces in product(*segments):
         source, target = zip(*pieces, strict=True)
         # Some chunks at a time: as stored and normalised, a whole window would be there three times.
-        for first in range(source[0].start, source[0].stop, _SLAB):
-            slab = slice(first, min(first + _SLAB, source[0].stop))
-            at = target[0].start + first - source[0].start
+        for first in range(source[0].start // depth * depth, source[0].stop, depth):
+            slab = slice(max(first, source[0].start), min(first + depth, source[0].stop))
+            at = target[0].start + slab.start - source[0].start
             inside = slice(at, at + slab.stop - slab.start)
             voxels[(inside, *target[1:])] = normalise(np.asarray(tomogram[(slab, *source[1:])]), spec)
     return voxels

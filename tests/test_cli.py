@@ -266,7 +266,15 @@ def test_version_help_and_wrong_usage(tmp_path: Path) -> None:
     output = call("--help", folder=tmp_path)
     assert all(
         name in output
-        for name in ("semantic-predict", "semantic-postprocess", "components", "semantic-to-centers", "convert", "demo")
+        for name in (
+            "semantic-predict",
+            "semantic-postprocess",
+            "components",
+            "semantic-to-centers",
+            "export",
+            "convert",
+            "demo",
+        )
     )
     assert "--config-file" in call("semantic_predict", "--help", folder=tmp_path)
     assert "No such command" in call("semantic-predicd", folder=tmp_path, status=2)
