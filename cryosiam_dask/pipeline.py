@@ -59,6 +59,7 @@ from cryosiam_dask.mask import open_mask
 from cryosiam_dask.measurements import COLLECTION, collect_tables, remove_outdated, write_components
 from cryosiam_dask.mrc_to_zarr import IngestReport, TomogramHeader, ingest, read_header
 from cryosiam_dask.plan import MRC_LABEL, Job, RunPlan, removal_sizes, with_sizes
+from cryosiam_dask.preview import Sliceable, preview_file, read_fingerprint, write_preview
 from cryosiam_dask.progress import Reporter
 from cryosiam_dask.timeline import write_timeline
 from cryosiam_dask.zarr_to_labels import StoredPrediction, create_outputs, predict_store, tomogram_chunks
@@ -242,7 +243,7 @@ def _segment(
             labels, removed, voxels = _without_small(labels, voxels, sizes, work, executor, array_module)
         if voxels[0] == math.prod(header.shape):
             warnings.append(_why_blank(plan, report))
-        attributes = _attributes(plan, job, report, warnings)
+        attributes = _attributes(plan, job, report, warnings) | {"voxels": voxels}
         if job.output.suffix == ".h5":
             internal = outputs if configuration.save_internal_files else {}
             write = partial(
@@ -263,6 +264,7 @@ def _segment(
                 label=MRC_LABEL + job.fingerprint,
             )
         executor.map(write, [job.output], name="export")
+        warnings += _draw(configuration, job.stem, tomogram, labels, mask, attributes, executor)
         probabilities = outputs.get("probabilities")
         warnings += _update_components(
             configuration, job.stem, labels, probabilities, attributes, work, executor, array_module
@@ -415,7 +417,8 @@ def postprocess(
     Parameters
     ----------
     configuration
-        The YAML file; of its paths only ``prediction_folder`` and ``work_folder`` are used.
+        The YAML file; of its paths only ``prediction_folder`` and ``work_folder`` are used, and for the pictures those
+        of the tomogram and its mask where they are still there.
     predictions
         From `find_predictions`.
     reporter
@@ -440,7 +443,7 @@ def postprocess(
                 shape = unfiltered.shape
                 voxels = _count_voxels(unfiltered, max(2, len(sizes)), executor)
                 labels, removed, voxels = _without_small(unfiltered, voxels, sizes, work, executor, "numpy")
-                attributes: dict[str, Any] = {"postprocessing_sizes": sizes}
+                attributes: dict[str, Any] = {"postprocessing_sizes": sizes, "voxels": voxels}
                 prediction = read_attributes(path).get("prediction_fingerprint")
                 if prediction:
                     attributes["fingerprint"] = with_sizes(prediction, sizes)
@@ -450,6 +453,7 @@ def postprocess(
                 warnings = _update_components(
                     configuration, stem, labels, _probabilities(path), attributes, work, executor
                 )
+                warnings += _draw_again(configuration, stem, labels, attributes, work, executor)
             outcome = Outcome(stem, "done", shape, time.monotonic() - began, voxels, tuple(warnings))
             reporter.end(f"done in {outcome.seconds:.0f} s, {path}")
         except Exception as error:
@@ -594,6 +598,63 @@ def _update_components(
         array_module=array_module,
     )
     return _unknown_voxel_size(inherited)
+
+
+def _draw(
+    configuration: Configuration,
+    stem: str,
+    tomogram: Sliceable,
+    labels: Sliceable,
+    mask: Sliceable | None,
+    attributes: Mapping[str, Any],
+    executor: Executor,
+) -> list[str]:
+    """Draw a tomogram with its new labels; returns what needs attention. A picture is no reason to fail."""
+    path = preview_file(configuration.prediction_folder, stem)
+    if not configuration.preview:
+        path.unlink(missing_ok=True)  # what it shows are earlier labels
+        return []
+    try:
+        write_preview(
+            path,
+            tomogram,
+            labels,
+            voxel_size_angstrom=attributes.get("voxel_size_angstrom"),
+            lamella=mask,
+            title=stem,
+            fingerprint=attributes.get("fingerprint") or "",
+            executor=executor,
+        )
+    except Exception as error:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        return [f"its picture {path.name} could not be drawn: {error}"]
+    return []
+
+
+def _draw_again(
+    configuration: Configuration,
+    stem: str,
+    labels: Sliceable,
+    attributes: Mapping[str, Any],
+    work: zarr.Group,
+    executor: Executor,
+) -> list[str]:
+    """Draw new labels over the tomogram that they were made from, where it is still there; returns warnings."""
+    path = preview_file(configuration.prediction_folder, stem)
+    if not path.exists() or read_fingerprint(path) == attributes.get("fingerprint"):
+        return []
+    try:
+        source = configuration.data_folder / str(attributes["source"])
+        tomogram, _ = ingest(source, work.store, executor=executor)
+        mask_file = configuration.mask_folder and configuration.mask_folder / f"{stem}_preds.h5"
+        mask = open_mask(mask_file, labels.shape) if mask_file else None
+        if tuple(tomogram.shape) != tuple(labels.shape):
+            raise OutputError("the tomogram must have the shape of its labels", place=source, value=tomogram.shape)
+    except (KeyError, CryosiamDaskError) as error:
+        path.unlink()
+        return [f"its picture {path.name} showed other labels and has been removed: {error}"]
+    return _draw(configuration, stem, tomogram, labels, mask, attributes, executor)
 
 
 def _unknown_voxel_size(attributes: Mapping[str, Any]) -> list[str]:

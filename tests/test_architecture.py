@@ -23,7 +23,7 @@ LAYERS = [{"cli"}, {"demo"}, {"runner"}, {"pipeline"}, {"plan", "progress", "clu
           {"checkpoint"}, {"network"}, FOUNDATION]  # fmt: skip
 #: What a stage may use of another: the lamella is the largest component, and a block is predicted inside its mask.
 BETWEEN_STAGES = {("lamella", "components"), ("zarr_to_labels", "mask"), ("timeline", "zarr_to_labels"),
-                  ("measurements", "components"),
+                  ("measurements", "components"), ("preview", "components"),
                   ("measurements", "labels_to_hdf5"), ("centers", "components"), ("centers", "measurements"),
                   ("centers", "labels_to_hdf5")}  # fmt: skip
 

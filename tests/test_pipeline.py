@@ -100,7 +100,7 @@ def files(folder: Path) -> list[str]:
 def test_outputs_as_the_viewer_opens_them(folder: Path) -> None:
     outcomes = segment(configure(folder, save_internal_files=True))
     assert [outcome.status for outcome in outcomes.values()] == ["done"] * 3
-    assert files(folder / "out") == ["TS_1_preds.h5", "TS_2_9.96Apx_preds.h5", "TS_3_preds.h5"]
+    assert files(folder / "out") == outputs(*STEMS, components=False)
     with h5py.File(folder / "out" / "TS_2_9.96Apx_preds.h5") as file:
         assert set(file) == {"labels", "probs", "distances"}
         assert file["labels"].shape == SHAPE and file["labels"].dtype == np.uint8
@@ -169,7 +169,7 @@ def test_broken_files_fail_alone(folder: Path) -> None:
     assert "notes.mrc" in outcomes["notes"].error
     assert "as many axes as the tomogram, which has 2" in outcomes["image"].error
     assert not any(o.details for o in outcomes.values())  # each was foreseen
-    assert files(folder / "out") == ["TS_1_preds.h5", "TS_3_preds.h5"]
+    assert files(folder / "out") == outputs("TS_1", "TS_3", components=False)
 
 
 def test_unreadable_masks_fail_alone(folder: Path) -> None:
@@ -182,7 +182,7 @@ def test_unreadable_masks_fail_alone(folder: Path) -> None:
     assert [outcomes[s].status for s in ("TS_1", "TS_2_9.96Apx", "TS_3")] == ["done", "failed", "failed"]
     assert "TS_2_9.96Apx_preds.h5" in outcomes["TS_2_9.96Apx"].error
     assert "7" in outcomes["TS_3"].error
-    assert files(folder / "out") == ["TS_1_preds.h5"]
+    assert files(folder / "out") == outputs("TS_1", components=False)
 
 
 def test_failure_while_writing_keeps_the_earlier_output(folder: Path) -> None:
@@ -332,7 +332,8 @@ def instances(folder: Path, stem: str = "TS_1") -> np.ndarray:
 
 def outputs(*stems: str, components: bool = True) -> list[str]:
     collection = ["components.csv", "components.parquet"] if components else []
-    endings = ["components.csv", "components.h5", "components.parquet", "preds.h5"] if components else ["preds.h5"]
+    endings = ["preds.h5", "preview.png"]
+    endings += ["components.csv", "components.h5", "components.parquet"] if components else []
     return sorted(collection + [f"{stem}_{ending}" for stem in stems for ending in endings])
 
 
