@@ -49,8 +49,25 @@ def _scientific(value: Any) -> Any:
     return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value) else value
 
 
+def _once(names: tuple[str, ...]) -> tuple[str, ...]:
+    twice = [name for i, name in enumerate(names) if name in names[:i]]
+    if twice:
+        raise ValueError(f"must not hold a name twice: {twice[0]}")
+    return names
+
+
 _Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_scientific)]
 
+
+def _printable(name: str) -> str:
+    if not name.strip() or not name.isprintable():
+        raise ValueError("a name must be a line of printable text")
+    return name
+
+
+_Name = Annotated[str, AfterValidator(_printable)]
+
+OutputFormat = Literal["hdf5", "ome-zarr", "mrc"]
 
 # Told apart before they are looked at, so that a fault is reported once and not for either kind.
 _PatchSize = Annotated[
@@ -176,6 +193,14 @@ class Configuration(_Model):
         Keep a tomogram's zarr store once its output is complete.
     block_size
         Edge in voxels of the blocks that are read, predicted and written at once; never changes a result.
+    class_names
+        Names of the labels from 1 on; ``None``: ``"class 1"`` and so on.
+    output_formats
+        Also write the labels so, beside the HDF5 file that is always written: ``"ome-zarr"``, ``"mrc"``.
+    ome_zarr_level
+        Which level of an OME-Zarr image to segment; 0 is full resolution.
+    hdf5_dataset
+        Which dataset of HDF5 tomograms to segment; ``None``: the only one that can be a tomogram.
     """
 
     data_folder: _Path
@@ -191,6 +216,10 @@ class Configuration(_Model):
     work_folder: _Path | None = None
     keep_work: bool = False
     block_size: Annotated[int, Field(ge=4)] = DEFAULT_BLOCK_SIZE
+    class_names: Annotated[tuple[_Name, ...], Field(strict=False), AfterValidator(_once)] | None = None
+    output_formats: Annotated[tuple[OutputFormat, ...], Field(strict=False)] = ("hdf5",)
+    ome_zarr_level: Annotated[int, Field(ge=0)] = 0
+    hdf5_dataset: Annotated[str, Field(min_length=1)] | None = None
     parameters: Parameters = Parameters()
     hyper_parameters: HyperParameters = HyperParameters()
 

@@ -620,6 +620,7 @@ def _draw(
             tomogram,
             labels,
             voxel_size_angstrom=attributes.get("voxel_size_angstrom"),
+            class_names=("", *(configuration.class_names or ())),
             lamella=mask,
             title=stem,
             fingerprint=attributes.get("fingerprint") or "",

@@ -32,19 +32,11 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from scipy import ndimage
 
+from cryosiam_dask.classes import COLOURS, named
 from cryosiam_dask.components import Blocks, Index
 from cryosiam_dask.executor import SERIAL, Executor
 
-# Okabe and Ito's colours, told apart with any common colour blindness; label 1 has the first.
-PALETTE = (
-    (230, 159, 0),
-    (86, 180, 233),
-    (0, 158, 115),
-    (204, 121, 167),
-    (213, 94, 0),
-    (0, 114, 178),
-    (240, 228, 66),
-)
+PALETTE = COLOURS  # label 1 has the first
 OPACITY = 0.5
 
 _ENLARGE_TO, _LONGEST, _WIDEST = 640, 800, 2000  # pixels of an axis when enlarged, at most, and of all panels abreast
@@ -229,9 +221,9 @@ def write_preview(
         panels.append(_Panel("all labels along z, brighter where thicker", 2, 0, picture))
 
     count = max(len(class_names), 1 + max(thickness, default=0))
-    names = [*class_names, *(f"label {n}" for n in range(len(class_names), count))]
+    names = named(class_names[1:], count - 1)
     shares = [float(thickness[n].sum()) / math.prod(shape) if n in thickness else 0.0 for n in range(count)]
-    legend = _legend(names[1:], shares[1:], lamella is not None, scale.pixels[0] if volume else scale.pixels[1])
+    legend = _legend(names, shares[1:], lamella is not None, scale.pixels[0] if volume else scale.pixels[1])
     sheet, boxes = _lay_out(panels, legend, title, _subtitle(shape[3 - blocks.ndim :], size))
     in_x = scale.pixels[2] / shape[2]
     _draw_scale_bar(ImageDraw.Draw(sheet), boxes[0], in_x, size[-1] if size else None)

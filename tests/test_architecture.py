@@ -15,7 +15,7 @@ PACKAGE = Path(cryosiam_dask.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 #: Everybody may use these; they use nothing of the package but each other.
-FOUNDATION = {"_version", "errors", "executor", "grid", "config"}
+FOUNDATION = {"_version", "errors", "executor", "grid", "config", "classes"}
 STAGES = {"mrc_to_zarr", "zarr_to_labels", "lamella", "components", "measurements", "centers", "labels_to_hdf5", "mask",
           "preview", "phantom", "timeline"}  # fmt: skip
 #: From the command line down to the foundation; imports go one way.
