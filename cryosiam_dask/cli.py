@@ -151,6 +151,18 @@ def semantic_to_centers(
 
 
 @app.command()
+def report(config_file: ConfigFile) -> None:
+    """Show the predictions of a configuration on one page, report.html beside them: pictures, numbers, outliers.
+
+    Example: cryosiam-dask report --config-file configs/config_semantic.yaml
+    """
+    with _plain_errors():
+        from cryosiam_dask.runner import report_again
+
+        report_again(config_file, Console())
+
+
+@app.command()
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="A tomogram: .mrc, .rec, .map or .st, also .gz.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.zarr", help="The zarr v3 array to make.")],

@@ -16,6 +16,7 @@ The panels share one scale and stand as in a workshop drawing, the rows of a lin
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import unicodedata
@@ -47,7 +48,8 @@ _LONGEST_NAME = 40
 _ANISOTROPIC = 1.05  # voxels longer than this along one axis than along another are drawn so
 #: Fonts with more than ASCII that systems have, for names that the font which comes with Pillow cannot write.
 _OTHER_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf")
-_PANELS, _FINGERPRINT = "panels", "fingerprint"  # texts within the PNG file
+_PANELS, _FINGERPRINT, _THUMBNAIL = "panels", "fingerprint", "thumbnail"  # texts within the PNG file
+_THUMBNAIL_BYTES = 24_000
 
 
 class Sliceable(Protocol):
@@ -232,6 +234,12 @@ def write_preview(
     texts.add_itxt("Title", title)
     texts.add_text(_PANELS, json.dumps(boxes))
     texts.add_text(_FINGERPRINT, fingerprint)
+    # Of a volume the x–y slice is the first and the labels along z are the last panel, of the same size.
+    parts = [panel.picture for panel in (panels[0], panels[-1])[: len(panels)]]
+    together = Image.new("RGB", (sum(part.width for part in parts), parts[0].height))
+    for number, part in enumerate(parts):
+        together.paste(part, (number * part.width, 0))
+    texts.add_text(_THUMBNAIL, base64.b64encode(_small(together, _THUMBNAIL_BYTES)).decode())
     partial_file = path.with_name(f".{path.name}.partial")
     try:
         sheet.save(partial_file, format="PNG", pnginfo=texts)
@@ -265,20 +273,21 @@ def thumbnail(path: Path, most_bytes: int) -> bytes | None:
         ``None`` where there is no readable preview.
     """
     try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            boxes = [tuple(map(int, box)) for box in json.loads(str(picture.info[_PANELS]))]
-            # Of a volume the x–y slice is the first and the labels along z are the last panel, of the same size.
-            parts = [picture.crop(box) for box in dict.fromkeys((boxes[0], boxes[-1]))]  # type: ignore[arg-type]
-            together = Image.new("RGB", (sum(p.width for p in parts), parts[0].height))
-            for part, left in zip(parts, (0, parts[0].width), strict=False):
-                together.paste(part, (left, 0))
-    except (*_UNREADABLE, KeyError, IndexError, TypeError):
+        with Image.open(path, formats=["PNG"]) as picture:  # its texts stand before its pixels, which are not read
+            content = base64.b64decode(str(picture.info[_THUMBNAIL]), validate=True)
+        with Image.open(BytesIO(content), formats=["WEBP"]) as small:
+            return content if len(content) <= most_bytes else _small(small.convert("RGB"), most_bytes)
+    except (*_UNREADABLE, KeyError):
         return None
-    for edge in (220, 180, 140, 100, 70, 48):
-        small = together.copy()
-        small.thumbnail((len(parts) * edge, edge), Image.Resampling.BOX)
+
+
+def _small(picture: Image.Image, most_bytes: int) -> bytes:
+    """A picture as WebP, made smaller until it takes no more than so many bytes, as far as 48 pixels."""
+    for height in (220, 180, 140, 100, 70, 48):
+        smaller = picture.copy()
+        smaller.thumbnail((4 * height, height), Image.Resampling.BOX)
         sink = BytesIO()
-        small.save(sink, format="WEBP", quality=60, method=4)
+        smaller.save(sink, format="WEBP", quality=60)
         if sink.tell() <= most_bytes:
             break
     return sink.getvalue()

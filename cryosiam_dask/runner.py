@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -31,6 +32,7 @@ from cryosiam_dask.pipeline import (
 from cryosiam_dask.plan import RunPlan, plan_run
 from cryosiam_dask.predictor import largest_patch, load_predictor, require_precision, resolve_device
 from cryosiam_dask.progress import make_reporter
+from cryosiam_dask.report import write_report
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -107,6 +109,7 @@ def segment(
     if not plan.jobs and not plan.unmeasured:
         outcomes = [Outcome(job.stem, "skipped") for job in plan.skipped]
         print_table(console, outcomes)
+        report_on(plan.configuration, outcomes, console)
         return outcomes
     total = len(plan.jobs) + len(plan.unmeasured)
     if workers is None:
@@ -141,6 +144,7 @@ def segment(
     finally:
         remove_left_overs(plan)
     print_table(console, outcomes)
+    report_on(plan.configuration, outcomes, console)
     return outcomes
 
 
@@ -156,7 +160,9 @@ def postprocess_again(
     """
     configuration = read_configuration(config_file)
     predictions = find_predictions(configuration, filename, sizes=True)
-    return _with_predictions(partial(postprocess, configuration, predictions), len(predictions), console, workers)
+    outcomes = _with_predictions(partial(postprocess, configuration, predictions), len(predictions), console, workers)
+    report_on(configuration, outcomes, console)
+    return outcomes
 
 
 def measure_predictions(
@@ -171,7 +177,9 @@ def measure_predictions(
     """
     configuration = read_configuration(config_file)
     predictions = find_predictions(configuration, filename)
-    return _with_predictions(partial(measure, configuration, predictions), len(predictions), console, workers)
+    outcomes = _with_predictions(partial(measure, configuration, predictions), len(predictions), console, workers)
+    report_on(configuration, outcomes, console)
+    return outcomes
 
 
 def list_particles(
@@ -196,6 +204,26 @@ def list_particles(
     predictions = find_predictions(configuration, filename)
     action = partial(list_centers, configuration, predictions, min_voxels=min_voxels, erode=erode)
     return _with_predictions(action, len(predictions), console, workers)
+
+
+def report_again(config_file: Path, console: Console) -> None:
+    """Write the page of a collection from what its folder holds, and say where it is.
+
+    Parameters
+    ----------
+    config_file, console
+        See `segment`.
+    """
+    say(console, f"report: {write_report(read_configuration(config_file))}")
+
+
+def report_on(configuration: Configuration, outcomes: Sequence[Outcome], console: Console) -> None:
+    """Write the page of a collection after a run, and say where it is; a page is no reason for a run to fail."""
+    try:
+        path = write_report(configuration, {outcome.stem: asdict(outcome) for outcome in outcomes})
+        say(console, f"report: {path}")
+    except Exception as error:
+        say(console, f"attention: the report could not be written: {error}")
 
 
 def _with_predictions(

@@ -19,7 +19,7 @@ FOUNDATION = {"_version", "errors", "executor", "grid", "config", "classes"}
 STAGES = {"mrc_to_zarr", "zarr_to_labels", "lamella", "components", "measurements", "centers", "labels_to_hdf5", "mask",
           "preview", "phantom", "timeline"}  # fmt: skip
 #: From the command line down to the foundation; imports go one way.
-LAYERS = [{"cli"}, {"demo"}, {"runner"}, {"pipeline"}, {"plan", "progress", "cluster"}, STAGES, {"predictor"},
+LAYERS = [{"cli"}, {"demo"}, {"runner"}, {"pipeline"}, {"plan", "progress", "cluster", "report"}, STAGES, {"predictor"},
           {"checkpoint"}, {"network"}, FOUNDATION]  # fmt: skip
 #: What a stage may use of another: the lamella is the largest component, and a block is predicted inside its mask.
 BETWEEN_STAGES = {("lamella", "components"), ("zarr_to_labels", "mask"), ("timeline", "zarr_to_labels"),
@@ -33,6 +33,7 @@ ONLY_IN = {
     "dask": {"zarr_to_labels", "cluster"},
     "distributed": {"cluster", "runner"},
     "pandas": {"measurements", "centers"},
+    "jinja2": {"report"},
     "starfile": {"centers"},
     "typer": {"cli"},
 }

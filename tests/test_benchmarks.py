@@ -52,6 +52,11 @@ def test_agreement(tmp_path: Path) -> None:
     assert others and all(0.5 < row["equal"] <= 1 for row in others)
 
 
+def test_report(tmp_path: Path) -> None:
+    (row,) = rows("bench_report", tmp_path / "rows.json", "--quick")
+    assert row["tomograms"] == 4 and 0 < row["megabytes"] < 20
+
+
 def test_halo(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/bench_halo.py", "--quick", "--output", tmp_path / "halo.json"]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)

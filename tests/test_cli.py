@@ -92,7 +92,9 @@ def test_the_main_job_with_cryosiams_own_files_and_spelling(tmp_path: Path) -> N
     for stage in ("lamella_slicewise", "semantic"):
         with h5py.File(folder / stage / "TS_a_6.80Apx_preds.h5") as file:
             found[stage] = {name: file[name][:] for name in file}
-        assert [path.name for path in (folder / stage).iterdir()] == ["TS_a_6.80Apx_preds.h5"]
+        assert sorted(path.name for path in (folder / stage).iterdir()) == [
+            "TS_a_6.80Apx_preds.h5", "TS_a_6.80Apx_preview.png", "report.html",
+        ]  # fmt: skip
     np.testing.assert_array_equal(found["lamella_slicewise"]["labels"], expected["lamella_slicewise"])
     np.testing.assert_array_equal(found["semantic"]["labels"], expected["semantic"])
     before = found["semantic"]["labels"] + found["semantic"]["removed"]
@@ -103,11 +105,12 @@ def test_run_skip_overwrite_and_postprocess(folder: Path) -> None:
     one = ("--config-file", "config.yaml", "--filename", "TS_1.mrc", "--timeline")
     output = call("semantic-predict", *one, folder=folder)
     assert "dashboard http://127.0.0.1:" in output and "1 tomogram on " in output
-    assert {path.name for path in (folder / "out").iterdir()} == {"TS_1_preds.h5", "TS_1_timeline.png"}
+    of_one = {"TS_1_preds.h5", "TS_1_preview.png", "TS_1_timeline.png", "report.html"}
+    assert {path.name for path in (folder / "out").iterdir()} == of_one
     before = (folder / "out" / "TS_1_preds.h5").read_bytes()
     output = call("semantic-predict", "--config-file", "config.yaml", "--workers", 1, folder=folder)
     assert "TS_1: skipped, out/TS_1_preds.h5 was made from the same input" in output
-    outputs = {"TS_0_preds.h5", "TS_1_preds.h5", "TS_2_preds.h5", "TS_1_timeline.png"}
+    outputs = of_one | {f"TS_{i}_{ending}" for i in (0, 2) for ending in ("preds.h5", "preview.png")}
     assert {path.name for path in (folder / "out").iterdir()} == outputs
     values = yaml.safe_load((folder / "config.yaml").read_text())
     write_yaml(folder / "other.yaml", {**values, "parameters": {"network": {"threshold": 0.45}}})
@@ -152,7 +155,8 @@ def test_failed_tomograms_give_status_1_and_the_others_are_done(folder: Path) ->
         file.truncate(5000)
     output = call("semantic-predict", "--config-file", "config.yaml", folder=folder, status=1)
     assert "failed, TS_0: " in output and "failed, TS_2: " in output and "5000" in output
-    assert [path.name for path in (folder / "out").iterdir()] == ["TS_1_preds.h5"]
+    written = sorted(path.name for path in (folder / "out").iterdir())
+    assert written == ["TS_1_preds.h5", "TS_1_preview.png", "report.html"]
 
 
 def test_every_fault_of_a_configuration_at_once_and_nothing_made(folder: Path) -> None:
@@ -193,7 +197,7 @@ def test_an_interrupted_run_leaves_nothing_half_written(folder: Path, number: si
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out + err
     assert err.strip() == "interrupted: complete outputs were kept, nothing is half-written"
-    assert [path.name for path in (folder / "out").iterdir()] == ["TS_0_preds.h5"]
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["TS_0_preds.h5", "TS_0_preview.png"]
     assert "TS_0: skipped" in call("semantic-predict", "--config-file", "config.yaml", "--filename", "TS_0.mrc",
                                    folder=folder)  # fmt: skip
 
@@ -207,7 +211,9 @@ def test_a_disk_that_is_full_is_said_and_leaves_nothing(folder: Path) -> None:
 
     output = call("semantic-predict", "--config-file", "config.yaml", folder=folder, status=1, preexec_fn=limit)
     assert "failed, TS_3: " in output and "File too large" in output
-    assert sorted(p.name for p in (folder / "out").iterdir()) == [f"TS_{i}_preds.h5" for i in range(3)]
+    assert sorted(p.name for p in (folder / "out").iterdir()) == [
+        *(f"TS_{i}_{ending}" for i in range(3) for ending in ("preds.h5", "preview.png")), "report.html",
+    ]  # fmt: skip
 
 
 def test_components_and_particle_lists(folder: Path) -> None:

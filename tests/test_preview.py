@@ -384,7 +384,7 @@ def test_no_thumbnail_of_what_is_no_preview(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     Image.new("RGB", (50, 50)).save(tmp_path / "other.png")
     write_preview(tmp_path / "cut.png", np.random.default_rng(0).random((30, 30, 30)), np.zeros((30, 30, 30), np.uint8))
-    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:20_000])
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2_000])
     for name in ("missing.png", "text.png", "other.png", "cut.png"):
         assert thumbnail(tmp_path / name, 10_000) is None
     assert read_fingerprint(tmp_path / "missing.png") is None and read_fingerprint(tmp_path / "text.png") is None
