@@ -146,7 +146,7 @@ def run(
             reporter.end(f"FAILED: {outcome.error}")
         outcomes.append(outcome)
     for job in plan.unmeasured:
-        outcomes.append(_attempt(job.output, reporter, partial(_measure, plan.configuration, job.output, executor)))
+        outcomes.append(_attempt(job.output, reporter, partial(_complete, plan.configuration, job.output, executor)))
     _collect(plan.configuration, outcomes)
     return outcomes
 
@@ -561,6 +561,16 @@ def _measure(configuration: Configuration, path: Path, executor: Executor) -> _R
     return labels.shape, (), tuple(warnings)
 
 
+def _complete(configuration: Configuration, path: Path, executor: Executor) -> _Result:
+    """Make from a written prediction what belongs to it and is missing or outdated."""
+    shape, voxels, warnings = _measure(configuration, path, executor)
+    stem = _stem(path)
+    with _work_group(configuration, stem) as work:
+        attributes = read_attributes(path)
+        drawn = _draw_again(configuration, stem, _written_labels(path), attributes, work, executor, missing=True)
+    return shape, voxels, (*warnings, *drawn)
+
+
 #: What the file of components says of its tomogram and of the labels that it was made from.
 _INHERITED = ("source", "voxel_size_angstrom", "origin_angstrom", "nstart", "axes", "fingerprint")
 
@@ -640,21 +650,27 @@ def _draw_again(
     attributes: Mapping[str, Any],
     work: zarr.Group,
     executor: Executor,
+    *,
+    missing: bool = False,
 ) -> list[str]:
-    """Draw new labels over the tomogram that they were made from, where it is still there; returns warnings."""
+    """Draw written labels over the tomogram that they were made from, where it is still there; returns warnings.
+
+    A picture that shows these labels is left alone, and so is one that is not there, unless `missing` ones are wanted.
+    """
     path = preview_file(configuration.prediction_folder, stem)
-    if not path.exists() or read_fingerprint(path) == attributes.get("fingerprint"):
+    wanted = configuration.preview if missing else path.exists()
+    if not wanted or read_fingerprint(path) == attributes.get("fingerprint"):
         return []
     try:
         source = configuration.data_folder / str(attributes["source"])
-        tomogram, _ = ingest(source, work.store, executor=executor)
         mask_file = configuration.mask_folder and configuration.mask_folder / f"{stem}_preds.h5"
         mask = open_mask(mask_file, labels.shape) if mask_file else None
+        tomogram, _ = ingest(source, work.store, executor=executor)
         if tuple(tomogram.shape) != tuple(labels.shape):
             raise OutputError("the tomogram must have the shape of its labels", place=source, value=tomogram.shape)
     except (KeyError, CryosiamDaskError) as error:
-        path.unlink()
-        return [f"its picture {path.name} showed other labels and has been removed: {error}"]
+        path.unlink(missing_ok=True)
+        return [f"its picture {path.name} cannot be drawn from these labels: {error}"]
     return _draw(configuration, stem, tomogram, labels, mask, attributes, executor)
 
 

@@ -31,6 +31,7 @@ from cryosiam_dask.grid import make_grid
 from cryosiam_dask.labels_to_hdf5 import read_attributes
 from cryosiam_dask.network import peak_bytes, required_divisor, required_halo
 from cryosiam_dask.predictor import PredictorSpec, default_threshold
+from cryosiam_dask.preview import preview_file, read_fingerprint
 
 #: Raised whenever a change of the code changes a result, so that outputs of before are not taken for done.
 NUMBERS_VERSION = 2
@@ -85,7 +86,7 @@ class RunPlan:
     jobs
         Tomograms to segment.
     unmeasured
-        Tomograms whose output was made so, but not their components.
+        Tomograms whose output was made so, but not their components or their picture.
     skipped
         Tomograms all of whose outputs were made from the same input, checkpoint and settings.
     notes
@@ -239,7 +240,7 @@ def _plan_run(configuration: Configuration, filename: str | None, overwrite: boo
         elif not output.exists() or overwrite:
             jobs.append(job)
         elif _read_fingerprint(output) == job.fingerprint:
-            if _components_done(job):
+            if _components_done(job) and _preview_done(configuration, job):
                 skipped.append(job)
             elif output.suffix == ".h5":
                 unmeasured.append(job)
@@ -488,6 +489,13 @@ def _components_done(job: Job) -> bool:
         return True
     tables = [job.components.with_suffix(ending) for ending in (".csv", ".parquet")]
     return all(path.is_file() for path in tables) and _read_fingerprint(job.components) == job.fingerprint
+
+
+def _preview_done(configuration: Configuration, job: Job) -> bool:
+    """Whether a tomogram's picture, where it is wanted, shows its output; no network runs again for a picture alone."""
+    if not configuration.preview or job.output.suffix != ".h5":
+        return True
+    return read_fingerprint(preview_file(configuration.prediction_folder, job.stem)) == job.fingerprint
 
 
 def with_sizes(prediction_fingerprint: str, sizes: Sequence[int]) -> str:

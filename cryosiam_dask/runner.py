@@ -105,7 +105,7 @@ def segment(
     for job in plan.skipped:
         say(console, f"{job.stem}: skipped, {job.output} was made from the same input, checkpoint and settings")
     for job in plan.unmeasured:
-        say(console, f"{job.stem}: {job.output} is up to date, its components are not")
+        say(console, f"{job.stem}: {job.output} is up to date, its components or its picture are not")
     if not plan.jobs and not plan.unmeasured:
         outcomes = [Outcome(job.stem, "skipped") for job in plan.skipped]
         print_table(console, outcomes)

@@ -124,6 +124,10 @@ def test_run_skip_overwrite_and_postprocess(folder: Path) -> None:
     with h5py.File(folder / "out" / "TS_1_preds.h5") as file:
         assert not (file["labels"][:] == 1).any() and (file["removed"][:] == 1).any()
     assert call("semantic-predict", "--config-file", "sizes.yaml", folder=folder).count("skipped, ") == 3
+    (folder / "out" / "report.html").unlink()
+    assert "report: out/report.html" in call("report", "--config-file", "sizes.yaml", folder=folder)
+    text = (folder / "out" / "report.html").read_text()
+    assert all(f"<bdi>TS_{i}</bdi>" in text for i in range(3)) and text.count("data:image/webp;base64,") == 3
 
 
 def test_the_largest_patch_is_chosen_by_trying(folder: Path) -> None:
@@ -138,6 +142,12 @@ def test_the_largest_patch_is_chosen_by_trying(folder: Path) -> None:
     # With the same patch written down, that is the same result.
     write_yaml(folder / "same.yaml", {**values, "parameters": {"data": {"patch_size": patch}}})
     assert "skipped, " in call("semantic-predict", "--config-file", "same.yaml", "--filename", "TS_1", folder=folder)
+
+
+def test_a_report_needs_predictions(folder: Path) -> None:
+    output = call("report", "--config-file", "config.yaml", folder=folder, status=2)
+    assert "error: key prediction_folder: there must be predictions to report" in output
+    assert not (folder / "out").exists()
 
 
 def test_a_patch_larger_than_the_memory_is_refused_with_numbers(folder: Path) -> None:
@@ -211,8 +221,10 @@ def test_a_disk_that_is_full_is_said_and_leaves_nothing(folder: Path) -> None:
 
     output = call("semantic-predict", "--config-file", "config.yaml", folder=folder, status=1, preexec_fn=limit)
     assert "failed, TS_3: " in output and "File too large" in output
+    # Pictures are larger here, and no reason for a tomogram to fail.
+    assert re.search(r"attention, TS_1: its picture TS_1_preview.png could not be drawn: .*File too large", output)
     assert sorted(p.name for p in (folder / "out").iterdir()) == [
-        *(f"TS_{i}_{ending}" for i in range(3) for ending in ("preds.h5", "preview.png")), "report.html",
+        *(f"TS_{i}_preds.h5" for i in range(3)), "report.html",
     ]  # fmt: skip
 
 
@@ -249,7 +261,15 @@ def test_version_help_and_wrong_usage(tmp_path: Path) -> None:
     output = call("--help", folder=tmp_path)
     assert all(
         name in output
-        for name in ("semantic-predict", "semantic-postprocess", "components", "semantic-to-centers", "convert", "demo")
+        for name in (
+            "semantic-predict",
+            "semantic-postprocess",
+            "components",
+            "semantic-to-centers",
+            "report",
+            "convert",
+            "demo",
+        )
     )
     assert "--config-file" in call("semantic_predict", "--help", folder=tmp_path)
     assert "No such command" in call("semantic-predicd", folder=tmp_path, status=2)
