@@ -147,6 +147,14 @@ class _Scale:
         n, cell = self.shape[axis], self.cells[axis]
         return [min(first + cell, n) - first for first in range(0, n, cell)]
 
+    def bins(self, axis: int) -> int:
+        """Along an axis as many as there are voxels, but no more than pixels."""
+        return min(self.shape[axis], self.pixels[axis])
+
+    def columns_of_bins(self, axis: int) -> NDArray[np.int64]:
+        """How many voxels fall into each bin along an axis."""
+        return np.bincount(np.arange(self.shape[axis]) * self.bins(axis) // self.shape[axis])
+
     def voxels(self, axis: int) -> NDArray[np.int64]:
         """The voxel at the centre of each pixel."""
         n, pixels = self.shape[axis], self.pixels[axis]
@@ -422,7 +430,7 @@ def _thickness(labels: Sliceable, blocks: Blocks, scale: _Scale, executor: Execu
     """Voxels of each class along z, in bins of y and x that are no finer than the voxels and the picture."""
     columns = [(y, x) for z, y, x in blocks.indices if z == 0]
     parts = executor.map(partial(_thickness_of_column, labels, blocks, scale), columns, name="project")
-    shape = tuple(min(scale.shape[axis], scale.pixels[axis]) for axis in (1, 2))
+    shape = (scale.bins(1), scale.bins(2))
     found: dict[int, NDArray[np.int64]] = {}
     for (y, x), counts in zip(columns, parts, strict=True):
         _, rows, cols = blocks.slices((0, y, x))
@@ -434,7 +442,7 @@ def _thickness(labels: Sliceable, blocks: Blocks, scale: _Scale, executor: Execu
 
 def _bins(part: slice, axis: int, scale: _Scale) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The bins that voxels of `part` fall into, and where in `part` each begins."""
-    n, bins = scale.shape[axis], min(scale.shape[axis], scale.pixels[axis])
+    n, bins = scale.shape[axis], scale.bins(axis)
     numbers = np.arange(part.start * bins // n, (part.stop - 1) * bins // n + 1)
     return numbers, np.maximum(-(-numbers * n // bins) - part.start, 0)
 
@@ -487,10 +495,11 @@ def _outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 def _along_z(thickness: Mapping[int, NDArray[np.int64]], scale: _Scale) -> NDArray[np.uint8]:
     """Each class in its colour wherever there is any of it, what covers least on top; (rows, columns, 3)."""
-    rows, columns = (scale.voxels(a) * min(scale.shape[a], scale.pixels[a]) // scale.shape[a] for a in (1, 2))
+    rows, columns = (scale.voxels(axis) * scale.bins(axis) // scale.shape[axis] for axis in (1, 2))
     picture = np.full((scale.pixels[1], scale.pixels[2], 3), _DARK, np.float32)
+    columns_of_bins = np.outer(scale.columns_of_bins(1), scale.columns_of_bins(2))
     for label in sorted(thickness, key=lambda label: (-np.count_nonzero(thickness[label]), label)):
-        voxels = thickness[label]
+        voxels = thickness[label] / columns_of_bins
         # A few columns may be thicker by far than all others: a membrane seen from its edge.
         thickest = float(np.percentile(voxels[voxels > 0], 98))
         light = _DIMMEST + (1 - _DIMMEST) * np.sqrt(np.minimum(voxels / thickest, 1))

@@ -28,7 +28,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cryosiam_dask._version import __version__
-from cryosiam_dask.classes import COLOURS, class_names, hexadecimal
+from cryosiam_dask.classes import COLOURS, hexadecimal, named
 from cryosiam_dask.components import Blocks
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.errors import CryosiamDaskError, OutputError
@@ -118,6 +118,8 @@ class _Tomogram:
         Spent on it.
     warnings, error
         What needs attention, and why it failed.
+    class_names
+        Of the labels from 1 on, as its output has them.
     picture
         Thumbnail, WebP.
     """
@@ -132,6 +134,7 @@ class _Tomogram:
     seconds: float | None = None
     warnings: tuple[str, ...] = ()
     error: str = ""
+    class_names: tuple[str, ...] = ()
     picture: bytes | None = field(default=None, repr=False)
 
     def share(self, label: int) -> float | None:
@@ -150,9 +153,13 @@ def _names(configuration: Configuration) -> set[str]:
     folder = configuration.prediction_folder
     names = {path.name.removesuffix("_preds.h5") for path in folder.glob("*_preds.h5")}
     if configuration.save_original_file_extension:
-        extension = configuration.file_extension
-        names |= {path.name.removesuffix(extension) for path in folder.glob(f"*{extension}")}
+        names |= {path.stem for path in folder.glob(f"*{_mrc_extension(configuration)}")}
     return {name for name in names if not name.startswith(".")}
+
+
+def _mrc_extension(configuration: Configuration) -> str:
+    """Of predictions that have their tomograms' names; none is ever compressed."""
+    return configuration.file_extension.removesuffix(".gz")
 
 
 def _look_at(configuration: Configuration, picture_bytes: int, name: str) -> _Tomogram:
@@ -168,9 +175,10 @@ def _look_at(configuration: Configuration, picture_bytes: int, name: str) -> _To
             tomogram.voxels = _voxels(path, attributes)
             tomogram.voxel_size_angstrom = tuple(attributes.get("voxel_size_angstrom") or ())
             tomogram.warnings = tuple(str(attributes.get("warnings") or "").splitlines())
+            tomogram.class_names = tuple(map(str, attributes.get("class_names") or ()))
             tomogram.status = "done"
         elif configuration.save_original_file_extension:
-            header = read_header(folder / f"{name}{configuration.file_extension}")
+            header = read_header(folder / f"{name}{_mrc_extension(configuration)}")
             tomogram.shape, tomogram.voxel_size_angstrom = header.shape, header.voxel_size_angstrom
             tomogram.status = "done"
         tomogram.sizes = component_sizes(folder, name)
@@ -264,7 +272,8 @@ class _Column:
 def _page(configuration: Configuration, tomograms: Sequence[_Tomogram]) -> str:
     count = max((len(t.voxels) for t in tomograms), default=0) - 1
     count = max(count, len(configuration.class_names or ()), max((max(t.sizes or [0]) for t in tomograms), default=0))
-    names = class_names(configuration, count)
+    given = configuration.class_names or next((t.class_names for t in tomograms if t.class_names), ())
+    names = named(given, count)
     columns = _columns(tomograms, names)
     rows = [_row(number, tomogram, columns, configuration) for number, tomogram in enumerate(tomograms)]
     environment = Environment(

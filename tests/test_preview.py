@@ -243,6 +243,17 @@ def test_along_z_is_brighter_where_thicker(tmp_path: Path) -> None:
     assert (np.abs(along / light[:, :, None] - np.array(PALETTE[0]) / sum(PALETTE[0])) < 0.01).all()  # one hue
 
 
+def test_along_z_is_even_where_the_labels_are(tmp_path: Path) -> None:
+    """Whatever the pixels are to the voxels."""
+    labels = np.zeros((3, 1000, 900), np.uint8)
+    labels[:2, :, :700], labels[1, :, 700:] = 2, 2
+    write_preview(tmp_path / "a.png", labels, labels)
+    *_, along = panels(tmp_path / "a.png")
+    assert along.shape == (800, 720, 3)
+    assert (along[:, :559] == PALETTE[1]).all() and np.ptp(along[:, 561:], axis=(0, 1)).max() == 0
+    assert along[0, 700].sum() < along[0, 0].sum()
+
+
 def test_along_z_no_voxel_is_too_small_for_a_large_volume(tmp_path: Path) -> None:
     labels = np.zeros((2, 1700, 1500), np.uint8)
     spots = np.random.default_rng(0).integers(0, (1, 1700, 1500), (40, 3))
@@ -252,7 +263,9 @@ def test_along_z_no_voxel_is_too_small_for_a_large_volume(tmp_path: Path) -> Non
     assert along.shape[:2] == (800, 706)
     expected = np.zeros((800, 706), bool)
     expected[spots[:, 1] * 800 // 1700, spots[:, 2] * 706 // 1500] = True
-    np.testing.assert_array_equal((np.abs(along - np.array(PALETTE[2])).max(axis=2) <= 1), expected)
+    np.testing.assert_array_equal((along != along[~expected][0]).any(axis=2), expected)
+    hue = along[expected] / along[expected].sum(axis=1, keepdims=True) - np.array(PALETTE[2]) / sum(PALETTE[2])
+    assert np.abs(hue).max() < 0.01
 
 
 @given(data=st.data())

@@ -146,16 +146,12 @@ def test_numbers_are_those_of_the_files(tmp_path: Path) -> None:
 
 def test_sizes_are_in_voxels_where_a_voxel_size_is_unknown(tmp_path: Path) -> None:
     labels = make_labels(0)
-    write(tmp_path := _made(tmp_path), "a", labels, components=True)
-    write(tmp_path, "b", labels, components=True, voxel_size_angstrom=(None, 10.0, 10.0))
-    page = Page(write_report(configure(tmp_path)))
+    configuration = configure(tmp_path)
+    write(tmp_path, "a", labels, components=True)
+    write(tmp_path, "b", labels, components=True, voxel_size_angstrom=(None, 10.0, 10.0), class_names=["ribosome"])
+    page = Page(write_report(configuration))
     assert "median size, voxels" in page.heads and page.rows["a"][5:] == page.rows["b"][5:]
-    assert page.rows["b"][4] == "? × 1 × 1" and "class 1" in page.heads and "class 2" in page.heads
-
-
-def _made(folder: Path) -> Path:
-    configure(folder)
-    return folder
+    assert page.rows["b"][4] == "? × 1 × 1" and "ribosome" in page.heads and "class 2" in page.heads
 
 
 def test_predictions_of_other_programs_are_counted(tmp_path: Path) -> None:
@@ -198,7 +194,7 @@ def test_what_the_run_knows_is_put_to_what_the_files_tell(tmp_path: Path) -> Non
 
 
 def test_mrc_outputs(tmp_path: Path) -> None:
-    configuration = configure(tmp_path, save_original_file_extension=True)
+    configuration = configure(tmp_path, save_original_file_extension=True, file_extension=".mrc.gz")
     write_mrc(tmp_path / "out" / "TS_1.mrc", make_labels(0), voxel_size_angstrom=(10.0,) * 3)
     page = Page(write_report(configuration, {"TS_1": {"status": "done", "voxels": (75, 25), "seconds": 90.0}}))
     assert page.rows["TS_1"][2:] == ["done", "6 × 16 × 18", "1", "25 %", "2 min"]
