@@ -34,7 +34,7 @@ from cryosiam_dask.config import Configuration
 from cryosiam_dask.errors import CryosiamDaskError, OutputError
 from cryosiam_dask.executor import SERIAL, Executor
 from cryosiam_dask.labels_to_hdf5 import open_dataset, read_attributes, write_bytes
-from cryosiam_dask.measurements import Sizes, component_sizes
+from cryosiam_dask.measurements import Sizes, component_sizes, holding
 from cryosiam_dask.mrc_to_zarr import read_header
 from cryosiam_dask.preview import percentage, preview_file, read_fingerprint, thumbnail
 
@@ -82,12 +82,13 @@ def write_report(
             remedy="Run semantic-predict first",
         )
     look_at = partial(_look_at, configuration, PICTURES_BYTES // len(names))
-    tomograms = [
-        _with_outcome(tomogram, outcomes.get(tomogram.name, {}))
-        for tomogram in executor.map(look_at, names, name="report")
-    ]
     path = folder / REPORT
-    write_bytes(path, _page(configuration, tomograms).encode("utf-8", "replace"))
+    with holding(folder):  # jobs of a tomogram each may end at the same time
+        tomograms = [
+            _with_outcome(tomogram, outcomes.get(tomogram.name, {}))
+            for tomogram in executor.map(look_at, names, name="report")
+        ]
+        write_bytes(path, _page(configuration, tomograms).encode("utf-8", "replace"))
     return path
 
 
