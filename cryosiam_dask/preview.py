@@ -414,7 +414,8 @@ def _read_tile(
 
     with np.errstate(over="ignore", invalid="ignore"):
         grey = read(tomogram).astype(np.float32)
-    grey = np.nan_to_num(grey, nan=0, posinf=0, neginf=0)
+    # Sums of what is left cannot overflow.
+    grey = np.clip(np.nan_to_num(grey, nan=0, posinf=0, neginf=0), -1e30, 1e30)
     for axis, of_volume in enumerate(plane.axes):
         first = tile.region[of_volume].start
         starts = np.maximum(_cells(tile, of_volume, scale) * scale.cells[of_volume] - first, 0)

@@ -186,7 +186,7 @@ def test_same_input_same_bytes_and_nothing_left_behind(tmp_path: Path, volume: A
 
 def test_constant_and_non_finite_tomograms(tmp_path: Path) -> None:
     tomogram = np.zeros((8, 8, 8), np.float32)
-    tomogram[4, 4] = [np.nan, np.inf, -np.inf, 0, 0, 0, 0, 0]
+    tomogram[4, 4] = [np.nan, np.inf, -np.inf, 3e38, -3e38, 3e38, 0, 0]
     write_preview(tmp_path / "a.png", tomogram, np.zeros(tomogram.shape, np.uint8))
     assert (tmp_path / "a.png").exists()
 
