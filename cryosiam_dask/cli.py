@@ -167,6 +167,18 @@ def semantic_to_centers(
 
 
 @app.command()
+def report(config_file: ConfigFile) -> None:
+    """Show the predictions of a configuration on one page, report.html beside them: pictures, numbers, outliers.
+
+    Example: cryosiam-dask report --config-file configs/config_semantic.yaml
+    """
+    with _plain_errors():
+        from cryosiam_dask.runner import report_again
+
+        report_again(config_file, Console())
+
+
+@app.command()
 def export(
     config_file: ConfigFile,
     filename: Filename = None,

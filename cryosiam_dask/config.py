@@ -183,6 +183,8 @@ class Configuration(_Model):
         Also write probabilities and distances.
     components
         Also write the instances of each class and tables of their measurements.
+    preview
+        Also draw a picture of each tomogram with its labels.
     save_original_file_extension
         Write an MRC file of the input's name instead of HDF5 (not with `save_internal_files`).
     work_folder
@@ -209,6 +211,7 @@ class Configuration(_Model):
     test_files: Annotated[tuple[str, ...], Field(strict=False)] | None = None
     save_internal_files: bool = False
     components: bool = False
+    preview: bool = True
     save_original_file_extension: bool = False
     work_folder: _Path | None = None
     keep_work: bool = False

@@ -58,6 +58,10 @@ class Mask:
     stored_shape: tuple[int, ...]
     full: bool = False
 
+    def __getitem__(self, region: Region) -> NDArray[np.uint8]:
+        """Read a region: see `read_mask`."""
+        return read_mask(self, region)
+
 
 def open_mask(path: str | Path, shape: tuple[int, ...]) -> Mask:
     """Check a lamella mask and say how it fits a tomogram of `shape`.

@@ -23,6 +23,7 @@ import fcntl
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,41 @@ def write_table(path: Path, table: Any) -> None:
     write_bytes(
         path, table.to_parquet(index=False) if path.suffix == ".parquet" else table.to_csv(index=False).encode()
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How many components a class has, and how many voxels its median and its largest one."""
+
+    count: int
+    median: float
+    largest: int
+
+
+def component_sizes(folder: Path, stem: str) -> dict[int, Sizes] | None:
+    """Return the sizes of the components of each class that has any, ``None`` where they were not measured.
+
+    Raises
+    ------
+    OutputError
+        If the table cannot be read.
+    """
+    import pandas
+
+    path = component_files(folder, stem)[2]
+    if not path.exists():
+        return None
+    try:
+        voxels = pandas.read_parquet(path, columns=["class", "voxels"]).groupby("class")["voxels"]
+        rows = voxels.agg(["size", "median", "max"]).itertuples()
+        return {int(label): Sizes(int(count), float(median), int(largest)) for label, count, median, largest in rows}
+    except (OSError, ValueError, KeyError) as error:  # what pyarrow raises of a damaged file is one of these
+        raise OutputError(
+            "the table of components must be readable",
+            place=path,
+            value=error,
+            remedy="Remove the file and run 'cryosiam-dask components' again",
+        ) from None
 
 
 def collect_tables(folder: Path) -> None:

@@ -57,6 +57,8 @@ COMPRESSOR = BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle")  # the work
 _GZIP_MAGIC = b"\x1f\x8b\x08"
 _LARGEST_AXIS = 65535  # byte-swapped sizes are always larger than this, real ones never
 _IMOD_STAMP = 1146047817
+#: Of names of MRC files.
+MRC_ENDINGS = (".mrc", ".rec", ".map", ".st", ".mrcs", ".ali", ".preali")
 #: Files of other kinds that carry a tomogram's name, by their first bytes.
 _SIGNATURES = {
     b"II*\0": "TIFF",

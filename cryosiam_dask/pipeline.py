@@ -77,7 +77,8 @@ from cryosiam_dask.ledger import Ledger, boot_id
 from cryosiam_dask.mask import open_mask
 from cryosiam_dask.measurements import COLLECTION, collect_tables, remove_outdated, write_components
 from cryosiam_dask.mrc_to_zarr import IngestReport, Statistics, ingest, read_header
-from cryosiam_dask.plan import Job, RunPlan, components_done, removal_sizes, with_sizes
+from cryosiam_dask.plan import Job, RunPlan, components_done, preview_done, removal_sizes, with_sizes
+from cryosiam_dask.preview import Sliceable, preview_file, read_fingerprint, write_preview
 from cryosiam_dask.progress import Reporter
 from cryosiam_dask.timeline import write_timeline
 from cryosiam_dask.tomogram_files import TomogramHeader, Voxels, ZarrHeader, source_identity
@@ -367,7 +368,7 @@ def _segment(
         warnings.append(_why_blank(plan, report, tomogram, found_voxels, blocks))
     elif job.mask is not None:
         warnings += beyond_lamella(plan.checkpoint.architecture.out_channels, _coverage(blocks, header.shape))
-    attributes = _attributes(plan, job, report, warnings)
+    attributes = _attributes(plan, job, report, warnings) | {"voxels": voxels}
     if job.output.suffix == ".h5":
         internal = outputs if configuration.save_internal_files else {}
         write = partial(
@@ -392,6 +393,8 @@ def _segment(
     warnings += remove_outdated_formats(folder, job.stem, job.fingerprint, keep=formats)
     beside = Placed.of(tomogram, report)
     write_other_formats(folder, job.stem, formats, labels, tomogram=beside, attributes=attributes, executor=executor)
+    mask = None if job.mask is None else open_mask(job.mask, header.shape)
+    warnings += _draw(configuration, job.stem, tomogram, labels, mask, attributes, executor)
     probabilities = outputs.get("probabilities")
     warnings += _update_components(
         configuration, job.stem, labels, probabilities, attributes, work, executor, array_module
@@ -605,8 +608,8 @@ def postprocess(
     Parameters
     ----------
     configuration
-        The YAML file; of its paths only ``prediction_folder`` and ``work_folder`` are used, and ``data_folder`` where
-        ``output_formats`` asks for the tomograms beside their labels.
+        The YAML file; of its paths only ``prediction_folder`` and ``work_folder`` are used, and for the pictures and
+        where ``output_formats`` asks for the tomograms beside their labels those of the tomogram and its mask.
     predictions
         From `find_predictions`.
     reporter
@@ -635,7 +638,7 @@ def postprocess(
                 probabilities = _probabilities(path) if configuration.components else None
                 if probabilities is not None:  # what the components would fail of, before anything is replaced
                     require_channel(int(np.flatnonzero(voxels)[-1]), probabilities.shape[0])
-                attributes: dict[str, Any] = {"postprocessing_sizes": sizes}
+                attributes: dict[str, Any] = {"postprocessing_sizes": sizes, "voxels": voxels}
                 prediction = read_attributes(path).get("prediction_fingerprint")
                 if prediction:
                     attributes["fingerprint"] = with_sizes(prediction, sizes)
@@ -644,6 +647,7 @@ def postprocess(
                 attributes = _written_attributes(configuration, path)
                 warnings = _update_components(configuration, stem, labels, _probabilities(path), attributes, work, own)
                 warnings += _update_formats(configuration, path, work, own)
+                warnings += _draw_again(configuration, stem, labels, attributes, work, own)
             outcome = Outcome(stem, "done", shape, time.time() - began, voxels, tuple(warnings))
             reporter.end(stem, f"done in {outcome.seconds:.0f} s, {path}")
         except Interrupted:
@@ -795,6 +799,10 @@ def complete(plan: RunPlan, job: Job, executor: Executor) -> Result:
     if not formats_done(configuration, job.stem, job.fingerprint, plan.class_names):
         with _work_group(configuration, job.stem) as work:
             warnings += _update_formats(configuration, job.output, work, executor)
+    if not preview_done(configuration, job):
+        labels, attributes = _written_labels(job.output), _written_attributes(configuration, job.output)
+        with _work_group(configuration, job.stem) as work:
+            warnings += _draw_again(configuration, job.stem, labels, attributes, work, executor, missing=True)
     return _written_labels(job.output).shape, (), tuple(warnings)
 
 
@@ -853,6 +861,74 @@ def _update_components(
         array_module=array_module,
     )
     return _unknown_voxel_size(inherited)
+
+
+def _draw(
+    configuration: Configuration,
+    stem: str,
+    tomogram: Sliceable,
+    labels: Sliceable,
+    mask: Sliceable | None,
+    attributes: Mapping[str, Any],
+    executor: Executor,
+) -> list[str]:
+    """Draw a tomogram with its new labels; returns what needs attention. A picture is no reason to fail."""
+    path = preview_file(configuration.prediction_folder, stem)
+    if not configuration.preview:
+        path.unlink(missing_ok=True)  # what it shows are earlier labels
+        return []
+    try:
+        write_preview(
+            path,
+            tomogram,
+            labels,
+            voxel_size_angstrom=attributes.get("voxel_size_angstrom"),
+            class_names=("", *(configuration.class_names or ())),
+            lamella=mask,
+            title=stem,
+            fingerprint=attributes.get("fingerprint") or "",
+            executor=executor,
+        )
+    except _RESUMABLE:
+        raise
+    except Exception as error:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        return [f"its picture {path.name} could not be drawn: {error}"]
+    return []
+
+
+def _draw_again(
+    configuration: Configuration,
+    stem: str,
+    labels: Sliceable,
+    attributes: Mapping[str, Any],
+    work: zarr.Group,
+    executor: Executor,
+    *,
+    missing: bool = False,
+) -> list[str]:
+    """Draw written labels over the tomogram that they were made from, where it is still there; returns warnings.
+
+    A picture that shows these labels is left alone, and so is one that is not there, unless `missing` ones are wanted.
+    """
+    path = preview_file(configuration.prediction_folder, stem)
+    wanted = configuration.preview if missing else path.exists()
+    if not wanted or read_fingerprint(path) == attributes.get("fingerprint"):
+        return []
+    try:
+        source = configuration.data_folder / str(attributes["source"])
+        mask_file = configuration.mask_folder and configuration.mask_folder / f"{stem}_preds.h5"
+        mask = open_mask(mask_file, labels.shape) if mask_file else None
+        tomogram, _ = ingest(source, work.store, executor=executor, **configuration.reading)
+        if tuple(tomogram.shape) != tuple(labels.shape):
+            raise OutputError("the tomogram must have the shape of its labels", place=source, value=tomogram.shape)
+    except _RESUMABLE:
+        raise
+    except (KeyError, CryosiamDaskError) as error:
+        path.unlink(missing_ok=True)
+        return [f"its picture {path.name} cannot be drawn from these labels: {error}"]
+    return _draw(configuration, stem, tomogram, labels, mask, attributes, executor)
 
 
 def _unknown_voxel_size(attributes: Mapping[str, Any]) -> list[str]:

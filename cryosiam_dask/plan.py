@@ -30,15 +30,16 @@ from cryosiam_dask.errors import (
 from cryosiam_dask.formats import format_path, formats_done, other_formats, read_mrc_fingerprint
 from cryosiam_dask.grid import make_grid
 from cryosiam_dask.labels_to_hdf5 import read_attributes
+from cryosiam_dask.mrc_to_zarr import MRC_ENDINGS
 from cryosiam_dask.network import peak_bytes, required_divisor, required_halo
 from cryosiam_dask.ome_zarr import SEGMENTATION, read_own_attributes
 from cryosiam_dask.predictor import PredictorSpec, default_threshold
+from cryosiam_dask.preview import preview_file, read_fingerprint
 from cryosiam_dask.tomogram_files import is_zarr, source_identity
 
 #: Raised whenever a change of the code changes a result, so that outputs of before are not taken for done.
 NUMBERS_VERSION = 2
 
-MRC_ENDINGS = (".mrc", ".rec", ".map", ".st", ".mrcs", ".ali", ".preali")
 _PROCESS_BYTES = 700 * 2**20  # Python with its libraries, one process
 
 
@@ -91,7 +92,7 @@ class RunPlan:
     jobs
         Tomograms to segment.
     unmeasured
-        Tomograms whose output was made so, but not their components or other formats.
+        Tomograms whose output was made so, but not their components, other formats or picture.
     skipped
         Tomograms all of whose outputs were made from the same input, checkpoint and settings.
     notes
@@ -195,7 +196,9 @@ class RunPlan:
             missing.append("its components")
         if not formats_done(self.configuration, job.stem, job.fingerprint, names):
             missing.append("its other formats")
-        return f"{' and '.join(missing)} are not" if missing else ""
+        if not preview_done(self.configuration, job):
+            missing.append("its picture")
+        return f"{' and '.join(missing)} {'is' if missing == ['its picture'] else 'are'} not" if missing else ""
 
     def spec(self, device: Literal["cpu", "cuda"]) -> PredictorSpec:
         """How a worker is to run the network on `device`."""
@@ -314,7 +317,7 @@ def _plan_run(
         elif _read_fingerprint(output) == job.fingerprint:
             names = class_names(configuration, max(2, checkpoint.architecture.out_channels) - 1)
             measured = components_done(components, fingerprint, names)
-            if measured and formats_done(configuration, stem, fingerprint, names):
+            if measured and formats_done(configuration, stem, fingerprint, names) and preview_done(configuration, job):
                 skipped.append(job)
             elif output.suffix == ".h5":
                 unmeasured.append(job)
@@ -628,6 +631,13 @@ def components_done(path: Path | None, fingerprint: str, names: Sequence[str]) -
     if not all(table.is_file() for table in tables) or _read_fingerprint(path) != fingerprint:
         return False
     return named(read_attributes(path).get("class_names"), len(names)) == tuple(names)
+
+
+def preview_done(configuration: Configuration, job: Job) -> bool:
+    """Whether a tomogram's picture, where it is wanted, shows its output; no network runs again for a picture alone."""
+    if not configuration.preview or job.output.suffix != ".h5":
+        return True
+    return read_fingerprint(preview_file(configuration.prediction_folder, job.stem)) == job.fingerprint
 
 
 def with_sizes(prediction_fingerprint: str, sizes: Sequence[int]) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from distributed.system import MEMORY_LIMIT
 from rich.console import Console
@@ -21,6 +22,7 @@ from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.diagnosis import beyond_lamella
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, DeviceError, Problems, TomogramError
 from cryosiam_dask.formats import convert_to_ome_zarr, other_formats
+from cryosiam_dask.ledger import read_outcomes
 from cryosiam_dask.mrc_to_zarr import convert, read_header, require_free
 from cryosiam_dask.pipeline import (
     Outcome,
@@ -33,6 +35,7 @@ from cryosiam_dask.pipeline import (
 from cryosiam_dask.plan import RunPlan, plan_run
 from cryosiam_dask.predictor import largest_patch, load_predictor, require_precision, resolve_device
 from cryosiam_dask.progress import make_reporter
+from cryosiam_dask.report import write_report
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -110,6 +113,7 @@ def segment(
     if not plan.jobs and not plan.unmeasured:
         outcomes = [Outcome(job.stem, "skipped") for job in plan.skipped]
         print_table(console, outcomes)
+        report_on(plan.configuration, outcomes, console)
         return outcomes
     total = len(plan.jobs) + len(plan.unmeasured)
     if workers is None:
@@ -147,6 +151,7 @@ def segment(
     if plan.jobs and plan.configuration.mask_folder is None:  # of the run, not of each of its tomograms
         for sentence in beyond_lamella(plan.checkpoint.architecture.out_channels, None):
             say(console, f"attention: {sentence}")
+    report_on(plan.configuration, outcomes, console)
     return outcomes
 
 
@@ -162,7 +167,9 @@ def postprocess_again(
     """
     configuration = read_configuration(config_file)
     predictions = find_predictions(configuration, filename, sizes=True)
-    return _with_predictions(partial(postprocess, configuration, predictions), len(predictions), console, workers)
+    outcomes = _with_predictions(partial(postprocess, configuration, predictions), len(predictions), console, workers)
+    report_on(configuration, outcomes, console)
+    return outcomes
 
 
 def measure_predictions(
@@ -177,7 +184,9 @@ def measure_predictions(
     """
     configuration = read_configuration(config_file)
     predictions = find_predictions(configuration, filename)
-    return _with_predictions(partial(measure, configuration, predictions), len(predictions), console, workers)
+    outcomes = _with_predictions(partial(measure, configuration, predictions), len(predictions), console, workers)
+    report_on(configuration, outcomes, console)
+    return outcomes
 
 
 def export_predictions(
@@ -238,6 +247,43 @@ def list_particles(
     predictions = find_predictions(configuration, filename)
     action = partial(list_centers, configuration, predictions, min_voxels=min_voxels, erode=erode)
     return _with_predictions(action, len(predictions), console, workers)
+
+
+def report_again(config_file: Path, console: Console) -> None:
+    """Write the page of a collection from what its folder holds, and say where it is.
+
+    Parameters
+    ----------
+    config_file, console
+        See `segment`.
+    """
+    configuration = read_configuration(config_file)
+    path = write_report(configuration, _recorded(configuration))
+    say(console, f"report: {path}")
+
+
+def _recorded(configuration: Configuration) -> dict[str, dict[str, Any]]:
+    """What earlier runs recorded of tomograms, less what the outputs themselves tell better."""
+    folder = configuration.prediction_folder
+
+    def told(stem: str, outcome: Mapping[str, Any]) -> set[str]:
+        known = {"status"} if outcome.get("status") == "done" else set()
+        return known | ({"voxels"} if (folder / f"{stem}_preds.h5").exists() else set())
+
+    return {
+        stem: {name: value for name, value in outcome.items() if name not in told(stem, outcome)}
+        for stem, outcome in read_outcomes(folder).items()
+    }
+
+
+def report_on(configuration: Configuration, outcomes: Sequence[Outcome], console: Console) -> None:
+    """Write the page of a collection after a run, and say where it is; a page is no reason for a run to fail."""
+    try:
+        now = {outcome.stem: asdict(outcome) for outcome in outcomes if outcome.status != "skipped"}
+        path = write_report(configuration, {**_recorded(configuration), **now})
+        say(console, f"report: {path}")
+    except Exception as error:
+        say(console, f"attention: the report could not be written: {error}")
 
 
 def _with_predictions(

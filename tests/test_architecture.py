@@ -22,12 +22,13 @@ STAGES = {"mrc_to_zarr", "zarr_to_labels", "lamella", "components", "measurement
           "ome_zarr", "formats"}  # fmt: skip
 #: From the command line down to the foundation; imports go one way.
 LAYERS = [{"cli"}, {"demo", "look"}, {"runner"}, {"collection"}, {"pipeline", "forecast"},
-          {"plan", "progress", "cluster", "inspect_file"}, STAGES, {"predictor"},
+          {"plan", "progress", "cluster", "inspect_file", "report"}, STAGES, {"predictor"},
           {"checkpoint"}, {"network"}, FOUNDATION]  # fmt: skip
 #: What a stage may use of another: the lamella is the largest component, and a block is predicted inside its mask.
 BETWEEN_STAGES = {("mrc_to_zarr", "tomogram_files"), ("zarr_to_labels", "tomogram_files"), ("lamella", "components"),
                   ("zarr_to_labels", "mask"), ("timeline", "zarr_to_labels"),
                   ("intensities", "mrc_to_zarr"), ("intensities", "tomogram_files"), ("measurements", "components"),
+                  ("preview", "components"),
                   ("measurements", "labels_to_hdf5"), ("centers", "components"), ("centers", "measurements"),
                   ("centers", "labels_to_hdf5"), ("formats", "labels_to_hdf5"), ("formats", "mrc_to_zarr"),
                   ("formats", "ome_zarr")}  # fmt: skip
@@ -38,6 +39,7 @@ ONLY_IN = {
     "dask": {"zarr_to_labels", "cluster"},
     "distributed": {"cluster", "runner"},
     "pandas": {"measurements", "centers"},
+    "jinja2": {"report"},
     "starfile": {"centers"},
     "typer": {"cli"},
 }

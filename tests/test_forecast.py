@@ -17,11 +17,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cryosiam_dask.collection import run
 from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.forecast import Forecast, TomogramForecast, forecast, masking, unreadable
 from cryosiam_dask.grid import make_grid
 from cryosiam_dask.mask import open_mask, read_mask
-from cryosiam_dask.pipeline import run
 from cryosiam_dask.plan import plan_run
 
 SHAPE = (40, 36, 44)
@@ -31,8 +31,8 @@ class Silent:
     """A reporter that says nothing."""
 
     def begin(self, tomogram: str) -> None: ...
-    def step(self, name: str, done: int, total: int) -> None: ...
-    def end(self, message: str) -> None: ...
+    def step(self, tomogram: str, name: str, done: int, total: int) -> None: ...
+    def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0) -> None: ...
     def say(self, message: str) -> None: ...
     def close(self) -> None: ...
 

@@ -21,12 +21,13 @@ from test_pipeline import Listener
 from zarr.storage import MemoryStore
 
 from cryosiam_dask import ome_zarr
+from cryosiam_dask.collection import remove_left_overs, run
 from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, Problems
 from cryosiam_dask.formats import convert_to_ome_zarr, formats_done, read_mrc_fingerprint, remove_outdated_formats
 from cryosiam_dask.mrc_to_zarr import convert, ingest
 from cryosiam_dask.ome_zarr import read_own_attributes, write_ome_zarr
-from cryosiam_dask.pipeline import Outcome, export, find_predictions, measure, postprocess, remove_left_overs, run
+from cryosiam_dask.pipeline import Outcome, export, find_predictions, measure, postprocess
 from cryosiam_dask.plan import plan_run
 from cryosiam_dask.runner import convert_file, export_predictions
 

@@ -16,6 +16,7 @@ import pytest
 import starfile
 import yaml
 import zarr
+from PIL import Image
 from skimage.measure import label as label_whole
 from skimage.measure import regionprops
 
@@ -26,6 +27,7 @@ from cryosiam_dask.errors import Problems
 from cryosiam_dask.pipeline import Outcome, find_predictions, list_centers, measure
 from cryosiam_dask.pipeline import postprocess as postprocess_files
 from cryosiam_dask.plan import plan_run
+from cryosiam_dask.preview import preview_file, read_fingerprint, write_preview
 
 SHAPE = (24, 20, 22)
 LEDGER = [".ledger", *(f".ledger/{stem}.jsonl" for stem in ("TS_1", "TS_2_9.96Apx", "TS_3"))]
@@ -102,7 +104,7 @@ def files(folder: Path) -> list[str]:
 def test_outputs_as_the_viewer_opens_them(folder: Path) -> None:
     outcomes = segment(configure(folder, save_internal_files=True))
     assert [outcome.status for outcome in outcomes.values()] == ["done"] * 3
-    assert files(folder / "out") == [*LEDGER, "TS_1_preds.h5", "TS_2_9.96Apx_preds.h5", "TS_3_preds.h5"]
+    assert files(folder / "out") == [*LEDGER, *outputs(*STEMS, components=False)]
     with h5py.File(folder / "out" / "TS_2_9.96Apx_preds.h5") as file:
         assert set(file) == {"labels", "probs", "distances"}
         assert file["labels"].shape == SHAPE and file["labels"].dtype == np.uint8
@@ -173,7 +175,7 @@ def test_broken_files_fail_alone(folder: Path) -> None:
     assert "as many axes as the tomogram, which has 2" in outcomes["image"].error
     assert not any(o.details for o in outcomes.values())  # each was foreseen
     ledger = sorted([*LEDGER, ".ledger/image.jsonl", ".ledger/notes.jsonl"])
-    assert files(folder / "out") == [*ledger, "TS_1_preds.h5", "TS_3_preds.h5"]
+    assert files(folder / "out") == [*ledger, *outputs("TS_1", "TS_3", components=False)]
 
 
 def test_unreadable_masks_fail_alone(folder: Path) -> None:
@@ -186,7 +188,7 @@ def test_unreadable_masks_fail_alone(folder: Path) -> None:
     assert [outcomes[s].status for s in ("TS_1", "TS_2_9.96Apx", "TS_3")] == ["done", "failed", "failed"]
     assert "TS_2_9.96Apx_preds.h5" in outcomes["TS_2_9.96Apx"].error
     assert "7" in outcomes["TS_3"].error
-    assert files(folder / "out") == [*LEDGER, "TS_1_preds.h5"]
+    assert files(folder / "out") == [*LEDGER, *outputs("TS_1", components=False)]
 
 
 def test_failure_while_writing_keeps_the_earlier_output(folder: Path) -> None:
@@ -294,6 +296,81 @@ def test_only_one_run_works_on_a_tomogram(folder: Path) -> None:
     assert segment(configure(folder))["TS_1"].status == "done"  # the lock went with its holder
 
 
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def fingerprints(folder: Path, stem: str = "TS_1") -> tuple[str | None, str]:
+    """Of a tomogram's picture and of its labels."""
+    with h5py.File(folder / "out" / f"{stem}_preds.h5") as file:
+        return read_fingerprint(preview_file(folder / "out", stem)), file.attrs["fingerprint"]
+
+
+def test_pictures_show_tomogram_labels_and_mask(folder: Path) -> None:
+    (folder / "masks").mkdir()
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[6:18, :, :10] = 1
+    for stem in STEMS:
+        with h5py.File(folder / "masks" / f"{stem}_preds.h5", "w") as file:
+            file["labels"] = mask
+    segment(configure(folder, mask_folder=str(folder / "masks"), class_names=["membrane", "actin"]))
+    with mrcfile.open(folder / "data" / "TS_2_9.96Apx.mrc") as mrc:
+        write_preview(
+            folder / "expected.png",
+            mrc.data,
+            labels(folder, "TS_2_9.96Apx"),
+            voxel_size_angstrom=9.96,
+            class_names=("", "membrane", "actin"),
+            lamella=mask,
+            title="TS_2_9.96Apx",
+        )
+    with (
+        Image.open(folder / "expected.png") as expected,
+        Image.open(folder / "out" / "TS_2_9.96Apx_preview.png") as found,
+    ):
+        np.testing.assert_array_equal(np.asarray(expected), np.asarray(found))
+    with h5py.File(folder / "out" / "TS_2_9.96Apx_preds.h5") as file:
+        assert file.attrs["voxels"].tolist() == np.bincount(file["labels"][:].ravel(), minlength=3).tolist()
+    assert len(set(fingerprints(folder))) == 1
+
+
+def test_pictures_are_made_where_they_are_wanted_and_missing(folder: Path) -> None:
+    segment(configure(folder, preview=False))
+    assert files(folder / "out") == [*LEDGER, *(f"{stem}_preds.h5" for stem in STEMS)]
+    modified = (folder / "out" / "TS_1_preds.h5").stat().st_mtime_ns
+    assert {outcome.status for outcome in segment(configure(folder)).values()} == {"done"}
+    assert files(folder / "out") == [*LEDGER, *outputs(*STEMS, components=False)]
+    assert (folder / "out" / "TS_1_preds.h5").stat().st_mtime_ns == modified and len(set(fingerprints(folder))) == 1
+    (folder / "out" / "TS_1_preview.png").write_bytes(b"damaged")
+    outcomes = segment(configure(folder))
+    assert [outcomes[stem].status for stem in STEMS] == ["done", "skipped", "skipped"]
+    # New labels, but no picture of them is wanted: that of the old ones goes.
+    segment(configure(folder, {"threshold": 0.45}, preview=False), filename="TS_1.mrc", overwrite=True)
+    assert not (folder / "out" / "TS_1_preview.png").exists() and (folder / "out" / "TS_3_preview.png").exists()
+
+
+def test_pictures_follow_the_labels(folder: Path) -> None:
+    segment(configure(folder))
+    before = (folder / "out" / "TS_1_preview.png").read_bytes()
+    (folder / "data" / "TS_3.mrc").unlink()
+    outcomes = {o.stem: o for o in postprocess(configure(folder, {"postprocessing_sizes": [-1, 10**6, -1]}))}
+    assert (folder / "out" / "TS_1_preview.png").read_bytes() != before and len(set(fingerprints(folder))) == 1
+    with h5py.File(folder / "out" / "TS_1_preds.h5") as file:
+        assert np.trim_zeros(file.attrs["voxels"], "b").tolist() == np.bincount(file["labels"][:].ravel()).tolist()
+    assert outcomes["TS_1"].warnings == ()
+    # That of a tomogram which is no longer there would show other labels.
+    assert not (folder / "out" / "TS_3_preview.png").exists() and outcomes["TS_3"].status == "done"
+    assert "TS_3_preview.png cannot be drawn" in outcomes["TS_3"].warnings[0]
+    outcomes = {o.stem: o for o in postprocess(configure(folder, {"postprocessing_sizes": [-1, 10**6, -1]}))}
+    assert not any(outcome.warnings for outcome in outcomes.values())
+
+
+def test_a_picture_that_cannot_be_written_fails_no_tomogram(folder: Path) -> None:
+    (folder / "out" / "TS_1_preview.png").mkdir(parents=True)
+    outcomes = segment(configure(folder))
+    assert {outcome.status for outcome in outcomes.values()} == {"done"}
+    assert "TS_1_preview.png could not be drawn" in outcomes["TS_1"].warnings[0] and not outcomes["TS_3"].warnings
+
+
 # ------------------------------------------------------------------------------------------- removing small components
 
 
@@ -380,7 +457,8 @@ def instances(folder: Path, stem: str = "TS_1") -> np.ndarray:
 
 def outputs(*stems: str, components: bool = True) -> list[str]:
     collection = ["components.csv", "components.parquet"] if components else []
-    endings = ["components.csv", "components.h5", "components.parquet", "preds.h5"] if components else ["preds.h5"]
+    endings = ["preds.h5", "preview.png"]
+    endings += ["components.csv", "components.h5", "components.parquet"] if components else []
     return sorted(collection + [f"{stem}_{ending}" for stem in stems for ending in endings])
 
 
