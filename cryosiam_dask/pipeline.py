@@ -389,12 +389,12 @@ def _segment(
             label=MRC_LABEL + job.fingerprint,
         )
     executor.map(write, [job.output], name="export")
+    mask = None if job.mask is None else open_mask(job.mask, header.shape)
+    warnings += _draw(configuration, job.stem, tomogram, labels, mask, attributes, executor)
     formats, folder = other_formats(configuration), configuration.prediction_folder
     warnings += remove_outdated_formats(folder, job.stem, job.fingerprint, keep=formats)
     beside = Placed.of(tomogram, report)
     write_other_formats(folder, job.stem, formats, labels, tomogram=beside, attributes=attributes, executor=executor)
-    mask = None if job.mask is None else open_mask(job.mask, header.shape)
-    warnings += _draw(configuration, job.stem, tomogram, labels, mask, attributes, executor)
     probabilities = outputs.get("probabilities")
     warnings += _update_components(
         configuration, job.stem, labels, probabilities, attributes, work, executor, array_module
@@ -646,8 +646,8 @@ def postprocess(
                 own.map(write, [path], name="export")
                 attributes = _written_attributes(configuration, path)
                 warnings = _update_components(configuration, stem, labels, _probabilities(path), attributes, work, own)
-                warnings += _update_formats(configuration, path, work, own)
                 warnings += _draw_again(configuration, stem, labels, attributes, work, own)
+                warnings += _update_formats(configuration, path, work, own)
             outcome = Outcome(stem, "done", shape, time.time() - began, voxels, tuple(warnings))
             reporter.end(stem, f"done in {outcome.seconds:.0f} s, {path}")
         except Interrupted:
@@ -796,13 +796,13 @@ def complete(plan: RunPlan, job: Job, executor: Executor) -> Result:
     configuration, warnings = plan.configuration, list[str]()
     if not components_done(job.components, job.fingerprint, plan.class_names):
         warnings += measure_one(configuration, job.output, executor)[2]
-    if not formats_done(configuration, job.stem, job.fingerprint, plan.class_names):
-        with _work_group(configuration, job.stem) as work:
-            warnings += _update_formats(configuration, job.output, work, executor)
     if not preview_done(configuration, job):
         labels, attributes = _written_labels(job.output), _written_attributes(configuration, job.output)
         with _work_group(configuration, job.stem) as work:
             warnings += _draw_again(configuration, job.stem, labels, attributes, work, executor, missing=True)
+    if not formats_done(configuration, job.stem, job.fingerprint, plan.class_names):
+        with _work_group(configuration, job.stem) as work:
+            warnings += _update_formats(configuration, job.output, work, executor)
     return _written_labels(job.output).shape, (), tuple(warnings)
 
 

@@ -143,7 +143,7 @@ def test_labels_do_not_depend_on_the_format_of_the_tomogram(folder: Path, make: 
     configuration = configure(folder, data_folder=str(folder / "other"), prediction_folder=str(folder / "out2"), **keys)
     (outcome,) = segment(configuration)
     assert (outcome.status, outcome.stem, outcome.shape) == ("done", STEM, SHAPE)
-    assert names(folder / "out2") == [f"{STEM}_preds.h5"]
+    assert names(folder / "out2") == [".ledger", f"{STEM}_preds.h5", f"{STEM}_preview.png"]
     with h5py.File(folder / "out2" / f"{STEM}_preds.h5") as file:
         np.testing.assert_array_equal(file["labels"][:], expected)
         size = file.attrs["voxel_size_angstrom"]
@@ -192,7 +192,7 @@ def test_outputs_are_no_tomograms_of_the_next_run(folder: Path) -> None:
     for extension in (".mrc", ".zarr"):
         keys = {"prediction_folder": str(folder / "data"), "output_formats": BOTH, "file_extension": extension}
         segment(configure(folder, **keys), overwrite=True)
-        assert len(names(folder / "data")) == 5
+        assert len(names(folder / "data")) == 7  # with the ledger and the picture
         assert [job.stem for job in plan_run(configure(folder, **keys)).skipped] == [STEM]
     shutil.rmtree(folder / "data" / f"{STEM}.ome.zarr")
     as_ome_zarr(folder / "data", folder / "data" / f"{STEM}.mrc", STEM)
@@ -211,7 +211,9 @@ def test_every_format_holds_the_labels_at_the_same_place(folder: Path, extension
     configuration = configure(folder, output_formats=BOTH, class_names=classes, file_extension=extension)
     (outcome,) = segment(configuration)
     assert outcome.status == "done"
-    assert names(folder / "out") == [f"{STEM}.ome.zarr", f"{STEM}_labels.mrc", f"{STEM}_preds.h5"]
+    assert names(folder / "out") == [
+        ".ledger", f"{STEM}.ome.zarr", f"{STEM}_labels.mrc", f"{STEM}_preds.h5", f"{STEM}_preview.png",
+    ]  # fmt: skip
     labels = stored_labels(folder)
     assert set(np.unique(labels)) == {0, 1, 2}
     with mrcfile.open(folder / "out" / f"{STEM}_labels.mrc") as mrc:
@@ -276,7 +278,7 @@ def test_formats_that_are_missing_or_outdated_are_made_without_inference(folder:
 
     # Other settings without these formats: what was made of the earlier labels does not stay beside the new ones.
     (outcome,) = segment(configure(folder, parameters={"network": {"threshold": 0.5}}), overwrite=True)
-    assert names(folder / "out") == [f"{STEM}_preds.h5"]
+    assert names(folder / "out") == [".ledger", f"{STEM}_preds.h5", f"{STEM}_preview.png"]
     assert [warning.split(" held")[0] for warning in outcome.warnings if " held" in warning] == [image.name, mrc.name]
     assert model.exists()
 
@@ -299,7 +301,7 @@ def test_other_sizes_are_applied_to_all_formats(folder: Path) -> None:
     configuration = configure(folder, output_formats=BOTH, parameters=sizes)
     (outcome,) = postprocess(configuration, predictions, Listener())
     assert "holds the tomogram beside its labels, so the tomogram must be there" in outcome.error
-    assert names(folder / "out") == [f"{STEM}_preds.h5"]  # no earlier labels beside the new ones
+    assert names(folder / "out") == [".ledger", f"{STEM}_preds.h5"]  # no earlier labels beside the new ones
 
 
 def test_a_failure_leaves_the_prediction_and_nothing_else(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,10 +313,10 @@ def test_a_failure_leaves_the_prediction_and_nothing_else(folder: Path, monkeypa
         patch.setattr(ome_zarr, "mode_of_pairs", full)
         (outcome,) = segment(configuration)
     assert outcome.status == "failed" and "No space left on device" in outcome.error
-    assert names(folder / "out") == [f"{STEM}_preds.h5"]
+    assert names(folder / "out") == [".ledger", f"{STEM}_preds.h5", f"{STEM}_preview.png"]
     assert [job.stem for job in plan_run(configuration).unmeasured] == [STEM]
     segment(configuration)
-    assert names(folder / "out") == [f"{STEM}.ome.zarr", f"{STEM}_preds.h5"]
+    assert names(folder / "out") == [".ledger", f"{STEM}.ome.zarr", f"{STEM}_preds.h5", f"{STEM}_preview.png"]
 
 
 def test_what_tasks_wrote_after_a_failure_is_removed(folder: Path) -> None:
@@ -328,7 +330,7 @@ def test_mrc_instead_of_hdf5_keeps_its_meaning(folder: Path) -> None:
     as_zarr(folder / "data", folder / "data" / f"{STEM}.mrc", STEM)
     keys = {"save_original_file_extension": True, "output_formats": ["ome-zarr"], "file_extension": ".zarr"}
     segment(configure(folder, **keys))
-    assert names(folder / "out") == [f"{STEM}.mrc", f"{STEM}.ome.zarr"]
+    assert names(folder / "out") == [".ledger", f"{STEM}.mrc", f"{STEM}.ome.zarr", f"{STEM}_preview.png"]
     assert {outcome.status for outcome in segment(configure(folder, **keys))} == {"skipped"}
     with mrcfile.open(folder / "out" / f"{STEM}.mrc") as mrc:
         np.testing.assert_array_equal(segmentation(folder / "out" / f"{STEM}.ome.zarr"), mrc.data)
