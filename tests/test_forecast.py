@@ -22,6 +22,7 @@ from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.forecast import Forecast, TomogramForecast, forecast, masking, unreadable
 from cryosiam_dask.grid import make_grid
 from cryosiam_dask.mask import open_mask, read_mask
+from cryosiam_dask.mrc_to_zarr import convert
 from cryosiam_dask.plan import plan_run
 
 SHAPE = (40, 36, 44)
@@ -164,6 +165,19 @@ def test_disk_is_no_less_than_what_a_run_takes(folder: Path, kind: str) -> None:
     # Both folders lie on one file system, and the work of all tomograms is kept.
     assert disk.needed_bytes == sum(t.work_bytes + t.output_bytes for t in found.tomograms)
     assert set(disk.folders) == {folder / "out", folder / "work"}
+
+
+def test_a_zarr_is_read_where_it_is_and_other_formats_count(folder: Path) -> None:
+    copied = of(predicted(configure(folder)))
+    convert(folder / "data" / "TS_1.mrc", folder / "data" / "TS_1.zarr")
+    (found,) = predicted(configure(folder, file_extension=".zarr")).tomograms
+    assert copied.work_bytes - found.work_bytes == 4 * math.prod(SHAPE) and found.certain_work_bytes == 0
+    assert found.patches == copied.patches and found.intensities == copied.intensities
+    formats = of(predicted(configure(folder, output_formats=["ome-zarr", "mrc"])))
+    assert {path.name for path in formats.outputs} == {"TS_1_preds.h5", "TS_1.ome.zarr", "TS_1_labels.mrc"}
+    # A tomogram of floats with its labels, and the labels once more.
+    assert formats.output_bytes - copied.output_bytes >= (5 + 1) * math.prod(SHAPE)
+    assert formats.certain_output_bytes == math.prod(SHAPE)
 
 
 def test_work_that_is_removed_counts_once_for_each_tomogram_at_a_time(folder: Path) -> None:

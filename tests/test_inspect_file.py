@@ -117,6 +117,18 @@ def test_components(tmp_path: Path) -> None:
     assert (found["kind"], found["facts"]) == ("components", {"connectivity": 26})
 
 
+def test_hdf5_and_zarr_tomograms(tmp_path: Path) -> None:
+    convert(write_tomogram(tmp_path / "a.mrc"), tmp_path / "a.zarr")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["volume"] = VOXELS
+    for name, kind in (("a.h5", "HDF5 tomogram"), ("a.zarr", "zarr array")):
+        found = plain(tmp_path / name)
+        facts = found["facts"]
+        assert (found["kind"], facts["shape"], facts["dtype"]) == (kind, list(VOXELS.shape), str(VOXELS.dtype))
+        assert (facts["lowest_intensity"], facts["highest_intensity"]) == (VOXELS.min(), VOXELS.max())
+        assert not any("it is no output of" in warning for warning in found["warnings"])
+
+
 def test_zarr_stores(tmp_path: Path) -> None:
     convert(write_tomogram(tmp_path / "a.mrc"), tmp_path / "a.zarr")
     found = plain(tmp_path / "a.zarr")

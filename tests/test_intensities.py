@@ -138,3 +138,19 @@ def test_what_is_said_of_a_sample() -> None:
     assert found.non_finite == pytest.approx(3 / values.size)
     nothing = intensities(Sample(np.full(4, np.nan, np.float32), 1, "all"), 0, 1)
     assert (nothing.lowest, nothing.central, nothing.below, nothing.non_finite) == (None, None, 0, 1)
+
+
+@pytest.mark.parametrize("chunks", [None, (4, 5, 6)])
+def test_samples_of_hdf5_and_zarr_tomograms_are_their_voxels(tmp_path: Path, chunks: tuple[int, ...] | None) -> None:
+    voxels = np.random.default_rng(0).random((7, 11, 13)).astype(np.float32)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("volume", data=voxels, chunks=chunks)
+    array = zarr.create_array(tmp_path / "a.zarr", shape=voxels.shape, chunks=chunks or voxels.shape, dtype="f4")
+    array[:] = voxels
+    for path in (tmp_path / "a.h5", tmp_path / "a.zarr"):
+        sample = sample_file(read_header(path))
+        assert sample.share == 1 and sample.where == "all voxels"
+        np.testing.assert_array_equal(np.sort(sample.values), np.sort(voxels.ravel()))
+        few = sample_file(read_header(path), voxels=300)
+        assert 0 < few.share < 1 or (path.suffix == ".zarr" and chunks is None)  # a single chunk
+        assert few.values.size <= 300 and np.isin(few.values, voxels).all()

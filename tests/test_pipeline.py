@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from skimage.measure import label as label_whole
 from skimage.measure import regionprops
 
 from cryosiam_dask import __version__
-from cryosiam_dask.collection import run
+from cryosiam_dask.collection import make_folders, run
 from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.errors import Problems
+from cryosiam_dask.executor import Interrupted, SerialExecutor
 from cryosiam_dask.pipeline import Outcome, find_predictions, list_centers, measure
 from cryosiam_dask.pipeline import postprocess as postprocess_files
+from cryosiam_dask.pipeline import segment as segment_one
 from cryosiam_dask.plan import plan_run
 from cryosiam_dask.preview import preview_file, read_fingerprint, write_preview
 
@@ -253,6 +256,40 @@ def test_masks_that_cover_nothing_or_everything_are_said(folder: Path) -> None:
     assert outcomes["TS_1"].warnings[0].startswith("every voxel is background: its mask is empty")
     assert outcomes["TS_2_9.96Apx"].warnings[0].startswith("the mask covers 100 % of the tomogram")
     assert not outcomes["TS_3"].warnings
+
+
+class StopsBeforeTheLastBlock(SerialExecutor):
+    """Is interrupted when one block is left to be predicted."""
+
+    def map(self, function: Any, items: Any, *, name: str, **options: Any) -> list[Any]:
+        if name == "predict":
+            super().map(function, items[:-1], name=name, **options)
+            raise Interrupted
+        return super().map(function, items, name=name, **options)
+
+
+def test_what_a_stopped_run_saw_is_remembered(folder: Path) -> None:
+    """Share of the mask and highest probabilities are of all blocks, also of those that are not predicted again."""
+    (folder / "masks").mkdir()
+    with h5py.File(folder / "masks" / "TS_1_preds.h5", "w") as file:
+        file["labels"] = np.ones(SHAPE, np.uint8)
+    for network, words in (({}, "the mask covers 100 % of"), ({"threshold": 1.0}, "The highest probability is")):
+        keys = {"mask_folder": str(folder / "masks"), "block_size": 8}
+        whole = segment(
+            configure(folder, network, **keys, prediction_folder=str(folder / "whole")), filename="TS_1.mrc"
+        )
+        configuration = configure(folder, network, **keys, prediction_folder=str(folder / f"out{len(network)}"))
+        plan = plan_run(configuration, filename="TS_1.mrc")
+        make_folders(plan)
+        jobs, said = [(plan, job) for job in plan.jobs], list[str]()
+        with pytest.raises(Interrupted):
+            list(segment_one(jobs, executor=StopsBeforeTheLastBlock()))
+        (outcome,) = segment_one(jobs, executor=SerialExecutor(), say=said.append)
+        assert outcome.warnings == whole["TS_1"].warnings and words in outcome.warnings[0]
+        (message,) = [text for text in said if "blocks are there already" in text]
+        count, all_blocks = (int(word) for word in message.split() if word.isdigit())
+        assert count == all_blocks - 1 > 0
+        shutil.rmtree(folder / "whole")
 
 
 def labels_of_a_run(folder: Path) -> np.ndarray:
