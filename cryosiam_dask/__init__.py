@@ -21,7 +21,7 @@ _HOMES = {
     "config": ("read_configuration",),
     "plan": ("plan_run",),
     "collection": ("run",),
-    "pipeline": ("list_centers", "measure", "postprocess"),
+    "pipeline": ("export", "list_centers", "measure", "postprocess"),
     "mrc_to_zarr": ("convert", "ingest", "read_header"),
     "checkpoint": ("read_checkpoint",),
     "predictor": ("PredictorSpec", "predictor_spec"),
@@ -33,6 +33,8 @@ _HOMES = {
     "centers": ("center_table", "write_centers"),
     "measurements": ("component_table", "write_components"),
     "labels_to_hdf5": ("read_attributes", "write_hdf5", "write_mrc"),
+    "ome_zarr": ("write_ome_zarr",),
+    "classes": ("class_names",),
     "preview": ("write_preview",),
     "cluster": ("DaskExecutor", "open_cluster"),
 }

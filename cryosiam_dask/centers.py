@@ -36,11 +36,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cryosiam_dask.components import ChunkedArray, Components, find_components
-from cryosiam_dask.errors import OutputError
+from cryosiam_dask.errors import LabelsError, OutputError
 from cryosiam_dask.executor import SERIAL, Executor
 from cryosiam_dask.labels_to_hdf5 import write_bytes
 from cryosiam_dask.measurements import CONNECTIVITY, component_table, holding, voxel_size, write_table
 
+_LARGEST_CLASS = 255  # labels of classes are bytes
 _OF_A_TOMOGRAM = re.compile(r"(.+)_class(\d+)_centers\.(?:csv|star)")
 _OF_ALL = re.compile(r"class(\d+)_(?:centers\.(?:csv|star)|relion_import\.star)")
 _WARPS_PIXEL_SIZE = re.compile(r"_\d+(\.\d+)?Apx$")  # which Warp appends to the name of a tilt series' tomogram
@@ -127,7 +128,7 @@ def write_centers(
     Raises
     ------
     LabelsError
-        If the labels are not integers or negative.
+        If the labels are not integers, negative, or numbers of instances rather than classes.
     OutputError
         If a file cannot be written.
     """
@@ -135,6 +136,13 @@ def write_centers(
         Eroded(labels) if erode else labels, connectivity=CONNECTIVITY, measure=True, executor=executor
     )
     found = {int(label) for label in np.unique(components.classes)}
+    if max(found, default=0) > _LARGEST_CLASS:
+        raise LabelsError(
+            f"particle lists need labels that are classes, from 0 to {_LARGEST_CLASS}",
+            place=stem,
+            value=f"{len(found)} different labels, up to {max(found)}: instances, one number for each component",
+            remedy="Take the file of labels that the instances were made from",
+        )
     table = center_table(components.select(components.voxels > min_voxels), stem, voxel_size_angstrom)
     counts = {}
     for label in sorted(found.union(classes)):

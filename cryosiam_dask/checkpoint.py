@@ -90,6 +90,51 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(architecture, patch_size, _fit(path, architecture, state), sha256)
 
 
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint says of its training, as far as it is plain data: numbers, text, lists and mappings of them.
+
+    Parameters
+    ----------
+    path
+        The ``.ckpt`` file.
+
+    Returns
+    -------
+    dict
+        ``epoch``, ``global_step`` and ``hyper_parameters``, as far as they are there. Anything else is left out, as is
+        what lies deeper than any settings do.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, damaged, or would execute something.
+    """
+    content, _ = _load(path)
+    left = iter(range(_MOST_SETTINGS))
+
+    def plain(value: Any, depth: int = 0) -> Any:
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if depth > 12 or next(left, None) is None:  # a file may hold a list that holds itself
+            return ...
+        if isinstance(value, Mapping):
+            kept = {str(key): plain(item, depth + 1) for key, item in value.items() if isinstance(key, str | int)}
+            return {key: item for key, item in kept.items() if item is not ...}
+        if isinstance(value, list | tuple):
+            items = [plain(item, depth + 1) for item in value]
+            return [item for item in items if item is not ...]
+        return ...
+
+    content = content if isinstance(content, Mapping) else {}
+    settings: dict[str, Any] = plain(
+        {key: content[key] for key in ("epoch", "global_step", "hyper_parameters") if key in content}
+    )
+    return settings
+
+
+_MOST_SETTINGS = 10_000  # lists and mappings
+
+
 class _Ignored:
     """Stands in for an object of no use here, whatever it is made of."""
 

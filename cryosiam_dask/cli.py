@@ -48,12 +48,22 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class Format(StrEnum):
+    """What labels can be written as, beside HDF5."""
+
+    ome_zarr = "ome-zarr"
+    mrc = "mrc"
+
+
 ConfigFile = Annotated[Path, typer.Option(help="CryoSiam's YAML file, for example configs/config_semantic.yaml.")]
 Filename = Annotated[str | None, typer.Option(help="Name of a single tomogram in data_folder.")]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Worker processes. Default: every GPU, or what cores and memory allow.")
 ]
 DeviceOption = Annotated[Device, typer.Option(help="What to run the network on; auto takes GPUs where there are any.")]
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -202,20 +212,102 @@ def semantic_to_centers(
 
 
 @app.command()
+def report(config_file: ConfigFile) -> None:
+    """Show the predictions of a configuration on one page, report.html beside them: pictures, numbers, outliers.
+
+    Example: cryosiam-dask report --config-file configs/config_semantic.yaml
+    """
+    with _plain_errors():
+        from cryosiam_dask.runner import report_again
+
+        report_again(config_file, Console())
+
+
+@app.command()
+def export(
+    config_file: ConfigFile,
+    filename: Filename = None,
+    formats: Annotated[
+        list[Format] | None,
+        typer.Option("--format", help="May be given twice. Default: those of the key output_formats."),
+    ] = None,
+    workers: Workers = None,
+) -> None:
+    """Write predictions that are there already as OME-Zarr (with their tomograms) or MRC, without inference.
+
+    Example: cryosiam-dask export --config-file configs/config_semantic.yaml --format ome-zarr --format mrc
+    """
+    with _plain_errors():
+        from cryosiam_dask.runner import export_predictions
+
+        names = [each.value for each in formats or ()]
+        _exit(export_predictions(config_file, Console(), formats=names, filename=filename, workers=workers))
+
+
+@app.command()
+def plan(
+    config_file: ConfigFile,
+    filename: Filename = None,
+    workers: Workers = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Plan for semantic-predict --overwrite.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what semantic-predict would read, compute and write, and what it takes; touch no GPU and write nothing.
+
+    Status 2, with all problems, if it could not succeed.
+
+    Example: cryosiam-dask plan --config-file configs/config_semantic.yaml
+
+    Example: cryosiam-dask plan --config-file configs/config_semantic.yaml --json > plan.json
+    """
+    with _plain_errors():
+        from cryosiam_dask.look import show_plan
+
+        if not show_plan(
+            config_file, Console(), filename=filename, workers=workers, overwrite=overwrite, as_json=as_json
+        ):
+            raise typer.Exit(2)
+
+
+@app.command()
+def info(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A tomogram, zarr store, prediction or checkpoint.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what is in a tomogram, a zarr store, a _preds.h5 or _components.h5 file, or a checkpoint.
+
+    Example: cryosiam-dask info predictions/TS_01_preds.h5
+
+    Example: cryosiam-dask info TS_01.mrc --json
+    """
+    with _plain_errors():
+        from cryosiam_dask.look import show_file
+
+        show_file(path, Console(), as_json=as_json)
+
+
+@app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="A tomogram: .mrc, .rec, .map or .st, also .gz.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT.zarr", help="The zarr v3 array to make.")],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="IN", help="A tomogram: MRC (.mrc, .rec, .map, .st, also .gz), HDF5 or zarr."),
+    ],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT.zarr", help="The zarr v3 array to make; with .ome.zarr an OME-Zarr image.")
+    ],
+    level: Annotated[int, typer.Option(min=0, help="Level of an OME-Zarr image; 0 is full resolution.")] = 0,
+    dataset: Annotated[str | None, typer.Option(help="Dataset of an HDF5 file with more than one volume.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.zarr.")] = False,
     workers: Workers = None,
 ) -> None:
-    """Convert a tomogram to a chunked zarr array in (z, y, x) order.
+    """Convert a tomogram to a chunked zarr array in (z, y, x) order, or to an OME-Zarr image of several levels.
 
-    Example: cryosiam-dask convert TS_01.mrc TS_01.zarr
+    Example: cryosiam-dask convert TS_01.mrc TS_01.ome.zarr
     """
     with _plain_errors():
         from cryosiam_dask.runner import convert_file
 
-        convert_file(source, target, Console(), overwrite=overwrite, workers=workers)
+        convert_file(source, target, Console(), level=level, dataset=dataset, overwrite=overwrite, workers=workers)
 
 
 @app.command()

@@ -25,8 +25,10 @@ from typing import Literal
 
 from cryosiam_dask.errors import LostClusterError, OutputError
 from cryosiam_dask.executor import Interrupted, SerialExecutor, SharedExecutor
+from cryosiam_dask.folders import part_of
+from cryosiam_dask.formats import format_path, other_formats
 from cryosiam_dask.ledger import Claims, Ledger, claim_path, open_claims
-from cryosiam_dask.pipeline import DISK, Outcome, attempt, claimed, collect, measure_one, segment, work_folder
+from cryosiam_dask.pipeline import DISK, Outcome, attempt, claimed, collect, complete, segment, work_folder
 from cryosiam_dask.plan import Job, RunPlan
 from cryosiam_dask.progress import Reporter
 
@@ -86,7 +88,7 @@ def run(
         outcomes = collection.work()
     for plan in plans:
         for job in plan.unmeasured if not collection.over else ():
-            work = partial(measure_one, plan.configuration, job.output)
+            work = partial(complete, plan, job)
             with suppress(Interrupted):
                 outcomes.append(replace(attempt(job.output, reporter, work, executor), stage=plan.name))
         collect(plan.configuration, outcomes)
@@ -118,7 +120,24 @@ def make_folders(plan: RunPlan) -> None:
 def remove_left_overs(plan: RunPlan) -> None:
     """Remove what tasks in flight wrote after their tomogram had failed; to be called when the workers are gone."""
     for job in () if plan.configuration.keep_work else (*plan.jobs, *plan.unmeasured):
+        _remove_growing(plan, job)
         _remove_work(plan, job, only=lambda ledger: ledger.last("store") is None)
+
+
+def _remove_growing(plan: RunPlan, job: Job) -> None:
+    """Remove what was still to become an output."""
+    paths = [
+        part_of(format_path(plan.configuration.prediction_folder, job.stem, name))
+        for name in other_formats(plan.configuration)
+    ]
+    folder = work_folder(plan.configuration, job.stem)
+    if any(path.exists() for path in paths):
+        with suppress(OutputError, OSError):
+            folder.mkdir(exist_ok=True)
+            with claimed(folder):
+                for path in paths:
+                    shutil.rmtree(path, ignore_errors=True)
+                folder.rmdir()  # if nothing is in it
 
 
 def _tidy(plan: RunPlan) -> None:

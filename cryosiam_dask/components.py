@@ -661,6 +661,22 @@ def instances_dtype(count: int) -> np.dtype[Any]:
     return np.min_scalar_type(count)
 
 
+def require_channel(label: int, channels: int) -> None:
+    """Refuse a label without a channel of its own among so many `channels` of probabilities; one is that of all.
+
+    Raises
+    ------
+    LabelsError
+        With the label and the number of channels.
+    """
+    if label >= channels > 1:
+        raise LabelsError(
+            "each label must have its channel of probabilities",
+            value=f"label {label} and {channels} channels",
+            remedy="Take labels and probabilities of the same prediction, or predict again",
+        )
+
+
 def _require_two_arrays(labels: ChunkedArray, output: ChunkedArray) -> None:
     store = getattr(output, "store_path", None)
     # Compared by name, since zarr takes two stores in memory for one if they have the same content.
@@ -824,12 +840,7 @@ def _own_probabilities(
     channels = probabilities.shape[0]
     where = labelling.blocks.slices(index)[3 - labelling.blocks.ndim :]
     for label in np.unique(present).tolist():
-        if label >= channels > 1:
-            raise LabelsError(
-                "each label must have its channel of probabilities",
-                value=f"label {label} and {channels} channels",
-                remedy="Take labels and probabilities of the same prediction, or predict again",
-            )
+        require_channel(label, channels)
         channel = np.asarray(probabilities[(label if channels > 1 else 0, *where)]).reshape(block.shape)
         np.copyto(own, channel, where=block == label)
     return own

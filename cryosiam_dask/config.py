@@ -50,8 +50,25 @@ def _scientific(value: Any) -> Any:
     return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value) else value
 
 
+def _once(names: tuple[str, ...]) -> tuple[str, ...]:
+    twice = [name for i, name in enumerate(names) if name in names[:i]]
+    if twice:
+        raise ValueError(f"must not hold a name twice: {twice[0]}")
+    return names
+
+
 _Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_scientific)]
 
+
+def _printable(name: str) -> str:
+    if not name.strip() or not name.isprintable():
+        raise ValueError("a name must be a line of printable text")
+    return name
+
+
+_Name = Annotated[str, AfterValidator(_printable)]
+
+OutputFormat = Literal["hdf5", "ome-zarr", "mrc"]
 
 # Told apart before they are looked at, so that a fault is reported once and not for either kind.
 _PatchSize = Annotated[
@@ -167,6 +184,8 @@ class Configuration(_Model):
         Also write probabilities and distances.
     components
         Also write the instances of each class and tables of their measurements.
+    preview
+        Also draw a picture of each tomogram with its labels.
     save_original_file_extension
         Write an MRC file of the input's name instead of HDF5 (not with `save_internal_files`).
     work_folder
@@ -175,6 +194,14 @@ class Configuration(_Model):
         Keep a tomogram's zarr store once its output is complete.
     block_size
         Edge in voxels of the blocks that are read, predicted and written at once; never changes a result.
+    class_names
+        Names of the labels from 1 on; ``None``: ``"class 1"`` and so on.
+    output_formats
+        Also write the labels so, beside the HDF5 file that is always written: ``"ome-zarr"``, ``"mrc"``.
+    ome_zarr_level
+        Which level of an OME-Zarr image to segment; 0 is full resolution.
+    hdf5_dataset
+        Which dataset of HDF5 tomograms to segment; ``None``: the only one that can be a tomogram.
     """
 
     data_folder: _Path
@@ -185,10 +212,15 @@ class Configuration(_Model):
     test_files: Annotated[tuple[str, ...], Field(strict=False)] | None = None
     save_internal_files: bool = False
     components: bool = False
+    preview: bool = True
     save_original_file_extension: bool = False
     work_folder: _Path | None = None
     keep_work: bool = False
     block_size: Annotated[int, Field(ge=4)] = DEFAULT_BLOCK_SIZE
+    class_names: Annotated[tuple[_Name, ...], Field(strict=False), AfterValidator(_once)] | None = None
+    output_formats: Annotated[tuple[OutputFormat, ...], Field(strict=False)] = ("hdf5",)
+    ome_zarr_level: Annotated[int, Field(ge=0)] = 0
+    hdf5_dataset: Annotated[str, Field(min_length=1)] | None = None
     parameters: Parameters = Parameters()
     hyper_parameters: HyperParameters = HyperParameters()
 
@@ -200,6 +232,11 @@ class Configuration(_Model):
         found = self.model_copy(update=paths)
         found._unused = self._unused
         return found
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """Which part of a tomogram file is meant: keywords of `cryosiam_dask.mrc_to_zarr.read_header`."""
+        return {"level": self.ome_zarr_level, "dataset": self.hdf5_dataset}
 
     @property
     def unused(self) -> tuple[str, ...]:

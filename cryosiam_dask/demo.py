@@ -105,6 +105,7 @@ def _semantic(tomograms: Path, masks: Path, output: Path, model: Path) -> dict[s
         "trained_model": str(model),
         "file_extension": ".mrc",
         "test_files": None,
+        "class_names": list(CLASS_NAMES[1:]),
         "parameters": {
             "data": {"min": 0, "max": 1, "mean": 0, "std": 1},
             "network": {

@@ -104,6 +104,7 @@ def open_dataset(path: str | Path, name: str) -> StoredDataset:
         with h5py.File(path, "r", locking="best-effort") as file:
             stored = file[name]
             dataset = StoredDataset(path, name, tuple(map(int, stored.shape)), stored.dtype, stored.chunks)
+            removed = file[REMOVED].dtype if REMOVED in file else np.dtype(np.uint8)
             shapes = {other: tuple(file[other].shape) for other in (LABELS, REMOVED, PROBABILITIES) if other in file}
     except (OSError, KeyError, AttributeError):
         raise OutputError(
@@ -111,6 +112,10 @@ def open_dataset(path: str | Path, name: str) -> StoredDataset:
         ) from None
     if 0 in dataset.shape:
         raise OutputError(f"the dataset '{name}' must hold voxels", place=path, value=dataset.shape, remedy=_AGAIN)
+    if removed.kind not in "iu":
+        raise OutputError(
+            f"the dataset '{REMOVED}' must hold labels, whole numbers", place=path, value=removed, remedy=_AGAIN
+        )
     of_labels = shapes.get(LABELS)
     for other, axes, rule in ((REMOVED, 0, "have"), (PROBABILITIES, 1, "have a class axis and then")):
         if of_labels and other in shapes and shapes[other][axes:] != of_labels:

@@ -18,7 +18,7 @@ A block whose part of the mask does not fit a fixed budget is halved until it do
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +57,10 @@ class Mask:
     shape: tuple[int, ...]
     stored_shape: tuple[int, ...]
     full: bool = False
+
+    def __getitem__(self, region: Region) -> NDArray[np.uint8]:
+        """Read a region: see `read_mask`."""
+        return read_mask(self, region)
 
 
 def open_mask(path: str | Path, shape: tuple[int, ...]) -> Mask:
@@ -129,6 +133,34 @@ def read_mask(mask: Mask, region: Region) -> NDArray[np.uint8]:
             where = tuple(slice(p.start - r.start, p.stop - r.start) for p, r in zip(part, region, strict=True))
             resized[where] = _resized(labels, mask, part)
     return resized
+
+
+def read_stored(
+    mask: Mask, choose: Callable[[tuple[int, ...], tuple[int, ...]], Iterable[Region]]
+) -> Iterator[tuple[Region, NDArray[np.uint8]]]:
+    """Read parts of a mask as it is stored, before it is resized.
+
+    Parameters
+    ----------
+    mask
+        From `open_mask`.
+    choose
+        ``choose(shape, piece)`` names the parts, `piece` being what is best read at once.
+
+    Yields
+    ------
+    region, values : (z, y, x) or (y, x), uint8
+        The part, and 1 inside the lamella, 0 outside.
+
+    Raises
+    ------
+    MaskError
+        If the file cannot be read or holds values other than 0 and 1.
+    """
+    with _open(mask.path) as labels:
+        piece = labels.chunks or tuple(min(128, size) for size in mask.stored_shape)
+        for region in choose(mask.stored_shape, tuple(map(int, piece))):
+            yield region, _binary(labels, region, mask.path)
 
 
 @contextmanager

@@ -4,7 +4,8 @@ For a tomogram ``<stem>_components.h5`` (dataset ``instances``) with ``<stem>_co
 all tomograms of a folder ``components.csv`` and ``components.parquet``. A table holds one row for each component:
 
 ============================================== =========================================================================
-``tomogram``, ``class``, ``label``             name, class, and the number in ``instances``
+``tomogram``, ``class``, ``class_name``        names, and the class as a number
+``label``                                      the number in ``instances``
 ``voxels``, ``volume_nm3``                     size
 ``z``, ``y``, ``x``                            centroid: mean of the voxel indices, which count from 0
 ``z_angstrom``, ``y_angstrom``, ``x_angstrom`` the same from the centre of the first voxel, in Å
@@ -22,6 +23,7 @@ import fcntl
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from typing import Any
 import numpy as np
 import zarr
 
+from cryosiam_dask.classes import named
 from cryosiam_dask.components import (
     ArrayModule,
     ChunkedArray,
@@ -78,7 +81,8 @@ def write_components(
     work
         Holds the instances for the time being, as the array ``instances``.
     attributes
-        For the HDF5 file, as in `cryosiam_dask.labels_to_hdf5.write_hdf5`; ``voxel_size_angstrom`` also for the tables.
+        For the HDF5 file, as in `cryosiam_dask.labels_to_hdf5.write_hdf5`; ``voxel_size_angstrom`` and
+        ``class_names`` also for the tables.
     probabilities
         (class, z, y, x) or (class, y, x).
     executor, array_module
@@ -111,7 +115,9 @@ def write_components(
         overwrite=True,
     )
     write_instances(components, labels, instances, executor=executor)
-    table = component_table(components, stem, attributes.get("voxel_size_angstrom"))
+    table = component_table(
+        components, stem, attributes.get("voxel_size_angstrom"), class_names=attributes.get("class_names")
+    )
     for path in tables:
         write_table(path, table)
     write = partial(write_instances_hdf5, instances=instances, attributes={**attributes, "connectivity": CONNECTIVITY})
@@ -140,7 +146,11 @@ def remove_outdated(folder: Path, stem: str, fingerprint: str | None) -> bool:
 
 
 def component_table(
-    components: Components, tomogram: str, voxel_size_angstrom: Sequence[float | None] | None = None
+    components: Components,
+    tomogram: str,
+    voxel_size_angstrom: Sequence[float | None] | None = None,
+    *,
+    class_names: Sequence[str] | None = None,
 ) -> Any:
     """Return what is measured of each component as a pandas.DataFrame, in the columns of the module's description.
 
@@ -152,6 +162,8 @@ def component_table(
         Its name.
     voxel_size_angstrom
         Along z, y and x (or y and x); ``None`` where it is unknown.
+    class_names
+        Of the classes from 1 on; ``"class 1"`` and so on where they have none.
 
     Raises
     ------
@@ -163,10 +175,12 @@ def component_table(
     measured, count = components.measurements, len(components)
     if measured is None:
         raise LabelsError("a table needs measurements", remedy="Call find_components with measure=True")
+    names = named(class_names, int(components.classes.max(initial=0)))
     size = voxel_size(components.labelling.blocks.ndim, voxel_size_angstrom)
     columns: dict[str, Any] = {
         "tomogram": pandas.Series([tomogram] * count, dtype="str"),
         "class": components.classes.astype(np.int64),
+        "class_name": pandas.Series([names[label - 1] for label in components.classes.tolist()], dtype="str"),
         "label": np.arange(1, count + 1),
         "voxels": components.voxels,
         "volume_nm3": components.voxels * (size.prod() / 1000),
@@ -198,6 +212,41 @@ def write_table(path: Path, table: Any) -> None:
     write_bytes(
         path, table.to_parquet(index=False) if path.suffix == ".parquet" else table.to_csv(index=False).encode()
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How many components a class has, and how many voxels its median and its largest one."""
+
+    count: int
+    median: float
+    largest: int
+
+
+def component_sizes(folder: Path, stem: str) -> dict[int, Sizes] | None:
+    """Return the sizes of the components of each class that has any, ``None`` where they were not measured.
+
+    Raises
+    ------
+    OutputError
+        If the table cannot be read.
+    """
+    import pandas
+
+    path = component_files(folder, stem)[2]
+    if not path.exists():
+        return None
+    try:
+        voxels = pandas.read_parquet(path, columns=["class", "voxels"]).groupby("class")["voxels"]
+        rows = voxels.agg(["size", "median", "max"]).itertuples()
+        return {int(label): Sizes(int(count), float(median), int(largest)) for label, count, median, largest in rows}
+    except (OSError, ValueError, KeyError) as error:  # what pyarrow raises of a damaged file is one of these
+        raise OutputError(
+            "the table of components must be readable",
+            place=path,
+            value=error,
+            remedy="Remove the file and run 'cryosiam-dask components' again",
+        ) from None
 
 
 def collect_tables(folder: Path) -> None:

@@ -1,11 +1,12 @@
-"""Tomogram files (MRC and its relatives) to chunked zarr arrays.
+"""Tomogram files (MRC and its relatives, HDF5, zarr) to chunked zarr arrays.
 
-1. `read_header` reads the 1024-byte header, decides what the file really holds (byte order, signedness, axis order,
-   voxel size) and refuses what cannot be read. It touches no voxel, so it is cheap enough to check hundreds of files
-   before a run.
+1. `read_header` tells by its content what a file is. Of MRC it reads the 1024-byte header, decides what the file really
+   holds (byte order, signedness, axis order, voxel size) and refuses what cannot be read. It touches no voxel, so it is
+   cheap enough to check hundreds of files before a run. The headers of others are in `cryosiam_dask.tomogram_files`.
 2. `ingest` creates a zarr array with all its metadata, lets every task of an executor fill whole chunks of it, and adds
-   the statistics of the voxels at the end: an array without the attribute ``statistics`` is not complete.
-3. `convert` does the same for a path of its own, which appears complete or not at all.
+   the statistics of the voxels at the end: an array without the attribute ``statistics`` is not complete. What is
+   stored as zarr already is not copied: every task only looks at voxels for the statistics.
+3. `convert` always copies, to a path of its own, which appears complete or not at all.
 
 Arrays are always (z, y, x), or (y, x) for an image; triples of voxel sizes and positions are in the same order.
 """
@@ -15,13 +16,12 @@ from __future__ import annotations
 import gzip
 import itertools
 import math
-import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias, cast
+from typing import Any, BinaryIO, cast
 
 import mrcfile.utils
 import numpy as np
@@ -33,6 +33,21 @@ from zarr.storage import StoreLike
 
 from cryosiam_dask.errors import OutputError, TomogramError
 from cryosiam_dask.executor import SERIAL, Executor
+from cryosiam_dask.folders import replacing_folder
+from cryosiam_dask.tomogram_files import (
+    HDF5_ENDINGS,
+    Region,
+    TomogramHeader,
+    Voxels,
+    ZarrHeader,
+    is_hdf5,
+    is_zarr,
+    plausible_sizes,
+    read_hdf5_header,
+    read_region,
+    read_zarr_header,
+    unknown_sizes,
+)
 
 CHUNK = 128  # voxels along each axis
 PIECE_BYTES = 64 * 2**20  # what a task reads and writes at once
@@ -42,21 +57,31 @@ COMPRESSOR = BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle")  # the work
 _GZIP_MAGIC = b"\x1f\x8b\x08"
 _LARGEST_AXIS = 65535  # byte-swapped sizes are always larger than this, real ones never
 _IMOD_STAMP = 1146047817
-_PLAUSIBLE_ANGSTROM = (0.01, 1000.0)
+#: Of names of MRC files.
+MRC_ENDINGS = (".mrc", ".rec", ".map", ".st", ".mrcs", ".ali", ".preali")
+#: Files of other kinds that carry a tomogram's name, by their first bytes.
+_SIGNATURES = {
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"PK\3\4": "ZIP",
+    b"\x89PNG": "PNG",
+    b"\xff\xd8\xff": "JPEG",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"(\xb5/\xfd": "zstd",
+    b"\x89HDF": "HDF5",
+    b"%PDF": "PDF",
+    b"<": "HTML or XML",
+    b"version https://git-lfs": "Git LFS pointer",
+}
 
-Region: TypeAlias = tuple[slice, ...]
 
-
-@dataclass(frozen=True, slots=True)
-class TomogramHeader:
-    """What a tomogram file holds, after every decision that its header asks for.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MrcHeader(TomogramHeader):
+    """What an MRC file holds.
 
     Attributes
     ----------
-    path
-        The file.
-    shape
-        (z, y, x), or (y, x) for a single image, in voxels.
     mode
         The MRC mode: 0, 1, 2, 4, 6 or 12.
     file_dtype
@@ -67,32 +92,12 @@ class TomogramHeader:
         Where the voxels begin, in bytes.
     compressed
         Whether the file is gzip-compressed.
-    file_bytes, modified
-        Size in bytes and modification time (seconds since 1970) of the file as it lies on the disk.
-    voxel_size_angstrom
-        Per axis of `shape`; ``None`` where the header does not know it.
-    origin_angstrom, nstart
-        Position of the volume in Å and in voxels, per axis of `shape`.
-    notes
-        What was decided, for the log.
-    warnings
-        What looks wrong with the file and may need attention.
     """
 
-    path: Path
-    shape: tuple[int, ...]
     mode: int
     file_dtype: np.dtype[Any]
     axes: tuple[int, ...]
     offset: int
-    compressed: bool
-    file_bytes: int
-    modified: float
-    voxel_size_angstrom: tuple[float | None, ...]
-    origin_angstrom: tuple[float, ...]
-    nstart: tuple[int, ...]
-    notes: tuple[str, ...]
-    warnings: tuple[str, ...]
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -111,20 +116,13 @@ class TomogramHeader:
         """Size of all voxels in the file, uncompressed."""
         return math.prod(self.shape) * self.file_dtype.itemsize
 
+    def read(self, region: Region) -> np.ndarray[Any, Any]:
+        """Read a region; see `TomogramHeader.read`."""
+        return _read(self, region)
+
     def attributes(self) -> dict[str, Any]:
-        """Attributes of the zarr array: axes, sizes in Å, and where the voxels come from (JSON values only)."""
-        return {
-            "axes": list("zyx"[-len(self.shape) :]),
-            "voxel_size_angstrom": list(self.voxel_size_angstrom),
-            "origin_angstrom": list(self.origin_angstrom),
-            "nstart": list(self.nstart),
-            "source": self.path.name,
-            "source_bytes": self.file_bytes,
-            "source_modified": self.modified,
-            "mode": self.mode,
-            "notes": list(self.notes),
-            "warnings": list(self.warnings),
-        }
+        """Also the mode; see `TomogramHeader.attributes`."""
+        return {**TomogramHeader.attributes(self), "mode": self.mode}
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,13 +163,18 @@ def stem(path: str | Path) -> str:
 # ---------------------------------------------------------------------------------------------------------- the header
 
 
-def read_header(path: str | Path) -> TomogramHeader:
-    """Read and judge the header of an MRC or REC file (``.mrc``, ``.rec``, ``.map``, ``.st``, each also ``.gz``).
+def read_header(path: str | Path, *, level: int = 0, dataset: str | None = None) -> TomogramHeader:
+    """Read and judge the header of a tomogram.
 
     Parameters
     ----------
     path
-        The file. Whether it is compressed is told by its content.
+        An MRC or REC file (``.mrc``, ``.rec``, ``.map``, ``.st``, each also ``.gz``), an HDF5 file, or the folder of a
+        zarr array or OME-Zarr image. Which it is, and whether it is compressed, is told by its content.
+    level
+        Which level of an OME-Zarr image; 0 is full resolution.
+    dataset
+        Which dataset of an HDF5 file; ``None``: the only one that can be a tomogram.
 
     Returns
     -------
@@ -181,10 +184,46 @@ def read_header(path: str | Path) -> TomogramHeader:
     Raises
     ------
     TomogramError
-        If the file cannot be opened, is no MRC file, is shorter than its header says, or is of a kind that is not
+        If the file cannot be opened, is none of these, is shorter than its header says, or is of a kind that is not
         supported (4-bit and RGB voxels, stacks of volumes). A compressed file's length is known only when it is read.
     """
     path = Path(path)
+    try:
+        if path.is_dir() and (is_zarr(path) or path.suffix == ".zarr"):
+            return read_zarr_header(path, level=level)
+        if path.is_file() and is_hdf5(path):
+            return _as_named(read_hdf5_header(path, dataset=dataset), "HDF5", path.suffix in HDF5_ENDINGS)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    try:
+        header = _read_mrc_header(path)
+    except TomogramError as error:
+        if path.suffix not in HDF5_ENDINGS or not path.is_file():
+            raise
+        raise TomogramError(
+            f"a file whose name ends with {path.suffix} must be an HDF5 file",
+            place=path,
+            value=f"{path.stat().st_size} bytes of another kind{_resemblance(path)}",
+            remedy="The file is damaged or of another kind: copy it again, or give it its own ending",
+        ) from error
+    return _as_named(header, "MRC", path.suffix not in (*HDF5_ENDINGS, ".zarr"))
+
+
+def _as_named(header: TomogramHeader, kind: str, agrees: bool) -> TomogramHeader:
+    """Warn of a file whose name says another kind than its content."""
+    if agrees:
+        return header
+    warning = f"the name ends with {header.path.suffix}, but the content is {kind} and is read as such"
+    return replace(header, warnings=(*header.warnings, warning))
+
+
+def _resemblance(path: Path) -> str:
+    with path.open("rb") as file:
+        first = file.read(32).lstrip()
+    return next((f", which begin as {kind} does" for start, kind in _SIGNATURES.items() if first.startswith(start)), "")
+
+
+def _read_mrc_header(path: Path) -> MrcHeader:
     try:
         status = path.stat()
         with path.open("rb") as file:
@@ -237,10 +276,11 @@ def read_header(path: str | Path) -> TomogramHeader:
         shape, nstart, voxel_size, origin = shape[1:], nstart[1:], voxel_size[1:], origin[1:]
         axes = tuple(axis - 1 for axis in axes[1:])
 
-    warnings += _unknown_voxel_size(voxel_size)
+    warnings += unknown_sizes(voxel_size)
 
-    result = TomogramHeader(
+    result = MrcHeader(
         path=path,
+        kind=f"MRC mode {header['mode']}",
         shape=shape,
         mode=int(header["mode"]),
         file_dtype=file_dtype,
@@ -294,7 +334,7 @@ def _in_byte_order(raw: bytes, path: Path, file_bytes: int, warnings: list[str])
         f"an MRC header gives three sizes from 1 to {_LARGEST_AXIS} and a mode",
         place=path,
         value=f"sizes {tuple(int(header[name]) for name in ('nx', 'ny', 'nz'))}, mode {header['mode']} "
-        f"in a file of {file_bytes} bytes",
+        f"in a file of {file_bytes} bytes{_resemblance(path)}",
         remedy="This is no MRC file, or a damaged one: take it out of the folder or write it again",
     )
 
@@ -335,28 +375,10 @@ def _voxel_size(header: Any, warnings: list[str]) -> tuple[float | None, ...]:
     cells = [float(header["cella"][axis]) for axis in "zyx"]
     samples = [int(header[name]) for name in ("mz", "my", "mx")]
     sizes = [cell / count if count > 0 else math.nan for cell, count in zip(cells, samples, strict=True)]
-    # 0 (or no samples) and exactly 1 are what programs write that do not know the size.
-    known = sorted(size for size in sizes if size > 0 and size != 1 and math.isfinite(size))
-    median = known[len(known) // 2] if len(known) == 3 else None
-    result: list[float | None] = []
-    for axis, size, cell, count in zip("zyx", sizes, cells, samples, strict=True):
-        if size not in known:
-            result.append(None)
-        elif _PLAUSIBLE_ANGSTROM[0] <= size <= _PLAUSIBLE_ANGSTROM[1] and (
-            median is None or median / 10 <= size <= median * 10
-        ):
-            result.append(size)
-        else:
-            warnings.append(
-                f"voxel size along {axis} reads as {size:g} Å (cell {cell:g} Å, {count} samples), which is implausible"
-            )
-            result.append(None)
-    return tuple(result)
-
-
-def _unknown_voxel_size(voxel_size: Sequence[float | None]) -> list[str]:
-    unknown = [axis for axis, size in zip("zyx"[-len(voxel_size) :], voxel_size, strict=True) if size is None]
-    return [f"voxel size along {', '.join(unknown)} is unknown"] if unknown else []
+    details = [f" (cell {cell:g} Å, {count} samples)" for cell, count in zip(cells, samples, strict=True)]
+    result, implausible = plausible_sizes(sizes, details)
+    warnings += implausible
+    return result
 
 
 def _reason(error: OSError) -> str:
@@ -369,7 +391,7 @@ def _unreadable(path: Path, error: OSError) -> TomogramError:
     )
 
 
-def _too_short(header: TomogramHeader, found: int) -> TomogramError:
+def _too_short(header: MrcHeader, found: int) -> TomogramError:
     size = " × ".join(map(str, header.shape))
     return TomogramError(
         f"{size} voxels of mode {header.mode} need {header.offset + header.voxel_bytes} bytes with the header",
@@ -398,14 +420,16 @@ def ingest(
     name: str | None = "tomogram",
     chunks: Sequence[int] | None = None,
     compress: bool = True,
+    level: int = 0,
+    dataset: str | None = None,
     executor: Executor = SERIAL,
-) -> tuple[zarr.Array[Any], IngestReport]:
-    """Fill a new zarr array with the voxels of a tomogram file.
+) -> tuple[Voxels, IngestReport]:
+    """Fill a new zarr array with the voxels of a tomogram file, or open the one in which they are stored already.
 
     Parameters
     ----------
-    source
-        The file; see `read_header`.
+    source, level, dataset
+        The file; see `read_header`. A zarr is read where it is, and nothing is written.
     store
         Where the array goes: a path, a zarr store, or anything else that zarr takes for one. Tasks that run in other
         processes must be able to reach it.
@@ -422,8 +446,9 @@ def ingest(
     Returns
     -------
     array : zarr.Array, (z, y, x) or (y, x)
-        int8, uint8, int16, uint16 or float32 voxels as stored in the file, non-finite ones included. Its attributes are
-        those of `TomogramHeader.attributes` and ``statistics``.
+        int8, uint8, int16, uint16 or float32 voxels of an MRC file, and the dtype of any other, as stored and
+        non-finite ones included. Its attributes are those of `TomogramHeader.attributes` and ``statistics``. A source
+        that is zarr is given as it is, read-only, or as an `cryosiam_dask.tomogram_files.ArrayView`.
     report : IngestReport
         The header, the statistics and all warnings.
 
@@ -434,7 +459,30 @@ def ingest(
     OutputError
         If the store cannot be written.
     """
-    header = read_header(source)
+    header = read_header(source, level=level, dataset=dataset)
+    if isinstance(header, ZarrHeader):
+        voxels = header.open()
+        statistics = _stored_statistics(header, voxels, executor)
+    else:
+        voxels, statistics = _fill(header, store, name, chunks, compress, executor)
+    return voxels, _report(header, statistics)
+
+
+def _report(header: TomogramHeader, statistics: Statistics) -> IngestReport:
+    warnings = header.warnings
+    if statistics.non_finite:
+        warnings += (f"{statistics.non_finite} voxels are NaN or infinite; they are treated as the minimum",)
+    return IngestReport(header, statistics, warnings)
+
+
+def _fill(
+    header: TomogramHeader,
+    store: StoreLike,
+    name: str | None,
+    chunks: Sequence[int] | None,
+    compress: bool,
+    executor: Executor,
+) -> tuple[zarr.Array[Any], Statistics]:
     try:
         array = zarr.create_array(
             store,
@@ -449,12 +497,10 @@ def ingest(
             overwrite=True,
         )
         parts: Iterable[_Part]
-        if header.compressed:
+        if isinstance(header, MrcHeader) and header.compressed:
             (parts,) = executor.map(partial(_stream, array=array), [header], name="ingest")
         else:
-            rows = list(itertools.product(*(range(0, n, c) for n, c in zip(array.shape, array.chunks, strict=True))))
-            rows = [row for row in rows if row[-1] == 0]
-            copied = executor.map(partial(_copy_row, header=header, array=array), rows, name="ingest")
+            copied = executor.map(partial(_copy_row, header=header, array=array), _rows(header, array), name="ingest")
             parts = itertools.chain.from_iterable(copied)
         statistics = _merge(parts)
         array.update_attributes({"statistics": statistics.attributes()})
@@ -465,10 +511,27 @@ def ingest(
             value=_reason(error),
             remedy="Free space on the disk or choose another place",
         ) from error
-    warnings = header.warnings
-    if statistics.non_finite:
-        warnings += (f"{statistics.non_finite} voxels are NaN or infinite; they are treated as the minimum",)
-    return array, IngestReport(header, statistics, warnings)
+    return array, statistics
+
+
+def _stored_statistics(header: ZarrHeader, voxels: Voxels, executor: Executor) -> Statistics:
+    """Statistics of a zarr array: its own where it carries them, and otherwise of a look at all voxels."""
+    own = header.statistics
+    if own:
+        return Statistics(own["min"], own["max"], own["mean"], own["non_finite_voxels"])
+    # Whole chunks, about as much at once as a task copies.
+    step = list(voxels.chunks)
+    for axis in reversed(range(len(step))):
+        room = PIECE_BYTES // (math.prod(step) * header.dtype.itemsize)
+        step[axis] *= max(1, min(room, -(-header.shape[axis] // step[axis])))
+    starts = list(itertools.product(*(range(0, n, s) for n, s in zip(header.shape, step, strict=True))))
+    look = partial(_look, voxels=voxels, step=tuple(step), path=header.path)
+    return _merge(executor.map(look, starts, name="ingest"))
+
+
+def _look(start: tuple[int, ...], *, voxels: Voxels, step: tuple[int, ...], path: Path) -> _Part:
+    region = tuple(slice(a, min(a + s, n)) for a, s, n in zip(start, step, voxels.shape, strict=True))
+    return _part(read_region(voxels, region, path))
 
 
 def convert(
@@ -476,6 +539,8 @@ def convert(
     target: str | Path,
     *,
     chunks: Sequence[int] | None = None,
+    level: int = 0,
+    dataset: str | None = None,
     executor: Executor = SERIAL,
     overwrite: bool = False,
 ) -> IngestReport:
@@ -485,7 +550,9 @@ def convert(
 
     Parameters
     ----------
-    source, chunks, executor
+    source, level, dataset
+        See `read_header`.
+    chunks, executor
         See `ingest`.
     target
         Folder of the new array, for example ``tomogram.zarr``; open it with ``zarr.open_array``.
@@ -505,32 +572,88 @@ def convert(
         If the target exists or cannot be written.
     """
     target = Path(target)
-    if target.exists() or target.is_symlink():
-        is_zarr = any((target / name).is_file() for name in ("zarr.json", ".zarray", ".zgroup"))
-        if not overwrite or not is_zarr:
-            raise OutputError(
-                "the converted tomogram must not replace anything" if is_zarr else "only zarr data can be replaced",
-                place=target,
-                value="an existing file or folder",
-                remedy="Choose another name" + (", or allow it with --overwrite" if is_zarr else ""),
-            )
-    part, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("part", "old"))
+    header = read_header(source, level=level, dataset=dataset)
+    require_free(target, overwrite=overwrite)
     try:
-        _, report = ingest(source, part, name=None, chunks=chunks, executor=executor)
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            target.replace(old)
-        part.replace(target)
-        shutil.rmtree(old, ignore_errors=True)
+        with replacing_folder(target) as part:
+            _, statistics = _fill(header, part, None, chunks, True, executor)
     except OutputError as error:
         raise OutputError(error.rule, place=target, value=error.value, remedy=error.remedy) from error
     except OSError as error:
         raise OutputError(
             "the converted tomogram must be writable", place=target, value=_reason(error), remedy="Choose another place"
         ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return report
+    return _report(header, statistics)
+
+
+def require_free(target: Path, *, overwrite: bool) -> None:
+    """Check that a conversion may write to `target`.
+
+    Raises
+    ------
+    OutputError
+        If something is there that is no zarr, or that may not be replaced.
+    """
+    ours = is_zarr(target)
+    if (target.exists() or target.is_symlink()) and not (ours and overwrite):
+        raise OutputError(
+            "the converted tomogram must not replace anything" if ours else "only zarr data can be replaced",
+            place=target,
+            value="an existing file or folder",
+            remedy="Choose another name" + (", or allow it with --overwrite" if ours else ""),
+        )
+
+
+def read_part(header: TomogramHeader, region: Region) -> np.ndarray[Any, Any]:
+    """Read a region of a file that is not compressed.
+
+    Parameters
+    ----------
+    header
+        From `read_header`.
+    region
+        A slice with start and stop for each axis of ``header.shape``. Of an MRC file whole rows are read, and cut.
+
+    Returns
+    -------
+    ndarray, (z, y, x) or (y, x), ``header.dtype``
+
+    Raises
+    ------
+    TomogramError
+        If the file cannot be read.
+    """
+    return _native(header.read(region), header.dtype)
+
+
+def read_beginning(header: MrcHeader, largest: int = STREAM_BYTES) -> np.ndarray[Any, Any]:
+    """Read the first sections of a compressed file.
+
+    Parameters
+    ----------
+    header
+        From `read_header`.
+    largest
+        Uncompressed bytes that all sections together may have; one section is read even if it has more.
+
+    Returns
+    -------
+    ndarray, (z, y, x) or (y, x), ``header.dtype``
+        As many of the file's sections as that gives; they lie along the axis ``header.axes.index(0)``.
+
+    Raises
+    ------
+    TomogramError
+        If the file cannot be read, or, as far as it was read, is damaged or too short.
+    """
+    section_bytes = header.voxel_bytes // header.file_shape[0]
+    count = min(header.file_shape[0], max(1, largest // section_bytes))
+    layers = _layers(header, count, section_bytes)
+    _, layer = next(layers)
+    if count == header.file_shape[0]:
+        next(layers, None)  # reads to the end, where the checksum is
+    voxels = np.frombuffer(layer, header.file_dtype).reshape(count, *header.file_shape[1:])
+    return _native(voxels.transpose(header.axes), header.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -572,7 +695,7 @@ def _merge(parts: Iterable[_Part]) -> Statistics:
 
 def _chunks(header: TomogramHeader) -> tuple[int, ...]:
     chunks = [min(CHUNK, size) for size in header.shape]
-    if header.compressed:
+    if isinstance(header, MrcHeader) and header.compressed:
         sections = header.axes.index(0)
         section_bytes = header.voxel_bytes // header.shape[sections]
         while chunks[sections] > 1 and chunks[sections] * section_bytes > STREAM_BYTES:
@@ -584,21 +707,34 @@ def _native(voxels: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> np.ndarray[An
     return np.ascontiguousarray(voxels.real, dtype=dtype)
 
 
-def _copy_row(start: tuple[int, ...], *, header: TomogramHeader, array: zarr.Array[Any]) -> list[_Part]:
-    """Copy the row of chunks that begins at `start` (whose last index is 0), a few chunks at a time."""
-    row = [slice(a, min(a + c, n)) for a, c, n in zip(start, array.chunks, array.shape, strict=True)]
-    column_bytes = math.prod(s.stop - s.start for s in row) * header.file_dtype.itemsize
+def _rows(header: TomogramHeader, array: zarr.Array[Any]) -> list[Region]:
+    """Divide an array into what a task copies: rows of chunks, side by side where the file holds them in one piece."""
+    step = list(array.chunks)
+    for axis in range(len(step) - 1):
+        stored = min(header.stored_chunks[axis], array.shape[axis])
+        fits = PIECE_BYTES // (math.prod(step[:-1]) * array.shape[-1] * header.dtype.itemsize)
+        step[axis] *= max(1, min(fits, -(-stored // step[axis])))
+    edges = [
+        [slice(a, min(a + width, n)) for a in range(0, n, width)]
+        for n, width in zip(array.shape[:-1], step, strict=False)
+    ]
+    return [(*part, slice(0, array.shape[-1])) for part in itertools.product(*edges)]
+
+
+def _copy_row(row: Region, *, header: TomogramHeader, array: zarr.Array[Any]) -> list[_Part]:
+    """Copy a region of whole chunks, a few chunks of its last axis at a time."""
+    column_bytes = math.prod(s.stop - s.start for s in row[:-1]) * array.chunks[-1] * header.dtype.itemsize
     width = max(1, PIECE_BYTES // column_bytes) * array.chunks[-1]
     parts = []
     for first in range(0, array.shape[-1], width):
         region: Region = (*row[:-1], slice(first, min(first + width, array.shape[-1])))
-        voxels = _native(_read(header, region), array.dtype)
+        voxels = _native(header.read(region), array.dtype)
         array[region] = voxels
         parts.append(_part(voxels))
     return parts
 
 
-def _read(header: TomogramHeader, region: Region) -> np.ndarray[Any, Any]:
+def _read(header: MrcHeader, region: Region) -> np.ndarray[Any, Any]:
     """Read a region of an uncompressed file, as (z, y, x).
 
     Whole rows are read and cut. A memory map would need no cutting, but its pages count as the process's memory, and a
@@ -622,7 +758,7 @@ def _read(header: TomogramHeader, region: Region) -> np.ndarray[Any, Any]:
     return voxels.reshape([s.stop - s.start for s in stored]).transpose(header.axes)
 
 
-def _stream(header: TomogramHeader, *, array: zarr.Array[Any]) -> list[_Part]:
+def _stream(header: MrcHeader, *, array: zarr.Array[Any]) -> list[_Part]:
     """Copy a compressed file from its beginning to its end, one layer of chunks at a time."""
     sections = header.axes.index(0)  # the axis of the array along which the file goes on
     file_shape = header.file_shape
@@ -640,7 +776,7 @@ def _stream(header: TomogramHeader, *, array: zarr.Array[Any]) -> list[_Part]:
     return parts
 
 
-def _layers(header: TomogramHeader, depth: int, section_bytes: int) -> Iterator[tuple[int, bytes]]:
+def _layers(header: MrcHeader, depth: int, section_bytes: int) -> Iterator[tuple[int, bytes]]:
     """Yield (first section, bytes of up to `depth` sections) of a compressed file."""
     read = 0
     try:

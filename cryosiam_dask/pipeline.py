@@ -39,8 +39,9 @@ from numpy.typing import NDArray
 
 from cryosiam_dask._version import __version__
 from cryosiam_dask.centers import collect_centers, write_centers
-from cryosiam_dask.components import ArrayModule, Blocks, ChunkedArray, remove_small
+from cryosiam_dask.components import ArrayModule, Blocks, ChunkedArray, remove_small, require_channel
 from cryosiam_dask.config import Configuration
+from cryosiam_dask.diagnosis import beyond_lamella, blank
 from cryosiam_dask.errors import (
     ClusterError,
     ConfigurationError,
@@ -51,7 +52,17 @@ from cryosiam_dask.errors import (
     Problems,
 )
 from cryosiam_dask.executor import SERIAL, Executor, Interrupted, SharedExecutor
+from cryosiam_dask.formats import (
+    MRC_LABEL,
+    Placed,
+    export_prediction,
+    formats_done,
+    other_formats,
+    remove_outdated_formats,
+    write_other_formats,
+)
 from cryosiam_dask.grid import Grid, block_size_for, make_grid
+from cryosiam_dask.intensities import intensities, sample_array
 from cryosiam_dask.labels_to_hdf5 import (
     StoredDataset,
     dataset_names,
@@ -66,11 +77,13 @@ from cryosiam_dask.lamella import postprocess_lamella
 from cryosiam_dask.ledger import Ledger, boot_id
 from cryosiam_dask.mask import open_mask
 from cryosiam_dask.measurements import COLLECTION, collect_tables, remove_outdated, write_components
-from cryosiam_dask.mrc_to_zarr import IngestReport, Statistics, TomogramHeader, ingest, read_header
-from cryosiam_dask.plan import MRC_LABEL, Job, RunPlan, removal_sizes, source_identity, with_sizes
+from cryosiam_dask.mrc_to_zarr import IngestReport, Statistics, ingest, read_header
+from cryosiam_dask.plan import Job, RunPlan, components_done, preview_done, removal_sizes, with_sizes
+from cryosiam_dask.preview import Sliceable, preview_file, read_fingerprint, write_preview
 from cryosiam_dask.progress import Reporter
 from cryosiam_dask.timeline import write_timeline
-from cryosiam_dask.zarr_to_labels import StoredPrediction, create_outputs, predict_store, tomogram_chunks
+from cryosiam_dask.tomogram_files import TomogramHeader, Voxels, ZarrHeader, source_identity
+from cryosiam_dask.zarr_to_labels import BlockTimes, StoredPrediction, create_outputs, predict_store, tomogram_chunks
 
 #: Kind of an error that a disk is full, read-only or not permitted.
 DISK = "disk"
@@ -153,7 +166,7 @@ def segment(
     plan, job, began = jobs[0][0], jobs[0][1], time.time()
     header: TomogramHeader | None = None
     try:
-        header = read_header(last.source)
+        header = read_header(last.source, **last_plan.configuration.reading)
         for note in header.notes:
             say(note)
         # The last job's place outlives the others: that is where the tomogram is kept for all of them.
@@ -244,18 +257,24 @@ class _Space:
 
 def _ingested(
     space: _Space, configuration: Configuration, job: Job, header: TomogramHeader, grid: Grid, executor: Executor
-) -> tuple[zarr.Array[Any], IngestReport]:
-    """The tomogram as zarr: the one that an earlier run made, or a new one."""
+) -> tuple[Voxels, IngestReport]:
+    """The tomogram as zarr: one that is read where it is, the one that an earlier run made, or a new one."""
     chunks = None if header.compressed else tomogram_chunks(grid)
     compress = header.dtype.kind != "f" or configuration.keep_work
-    key = hashlib.sha256(json.dumps([source_identity(job.source), chunks, compress]).encode()).hexdigest()
+    identity = [source_identity(job.source), configuration.reading, chunks, compress]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     found = space.ledger.last("ingested")
+    in_place = isinstance(header, ZarrHeader)
     # What the kernel had not yet written is gone with the machine.
-    if found and found["key"] == key and found["boot"] == boot_id() and "tomogram" in space.group:
+    copied = found is not None and found["boot"] == boot_id() and "tomogram" in space.group
+    if found and found["key"] == key and (in_place or copied):
         values = found["statistics"]
         statistics = Statistics(values["min"], values["max"], values["mean"], values["non_finite_voxels"])
-        return _array(space.group, "tomogram"), IngestReport(header, statistics, tuple(found["warnings"]))
-    tomogram, report = ingest(job.source, space.group.store, chunks=chunks, compress=compress, executor=executor)
+        tomogram = header.open() if isinstance(header, ZarrHeader) else _array(space.group, "tomogram")
+        return tomogram, IngestReport(header, statistics, tuple(found["warnings"]))
+    tomogram, report = ingest(
+        job.source, space.group.store, chunks=chunks, compress=compress, executor=executor, **configuration.reading
+    )
     space.ledger.append(
         "ingested", key=key, boot=boot_id(), statistics=report.statistics.attributes(), warnings=report.warnings
     )
@@ -265,14 +284,17 @@ def _ingested(
 def _predicted(
     plan: RunPlan,
     job: Job,
-    tomogram: zarr.Array[Any],
+    tomogram: Voxels,
     space: _Space,
     device: Literal["cpu", "cuda"],
     executor: Executor,
     timeline: bool,
     say: Callable[[str], None],
-) -> dict[str, zarr.Array[Any]]:
-    """What the network says, block by block; blocks of an earlier run that are recorded are not predicted again."""
+) -> tuple[dict[str, zarr.Array[Any]], list[dict[str, Any]]]:
+    """What the network says, block by block; blocks of an earlier run that are recorded are not predicted again.
+
+    Returns the arrays by name, and what is recorded of every block.
+    """
     work, ledger, key, done = space.group, space.ledger, job.prediction_fingerprint, set()
     found = ledger.last("blocks")
     resumed = found is not None and found["key"] == key and all(name in work for name in plan.wanted)
@@ -297,12 +319,15 @@ def _predicted(
         ledger.append("blocks", key=key, block_size=block_size)
     mask = None if job.mask is None else open_mask(job.mask, tomogram.shape)
     prediction = StoredPrediction(plan.spec(device), grid, tomogram, outputs, mask, token)
-    times = predict_store(
-        prediction, skip=done, done=lambda index: ledger.append("block", index=index), executor=executor
-    )
+
+    def record_block(index: tuple[int, ...], block: BlockTimes | None) -> None:
+        highest, inside = (block.highest, block.inside) if block else ((), 0)
+        ledger.append("block", index=index, highest=highest, inside=inside)
+
+    times = predict_store(prediction, skip=done, done=record_block, executor=executor)
     if timeline and times:
         write_timeline(plan.configuration.prediction_folder / f"{job.stem}_timeline.png", times, job.stem)
-    return outputs
+    return outputs, ledger.since("block", "blocks")
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
@@ -314,7 +339,7 @@ def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
 def _segment(
     plan: RunPlan,
     job: Job,
-    tomogram: zarr.Array[Any],
+    tomogram: Voxels,
     report: IngestReport,
     space: _Space,
     device: Literal["cpu", "cuda"],
@@ -326,7 +351,7 @@ def _segment(
     configuration, network, header = plan.configuration, plan.configuration.parameters.network, report.header
     array_module: ArrayModule = "cupy" if device == "cuda" else "numpy"
     work = space.group
-    outputs = _predicted(plan, job, tomogram, space, device, executor, timeline, say)
+    outputs, blocks = _predicted(plan, job, tomogram, space, device, executor, timeline, say)
     labels, warnings = outputs["labels"], list(report.warnings)
     if network.postprocessing:
         filled = _like(work, "lamella", labels)
@@ -347,11 +372,14 @@ def _segment(
             )
         labels = filled
     voxels, removed, sizes = _count_voxels(labels, plan.labels, executor), None, removal_sizes(configuration)
+    found_voxels = sum(voxels[1:])
     if sizes:
         labels, removed, voxels = _without_small(labels, voxels, sizes, work, executor, array_module)
     if voxels[0] == math.prod(header.shape):
-        warnings.append(_why_blank(plan, report))
-    attributes = _attributes(plan, job, report, warnings)
+        warnings.append(_why_blank(plan, report, tomogram, found_voxels, blocks))
+    elif job.mask is not None:
+        warnings += beyond_lamella(plan.checkpoint.architecture.out_channels, _coverage(blocks, header.shape))
+    attributes = _attributes(plan, job, report, warnings) | {"voxels": voxels}
     if job.output.suffix == ".h5":
         internal = outputs if configuration.save_internal_files else {}
         write = partial(
@@ -372,6 +400,12 @@ def _segment(
             label=MRC_LABEL + job.fingerprint,
         )
     executor.map(write, [job.output], name="export")
+    mask = None if job.mask is None else open_mask(job.mask, header.shape)
+    warnings += _draw(configuration, job.stem, tomogram, labels, mask, attributes, executor)
+    formats, folder = other_formats(configuration), configuration.prediction_folder
+    warnings += remove_outdated_formats(folder, job.stem, job.fingerprint, keep=formats)
+    beside = Placed.of(tomogram, report)
+    write_other_formats(folder, job.stem, formats, labels, tomogram=beside, attributes=attributes, executor=executor)
     probabilities = outputs.get("probabilities")
     warnings += _update_components(
         configuration, job.stem, labels, probabilities, attributes, work, executor, array_module
@@ -518,15 +552,34 @@ def _count_block(labels: zarr.Array[Any], blocks: Blocks, index: tuple[int, int,
     return counts
 
 
-def _why_blank(plan: RunPlan, report: IngestReport) -> str:
+def _why_blank(
+    plan: RunPlan,
+    report: IngestReport,
+    tomogram: Voxels,
+    found: int,
+    blocks: Sequence[Mapping[str, Any]],
+) -> str:
+    """Why nothing is left of `found` voxels of other labels than the background."""
+    masked = plan.configuration.mask_folder is not None
     data, statistics = plan.configuration.parameters.data, report.statistics
-    lowest, highest = (math.nan if v is None else v for v in (statistics.minimum, statistics.maximum))
-    return (
-        f"every voxel is background. Its intensities run from {lowest:g} to {highest:g}, and min {data.min:g} to max "
-        f"{data.max:g} is what the network sees: set parameters.data.min and max to the range of the tomogram, verify "
-        f"trained_model and lower network.threshold (now {plan.threshold:g})"
-        + ("; check that the masks in mask_folder are not empty" if plan.configuration.mask_folder else "")
+    sample = intensities(sample_array(tomogram), data.min, data.max)
+    return blank(
+        lowest=statistics.minimum,
+        highest=statistics.maximum,
+        clipped=(sample.below, sample.above),
+        scale=(data.min, data.max),
+        threshold=plan.threshold,
+        probabilities=[max(seen) for seen in zip(*(b["highest"] for b in blocks if b["highest"]), strict=True)] or None,
+        coverage=_coverage(blocks, tomogram.shape) if masked else None,
+        checkpoint=plan.configuration.trained_model.name,
+        masked=masked,
+        removed_voxels=found,
     )
+
+
+def _coverage(blocks: Sequence[Mapping[str, Any]], shape: Sequence[int]) -> float:
+    """Share of a tomogram inside its mask."""
+    return float(sum(block["inside"] for block in blocks) / math.prod(shape))
 
 
 def _attributes(plan: RunPlan, job: Job, report: IngestReport, warnings: Sequence[str]) -> dict[str, Any]:
@@ -540,6 +593,7 @@ def _attributes(plan: RunPlan, job: Job, report: IngestReport, warnings: Sequenc
         "origin_angstrom": header.origin_angstrom,
         "nstart": header.nstart,
         "axes": "zyx"[-len(header.shape) :],
+        "class_names": plan.class_names,  # of the labels from 1 on
         "checkpoint": plan.configuration.trained_model.name,
         "checkpoint_sha256": plan.checkpoint.sha256,
         "configuration": plan.configuration.model_dump_json(by_alias=True),
@@ -565,7 +619,8 @@ def postprocess(
     Parameters
     ----------
     configuration
-        The YAML file; of its paths only ``prediction_folder`` and ``work_folder`` are used.
+        The YAML file; of its paths only ``prediction_folder`` and ``work_folder`` are used, and for the pictures and
+        where ``output_formats`` asks for the tomograms beside their labels those of the tomogram and its mask.
     predictions
         From `find_predictions`.
     reporter
@@ -591,16 +646,19 @@ def postprocess(
                 shape = unfiltered.shape
                 voxels = _count_voxels(unfiltered, max(2, len(sizes)), own)
                 labels, removed, voxels = _without_small(unfiltered, voxels, sizes, work, own, "numpy")
-                attributes: dict[str, Any] = {"postprocessing_sizes": sizes}
+                probabilities = _probabilities(path) if configuration.components else None
+                if probabilities is not None:  # what the components would fail of, before anything is replaced
+                    require_channel(int(np.flatnonzero(voxels)[-1]), probabilities.shape[0])
+                attributes: dict[str, Any] = {"postprocessing_sizes": sizes, "voxels": voxels}
                 prediction = read_attributes(path).get("prediction_fingerprint")
                 if prediction:
                     attributes["fingerprint"] = with_sizes(prediction, sizes)
                 write = partial(replace_labels, labels=labels, removed=removed, attributes=attributes)
                 own.map(write, [path], name="export")
-                attributes = read_attributes(path)
-                warnings = _update_components(
-                    configuration, stem, labels, _probabilities(path), attributes, work, executor
-                )
+                attributes = _written_attributes(configuration, path)
+                warnings = _update_components(configuration, stem, labels, _probabilities(path), attributes, work, own)
+                warnings += _draw_again(configuration, stem, labels, attributes, work, own)
+                warnings += _update_formats(configuration, path, work, own)
             outcome = Outcome(stem, "done", shape, time.time() - began, voxels, tuple(warnings))
             reporter.end(stem, f"done in {outcome.seconds:.0f} s, {path}")
         except Interrupted:
@@ -632,6 +690,37 @@ def measure(
     outcomes = [attempt(path, reporter, partial(measure_one, configuration, path), executor) for path in predictions]
     collect(configuration, outcomes)
     return outcomes
+
+
+def export(
+    configuration: Configuration,
+    predictions: Sequence[Path],
+    reporter: Reporter,
+    *,
+    formats: Sequence[str],
+    executor: SharedExecutor = SERIAL,
+) -> list[Outcome]:
+    """Write predictions that are there already in other formats, without inference.
+
+    Parameters
+    ----------
+    configuration, predictions, reporter, executor
+        As of `postprocess`; ``data_folder`` and ``file_extension`` name the tomograms.
+    formats
+        ``"ome-zarr"``, ``"mrc"``.
+
+    Returns
+    -------
+    list of Outcome
+        One for each prediction.
+    """
+
+    def act(path: Path, executor: Executor) -> Result:
+        with _work_group(configuration, _stem(path)) as work:
+            warnings = export_prediction(configuration, path, formats, work=work, executor=executor)
+        return open_dataset(path, "labels").shape, (), warnings
+
+    return [attempt(path, reporter, partial(act, path), executor) for path in predictions]
 
 
 def list_centers(
@@ -708,13 +797,46 @@ def measure_one(configuration: Configuration, path: Path, executor: Executor) ->
     """Number and measure the components of one written prediction."""
     stem, labels = _stem(path), _written_labels(path)
     with _work_group(configuration, stem) as work:
-        attributes, probabilities = read_attributes(path), _probabilities(path)
+        attributes, probabilities = _written_attributes(configuration, path), _probabilities(path)
         warnings = _update_components(configuration, stem, labels, probabilities, attributes, work, executor)
     return labels.shape, (), tuple(warnings)
 
 
+def complete(plan: RunPlan, job: Job, executor: Executor) -> Result:
+    """Make from a written prediction what is wanted beside it and is missing or outdated."""
+    configuration, warnings = plan.configuration, list[str]()
+    if not components_done(job.components, job.fingerprint, plan.class_names):
+        warnings += measure_one(configuration, job.output, executor)[2]
+    if not preview_done(configuration, job):
+        labels, attributes = _written_labels(job.output), _written_attributes(configuration, job.output)
+        with _work_group(configuration, job.stem) as work:
+            warnings += _draw_again(configuration, job.stem, labels, attributes, work, executor, missing=True)
+    if not formats_done(configuration, job.stem, job.fingerprint, plan.class_names):
+        with _work_group(configuration, job.stem) as work:
+            warnings += _update_formats(configuration, job.output, work, executor)
+    return _written_labels(job.output).shape, (), tuple(warnings)
+
+
+def _update_formats(configuration: Configuration, path: Path, work: zarr.Group, executor: Executor) -> list[str]:
+    """Write new labels in the other formats that are wanted, or remove those of earlier ones."""
+    formats = other_formats(configuration)
+    warnings: list[str] = []
+    try:
+        if formats:
+            warnings += export_prediction(configuration, path, formats, work=work, executor=executor)
+    finally:  # without a tomogram, for example, an OME-Zarr image cannot be made
+        warnings += remove_outdated_formats(path.parent, _stem(path), read_attributes(path).get("fingerprint"))
+    return warnings
+
+
+def _written_attributes(configuration: Configuration, path: Path) -> dict[str, Any]:
+    """Attributes of a written prediction, with the names that its classes have now."""
+    attributes = read_attributes(path)
+    return attributes | ({"class_names": list(configuration.class_names)} if configuration.class_names else {})
+
+
 #: What the file of components says of its tomogram and of the labels that it was made from.
-_INHERITED = ("source", "voxel_size_angstrom", "origin_angstrom", "nstart", "axes", "fingerprint")
+_INHERITED = ("source", "voxel_size_angstrom", "origin_angstrom", "nstart", "axes", "class_names", "fingerprint")
 
 
 def _update_components(
@@ -750,6 +872,74 @@ def _update_components(
         array_module=array_module,
     )
     return _unknown_voxel_size(inherited)
+
+
+def _draw(
+    configuration: Configuration,
+    stem: str,
+    tomogram: Sliceable,
+    labels: Sliceable,
+    mask: Sliceable | None,
+    attributes: Mapping[str, Any],
+    executor: Executor,
+) -> list[str]:
+    """Draw a tomogram with its new labels; returns what needs attention. A picture is no reason to fail."""
+    path = preview_file(configuration.prediction_folder, stem)
+    if not configuration.preview:
+        path.unlink(missing_ok=True)  # what it shows are earlier labels
+        return []
+    try:
+        write_preview(
+            path,
+            tomogram,
+            labels,
+            voxel_size_angstrom=attributes.get("voxel_size_angstrom"),
+            class_names=("", *(configuration.class_names or ())),
+            lamella=mask,
+            title=stem,
+            fingerprint=attributes.get("fingerprint") or "",
+            executor=executor,
+        )
+    except _RESUMABLE:
+        raise
+    except Exception as error:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        return [f"its picture {path.name} could not be drawn: {error}"]
+    return []
+
+
+def _draw_again(
+    configuration: Configuration,
+    stem: str,
+    labels: Sliceable,
+    attributes: Mapping[str, Any],
+    work: zarr.Group,
+    executor: Executor,
+    *,
+    missing: bool = False,
+) -> list[str]:
+    """Draw written labels over the tomogram that they were made from, where it is still there; returns warnings.
+
+    A picture that shows these labels is left alone, and so is one that is not there, unless `missing` ones are wanted.
+    """
+    path = preview_file(configuration.prediction_folder, stem)
+    wanted = configuration.preview if missing else path.exists()
+    if not wanted or read_fingerprint(path) == attributes.get("fingerprint"):
+        return []
+    try:
+        source = configuration.data_folder / str(attributes["source"])
+        mask_file = configuration.mask_folder and configuration.mask_folder / f"{stem}_preds.h5"
+        mask = open_mask(mask_file, labels.shape) if mask_file else None
+        tomogram, _ = ingest(source, work.store, executor=executor, **configuration.reading)
+        if tuple(tomogram.shape) != tuple(labels.shape):
+            raise OutputError("the tomogram must have the shape of its labels", place=source, value=tomogram.shape)
+    except _RESUMABLE:
+        raise
+    except (KeyError, CryosiamDaskError) as error:
+        path.unlink(missing_ok=True)
+        return [f"its picture {path.name} cannot be drawn from these labels: {error}"]
+    return _draw(configuration, stem, tomogram, labels, mask, attributes, executor)
 
 
 def _unknown_voxel_size(attributes: Mapping[str, Any]) -> list[str]:
@@ -845,7 +1035,8 @@ def _read_unfiltered_chunk(path: Path, labels: zarr.Array[Any], corner: tuple[in
     with h5py.File(path, "r") as file:
         chunk = file["labels"][region]
         if "removed" in file:
-            chunk = chunk + file["removed"][region]
+            # In 64 bits, where no sum wraps around to a label that looks right.
+            chunk = np.add(chunk, file["removed"][region], dtype=np.int64, casting="same_kind")
     if chunk.min() < 0 or chunk.max() > 255:
         raise OutputError(
             "labels must lie between 0 and 255",

@@ -16,9 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import mrcfile
-
 from cryosiam_dask.checkpoint import Checkpoint, read_checkpoint
+from cryosiam_dask.classes import class_names, named
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.errors import (
     CheckpointError,
@@ -28,15 +27,19 @@ from cryosiam_dask.errors import (
     OutputError,
     Problems,
 )
+from cryosiam_dask.formats import format_path, formats_done, other_formats, read_mrc_fingerprint
 from cryosiam_dask.grid import make_grid
 from cryosiam_dask.labels_to_hdf5 import read_attributes
+from cryosiam_dask.mrc_to_zarr import MRC_ENDINGS
 from cryosiam_dask.network import peak_bytes, required_divisor, required_halo
+from cryosiam_dask.ome_zarr import SEGMENTATION, read_own_attributes
 from cryosiam_dask.predictor import PredictorSpec, default_threshold
+from cryosiam_dask.preview import preview_file, read_fingerprint
+from cryosiam_dask.tomogram_files import is_zarr, source_identity
 
 #: Raised whenever a change of the code changes a result, so that outputs of before are not taken for done.
 NUMBERS_VERSION = 2
 
-MRC_LABEL = "cryosiam_dask "  # before the fingerprint, in the only place of an MRC header that takes text
 _PROCESS_BYTES = 700 * 2**20  # Python with its libraries, one process
 
 
@@ -89,7 +92,7 @@ class RunPlan:
     jobs
         Tomograms to segment.
     unmeasured
-        Tomograms whose output was made so, but not their components.
+        Tomograms whose output was made so, but not their components, other formats or picture.
     skipped
         Tomograms all of whose outputs were made from the same input, checkpoint and settings.
     notes
@@ -118,6 +121,11 @@ class RunPlan:
     def labels(self) -> int:
         """Number of labels that the model can give, background included."""
         return max(2, self.checkpoint.architecture.out_channels)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the labels from 1 on."""
+        return class_names(self.configuration, self.labels - 1)
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -175,11 +183,22 @@ class RunPlan:
         now = _identity(job.output)
         if now is None or (now == job.found and self.overwrite):
             return False
-        if _read_fingerprint(job.output) == job.fingerprint and _components_done(job):
+        if _read_fingerprint(job.output) == job.fingerprint and not self.outdated(job):
             return True
         if self.overwrite or _read_fingerprint(job.output) == job.fingerprint:
             return False
         raise _made_otherwise(job.output)
+
+    def outdated(self, job: Job) -> str:
+        """What is wanted beside the output of a job and was not made from it, as a sentence; empty if nothing."""
+        names, missing = self.class_names, []
+        if not components_done(job.components, job.fingerprint, names):
+            missing.append("its components")
+        if not formats_done(self.configuration, job.stem, job.fingerprint, names):
+            missing.append("its other formats")
+        if not preview_done(self.configuration, job):
+            missing.append("its picture")
+        return f"{' and '.join(missing)} {'is' if missing == ['its picture'] else 'are'} not" if missing else ""
 
     def spec(self, device: Literal["cpu", "cuda"]) -> PredictorSpec:
         """How a worker is to run the network on `device`."""
@@ -274,7 +293,9 @@ def _plan_run(
         fingerprint = "" if to_come else with_sizes(prediction, removal_sizes(configuration))
         components = configuration.prediction_folder / f"{stem}_components.h5" if configuration.components else None
         job = Job(source, stem, output, mask, components, prediction, fingerprint, _identity(output))
-        if output.resolve() in {path.resolve() for path in (source, mask) if path}:
+        others = [format_path(configuration.prediction_folder, stem, name) for name in other_formats(configuration)]
+        inputs = {path.resolve() for path in (source, mask) if path}
+        if inputs & {path.resolve() for path in (output, *others)}:
             problems.append(
                 OutputError(
                     "an output must not replace its own input",
@@ -294,7 +315,9 @@ def _plan_run(
         elif not output.exists() or overwrite or to_come:
             jobs.append(job)
         elif _read_fingerprint(output) == job.fingerprint:
-            if _components_done(job):
+            names = class_names(configuration, max(2, checkpoint.architecture.out_channels) - 1)
+            measured = components_done(components, fingerprint, names)
+            if measured and formats_done(configuration, stem, fingerprint, names) and preview_done(configuration, job):
                 skipped.append(job)
             elif output.suffix == ".h5":
                 unmeasured.append(job)
@@ -325,6 +348,11 @@ def find_sources(configuration: Configuration) -> list[Path]:
     return sources
 
 
+def find_tomograms(configuration: Configuration, filename: str | None = None) -> list[Path]:
+    """The tomograms of a configuration, as far as they are there; see `plan_run` for what is not."""
+    return _find_tomograms(configuration, filename, [])
+
+
 def _find_tomograms(
     configuration: Configuration, filename: str | None, problems: list[CryosiamDaskError]
 ) -> list[Path]:
@@ -337,7 +365,7 @@ def _find_tomograms(
         names = (filename,) if filename is not None else configuration.test_files or ()
         sources = []
         for name in names:
-            if not (folder / name).is_file() and (folder / f"{name}{extension}").is_file():
+            if not _is_tomogram(folder / name) and _is_tomogram(folder / f"{name}{extension}"):
                 name += extension
             if not name.endswith(extension):
                 problems.append(
@@ -348,7 +376,7 @@ def _find_tomograms(
                         remedy="Change the name or file_extension",
                     )
                 )
-            elif not (folder / name).is_file():
+            elif not _is_tomogram(folder / name):
                 problems.append(
                     ConfigurationError(
                         f"the tomogram must be a file in data_folder, which is {folder}",
@@ -364,9 +392,11 @@ def _find_tomograms(
                 ConfigurationError("must name at least one tomogram, or be null", place=place, remedy="Set it to null")
             )
         return list(dict.fromkeys(sources))
-    sources = sorted(path for path in folder.iterdir() if path.name.endswith(extension) and path.is_file())
+    sources = sorted(path for path in folder.iterdir() if path.name.endswith(extension) and _is_tomogram(path))
+    if folder.resolve() == configuration.prediction_folder.resolve():
+        sources = [path for path in sources if not _is_output(path)]
     if not sources:
-        found = sorted({"".join(path.suffixes[-1:]) for path in folder.iterdir() if path.is_file()} - {""})
+        found = sorted({"".join(path.suffixes[-1:]) for path in folder.iterdir() if _is_tomogram(path)} - {""})
         problems.append(
             ConfigurationError(
                 f"there must be at least one file whose name ends with file_extension, which is {extension}",
@@ -376,6 +406,22 @@ def _find_tomograms(
             )
         )
     return sources
+
+
+def _is_tomogram(path: Path) -> bool:
+    """Whether this can be a tomogram: any file, or the folder of a zarr. One that lacks its metadata fails later, with
+    its name; hidden ones are still growing."""
+    folder = path.is_dir() and not path.name.startswith(".")
+    return path.is_file() or (folder and (path.suffix == ".zarr" or is_zarr(path)))
+
+
+def _is_output(path: Path) -> bool:
+    """Whether this is one of the files that a run leaves in a folder that may also be that of the tomograms."""
+    if path.name.endswith(("_preds.h5", "_components.h5", ".work.zarr")):
+        return True
+    if path.name.endswith("_labels.mrc"):
+        return read_mrc_fingerprint(path) is not None
+    return (path / "labels" / SEGMENTATION).is_dir() and bool(read_own_attributes(path))
 
 
 def _find_masks(
@@ -483,6 +529,16 @@ def _check_network(
             )
         )
     sizes, labels = network.postprocessing_sizes, max(2, architecture.out_channels)
+    names = configuration.class_names
+    if names is not None and len(names) != labels - 1:
+        problems.append(
+            ConfigurationError(
+                f"must name the model's labels from 1 on, which are {labels - 1}",
+                place="key class_names",
+                value=f"{len(names)} names, {list(names)}",
+                remedy="Leave out the background, label 0" if len(names) == labels else "Correct it, or set it to null",
+            )
+        )
     if sizes is not None and any(size >= 0 for size in sizes[labels:]):
         problems.append(
             ConfigurationError(
@@ -502,7 +558,8 @@ def _check_network(
 
 def _output_path(configuration: Configuration, source: Path, stem: str) -> Path:
     if configuration.save_original_file_extension and not configuration.save_internal_files:
-        return configuration.prediction_folder / source.name.removesuffix(".gz")
+        name = source.name.removesuffix(".gz")
+        return configuration.prediction_folder / (name if Path(name).suffix in MRC_ENDINGS else f"{stem}.mrc")
     return configuration.prediction_folder / f"{stem}_preds.h5"
 
 
@@ -521,6 +578,8 @@ def _settings(
         "threshold": threshold,
         "hull": ("volume" if network.hull_3d else "slices") if network.postprocessing else None,
         "save_internal_files": configuration.save_internal_files,
+        # Only where they are set, so that outputs of before stay what they are.
+        **{name: value for name, value in configuration.reading.items() if value},
     }
 
 
@@ -553,13 +612,6 @@ def _identity(path: Path) -> tuple[int, ...] | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def source_identity(path: Path) -> list[Any]:
-    """What tells a tomogram file from another one, and from itself before it was changed."""
-    with path.open("rb") as file:
-        header = hashlib.sha256(file.read(1024)).hexdigest()
-    return [path.name, path.stat().st_size, path.stat().st_mtime_ns, header]
-
-
 def _mask_identity(path: Path) -> list[Any]:
     """By its content, which is the same whenever it is made; compressed, it is small."""
     with path.open("rb") as file:
@@ -571,19 +623,36 @@ def _read_fingerprint(output: Path) -> str | None:
     try:
         if output.suffix == ".h5":
             return read_attributes(output).get("fingerprint")
-        with mrcfile.open(output, header_only=True) as mrc:
-            label = bytes(mrc.header.label[0]).decode("ascii", "replace")
-            return label.removeprefix(MRC_LABEL).strip() if label.startswith(MRC_LABEL) else None
-    except (OutputError, OSError, ValueError):
+        return read_mrc_fingerprint(output)
+    except OutputError:
         return None
 
 
-def _components_done(job: Job) -> bool:
-    """Whether a tomogram's components, where they are wanted, are those of its output."""
-    if job.components is None:
+def components_done(path: Path | None, fingerprint: str, names: Sequence[str]) -> bool:
+    """Whether a tomogram's components, where they are wanted, are those of its output, with the names that are wanted.
+
+    Parameters
+    ----------
+    path
+        Their HDF5 file, or ``None``.
+    fingerprint
+        Of the output.
+    names
+        Of the labels from 1 on.
+    """
+    if path is None:
         return True
-    tables = [job.components.with_suffix(ending) for ending in (".csv", ".parquet")]
-    return all(path.is_file() for path in tables) and _read_fingerprint(job.components) == job.fingerprint
+    tables = [path.with_suffix(ending) for ending in (".csv", ".parquet")]
+    if not all(table.is_file() for table in tables) or _read_fingerprint(path) != fingerprint:
+        return False
+    return named(read_attributes(path).get("class_names"), len(names)) == tuple(names)
+
+
+def preview_done(configuration: Configuration, job: Job) -> bool:
+    """Whether a tomogram's picture, where it is wanted, shows its output; no network runs again for a picture alone."""
+    if not configuration.preview or job.output.suffix != ".h5":
+        return True
+    return read_fingerprint(preview_file(configuration.prediction_folder, job.stem)) == job.fingerprint
 
 
 def with_sizes(prediction_fingerprint: str, sizes: Sequence[int]) -> str:

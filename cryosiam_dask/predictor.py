@@ -32,6 +32,7 @@ import numpy.typing as npt
 import torch
 
 from cryosiam_dask.checkpoint import read_checkpoint
+from cryosiam_dask.diagnosis import out_of_memory
 from cryosiam_dask.errors import CheckpointError, DeviceError, LostDeviceError
 from cryosiam_dask.grid import Patch
 from cryosiam_dask.network import build_network, convolve_with_onednn, fold_batch_norms, peak_bytes, required_divisor
@@ -367,7 +368,7 @@ class Predictor:
         shape
             Voxels of the result along each axis.
         wanted
-            Which of ``"labels"``, ``"probabilities"`` and ``"distances"`` to return.
+            Which of ``"labels"``, ``"probabilities"``, ``"distances"`` and ``"highest"`` to return.
 
         Returns
         -------
@@ -375,6 +376,7 @@ class Predictor:
             ``labels`` uint8 (z, y, x): with one class 1 where its probability exceeds the threshold; with several the
             most probable one (the first of equals), or 0 where none reaches the threshold. ``probabilities`` and
             ``distances`` float32 (class, z, y, x), before any threshold. All are 0 where no patch has its core.
+            ``highest`` float32 (class,): the highest probability of each class in any core.
         tuple of float
             When the device began and ended, seconds since the epoch.
 
@@ -418,11 +420,12 @@ class Predictor:
                     return self._predict_block(window, patches, shape, wanted, 1, alone=True)
                 except torch.OutOfMemoryError:
                     pass
+            tried, _ = out_of_memory(self.spec.batch_size, self.spec.patch)
+            _, remedy = out_of_memory(1, self.spec.patch)
             raise DeviceError(
                 "a patch and its block must fit into the GPU's memory",
-                value=f"patch_size {list(self.spec.patch)} and a block of {list(shape)}; batch_size "
-                f"{self.spec.batch_size} was tried down to 1, and that alone",
-                remedy="Lower parameters.data.patch_size or block_size, or free the GPU of other programs",
+                value=f"{tried}, and a block of {list(shape)}; smaller batches were tried down to 1, and that alone",
+                remedy=f"{remedy}. Or lower block_size, or free the GPU of other programs",
             )
 
     def _predict_block(
@@ -446,7 +449,7 @@ class Predictor:
                 began = time.time()
                 result = {
                     name: torch.zeros(
-                        shape if name == "labels" else (self.spec.classes, *shape),
+                        shape if name == "labels" else (self.spec.classes, *(() if name == "highest" else shape)),
                         dtype=torch.uint8 if name == "labels" else torch.float32,
                         device=device,
                     )
@@ -478,8 +481,11 @@ class Predictor:
                 found["labels"] = probabilities[:, 0] > threshold
             else:
                 found["labels"] = probabilities.masked_fill(probabilities < threshold, 0).argmax(dim=1)
+        if "highest" in result:
+            seen = probabilities[: len(patches)].amax(dim=(0, *range(2, probabilities.ndim)))
+            torch.maximum(result["highest"], seen, out=result["highest"])
         for name, values in result.items():
-            for i, patch in enumerate(patches):
+            for i, patch in enumerate(patches if name != "highest" else ()):
                 target: Any = (..., *patch.target)
                 values[target] = found[name][i]
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from distributed.system import MEMORY_LIMIT
 from rich.console import Console
@@ -27,10 +28,14 @@ from cryosiam_dask.cluster import (
 )
 from cryosiam_dask.collection import make_folders, remove_left_overs, run
 from cryosiam_dask.config import Configuration, read_configuration, read_pipeline
+from cryosiam_dask.diagnosis import beyond_lamella
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, DeviceError, Problems, TomogramError
-from cryosiam_dask.mrc_to_zarr import convert, read_header
+from cryosiam_dask.formats import convert_to_ome_zarr, other_formats
+from cryosiam_dask.ledger import read_outcomes
+from cryosiam_dask.mrc_to_zarr import convert, read_header, require_free
 from cryosiam_dask.pipeline import (
     Outcome,
+    export,
     find_predictions,
     list_centers,
     measure,
@@ -39,6 +44,7 @@ from cryosiam_dask.pipeline import (
 from cryosiam_dask.plan import RunPlan, plan_run
 from cryosiam_dask.predictor import largest_patch, load_predictor, name_of_gpu, require_precision, resolve_device
 from cryosiam_dask.progress import make_reporter
+from cryosiam_dask.report import write_report
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -127,10 +133,12 @@ def segment(
         for job in plan.skipped:
             say(console, f"{job.stem}: skipped, {job.output} was made from the same input, checkpoint and settings")
         for job in plan.unmeasured:
-            say(console, f"{job.stem}: {job.output} is up to date, its components are not")
+            say(console, f"{job.stem}: {job.output} is up to date, {plan.outdated(job)}")
     if not any(plan.jobs or plan.unmeasured for plan in plans):
         outcomes = [Outcome(job.stem, "skipped", stage=plan.name) for plan in plans for job in plan.skipped]
         print_table(console, outcomes)
+        for plan in plans:
+            report_on(plan.configuration, _of_stage(outcomes, plan), console)
         return outcomes
     total = len({job.stem for plan in plans for job in (*plan.jobs, *plan.unmeasured)})
     if not is_loopback(dashboard_address):
@@ -189,7 +197,16 @@ def segment(
             for plan in plans:
                 remove_left_overs(plan)
     print_table(console, outcomes)
+    for plan in plans:
+        if plan.jobs and plan.configuration.mask_folder is None:  # of the run, not of each of its tomograms
+            for sentence in beyond_lamella(plan.checkpoint.architecture.out_channels, None):
+                say(console, f"attention: {sentence}")
+        report_on(plan.configuration, _of_stage(outcomes, plan), console)
     return outcomes
+
+
+def _of_stage(outcomes: Sequence[Outcome], plan: RunPlan) -> list[Outcome]:
+    return [outcome for outcome in outcomes if outcome.stage == plan.name]
 
 
 def _planned(
@@ -258,7 +275,9 @@ def postprocess_again(
     """
     configuration = read_configuration(config_file)
     predictions = find_predictions(configuration, filename, sizes=True)
-    return _with_predictions(partial(postprocess, configuration, predictions), len(predictions), console, workers)
+    outcomes = _with_predictions(partial(postprocess, configuration, predictions), len(predictions), console, workers)
+    report_on(configuration, outcomes, console)
+    return outcomes
 
 
 def measure_predictions(
@@ -273,7 +292,45 @@ def measure_predictions(
     """
     configuration = read_configuration(config_file)
     predictions = find_predictions(configuration, filename)
-    return _with_predictions(partial(measure, configuration, predictions), len(predictions), console, workers)
+    outcomes = _with_predictions(partial(measure, configuration, predictions), len(predictions), console, workers)
+    report_on(configuration, outcomes, console)
+    return outcomes
+
+
+def export_predictions(
+    config_file: Path,
+    console: Console,
+    *,
+    formats: Sequence[str] = (),
+    filename: str | None = None,
+    workers: int | None = None,
+) -> list[Outcome]:
+    """Write predictions in other formats, and print what becomes of it.
+
+    Parameters
+    ----------
+    config_file, console, filename, workers
+        See `segment`.
+    formats
+        ``"ome-zarr"``, ``"mrc"``; none: those of the key ``output_formats``.
+
+    Raises
+    ------
+    ConfigurationError
+        If neither names a format.
+    """
+    configuration = read_configuration(config_file)
+    formats = formats or other_formats(configuration)
+    if not formats:
+        raise ConfigurationError(
+            "must name a format other than HDF5",
+            place="key output_formats",
+            value=list(configuration.output_formats),
+            remedy="Add 'ome-zarr' or 'mrc' to it, or give --format",
+        )
+    predictions = find_predictions(configuration, filename)
+    action = partial(export, configuration, predictions, formats=formats)
+    return _with_predictions(action, len(predictions), console, workers)
 
 
 def list_particles(
@@ -300,6 +357,43 @@ def list_particles(
     return _with_predictions(action, len(predictions), console, workers)
 
 
+def report_again(config_file: Path, console: Console) -> None:
+    """Write the page of a collection from what its folder holds, and say where it is.
+
+    Parameters
+    ----------
+    config_file, console
+        See `segment`.
+    """
+    configuration = read_configuration(config_file)
+    path = write_report(configuration, _recorded(configuration))
+    say(console, f"report: {path}")
+
+
+def _recorded(configuration: Configuration) -> dict[str, dict[str, Any]]:
+    """What earlier runs recorded of tomograms, less what the outputs themselves tell better."""
+    folder = configuration.prediction_folder
+
+    def told(stem: str, outcome: Mapping[str, Any]) -> set[str]:
+        known = {"status"} if outcome.get("status") == "done" else set()
+        return known | ({"voxels"} if (folder / f"{stem}_preds.h5").exists() else set())
+
+    return {
+        stem: {name: value for name, value in outcome.items() if name not in told(stem, outcome)}
+        for stem, outcome in read_outcomes(folder).items()
+    }
+
+
+def report_on(configuration: Configuration, outcomes: Sequence[Outcome], console: Console) -> None:
+    """Write the page of a collection after a run, and say where it is; a page is no reason for a run to fail."""
+    try:
+        now = {outcome.stem: asdict(outcome) for outcome in outcomes if outcome.status != "skipped"}
+        path = write_report(configuration, {**_recorded(configuration), **now})
+        say(console, f"report: {path}")
+    except Exception as error:
+        say(console, f"attention: the report could not be written: {error}")
+
+
 def _with_predictions(
     action: Callable[..., list[Outcome]], count: int, console: Console, workers: int | None
 ) -> list[Outcome]:
@@ -315,20 +409,32 @@ def _with_predictions(
 
 
 def convert_file(
-    source: Path, target: Path, console: Console, *, overwrite: bool = False, workers: int | None = None
+    source: Path,
+    target: Path,
+    console: Console,
+    *,
+    level: int = 0,
+    dataset: str | None = None,
+    overwrite: bool = False,
+    workers: int | None = None,
 ) -> None:
     """Convert one tomogram to zarr, and print what was found in it.
 
     Parameters
     ----------
-    source, target, overwrite
+    source, level, dataset, overwrite
         See `cryosiam_dask.mrc_to_zarr.convert`.
+    target
+        An OME-Zarr image where its name ends with ``.ome.zarr``, a single array otherwise.
     console, workers
         See `segment`.
     """
-    header = read_header(source)  # what is wrong with it is said before workers start
+    header = read_header(source, level=level, dataset=dataset)  # what is wrong is said before workers start
+    require_free(target, overwrite=overwrite)
+    make = convert_to_ome_zarr if target.name.endswith(".ome.zarr") else convert
     with open_cluster("cpu", 1 if header.compressed else workers or cores()) as client:
-        report = convert(source, target, executor=DaskExecutor(client), overwrite=overwrite)
+        executor = DaskExecutor(client)
+        report = make(source, target, level=level, dataset=dataset, executor=executor, overwrite=overwrite)
     statistics = report.statistics
     say(console, f"{target}: {' × '.join(map(str, header.shape))} (z, y, x), {header.dtype}")
     if statistics.minimum is not None:
@@ -344,6 +450,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def memory_of_machine() -> int:
+    """Bytes of memory that all workers together may use."""
+    return int(MEMORY_LIMIT)
+
+
 def _with_largest_patch(
     plan: RunPlan, device: Literal["cpu", "cuda"], workers: int | None, console: Console
 ) -> Configuration:
@@ -351,7 +462,7 @@ def _with_largest_patch(
     extent = plan.patch
     for job in plan.jobs:
         with suppress(TomogramError):  # such a tomogram fails alone, later
-            shape = read_header(job.source).shape
+            shape = read_header(job.source, **plan.configuration.reading).shape
             if len(shape) == len(extent):
                 extent = tuple(map(max, extent, shape))
     memory = int(0.8 * MEMORY_LIMIT / (workers or cores()))

@@ -13,6 +13,7 @@ Both give the same bytes; ``benchmarks/bench_halo.py`` compares their cost.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -35,6 +36,7 @@ from cryosiam_dask.executor import SERIAL, Executor
 from cryosiam_dask.grid import DEFAULT_BLOCK_SIZE, Block, Grid, make_grid, wrapped_segments
 from cryosiam_dask.mask import Mask, read_mask
 from cryosiam_dask.predictor import PredictorSpec, load_predictor, normalise
+from cryosiam_dask.tomogram_files import Voxels
 
 Array = npt.NDArray[Any]
 
@@ -56,7 +58,7 @@ def predict_window(
     block
         Which patches to predict and where their cores belong.
     wanted
-        Keys of `OUTPUTS`.
+        Keys of `OUTPUTS`, and ``"highest"``; see `cryosiam_dask.predictor.Predictor.predict_block`.
     mask
         ``block.shape`` (z, y, x), 0 or 1; every output is multiplied by it. A patch whose core lies outside it is not
         predicted.
@@ -64,14 +66,15 @@ def predict_window(
     Returns
     -------
     dict
-        ``labels`` (z, y, x), ``probabilities`` and ``distances`` (class, z, y, x), as far as they were wanted.
+        ``labels`` (z, y, x), ``probabilities`` and ``distances`` (class, z, y, x), as far as they were wanted, and
+        ``highest`` (class,), of all patches that were predicted, also where they reach out of the mask.
     tuple of float
         When the device began and ended, seconds since the epoch.
     """
     patches = [p for p in block.patches if mask is None or mask[p.target].any()]
     result, computed = load_predictor(spec).predict_block(voxels, patches, block.shape, wanted)
     if mask is not None:
-        result = {name: values * mask for name, values in result.items()}
+        result = {name: values if name == "highest" else values * mask for name, values in result.items()}
     return result, computed
 
 
@@ -120,7 +123,7 @@ class StoredPrediction:
 
     spec: PredictorSpec
     grid: Grid
-    tomogram: zarr.Array[Any]
+    tomogram: Voxels
     outputs: Mapping[str, zarr.Array[Any]]
     mask: Mask | None = None
     token: str | None = None
@@ -161,7 +164,7 @@ def create_outputs(
 
 @dataclass(frozen=True, slots=True)
 class BlockTimes:
-    """When a block was worked on, each step as (began, ended) in seconds since the epoch.
+    """When a block was worked on, each step as (began, ended) in seconds since the epoch, and what was seen in it.
 
     Attributes
     ----------
@@ -173,19 +176,25 @@ class BlockTimes:
         The network, on the device.
     write
         Compressing and writing its results.
+    highest
+        The highest probability of each class in any core that was predicted.
+    inside
+        Voxels of the block inside the mask; all without one.
     """
 
     worker: int
     read: tuple[float, float]
     compute: tuple[float, float]
     write: tuple[float, float]
+    highest: tuple[float, ...] = ()
+    inside: int = 0
 
 
 def predict_store(
     prediction: StoredPrediction,
     *,
     skip: Collection[tuple[int, ...]] = (),
-    done: Callable[[tuple[int, ...]], None] = lambda index: None,
+    done: Callable[[tuple[int, ...], BlockTimes | None], None] = lambda index, block: None,
     executor: Executor = SERIAL,
 ) -> list[BlockTimes]:
     """Predict a stored tomogram.
@@ -197,7 +206,8 @@ def predict_store(
     skip
         Indices of blocks whose results are there already.
     done
-        Called with the index of every block whose results have reached the disk.
+        Called with the index of every block whose results have reached the disk, and with what is returned of it;
+        ``None`` where the mask ruled it out.
     executor
         Runs the blocks.
 
@@ -208,7 +218,7 @@ def predict_store(
     """
     left = [index for index in prediction.grid.indices() if index not in skip]
     blocks = partial(predict_stored_block, prediction)
-    times = executor.map(blocks, left, name="predict", overlap=True, done=lambda index, _: done(index))
+    times = executor.map(blocks, left, name="predict", overlap=True, done=done)
     return [block for block in times if block]
 
 
@@ -222,7 +232,9 @@ def predict_stored_block(prediction: StoredPrediction, index: tuple[int, ...]) -
     began = time.time()
     voxels = read_window(prediction.tomogram, block, grid, prediction.spec)
     read = time.time()
-    result, computed = predict_window(prediction.spec, voxels, block, tuple(prediction.outputs), mask)
+    result, computed = predict_window(prediction.spec, voxels, block, (*prediction.outputs, "highest"), mask)
+    highest = tuple(result.pop("highest").tolist())
+    inside = math.prod(block.shape) if mask is None else int(np.count_nonzero(mask))
     del voxels  # while the next block's are read
     writing = time.time()
     if prediction.token is not None:
@@ -232,7 +244,7 @@ def predict_stored_block(prediction: StoredPrediction, index: tuple[int, ...]) -
     for name, values in result.items():
         prediction.outputs[name][_all_classes(block.region)] = values
         _force_to_disk(prediction.outputs[name], block.region)
-    return BlockTimes(os.getpid(), (began, read), computed, (writing, time.time()))
+    return BlockTimes(os.getpid(), (began, read), computed, (writing, time.time()), highest, inside)
 
 
 def _force_to_disk(array: zarr.Array[Any], region: tuple[slice, ...]) -> None:
@@ -250,6 +262,12 @@ def _force_to_disk(array: zarr.Array[Any], region: tuple[slice, ...]) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+def _slab(chunks: Any) -> int:
+    """Sections to read at once: whole chunks, so that those of a volume that others stored are decoded only once."""
+    chunk = chunks[0] if chunks and isinstance(chunks[0], int) else _SLAB
+    return min(chunk * max(1, _SLAB // chunk), 4 * _SLAB)
 
 
 def read_window(tomogram: Any, block: Block, grid: Grid, spec: PredictorSpec) -> npt.NDArray[np.float32]:
@@ -270,6 +288,7 @@ def read_window(tomogram: Any, block: Block, grid: Grid, spec: PredictorSpec) ->
         ``block.window_shape`` (z, y, x), float32: normalised, then padded with zeros and wrapped around past the end.
     """
     voxels = np.zeros(block.window_shape, np.float32)
+    depth = _slab(getattr(tomogram, "chunks", None))
     segments = [
         wrapped_segments(start, stop, a.axis.size, a.axis.padded)
         for (start, stop), a in zip(block.window, grid.axes, strict=True)
@@ -277,9 +296,9 @@ def read_window(tomogram: Any, block: Block, grid: Grid, spec: PredictorSpec) ->
     for pieces in product(*segments):
         source, target = zip(*pieces, strict=True)
         # Some chunks at a time: as stored and normalised, a whole window would be there three times.
-        for first in range(source[0].start, source[0].stop, _SLAB):
-            slab = slice(first, min(first + _SLAB, source[0].stop))
-            at = target[0].start + first - source[0].start
+        for first in range(source[0].start // depth * depth, source[0].stop, depth):
+            slab = slice(max(first, source[0].start), min(first + depth, source[0].stop))
+            at = target[0].start + slab.start - source[0].start
             inside = slice(at, at + slab.stop - slab.start)
             voxels[(inside, *target[1:])] = normalise(np.asarray(tomogram[(slab, *source[1:])]), spec)
     return voxels

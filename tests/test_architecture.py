@@ -15,17 +15,23 @@ PACKAGE = Path(cryosiam_dask.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 #: Everybody may use these; they use nothing of the package but each other.
-FOUNDATION = {"_version", "errors", "executor", "grid", "config", "ledger"}
+FOUNDATION = {"_version", "errors", "executor", "grid", "config", "ledger", "diagnosis", "json_values", "classes",
+              "folders"}  # fmt: skip
 STAGES = {"mrc_to_zarr", "zarr_to_labels", "lamella", "components", "measurements", "centers", "labels_to_hdf5", "mask",
-          "preview", "phantom", "timeline"}  # fmt: skip
+          "preview", "phantom", "timeline", "intensities", "tomogram_files",
+          "ome_zarr", "formats"}  # fmt: skip
 #: From the command line down to the foundation; imports go one way.
-LAYERS = [{"cli"}, {"demo"}, {"runner", "overview"}, {"collection"}, {"pipeline"}, {"plan", "progress", "cluster"},
-          STAGES, {"predictor"}, {"checkpoint"}, {"network"}, FOUNDATION]  # fmt: skip
+LAYERS = [{"cli"}, {"demo", "look"}, {"runner", "overview"}, {"collection"}, {"pipeline", "forecast"},
+          {"plan", "progress", "cluster", "inspect_file", "report"}, STAGES, {"predictor"},
+          {"checkpoint"}, {"network"}, FOUNDATION]  # fmt: skip
 #: What a stage may use of another: the lamella is the largest component, and a block is predicted inside its mask.
-BETWEEN_STAGES = {("lamella", "components"), ("zarr_to_labels", "mask"), ("timeline", "zarr_to_labels"),
-                  ("measurements", "components"),
+BETWEEN_STAGES = {("mrc_to_zarr", "tomogram_files"), ("zarr_to_labels", "tomogram_files"), ("lamella", "components"),
+                  ("zarr_to_labels", "mask"), ("timeline", "zarr_to_labels"),
+                  ("intensities", "mrc_to_zarr"), ("intensities", "tomogram_files"), ("measurements", "components"),
+                  ("preview", "components"),
                   ("measurements", "labels_to_hdf5"), ("centers", "components"), ("centers", "measurements"),
-                  ("centers", "labels_to_hdf5")}  # fmt: skip
+                  ("centers", "labels_to_hdf5"), ("formats", "labels_to_hdf5"), ("formats", "mrc_to_zarr"),
+                  ("formats", "ome_zarr")}  # fmt: skip
 
 ONLY_IN = {
     "torch": {"network", "checkpoint", "predictor"},
@@ -33,6 +39,7 @@ ONLY_IN = {
     "dask": {"zarr_to_labels", "cluster"},
     "distributed": {"cluster", "runner"},
     "pandas": {"measurements", "centers"},
+    "jinja2": {"report"},
     "starfile": {"centers"},
     "typer": {"cli"},
 }

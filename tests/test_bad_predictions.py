@@ -78,6 +78,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "one probability": ({"probs": np.float32(0.5)}, r"'probs' must have a class axis.*found \(\)"),
     "more removed": ({"removed": np.zeros((6, 7, 9), np.uint8)}, r"'removed' must have the shape.*found \(6, 7, 9\)"),
     "less removed": ({"removed": np.zeros((3, 7, 8), np.uint8)}, r"'removed' must have the shape.*found \(3, 7, 8\)"),
+    "floats removed": (
+        {"removed": np.zeros(SHAPE, np.float32)},
+        "'removed' must hold labels, whole numbers; found float32",
+    ),
     "floats": ({"labels": two_classes().astype(np.float32)}, "labels must be whole numbers; found float32"),
     "no voxels": ({"labels": np.zeros((6, 0, 8), np.uint8)}, r"must hold voxels; found \(6, 0, 8\)"),
 }
@@ -102,6 +106,17 @@ def test_a_file_that_does_not_fit_together_is_refused_and_kept(
         assert set(file) == {"labels", *datasets}
 
 
+def test_a_sum_of_labels_and_removed_that_no_byte_holds(tmp_path: Path) -> None:
+    labels = two_classes()
+    outcome = run(postprocess, tmp_path, labels=labels, removed=np.full(SHAPE, 255, np.uint8))
+    assert outcome.status == "failed" and "must lie between 0 and 255; found 255 to 257" in outcome.error
+    np.testing.assert_array_equal(written(tmp_path), labels)
+    # Other programs' dtypes are no obstacle.
+    removed = (labels == 0).astype(np.int64)
+    assert run(postprocess, tmp_path, -1, labels=labels.astype(np.uint64), removed=removed).status == "done"
+    np.testing.assert_array_equal(written(tmp_path), labels + removed)
+
+
 @command
 @pytest.mark.parametrize("shape", [(5,), (2, 3, 4, 5), ()])
 def test_neither_a_volume_nor_an_image(
@@ -122,6 +137,32 @@ def test_labels_without_their_channel_of_probabilities(tmp_path: Path) -> None:
     outcome = run(measure, tmp_path, labels=two_classes(), probs=probabilities(2, *SHAPE))
     assert outcome.status == "failed" and "found label 2 and 2 channels. Take labels and" in outcome.error
     assert not list(tmp_path.glob("*components*"))
+
+
+def test_labels_are_not_replaced_where_their_components_cannot_be_measured(tmp_path: Path) -> None:
+    def with_components(configuration: Configuration, *arguments: Any) -> list[Outcome]:
+        return postprocess(configuration.model_copy(update={"components": True}), *arguments)
+
+    datasets = {"labels": two_classes(), "probs": probabilities(2, *SHAPE)}
+    outcome = run(with_components, tmp_path, -1, 10, 0, **datasets)  # these sizes would remove label 1
+    assert outcome.status == "failed" and not outcome.details and "found label 2 and 2 channels" in outcome.error
+    np.testing.assert_array_equal(written(tmp_path), two_classes())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["TS_preds.h5", "config.yaml"]
+    # Without label 2 there is nothing to measure with a channel that is missing.
+    assert run(with_components, tmp_path, -1, 3, 5, **datasets).status == "done"
+    assert set(pandas.read_csv(tmp_path / "TS_components.csv")["class"]) == {1}
+
+
+def test_instances_get_no_particle_list_for_each_number(tmp_path: Path) -> None:
+    instances = np.zeros((9, 9, 9), np.uint32)
+    instances[::2, ::2, ::2] = np.arange(200, 325).reshape(5, 5, 5)
+    outcome = run(list_centers, tmp_path, labels=instances)
+    assert outcome.status == "failed" and not outcome.details
+    assert "labels that are classes, from 0 to 255; found 125 different labels, up to 324" in outcome.error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["TS_preds.h5", "config.yaml"]
+    # A wide dtype alone is no fault: other programs write classes so.
+    assert run(list_centers, tmp_path, labels=two_classes().astype(np.int64)).status == "done"
+    assert len(list(tmp_path.glob("TS_class*.star"))) == 2
 
 
 @command

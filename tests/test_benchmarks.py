@@ -58,6 +58,11 @@ def test_scaling(tmp_path: Path) -> None:
     assert found[-1]["shape"] == [48, 48, 48] and (tmp_path / "rows.png").exists()
 
 
+def test_report(tmp_path: Path) -> None:
+    (row,) = rows("bench_report", tmp_path / "rows.json", "--quick")
+    assert row["tomograms"] == 4 and 0 < row["megabytes"] < 20
+
+
 def test_halo(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/bench_halo.py", "--quick", "--output", tmp_path / "halo.json"]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)

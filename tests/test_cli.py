@@ -94,7 +94,9 @@ def test_the_main_job_with_cryosiams_own_files_and_spelling(tmp_path: Path) -> N
     for stage in ("lamella_slicewise", "semantic"):
         with h5py.File(folder / stage / "TS_a_6.80Apx_preds.h5") as file:
             found[stage] = {name: file[name][:] for name in file}
-        assert sorted(path.name for path in (folder / stage).iterdir()) == [".ledger", "TS_a_6.80Apx_preds.h5"]
+        assert sorted(path.name for path in (folder / stage).iterdir()) == [
+            ".ledger", "TS_a_6.80Apx_preds.h5", "TS_a_6.80Apx_preview.png", "report.html",
+        ]  # fmt: skip
     np.testing.assert_array_equal(found["lamella_slicewise"]["labels"], expected["lamella_slicewise"])
     np.testing.assert_array_equal(found["semantic"]["labels"], expected["semantic"])
     before = found["semantic"]["labels"] + found["semantic"]["removed"]
@@ -105,11 +107,13 @@ def test_run_skip_overwrite_and_postprocess(folder: Path) -> None:
     one = ("--config-file", "config.yaml", "--filename", "TS_1.mrc", "--timeline")
     output = call("semantic-predict", *one, folder=folder)
     assert "dashboard http://127.0.0.1:" in output and "1 tomogram on " in output
-    assert {path.name for path in (folder / "out").iterdir()} == {".ledger", "TS_1_preds.h5", "TS_1_timeline.png"}
+    assert output.count("attention: no mask_folder is set: expect false positives outside the lamella") == 1
+    of_one = {".ledger", "TS_1_preds.h5", "TS_1_preview.png", "TS_1_timeline.png", "report.html"}
+    assert {path.name for path in (folder / "out").iterdir()} == of_one
     before = (folder / "out" / "TS_1_preds.h5").read_bytes()
     output = call("semantic-predict", "--config-file", "config.yaml", "--workers", 1, folder=folder)
     assert "TS_1: skipped, out/TS_1_preds.h5 was made from the same input" in output
-    outputs = {".ledger", "TS_0_preds.h5", "TS_1_preds.h5", "TS_2_preds.h5", "TS_1_timeline.png"}
+    outputs = of_one | {f"TS_{i}_{ending}" for i in (0, 2) for ending in ("preds.h5", "preview.png")}
     assert {path.name for path in (folder / "out").iterdir()} == outputs
     values = yaml.safe_load((folder / "config.yaml").read_text())
     write_yaml(folder / "other.yaml", {**values, "parameters": {"network": {"threshold": 0.45}}})
@@ -123,6 +127,10 @@ def test_run_skip_overwrite_and_postprocess(folder: Path) -> None:
     with h5py.File(folder / "out" / "TS_1_preds.h5") as file:
         assert not (file["labels"][:] == 1).any() and (file["removed"][:] == 1).any()
     assert call("semantic-predict", "--config-file", "sizes.yaml", folder=folder).count("skipped, ") == 3
+    (folder / "out" / "report.html").unlink()
+    assert "report: out/report.html" in call("report", "--config-file", "sizes.yaml", folder=folder)
+    text = (folder / "out" / "report.html").read_text()
+    assert all(f"<bdi>TS_{i}</bdi>" in text for i in range(3)) and text.count("data:image/webp;base64,") == 3
 
 
 def test_the_largest_patch_is_chosen_by_trying(folder: Path) -> None:
@@ -137,6 +145,12 @@ def test_the_largest_patch_is_chosen_by_trying(folder: Path) -> None:
     # With the same patch written down, that is the same result.
     write_yaml(folder / "same.yaml", {**values, "parameters": {"data": {"patch_size": patch}}})
     assert "skipped, " in call("semantic-predict", "--config-file", "same.yaml", "--filename", "TS_1", folder=folder)
+
+
+def test_a_report_needs_predictions(folder: Path) -> None:
+    output = call("report", "--config-file", "config.yaml", folder=folder, status=2)
+    assert "error: key prediction_folder: there must be predictions to report" in output
+    assert not (folder / "out").exists()
 
 
 def test_a_patch_larger_than_the_memory_is_refused_with_numbers(folder: Path) -> None:
@@ -154,7 +168,8 @@ def test_failed_tomograms_give_status_1_and_the_others_are_done(folder: Path) ->
         file.truncate(5000)
     output = call("semantic-predict", "--config-file", "config.yaml", folder=folder, status=1)
     assert "failed, TS_0: " in output and "failed, TS_2: " in output and "5000" in output
-    assert sorted(path.name for path in (folder / "out").iterdir()) == [".ledger", "TS_1_preds.h5"]
+    written = sorted(path.name for path in (folder / "out").iterdir())
+    assert written == [".ledger", "TS_1_preds.h5", "TS_1_preview.png", "report.html"]
 
 
 def test_every_fault_of_a_configuration_at_once_and_nothing_made(folder: Path) -> None:
@@ -184,7 +199,10 @@ def test_a_stopped_run_leaves_nothing_half_written_and_goes_on(folder: Path, num
     call("semantic-predict", "--config-file", "config.yaml", folder=folder)
     (folder / "out").rename(folder / "whole")
     process = start("semantic-predict", "--config-file", "config.yaml", folder=folder, start_new_session=True)
-    ledger, others = folder / "out" / ".ledger" / "TS_2.jsonl", [folder / "out" / f"TS_{i}_preds.h5" for i in (0, 1)]
+    ledger, others = (
+        folder / "out" / ".ledger" / "TS_2.jsonl",
+        [folder / "out" / f"TS_{i}_{ending}" for i in (0, 1) for ending in ("preds.h5", "preview.png")],
+    )
     # until only the last one is left, and is being predicted
     while not (ledger.exists() and b'"what":"block"' in ledger.read_bytes() and all(map(Path.exists, others))):
         assert process.poll() is None
@@ -204,7 +222,8 @@ def test_a_stopped_run_leaves_nothing_half_written_and_goes_on(folder: Path, num
         assert err.strip() == "stopped: repeat the command to go on from here"
         assert re.search(r"TS_2\W+left", out)
     left = sorted(path.name for path in (folder / "out").iterdir())
-    assert left == [".ledger", "TS_0_preds.h5", "TS_1_preds.h5", "TS_2.work.zarr"]
+    report = ["report.html"] * (number != signal.SIGINT)
+    assert left == [".ledger", *(path.name for path in sorted(others)), "TS_2.work.zarr", *report]
     ledgers = [f"TS_{i}.jsonl" for i in range(3)]
     assert sorted(path.name for path in (folder / "out" / ".ledger").iterdir()) == ledgers
     done = ledger.read_bytes().count(b'"what":"block"')
@@ -213,9 +232,9 @@ def test_a_stopped_run_leaves_nothing_half_written_and_goes_on(folder: Path, num
     size = block_size_for(LARGE, (16, 16, 16), DEFAULT_BLOCK_SIZE, 2)
     blocks = len(make_grid(LARGE, (16, 16, 16), size).indices())
     assert f"TS_2: {done} of {blocks} blocks are there already" in output
-    everything = [".ledger", *(f"TS_{i}_preds.h5" for i in range(3))]
-    assert sorted(path.name for path in (folder / "out").iterdir()) == everything
-    for name in everything[1:]:
+    outputs = [f"TS_{i}_{ending}" for i in range(3) for ending in ("preds.h5", "preview.png")]
+    assert sorted(path.name for path in (folder / "out").iterdir()) == [".ledger", *outputs, "report.html"]
+    for name in outputs:
         assert (folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes()
 
 
@@ -228,8 +247,11 @@ def test_a_disk_that_is_full_is_said_and_leaves_nothing(folder: Path) -> None:
 
     output = call("semantic-predict", "--config-file", "config.yaml", folder=folder, status=1, preexec_fn=limit)
     assert "failed, TS_3: " in output and "File too large" in output
-    outputs = [".ledger", *(f"TS_{i}_preds.h5" for i in range(3))]
-    assert sorted(p.name for p in (folder / "out").iterdir()) == outputs
+    # Pictures are larger here, and no reason for a tomogram to fail.
+    assert re.search(r"attention, TS_1: its picture TS_1_preview.png could not be drawn: .*File too large", output)
+    assert sorted(p.name for p in (folder / "out").iterdir()) == [
+        ".ledger", *(f"TS_{i}_preds.h5" for i in range(3)), "report.html",
+    ]  # fmt: skip
 
 
 def test_components_and_particle_lists(folder: Path) -> None:
@@ -265,7 +287,16 @@ def test_version_help_and_wrong_usage(tmp_path: Path) -> None:
     output = call("--help", folder=tmp_path)
     assert all(
         name in output
-        for name in ("semantic-predict", "semantic-postprocess", "components", "semantic-to-centers", "convert", "demo")
+        for name in (
+            "semantic-predict",
+            "semantic-postprocess",
+            "components",
+            "semantic-to-centers",
+            "export",
+            "report",
+            "convert",
+            "demo",
+        )
     )
     assert "--config-file" in call("semantic_predict", "--help", folder=tmp_path)
     assert "No such command" in call("semantic-predicd", folder=tmp_path, status=2)

@@ -157,3 +157,16 @@ def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(ConfigurationError, match="must be a YAML file; found bytes that are not UTF-8"):
         read_configuration(tmp_path / "binary.yaml")
+
+
+def test_class_names_and_formats(tmp_path: Path) -> None:
+    c = read_configuration(write(tmp_path, MINIMAL + "class_names: [ 'Membran µ', actin ]\noutput_formats: [ mrc ]\n"))
+    assert (c.class_names, c.output_formats) == (("Membran µ", "actin"), ("mrc",))
+    (problem,) = problems(tmp_path, MINIMAL + "class_names: [ a, b, a ]\n")
+    assert "key class_names: must not hold a name twice: a; found" in problem
+    (problem,) = problems(tmp_path, MINIMAL + 'class_names: [ a, "b\\n" ]\n')
+    assert "key class_names.1: a name must be a line of printable text" in problem
+    (problem,) = problems(tmp_path, MINIMAL + "output_formats: [ hdf5, tiff ]\n")
+    assert "key output_formats.1: must be 'hdf5', 'ome-zarr' or 'mrc'; found 'tiff'" in problem
+    (problem,) = problems(tmp_path, MINIMAL + "output_formats: mrc\n")
+    assert "key output_formats: must be a list" in problem

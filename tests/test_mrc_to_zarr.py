@@ -263,6 +263,15 @@ def test_single_images(tmp_path: Path) -> None:
     np.testing.assert_array_equal(array[:], data)
 
 
+def test_sections_of_space_group_0_are_a_volume(tmp_path: Path) -> None:
+    """Many programs write tomograms as stacks of images, with mz = 1 or not."""
+    data = volume()
+    for mz in (1, 5):
+        array, report = read(write(tmp_path / "x.rec", data, ispg=0, mz=mz, cella=(70, 60, 10 * mz)))
+        np.testing.assert_array_equal(array[:], data)
+        assert report.header.voxel_size_angstrom == (10, 10, 10)
+
+
 @pytest.mark.parametrize(
     ("fields", "expected", "warning"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,20 @@ import pytest
 import starfile
 import yaml
 import zarr
+from PIL import Image
 from skimage.measure import label as label_whole
 from skimage.measure import regionprops
 
 from cryosiam_dask import __version__
-from cryosiam_dask.collection import run
+from cryosiam_dask.collection import make_folders, run
 from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.errors import Problems
+from cryosiam_dask.executor import Interrupted, SerialExecutor
 from cryosiam_dask.pipeline import Outcome, find_predictions, list_centers, measure
 from cryosiam_dask.pipeline import postprocess as postprocess_files
+from cryosiam_dask.pipeline import segment as segment_one
 from cryosiam_dask.plan import plan_run
+from cryosiam_dask.preview import preview_file, read_fingerprint, write_preview
 
 SHAPE = (24, 20, 22)
 LEDGER = [".ledger", *(f".ledger/{stem}.jsonl" for stem in ("TS_1", "TS_2_9.96Apx", "TS_3"))]
@@ -102,7 +107,7 @@ def files(folder: Path) -> list[str]:
 def test_outputs_as_the_viewer_opens_them(folder: Path) -> None:
     outcomes = segment(configure(folder, save_internal_files=True))
     assert [outcome.status for outcome in outcomes.values()] == ["done"] * 3
-    assert files(folder / "out") == [*LEDGER, "TS_1_preds.h5", "TS_2_9.96Apx_preds.h5", "TS_3_preds.h5"]
+    assert files(folder / "out") == [*LEDGER, *outputs(*STEMS, components=False)]
     with h5py.File(folder / "out" / "TS_2_9.96Apx_preds.h5") as file:
         assert set(file) == {"labels", "probs", "distances"}
         assert file["labels"].shape == SHAPE and file["labels"].dtype == np.uint8
@@ -173,7 +178,7 @@ def test_broken_files_fail_alone(folder: Path) -> None:
     assert "as many axes as the tomogram, which has 2" in outcomes["image"].error
     assert not any(o.details for o in outcomes.values())  # each was foreseen
     ledger = sorted([*LEDGER, ".ledger/image.jsonl", ".ledger/notes.jsonl"])
-    assert files(folder / "out") == [*ledger, "TS_1_preds.h5", "TS_3_preds.h5"]
+    assert files(folder / "out") == [*ledger, *outputs("TS_1", "TS_3", components=False)]
 
 
 def test_unreadable_masks_fail_alone(folder: Path) -> None:
@@ -186,7 +191,7 @@ def test_unreadable_masks_fail_alone(folder: Path) -> None:
     assert [outcomes[s].status for s in ("TS_1", "TS_2_9.96Apx", "TS_3")] == ["done", "failed", "failed"]
     assert "TS_2_9.96Apx_preds.h5" in outcomes["TS_2_9.96Apx"].error
     assert "7" in outcomes["TS_3"].error
-    assert files(folder / "out") == [*LEDGER, "TS_1_preds.h5"]
+    assert files(folder / "out") == [*LEDGER, *outputs("TS_1", components=False)]
 
 
 def test_failure_while_writing_keeps_the_earlier_output(folder: Path) -> None:
@@ -212,6 +217,84 @@ def test_nans_and_blank_results_are_warned_of(folder: Path) -> None:
     assert "every voxel is background" in blank and "parameters.data.min" in blank and "network.threshold" in blank
     with h5py.File(folder / "out" / "TS_1_preds.h5") as file:
         assert "NaN" in file.attrs["warnings"]
+
+
+def test_why_a_result_is_blank(folder: Path) -> None:
+    def why(network: dict[str, Any], data: dict[str, Any]) -> str:
+        parameters = {"network": network, "data": data}
+        outcome = segment(configure(folder, parameters=parameters), filename="TS_1.mrc", overwrite=True)["TS_1"]
+        assert outcome.voxels[1:] == (0, 0)
+        return next(warning for warning in outcome.warnings if "background" in warning)
+
+    voxels = np.random.default_rng(0).random(SHAPE, np.float32)
+    with mrcfile.open(folder / "data" / "TS_1.mrc") as mrc:
+        np.testing.assert_array_equal(mrc.data, voxels)
+    text = why({"threshold": 1.0}, {"min": 0.25, "max": 0.5})
+    below, above = (f"{100 * share:.1f} %" for share in (np.mean(voxels < 0.25), np.mean(voxels > 0.5)))
+    assert f"{below} of the voxels are clipped below and {above} above. Set parameters.data.min and max to" in text
+    assert "Verify trained_model, which is model.ckpt" in text and "mask_folder" not in text
+    text = why({"threshold": 1.0}, {})
+    segment(configure(folder, save_internal_files=True), filename="TS_1.mrc", overwrite=True)
+    with h5py.File(folder / "out" / "TS_1_preds.h5") as file:
+        highest = file["probs"][:].max(axis=(1, 2, 3))[1:]
+    listed = ", ".join(f"{p:.3g} for class {label}" for label, p in enumerate(highest, start=1))
+    assert f"The highest probability is {listed}, and network.threshold 1: lower it to less than" in text
+    assert "as it should be" in text
+    found = np.count_nonzero(labels_of_a_run(folder))
+    text = why({"postprocessing_sizes": [-1, 10**6, 10**6]}, {})
+    assert text.startswith(f"every voxel is background: postprocessing_sizes removed all {found:,} voxels")
+
+
+def test_masks_that_cover_nothing_or_everything_are_said(folder: Path) -> None:
+    (folder / "masks").mkdir()
+    for stem, inside in (("TS_1", 0), ("TS_2_9.96Apx", SHAPE[0]), ("TS_3", 12)):
+        mask = np.zeros(SHAPE, np.uint8)
+        mask[:inside] = 1
+        with h5py.File(folder / "masks" / f"{stem}_preds.h5", "w") as file:
+            file["labels"] = mask
+    outcomes = segment(configure(folder, mask_folder=str(folder / "masks")))
+    assert outcomes["TS_1"].warnings[0].startswith("every voxel is background: its mask is empty")
+    assert outcomes["TS_2_9.96Apx"].warnings[0].startswith("the mask covers 100 % of the tomogram")
+    assert not outcomes["TS_3"].warnings
+
+
+class StopsBeforeTheLastBlock(SerialExecutor):
+    """Is interrupted when one block is left to be predicted."""
+
+    def map(self, function: Any, items: Any, *, name: str, **options: Any) -> list[Any]:
+        if name == "predict":
+            super().map(function, items[:-1], name=name, **options)
+            raise Interrupted
+        return super().map(function, items, name=name, **options)
+
+
+def test_what_a_stopped_run_saw_is_remembered(folder: Path) -> None:
+    """Share of the mask and highest probabilities are of all blocks, also of those that are not predicted again."""
+    (folder / "masks").mkdir()
+    with h5py.File(folder / "masks" / "TS_1_preds.h5", "w") as file:
+        file["labels"] = np.ones(SHAPE, np.uint8)
+    for network, words in (({}, "the mask covers 100 % of"), ({"threshold": 1.0}, "The highest probability is")):
+        keys = {"mask_folder": str(folder / "masks"), "block_size": 8}
+        whole = segment(
+            configure(folder, network, **keys, prediction_folder=str(folder / "whole")), filename="TS_1.mrc"
+        )
+        configuration = configure(folder, network, **keys, prediction_folder=str(folder / f"out{len(network)}"))
+        plan = plan_run(configuration, filename="TS_1.mrc")
+        make_folders(plan)
+        jobs, said = [(plan, job) for job in plan.jobs], list[str]()
+        with pytest.raises(Interrupted):
+            list(segment_one(jobs, executor=StopsBeforeTheLastBlock()))
+        (outcome,) = segment_one(jobs, executor=SerialExecutor(), say=said.append)
+        assert outcome.warnings == whole["TS_1"].warnings and words in outcome.warnings[0]
+        (message,) = [text for text in said if "blocks are there already" in text]
+        count, all_blocks = (int(word) for word in message.split() if word.isdigit())
+        assert count == all_blocks - 1 > 0
+        shutil.rmtree(folder / "whole")
+
+
+def labels_of_a_run(folder: Path) -> np.ndarray:
+    segment(configure(folder), filename="TS_1.mrc", overwrite=True)
+    return labels(folder)
 
 
 def test_no_lamella_keeps_the_thresholded_labels_and_warns(folder: Path) -> None:
@@ -248,6 +331,81 @@ def test_only_one_run_works_on_a_tomogram(folder: Path) -> None:
     assert "only one run may work on a tomogram at a time" in outcomes["TS_1"].error
     assert outcomes["TS_3"].status == "done"
     assert segment(configure(folder))["TS_1"].status == "done"  # the lock went with its holder
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def fingerprints(folder: Path, stem: str = "TS_1") -> tuple[str | None, str]:
+    """Of a tomogram's picture and of its labels."""
+    with h5py.File(folder / "out" / f"{stem}_preds.h5") as file:
+        return read_fingerprint(preview_file(folder / "out", stem)), file.attrs["fingerprint"]
+
+
+def test_pictures_show_tomogram_labels_and_mask(folder: Path) -> None:
+    (folder / "masks").mkdir()
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[6:18, :, :10] = 1
+    for stem in STEMS:
+        with h5py.File(folder / "masks" / f"{stem}_preds.h5", "w") as file:
+            file["labels"] = mask
+    segment(configure(folder, mask_folder=str(folder / "masks"), class_names=["membrane", "actin"]))
+    with mrcfile.open(folder / "data" / "TS_2_9.96Apx.mrc") as mrc:
+        write_preview(
+            folder / "expected.png",
+            mrc.data,
+            labels(folder, "TS_2_9.96Apx"),
+            voxel_size_angstrom=9.96,
+            class_names=("", "membrane", "actin"),
+            lamella=mask,
+            title="TS_2_9.96Apx",
+        )
+    with (
+        Image.open(folder / "expected.png") as expected,
+        Image.open(folder / "out" / "TS_2_9.96Apx_preview.png") as found,
+    ):
+        np.testing.assert_array_equal(np.asarray(expected), np.asarray(found))
+    with h5py.File(folder / "out" / "TS_2_9.96Apx_preds.h5") as file:
+        assert file.attrs["voxels"].tolist() == np.bincount(file["labels"][:].ravel(), minlength=3).tolist()
+    assert len(set(fingerprints(folder))) == 1
+
+
+def test_pictures_are_made_where_they_are_wanted_and_missing(folder: Path) -> None:
+    segment(configure(folder, preview=False))
+    assert files(folder / "out") == [*LEDGER, *(f"{stem}_preds.h5" for stem in STEMS)]
+    modified = (folder / "out" / "TS_1_preds.h5").stat().st_mtime_ns
+    assert {outcome.status for outcome in segment(configure(folder)).values()} == {"done"}
+    assert files(folder / "out") == [*LEDGER, *outputs(*STEMS, components=False)]
+    assert (folder / "out" / "TS_1_preds.h5").stat().st_mtime_ns == modified and len(set(fingerprints(folder))) == 1
+    (folder / "out" / "TS_1_preview.png").write_bytes(b"damaged")
+    outcomes = segment(configure(folder))
+    assert [outcomes[stem].status for stem in STEMS] == ["done", "skipped", "skipped"]
+    # New labels, but no picture of them is wanted: that of the old ones goes.
+    segment(configure(folder, {"threshold": 0.45}, preview=False), filename="TS_1.mrc", overwrite=True)
+    assert not (folder / "out" / "TS_1_preview.png").exists() and (folder / "out" / "TS_3_preview.png").exists()
+
+
+def test_pictures_follow_the_labels(folder: Path) -> None:
+    segment(configure(folder))
+    before = (folder / "out" / "TS_1_preview.png").read_bytes()
+    (folder / "data" / "TS_3.mrc").unlink()
+    outcomes = {o.stem: o for o in postprocess(configure(folder, {"postprocessing_sizes": [-1, 10**6, -1]}))}
+    assert (folder / "out" / "TS_1_preview.png").read_bytes() != before and len(set(fingerprints(folder))) == 1
+    with h5py.File(folder / "out" / "TS_1_preds.h5") as file:
+        assert np.trim_zeros(file.attrs["voxels"], "b").tolist() == np.bincount(file["labels"][:].ravel()).tolist()
+    assert outcomes["TS_1"].warnings == ()
+    # That of a tomogram which is no longer there would show other labels.
+    assert not (folder / "out" / "TS_3_preview.png").exists() and outcomes["TS_3"].status == "done"
+    assert "TS_3_preview.png cannot be drawn" in outcomes["TS_3"].warnings[0]
+    outcomes = {o.stem: o for o in postprocess(configure(folder, {"postprocessing_sizes": [-1, 10**6, -1]}))}
+    assert not any(outcome.warnings for outcome in outcomes.values())
+
+
+def test_a_picture_that_cannot_be_written_fails_no_tomogram(folder: Path) -> None:
+    (folder / "out" / "TS_1_preview.png").mkdir(parents=True)
+    outcomes = segment(configure(folder))
+    assert {outcome.status for outcome in outcomes.values()} == {"done"}
+    assert "TS_1_preview.png could not be drawn" in outcomes["TS_1"].warnings[0] and not outcomes["TS_3"].warnings
 
 
 # ------------------------------------------------------------------------------------------- removing small components
@@ -336,7 +494,8 @@ def instances(folder: Path, stem: str = "TS_1") -> np.ndarray:
 
 def outputs(*stems: str, components: bool = True) -> list[str]:
     collection = ["components.csv", "components.parquet"] if components else []
-    endings = ["components.csv", "components.h5", "components.parquet", "preds.h5"] if components else ["preds.h5"]
+    endings = ["preds.h5", "preview.png"]
+    endings += ["components.csv", "components.h5", "components.parquet"] if components else []
     return sorted(collection + [f"{stem}_{ending}" for stem in stems for ending in endings])
 
 

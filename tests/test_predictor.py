@@ -284,6 +284,19 @@ def test_only_what_is_wanted_is_returned(spec, wanted):
         np.testing.assert_array_equal(values, everything[name])
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("classes", [1, 3])
+def test_the_highest_probability_of_each_class_is_that_of_the_cores(tmp_path, classes, device):
+    path = checkpoints.write(tmp_path / "model.ckpt", replace(SMALL, out_channels=classes))
+    spec = make_spec(path, batch_size=4, device=device)
+    window, core = some_patches(1, spec)[0], (slice(4, 12), slice(0, 12), slice(13, 16))
+    far = (slice(8, 16), slice(12, 16), slice(0, 3))  # a hole is left between both, and no batch is full
+    tiles = [Patch((slice(0, 16),) * 3, part, part) for part in (core, far)]
+    result, _ = load_predictor(spec).predict_block(window, tiles, (16,) * 3, {"probabilities", "highest"})
+    np.testing.assert_array_equal(result["highest"], result["probabilities"].max(axis=(1, 2, 3)))
+    assert result["highest"].shape == (classes,) and result["highest"].dtype == np.float32
+
+
 def test_a_core_is_predicted_as_in_its_whole_patch(spec):
     patches = some_patches(3, spec)
     whole = predict_patches(load_predictor(spec), patches, EVERYTHING)

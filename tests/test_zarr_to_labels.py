@@ -182,6 +182,8 @@ def test_block_outside_the_mask_reads_and_writes_nothing(tmp_path: Path) -> None
     steps = (*times.read, *times.compute, *times.write)
     assert list(steps) == sorted(steps)
     expected = predicted("high_threshold", 1)
+    assert times.inside == np.count_nonzero(mask)
+    np.testing.assert_array_equal(times.highest, expected["probabilities"][(..., *inside)].max(axis=(1, 2, 3)))
     for name in NAMES:
         np.testing.assert_array_equal(prediction.outputs[name][:], expected[name] * mask)
 

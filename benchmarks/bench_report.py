@@ -1,0 +1,128 @@
+"""What the page of a large collection costs: seconds to make it, and its size.
+
+    python benchmarks/bench_report.py --count 500 --output benchmarks/results/report.json
+    python benchmarks/bench_report.py --count 200 --folder /tmp/collection   # and keep it, to be looked at
+    python benchmarks/bench_report.py --quick              # seconds; the tests run it, so that it cannot rot
+
+The tomograms are noise, their labels blobs, with the files and the pictures that a run writes. Some stand out: with
+much or little of a class, with warnings, without preview, failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+import zarr
+from scipy import ndimage
+
+sys.path[:0] = [str(Path(__file__).parent)]
+from bench_inference import machine  # noqa: E402
+
+from cryosiam_dask.config import Configuration, read_configuration  # noqa: E402
+from cryosiam_dask.labels_to_hdf5 import write_hdf5  # noqa: E402
+from cryosiam_dask.measurements import write_components  # noqa: E402
+from cryosiam_dask.preview import preview_file, write_preview  # noqa: E402
+from cryosiam_dask.report import write_report  # noqa: E402
+
+NAMES = ("membrane", "ribosome", "microtubule", "actin")
+
+
+def make_collection(
+    folder: Path, count: int, *, shape: tuple[int, ...] = (40, 100, 90), components: bool = True
+) -> tuple[Configuration, dict[str, dict[str, Any]]]:
+    """Write the outputs of `count` made-up tomograms; returns their configuration and what became of each."""
+    for part in ("data", "masks", "semantic"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    values = {
+        "data_folder": str(folder / "data"),
+        "mask_folder": str(folder / "masks"),
+        "prediction_folder": str(folder / "semantic"),
+        "trained_model": str(folder / "semantic.ckpt"),
+        "class_names": list(NAMES),
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    configuration = read_configuration(folder / "config.yaml")
+    outcomes = {}
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        name = f"TS_{number + 1}_9.96Apx"
+        outcome: dict[str, Any] = {"status": "done", "seconds": float(rng.gamma(20, 9)), "warnings": (), "error": ""}
+        outcomes[name] = outcome
+        if number % 67 == 41:
+            outcome |= {"status": "failed", "error": f"{name}.mrc: a tomogram must be complete; found 5000 bytes."}
+            continue
+        if number % 29 == 13:
+            outcome["warnings"] = ("3 voxels are NaN or infinite and were treated as the minimum",)
+        smooth = ndimage.gaussian_filter(rng.standard_normal(shape, np.float32), 4)
+        smooth /= smooth.std()
+        z, half = np.indices(shape)[0], shape[0] * rng.normal(0.3, 0.03)
+        lamella = np.abs(z - shape[0] / 2) < half
+        labels = np.zeros(shape, np.uint8)
+        # Each class between two levels of the noise, wide apart in a few tomograms.
+        for label, low in enumerate((0.8, 1.3, -1.2, -2.0), 1):
+            wide = rng.normal(0.25, 0.03) * (2.2 if number % 47 == 10 * label else 1)
+            labels[(smooth > low) & (smooth < low + wide) & lamella] = label
+        if number % 83 == 60:
+            labels[:] = 0
+            outcome["warnings"] = ("every voxel is background",)
+        tomogram = 0.5 + 0.1 * ndimage.gaussian_filter(rng.standard_normal(shape, np.float32), 1) - 0.05 * (labels > 0)
+        attributes = {
+            "voxel_size_angstrom": (9.96,) * len(shape),
+            "voxels": np.bincount(labels.ravel(), minlength=len(NAMES) + 1).tolist(),
+            "warnings": "\n".join(outcome["warnings"]),
+            "fingerprint": name,
+        }
+        predictions = configuration.prediction_folder / f"{name}_preds.h5"
+        write_hdf5(predictions, labels, attributes=attributes)
+        inside = np.bincount(lamella.ravel()).tolist()
+        write_hdf5(folder / "masks" / f"{name}_preds.h5", lamella.view(np.uint8), attributes={"voxels": inside})
+        if components:
+            work = zarr.create_group({})
+            write_components(configuration.prediction_folder, name, labels, work=work, attributes=attributes)
+        if number % 31 != 30:
+            write_preview(
+                preview_file(configuration.prediction_folder, name),
+                tomogram,
+                labels,
+                voxel_size_angstrom=9.96,
+                class_names=("", *NAMES),
+                lamella=lamella,
+                title=name,
+                fingerprint=name,
+            )
+    return configuration, outcomes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        count = 4 if options.quick else options.count
+        configuration, outcomes = make_collection(folder, count)
+        began = time.monotonic()
+        path = write_report(configuration, outcomes)
+        row = {
+            "tomograms": count,
+            "seconds": round(time.monotonic() - began, 2),
+            "megabytes": round(path.stat().st_size / 1e6, 2),
+        }
+    print(row)
+    if options.output:
+        options.output.write_text(json.dumps({"machine": machine("cpu"), "rows": [row]}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""What a result that looks wrong, or is going to, most likely comes from: numbers in, sentences out.
+
+The rules are CryoSiam's table of troubles, with the numbers that tell one cause from another:
+
+=============================== ====================================================================================
+A segmentation is blank         Intensities outside [min, max] are clipped, so that a wrong scaling shows the network
+                                nothing; or no probability reaches the threshold; or the model is another one.
+It finds things beyond the      The models were not trained on what surrounds a lamella: no mask, or one that covers
+lamella                         everything.
+A GPU's memory does not suffice A batch of patches is what takes it.
+=============================== ====================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+#: More voxels than this share outside [min, max] are worth a warning: the tails of a scaled tomogram are thinner.
+CLIPPED = 0.05
+#: Intensities are a sliver of [min, max] where the central 99 % of them span less than this share of it.
+SLIVER = 0.05
+#: A mask that leaves out less than this share of the tomogram keeps nothing from the model.
+UNMASKED = 0.001
+
+
+def scaling(
+    below: float, above: float, central: tuple[float, float] | None, minimum: float, maximum: float
+) -> tuple[str, ...]:
+    """Say what is wrong with how intensities fall into [min, max].
+
+    Parameters
+    ----------
+    below, above
+        Shares of the voxels below `minimum` and above `maximum`, 0 to 1.
+    central
+        Between which intensities the central 99 % of the voxels lie; ``None`` without finite voxels.
+    minimum, maximum
+        ``parameters.data.min`` and ``max``.
+
+    Returns
+    -------
+    tuple of str
+        Empty where more than `SLIVER` of the range is used and no more than `CLIPPED` of the voxels are clipped.
+
+    Examples
+    --------
+    >>> scaling(0.0, 0.01, (0.1, 0.9), 0, 1)
+    ()
+    >>> print(*scaling(0.0, 0.0, (0.48, 0.51), 0, 1))
+    the central 99 % of its intensities lie between 0.48 and 0.51, 3.0 % of the range from min 0 to max 1: the network \
+sees next to no contrast. Set parameters.data.min and max to about 0.48 and 0.51
+    """
+    if central is None:
+        return ("no voxel is a finite number: every one counts as the minimum",)
+    low, high = central
+    if low == high:
+        return (f"almost all voxels are {low:g}: there is nothing to see. Check the file",)
+    remedy = f"Set parameters.data.min and max to about {low:.3g} and {high:.3g}"
+    if below + above > CLIPPED:
+        return (
+            f"{percent(below)} of its voxels lie below min {minimum:g} and {percent(above)} above max {maximum:g}, "
+            f"where they are clipped; the central 99 % lie between {low:.3g} and {high:.3g}. {remedy}",
+        )
+    share = (min(high, maximum) - max(low, minimum)) / (maximum - minimum)
+    if share < SLIVER:
+        return (
+            f"the central 99 % of its intensities lie between {low:.3g} and {high:.3g}, {percent(share)} of the range "
+            f"from min {minimum:g} to max {maximum:g}: the network sees next to no contrast. {remedy}",
+        )
+    return ()
+
+
+def beyond_lamella(classes: int, coverage: float | None) -> tuple[str, ...]:
+    """Say why a model may find things outside the lamella.
+
+    Parameters
+    ----------
+    classes
+        Channels of the model's probabilities: 1 for a lamella model, which needs no mask.
+    coverage
+        Share of the tomogram inside the mask, 0 to 1; ``None`` without a mask.
+    """
+    if classes == 1:
+        return ()
+    if coverage is None:
+        return (
+            "no mask_folder is set: expect false positives outside the lamella, which the model was not trained on. "
+            "Run the lamella prediction, and set mask_folder to its output",
+        )
+    if coverage > 1 - UNMASKED:
+        return (
+            f"the mask covers {percent(coverage)} of the tomogram: it keeps no false positives outside the lamella "
+            "away. Look at the lamella prediction, and raise its network.threshold if it took everything for lamella",
+        )
+    return ()
+
+
+def blank(
+    *,
+    lowest: float | None,
+    highest: float | None,
+    clipped: tuple[float, float] | None,
+    scale: tuple[float, float],
+    threshold: float,
+    probabilities: Sequence[float] | None,
+    checkpoint: str,
+    coverage: float | None = None,
+    masked: bool = False,
+    removed_voxels: int = 0,
+) -> str:
+    """Say why every voxel of a segmentation is background.
+
+    Parameters
+    ----------
+    lowest, highest
+        Of the tomogram's intensities; ``None`` where it has no finite ones.
+    clipped
+        Shares of its voxels below and above `scale`, 0 to 1; ``None`` where they are not known.
+    scale
+        ``parameters.data.min`` and ``max``.
+    threshold
+        ``network.threshold`` as it was used.
+    probabilities
+        The highest one of each class that was seen anywhere; ``None`` where they are not known.
+    checkpoint
+        Name of the model's file.
+    coverage
+        Share of the tomogram inside the mask, 0 to 1; ``None`` where it is not known.
+    masked
+        Whether there is a mask at all.
+    removed_voxels
+        How many voxels of other labels ``postprocessing_sizes`` removed.
+    """
+    start = "every voxel is background"
+    if removed_voxels:
+        return (
+            f"{start}: postprocessing_sizes removed all {removed_voxels:,} voxels that the network had found. "
+            "Lower its entries and run semantic-postprocess"
+        )
+    if coverage == 0:
+        return f"{start}: its mask is empty. Run the lamella prediction again, or lower its network.threshold"
+    minimum, maximum = scale
+    causes = [start]
+    range_ = "are not finite" if lowest is None or highest is None else f"run from {lowest:g} to {highest:g}"
+    seen = f"Its intensities {range_}, and min {minimum:g} to max {maximum:g} is what the network sees"
+    fits = clipped is not None and sum(clipped) <= CLIPPED
+    if clipped is not None:
+        seen += f": {percent(clipped[0])} of the voxels are clipped below and {percent(clipped[1])} above"
+    if fits:
+        causes.append(f"{seen}, as it should be with parameters.data.min and max")
+    else:
+        causes.append(f"{seen}. Set parameters.data.min and max to the range of the tomogram")
+    causes.append(_probabilities(threshold, probabilities, masked))
+    causes.append(f"Verify trained_model, which is {checkpoint}")
+    if masked:
+        causes.append("Check that the masks in mask_folder are not empty")
+    return ". ".join(causes)
+
+
+def _probabilities(threshold: float, highest: Sequence[float] | None, masked: bool) -> str:
+    """What the highest probability of each class says of the threshold."""
+    if highest is None:
+        return f"Lower network.threshold (now {threshold:g})"
+    # With one class that is the lamella, with several the first one is the background.
+    classes = [(1, highest[0])] if len(highest) == 1 else list(enumerate(highest))[1:]
+    listed = ", ".join(f"{p:.3g} for class {label}" for label, p in classes)
+    most = max(p for _, p in classes)
+    text = f"The highest probability is {listed}, and network.threshold {threshold:g}"
+    if most <= threshold:
+        return f"{text}: lower it to less than {most:.3g}"
+    if len(highest) == 1:
+        return f"{text}: what exceeds it " + ("lies outside the mask" if masked else "has been removed")
+    outside = " or what reaches it lies outside the mask:" if masked else ""
+    return f"{text}, but the background is more probable everywhere,{outside} a lower threshold does not help"
+
+
+def out_of_memory(batch_size: int, patch: Sequence[int], divisor: int = 8, free: int | None = None) -> tuple[str, str]:
+    """Say what a GPU's memory did not suffice for, and what to set instead.
+
+    Parameters
+    ----------
+    batch_size
+        ``hyper_parameters.batch_size``.
+    patch
+        Its shape in voxels, (z, y, x) or (y, x).
+    divisor
+        Number that must divide every axis of a patch.
+    free
+        Bytes of the GPU that were free before; ``None`` where it is not known.
+
+    Returns
+    -------
+    tried, remedy
+        For the value and the remedy of an error.
+
+    Examples
+    --------
+    >>> out_of_memory(4, (128, 128, 128), free=2**33)[1]
+    'Set hyper_parameters.batch_size to 2'
+    >>> out_of_memory(1, (128, 128, 128))[1]
+    'Set parameters.data.patch_size to [96, 96, 96], which changes the labels a little, or use a GPU with more memory'
+    """
+    tried = f"batch_size {batch_size} and patch_size {list(patch)}"
+    if free is not None:
+        tried += f", for which {free / 1e9:.1f} GB were free"
+    if batch_size > 1:
+        return tried, f"Set hyper_parameters.batch_size to {batch_size // 2}"
+    smaller = [max(divisor, 3 * size // 4 // divisor * divisor) for size in patch]
+    return tried, (
+        f"Set parameters.data.patch_size to {smaller}, which changes the labels a little, or use a GPU with more memory"
+    )
+
+
+def percent(share: float) -> str:
+    """A share from 0 to 1 in words, with no 0 or 100 that is not one.
+
+    Examples
+    --------
+    >>> percent(0.05), percent(0.00001), percent(0.99999), percent(1)
+    ('5.0 %', 'less than 0.1 %', 'more than 99.9 %', '100 %')
+    """
+    if share in (0, 1):
+        return f"{100 * share:.0f} %"
+    if share < 0.001:
+        return "less than 0.1 %"
+    return "more than 99.9 %" if share > 0.999 else f"{100 * share:.1f} %"

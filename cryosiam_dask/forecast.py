@@ -1,0 +1,521 @@
+"""What a run will read, compute and write, and what it will cost: known before it starts, without writing anything.
+
+`forecast` takes a configuration and its plan (see `cryosiam_dask.plan`), so that a run of several stages has one for
+each. For every tomogram that the plan does not skip it
+
+1. reads the header, and a sample of the intensities (see `cryosiam_dask.intensities`): a wrong scaling is the commonest
+   cause of a blank segmentation;
+2. reads its mask, or, where all masks together are large, evenly spread chunks of it;
+3. lays the blocks over it and adds up what they and the outputs take on the disk.
+
+No GPU is touched. What is wrong with a tomogram is kept as its problem, and the next one is looked at.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from cryosiam_dask.config import Configuration
+from cryosiam_dask.diagnosis import beyond_lamella, scaling
+from cryosiam_dask.errors import CryosiamDaskError, TomogramError
+from cryosiam_dask.formats import format_path, other_formats
+from cryosiam_dask.grid import Grid, block_size_for, make_grid
+from cryosiam_dask.intensities import Intensities, evenly_spread, intensities, sample_file
+from cryosiam_dask.json_values import as_json
+from cryosiam_dask.mask import Mask, open_mask, read_stored
+from cryosiam_dask.mrc_to_zarr import read_header
+from cryosiam_dask.plan import Job, RunPlan, find_tomograms, removal_sizes
+from cryosiam_dask.tomogram_files import TomogramHeader, ZarrHeader
+
+MASK_VOXELS = 1 << 31  # that are read of all masks together, a few seconds
+_LEAST_MASK_VOXELS = 1 << 26  # of each
+
+
+@dataclass(frozen=True, slots=True)
+class Masking:
+    """What a lamella mask leaves of a tomogram.
+
+    Attributes
+    ----------
+    path
+        The file.
+    stored_shape
+        The mask's, (z, y, x); resized to the tomogram's where it is another.
+    coverage
+        Share of the tomogram inside the mask, 0 to 1.
+    blocks_ruled_out
+        Blocks in which nothing need be predicted.
+    exact
+        Whether both are counted; otherwise the mask is resized, or so large that only chunks of it were looked at.
+    """
+
+    path: Path
+    stored_shape: tuple[int, ...]
+    coverage: float
+    blocks_ruled_out: int
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TomogramForecast:
+    """What will become of one tomogram.
+
+    Attributes
+    ----------
+    stem, source
+        Its name and file.
+    action
+        ``"segment"``; ``"measure"`` where only its components are missing; ``"skip"``; ``"refuse"`` where a problem
+        stands in the way.
+    reason
+        Why it is skipped or only measured.
+    shape
+        (z, y, x) in voxels; empty where the file was not looked at or cannot be read.
+    dtype
+        Of the voxels.
+    voxel_size_angstrom
+        Along the axes of `shape`; ``None`` where the header does not know it.
+    file_bytes
+        Size of the file as it lies on the disk.
+    compressed
+        Whether it is gzip-compressed.
+    intensities
+        How they fall into ``parameters.data.min`` and ``max``.
+    mask
+        The mask that will be used, if there is one.
+    blocks, patches
+        How many there are without a mask; a patch is evaluated once.
+    block_shape
+        Of the largest block, in voxels.
+    work_bytes, output_bytes
+        What its work store, for the time being, and its outputs take on the disk at most. Labels compress to a small
+        part of what is counted for them here, probabilities hardly.
+    certain_work_bytes, certain_output_bytes
+        The part of both that does not depend on how things compress.
+    outputs
+        The files that it makes.
+    notes, warnings
+        What was decided about the file, and what needs attention.
+    problems
+        Why it cannot be done.
+    """
+
+    stem: str
+    source: Path
+    action: Literal["segment", "measure", "skip", "refuse"]
+    reason: str = ""
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    voxel_size_angstrom: tuple[float | None, ...] = ()
+    file_bytes: int = 0
+    compressed: bool = False
+    intensities: Intensities | None = None
+    mask: Masking | None = None
+    blocks: int = 0
+    patches: int = 0
+    block_shape: tuple[int, ...] = ()
+    work_bytes: int = 0
+    output_bytes: int = 0
+    certain_work_bytes: int = 0
+    certain_output_bytes: int = 0
+    outputs: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A file system that a run writes to.
+
+    Attributes
+    ----------
+    folders
+        Which of its folders lie there.
+    free_bytes
+        What is free on it. A quota may allow less.
+    needed_bytes
+        What the run takes on it at most.
+    certain_bytes
+        The part of that which does not depend on how things compress.
+    """
+
+    folders: tuple[Path, ...]
+    free_bytes: int
+    needed_bytes: int
+    certain_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a run will do and take.
+
+    Attributes
+    ----------
+    checkpoint, checkpoint_sha256
+        The model's file, and its hash.
+    classes
+        Channels of the model's probabilities.
+    patch, halo
+        In voxels; a halo of 0 stands for a quarter of the patch.
+    precision
+        Of the network's products.
+    threshold
+        Probability threshold.
+    scaling
+        Intensities that become 0 and 1.
+    tomograms
+        One forecast for each.
+    workers
+        Worker processes on the CPUs of this machine.
+    bytes_per_worker
+        Memory of one that runs the network on the CPU; of this
+    block_bytes
+        for its two blocks, which a worker with a GPU needs as well, and
+    network_bytes
+        for the network, which a worker with a GPU needs there, once for each patch of a batch.
+    batch_size
+        Patches that a GPU evaluates at once.
+    memory_bytes
+        What this machine has; ``None`` where it was not said.
+    disks
+        The file systems that are written to.
+    notes, warnings, problems
+        What a user should know before the run, what needs attention, and why it could not succeed, other than those of
+        single tomograms.
+    """
+
+    checkpoint: Path
+    checkpoint_sha256: str
+    classes: int
+    patch: tuple[int, ...]
+    halo: int
+    precision: str
+    threshold: float
+    scaling: tuple[float, float]
+    tomograms: tuple[TomogramForecast, ...]
+    workers: int
+    bytes_per_worker: int
+    block_bytes: int
+    network_bytes: int
+    batch_size: int
+    memory_bytes: int | None
+    disks: tuple[Disk, ...]
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as JSON values; lengths in voxels and bytes as the attributes say."""
+        values: dict[str, Any] = as_json(self)
+        return {**values, "problems": list(self.all_problems)}
+
+    @property
+    def all_problems(self) -> tuple[str, ...]:
+        """Everything for which the run could not succeed."""
+        return (*self.problems, *(problem for tomogram in self.tomograms for problem in tomogram.problems))
+
+
+def forecast(
+    configuration: Configuration,
+    plan: RunPlan,
+    *,
+    workers: int = 1,
+    concurrent: int = 1,
+    memory_bytes: int | None = None,
+) -> Forecast:
+    """Say what a run will do and take, reading as little as tells it.
+
+    Parameters
+    ----------
+    configuration, plan
+        What to do; from `cryosiam_dask.plan.plan_run`.
+    workers
+        Worker processes; small tomograms are cut into smaller blocks for more of them.
+    concurrent
+        How many tomograms are worked on at the same time.
+    memory_bytes
+        What the machine has for the workers.
+    """
+    voxels = max(_LEAST_MASK_VOXELS, MASK_VOXELS // max(1, len(plan.jobs)))
+    tomograms = [
+        *(_tomogram(configuration, plan, job, workers, voxels) for job in plan.jobs),
+        *(_measured(configuration, plan, job) for job in plan.unmeasured),
+        *(
+            TomogramForecast(
+                job.stem,
+                job.source,
+                "skip",
+                "made from the same input, checkpoint and settings",
+                outputs=_outputs(configuration, job),
+            )
+            for job in plan.skipped
+        ),
+    ]
+    tomograms.sort(key=lambda tomogram: tomogram.source)
+    notes = list(plan.notes)
+    warnings: list[str] = []
+    problems: list[str] = []
+    if configuration.parameters.data.patch_size == "auto":
+        notes.append(
+            "patch_size auto: the run tries which patch fits into the device's memory. What is said here holds for the "
+            f"checkpoint's own, {list(plan.patch)}"
+        )
+    if plan.jobs and configuration.mask_folder is None:
+        warnings += beyond_lamella(plan.checkpoint.architecture.out_channels, None)
+    if memory_bytes is not None and workers * plan.bytes_per_worker > memory_bytes:
+        warnings.append(
+            f"{workers} workers on CPUs need about {_gb(workers * plan.bytes_per_worker)}, and this machine has "
+            f"{_gb(memory_bytes)}. Lower --workers, block_size or parameters.data.patch_size, or run it on GPUs"
+        )
+    disks = _disks(configuration, tomograms, concurrent)
+    for disk in disks:
+        where = " and ".join(map(str, disk.folders))
+        if disk.certain_bytes > disk.free_bytes:
+            problems.append(
+                f"{where}: there must be {_gb(disk.certain_bytes)} of free disk space; found "
+                f"{_gb(disk.free_bytes)}. Free space, or set work_folder or prediction_folder to another disk."
+            )
+        elif disk.needed_bytes > disk.free_bytes:
+            warnings.append(
+                f"{where}: up to {_gb(disk.needed_bytes)} may be needed, and {_gb(disk.free_bytes)} are free. Labels "
+                "compress to a small part of what is counted for them here, probabilities hardly"
+            )
+    return Forecast(
+        checkpoint=configuration.trained_model,
+        checkpoint_sha256=plan.checkpoint.sha256,
+        classes=plan.checkpoint.architecture.out_channels,
+        patch=plan.patch,
+        halo=plan.halo,
+        precision=configuration.hyper_parameters.precision,
+        threshold=plan.threshold,
+        scaling=(configuration.parameters.data.min, configuration.parameters.data.max),
+        tomograms=tuple(tomograms),
+        workers=workers,
+        bytes_per_worker=plan.bytes_per_worker,
+        block_bytes=plan.block_bytes,
+        network_bytes=plan.network_bytes,
+        batch_size=configuration.hyper_parameters.batch_size,
+        memory_bytes=memory_bytes,
+        disks=disks,
+        notes=tuple(notes),
+        warnings=tuple(warnings),
+        problems=tuple(problems),
+    )
+
+
+def unreadable(configuration: Configuration, filename: str | None = None) -> list[CryosiamDaskError]:
+    """What is wrong with the headers of a configuration's tomograms; also where nothing could be planned."""
+    problems: list[CryosiamDaskError] = []
+    for source in find_tomograms(configuration, filename):
+        try:
+            read_header(source, **configuration.reading)
+        except TomogramError as error:
+            problems.append(error)
+    return problems
+
+
+def masking(mask: Mask, grid: Grid, voxels: int = MASK_VOXELS) -> Masking:
+    """Say what a mask leaves of a tomogram and of its blocks.
+
+    Parameters
+    ----------
+    mask
+        From `cryosiam_dask.mask.open_mask`.
+    grid
+        The blocks, on the tomogram that the mask is for.
+    voxels
+        How many of the mask to read at most; chunks that are evenly spread stand for more.
+
+    Raises
+    ------
+    MaskError
+        If it cannot be read or holds values other than 0 and 1.
+    """
+    ratios = [m / n for m, n in zip(mask.stored_shape, mask.shape, strict=True)]
+    # Inner edges of the blocks on the axes of the mask as it is stored.
+    edges = [[round(edge * ratio) for edge in axis.edges] for axis, ratio in zip(grid.axes, ratios, strict=True)]
+    seen, inside_of = np.zeros(grid.block_counts, bool), np.zeros(grid.block_counts, bool)
+    read = inside = 0
+    for region, values in read_stored(mask, partial(evenly_spread, voxels=voxels)):
+        read, inside = read + values.size, inside + int(np.count_nonzero(values))
+        for pieces in product(*map(_cut, region, edges)):
+            block = tuple(index for index, _ in pieces)
+            part = values[
+                tuple(slice(p.start - r.start, p.stop - r.start) for r, (_, p) in zip(region, pieces, strict=True))
+            ]
+            seen[block] = True
+            inside_of[block] |= bool(part.any())
+    ruled_out = round(seen.size * np.count_nonzero(seen & ~inside_of) / np.count_nonzero(seen))
+    exact = mask.stored_shape == mask.shape and read == math.prod(mask.shape)
+    return Masking(mask.path, mask.stored_shape, inside / read, ruled_out, exact)
+
+
+def _cut(part: slice, edges: list[int]) -> Iterable[tuple[int, slice]]:
+    """The pieces of a part of an axis, each with the number of the block that it lies in."""
+    for index, (start, stop) in enumerate(pairwise(edges)):
+        if max(part.start, start) < min(part.stop, stop):
+            yield index, slice(max(part.start, start), min(part.stop, stop))
+
+
+def _tomogram(
+    configuration: Configuration, plan: RunPlan, job: Job, workers: int, mask_voxels: int
+) -> TomogramForecast:
+    header: TomogramHeader | None = None
+    known: dict[str, Any] = {"outputs": _outputs(configuration, job)}
+    warnings: list[str] = []
+    problems: list[str] = []
+    data = configuration.parameters.data
+    try:
+        header = read_header(job.source, **configuration.reading)
+        known |= _of_header(header)
+        warnings += header.warnings
+        block_size = block_size_for(header.shape, plan.patch, configuration.block_size, workers, plan.halo)
+        grid = make_grid(header.shape, plan.patch, block_size, plan.halo)
+        known |= {"blocks": math.prod(grid.block_counts), "patches": grid.patch_count}
+        known |= {"block_shape": grid.largest_block, **_disk_bytes(configuration, plan, job, header)}
+    except CryosiamDaskError as error:
+        problems.append(str(error))
+    try:
+        if header is not None:
+            known["intensities"] = found = intensities(sample_file(header), data.min, data.max)
+            judged = ""
+            if header.compressed and found.share < 1:
+                # What lies at the beginning need not be like the rest.
+                judged = f" (judged by {found.where}, which is read from its beginning only)"
+            warnings += [
+                f"{sentence}{judged}"
+                for sentence in scaling(found.below, found.above, found.central, data.min, data.max)
+            ]
+            if found.non_finite:
+                warnings.append("some voxels are NaN or infinite; they are treated as the minimum")
+    except CryosiamDaskError as error:
+        problems.append(str(error))
+    try:
+        if header is not None and job.mask is not None and "blocks" in known:
+            known["mask"] = mask = masking(open_mask(job.mask, header.shape), grid, mask_voxels)
+            if not mask.coverage and mask.exact:
+                warnings.append(f"its mask {job.mask} is empty: every voxel will be background")
+            warnings += beyond_lamella(plan.checkpoint.architecture.out_channels, mask.coverage)
+    except CryosiamDaskError as error:
+        problems.append(str(error))
+    return TomogramForecast(
+        job.stem,
+        job.source,
+        "refuse" if problems else "segment",
+        warnings=tuple(warnings),
+        problems=tuple(problems),
+        **known,
+    )
+
+
+def _measured(configuration: Configuration, plan: RunPlan, job: Job) -> TomogramForecast:
+    """A tomogram whose labels are there."""
+    reason = f"{job.output} is up to date, {plan.outdated(job)}"
+    try:
+        header = read_header(job.source, **configuration.reading)
+    except CryosiamDaskError:  # the labels are there: nothing is read but them
+        return TomogramForecast(job.stem, job.source, "measure", reason, outputs=_outputs(configuration, job)[1:])
+    instances = 4 * math.prod(header.shape) if job.components else 0
+    return TomogramForecast(
+        job.stem,
+        job.source,
+        "measure",
+        reason,
+        work_bytes=instances,
+        output_bytes=instances + _format_bytes(configuration, header),
+        outputs=_outputs(configuration, job)[1:],
+        **_of_header(header),
+    )
+
+
+def _of_header(header: TomogramHeader) -> dict[str, Any]:
+    return {
+        "shape": header.shape,
+        "dtype": str(header.dtype),
+        "voxel_size_angstrom": header.voxel_size_angstrom,
+        "file_bytes": header.file_bytes,
+        "compressed": header.compressed,
+        "notes": header.notes,
+    }
+
+
+def _outputs(configuration: Configuration, job: Job) -> tuple[Path, ...]:
+    formats = [format_path(configuration.prediction_folder, job.stem, name) for name in other_formats(configuration)]
+    if job.components is None:
+        return job.output, *formats
+    return job.output, job.components, *(job.components.with_suffix(e) for e in (".csv", ".parquet")), *formats
+
+
+#: All levels of an image together, in voxels of the first: each has half as many along two axes at least.
+_ALL_LEVELS = 4 / 3
+
+
+def _format_bytes(configuration: Configuration, header: TomogramHeader) -> int:
+    """What the other formats of a tomogram's labels take at most."""
+    voxels, formats = math.prod(header.shape), other_formats(configuration)
+    image = math.ceil(_ALL_LEVELS * voxels * (1 + header.dtype.itemsize)) if "ome-zarr" in formats else 0
+    return image + (voxels if "mrc" in formats else 0)
+
+
+def _disk_bytes(configuration: Configuration, plan: RunPlan, job: Job, header: TomogramHeader) -> dict[str, int]:
+    """What a tomogram takes on the disk, work store and outputs apart."""
+    voxels, classes = math.prod(header.shape), plan.checkpoint.architecture.out_channels
+    fields = sum(4 * classes for name in plan.wanted if name != "labels")
+    removal = 2 if removal_sizes(configuration) else 0  # what is kept, and what is removed
+    lamella = 2 if configuration.parameters.network.postprocessing else 0  # its hull, and the threshold of its core
+    instances = 4 if job.components else 0
+    # A zarr is read where it is.
+    tomogram = 0 if isinstance(header, ZarrHeader) else header.dtype.itemsize * voxels
+    is_mrc = job.output.suffix != ".h5"
+    internal = fields if configuration.save_internal_files else 0
+    return {
+        "work_bytes": tomogram + voxels * (1 + fields + removal + lamella + instances),
+        "certain_work_bytes": tomogram if header.dtype.kind == "f" and not configuration.keep_work else 0,
+        "output_bytes": voxels * (1 + internal + instances + (0 if is_mrc else removal // 2))
+        + _format_bytes(configuration, header),
+        "certain_output_bytes": voxels * (is_mrc + ("mrc" in other_formats(configuration))),
+    }
+
+
+def _disks(configuration: Configuration, tomograms: Iterable[TomogramForecast], concurrent: int) -> tuple[Disk, ...]:
+    """What is needed on each file system, and free there."""
+    done = [t for t in tomograms if t.action in ("segment", "measure")]
+    # Work stores vanish with their tomograms, unless they are kept. A single one is certain.
+    kept = len(done) if configuration.keep_work else 0
+    work, certain_work = (
+        sum(sorted((getattr(t, name) for t in done), reverse=True)[: kept or at_once])
+        for name, at_once in (("work_bytes", concurrent), ("certain_work_bytes", 1))
+    )
+    needs = [
+        (
+            configuration.prediction_folder,
+            sum(t.output_bytes for t in done),
+            sum(t.certain_output_bytes for t in done),
+        ),
+        (configuration.work_folder or configuration.prediction_folder, work, certain_work),
+    ]
+    disks: dict[int, Disk] = {}
+    for folder, needed, certain in needs:
+        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        disk = disks.get(existing.stat().st_dev, Disk((), shutil.disk_usage(existing).free, 0, 0))
+        disks[existing.stat().st_dev] = Disk(
+            disk.folders if folder in disk.folders else (*disk.folders, folder),
+            disk.free_bytes,
+            disk.needed_bytes + needed,
+            disk.certain_bytes + certain,
+        )
+    return tuple(disks.values())
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.1f} GB"

@@ -1,0 +1,330 @@
+"""Commands that look and change nothing: what a run would do (``plan``), and what is in a file (``info``)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.table import Column, Table
+
+from cryosiam_dask.diagnosis import percent
+from cryosiam_dask.errors import CryosiamDaskError, Problems
+
+if TYPE_CHECKING:  # imported where they are used: the network's libraries take seconds
+    from cryosiam_dask.forecast import Forecast, TomogramForecast
+    from cryosiam_dask.inspect_file import Information, Part
+
+#: Tomograms that have a work store at the same time: one computes, one is finished, one is read. Where they are small
+#: it may be more for a while; see `cryosiam_dask.collection`.
+USUALLY_AT_ONCE = 3
+
+
+def show_plan(
+    config_file: Path,
+    console: Console,
+    *,
+    filename: str | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    as_json: bool = False,
+) -> bool:
+    """Print what a run would do and take; returns whether it could succeed.
+
+    Parameters
+    ----------
+    config_file
+        The YAML file.
+    console
+        Where to print.
+    filename, overwrite
+        See `cryosiam_dask.plan.plan_run`.
+    workers
+        Worker processes on CPUs; ``None``: as many as cores and memory allow.
+    as_json
+        Whether to print JSON, problems included, and nothing else.
+
+    Raises
+    ------
+    Problems
+        What stands in the way of any run, and what is wrong with the tomograms' headers; not with `as_json`.
+    """
+    from cryosiam_dask.config import read_configuration
+    from cryosiam_dask.forecast import forecast, unreadable
+    from cryosiam_dask.plan import plan_run
+    from cryosiam_dask.runner import default_workers, memory_of_machine
+
+    problems: list[CryosiamDaskError] = []
+    try:
+        configuration = read_configuration(config_file)
+        try:
+            automatic = configuration.parameters.data.patch_size == "auto"
+            plan = plan_run(configuration, filename=filename, overwrite=overwrite or automatic)
+        except CryosiamDaskError as error:
+            problems += _single(error)
+            problems += unreadable(configuration, filename)
+    except CryosiamDaskError as error:
+        problems += _single(error)
+    if problems:
+        if not as_json:
+            raise Problems(problems)
+        _print_json(console, {"problems": [str(problem) for problem in problems]})
+        return False
+    found = forecast(
+        configuration,
+        plan,
+        workers=workers or default_workers(plan),
+        concurrent=USUALLY_AT_ONCE,
+        memory_bytes=memory_of_machine(),
+    )
+    if as_json:
+        _print_json(console, found.as_json())
+    else:
+        _print_forecast(console, found)
+    return not found.all_problems
+
+
+def _single(error: CryosiamDaskError) -> Sequence[CryosiamDaskError]:
+    return error.problems if isinstance(error, Problems) else (error,)
+
+
+def show_file(path: Path, console: Console, *, as_json: bool = False) -> None:
+    """Print what is in a file.
+
+    Parameters
+    ----------
+    path
+        See `cryosiam_dask.inspect_file.inspect`, also for what it raises.
+    console
+        Where to print.
+    as_json
+        Whether to print JSON and nothing else.
+    """
+    from cryosiam_dask.inspect_file import inspect
+
+    found = inspect(path)
+    if as_json:
+        _print_json(console, found.as_json())
+    else:
+        _print_information(console, found)
+
+
+def _print_json(console: Console, values: Any) -> None:
+    # Not through rich, which would break long lines.
+    print(json.dumps(values, indent=2, allow_nan=False), file=console.file)
+
+
+# ----------------------------------------------------------------------------------------------------------- forecasts
+
+
+def _print_forecast(console: Console, found: Forecast) -> None:
+    console = _unbroken(console)
+    low, high = found.scaling
+    todo = [t for t in found.tomograms if t.action == "segment"]
+    masks = sorted({str(t.mask.path.parent) for t in found.tomograms if t.mask})
+    facts = {
+        "reads": f"{_bytes(sum(t.file_bytes for t in todo))} in "
+        + ", ".join(sorted({str(t.source.parent) for t in found.tomograms}))
+        + (f"; masks in {', '.join(masks)}" if masks else ""),
+        "model": f"{found.checkpoint}, {found.classes} {'classes' if found.classes > 1 else 'class'}",
+        "patch": f"{_shape(found.patch)} voxels, halo {found.halo or 'a quarter of it'}, {found.precision}",
+        "threshold": f"{found.threshold:g}",
+        "intensities": f"{low:g} to {high:g} become 0 to 1",
+        "tomograms": ", ".join(
+            f"{sum(t.action == action for t in found.tomograms)} {words}"
+            for action, words in _ACTIONS.items()
+            if any(t.action == action for t in found.tomograms)
+        ),
+        "patches to compute": f"{sum(t.patches for t in todo):,} at most",
+        "memory on CPUs": f"{_bytes(found.bytes_per_worker)} for each of {found.workers} "
+        f"worker{'s' * (found.workers != 1)}"
+        + (f", of {_bytes(found.memory_bytes)}" if found.memory_bytes is not None else ""),
+        "memory on GPUs": f"{_bytes(found.network_bytes)} on the GPU for each of {found.batch_size} patches, "
+        f"{_bytes(found.block_bytes)} beside it",
+    }
+    for disk in found.disks:
+        facts[f"disk of {' and '.join(map(str, disk.folders))}"] = (
+            f"up to {_bytes(disk.needed_bytes)} needed, {_bytes(disk.free_bytes)} free"
+        )
+    _print_facts(console, list(facts.items()))
+    _print_tomograms(console, found.tomograms)
+    for note in found.notes:
+        _say(console, f"note: {note}")
+    for tomogram in found.tomograms:
+        for note in tomogram.notes:
+            _say(console, f"note, {tomogram.stem}: {note}")
+        if tomogram.action in ("segment", "measure"):
+            because = f" ({tomogram.reason})" if tomogram.reason else ""
+            _say(console, f"writes, {tomogram.stem}: {', '.join(map(str, tomogram.outputs))}{because}")
+        elif tomogram.action == "skip":
+            _say(console, f"skipped, {tomogram.stem}: {tomogram.outputs[0]} was {tomogram.reason}")
+    for warning in found.warnings:
+        _say(console, f"attention: {warning}")
+    for tomogram in found.tomograms:
+        for warning in tomogram.warnings:
+            _say(console, f"attention, {tomogram.stem}: {warning}")
+    errors = Console(stderr=True)
+    for problem in found.all_problems:
+        _say(errors, f"error: {problem}")
+
+
+_ACTIONS = {"segment": "to segment", "measure": "to measure", "skip": "skipped", "refuse": "refused"}
+
+
+def _print_tomograms(console: Console, tomograms: Sequence[TomogramForecast]) -> None:
+    """As a table or, where it is too wide for the terminal, one tomogram below the other."""
+    rows = [_row(tomogram) for tomogram in tomograms]
+    used = [name for name in rows[0] if any(row[name] for row in rows)]
+    table = _table(*used)
+    for row in rows:
+        table.add_row(*(escape(row[name]) for name in used))
+    if Measurement.get(console, console.options.update(max_width=10_000), table).maximum <= 1.2 * console.width:
+        console.print(table)
+    else:
+        for row in rows:
+            _print_facts(console, [(name, value) for name, value in row.items() if value])
+
+
+def _row(t: TomogramForecast) -> dict[str, str]:
+    central = t.intensities.central if t.intensities else None
+    row = {
+        "tomogram": t.stem,
+        "action": _ACTIONS[t.action],
+        "shape (z, y, x)": _shape(t.shape),
+        "voxel size (Å)": _voxel_size(t.voxel_size_angstrom) if t.shape else "",
+        "central 99 %": "" if central is None else f"{central[0]:.4g} to {central[1]:.4g}",
+        "clipped below, above": "",
+        "blocks": f"{t.blocks} (≤ {_shape(t.block_shape)})" if t.blocks else "",
+        "in the mask": "",
+        "ruled out": "",
+        "outputs": _bytes(t.output_bytes) if t.output_bytes else "",
+        "work": _bytes(t.work_bytes) if t.work_bytes else "",
+    }
+    if t.intensities is not None:
+        row["clipped below, above"] = f"{percent(t.intensities.below)}, {percent(t.intensities.above)}"
+    if t.mask is not None:
+        about = "" if t.mask.exact else "about "
+        row["in the mask"] = about + percent(t.mask.coverage)
+        row["ruled out"] = f"{about}{t.mask.blocks_ruled_out}"
+    return row
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def _print_information(console: Console, found: Information) -> None:
+    console = _unbroken(console)
+    _say(console, f"{found.path}: {found.kind}")
+    _print_facts(console, list(_flat(found.facts)))
+    if found.parts:
+        _print_parts(console, found.parts)
+    for note in found.notes:
+        _say(console, f"note: {note}")
+    for warning in found.warnings:
+        _say(console, f"attention: {warning}")
+
+
+def _print_parts(console: Console, parts: Sequence[Part]) -> None:
+    columns = {
+        "dataset": [part.name for part in parts],
+        "shape": [_shape(part.shape) or "one value" for part in parts],
+        "dtype": [part.dtype for part in parts],
+        "chunks": [_shape(part.chunks) for part in parts],
+        "compression": [part.compression for part in parts],
+        "stored": ["" if part.stored_bytes is None else _bytes(part.stored_bytes) for part in parts],
+        "voxels of each label, from 0": ["  ".join(f"{n:,}" for n in part.voxels) for part in parts],
+    }
+    filled = {name: values for name, values in columns.items() if any(values)}
+    table = _table(*filled)
+    for row in zip(*filled.values(), strict=True):
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+#: Names of facts in words; of others the underscores alone go.
+_WORDS = {
+    "voxel_size_angstrom": "voxel size (Å)",
+    "origin_angstrom": "origin (Å)",
+    "nstart": "start (voxels)",
+    "central_99_percent": "central 99 % of intensities",
+    "sha256": "SHA-256",
+    "checkpoint_sha256": "checkpoint SHA-256",
+    "ngff_version": "NGFF version",
+}
+
+
+def _flat(facts: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, str]]:
+    """The facts as rows of a table, lower levels indented below the name of theirs."""
+    for name, value in facts.items():
+        # Names below the first level are keys of a configuration, and stay as they are written there.
+        title = f"{'  ' * depth}{name if depth else _WORDS.get(name, name.replace('_', ' '))}"
+        if isinstance(value, Mapping) and value:
+            yield title, ""
+            yield from _flat(value, depth + 1)
+        else:
+            yield title, _text(name, value)
+
+
+def _text(name: str, value: Any) -> str:
+    if value is None:
+        return "unknown" if name in ("", "voxel_size_angstrom") else "not set"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if name.endswith("bytes") and isinstance(value, int):
+        return f"{value:,} ({_bytes(value)})"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Mapping):
+        return "none"
+    if isinstance(value, list | tuple):
+        if name in ("shape", "patch_size") and all(isinstance(item, int) for item in value):
+            return _shape(value)
+        return ", ".join(_text("", item) for item in value) or "none"
+    return str(value)
+
+
+# --------------------------------------------------------------------------------------------------------------- words
+
+
+def _print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
+    table = _table("", "")
+    table.show_header = False
+    for name, value in facts:
+        table.add_row(escape(name), escape(value))
+    console.print(table)
+
+
+def _table(*headings: str) -> Table:
+    """A table that folds what does not fit, and leaves nothing out."""
+    return Table(*(Column(heading, overflow="fold") for heading in headings))
+
+
+def _unbroken(console: Console) -> Console:
+    """Where nobody sees the lines end, none is broken, so that scripts find every value whole."""
+    return console if console.is_terminal else Console(file=console.file, width=10_000)
+
+
+def _say(console: Console, message: str) -> None:
+    console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape))
+
+
+def _voxel_size(sizes: Sequence[float | None]) -> str:
+    texts = ["unknown" if size is None else f"{size:.4g}" for size in sizes]
+    return texts[0] if len(set(texts)) == 1 else ", ".join(texts)
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} bytes"

@@ -1,0 +1,502 @@
+"""The collection on one page: `report.html`, which needs no network, no server and nothing but itself.
+
+1. One task a tomogram reads what its outputs hold: attributes, sizes of components, a thumbnail of its preview.
+2. What the run knows besides (seconds, warnings, failures) is put to it.
+3. The share of lamella and of each class is compared with that of the other tomograms. An outlier lies more than 3.5
+   robust standard deviations (1.4826 times the median absolute deviation) from the median.
+4. A template makes the page. Names, warnings and errors come from strangers: the template escapes whatever it is given,
+   and the page allows no script but its own, by its hash.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from cryosiam_dask._version import __version__
+from cryosiam_dask.classes import COLOURS, hexadecimal, named
+from cryosiam_dask.components import Blocks
+from cryosiam_dask.config import Configuration
+from cryosiam_dask.errors import CryosiamDaskError, OutputError
+from cryosiam_dask.executor import SERIAL, Executor
+from cryosiam_dask.labels_to_hdf5 import open_dataset, read_attributes, write_bytes
+from cryosiam_dask.measurements import Sizes, component_sizes, holding
+from cryosiam_dask.mrc_to_zarr import MRC_ENDINGS, read_header
+from cryosiam_dask.preview import percentage, preview_file, read_fingerprint, thumbnail
+
+REPORT = "report.html"
+PICTURES_BYTES = 11 * 10**6  # of all thumbnails together, so that a page remains below 20 MB
+_DEVIATIONS, _FEWEST = 3.5, 5  # what makes an outlier, and how many tomograms a median takes
+_BARS, _WIDTH, _HEIGHT, _BELOW = 24, 264, 76, 30  # of a histogram; bars at most
+
+
+def write_report(
+    configuration: Configuration,
+    outcomes: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    executor: Executor = SERIAL,
+) -> Path:
+    """Write the page of a prediction folder, replacing an earlier one at once when it is complete.
+
+    Parameters
+    ----------
+    configuration
+        The YAML file that the predictions were made with.
+    outcomes
+        What became of tomograms, by their names: any of the attributes of `cryosiam_dask.pipeline.Outcome`. Those of
+        which the folder holds no output, because they failed, are listed too.
+    executor
+        Runs one task for each tomogram.
+
+    Returns
+    -------
+    Path
+        The page.
+
+    Raises
+    ------
+    OutputError
+        If there is nothing to report, or the page cannot be written.
+    """
+    folder, outcomes = configuration.prediction_folder, outcomes or {}
+    names = sorted(_names(configuration) | set(outcomes), key=_natural)
+    if not names:
+        raise OutputError(
+            "there must be predictions to report",
+            place="key prediction_folder",
+            value=f"no file {folder / '*_preds.h5'}",
+            remedy="Run semantic-predict first",
+        )
+    look_at = partial(_look_at, configuration, PICTURES_BYTES // len(names))
+    path = folder / REPORT
+    with holding(folder):  # jobs of a tomogram each may end at the same time
+        tomograms = [
+            _with_outcome(tomogram, outcomes.get(tomogram.name, {}))
+            for tomogram in executor.map(look_at, names, name="report")
+        ]
+        write_bytes(path, _page(configuration, tomograms).encode("utf-8", "replace"))
+    return path
+
+
+# -------------------------------------------------------------------------------------------------------- what is known
+
+
+@dataclass(slots=True)
+class _Tomogram:
+    """What is known of a tomogram.
+
+    Attributes
+    ----------
+    name
+        Its stem.
+    status
+        ``"done"``, ``"skipped"``, ``"failed"``, or ``"missing"`` where it has no output.
+    shape
+        (z, y, x) or (y, x) in voxels; empty if unknown.
+    voxel_size_angstrom
+        Along each axis, ``None`` where it is unknown.
+    voxels
+        Of each label, from 0; empty if unknown.
+    lamella
+        Share of the volume within the mask.
+    sizes
+        Of the components of each class, if they were measured.
+    seconds
+        Spent on it.
+    warnings, error
+        What needs attention, and why it failed.
+    class_names
+        Of the labels from 1 on, as its output has them.
+    picture
+        Thumbnail, WebP.
+    """
+
+    name: str
+    status: str = "missing"
+    shape: tuple[int, ...] = ()
+    voxel_size_angstrom: tuple[float | None, ...] = ()
+    voxels: tuple[int, ...] = ()
+    lamella: float | None = None
+    sizes: Mapping[int, Sizes] | None = None
+    seconds: float | None = None
+    warnings: tuple[str, ...] = ()
+    error: str = ""
+    class_names: tuple[str, ...] = ()
+    picture: bytes | None = field(default=None, repr=False)
+
+    def share(self, label: int) -> float | None:
+        """Of the volume that has a label."""
+        total = sum(self.voxels)
+        return self.voxels[label] / total if total and label < len(self.voxels) else 0.0 if total else None
+
+    def voxel_nm3(self) -> float | None:
+        """Volume of a voxel."""
+        sizes = [size for size in self.voxel_size_angstrom if size]
+        return math.prod(sizes) / 1000 if len(sizes) == 3 else None
+
+
+def _names(configuration: Configuration) -> set[str]:
+    """Names of the tomograms that a prediction folder has outputs of."""
+    folder = configuration.prediction_folder
+    names = {path.name.removesuffix("_preds.h5") for path in folder.glob("*_preds.h5")}
+    if configuration.save_original_file_extension:
+        found = {path.stem for path in folder.glob(f"*{_mrc_extension(configuration)}")}
+        names |= {name for name in found if name.removesuffix("_labels") not in found - {name}}  # another format
+    return {name for name in names if not name.startswith(".")}
+
+
+def _mrc_extension(configuration: Configuration) -> str:
+    """Of predictions that have their tomograms' names; none is ever compressed, and those of other files are MRC."""
+    extension = configuration.file_extension.removesuffix(".gz")
+    return extension if Path(extension).suffix in MRC_ENDINGS or extension in MRC_ENDINGS else ".mrc"
+
+
+def _look_at(configuration: Configuration, picture_bytes: int, name: str) -> _Tomogram:
+    """Read what the outputs of a tomogram tell of it."""
+    folder, tomogram = configuration.prediction_folder, _Tomogram(name)
+    path = folder / f"{name}_preds.h5"
+    fingerprint = None
+    try:
+        if path.exists():
+            attributes = read_attributes(path)
+            fingerprint = attributes.get("fingerprint")
+            tomogram.shape = open_dataset(path, "labels").shape
+            tomogram.voxels = _voxels(path, attributes)
+            tomogram.voxel_size_angstrom = tuple(attributes.get("voxel_size_angstrom") or ())
+            tomogram.warnings = tuple(str(attributes.get("warnings") or "").splitlines())
+            tomogram.class_names = tuple(map(str, attributes.get("class_names") or ()))
+            tomogram.status = "done"
+        elif configuration.save_original_file_extension:
+            header = read_header(folder / f"{name}{_mrc_extension(configuration)}")
+            tomogram.shape, tomogram.voxel_size_angstrom = header.shape, header.voxel_size_angstrom
+            tomogram.status = "done"
+        tomogram.sizes = component_sizes(folder, name)
+    except CryosiamDaskError as error:
+        if path.exists():
+            tomogram.status, tomogram.error = "failed", str(error)
+    tomogram.lamella = _lamella(configuration, name)
+    preview = preview_file(folder, name)
+    if fingerprint is None or read_fingerprint(preview) == fingerprint:  # otherwise it shows other labels
+        tomogram.picture = thumbnail(preview, picture_bytes)
+    return tomogram
+
+
+def _voxels(path: Path, attributes: Mapping[str, Any]) -> tuple[int, ...]:
+    """Voxels of each label of a prediction, counted block by block where the file does not tell."""
+    known = attributes.get("voxels")
+    if isinstance(known, list) and all(isinstance(n, int) for n in known):
+        return tuple(known)
+    labels = open_dataset(path, "labels")
+    if labels.dtype.kind not in "biu":
+        raise OutputError("labels must be whole numbers", place=path, value=labels.dtype, remedy="Predict again")
+    blocks, counts = Blocks.of(labels), np.zeros(256, np.int64)
+    for index in blocks.indices:
+        block = blocks.read(labels, index)
+        if block.min() < 0 or block.max() > 255:
+            raise OutputError("labels must lie between 0 and 255", place=path, remedy="Predict again")
+        counts += np.bincount(block.reshape(-1), minlength=256)
+    return tuple(counts[: int(np.flatnonzero(counts)[-1]) + 1].tolist())
+
+
+def _lamella(configuration: Configuration, name: str) -> float | None:
+    """Share of a tomogram that lies within its mask."""
+    path = configuration.mask_folder and configuration.mask_folder / f"{name}_preds.h5"
+    if not path or not path.exists():
+        return None
+    try:
+        outside, *inside = _voxels(path, read_attributes(path))
+    except CryosiamDaskError:
+        return None  # a mask that cannot be read has failed its tomogram
+    return sum(inside) / max(1, outside + sum(inside))
+
+
+def _with_outcome(tomogram: _Tomogram, outcome: Mapping[str, Any]) -> _Tomogram:
+    """Put what the run knows to what the outputs tell; of a tomogram that was skipped the run knows little."""
+    tomogram.status = outcome.get("status") or tomogram.status
+    tomogram.shape = tuple(outcome.get("shape") or tomogram.shape)
+    tomogram.voxels = tuple(outcome.get("voxels") or tomogram.voxels)
+    tomogram.seconds = outcome.get("seconds") or None
+    tomogram.warnings = tuple(dict.fromkeys((*(outcome.get("warnings") or ()), *tomogram.warnings)))
+    tomogram.error = outcome.get("error") or tomogram.error
+    return tomogram
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
+
+
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    """One number of one tomogram; without a `value` it stands last however the table is sorted."""
+
+    text: str
+    value: float | None
+    outlier: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """One number of all tomograms.
+
+    Attributes
+    ----------
+    title
+        Of the column.
+    group
+        Number of the class, 0 for what is of none.
+    cells
+        One for each tomogram.
+    histogram
+        What it is called above a histogram; none if it is empty.
+    detail
+        Whether it can be hidden.
+    """
+
+    title: str
+    group: int
+    cells: Sequence[_Cell]
+    histogram: str = ""
+    detail: bool = False
+
+
+def _page(configuration: Configuration, tomograms: Sequence[_Tomogram]) -> str:
+    count = max((len(t.voxels) for t in tomograms), default=0) - 1
+    count = max(count, len(configuration.class_names or ()), max((max(t.sizes or [0]) for t in tomograms), default=0))
+    given = configuration.class_names or next((t.class_names for t in tomograms if t.class_names), ())
+    names = named(given, count)
+    columns = _columns(tomograms, names)
+    rows = [_row(number, tomogram, columns, configuration) for number, tomogram in enumerate(tomograms)]
+    environment = Environment(
+        loader=PackageLoader("cryosiam_dask"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates = files("cryosiam_dask") / "templates"
+    style, script = (templates.joinpath(f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    return environment.get_template("report.html").render(
+        title=configuration.prediction_folder.resolve().name,
+        folder=str(configuration.prediction_folder),
+        model=configuration.trained_model.name,
+        software=f"cryosiam-dask {__version__}",
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
+        style=style,
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        classes=[(name, hexadecimal(COLOURS[n % len(COLOURS)])) for n, name in enumerate(names)],
+        columns=columns,
+        groups=_groups(columns),
+        details=any(column.detail for column in columns),
+        rows=rows,
+        counts=_counts(tomograms, rows),
+        histograms=[_histogram(column, rows) for column in columns if column.histogram],
+        deviations=_DEVIATIONS,
+        fewest=_FEWEST,
+    )
+
+
+def _columns(tomograms: Sequence[_Tomogram], names: Sequence[str]) -> list[_Column]:
+    shapes = [_Cell(" × ".join(map(str, t.shape)), math.prod(t.shape) if t.shape else None) for t in tomograms]
+    columns = [
+        _Column("shape (z, y, x)", 0, shapes),
+        _Column("voxel, nm", 0, [_voxel_size(t) for t in tomograms]),
+    ]
+    if any(t.lamella is not None for t in tomograms):
+        columns.append(_Column("lamella", 0, _shares([t.lamella for t in tomograms]), histogram="lamella"))
+    measured = any(t.sizes is not None for t in tomograms)
+    # One unit for the whole column: it could not be sorted otherwise.
+    physical = all(t.voxel_nm3() for t in tomograms if t.sizes is not None)
+    for label, name in enumerate(names, 1):
+        shares = _shares([t.share(label) for t in tomograms])
+        columns.append(_Column("share", label, shares, histogram=name))
+        if measured:
+            columns.append(_Column("number", label, [_number_of(t, label) for t in tomograms], detail=True))
+            for title, what in (("median size", "median"), ("largest", "largest")):
+                unit = "nm³" if physical else "voxels"
+                cells = [_size(t, label, what, physical) for t in tomograms]
+                columns.append(_Column(f"{title}, {unit}", label, cells, detail=True))
+    if any(t.seconds is not None for t in tomograms):
+        columns.append(_Column("time", 0, [_Cell(_duration(t.seconds), t.seconds) for t in tomograms]))
+    return columns
+
+
+def _voxel_size(tomogram: _Tomogram) -> _Cell:
+    sizes = tomogram.voxel_size_angstrom
+    if not sizes:
+        return _Cell("", None)
+    texts = [f"{size / 10:.4g}" if size else "?" for size in sizes]
+    known = [size for size in sizes if size]
+    return _Cell(" × ".join(texts if len(set(texts)) > 1 else texts[:1]), min(known, default=None))
+
+
+def _shares(shares: Sequence[float | None]) -> list[_Cell]:
+    return [
+        _Cell("" if share is None else percentage(share), share, outlier)
+        for share, outlier in zip(shares, outliers(shares), strict=True)
+    ]
+
+
+def _number_of(tomogram: _Tomogram, label: int) -> _Cell:
+    if tomogram.sizes is None:
+        return _Cell("", None)
+    sizes = tomogram.sizes.get(label)
+    return _Cell(f"{sizes.count:,}" if sizes else "0", sizes.count if sizes else 0)
+
+
+def _size(tomogram: _Tomogram, label: int, what: str, physical: bool) -> _Cell:
+    sizes = (tomogram.sizes or {}).get(label)
+    if not sizes:
+        return _Cell("", None)
+    size = float(getattr(sizes, what)) * (tomogram.voxel_nm3() or 1 if physical else 1)
+    return _Cell(f"{size:,.0f}" if size >= 100 else f"{size:.3g}", size)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def outliers(values: Sequence[float | None]) -> list[str]:
+    """Tell which values lie far from the others: ``"high"``, ``"low"`` or nothing for each.
+
+    Far is more than 3.5 times 1.4826 times the median absolute deviation from the median. Where more than half of the
+    values are equal, 1.2533 times the mean absolute deviation takes its place. Less than 5 values have no outliers.
+
+    >>> outliers([1, 1.1, 0.9, 1.05, 0.95, 8, None])
+    ['', '', '', '', '', 'high', '']
+    """
+    known = np.array([value for value in values if value is not None], np.float64)
+    if len(known) < _FEWEST:
+        return [""] * len(values)
+    median = float(np.median(known))
+    distances = np.abs(known - median)
+    # Both are the standard deviation of what is normally distributed.
+    deviation = 1.4826 * float(np.median(distances)) or 1.2533 * float(distances.mean())
+    far = _DEVIATIONS * deviation * (1 + 1e-9)
+    return ["" if v is None or abs(v - median) <= far else "high" if v > median else "low" for v in values]
+
+
+def _row(number: int, tomogram: _Tomogram, columns: Sequence[_Column], configuration: Configuration) -> dict[str, Any]:
+    """What the template says of a tomogram."""
+    cells = [column.cells[number] for column in columns]
+    far = [
+        f"{'much' if cell.outlier == 'high' else 'little'} {column.histogram}: {cell.text}".replace(" %", "\u00a0%")
+        for column, cell in zip(columns, cells, strict=True)
+        if cell.outlier
+    ]
+    preview = preview_file(configuration.prediction_folder, tomogram.name).name
+    picture = tomogram.picture
+    return {
+        "id": f"t{number + 1}",
+        "name": tomogram.name,
+        "status": tomogram.status,
+        "cells": list(zip(columns, cells, strict=True)),
+        "outliers": far,
+        "warnings": tomogram.warnings,
+        "error": tomogram.error,
+        "severity": len(far) + 100 * len(tomogram.warnings) + 10_000 * bool(tomogram.error),
+        "look": bool(far or tomogram.warnings or tomogram.error or tomogram.status in ("failed", "missing")),
+        "preview": quote(os.fsencode(preview)) if picture else None,
+        "picture": f"data:image/webp;base64,{base64.b64encode(picture).decode()}" if picture else None,
+    }
+
+
+def _groups(columns: Sequence[_Column]) -> list[tuple[int, int, int]]:
+    """Neighbouring columns of one class: its number, how many there are, and how many when details are hidden."""
+    groups: list[tuple[int, int, int]] = []
+    for column in columns:
+        if groups and groups[-1][0] == column.group:
+            _, wide, narrow = groups.pop()
+        else:
+            wide = narrow = 0
+        groups.append((column.group, wide + 1, narrow + (not column.detail)))
+    return groups
+
+
+def _counts(tomograms: Sequence[_Tomogram], rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, str, str]]:
+    """Number, what it counts, and what kind of number it is."""
+    done = sum(t.status in ("done", "skipped") for t in tomograms)
+    failed = sum(t.status == "failed" for t in tomograms)
+    warned = sum(bool(t.warnings) for t in tomograms)
+    far = sum(bool(row["outliers"]) for row in rows)
+    return [
+        (len(tomograms), "tomogram" if len(tomograms) == 1 else "tomograms", ""),
+        (done, "done", "good"),
+        (failed, "failed", "bad" if failed else ""),
+        (warned, "with warnings", "care" if warned else ""),
+        (far, "outlier" if far == 1 else "outliers", "far" if far else ""),
+    ]
+
+
+def _histogram(column: _Column, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The geometry of a histogram in pixels, and its words."""
+    values = np.array([cell.value for cell in column.cells if cell.value is not None], np.float64)
+    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+    low = 0.0 if low < 0.4 * high else low  # a bar that begins at 0 needs no reading of the axis
+    if high <= low:
+        low, high = max(0.0, low - 0.01), high + 0.01
+    count = int(np.clip(1.7 * math.sqrt(len(values)), 8, _BARS))
+    counts, edges = np.histogram(values, count, (low, high))
+    inside = [cell for cell in column.cells if cell.value is not None and not cell.outlier]
+    far = [
+        (_across(cell.value, low, high), row["id"], row["name"], cell.text)
+        for row, cell in zip(rows, column.cells, strict=True)
+        if cell.outlier and cell.value is not None
+    ]
+    median = float(np.median(values)) if len(values) else None
+    step = _WIDTH / count
+    usual = (min(c.value or 0 for c in inside), max(c.value or 0 for c in inside)) if inside else None
+    words = f"{column.histogram}: {len(values)} tomograms"
+    if median is not None and usual:
+        words += f", median {percentage(median)}, without outliers from {percentage(usual[0])} to "
+        words += f"{percentage(usual[1])}, {len(far)} outlier{'' if len(far) == 1 else 's'}"
+    return {
+        "title": column.histogram,
+        "group": column.group,
+        "words": words,
+        "bars": [
+            {
+                "x": f"{i * step + 0.75:.2f}",
+                "width": f"{step - 1.5:.2f}",
+                "height": f"{max(2.0, _HEIGHT * n / counts.max()):.2f}",
+                "y": f"{_HEIGHT - max(2.0, _HEIGHT * n / counts.max()):.2f}",
+                "words": f"{percentage(float(edges[i]))} to {percentage(float(edges[i + 1]))}: {n}",
+            }
+            for i, n in enumerate(counts.tolist())
+            if n
+        ],
+        "outliers": [(f"{x:.2f}", row, name, text) for x, row, name, text in far],
+        "median": None if median is None else (f"{_across(median, low, high):.2f}", percentage(median)),
+        "low": percentage(low),
+        "high": percentage(high),
+        "width": _WIDTH,
+        "height": _HEIGHT,
+        "total": _HEIGHT + _BELOW,
+    }
+
+
+def _across(value: float, low: float, high: float) -> float:
+    return _WIDTH * (value - low) / (high - low)
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """A key by which TS_2 stands before TS_10."""
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part.lower()) for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,105 @@
+"""Which cause is named for which numbers."""
+
+from __future__ import annotations
+
+import pytest
+
+from cryosiam_dask.diagnosis import CLIPPED, SLIVER, beyond_lamella, blank, out_of_memory, percent, scaling
+
+
+@pytest.mark.parametrize(
+    ("below", "above", "central", "words"),
+    [
+        (0.0, 0.0, (0.1, 0.9), None),
+        (0.02, 0.03, (-0.1, 1.1), None),  # 5 % in all, no more
+        (0.02, 0.031, (-0.1, 1.1), "2.0 % of its voxels lie below min 0 and 3.1 % above max 1"),
+        (1.0, 0.0, (-9.0, -3.0), "100 % of its voxels lie below min 0"),
+        (0.0, 0.0, (0.0, SLIVER), None),
+        (0.0, 0.0, (0.5, 0.549), "4.9 % of the range from min 0 to max 1: the network sees next to no contrast"),
+        (0.04, 0.0, (-50.0, 0.01), "1.0 % of the range"),  # what is clipped is no contrast
+        (0.0, 0.0, (0.5, 0.5), "almost all voxels are 0.5"),
+        (0.0, 0.0, None, "no voxel is a finite number"),
+    ],
+)
+def test_scaling(below: float, above: float, central: tuple[float, float] | None, words: str | None) -> None:
+    found = scaling(below, above, central, 0, 1)
+    assert (words is None and not found) or (words is not None and len(found) == 1 and words in found[0])
+
+
+def test_scaling_says_what_to_set() -> None:
+    (found,) = scaling(0.5, 0.4, (-120.4, 88.2), 0, 1)
+    assert found.endswith("Set parameters.data.min and max to about -120 and 88.2")
+    assert CLIPPED == 0.05
+
+
+@pytest.mark.parametrize(
+    ("classes", "coverage", "words"),
+    [
+        (1, None, None),
+        (1, 1.0, None),
+        (5, None, "no mask_folder is set"),
+        (5, 1.0, "the mask covers 100 %"),
+        (5, 0.9995, "the mask covers more than 99.9 %"),
+        (5, 0.99, None),
+        (5, 0.0, None),
+    ],
+)
+def test_what_lets_a_model_find_things_beyond_the_lamella(
+    classes: int, coverage: float | None, words: str | None
+) -> None:
+    found = beyond_lamella(classes, coverage)
+    assert (words is None and not found) or (words is not None and words in found[0])
+
+
+BLANK = {"lowest": 0.0, "highest": 1.0, "clipped": (0.0, 0.0), "scale": (0, 1), "threshold": 0.9,
+         "probabilities": (0.42,), "checkpoint": "lamella.ckpt"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "words", "others"),
+    [
+        ({}, ["highest probability is 0.42 for class 1", "lower it to less than 0.42", "lamella.ckpt"], ["Set param"]),
+        ({"clipped": (0.6, 0.3)}, ["60.0 % of the voxels are clipped below and 30.0 % above", "Set parameters.data"],
+         ["as it should be"]),
+        ({"clipped": None, "lowest": None}, ["intensities are not finite", "Set parameters.data.min and max"], []),
+        ({"probabilities": None}, ["Lower network.threshold (now 0.9)"], ["highest"]),
+        ({"probabilities": (0.99, 0.05, 0.02), "threshold": 0.1},
+         ["0.05 for class 1, 0.02 for class 2", "lower it to less than 0.05"], ["0.99"]),
+        ({"probabilities": (1.0, 0.3, 0.02), "threshold": 0.1},
+         ["background is more probable everywhere", "a lower threshold does not help"], ["lower it"]),
+        ({"probabilities": (0.95,), "masked": True}, ["lies outside the mask", "masks in mask_folder"], ["lower it"]),
+        ({"coverage": 0.0, "masked": True}, ["its mask is empty"], ["threshold (", "Verify"]),
+        ({"removed_voxels": 1234}, ["postprocessing_sizes removed all 1,234 voxels"], ["Verify", "min"]),
+    ],
+)  # fmt: skip
+def test_blank(given: dict[str, object], words: list[str], others: list[str]) -> None:
+    text = blank(**{**BLANK, **given})  # type: ignore[arg-type]
+    assert text.startswith("every voxel is background")
+    assert all(word in text for word in words), text
+    assert not any(word in text for word in others), text
+
+
+@pytest.mark.parametrize("batch_size", [8, 3, 2])
+def test_memory_is_first_saved_on_the_batch(batch_size: int) -> None:
+    tried, remedy = out_of_memory(batch_size, (128, 128, 128), free=5 * 10**9)
+    assert tried == f"batch_size {batch_size} and patch_size [128, 128, 128], for which 5.0 GB were free"
+    assert remedy == f"Set hyper_parameters.batch_size to {batch_size // 2}"
+
+
+@pytest.mark.parametrize("divisor", [8, 16])
+def test_then_on_the_patch_until_nothing_is_left(divisor: int) -> None:
+    patch = (128, 64, divisor)
+    for _ in range(30):
+        _, remedy = out_of_memory(1, patch, divisor)
+        smaller = tuple(map(int, remedy[remedy.index("[") + 1 : remedy.index("]")].split(",")))
+        assert all(s % divisor == 0 and s >= divisor for s in smaller)
+        assert all(s < p or s == p == divisor for s, p in zip(smaller, patch, strict=True))
+        patch = smaller
+    assert patch == (divisor,) * 3
+    assert "another GPU" not in remedy and "more memory" in remedy
+
+
+def test_shares_in_words_are_never_rounded_to_none_or_all() -> None:
+    assert [percent(share) for share in (0, 1e-9, 0.0004, 0.5, 0.9996, 1)] == [
+        "0 %", "less than 0.1 %", "less than 0.1 %", "50.0 %", "more than 99.9 %", "100 %",
+    ]  # fmt: skip

@@ -1,0 +1,156 @@
+"""Samples of tomograms: which voxels, and what is said of them, against the whole array."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import tracemalloc
+from pathlib import Path
+
+import h5py
+import mrcfile
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cryosiam_dask.errors import TomogramError
+from cryosiam_dask.intensities import SAMPLE_VOXELS, Sample, evenly_spread, intensities, sample_array, sample_file
+from cryosiam_dask.mrc_to_zarr import read_header
+
+
+def write(path: Path, voxels: np.ndarray, order: tuple[int, int, int] = (1, 2, 3)) -> Path:
+    with mrcfile.new(path) as mrc:
+        mrc.set_data(voxels)
+        mrc.header.mapc, mrc.header.mapr, mrc.header.maps = order
+    return path
+
+
+@given(st.data())
+def test_pieces_are_whole_disjoint_and_evenly_spread(data: st.DataObject) -> None:
+    axes = data.draw(st.integers(1, 3))
+    shape = data.draw(st.lists(st.integers(1, 40), min_size=axes, max_size=axes))
+    piece = data.draw(st.lists(st.integers(1, 50), min_size=axes, max_size=axes))
+    voxels = data.draw(st.integers(1, 5000))
+    regions = evenly_spread(shape, piece, voxels)
+    seen = np.zeros(shape, int)
+    for region in regions:
+        seen[region] += 1
+        for part, edge, size in zip(region, piece, shape, strict=True):
+            assert part.start % edge == 0 and part.stop == min(part.start + edge, size)
+    assert seen.max() == 1 and regions == sorted(regions, key=lambda region: [part.start for part in region])
+    assert len(regions) == 1 or seen.sum() <= voxels
+    if math.prod(shape) <= voxels:
+        assert seen.all()
+    for axis, (edge, size) in enumerate(zip(piece, shape, strict=True)):
+        places = sorted({region[axis].start // edge for region in regions})
+        count = -(-size // edge)
+        gaps = np.diff([-1, *places, count])
+        # From end to end no two gaps differ by more than one piece, but for the half ones at the ends.
+        assert gaps[1:-1].size == 0 or np.ptp(gaps[1:-1]) <= 1
+        assert max(gaps[0], gaps[-1]) <= max(gaps[1:-1], default=count) + 1
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2), (2, 3, 1)])
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.uint16, np.float32])
+def test_small_tomograms_are_read_in_full(tmp_path: Path, order: tuple[int, int, int], dtype: type) -> None:
+    voxels = np.random.default_rng(0).integers(0, 100, (7, 11, 13)).astype(dtype)
+    sample = sample_file(read_header(write(tmp_path / "a.mrc", voxels, order)))
+    assert sample.share == 1 and sample.where == "all voxels" and sample.values.dtype == np.float32
+    np.testing.assert_array_equal(np.sort(sample.values), np.sort(voxels.ravel()))
+
+
+def test_a_sample_is_what_lies_in_the_file(tmp_path: Path) -> None:
+    """Each voxel holds its section, so that the places of the sample can be told."""
+    voxels = np.broadcast_to(np.arange(50, dtype=np.float32)[:, None, None], (50, 300, 200))
+    sample = sample_file(read_header(write(tmp_path / "a.mrc", np.array(voxels))), voxels=10**6)
+    assert sample.values.size <= 10**6 and sample.share == pytest.approx(sample.values.size / voxels.size)
+    sections = np.unique(sample.values)
+    assert len(sections) > 5 and sections.mean() == pytest.approx(24.5, abs=1) and "evenly spread" in sample.where
+
+
+def test_an_image(tmp_path: Path) -> None:
+    voxels = np.random.default_rng(0).random((30, 40), np.float32)
+    sample = sample_file(read_header(write(tmp_path / "a.mrc", voxels)))
+    np.testing.assert_array_equal(np.sort(sample.values), np.sort(voxels.ravel()))
+
+
+@pytest.mark.parametrize("sections", [5, 40])
+def test_of_a_compressed_file_the_beginning_is_read(
+    tmp_path: Path, sections: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    voxels = np.random.default_rng(0).integers(0, 100, (sections, 20, 30)).astype(np.int16)
+    path = tmp_path / "a.mrc.gz"
+    path.write_bytes(gzip.compress(write(tmp_path / "a.mrc", voxels).read_bytes()))
+    monkeypatch.setattr("cryosiam_dask.intensities.SAMPLE_STREAM_BYTES", 10 * 20 * 30 * 2)
+    sample = sample_file(read_header(path))
+    np.testing.assert_array_equal(sample.values, voxels[:10].ravel())
+    assert sample.where == ("all voxels" if sections == 5 else "the first 10 of the 40 sections of the compressed file")
+    assert sample.share == min(1, 10 / sections)
+    path.write_bytes(path.read_bytes()[:-6])  # without the end of its checksum
+    if sections == 5:
+        with pytest.raises(TomogramError, match="complete gzip file"):
+            sample_file(read_header(path))
+    else:
+        sample_file(read_header(path))  # it was not read so far
+
+
+def test_four_gigavoxels_take_no_memory(tmp_path: Path) -> None:
+    """A sparse file, which takes no disk either."""
+    shape = (1600, 1600, 1600)
+    with mrcfile.new_mmap(tmp_path / "large.mrc", shape, mrc_mode=2) as mrc:
+        mrc.data[800] = 3
+    tracemalloc.start()
+    sample = sample_file(read_header(tmp_path / "large.mrc"))
+    found = intensities(sample, 0, 1)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 0.5 * SAMPLE_VOXELS < sample.values.size <= SAMPLE_VOXELS and peak < 100 * 2**20
+    assert (found.lowest, found.median) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", ["zarr", "sharded", "hdf5", "contiguous"])
+def test_stored_arrays(tmp_path: Path, kind: str) -> None:
+    voxels = np.random.default_rng(0).random((40, 50, 60), np.float32)
+    if kind in ("hdf5", "contiguous"):
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            file.create_dataset("x", data=voxels, chunks=(8, 8, 8) if kind == "hdf5" else None)
+            whole, part = sample_array(file["x"]), sample_array(file["x"], 10_000)
+    else:
+        shards = {"shards": (16, 16, 16)} if kind == "sharded" else {}
+        array = zarr.create_array(tmp_path / "a.zarr", data=voxels, chunks=(8, 8, 8), **shards)
+        whole, part = sample_array(array), sample_array(array, 10_000)
+    np.testing.assert_array_equal(np.sort(whole.values), np.sort(voxels.ravel()))
+    assert 1000 < part.values.size <= 10_000 and np.isin(part.values, voxels).all()
+    one = sample_array(np.ones((30, 40, 50)), 100)
+    assert 0 < one.values.size <= 100
+
+
+def test_what_is_said_of_a_sample() -> None:
+    values = np.concatenate([np.linspace(-1, 2, 3001), [np.nan, np.inf, -np.inf]]).astype(np.float32)
+    found = intensities(Sample(values, 0.5, "some"), 0, 1)
+    finite = values[np.isfinite(values)]
+    assert (found.lowest, found.highest, found.median) == (-1, 2, pytest.approx(0.5))
+    assert found.central == pytest.approx(tuple(np.quantile(finite, [0.005, 0.995])))
+    assert found.below == np.count_nonzero(finite < 0) / values.size
+    assert found.above == np.count_nonzero(finite > 1) / values.size
+    assert found.non_finite == pytest.approx(3 / values.size)
+    nothing = intensities(Sample(np.full(4, np.nan, np.float32), 1, "all"), 0, 1)
+    assert (nothing.lowest, nothing.central, nothing.below, nothing.non_finite) == (None, None, 0, 1)
+
+
+@pytest.mark.parametrize("chunks", [None, (4, 5, 6)])
+def test_samples_of_hdf5_and_zarr_tomograms_are_their_voxels(tmp_path: Path, chunks: tuple[int, ...] | None) -> None:
+    voxels = np.random.default_rng(0).random((7, 11, 13)).astype(np.float32)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("volume", data=voxels, chunks=chunks)
+    array = zarr.create_array(tmp_path / "a.zarr", shape=voxels.shape, chunks=chunks or voxels.shape, dtype="f4")
+    array[:] = voxels
+    for path in (tmp_path / "a.h5", tmp_path / "a.zarr"):
+        sample = sample_file(read_header(path))
+        assert sample.share == 1 and sample.where == "all voxels"
+        np.testing.assert_array_equal(np.sort(sample.values), np.sort(voxels.ravel()))
+        few = sample_file(read_header(path), voxels=300)
+        assert 0 < few.share < 1 or (path.suffix == ".zarr" and chunks is None)  # a single chunk
+        assert few.values.size <= 300 and np.isin(few.values, voxels).all()

@@ -1,0 +1,136 @@
+"""The commands `plan` and `info`: by their entry point, and what they print on terminals of any width."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import h5py
+import mrcfile
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+
+from cryosiam_dask.errors import Problems
+from cryosiam_dask.look import show_file, show_plan
+
+COMMAND = Path(sys.executable).with_name("cryosiam-dask")
+SHAPE = (24, 20, 22)
+LONG = "TS_of_a_very_long_name_[with brackets]_and ümlauts_9.96Apx"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two tomograms, one of them scaled otherwise, a checkpoint, and ``config.yaml`` with relative paths."""
+    (tmp_path / "data").mkdir()
+    for stem, scale in (("TS_1", 1), (LONG, 1000)):
+        with mrcfile.new(tmp_path / "data" / f"{stem}.mrc") as mrc:
+            mrc.set_data(scale * np.random.default_rng(0).random(SHAPE, np.float32))
+            mrc.voxel_size = 9.96
+    checkpoints.write(tmp_path / "model.ckpt", seed=35)
+    write_yaml(tmp_path / "config.yaml")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_yaml(path: Path, **changes: Any) -> Path:
+    values = {"data_folder": "data", "prediction_folder": "out", "trained_model": "model.ckpt", **changes}
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def call(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [COMMAND, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        # Neither a terminal nor a GPU, and nothing that would tell how wide lines may be.
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "60", "NO_COLOR": "1"},
+    )
+    assert done.returncode == status and "Traceback" not in done.stderr, done.stdout + done.stderr
+    return done
+
+
+def printed(show: Any, path: Path, width: int | None = None, **options: Any) -> str:
+    file = io.StringIO()
+    terminal: dict[str, Any] = {"force_terminal": True, "width": width, "color_system": None} if width else {}
+    show(path, Console(file=file, **terminal), **options)
+    return file.getvalue()
+
+
+def test_plan_by_its_entry_point(folder: Path) -> None:
+    before = sorted(folder.rglob("*"))
+    done = call("plan", "--config_file=config.yaml", "--workers", 1)
+    assert sorted(folder.rglob("*")) == before
+    assert LONG in done.stdout and "24 × 20 × 22" in done.stdout and not done.stderr
+    assert f"attention, {LONG}: 0 % of its voxels lie below min 0 and 99.8 % above max 1, where" in done.stdout
+    assert "writes, TS_1: out/TS_1_preds.h5" in done.stdout
+    values = json.loads(call("plan", "--config-file", "config.yaml", "--filename", "TS_1.mrc", "--json").stdout)
+    assert [t["stem"] for t in values["tomograms"]] == ["TS_1"] and values["problems"] == []
+    assert values["tomograms"][0]["outputs"] == ["out/TS_1_preds.h5"]
+
+
+def test_plan_lists_all_that_stands_in_the_way(folder: Path) -> None:
+    (folder / "data" / "TS_1.mrc").write_bytes(b"\0" * 2000)
+    with pytest.raises(Problems) as caught:  # of a run that cannot be planned, and of a header
+        printed(show_plan, write_yaml(folder / "bad.yaml", trained_model="nowhere.ckpt", mask_folder="nowhere"))
+    assert [word in str(caught.value) for word in ("nowhere.ckpt", "mask_folder", "TS_1.mrc")] == [True] * 3
+    assert len(caught.value.problems) == 3
+    done = call("plan", "--config-file", "config.yaml", status=2)  # of single tomograms, with what is said of others
+    assert done.stderr.startswith("error: data/TS_1.mrc: ") and LONG in done.stdout and "refused" in done.stdout
+    values = json.loads(printed(show_plan, folder / "bad.yaml", as_json=True))
+    assert len(values["problems"]) == 3
+
+
+def test_plan_of_a_configuration_that_cannot_be_read(folder: Path) -> None:
+    file = io.StringIO()
+    assert not show_plan(folder / "nowhere.yaml", Console(file=file), as_json=True)
+    (problem,) = json.loads(file.getvalue())["problems"]
+    assert "nowhere.yaml: the configuration file must be readable" in problem
+
+
+def test_info_by_its_entry_point(folder: Path) -> None:
+    done = call("info", f"data/{LONG}.mrc")
+    assert f"data/{LONG}.mrc: MRC tomogram" in done.stdout and "24 × 20 × 22" in done.stdout
+    values = json.loads(call("info", "model.ckpt", "--json").stdout)
+    assert values["kind"] == "CryoSiam checkpoint"
+    sha256 = values["facts"]["sha256"]
+    assert sha256 in printed(show_file, folder / "model.ckpt")
+    done = call("info", "nowhere.mrc", status=2)
+    assert done.stderr == (
+        "error: nowhere.mrc: must be a file that can be read; found No such file or directory. Check path and "
+        "permissions.\n"
+    )
+
+
+@pytest.mark.parametrize("width", [None, 30, 80, 200])
+def test_no_value_is_cut_short(folder: Path, width: int | None) -> None:
+    """Lines may be folded on a narrow terminal, but hold all that they hold elsewhere."""
+
+    def letters(text: str) -> str:
+        return "".join(character for character in text if character.isalnum() or character in "[]_.")
+
+    with h5py.File(folder / "a_preds.h5", "w") as file:
+        file["labels"] = np.zeros((9, 9, 9), np.uint8)
+        file.attrs["source"] = LONG
+        file.attrs["checkpoint_sha256"] = "0123456789abcdef" * 4
+    text = printed(show_file, folder / "a_preds.h5", width)
+    plan = printed(show_plan, folder / "config.yaml", width, filename=f"{LONG}.mrc")
+    assert "…" not in text + plan
+    if width is None:
+        assert "0123456789abcdef" * 4 in text and text.count(LONG) == 1
+        assert max(map(len, text.splitlines())) < 200
+    elif width == 200:
+        assert letters(LONG) in letters(text) and letters(f"writes, {LONG}: out/{LONG}_preds.h5") in letters(plan)
+
+
+@pytest.mark.parametrize("command", ["plan", "info"])
+def test_help_has_examples(command: str) -> None:
+    assert f"cryosiam-dask {command} " in call(command, "--help").stdout.replace("\n", " ").replace("│", "")
