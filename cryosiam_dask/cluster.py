@@ -91,6 +91,7 @@ class DaskExecutor:
         self._flying: dict[Future, _Flight] = {}
         self._durations: dict[str, deque[float]] = {}
         self._addresses: dict[str, int] = {}
+        self._given_up: set[str] = set()
         self._lock = threading.RLock()
         self._events: queue.SimpleQueue[Future | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -197,7 +198,9 @@ class DaskExecutor:
             raise _scheduler_is_gone(self.client)
         if self.client.status == "running":
             with suppress(OSError, TimeoutError, CommClosedError):
-                self._addresses = dict(self.client.nthreads())
+                found = self.client.nthreads()
+                # One that hangs takes long to be replaced, and would be given the same work again meanwhile.
+                self._addresses = {address: n for address, n in found.items() if address not in self._given_up}
         now = time.monotonic()
         with self._lock:
             for future, flight in list(self._flying.items()):
@@ -294,6 +297,7 @@ class DaskExecutor:
             self.client.cancel([future], force=True)
         if restart and flight.address in self._addresses:
             del self._addresses[flight.address]
+            self._given_up.add(flight.address)
             threading.Thread(target=_restart, args=(self.client, flight.address), daemon=True).start()
         step.tries[flight.number] += 1
         if step.tries[flight.number] >= _TRIES:

@@ -84,6 +84,10 @@ def run(
         _tidy(plan)
     executor = executor or SerialExecutor()
     with open_claims() as claims:
+        for path in (claim_path(plan.configuration.prediction_folder, j.stem) for plan in plans for j in plan.skipped):
+            with suppress(OSError):  # of a run that was killed when the tomogram was just done
+                if path.exists() and claims.take(path):
+                    claims.release(path)
         collection = _Collection(plans, reporter, device, executor, timeline, stop or threading.Event(), claims)
         outcomes = collection.work()
     for plan in plans:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from distributed import Client
 
 from cryosiam_dask.cluster import DaskExecutor, Setup, open_cluster
-from cryosiam_dask.errors import CryosiamDaskError, DeviceError, TomogramError
+from cryosiam_dask.errors import CryosiamDaskError, DeviceError, LostDeviceError, TomogramError
+from cryosiam_dask.executor import Interrupted
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +109,114 @@ def test_workers_compute_in_one_thread_and_keep_their_memory(client: Client, nam
 def test_gpus_that_are_not_there_are_an_error() -> None:
     with pytest.raises(CryosiamDaskError, match=r"dask-cuda|asks for \d+ GPUs"), open_cluster("cuda", 99):
         pass
+
+
+def hang_once(mark: Path, number: int) -> int:
+    """Stop this worker process, as the kernel would at a dead disk, at the first call with 5."""
+    if number == 5:
+        try:
+            mark.touch(exist_ok=False)
+        except FileExistsError:
+            return number
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return number
+
+
+def lose_device(folder: Path, times: int, number: int) -> int:
+    """Fail as often as `times`, each time leaving behind which process did."""
+    if number == 2 and len(list(folder.iterdir())) < times:
+        (folder / f"{time.time_ns()}-{os.getpid()}").touch()
+        raise LostDeviceError("the device must work", place=f"process {os.getpid()}")
+    return number
+
+
+def note(path: Path, item: tuple[str, int]) -> None:
+    with path.open("a") as file:
+        file.write(f"{item[0]}\n")
+    time.sleep(0.02)
+
+
+def wait_for(path: Path, _: int) -> bool:
+    """Whether a file appears; a deadlock would end here."""
+    for _ in range(3000):
+        if path.exists():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def touch(path: Path) -> None:
+    path.touch()
+
+
+def test_a_call_that_hangs_is_done_elsewhere(client: Client, tmp_path: Path) -> None:
+    executor = DaskExecutor(client, hang_seconds=2)
+    executor.map(process, range(4), name="warm", overlap=True)
+    found = executor.map(partial(hang_once, tmp_path / "hung"), range(8), name="hang", overlap=True)
+    assert found == list(range(8)) and (tmp_path / "hung").exists()
+    client.wait_for_workers(2)
+
+
+def test_a_lost_device_costs_its_process_and_three_end_the_step(client: Client, tmp_path: Path) -> None:
+    client.wait_for_workers(2)
+    executor = DaskExecutor(client)
+    (tmp_path / "two").mkdir()
+    found = executor.map(partial(lose_device, tmp_path / "two", 2), range(5), name="lose", overlap=True)
+    assert found == list(range(5))
+    failed = [int(path.name.split("-")[1]) for path in sorted((tmp_path / "two").iterdir())]
+    assert len(set(failed)) == 2  # each of them was given up
+    (tmp_path / "many").mkdir()
+    with pytest.raises(LostDeviceError, match="the device must work"):
+        executor.map(partial(lose_device, tmp_path / "many", 99), range(5), name="lose", overlap=True)
+    assert len(list((tmp_path / "many").iterdir())) == 3
+    client.wait_for_workers(2)
+
+
+def test_a_drained_run_finishes_what_it_began(client: Client, tmp_path: Path) -> None:
+    executor = DaskExecutor(client)
+    arrived: list[int] = []
+
+    def done(item: tuple[str, int], _: None) -> None:
+        arrived.append(item[1])
+        if len(arrived) == 3:
+            executor.drain()
+
+    path = tmp_path / "calls"
+    with pytest.raises(Interrupted):
+        executor.map(partial(note, path), [("x", i) for i in range(200)], name="note", done=done)
+    assert 3 <= len(arrived) < 200 and path.read_text().count("x") == len(arrived)
+    with pytest.raises(Interrupted):
+        executor.map(square, [1], name="square")
+
+
+def test_the_tomogram_that_was_begun_first_comes_first(client: Client, tmp_path: Path) -> None:
+    executor, path, go = DaskExecutor(client), tmp_path / "calls", tmp_path / "go"
+    shares = {name: executor.share(name, order, lambda *_: None) for name, order in (("a", 0), ("b", 1), ("c", 2))}
+    threads = []
+
+    def begin(name: str, function: Any, items: Sequence[Any]) -> None:
+        threads.append(threading.Thread(target=shares[name].map, args=(function, items), kwargs={"name": "note"}))
+        threads[-1].start()
+        waiting = {"c": 1, "b": 2, "a": 3}[name]
+        while len(executor._steps) < waiting:
+            time.sleep(0.01)
+
+    begin("c", partial(wait_for, go), range(8))  # takes all places, for as long as others come
+    begin("b", partial(note, path), [("b", i) for i in range(12)])
+    begin("a", partial(note, path), [("a", i) for i in range(12)])
+    go.touch()
+    for thread in threads:
+        thread.join()
+    order = path.read_text().split()
+    assert order.count("a") == order.count("b") == 12
+    assert order[:8].count("a") == 8 and "b" in order[-3:]
+
+
+def test_what_needs_no_device_runs_beside_calls_that_fill_the_devices(client: Client, tmp_path: Path) -> None:
+    executor, path, results = DaskExecutor(client), tmp_path / "mark", []
+    calls = partial(wait_for, path)
+    device = threading.Thread(target=lambda: results.extend(executor.map(calls, range(9), name="x", overlap=True)))
+    device.start()
+    executor.share("x", 5, lambda *_: None).map(touch, [path], name="host")
+    device.join()
+    assert results == [True] * 9

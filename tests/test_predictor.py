@@ -23,7 +23,7 @@ from monai.transforms import NormalizeIntensity, ScaleIntensityRange
 from skimage.transform import resize
 
 from cryosiam_dask.checkpoint import read_checkpoint
-from cryosiam_dask.errors import CheckpointError, DeviceError
+from cryosiam_dask.errors import CheckpointError, DeviceError, LostDeviceError
 from cryosiam_dask.grid import Patch
 from cryosiam_dask.network import peak_bytes
 from cryosiam_dask.predictor import Predictor, PredictorSpec, largest_patch, load_predictor, normalise
@@ -442,3 +442,52 @@ def test_a_batch_too_large_for_the_gpu_is_an_error(tmp_path):
     spec = make_spec(path, device="cuda", patch=(256, 256, 256), batch_size=2**12)
     with pytest.raises(DeviceError, match=r"batch_size 4096 and patch_size \[256, 256, 256\]"):
         predict_patches(load_predictor(spec), some_patches(1, spec), {"labels"})
+
+
+class Small(torch.nn.Module):
+    """A network on a device that has memory for so many patches at a time."""
+
+    def __init__(self, network, most, error=torch.OutOfMemoryError):
+        super().__init__()
+        self.network, self.most, self.error, self.tried = network, most, error, []
+
+    def forward(self, batch, **options):
+        self.tried.append(len(batch))
+        if len(batch) > self.most:
+            raise self.error("device error: at 0x7f\nmore of it")
+        return self.network(batch, **options)
+
+
+def test_batches_that_do_not_fit_are_halved_and_that_is_remembered(spec):
+    patches = np.random.default_rng(5).random((9, 16, 16, 16), np.float32)
+    expected = predict_patches(Predictor(spec), patches, EVERYTHING)
+    predictor = Predictor(replace(spec, batch_size=8))
+    predictor._batch_size = 8  # as on a GPU
+    predictor._network = network = Small(predictor._network, 2)
+    for tried in ([8, 4] + [2] * 5, [2] * 5):
+        result = predict_patches(predictor, patches, EVERYTHING)
+        assert network.tried == tried
+        network.tried.clear()
+        for name, values in expected.items():
+            np.testing.assert_array_equal(result[name], values) if name == "labels" else np.testing.assert_allclose(
+                result[name], values, atol=1e-5
+            )
+
+
+def test_a_patch_that_does_not_fit_alone_is_an_error_with_numbers(spec):
+    predictor = Predictor(replace(spec, batch_size=4))
+    predictor._batch_size = 4
+    predictor._network = network = Small(predictor._network, 0)
+    message = (
+        r"patch_size \[16, 16, 16\] and a block of \[16, 16, 16\]; batch_size 4 was tried down to 1, and that alone"
+    )
+    with pytest.raises(DeviceError, match=message):
+        predict_patches(predictor, np.zeros((1, 16, 16, 16), np.float32), EVERYTHING)
+    assert network.tried == [4, 2, 1, 1]
+
+
+def test_a_device_that_failed_is_lost(spec):
+    predictor = Predictor(spec)
+    predictor._network = Small(predictor._network, 0, torch.AcceleratorError)
+    with pytest.raises(LostDeviceError, match=rf"process {os.getpid()} on .*device error: at 0x7f\. Look at"):
+        predict_patches(predictor, np.zeros((1, 16, 16, 16), np.float32), EVERYTHING)
