@@ -301,7 +301,7 @@ def read_configuration(path: Path | str) -> Configuration:
 #: The models of a pipeline, in the order in which every tomogram needs them.
 STAGES = ("lamella", "semantic")
 #: Keys that a pipeline's models have in common, since they are about the same tomograms.
-_SHARED_KEYS = ("data_folder", "file_extension", "test_files")
+_SHARED_KEYS = ("data_folder", "file_extension", "test_files", "ome_zarr_level", "hdf5_dataset")
 
 
 def read_pipeline(path: Path | str) -> dict[str, Configuration]:

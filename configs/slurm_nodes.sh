@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Segments a collection on all GPUs of several nodes, in one allocation: sbatch configs/slurm_nodes.sh pipeline.yaml
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=32
+#SBATCH --time=04:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+
+set -u
+scheduler_file=$PWD/scheduler-$SLURM_JOB_ID.json # on a disk that all nodes see
+
+# Anyone on the nodes' network who finds the scheduler can run programs as you, unless Dask is configured for TLS:
+# https://distributed.dask.org/en/stable/tls.html, and --protocol tls here.
+dask scheduler --scheduler-file "$scheduler_file" --dashboard-address 127.0.0.1:8787 &
+# One process for each GPU of a node, pinned to it; four threads, so that it reads and writes while it computes.
+srun dask cuda worker --scheduler-file "$scheduler_file" --nthreads 4 --death-timeout 300 &
+until [ -s "$scheduler_file" ]; do sleep 1; done
+
+cryosiam-dask run --config-file "$1" --scheduler-file "$scheduler_file" --device cuda &
+run=$!
+trap 'kill -USR1 $run' USR1 # Slurm's warning: what is in flight is finished and recorded
+wait $run
+status=$?
+while kill -0 $run 2>/dev/null; do # a trap ends 'wait' before the run has ended
+    wait $run
+    status=$?
+done
+rm -f "$scheduler_file"
+if [ "$status" -eq 75 ]; then
+    scontrol requeue "$SLURM_JOB_ID" # the same command goes on from here
+fi
+exit "$status"
