@@ -78,6 +78,41 @@ def test_every_worker_takes_part_and_listens_to_this_machine_alone(client: Clien
     assert all("127.0.0.1" in address for address in addresses)
 
 
+def test_the_tomogram_that_was_begun_first_comes_first(client: Client, tmp_path: Path) -> None:
+    executor, path, go = DaskExecutor(client), tmp_path / "calls", tmp_path / "go"
+    shares = {name: executor.share(name, order, lambda *_: None) for name, order in (("a", 0), ("b", 1), ("c", 2))}
+    threads = []
+
+    def begin(name: str, function: Any, items: Sequence[Any]) -> None:
+        threads.append(threading.Thread(target=shares[name].map, args=(function, items), kwargs={"name": "note"}))
+        threads[-1].start()
+        waiting = {"c": 1, "b": 2, "a": 3}[name]
+        while len(executor._steps) < waiting:
+            time.sleep(0.01)
+
+    begin("c", partial(wait_for, go), range(8))  # takes all places, for as long as others come
+    while len(executor._flying) < 4:
+        time.sleep(0.01)
+    begin("b", partial(note, path), [("b", i) for i in range(12)])
+    begin("a", partial(note, path), [("a", i) for i in range(12)])
+    go.touch()
+    for thread in threads:
+        thread.join()
+    order = path.read_text().split()
+    assert order.count("a") == order.count("b") == 12
+    assert order[:8].count("a") == 8 and "b" in order[-3:]
+
+
+def test_what_needs_no_device_runs_beside_calls_that_fill_the_devices(client: Client, tmp_path: Path) -> None:
+    executor, path, results = DaskExecutor(client), tmp_path / "mark", []
+    calls = partial(wait_for, path)
+    device = threading.Thread(target=lambda: results.extend(executor.map(calls, range(9), name="x", overlap=True)))
+    device.start()
+    executor.share("x", 5, lambda *_: None).map(touch, [path], name="host")
+    device.join()
+    assert results == [True] * 9
+
+
 def test_errors_arrive_as_they_were_raised_and_end_the_step(client: Client) -> None:
     with pytest.raises(TomogramError, match=r"^x\.mrc: must be whole; found half of it\. Copy it again\.$"):
         DaskExecutor(client).map(refuse, range(1000), name="refuse")
@@ -187,36 +222,3 @@ def test_a_drained_run_finishes_what_it_began(client: Client, tmp_path: Path) ->
     assert 3 <= len(arrived) < 200 and path.read_text().count("x") == len(arrived)
     with pytest.raises(Interrupted):
         executor.map(square, [1], name="square")
-
-
-def test_the_tomogram_that_was_begun_first_comes_first(client: Client, tmp_path: Path) -> None:
-    executor, path, go = DaskExecutor(client), tmp_path / "calls", tmp_path / "go"
-    shares = {name: executor.share(name, order, lambda *_: None) for name, order in (("a", 0), ("b", 1), ("c", 2))}
-    threads = []
-
-    def begin(name: str, function: Any, items: Sequence[Any]) -> None:
-        threads.append(threading.Thread(target=shares[name].map, args=(function, items), kwargs={"name": "note"}))
-        threads[-1].start()
-        waiting = {"c": 1, "b": 2, "a": 3}[name]
-        while len(executor._steps) < waiting:
-            time.sleep(0.01)
-
-    begin("c", partial(wait_for, go), range(8))  # takes all places, for as long as others come
-    begin("b", partial(note, path), [("b", i) for i in range(12)])
-    begin("a", partial(note, path), [("a", i) for i in range(12)])
-    go.touch()
-    for thread in threads:
-        thread.join()
-    order = path.read_text().split()
-    assert order.count("a") == order.count("b") == 12
-    assert order[:8].count("a") == 8 and "b" in order[-3:]
-
-
-def test_what_needs_no_device_runs_beside_calls_that_fill_the_devices(client: Client, tmp_path: Path) -> None:
-    executor, path, results = DaskExecutor(client), tmp_path / "mark", []
-    calls = partial(wait_for, path)
-    device = threading.Thread(target=lambda: results.extend(executor.map(calls, range(9), name="x", overlap=True)))
-    device.start()
-    executor.share("x", 5, lambda *_: None).map(touch, [path], name="host")
-    device.join()
-    assert results == [True] * 9
