@@ -393,7 +393,7 @@ class _Share:
 def _restart(client: Client, address: str) -> None:
     """Replace a worker process; where nobody watches over it, it is given up."""
     try:
-        client.restart_workers([address], timeout=60, raise_for_error=False)
+        client.restart_workers([address], timeout=10, raise_for_error=False)
     except Exception:
         with suppress(Exception):
             client.retire_workers([address])

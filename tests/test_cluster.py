@@ -185,10 +185,13 @@ def touch(path: Path) -> None:
 
 
 def test_a_call_that_hangs_is_done_elsewhere(client: Client, tmp_path: Path) -> None:
+    before = set(client.nthreads())
     executor = DaskExecutor(client, hang_seconds=2)
     executor.map(process, range(4), name="warm", overlap=True)
     found = executor.map(partial(hang_once, tmp_path / "hung"), range(8), name="hang", overlap=True)
     assert found == list(range(8)) and (tmp_path / "hung").exists()
+    while before <= set(client.nthreads()):  # until the process is gone
+        time.sleep(0.1)
     client.wait_for_workers(2)
 
 
