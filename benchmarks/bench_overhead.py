@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -174,6 +175,7 @@ def bench(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             one_process(folder / "data" / "t.mrc", folder / "plain.h5")
             times["one process"].append(time.perf_counter() - began)
             steps.clear()
+            shutil.rmtree(folder / "out", ignore_errors=True)  # what is there would not be made again
             with Resident(processes) as workers, Resident([os.getpid()]) as leader:
                 began = time.perf_counter()
                 (outcome,) = collection.run(plan, Quiet(), executor=Stepwise(client))
@@ -202,6 +204,7 @@ def bench(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         blocks: list[Any] = []
         watched = pipeline.predict_store
         pipeline.predict_store = lambda *a, **k: blocks.extend(watched(*a, **k)) or blocks  # type: ignore[assignment]
+        shutil.rmtree(folder / "out")
         began = time.perf_counter()
         timeline = options.output is not None
         collection.run(plan, Quiet(), executor=DaskExecutor(client), timeline=timeline)
