@@ -186,7 +186,9 @@ class DaskExecutor:
                         self._thread = None
                         return
                 self._collect()
-        except BaseException as error:
+        except BaseException as raised:
+            gone = isinstance(raised, CommClosedError) or self.client.status not in ("running", "connecting")
+            error = _scheduler_is_gone(self.client) if gone else raised
             with self._lock:
                 self._thread = None
                 for step in list(self._steps):
@@ -283,7 +285,7 @@ class DaskExecutor:
             error = raised
         if isinstance(error, LostDeviceError):
             self._retry(future, flight, error)
-        elif error is None or isinstance(error, CancelledError | KilledWorker):
+        elif error is None or isinstance(error, CancelledError | CommClosedError | KilledWorker):
             # The scheduler forgot it, as one does that was started anew, or gave it up.
             self._retry(future, flight, _died(step.name), restart=False)
         else:
@@ -294,7 +296,8 @@ class DaskExecutor:
         step = flight.step
         if self._flying.pop(future, None):
             step.flying -= 1
-            self.client.cancel([future], force=True)
+            with suppress(CommClosedError):
+                self.client.cancel([future], force=True)
         if restart and flight.address in self._addresses:
             del self._addresses[flight.address]
             self._given_up.add(flight.address)
@@ -316,7 +319,8 @@ class DaskExecutor:
             del self._flying[future]
         step.over.set()
         if left and self.client.status == "running":
-            self.client.cancel(left, force=True)
+            with suppress(CommClosedError):
+                self.client.cancel(left, force=True)
 
 
 @dataclass(eq=False, slots=True)

@@ -479,7 +479,8 @@ def test_a_patch_that_does_not_fit_alone_is_an_error_with_numbers(spec):
     predictor._batch_size = 4
     predictor._network = network = Small(predictor._network, 0)
     message = (
-        r"patch_size \[16, 16, 16\] and a block of \[16, 16, 16\]; batch_size 4 was tried down to 1, and that alone"
+        r"found batch_size 4 and patch_size \[16, 16, 16\], and a block of \[16, 16, 16\]; smaller batches were tried "
+        r"down to 1, and that alone"
     )
     with pytest.raises(DeviceError, match=message):
         predict_patches(predictor, np.zeros((1, 16, 16, 16), np.float32), EVERYTHING)
