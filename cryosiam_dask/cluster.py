@@ -9,6 +9,7 @@ bounded number in flight, so that neither the scheduler's memory nor the workers
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import heapq
 import json
@@ -25,7 +26,7 @@ import time
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -93,7 +94,7 @@ class DaskExecutor:
         self._addresses: dict[str, int] = {}
         self._given_up: set[str] = set()
         self._lock = threading.RLock()
-        self._events: queue.SimpleQueue[Future | None] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[_Outcome | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._drained = False
         self._proved = False
@@ -206,7 +207,7 @@ class DaskExecutor:
         now = time.monotonic()
         with self._lock:
             for future, flight in list(self._flying.items()):
-                if flight.address not in self._addresses and future.status == "pending":
+                if flight.address not in self._addresses:
                     self._retry(future, flight, _died(flight.step.name), restart=False)
                     continue
                 times = self._durations.get(flight.step.name)
@@ -245,7 +246,17 @@ class DaskExecutor:
         )
         step.flying += 1
         self._flying[future] = _Flight(step, number, address, time.monotonic())
-        future.add_done_callback(self._events.put)
+        self.client.loop.add_callback(self._wait_for, future)
+
+    async def _wait_for(self, future: Future) -> None:
+        """Tell the dispatching thread what comes of a call, which must not wait for it itself.
+
+        A result that is lost with its worker, after the scheduler has told of it, never comes.
+        """
+        try:
+            self._events.put(_Outcome(future, result=await future))
+        except (Exception, asyncio.CancelledError) as error:
+            self._events.put(_Outcome(future, error=error))
 
     def _collect(self) -> None:
         """Wait for something to happen, then take all results that have arrived, at once."""
@@ -254,40 +265,33 @@ class DaskExecutor:
             arrived.append(self._events.get(timeout=1))
             while True:
                 arrived.append(self._events.get_nowait())
-        futures = [future for future in arrived if future is not None and future in self._flying]
-        finished = [future for future in futures if future.status == "finished"]
-        try:
-            results = dict(zip(finished, self.client.gather(finished), strict=True))
-        except Exception:  # of one whose worker died meanwhile
-            results = {}
         with self._lock:
-            for future in futures:
-                flight = self._flying.pop(future)
-                flight.step.flying -= 1
-                self._settle(future, flight, results)
+            for outcome in arrived:
+                flight = self._flying.pop(outcome.future, None) if outcome else None
+                if outcome and flight:
+                    flight.step.flying -= 1
+                    self._settle(outcome, flight)
 
-    def _settle(self, future: Future, flight: _Flight, results: Mapping[Future, Any]) -> None:
+    def _settle(self, outcome: _Outcome, flight: _Flight) -> None:
         step, number = flight.step, flight.number
         if step.over.is_set():
             return
-        try:
-            if future in results or future.status == "finished":
-                result = results[future] if future in results else future.result()
-                self._durations.setdefault(step.name, deque(maxlen=99)).append(time.monotonic() - flight.began)
-                self._proved |= step.overlap
-                step.results[number] = result
+        error = outcome.error
+        if error is None:
+            self._durations.setdefault(step.name, deque(maxlen=99)).append(time.monotonic() - flight.began)
+            self._proved |= step.overlap
+            step.results[number] = outcome.result
+            try:
                 if step.done:
-                    step.done(step.items[number], result)
+                    step.done(step.items[number], outcome.result)
                 step.progress(step.name, len(step.results), step.total)
-                return
-            error: Any = future.exception() if future.status == "error" else None
-        except Exception as raised:  # of `done` too: what cannot be recorded does not count as done
-            error = raised
-        if isinstance(error, LostDeviceError):
-            self._retry(future, flight, error)
-        elif error is None or isinstance(error, CancelledError | CommClosedError | KilledWorker):
+            except Exception as raised:  # what cannot be recorded does not count as done
+                self._end(step, raised)
+        elif isinstance(error, LostDeviceError):
+            self._retry(outcome.future, flight, error)
+        elif isinstance(error, CancelledError | asyncio.CancelledError | CommClosedError | KilledWorker):
             # The scheduler forgot it, as one does that was started anew, or gave it up.
-            self._retry(future, flight, _died(step.name), restart=False)
+            self._retry(outcome.future, flight, _died(step.name), restart=False)
         else:
             self._end(step, error)
 
@@ -366,6 +370,15 @@ class _Flight:
     number: int
     address: str
     began: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What came of a call."""
+
+    future: Future
+    result: Any = None
+    error: BaseException | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,25 @@ def die_once(mark: Path, number: int) -> int:
     return number
 
 
+class Fatal:
+    """A result that kills its worker process when it is first fetched, after the call itself has ended well."""
+
+    def __init__(self, mark: Path, number: int) -> None:
+        self.mark, self.number = mark, number
+
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        try:
+            self.mark.touch(exist_ok=False)
+        except FileExistsError:
+            return int, (self.number,)
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+def fatal(mark: Path, number: int) -> int | Fatal:
+    return Fatal(mark, number) if number == 5 else number
+
+
 def die(number: int) -> int:
     os.kill(os.getpid(), signal.SIGKILL)
     return number
@@ -121,6 +140,11 @@ def test_errors_arrive_as_they_were_raised_and_end_the_step(client: Client) -> N
 
 def test_work_of_a_worker_that_dies_goes_elsewhere(client: Client, tmp_path: Path) -> None:
     found = DaskExecutor(client).map(partial(die_once, tmp_path / "died"), range(20), name="die once")
+    assert found == list(range(20)) and (tmp_path / "died").exists()
+
+
+def test_a_result_that_is_lost_with_its_worker_is_computed_again(client: Client, tmp_path: Path) -> None:
+    found = DaskExecutor(client).map(partial(fatal, tmp_path / "died"), range(20), name="fatal")
     assert found == list(range(20)) and (tmp_path / "died").exists()
 
 
