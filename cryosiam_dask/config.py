@@ -308,7 +308,8 @@ def read_pipeline(path: Path | str) -> dict[str, Configuration]:
     """Read a YAML file of two models for the same tomograms.
 
     Below each of the keys ``lamella`` and ``semantic`` stand the keys of that model's own file. A key above them is
-    meant for both. The semantic model's ``mask_folder`` is the lamella's ``prediction_folder``.
+    meant for both. The semantic model's ``mask_folder`` is the lamella's ``prediction_folder``. In a ``work_folder`` of
+    both, each has a folder of its own name.
 
     Parameters
     ----------
@@ -387,6 +388,9 @@ def read_pipeline(path: Path | str) -> dict[str, Configuration]:
             )
     if problems:
         raise Problems(problems)
+    if lamella.work_folder is not None and lamella.work_folder == semantic.work_folder:
+        # Both models are at work on a tomogram at the same time, under its name.
+        return {name: one.model_copy(update={"work_folder": lamella.work_folder / name}) for name, one in found.items()}
     return found
 
 
@@ -409,12 +413,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigurationError(
             "the configuration file must be readable", place=path, value=error.strerror, remedy="Check --config-file"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date such as 2024-13-45
         mark = getattr(error, "problem_mark", None)
         raise ConfigurationError(
             "the configuration must be a YAML file",
             place=f"{path}, line {mark.line + 1}" if mark else path,
-            value=getattr(error, "problem", None) or "bytes that are not UTF-8 text",
+            value=getattr(error, "problem", None) or _unread(error),
             remedy="Compare it with configs/config_semantic.yaml",
         ) from None
     if not isinstance(values, dict):
@@ -425,6 +429,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             remedy="Compare it with configs/config_semantic.yaml",
         )
     return values
+
+
+def _unread(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return "bytes that are not UTF-8 text"
+    return "lists within lists without end" if isinstance(error, RecursionError) else f"a date that is none ({error})"
 
 
 def _configuration(values: dict[str, Any], place: str) -> Configuration:

@@ -819,13 +819,15 @@ def complete(plan: RunPlan, job: Job, executor: Executor) -> Result:
 
 def _update_formats(configuration: Configuration, path: Path, work: zarr.Group, executor: Executor) -> list[str]:
     """Write new labels in the other formats that are wanted, or remove those of earlier ones."""
-    formats = other_formats(configuration)
+    formats, made = other_formats(configuration), tuple[str, ...]()
     warnings: list[str] = []
     try:
         if formats:
             warnings += export_prediction(configuration, path, formats, work=work, executor=executor)
+            made = formats
     finally:  # without a tomogram, for example, an OME-Zarr image cannot be made
-        warnings += remove_outdated_formats(path.parent, _stem(path), read_attributes(path).get("fingerprint"))
+        fingerprint = read_attributes(path).get("fingerprint")
+        warnings += remove_outdated_formats(path.parent, _stem(path), fingerprint, keep=made)
     return warnings
 
 

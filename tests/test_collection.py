@@ -6,11 +6,13 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import checkpoints
 import pytest
+import yaml
 from distributed import Client
 from test_cli import call, start
 from test_pipeline import Listener, configure, write_tomogram
@@ -18,6 +20,7 @@ from test_pipeline import Listener, configure, write_tomogram
 from cryosiam_dask import ledger
 from cryosiam_dask.cluster import DaskExecutor, open_cluster
 from cryosiam_dask.collection import run
+from cryosiam_dask.config import read_pipeline
 from cryosiam_dask.errors import DeviceError, LostClusterError
 from cryosiam_dask.executor import SerialExecutor, SharedExecutor
 from cryosiam_dask.ledger import VERSION, read_entries, read_outcomes
@@ -215,6 +218,34 @@ def test_what_was_done_before_devices_failed_is_kept(folder: Path, error: Except
     (outcome,) = run(plan(folder, **options), listener)
     assert outcome.status == "done" and "TS_0: 3 of 8 blocks are there already" in listener.messages
     assert read_outcomes(folder / "out")["TS_0"]["status"] == "done"
+
+
+def pipeline(folder: Path, **common: Any) -> list[RunPlan]:
+    """The plans of a lamella model and, inside its masks, of the semantic one."""
+    checkpoints.write(folder / "lamella.ckpt", replace(checkpoints.SMALL, out_channels=1), seed=35)
+    values = {
+        "data_folder": str(folder / "data"),
+        "test_files": ["TS_0.mrc"],
+        **common,
+        "lamella": {
+            "prediction_folder": str(folder / "lamella"),
+            "trained_model": str(folder / "lamella.ckpt"),
+            "parameters": {"network": {"threshold": 0.4}},
+        },
+        "semantic": {"prediction_folder": str(folder / "out"), "trained_model": str(folder / "model.ckpt")},
+    }
+    (folder / "pipeline.yaml").write_text(yaml.safe_dump(values))
+    found = read_pipeline(folder / "pipeline.yaml")
+    return [plan_run(found[name], name=name, masks_to_come={"TS_0"} if name == "semantic" else ()) for name in found]
+
+
+def test_both_models_of_a_pipeline_may_have_one_work_folder(folder: Path) -> None:
+    outcomes = run(pipeline(folder, work_folder=str(folder / "work")), Listener())
+    assert [(outcome.stage, outcome.status, outcome.error) for outcome in outcomes] == [
+        ("lamella", "done", ""),
+        ("semantic", "done", ""),
+    ]
+    assert not list((folder / "work").rglob("TS_0*"))
 
 
 def test_two_runs_at_once_share_the_tomograms(folder: Path) -> None:
