@@ -291,17 +291,17 @@ def export(
 
 @app.command()
 def plan(
-    config_file: ConfigFile,
+    config_file: Annotated[Path, typer.Option(help="The YAML file of semantic-predict or of run.")],
     filename: Filename = None,
     workers: Workers = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Plan for semantic-predict --overwrite.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Plan for the same command with --overwrite.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what semantic-predict would read, compute and write, and what it takes; touch no GPU and write nothing.
+    """Say what semantic-predict or run would read, compute and write, and what it takes; use no GPU, write nothing.
 
     Status 2, with all problems, if it could not succeed.
 
-    Example: cryosiam-dask plan --config-file configs/config_semantic.yaml
+    Example: cryosiam-dask plan --config-file configs/pipeline.yaml
 
     Example: cryosiam-dask plan --config-file configs/config_semantic.yaml --json > plan.json
     """

@@ -35,7 +35,7 @@ from cryosiam_dask.cluster import (
     versions,
 )
 from cryosiam_dask.collection import make_folders, remove_left_overs, run
-from cryosiam_dask.config import Configuration, read_configuration, read_pipeline
+from cryosiam_dask.config import STAGES, Configuration, read_configuration, read_pipeline
 from cryosiam_dask.diagnosis import beyond_lamella
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, DeviceError, Problems, TomogramError
 from cryosiam_dask.formats import convert_to_ome_zarr, other_formats
@@ -49,7 +49,7 @@ from cryosiam_dask.pipeline import (
     measure,
     postprocess,
 )
-from cryosiam_dask.plan import RunPlan, plan_run
+from cryosiam_dask.plan import RunPlan, masks_of, plan_run
 from cryosiam_dask.predictor import largest_patch, load_predictor, name_of_gpu, require_precision, resolve_device
 from cryosiam_dask.progress import FileReporter, Reporters, make_reporter
 from cryosiam_dask.report import write_report
@@ -119,7 +119,7 @@ def segment(
         configurations = read_pipeline(config_file) if pipeline else {"": read_configuration(config_file)}
         for name, configuration in configurations.items():
             configuration = configuration.absolute() if joins else configuration
-            before = {job.stem for job in plans[-1].jobs} if plans else set()
+            before = masks_of(plans, configuration, filename) if name == STAGES[-1] else set[str]()
             try:
                 if not problems and not joins:
                     require_precision(configuration.hyper_parameters.precision, chosen)
