@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version as package_version
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -42,6 +43,7 @@ from distributed.comm import CommClosedError, get_address_host_port
 from cryosiam_dask._version import __version__
 from cryosiam_dask.errors import ClusterError, CryosiamDaskError, DeviceError, LostClusterError, LostDeviceError
 from cryosiam_dask.executor import Executor, Interrupted, Progress
+from cryosiam_dask.run_log import LOG
 
 #: Let glibc keep what the network frees for its next layer and its next patch, in one heap for all threads. Otherwise
 #: every large tensor is mapped anew, and the kernel's clearing of its pages takes a good part of a CPU's time.
@@ -307,6 +309,7 @@ class DaskExecutor:
             self._given_up.add(flight.address)
             threading.Thread(target=_restart, args=(self.client, flight.address), daemon=True).start()
         step.tries[flight.number] += 1
+        LOG.warning("%s, piece %d, worker %s: %s", step.prefix, flight.number, flight.address, error)
         if step.tries[flight.number] >= _TRIES:
             self._end(step, error)
         else:
@@ -639,6 +642,18 @@ def reported(client: Client, path: Path) -> Iterator[None]:
     """Write Dask's report of what every worker did meanwhile to an HTML file."""
     with client.as_current(), performance_report(filename=str(path)):
         yield
+
+
+@contextmanager
+def forwarded_warnings(client: Client) -> Iterator[None]:
+    """Log here, meanwhile, the warnings that Python's libraries raise in the workers."""
+    client.register_plugin(Setup(partial(logging.captureWarnings, True)), name="warnings")
+    client.forward_logging("py.warnings")
+    try:
+        yield
+    finally:
+        with suppress(Exception):  # of a cluster that is gone
+            client.unforward_logging("py.warnings")
 
 
 @contextmanager

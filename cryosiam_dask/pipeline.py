@@ -81,6 +81,7 @@ from cryosiam_dask.mrc_to_zarr import IngestReport, Statistics, ingest, read_hea
 from cryosiam_dask.plan import Job, RunPlan, components_done, preview_done, removal_sizes, with_sizes
 from cryosiam_dask.preview import Sliceable, preview_file, read_fingerprint, write_preview
 from cryosiam_dask.progress import Reporter
+from cryosiam_dask.run_log import LOG, TOLD
 from cryosiam_dask.timeline import write_timeline
 from cryosiam_dask.tomogram_files import TomogramHeader, Voxels, ZarrHeader, source_identity
 from cryosiam_dask.zarr_to_labels import BlockTimes, StoredPrediction, create_outputs, predict_store, tomogram_chunks
@@ -192,8 +193,10 @@ def segment(
                         job.stem, "done", header.shape, time.time() - began, voxels, warnings, stage=plan.name
                     )
                     if plan is not last_plan:
+                        _log_warnings(outcome)
                         yield record(plan, outcome, began)
         if outcome.status == "done":
+            _log_warnings(outcome)
             record(plan, outcome, began)
         else:  # what became of it when it was made
             before = shared.ledger.last("outcome") or {"status": "done"}
@@ -224,7 +227,7 @@ def record(plan: RunPlan, outcome: Outcome, began: float, *, goes_on: bool = Fal
 
 def _failed(stem: str, shape: tuple[int, ...], began: float, error: Exception, path: Path, stage: str = "") -> Outcome:
     """The outcome of a tomogram whose work on the output `path` ended with `error`."""
-    details, kind = "", type(error).__name__
+    raised, details, kind = error, "", type(error).__name__
     if isinstance(error, OSError) and error.errno in (
         errno.ENOSPC,
         errno.EDQUOT,
@@ -244,7 +247,15 @@ def _failed(stem: str, shape: tuple[int, ...], began: float, error: Exception, p
     else:
         message = f"{path}: unexpected {type(error).__name__}: {error}"
         details = "".join(traceback.format_exception(error))
+    # The user is told without a traceback, which tells a developer of foreseen errors as well where they come from.
+    LOG.error("%s: %s", stem, message, exc_info=raised)
     return Outcome(stem, "failed", shape, time.time() - began, error=message, details=details, kind=kind, stage=stage)
+
+
+def _log_warnings(outcome: Outcome) -> Outcome:
+    for warning in outcome.warnings:
+        LOG.warning("%s: %s", outcome.stem, warning, extra=TOLD)
+    return outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -659,7 +670,7 @@ def postprocess(
                 warnings = _update_components(configuration, stem, labels, _probabilities(path), attributes, work, own)
                 warnings += _draw_again(configuration, stem, labels, attributes, work, own)
                 warnings += _update_formats(configuration, path, work, own)
-            outcome = Outcome(stem, "done", shape, time.time() - began, voxels, tuple(warnings))
+            outcome = _log_warnings(Outcome(stem, "done", shape, time.time() - began, voxels, tuple(warnings)))
             reporter.end(stem, f"done in {outcome.seconds:.0f} s, {path}")
         except Interrupted:
             raise
@@ -783,7 +794,7 @@ def attempt(path: Path, reporter: Reporter, work: Callable[[Executor], Result], 
     reporter.begin(stem)
     try:
         shape, voxels, warnings = work(executor.share(stem, 0, partial(reporter.step, stem)))
-        outcome = Outcome(stem, "done", shape, time.time() - began, voxels, warnings)
+        outcome = _log_warnings(Outcome(stem, "done", shape, time.time() - began, voxels, warnings))
         reporter.end(stem, f"done in {outcome.seconds:.0f} s, {path.parent}")
     except Interrupted:
         raise

@@ -337,6 +337,23 @@ def _plan_run(
     )
 
 
+def masks_of(plans: Sequence[RunPlan], configuration: Configuration, filename: str | None = None) -> set[str]:
+    """The tomograms (stems) whose masks the model before makes in the same run, for `plan_run`.
+
+    Parameters
+    ----------
+    plans
+        Of the models before; empty if that of the one before could not be made, so that all masks may come.
+    configuration, filename
+        See `plan_run`.
+    """
+    if plans:
+        return {job.stem for job in plans[-1].jobs}
+    return {
+        source.name.removesuffix(configuration.file_extension) for source in find_tomograms(configuration, filename)
+    }
+
+
 def find_sources(configuration: Configuration) -> list[Path]:
     """The tomogram files of a configuration.
 

@@ -166,6 +166,23 @@ def preview_file(folder: Path, stem: str) -> Path:
     return folder / f"{stem}_preview.png"
 
 
+def most_bytes(shape: Sequence[int], voxel_size_angstrom: Sequence[float | None] | None = None) -> int:
+    """What the preview of a volume takes on the disk at most.
+
+    Parameters
+    ----------
+    shape
+        (z, y, x) or (y, x) in voxels.
+    voxel_size_angstrom
+        Along each axis.
+    """
+    volume = len(shape) == 3
+    z, y, x = (1,) * (3 - len(shape)) + tuple(shape)
+    pixels = _Scale.of((z, y, x), _spacing(_voxel_size(voxel_size_angstrom, len(shape))), volume).pixels
+    across, down = (2 * pixels[2] + pixels[0], pixels[1] + pixels[0]) if volume else (pixels[2], pixels[1])
+    return 3 * (across + 400) * (down + 400) + _THUMBNAIL_BYTES  # a sheet with its legend and margins
+
+
 def write_preview(
     path: Path,
     tomogram: Sliceable,

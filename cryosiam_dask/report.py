@@ -37,6 +37,7 @@ from cryosiam_dask.labels_to_hdf5 import open_dataset, read_attributes, write_by
 from cryosiam_dask.measurements import Sizes, component_sizes, holding
 from cryosiam_dask.mrc_to_zarr import MRC_ENDINGS, read_header
 from cryosiam_dask.preview import percentage, preview_file, read_fingerprint, thumbnail
+from cryosiam_dask.run_log import latest_log
 
 REPORT = "report.html"
 PICTURES_BYTES = 11 * 10**6  # of all thumbnails together, so that a page remains below 20 MB
@@ -287,12 +288,14 @@ def _page(configuration: Configuration, tomograms: Sequence[_Tomogram]) -> str:
         lstrip_blocks=True,
     )
     templates = files("cryosiam_dask") / "templates"
+    log = latest_log(configuration.prediction_folder)
     style, script = (templates.joinpath(f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     return environment.get_template("report.html").render(
         title=configuration.prediction_folder.resolve().name,
         folder=str(configuration.prediction_folder),
         model=configuration.trained_model.name,
         software=f"cryosiam-dask {__version__}",
+        log=None if log is None else quote(os.fsencode(f"{log.parent.name}/{log.name}")),
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         style=style,
         script=script,

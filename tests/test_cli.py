@@ -95,7 +95,7 @@ def test_the_main_job_with_cryosiams_own_files_and_spelling(tmp_path: Path) -> N
         with h5py.File(folder / stage / "TS_a_6.80Apx_preds.h5") as file:
             found[stage] = {name: file[name][:] for name in file}
         assert sorted(path.name for path in (folder / stage).iterdir()) == [
-            ".ledger", "TS_a_6.80Apx_preds.h5", "TS_a_6.80Apx_preview.png", "report.html",
+            ".ledger", "TS_a_6.80Apx_preds.h5", "TS_a_6.80Apx_preview.png", "logs", "report.html",
         ]  # fmt: skip
     np.testing.assert_array_equal(found["lamella_slicewise"]["labels"], expected["lamella_slicewise"])
     np.testing.assert_array_equal(found["semantic"]["labels"], expected["semantic"])
@@ -108,7 +108,7 @@ def test_run_skip_overwrite_and_postprocess(folder: Path) -> None:
     output = call("semantic-predict", *one, folder=folder)
     assert "dashboard http://127.0.0.1:" in output and "1 tomogram on " in output
     assert output.count("attention: no mask_folder is set: expect false positives outside the lamella") == 1
-    of_one = {".ledger", "TS_1_preds.h5", "TS_1_preview.png", "TS_1_timeline.png", "report.html"}
+    of_one = {".ledger", "TS_1_preds.h5", "TS_1_preview.png", "TS_1_timeline.png", "logs", "report.html"}
     assert {path.name for path in (folder / "out").iterdir()} == of_one
     before = (folder / "out" / "TS_1_preds.h5").read_bytes()
     output = call("semantic-predict", "--config-file", "config.yaml", "--workers", 1, folder=folder)
@@ -169,7 +169,7 @@ def test_failed_tomograms_give_status_1_and_the_others_are_done(folder: Path) ->
     output = call("semantic-predict", "--config-file", "config.yaml", folder=folder, status=1)
     assert "failed, TS_0: " in output and "failed, TS_2: " in output and "5000" in output
     written = sorted(path.name for path in (folder / "out").iterdir())
-    assert written == [".ledger", "TS_1_preds.h5", "TS_1_preview.png", "report.html"]
+    assert written == [".ledger", "TS_1_preds.h5", "TS_1_preview.png", "logs", "report.html"]
 
 
 def test_every_fault_of_a_configuration_at_once_and_nothing_made(folder: Path) -> None:
@@ -223,7 +223,7 @@ def test_a_stopped_run_leaves_nothing_half_written_and_goes_on(folder: Path, num
         assert re.search(r"TS_2\W+left", out)
     left = sorted(path.name for path in (folder / "out").iterdir())
     report = ["report.html"] * (number != signal.SIGINT)
-    assert left == [".ledger", *(path.name for path in sorted(others)), "TS_2.work.zarr", *report]
+    assert left == [".ledger", *(path.name for path in sorted(others)), "TS_2.work.zarr", "logs", *report]
     ledgers = [f"TS_{i}.jsonl" for i in range(3)]
     assert sorted(path.name for path in (folder / "out" / ".ledger").iterdir()) == ledgers
     done = ledger.read_bytes().count(b'"what":"block"')
@@ -233,7 +233,7 @@ def test_a_stopped_run_leaves_nothing_half_written_and_goes_on(folder: Path, num
     blocks = len(make_grid(LARGE, (16, 16, 16), size).indices())
     assert f"TS_2: {done} of {blocks} blocks are there already" in output
     outputs = [f"TS_{i}_{ending}" for i in range(3) for ending in ("preds.h5", "preview.png")]
-    assert sorted(path.name for path in (folder / "out").iterdir()) == [".ledger", *outputs, "report.html"]
+    assert sorted(path.name for path in (folder / "out").iterdir()) == [".ledger", *outputs, "logs", "report.html"]
     for name in outputs:
         assert (folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes()
 
@@ -250,7 +250,7 @@ def test_a_disk_that_is_full_is_said_and_leaves_nothing(folder: Path) -> None:
     # Pictures are larger here, and no reason for a tomogram to fail.
     assert re.search(r"attention, TS_1: its picture TS_1_preview.png could not be drawn: .*File too large", output)
     assert sorted(p.name for p in (folder / "out").iterdir()) == [
-        ".ledger", *(f"TS_{i}_preds.h5" for i in range(3)), "report.html",
+        ".ledger", *(f"TS_{i}_preds.h5" for i in range(3)), "logs", "report.html",
     ]  # fmt: skip
 
 
