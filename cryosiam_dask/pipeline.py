@@ -949,7 +949,9 @@ def _draw_again(
     if not wanted or read_fingerprint(path) == attributes.get("fingerprint"):
         return []
     try:
-        source = configuration.data_folder / str(attributes["source"])
+        source = (
+            configuration.data_folder / Path(str(attributes["source"])).name
+        )  # of a file that anybody may have made
         mask_file = configuration.mask_folder and configuration.mask_folder / f"{stem}_preds.h5"
         mask = open_mask(mask_file, labels.shape) if mask_file else None
         tomogram, _ = ingest(source, work.store, executor=executor, **configuration.reading)
