@@ -61,6 +61,8 @@ THREADS = 2 * IN_FLIGHT
 _TRIES = 3
 #: A call hangs that takes longer than so many seconds and so many times as long as calls of its step usually do.
 HANG_SECONDS, _HANG_TIMES = 900.0, 20.0
+#: As many times longer may one take that does not keep a device busy: it may write a file of hundreds of gigabytes.
+_FILE_TIMES = 24.0
 
 
 class DaskExecutor:
@@ -214,7 +216,8 @@ class DaskExecutor:
                     continue
                 times = self._durations.get(flight.step.name)
                 usual = statistics.median(times) if times else 0.0
-                if now - flight.began > max(self.hang_seconds, _HANG_TIMES * usual):
+                seconds = self.hang_seconds * (1 if flight.step.overlap else _FILE_TIMES)
+                if now - flight.began > max(seconds, _HANG_TIMES * usual):
                     self._retry(future, flight, _hangs(flight, now))
 
     def _launch(self) -> None:

@@ -18,17 +18,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from cryosiam_dask.errors import LostClusterError, OutputError
-from cryosiam_dask.executor import Interrupted, SerialExecutor, SharedExecutor
+from cryosiam_dask.executor import SerialExecutor, SharedExecutor
 from cryosiam_dask.folders import part_of
 from cryosiam_dask.formats import format_path, other_formats
 from cryosiam_dask.ledger import Claims, Ledger, claim_path, open_claims
-from cryosiam_dask.pipeline import DISK, Outcome, attempt, claimed, collect, complete, segment, work_folder
+from cryosiam_dask.pipeline import DISK, Outcome, claimed, collect, complete, segment, work_folder
 from cryosiam_dask.plan import Job, RunPlan
 from cryosiam_dask.progress import Reporter
 
@@ -91,10 +90,6 @@ def run(
         collection = _Collection(plans, reporter, device, executor, timeline, stop or threading.Event(), claims)
         outcomes = collection.work()
     for plan in plans:
-        for job in plan.unmeasured if not collection.over else ():
-            work = partial(complete, plan, job)
-            with suppress(Interrupted):
-                outcomes.append(replace(attempt(job.output, reporter, work, executor), stage=plan.name))
         collect(plan.configuration, outcomes)
     return outcomes
 
@@ -161,12 +156,13 @@ def _remove_work(plan: RunPlan, job: Job, only: Callable[[Ledger], bool]) -> Non
 
 @dataclass(eq=False, slots=True)
 class _Work:
-    """A tomogram that is being worked on, or waits for it."""
+    """A tomogram that is being worked on, or waits for it; where it is `predicted`, only what is made of that lacks."""
 
     order: int
     stem: str
     jobs: list[tuple[RunPlan, Job]]
     claims: list[Path]
+    predicted: bool = False
     thread: threading.Thread | None = None
     preparing: bool = True
     outcomes: list[Outcome] = field(default_factory=list)
@@ -195,6 +191,10 @@ class _Collection:
                 work.jobs.append((plan, job))
                 work.claims.append(claim_path(plan.configuration.prediction_folder, job.stem))
         self.waiting = deque(sorted(works.values(), key=lambda work: work.stem))
+        for plan in plans:
+            for job in plan.unmeasured:
+                claim = claim_path(plan.configuration.prediction_folder, job.stem)
+                self.waiting.append(_Work(0, job.stem, [(plan, job)], [claim], predicted=True))
         for order, work in enumerate(self.waiting):
             work.order = order
         self.elsewhere: deque[_Work] = deque()
@@ -272,11 +272,15 @@ class _Collection:
                 self.succeeded = True
             self.reporter.step(work.stem, name, done, total)
 
+        executor = self.executor.share(work.stem, work.order, progress)
         try:
+            if work.predicted:
+                work.outcomes.append(complete(*work.jobs[0], executor))
+                return
             steps = segment(
                 work.jobs,
                 device=self.device,
-                executor=self.executor.share(work.stem, work.order, progress),
+                executor=executor,
                 timeline=self.timeline,
                 say=lambda message: self.reporter.say(f"{work.stem}: {message}"),
             )
@@ -301,7 +305,7 @@ class _Collection:
                 self._consider(outcome)
             elif outcome.status == "done":
                 self.failures.clear()
-                voxels += math.prod(outcome.shape)
+                voxels += 0 if work.predicted else math.prod(outcome.shape)
                 message = f"{stage}done in {outcome.seconds:.0f} s, {job.output}"
             else:
                 message = f"{stage}is there already, {job.output}"

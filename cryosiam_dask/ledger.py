@@ -143,6 +143,8 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], str, int]:
         content = path.read_bytes()
     except FileNotFoundError:
         return [], "", 0
+    except OSError as error:
+        return [], f"cannot be read ({error.strerror})", 0
     entries, whole = [], 0
     for line in content.splitlines(keepends=True):
         text = line[9:-1]

@@ -85,8 +85,11 @@ def _state(configuration: Configuration, stem: str, stage: str) -> State:
         who = f"process {int(holder['process'])} on {holder['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         claim, who = b"", ""
+    first = max(
+        (i for i, entry in enumerate(entries) if entry["what"] == "blocks"), default=0
+    )  # of other settings before
+    blocks = sum(entry["what"] == "block" for entry in entries[first:])
     if claim and not process_is_gone(claim):
-        blocks = sum(entry["what"] == "block" for entry in entries)
         return State(stem, stage, "running", blocks, who)
     if fault:
         return State(stem, stage, "left", detail=f"its ledger {fault}")
@@ -99,7 +102,6 @@ def _state(configuration: Configuration, stem: str, stage: str) -> State:
             stem, stage, state, detail=str(last.get("error", "")), seconds=float(last.get("seconds", 0)),
             ended=float(last.get("ended", 0)), run=str(last.get("run", "")),
         )  # fmt: skip
-    blocks = sum(entry["what"] == "block" for entry in entries)
     if any(entry["what"] == "store" for entry in entries):
         return State(stem, stage, "stopped", blocks)
     return State(stem, stage, "done" if _output_exists(configuration, stem) else "left")

@@ -672,7 +672,7 @@ def postprocess(
                 warnings += _update_formats(configuration, path, work, own)
             outcome = _log_warnings(Outcome(stem, "done", shape, time.time() - began, voxels, tuple(warnings)))
             reporter.end(stem, f"done in {outcome.seconds:.0f} s, {path}")
-        except Interrupted:
+        except (Interrupted, LostClusterError):
             raise
         except Exception as error:
             outcome = _failed(stem, shape, began, error, path)
@@ -796,7 +796,7 @@ def attempt(path: Path, reporter: Reporter, work: Callable[[Executor], Result], 
         shape, voxels, warnings = work(executor.share(stem, 0, partial(reporter.step, stem)))
         outcome = _log_warnings(Outcome(stem, "done", shape, time.time() - began, voxels, warnings))
         reporter.end(stem, f"done in {outcome.seconds:.0f} s, {path.parent}")
-    except Interrupted:
+    except (Interrupted, LostClusterError):
         raise
     except Exception as error:
         outcome = _failed(stem, (), began, error, path)
@@ -813,19 +813,38 @@ def measure_one(configuration: Configuration, path: Path, executor: Executor) ->
     return labels.shape, (), tuple(warnings)
 
 
-def complete(plan: RunPlan, job: Job, executor: Executor) -> Result:
-    """Make from a written prediction what is wanted beside it and is missing or outdated."""
-    configuration, warnings = plan.configuration, list[str]()
-    if not components_done(job.components, job.fingerprint, plan.class_names):
-        warnings += measure_one(configuration, job.output, executor)[2]
-    if not preview_done(configuration, job):
-        labels, attributes = _written_labels(job.output), _written_attributes(configuration, job.output)
-        with _work_group(configuration, job.stem) as work:
-            warnings += _draw_again(configuration, job.stem, labels, attributes, work, executor, missing=True)
-    if not formats_done(configuration, job.stem, job.fingerprint, plan.class_names):
-        with _work_group(configuration, job.stem) as work:
-            warnings += _update_formats(configuration, job.output, work, executor)
-    return _written_labels(job.output).shape, (), tuple(warnings)
+def complete(plan: RunPlan, job: Job, executor: Executor) -> Outcome:
+    """Make from a written prediction what is wanted beside it and is missing or outdated.
+
+    Returns
+    -------
+    Outcome
+        ``"skipped"`` where another run has made all of it meanwhile.
+
+    Raises
+    ------
+    Interrupted, LostClusterError
+        If the run is to end; what has been done stays done.
+    """
+    configuration, warnings, began = plan.configuration, list[str](), time.time()
+    try:
+        if not plan.outdated(job):
+            return Outcome(job.stem, "skipped", stage=plan.name)
+        if not components_done(job.components, job.fingerprint, plan.class_names):
+            warnings += measure_one(configuration, job.output, executor)[2]
+        if not preview_done(configuration, job):
+            labels, attributes = _written_labels(job.output), _written_attributes(configuration, job.output)
+            with _work_group(configuration, job.stem) as work:
+                warnings += _draw_again(configuration, job.stem, labels, attributes, work, executor, missing=True)
+        if not formats_done(configuration, job.stem, job.fingerprint, plan.class_names):
+            with _work_group(configuration, job.stem) as work:
+                warnings += _update_formats(configuration, job.output, work, executor)
+        shape = _written_labels(job.output).shape
+        return Outcome(job.stem, "done", shape, time.time() - began, (), tuple(warnings), stage=plan.name)
+    except (Interrupted, LostClusterError):
+        raise
+    except Exception as error:
+        return _failed(job.stem, (), began, error, job.output, plan.name)
 
 
 def _update_formats(configuration: Configuration, path: Path, work: zarr.Group, executor: Executor) -> list[str]:
@@ -941,7 +960,9 @@ def _draw_again(
     if not wanted or read_fingerprint(path) == attributes.get("fingerprint"):
         return []
     try:
-        source = configuration.data_folder / str(attributes["source"])
+        source = (
+            configuration.data_folder / Path(str(attributes["source"])).name
+        )  # of a file that anybody may have made
         mask_file = configuration.mask_folder and configuration.mask_folder / f"{stem}_preds.h5"
         mask = open_mask(mask_file, labels.shape) if mask_file else None
         tomogram, _ = ingest(source, work.store, executor=executor, **configuration.reading)

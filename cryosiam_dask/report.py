@@ -177,9 +177,10 @@ def _look_at(configuration: Configuration, picture_bytes: int, name: str) -> _To
             fingerprint = attributes.get("fingerprint")
             tomogram.shape = open_dataset(path, "labels").shape
             tomogram.voxels = _voxels(path, attributes)
-            tomogram.voxel_size_angstrom = tuple(attributes.get("voxel_size_angstrom") or ())
+            tomogram.voxel_size_angstrom = _sizes(attributes.get("voxel_size_angstrom"), len(tomogram.shape))
             tomogram.warnings = tuple(str(attributes.get("warnings") or "").splitlines())
-            tomogram.class_names = tuple(map(str, attributes.get("class_names") or ()))
+            names = attributes.get("class_names")
+            tomogram.class_names = tuple(map(str, names)) if isinstance(names, list) else ()
             tomogram.status = "done"
         elif configuration.save_original_file_extension:
             header = read_header(folder / f"{name}{_mrc_extension(configuration)}")
@@ -194,6 +195,13 @@ def _look_at(configuration: Configuration, picture_bytes: int, name: str) -> _To
     if fingerprint is None or read_fingerprint(preview) == fingerprint:  # otherwise it shows other labels
         tomogram.picture = thumbnail(preview, picture_bytes)
     return tomogram
+
+
+def _sizes(value: object, ndim: int) -> tuple[float | None, ...]:
+    """Voxel sizes as an attribute tells them; none where another program means something else by its name."""
+    if not isinstance(value, list) or len(value) != ndim:
+        return ()
+    return tuple(value) if all(v is None or isinstance(v, int | float) for v in value) else ()
 
 
 def _voxels(path: Path, attributes: Mapping[str, Any]) -> tuple[int, ...]:

@@ -17,13 +17,14 @@ from distributed import Client
 from test_cli import call, start
 from test_pipeline import Listener, configure, write_tomogram
 
-from cryosiam_dask import ledger
+from cryosiam_dask import collection, ledger
 from cryosiam_dask.cluster import DaskExecutor, open_cluster
 from cryosiam_dask.collection import run
 from cryosiam_dask.config import read_pipeline
 from cryosiam_dask.errors import DeviceError, LostClusterError
 from cryosiam_dask.executor import SerialExecutor, SharedExecutor
 from cryosiam_dask.ledger import VERSION, read_entries, read_outcomes
+from cryosiam_dask.pipeline import Outcome
 from cryosiam_dask.plan import RunPlan, plan_run
 
 STEMS = ("TS_0", "TS_1", "TS_2", "TS_3", "TS_4")
@@ -51,18 +52,18 @@ def folder(tmp_path: Path) -> Path:
 
 
 class Acting(SerialExecutor):
-    """Does something when three blocks have been predicted and recorded."""
+    """Does something when three blocks have been predicted and recorded, or so many calls of another step."""
 
-    def __init__(self, act: Callable[[SerialExecutor], object]) -> None:
+    def __init__(self, act: Callable[[SerialExecutor], object], step: str = "predict", count: int = 3) -> None:
         super().__init__()
-        self.act, self.predicted = act, 0
+        self.act, self.step, self.count, self.done = act, step, count, 0
 
     def map(self, function: Any, items: Any, *, name: str, overlap: bool = False, done: Any = None) -> list[Any]:
         def count(item: Any, result: Any) -> None:
             if done:
                 done(item, result)
-            self.predicted += name == "predict"
-            if name == "predict" and self.predicted == 3:
+            self.done += name == self.step
+            if name == self.step and self.done == self.count:
                 self.act(self)
 
         return super().map(function, items, name=name, overlap=overlap, done=count)
@@ -246,6 +247,36 @@ def test_both_models_of_a_pipeline_may_have_one_work_folder(folder: Path) -> Non
         ("semantic", "done", ""),
     ]
     assert not list((folder / "work").rglob("TS_0*"))
+
+
+def test_what_is_made_of_outputs_is_stopped_shared_and_lost_like_all_else(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"test_files": [f"{stem}.mrc" for stem in STEMS[:4]], "preview": False}
+    run(plan(folder, **options), Listener())
+    missing = plan(folder, components=True, **options)
+    assert [job.stem for job in missing.unmeasured] == list(STEMS[:4])
+
+    def lose(executor: SerialExecutor) -> None:
+        raise LostClusterError("x")
+
+    with pytest.raises(LostClusterError):
+        run(missing, Listener(), executor=Acting(lose, step="export", count=1))
+    stop = threading.Event()
+    outcomes = run(missing, Listener(), executor=Acting(lambda _: stop.set(), step="export", count=1), stop=stop)
+    assert [outcome.status for outcome in outcomes] == ["skipped", "done", "left", "left"]
+
+    monkeypatch.setattr(collection, "_LOOK", 0.05)
+    found: list[list[Outcome]] = []
+    threads = [threading.Thread(target=lambda: found.append(run(missing, Listener()))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [{outcome.status for outcome in outcomes} <= {"done", "skipped"} for outcomes in found] == [True, True]
+    done = sorted(outcome.stem for outcomes in found for outcome in outcomes if outcome.status == "done")
+    assert done == list(STEMS[2:4])
+    assert not plan(folder, components=True, **options).unmeasured
 
 
 def test_two_runs_at_once_share_the_tomograms(folder: Path) -> None:

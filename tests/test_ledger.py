@@ -57,6 +57,13 @@ def test_what_is_appended_is_read_by_the_next(tmp_path: Path) -> None:
     assert Ledger(tmp_path, "TS_1").since("block", "blocks") == [{"what": "block", "index": [1, 2, 3]}]
 
 
+def test_a_ledger_that_cannot_be_read_says_so(tmp_path: Path) -> None:
+    write(tmp_path).unlink()
+    (tmp_path / ".ledger" / "TS_1.jsonl").mkdir()
+    assert read_entries(tmp_path, "TS_1") == ([], "cannot be read (Is a directory)")
+    assert read_outcomes(tmp_path) == {}
+
+
 def test_whatever_was_cut_off_the_rest_counts_and_goes_on(tmp_path: Path) -> None:
     path = write(tmp_path)
     content = path.read_bytes()

@@ -201,7 +201,10 @@ def test_status_tells_states_and_time_left(tmp_path: Path) -> None:
     Ledger(out, "c").close(status="failed", seconds=1.0, error="c.mrc: is broken.", run="r")
     running = Ledger(out, "d")
     running.append("store", token="t")
-    running.append("block", index=[0, 0, 0])
+    for key, count in (("of other settings", 3), ("now", 1)):
+        running.append("blocks", key=key)
+        for i in range(count):
+            running.append("block", index=[0, 0, i])
     (out / ".ledger" / "d.claim").write_text(json.dumps({"host": "node7", "boot": "x", "process": 12, "token": "t"}))
     stopped = Ledger(out, "e")
     stopped.append("store", token="t")
