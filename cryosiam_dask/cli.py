@@ -335,7 +335,9 @@ def info(
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(metavar="IN", help="A tomogram: MRC (.mrc, .rec, .map, .st, also .gz), HDF5 or zarr."),
+        typer.Argument(
+            metavar="IN", help="A tomogram: MRC (.mrc, .rec, .map, .st, .ali, also .gz), HDF5, zarr or OME-Zarr."
+        ),
     ],
     target: Annotated[
         Path, typer.Argument(metavar="OUT.zarr", help="The zarr v3 array to make; with .ome.zarr an OME-Zarr image.")

@@ -458,7 +458,8 @@ def _tomogram(
         block_size = block_size_for(header.shape, plan.patch, configuration.block_size, workers, plan.halo)
         grid = make_grid(header.shape, plan.patch, block_size, plan.halo)
         known |= {"blocks": math.prod(grid.block_counts), "patches": grid.patch_count}
-        known |= {"block_shape": grid.largest_block, **_disk_bytes(configuration, plan, job, header, converted)}
+        known["block_shape"] = tuple(max(b - a for a, b in pairwise(axis.edges)) for axis in grid.axes)
+        known |= _disk_bytes(configuration, plan, job, header, converted)
     except CryosiamDaskError as error:
         problems.append(str(error))
     try:

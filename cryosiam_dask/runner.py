@@ -141,8 +141,9 @@ def segment(
     _begin_logs("run" if pipeline else "semantic-predict", config_file, [p.configuration for p in plans], console)
     for plan in plans:
         LOG.debug(
-            "model %s: %s (SHA-256 %s), patch %s, halo %d, threshold %g; %d to segment, %d to measure, %d skipped",
-            plan.name, plan.configuration.trained_model, plan.checkpoint.sha256, plan.patch, plan.halo, plan.threshold,
+            "model%s: %s (SHA-256 %s), patch %s, halo %d, threshold %g; %d to segment, %d to measure, %d skipped",
+            f" {plan.name}".rstrip(), plan.configuration.trained_model, plan.checkpoint.sha256, plan.patch, plan.halo,
+            plan.threshold,
             len(plan.jobs), len(plan.unmeasured), len(plan.skipped),
         )  # fmt: skip
         for note in plan.notes:

@@ -67,3 +67,11 @@ def test_halo(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/bench_halo.py", "--quick", "--output", tmp_path / "halo.json"]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
     assert json.loads((tmp_path / "halo.json").read_text())
+
+
+def test_outputs(tmp_path: Path) -> None:
+    preview, image, run = rows("bench_outputs", tmp_path / "rows.json", "--quick")
+    assert (preview["method"], image["method"], run["method"]) == ("preview", "ome-zarr", "run")
+    # The voxels do not compress: their two levels at the least.
+    assert image["written_bytes"] > 150**3 * (1 + 1 / 8) and preview["files"] == 1
+    assert 0 < run["preview_share"] < 1

@@ -474,7 +474,7 @@ def test_export_command(folder: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"a format other than HDF5; found \['hdf5'\]\. Add 'ome-zarr'"):
         export_predictions(folder / "config.yaml", Console(quiet=True))
     call("export", "--config-file", "config.yaml", "--format", "mrc", "--format", "ome-zarr", folder=folder)
-    assert names(folder / "out") == [f"{STEM}.ome.zarr", f"{STEM}_labels.mrc", f"{STEM}_preds.h5"]
+    assert names(folder / "out") == [f"{STEM}.ome.zarr", f"{STEM}_labels.mrc", f"{STEM}_preds.h5", "logs"]
 
 
 def test_convert_command(folder: Path) -> None:
