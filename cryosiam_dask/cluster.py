@@ -527,7 +527,9 @@ def open_cluster(
             cluster = _cuda_cluster(workers, options)
         else:
             cluster = LocalCluster(n_workers=workers, threads_per_worker=THREADS, processes=True, **options)
-    with cluster, Client(cluster, set_as_default=False) as client:
+    # Dask would give a worker up whose replacement is not there within 15 s: less than its imports may take.
+    patience = dask.config.set({"distributed.deploy.lost-worker-timeout": "10 minutes"})
+    with patience, cluster, Client(cluster, set_as_default=False) as client:
         client.register_plugin(Setup(_leave_at_once), name="leave")
         yield client
 
