@@ -28,7 +28,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version as package_version
@@ -39,6 +39,7 @@ from typing import Any, Literal, TypeVar
 import dask
 from distributed import Client, Future, KilledWorker, LocalCluster, WorkerPlugin, performance_report
 from distributed.comm import CommClosedError, get_address_host_port
+from distributed.protocol.pickle import dumps, loads
 
 from cryosiam_dask._version import __version__
 from cryosiam_dask.errors import ClusterError, CryosiamDaskError, DeviceError, LostClusterError, LostDeviceError
@@ -164,15 +165,22 @@ class DaskExecutor:
                 self._thread = threading.Thread(target=self._dispatch, daemon=True, name="dispatch")
                 self._thread.start()
         self._events.put(None)
+        results: dict[int, Any] = {}
         try:
-            step.over.wait()
-        except BaseException:  # an interruption of the main thread
+            # Recorded here and not where calls are dispatched: no worker waits for another tomogram's disk.
+            while arrived := step.arrived.get():
+                number, result = arrived
+                results[number] = result
+                if step.done:
+                    step.done(step.items[number], result)
+                step.progress(step.name, len(results), step.total)
+        except BaseException as error:  # what cannot be recorded does not count as done; an interruption
             with self._lock:
-                self._end(step, Interrupted())
+                self._end(step, error if isinstance(error, Exception) else Interrupted())
             raise
         if step.error:
             raise step.error
-        return [step.results[i] for i in range(step.total)]
+        return [results[i] for i in range(step.total)]
 
     # What follows runs in the dispatching thread, which lives as long as there are steps.
 
@@ -209,15 +217,16 @@ class DaskExecutor:
                 # One that hangs takes long to be replaced, and would be given the same work again meanwhile.
                 self._addresses = {address: n for address, n in found.items() if address not in self._given_up}
         now = time.monotonic()
+        usual = {name: statistics.median(times) for name, times in self._durations.items()}
         with self._lock:
             for future, flight in list(self._flying.items()):
+                if future not in self._flying:
+                    continue  # of a step that has just ended
                 if flight.address not in self._addresses:
                     self._retry(future, flight, _died(flight.step.name), restart=False)
                     continue
-                times = self._durations.get(flight.step.name)
-                usual = statistics.median(times) if times else 0.0
                 seconds = self.hang_seconds * (1 if flight.step.overlap else _FILE_TIMES)
-                if now - flight.began > max(seconds, _HANG_TIMES * usual):
+                if now - flight.began > max(seconds, _HANG_TIMES * usual.get(flight.step.name, 0.0)):
                     self._retry(future, flight, _hangs(flight, now))
 
     def _launch(self) -> None:
@@ -244,7 +253,7 @@ class DaskExecutor:
     def _submit(self, step: _Step, number: int, address: str) -> None:
         future = self.client.submit(
             step.call,
-            step.items[number],
+            dumps(step.items[number]),
             key=(step.prefix, number, step.tries[number]),
             pure=False,
             workers=[address],
@@ -279,19 +288,13 @@ class DaskExecutor:
 
     def _settle(self, outcome: _Outcome, flight: _Flight) -> None:
         step, number = flight.step, flight.number
-        if step.over.is_set():
+        if step not in self._steps:
             return
         error = outcome.error
         if error is None:
             self._durations.setdefault(step.name, deque(maxlen=99)).append(time.monotonic() - flight.began)
             self._proved |= step.overlap
-            step.results[number] = outcome.result
-            try:
-                if step.done:
-                    step.done(step.items[number], outcome.result)
-                step.progress(step.name, len(step.results), step.total)
-            except Exception as raised:  # what cannot be recorded does not count as done
-                self._end(step, raised)
+            step.arrived.put((number, outcome.result))
         elif isinstance(error, LostDeviceError):
             self._retry(outcome.future, flight, error)
         elif isinstance(error, CancelledError | asyncio.CancelledError | CommClosedError | KilledWorker):
@@ -324,10 +327,10 @@ class DaskExecutor:
             self._steps.remove(step)
         step.error = error
         step.waiting.clear()
-        left = [future for future, flight in self._flying.items() if flight.step is step]
+        left = [future for future, flight in self._flying.items() if flight.step is step] if step.flying else []
         for future in left:
             del self._flying[future]
-        step.over.set()
+        step.arrived.put(None)
         if left and self.client.status == "running":
             with suppress(CommClosedError):
                 self.client.cancel(left, force=True)
@@ -348,24 +351,22 @@ class _Step:
     waiting: deque[int] = field(init=False)
     tries: list[int] = field(init=False)
     flying: int = 0
-    results: dict[int, Any] = field(default_factory=dict)
+    #: Numbers with results, in the order in which they came; ``None`` when that is all.
+    arrived: queue.SimpleQueue[tuple[int, Any] | None] = field(default_factory=queue.SimpleQueue)
     error: BaseException | None = None
-    over: threading.Event = field(default_factory=threading.Event)
     prefix: str = field(init=False)
+    call: _Call = field(init=False)
 
     def __post_init__(self) -> None:
         self.waiting = deque(range(len(self.items)))
         self.tries = [0] * len(self.items)
         # The dashboard groups tasks by the first word, and within it by all of this.
         self.prefix = "-".join(filter(None, (self.name, self.tomogram, uuid.uuid4().hex)))
+        self.call = _Call(dumps(self.function), not self.overlap)
 
     @property
     def total(self) -> int:
         return len(self.items)
-
-    @property
-    def call(self) -> Callable[[Any], Any]:
-        return self.function if self.overlap else _Alone(self.function)
 
 
 @dataclass(frozen=True, slots=True)
@@ -453,14 +454,19 @@ _ALONE = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
-class _Alone:
-    """`function`, of which no two calls run at the same time in a process."""
+class _Call:
+    """Calls a function with an item, both pickled.
 
-    function: Callable[[Any], Any]
+    The scheduler looks into what it is given: it would import all that the function needs, PyTorch included, and take
+    arguments apart for every call.
+    """
 
-    def __call__(self, item: Any) -> Any:
-        with _ALONE:
-            return self.function(item)
+    function: bytes
+    alone: bool  # no two such calls run at the same time in a process
+
+    def __call__(self, item: bytes) -> Any:
+        with _ALONE if self.alone else nullcontext():
+            return loads(self.function)(loads(item))
 
 
 class Setup(WorkerPlugin):  # type: ignore[misc]  # untyped
@@ -528,7 +534,9 @@ def open_cluster(
             cluster = _cuda_cluster(workers, options)
         else:
             cluster = LocalCluster(n_workers=workers, threads_per_worker=THREADS, processes=True, **options)
-    with cluster, Client(cluster, set_as_default=False) as client:
+    # Dask would give a worker up whose replacement is not there within 15 s: less than its imports may take.
+    patience = dask.config.set({"distributed.deploy.lost-worker-timeout": "10 minutes"})
+    with patience, cluster, Client(cluster, set_as_default=False) as client:
         client.register_plugin(Setup(_leave_at_once), name="leave")
         yield client
 

@@ -20,13 +20,13 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cryosiam_dask.errors import LostClusterError, OutputError
-from cryosiam_dask.executor import SerialExecutor, SharedExecutor
+from cryosiam_dask.executor import Executor, Interrupted, SerialExecutor, SharedExecutor
 from cryosiam_dask.folders import part_of
 from cryosiam_dask.formats import format_path, other_formats
-from cryosiam_dask.ledger import Claims, Ledger, claim_path, open_claims
+from cryosiam_dask.ledger import Claims, Ledger, claim_path, open_claims, sweep
 from cryosiam_dask.pipeline import DISK, Outcome, claimed, collect, complete, segment, work_folder
 from cryosiam_dask.plan import Job, RunPlan
 from cryosiam_dask.progress import Reporter
@@ -83,6 +83,9 @@ def run(
         _tidy(plan)
     executor = executor or SerialExecutor()
     with open_claims() as claims:
+        for folder in {plan.configuration.prediction_folder for plan in plans}:
+            with suppress(OSError):
+                sweep(folder, claims)
         for path in (claim_path(plan.configuration.prediction_folder, j.stem) for plan in plans for j in plan.skipped):
             with suppress(OSError):  # of a run that was killed when the tomogram was just done
                 if path.exists() and claims.take(path):
@@ -165,7 +168,51 @@ class _Work:
     predicted: bool = False
     thread: threading.Thread | None = None
     preparing: bool = True
+    taken_over: bool = False
     outcomes: list[Outcome] = field(default_factory=list)
+
+
+class _TakenOver(Interrupted):
+    """Another run works on the tomogram, which this one left alone for too long, as a laptop does that slept."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Guarded:
+    """An executor that does nothing more for a tomogram that has become another run's."""
+
+    executor: Executor
+    claims: Claims
+    paths: Sequence[Path]
+
+    @property
+    def workers(self) -> int:
+        return self.executor.workers
+
+    def map(
+        self,
+        function: Callable[[Any], Any],
+        items: Sequence[Any],
+        *,
+        name: str,
+        overlap: bool = False,
+        done: Callable[[Any, Any], None] | None = None,
+    ) -> list[Any]:
+        def record(item: Any, result: Any) -> None:
+            if not all(map(self.claims.keeps, self.paths)):
+                raise _TakenOver
+            if done:
+                done(item, result)
+
+        self._require_claims()
+        try:
+            return self.executor.map(function, items, name=name, overlap=overlap, done=record)
+        except Exception:
+            self._require_claims()  # most likely it failed of what the other run does
+            raise
+
+    def _require_claims(self) -> None:
+        if not all(map(self.claims.holds, self.paths)):
+            raise _TakenOver
 
 
 class _Collection:
@@ -258,6 +305,8 @@ class _Collection:
                 return
             taken.append(path)
         self.active.append(work)
+        work.preparing, work.taken_over = True, False
+        work.outcomes.clear()
         self.reporter.begin(work.stem)
         work.thread = threading.Thread(target=self._segment, args=(work,), daemon=True, name=work.stem)
         work.thread.start()
@@ -272,7 +321,9 @@ class _Collection:
                 self.succeeded = True
             self.reporter.step(work.stem, name, done, total)
 
-        executor = self.executor.share(work.stem, work.order, progress)
+        shared = self.executor.share(work.stem, work.order, progress)
+        # Where a disk takes no claim, the tomogram says what is wrong with it.
+        executor = _Guarded(shared, self.claims, tuple(filter(self.claims.keeps, work.claims)))
         try:
             if work.predicted:
                 work.outcomes.append(complete(*work.jobs[0], executor))
@@ -288,6 +339,8 @@ class _Collection:
                 work.outcomes.append(outcome)
         except LostClusterError as error:
             self.lost, self.over = error, True
+        except _TakenOver:
+            work.taken_over = True
         except BaseException:
             pass  # interrupted: what is missing is left
         finally:
@@ -297,6 +350,10 @@ class _Collection:
         self.active.remove(work)
         for path in work.claims:
             self.claims.release(path)
+        if work.taken_over:
+            self.reporter.say(f"{work.stem}: left to another run, which took it over while this one stood still")
+            self.elsewhere.append(work)
+            return
         message, failed, voxels = "left as it is, to go on from here", False, 0
         for outcome, (_, job) in zip(work.outcomes, work.jobs, strict=False):
             stage = f"{outcome.stage}: " if outcome.stage else ""

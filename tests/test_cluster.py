@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import dask
 import pytest
 from distributed import Client
 
@@ -260,3 +263,76 @@ def test_a_drained_run_finishes_what_it_began(client: Client, tmp_path: Path) ->
     assert 3 <= len(arrived) < 200 and path.read_text().count("x") == len(arrived)
     with pytest.raises(Interrupted):
         executor.map(square, [1], name="square")
+
+
+def test_a_worker_whose_replacement_takes_long_is_not_given_up() -> None:
+    # As if it took longer than Dask waits.
+    with (
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "10 ms"}),
+        open_cluster("cpu", 1, dashboard_address="127.0.0.1:0") as client,
+    ):
+        (before,) = client.run(os.getpid).values()
+        os.kill(before, signal.SIGKILL)
+        assert set(DaskExecutor(client).map(process, range(4), name="process")) != {before}
+
+
+def test_what_cannot_be_recorded_ends_its_step_alone(client: Client) -> None:
+    def refuse_record(item: int, result: int) -> None:
+        raise OSError("disk full")
+
+    executor = DaskExecutor(client)
+    with pytest.raises(OSError, match="disk full"):
+        executor.map(square, range(1000), name="square", done=refuse_record)
+    assert executor.map(square, [3], name="square") == [9]
+    while executor._thread:  # which ends when nothing is left
+        time.sleep(0.01)
+    assert not executor._steps and not executor._flying
+
+
+def test_a_record_that_takes_long_keeps_no_other_tomogram_waiting(client: Client) -> None:
+    """One that waits for the other's calls to end would wait for ever if they were recorded where it is dispatched."""
+    executor, other = DaskExecutor(client), threading.Event()
+
+    def wait(item: int, result: int) -> None:
+        assert other.wait(60)
+
+    slow = threading.Thread(target=executor.map, args=(square, [1]), kwargs={"name": "slow", "done": wait})
+    slow.start()
+    assert executor.map(square, range(20), name="square") == [n * n for n in range(20)]
+    other.set()
+    slow.join()
+
+
+def modules(_: int) -> list[str]:
+    return sorted(sys.modules)
+
+
+def test_the_scheduler_imports_nothing_of_what_is_called(tmp_path: Path) -> None:
+    (tmp_path / "far_away.py").write_text("class Item:\n    pass\ndef call(item):\n    return type(item).__name__\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    file = tmp_path / "scheduler.json"
+    options = ["--scheduler-file", str(file), "--host", "127.0.0.1", "--port", "0", "--dashboard-address", ":0"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    scheduler = subprocess.Popen(
+        [sys.executable, "-m", "distributed.cli.dask_scheduler", *options], env=environment, **quiet
+    )
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file", str(file), "--no-dashboard"],
+        env=environment | {"PYTHONPATH": f"{environment['PYTHONPATH']}{os.pathsep}{tmp_path}"},
+        **quiet,
+    )
+    sys.path.append(str(tmp_path))
+    try:
+        while not file.exists():
+            time.sleep(0.05)
+        with Client(scheduler_file=str(file), set_as_default=False, timeout=60) as joined:
+            import far_away  # type: ignore[import-not-found]
+
+            joined.wait_for_workers(1, timeout=60)
+            assert DaskExecutor(joined).map(far_away.call, [far_away.Item()], name="call") == ["Item"]
+            assert not {"far_away", "torch", "zarr"} & set(joined.run_on_scheduler(modules, 0))
+    finally:
+        sys.path.remove(str(tmp_path))
+        for running in (worker, scheduler):
+            running.terminate()
+            running.wait()

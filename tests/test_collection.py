@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -21,7 +22,7 @@ from cryosiam_dask import collection, ledger
 from cryosiam_dask.cluster import DaskExecutor, open_cluster
 from cryosiam_dask.collection import run
 from cryosiam_dask.config import read_pipeline
-from cryosiam_dask.errors import DeviceError, LostClusterError
+from cryosiam_dask.errors import DeviceError, LostClusterError, OutputError
 from cryosiam_dask.executor import SerialExecutor, SharedExecutor
 from cryosiam_dask.ledger import VERSION, read_entries, read_outcomes
 from cryosiam_dask.pipeline import Outcome
@@ -293,3 +294,38 @@ def test_two_runs_at_once_share_the_tomograms(folder: Path) -> None:
     assert {values["status"] for values in read_outcomes(folder / "out").values()} == {"done"}
     assert sorted(p.name for p in (folder / "out" / ".ledger").iterdir()) == [f"{stem}.jsonl" for stem in STEMS]
     assert not list((folder / "out").glob("*.zarr")) and not list((folder / "out").glob(".TS*"))
+
+
+class Successor(Listener):
+    """A reporter that gives a tomogram back which another run had taken over."""
+
+    def __init__(self, claim: Path) -> None:
+        super().__init__()
+        self.claim = claim
+
+    def say(self, message: str) -> None:
+        super().say(message)
+        if "left to another run" in message:
+            self.claim.unlink()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_tomogram_that_was_taken_over_is_left_to_the_other_run(folder: Path, fails: bool) -> None:
+    run(plan(folder, test_files=["TS_0.mrc", "TS_1.mrc"]), Listener())
+    whole = contents(folder)
+    shutil.rmtree(folder / "out")
+    claim = folder / "out" / ".ledger" / "TS_0.claim"
+
+    def take_over(executor: SerialExecutor) -> None:
+        other = folder / "other"
+        other.write_text(json.dumps({"token": "x", "host": "elsewhere", "boot": "", "process": 1, "count": 1}))
+        other.replace(claim)
+        if fails:  # as a block does that finds the other's in its place
+            raise OutputError("only one run may write a block")
+
+    listener = Successor(claim)
+    outcomes = run(plan(folder, test_files=["TS_0.mrc", "TS_1.mrc"]), listener, executor=Acting(take_over))
+    assert [outcome.status for outcome in outcomes] == ["done", "done"]
+    told = [text for text in listener.messages if text.startswith(("TS_0: left to another run", "begin TS"))]
+    assert [text.split(":")[0] for text in told] == ["begin TS_0", "TS_0", "begin TS_1", "begin TS_0"]
+    assert contents(folder) == whole and any("blocks are there already" in text for text in listener.messages)

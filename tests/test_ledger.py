@@ -27,6 +27,7 @@ from cryosiam_dask.ledger import (
     process_is_gone,
     read_entries,
     read_outcomes,
+    sweep,
 )
 
 FIRST = {"what": "ledger", "version": VERSION}
@@ -240,3 +241,78 @@ def test_of_many_one_gets_what_was_abandoned(tmp_path: Path) -> None:
     won = [sum(results[i * many : (i + 1) * many]) for i in range(rounds)]
     assert won == [1] * rounds
     assert list(path.parent.iterdir()) == []
+
+
+def hold(path: Path, connection: Any) -> None:
+    """Take a claim, and tell at every question whether it is still kept."""
+    claims = Claims(0.05, 1000)
+    connection.send(claims.take(path))
+    while connection.recv():
+        connection.send((claims.keeps(path), claims.holds(path)))
+    claims.close()
+
+
+def test_a_holder_that_stood_still_leaves_its_claim_to_its_successor(tmp_path: Path) -> None:
+    path, context = claim_path(tmp_path, "TS_1"), multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=hold, args=(path, theirs))
+    process.start()
+    assert ours.recv()
+    ours.send(True)
+    assert ours.recv() == (True, True)
+    os.kill(process.pid or 0, signal.SIGSTOP)
+    with open_claims(0.05, 0.5) as claims:
+        until(lambda: claims.take(path))
+        os.kill(process.pid or 0, signal.SIGCONT)
+
+        def answer() -> tuple[bool, bool]:
+            ours.send(True)
+            found: tuple[bool, bool] = ours.recv()
+            return found
+
+        until(lambda: answer() == (False, False))
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:  # ten of its counts
+            assert claims.holds(path) and claims.keeps(path)
+            time.sleep(0.02)
+        ours.send(False)
+        process.join()
+        assert process.exitcode == 0 and claims.holds(path)
+    assert list(path.parent.iterdir()) == []
+
+
+def write_for_ever(folder: Path) -> None:
+    """Count on in a claim, and replace a ledger."""
+    claims, ledger = Claims(1e-5), Ledger(folder, "TS_1")
+    claims.take(claim_path(folder, "TS_1"))
+    while True:
+        ledger.close(status="done")
+
+
+def test_what_processes_left_that_were_killed_amid_a_replacement_is_removed(tmp_path: Path) -> None:
+    context, found = multiprocessing.get_context("fork"), set[Path]()
+    while not (any("claim." in path.name for path in found) and any(".jsonl." in path.name for path in found)):
+        process = context.Process(target=write_for_ever, args=(tmp_path,))
+        process.start()
+        until((tmp_path / ".ledger" / "TS_1.claim").exists)
+        time.sleep(0.02)
+        process.kill()
+        process.join()
+        found = {p for p in (tmp_path / ".ledger").iterdir() if p.name not in ("TS_1.claim", "TS_1.jsonl")}
+    whole = (tmp_path / ".ledger" / "TS_1.jsonl").read_bytes()
+    with open_claims() as claims:
+        # A living process may be about to put such a file in its place.
+        fresh = tmp_path / ".ledger" / f"TS_2.claim.{'0' * 32}"
+        fresh.write_bytes(claims._content())
+        for path in (fresh, *found):  # an hour old are those that say nothing of their process
+            if ".jsonl." in path.name:
+                os.utime(path, (time.time() - 4000,) * 2)
+        right = tmp_path / ".ledger" / "TS_3.claim.0123abcd"
+        os.link(tmp_path / ".ledger" / "TS_1.claim", right)
+        sweep(tmp_path, claims)
+        assert sorted(p.name for p in fresh.parent.iterdir()) == ["TS_1.claim", "TS_1.jsonl", fresh.name]
+        (fresh.parent / f".TS_2.jsonl.{'0' * 32}").touch()
+        sweep(tmp_path, claims)
+        assert len(list(fresh.parent.iterdir())) == 4  # it is young
+    assert (tmp_path / ".ledger" / "TS_1.jsonl").read_bytes() == whole
+    sweep(tmp_path / "none", claims)
