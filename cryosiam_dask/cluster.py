@@ -45,7 +45,7 @@ from cryosiam_dask.executor import Executor, Interrupted, Progress
 
 #: Let glibc keep what the network frees for its next layer and its next patch, in one heap for all threads. Otherwise
 #: every large tensor is mapped anew, and the kernel's clearing of its pages takes a good part of a CPU's time.
-_KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": 8_000_000_000, "MALLOC_MMAP_MAX_": 0, "MALLOC_ARENA_MAX": 1}
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": 8_000_000_000, "MALLOC_MMAP_MAX_": 0, "MALLOC_ARENA_MAX": 1}
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -515,7 +515,7 @@ def open_cluster(
     with (
         _interrupts_are_ours(),
         warnings.catch_warnings(),
-        dask.config.set({environment: dask.config.get(environment) | _KEEP_MEMORY}),
+        dask.config.set({environment: dask.config.get(environment) | KEEP_MEMORY}),
     ):
         warnings.filterwarnings("ignore", message="Port .* is already in use")
         if device == "cuda":
@@ -523,19 +523,23 @@ def open_cluster(
         else:
             cluster = LocalCluster(n_workers=workers, threads_per_worker=THREADS, processes=True, **options)
     with cluster, Client(cluster, set_as_default=False) as client:
-        client.register_plugin(Setup(_leave_at_once), name="leave")
+        client.register_plugin(Setup(leave_at_once), name="leave")
         yield client
 
 
 #: Seconds in which a scheduler must answer, and in which it must have a worker.
-_ANSWER_SECONDS, _WORKER_SECONDS = 10, 120
+_ANSWER_SECONDS, _WORKER_SECONDS = 10, 120.0
 #: What must be the same in every worker as here, since results or messages depend on it.
 _SAME = ("python", "cryosiam_dask", "dask", "distributed", "numpy", "torch", "zarr")
 
 
 @contextmanager
 def join_cluster(
-    *, address: str | None = None, scheduler_file: Path | None = None, workers: int | None = None
+    *,
+    address: str | None = None,
+    scheduler_file: Path | None = None,
+    workers: int | None = None,
+    seconds: float = _WORKER_SECONDS,
 ) -> Iterator[Client]:
     """Use workers that somebody else started, and leave them running at the end.
 
@@ -547,6 +551,8 @@ def join_cluster(
         Instead of the address, the file that ``dask scheduler --scheduler-file`` wrote.
     workers
         How many to wait for, one by default; others may come later.
+    seconds
+        In which they must be there.
 
     Yields
     ------
@@ -582,19 +588,26 @@ def join_cluster(
         ) from None
     with client:
         try:
-            client.wait_for_workers(workers or 1, timeout=_WORKER_SECONDS)
+            client.wait_for_workers(workers or 1, timeout=seconds)
         except TimeoutError:
             raise ClusterError(
                 "the scheduler must have workers",
                 place=place,
-                value=f"{len(client.nthreads())} of {workers or 1} within {_WORKER_SECONDS} s",
+                value=f"{len(client.nthreads())} of {workers or 1} within {seconds:.0f} s",
                 remedy="Start them: dask worker, or dask cuda worker, with --nthreads 4 and this scheduler",
             ) from None
-        _require_versions(client, place)
+        require_versions(client, place)
         yield client
 
 
-def _require_versions(client: Client, place: str) -> None:
+def require_versions(client: Client, place: str) -> None:
+    """Refuse workers whose versions are not those of this process; `place` says whose they are.
+
+    Raises
+    ------
+    ClusterError
+        If one has others, or lacks this package.
+    """
     here = versions()
     try:
         there = client.run(versions)
@@ -689,7 +702,7 @@ def describe_devices(client: Client, describe: Callable[[], str | None]) -> Lite
     return "cuda"
 
 
-def _leave_at_once() -> None:
+def leave_at_once() -> None:
     """Let this process end without the destructors of C++ libraries.
 
     Those that meet a thread amid its work, as in a worker whose run was interrupted, end the process with a message of
