@@ -36,6 +36,7 @@ COMMANDS = {
         echo "Submitted batch job $!"
     """,
     "scancel": """
+        [ -f "$FAKE_SLURM/$1.job" ] || exit 1  # never a group of processes that is not a job of its own
         echo "$1" >> "$FAKE_SLURM/cancelled"
         kill -TERM -- "-$1" || exit 1
     """,
@@ -88,10 +89,15 @@ class FakeSlurm:
 
 def alive(group: int) -> bool:
     try:
-        os.killpg(group, 0)
+        kill_group(group, 0)
     except ProcessLookupError:
         return False
     return True
+
+
+def kill_group(group: int, number: int = signal.SIGKILL) -> None:
+    assert group > 1  # which would be everybody
+    os.killpg(group, number)
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -110,7 +116,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSlurm]
     monkeypatch.setenv("PATH", f"{fake.folder / 'bin'}:{os.environ['PATH']}")
     yield fake
     for job in fake.running():  # of a test that failed
-        os.killpg(job, signal.SIGKILL)
+        kill_group(job)
 
 
 @pytest.fixture
@@ -183,7 +189,7 @@ def test_what_slurm_or_the_environment_lacks_is_said(folder: Path, fake: FakeSlu
 
     fake.command("sbatch", "echo 'sbatch: error: invalid partition specified: gpu' >&2; exit 1\n")
     fails(r"sbatch must accept the job; found sbatch: error: invalid partition specified: gpu\. Correct")
-    fake.command("sbatch", "echo 'Submitted batch job 1'\n")
+    fake.command("sbatch", "echo 'Submitted batch job 4194305'\n")
     fails(r"the jobs must bring a worker; found none within 0 min\. squeue --me")
     fails("a scheduler must be able to start on this node.*nothing0", interface="nothing0")
     arguments = ("semantic-predict", "--config-file", "config.yaml", "--slurm", fake.describe())
@@ -217,10 +223,6 @@ def test_jobs_that_end_without_a_worker_are_not_waited_for(
 
 def process(_: int) -> int:
     return os.getpgid(0)
-
-
-def kill_group(group: int) -> None:
-    os.killpg(group, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
