@@ -76,6 +76,9 @@ class DaskExecutor:
         Told of every call that is done.
     hang_seconds
         See `HANG_SECONDS`.
+    watch
+        Told the step of every call that is done, and the seconds from when a worker had been given it; ``None`` where
+        another one is given it instead.
     """
 
     def __init__(
@@ -84,8 +87,10 @@ class DaskExecutor:
         progress: Progress = lambda name, done, total: None,
         *,
         hang_seconds: float = HANG_SECONDS,
+        watch: Callable[[str, float | None], None] = lambda step, seconds: None,
     ) -> None:
         self.client = client
+        self.watch = watch
         self.progress = progress
         self.hang_seconds = hang_seconds
         self._steps: list[_Step] = []
@@ -280,6 +285,7 @@ class DaskExecutor:
         if error is None:
             self._durations.setdefault(step.name, deque(maxlen=99)).append(time.monotonic() - flight.began)
             self._proved |= step.overlap
+            self.watch(step.name, time.monotonic() - flight.began)
             step.results[number] = outcome.result
             try:
                 if step.done:
@@ -310,6 +316,7 @@ class DaskExecutor:
         if step.tries[flight.number] >= _TRIES:
             self._end(step, error)
         else:
+            self.watch(step.name, None)
             step.waiting.appendleft(flight.number)
 
     def _end(self, step: _Step, error: BaseException | None) -> None:

@@ -39,6 +39,7 @@ from cryosiam_dask.errors import (
 )
 from cryosiam_dask.formats import convert_to_ome_zarr, other_formats
 from cryosiam_dask.ledger import read_outcomes
+from cryosiam_dask.metrics import Meter
 from cryosiam_dask.mrc_to_zarr import convert, read_header, require_free
 from cryosiam_dask.pipeline import (
     Outcome,
@@ -226,11 +227,10 @@ def segment(
                     else ""
                 ),
             )
-            reporter = make_reporter(console, total)
+            reporter = Meter(make_reporter(console, total), client)
+            executor = DaskExecutor(client, watch=reporter.watch)
             try:
-                outcomes = run(
-                    plans, reporter, device=chosen, executor=DaskExecutor(client), timeline=timeline, stop=stop
-                )
+                outcomes = run(plans, reporter, device=chosen, executor=executor, timeline=timeline, stop=stop)
             finally:
                 reporter.close()
     finally:

@@ -221,10 +221,6 @@ def test_jobs_that_end_without_a_worker_are_not_waited_for(
     assert not list(tmp_path.glob(".cryosiam*"))
 
 
-def process(_: int) -> int:
-    return os.getpgid(0)
-
-
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_job_that_ends_is_submitted_again(
     tmp_path: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, processes: int
@@ -238,12 +234,12 @@ def test_a_job_that_ends_is_submitted_again(
         client.wait_for_workers(2 * processes, timeout=60)
         first = fake.jobs()
         assert len(first) == 2
-        assert set(DaskExecutor(client).map(process, range(40), name="process", overlap=True)) == first
-        time.sleep(1)  # both have been seen
+        assert set(DaskExecutor(client).map(os.getpgid, [0] * 40, name="group", overlap=True)) == first
+        time.sleep(2)  # both have been seen
         victim = min(first)
         kill_group(victim)
         until(lambda: len(fake.jobs()) == 3 and len(client.nthreads()) == 2 * processes)
-        groups = set(DaskExecutor(client).map(process, range(40), name="process", overlap=True))
+        groups = set(DaskExecutor(client).map(os.getpgid, [0] * 40, name="group", overlap=True))
         assert groups == fake.jobs() - {victim}
     assert any("1 Slurm job ended" in text for text in told)
     until(lambda: not fake.running())
