@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -41,7 +41,7 @@ class Meter:
         self._run = uuid.uuid4().hex
         self._lock = threading.Lock()
         self._pieces: Counter[str] = Counter()
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._retries: Counter[str] = Counter()
         self._tomograms: Counter[str] = Counter()
         self._voxels = 0
@@ -59,7 +59,7 @@ class Meter:
                 self._retries[step] += 1
             else:
                 self._pieces[step] += 1
-                self._seconds[step] += seconds  # type: ignore[assignment]
+                self._seconds[step] += seconds
 
     def begin(self, tomogram: str) -> None:
         """See `cryosiam_dask.progress.Reporter`."""
