@@ -91,7 +91,8 @@ def until(condition: Any, *processes: subprocess.Popen[str]) -> None:
     for _ in range(6000):
         if condition():
             return
-        assert all(process.poll() is None for process in processes)
+        for process in processes:
+            assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     raise AssertionError
 
