@@ -105,6 +105,19 @@ Scheduler = Annotated[
 SchedulerFile = Annotated[
     Path | None, typer.Option(help="The same, with the file that 'dask scheduler --scheduler-file' wrote.")
 ]
+Slurm = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|NAME",
+        help="Submit the workers as Slurm jobs, as this YAML file or section of Dask's jobqueue configuration says.",
+    ),
+]
+WorkerTimeout = Annotated[
+    float | None,
+    typer.Option(
+        min=0, help="Minutes to wait for workers. Default: 2 with --scheduler, and 60 with --slurm for the first one."
+    ),
+]
 PerformanceReport = Annotated[
     Path | None, typer.Option(help="Write Dask's own report of what every worker did to this HTML file.")
 ]
@@ -121,6 +134,8 @@ def semantic_predict(
     timeline: Timeline = False,
     scheduler: Scheduler = None,
     scheduler_file: SchedulerFile = None,
+    slurm: Slurm = None,
+    worker_timeout: WorkerTimeout = None,
     performance_report: PerformanceReport = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -144,6 +159,8 @@ def run(
     timeline: Timeline = False,
     scheduler: Scheduler = None,
     scheduler_file: SchedulerFile = None,
+    slurm: Slurm = None,
+    worker_timeout: WorkerTimeout = None,
     performance_report: PerformanceReport = None,
     quiet: Quiet = False,
     verbose: Verbose = False,

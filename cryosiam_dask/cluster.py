@@ -48,7 +48,7 @@ from cryosiam_dask.run_log import LOG
 
 #: Let glibc keep what the network frees for its next layer and its next patch, in one heap for all threads. Otherwise
 #: every large tensor is mapped anew, and the kernel's clearing of its pages takes a good part of a CPU's time.
-_KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": 8_000_000_000, "MALLOC_MMAP_MAX_": 0, "MALLOC_ARENA_MAX": 1}
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": 8_000_000_000, "MALLOC_MMAP_MAX_": 0, "MALLOC_ARENA_MAX": 1}
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -81,6 +81,9 @@ class DaskExecutor:
         Told of every call that is done.
     hang_seconds
         See `HANG_SECONDS`.
+    watch
+        Told the step of every call that is done, and the seconds from when a worker had been given it; ``None`` where
+        another one is given it instead.
     """
 
     def __init__(
@@ -89,8 +92,10 @@ class DaskExecutor:
         progress: Progress = lambda name, done, total: None,
         *,
         hang_seconds: float = HANG_SECONDS,
+        watch: Callable[[str, float | None], None] = lambda step, seconds: None,
     ) -> None:
         self.client = client
+        self.watch = watch
         self.progress = progress
         self.hang_seconds = hang_seconds
         self._steps: list[_Step] = []
@@ -294,6 +299,7 @@ class DaskExecutor:
         if error is None:
             self._durations.setdefault(step.name, deque(maxlen=99)).append(time.monotonic() - flight.began)
             self._proved |= step.overlap
+            self.watch(step.name, time.monotonic() - flight.began)
             step.arrived.put((number, outcome.result))
         elif isinstance(error, LostDeviceError):
             self._retry(outcome.future, flight, error)
@@ -319,6 +325,7 @@ class DaskExecutor:
         if step.tries[flight.number] >= _TRIES:
             self._end(step, error)
         else:
+            self.watch(step.name, None)
             step.waiting.appendleft(flight.number)
 
     def _end(self, step: _Step, error: BaseException | None) -> None:
@@ -527,7 +534,7 @@ def open_cluster(
     with (
         _interrupts_are_ours(),
         warnings.catch_warnings(),
-        dask.config.set({environment: dask.config.get(environment) | _KEEP_MEMORY}),
+        dask.config.set({environment: dask.config.get(environment) | KEEP_MEMORY}),
     ):
         warnings.filterwarnings("ignore", message="Port .* is already in use")
         if device == "cuda":
@@ -537,19 +544,23 @@ def open_cluster(
     # Dask would give a worker up whose replacement is not there within 15 s: less than its imports may take.
     patience = dask.config.set({"distributed.deploy.lost-worker-timeout": "10 minutes"})
     with patience, cluster, Client(cluster, set_as_default=False) as client:
-        client.register_plugin(Setup(_leave_at_once), name="leave")
+        client.register_plugin(Setup(leave_at_once), name="leave")
         yield client
 
 
 #: Seconds in which a scheduler must answer, and in which it must have a worker.
-_ANSWER_SECONDS, _WORKER_SECONDS = 10, 120
+_ANSWER_SECONDS, _WORKER_SECONDS = 10, 120.0
 #: What must be the same in every worker as here, since results or messages depend on it.
 _SAME = ("python", "cryosiam_dask", "dask", "distributed", "numpy", "torch", "zarr")
 
 
 @contextmanager
 def join_cluster(
-    *, address: str | None = None, scheduler_file: Path | None = None, workers: int | None = None
+    *,
+    address: str | None = None,
+    scheduler_file: Path | None = None,
+    workers: int | None = None,
+    seconds: float = _WORKER_SECONDS,
 ) -> Iterator[Client]:
     """Use workers that somebody else started, and leave them running at the end.
 
@@ -561,6 +572,8 @@ def join_cluster(
         Instead of the address, the file that ``dask scheduler --scheduler-file`` wrote.
     workers
         How many to wait for, one by default; others may come later.
+    seconds
+        In which they must be there.
 
     Yields
     ------
@@ -596,19 +609,26 @@ def join_cluster(
         ) from None
     with client:
         try:
-            client.wait_for_workers(workers or 1, timeout=_WORKER_SECONDS)
+            client.wait_for_workers(workers or 1, timeout=seconds)
         except TimeoutError:
             raise ClusterError(
                 "the scheduler must have workers",
                 place=place,
-                value=f"{len(client.nthreads())} of {workers or 1} within {_WORKER_SECONDS} s",
+                value=f"{len(client.nthreads())} of {workers or 1} within {seconds:.0f} s",
                 remedy="Start them: dask worker, or dask cuda worker, with --nthreads 4 and this scheduler",
             ) from None
-        _require_versions(client, place)
+        require_versions(client, place)
         yield client
 
 
-def _require_versions(client: Client, place: str) -> None:
+def require_versions(client: Client, place: str) -> None:
+    """Refuse workers whose versions are not those of this process; `place` says whose they are.
+
+    Raises
+    ------
+    ClusterError
+        If one has others, or lacks this package.
+    """
     here = versions()
     try:
         there = client.run(versions)
@@ -715,7 +735,7 @@ def describe_devices(client: Client, describe: Callable[[], str | None]) -> Lite
     return "cuda"
 
 
-def _leave_at_once() -> None:
+def leave_at_once() -> None:
     """Let this process end without the destructors of C++ libraries.
 
     Those that meet a thread amid its work, as in a worker whose run was interrupted, end the process with a message of

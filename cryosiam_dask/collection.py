@@ -315,9 +315,10 @@ class _Collection:
         """A tomogram, in a thread of its own."""
 
         def progress(name: str, done: int, total: int) -> None:
-            if name == "predict" and done == 0:
+            predicts = name.split()[-1] == "predict"
+            if predicts and done == 0:
                 work.preparing, self.blocks = False, max(1, total)
-            if name == "predict" and done:
+            if predicts and done:
                 self.succeeded = True
             self.reporter.step(work.stem, name, done, total)
 

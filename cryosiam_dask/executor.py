@@ -9,6 +9,7 @@ workers of a Dask cluster.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
@@ -123,6 +124,39 @@ class SerialExecutor:
         self._drained = True
 
     abandon = drain
+
+
+@dataclass(frozen=True, slots=True)
+class NamedExecutor:
+    """An executor for one of several models, whose steps bear its name.
+
+    Attributes
+    ----------
+    executor
+        Runs the calls.
+    model
+        Such as ``"lamella"``: the step ``"predict"`` becomes ``"lamella predict"``.
+    """
+
+    executor: Executor
+    model: str
+
+    @property
+    def workers(self) -> int:
+        """See `Executor`."""
+        return self.executor.workers
+
+    def map(
+        self,
+        function: Callable[[T], R],
+        items: Sequence[T],
+        *,
+        name: str,
+        overlap: bool = False,
+        done: Callable[[T, R], None] | None = None,
+    ) -> list[R]:
+        """See `Executor`."""
+        return self.executor.map(function, items, name=f"{self.model} {name}", overlap=overlap, done=done)
 
 
 SERIAL = SerialExecutor()

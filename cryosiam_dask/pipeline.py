@@ -51,7 +51,7 @@ from cryosiam_dask.errors import (
     OutputError,
     Problems,
 )
-from cryosiam_dask.executor import SERIAL, Executor, Interrupted, SharedExecutor
+from cryosiam_dask.executor import SERIAL, Executor, Interrupted, NamedExecutor, SharedExecutor
 from cryosiam_dask.formats import (
     MRC_LABEL,
     Placed,
@@ -187,8 +187,9 @@ def segment(
                     if job.stem == last.stem and plan is last_plan
                     else _workspace(plan.configuration, job.stem, say)
                 )
+                named = NamedExecutor(executor, plan.name) if plan.name else executor
                 with own as space:
-                    voxels, warnings = _segment(plan, job, tomogram, report, space, device, executor, timeline, say)
+                    voxels, warnings = _segment(plan, job, tomogram, report, space, device, named, timeline, say)
                     outcome = Outcome(
                         job.stem, "done", header.shape, time.time() - began, voxels, warnings, stage=plan.name
                     )

@@ -21,7 +21,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -400,28 +400,17 @@ class Predictor:
             )
         while True:
             batch_size = self._batch_size
-            try:
+            with suppress(torch.OutOfMemoryError), _device_works():
                 return self._predict_block(window, patches, shape, wanted, batch_size)
-            except torch.OutOfMemoryError:
-                pass
-            except torch.AcceleratorError as error:
-                raise LostDeviceError(
-                    "the device must work until the run is over",
-                    place=f"process {os.getpid()} on {socket.gethostname()}",
-                    value=str(error).splitlines()[0],
-                    remedy="Look at the device's log (nvidia-smi, dmesg)",
-                ) from None
             # Out of the handler, as what it holds of the failed attempt would still be in the memory.
-            with self._turn:
+            with self._turn, _device_works():
                 torch.cuda.empty_cache()
                 if batch_size > 1:
                     self._batch_size = min(self._batch_size, batch_size // 2)
                     continue
                 # Once more without other blocks beside it.
-                try:
+                with suppress(torch.OutOfMemoryError):
                     return self._predict_block(window, patches, shape, wanted, 1, alone=True)
-                except torch.OutOfMemoryError:
-                    pass
             tried, _ = out_of_memory(self.spec.batch_size, self.spec.patch)
             _, remedy = out_of_memory(1, self.spec.patch)
             raise DeviceError(
@@ -499,6 +488,20 @@ def _batches(patches: Sequence[Patch], size: int) -> Iterator[list[Patch]]:
         alike.setdefault(tuple((s.start, s.stop) for s in patch.core), []).append(patch)
     for group in alike.values():
         yield from (group[i : i + size] for i in range(0, len(group), size))
+
+
+@contextmanager
+def _device_works() -> Iterator[None]:
+    """Tell what a device fails of so that its process can use it no more, whatever was asked of it."""
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        raise LostDeviceError(
+            "the device must work until the run is over",
+            place=f"process {os.getpid()} on {socket.gethostname()}",
+            value=str(error).splitlines()[0],
+            remedy="Look at the device's log (nvidia-smi, dmesg)",
+        ) from None
 
 
 @contextmanager

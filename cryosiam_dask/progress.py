@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -63,13 +64,17 @@ class _Totals:
         self.failed += failed
         self.voxels += voxels
 
-    def __str__(self) -> str:
-        elapsed = max(1e-3, time.monotonic() - self.began)
-        words = [f"{self.ended} of {self.total} done"]
-        if self.failed:
-            words.append(f"{self.failed} failed")
+    def remarks(self) -> list[str]:
+        """What else there is to say of the whole."""
+        words = [f"{self.failed} failed"] if self.failed else []
         if self.voxels:
-            words.append(f"{self.voxels / elapsed / 1e6:.1f} million voxels a second")
+            elapsed = max(1e-3, time.monotonic() - self.began)
+            words.append(f"{self.voxels / elapsed / 1e6:.3g} million voxels a second")
+        return words
+
+    def __str__(self) -> str:
+        elapsed = time.monotonic() - self.began
+        words = [f"{self.ended} of {self.total} done", *self.remarks()]
         if 0 < self.ended < self.total:
             words.append(f"{_duration(elapsed / self.ended * (self.total - self.ended))} left")
         return ", ".join(words)
@@ -149,12 +154,14 @@ class TerminalReporter:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("left"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=console,
+            speed_estimate_period=math.inf,  # a tomogram, or a block on a slow device, takes longer than any window
         )
         self._totals = _Totals(total)
-        self._all = self._progress.add_task("tomograms", total=total)
+        self._all = self._progress.add_task("tomograms", total=total, note="")
         self._tasks: dict[str, tuple[str, TaskID]] = {}
         self._lock = threading.RLock()
         self._progress.start()
@@ -166,18 +173,22 @@ class TerminalReporter:
         """See `Reporter`."""
         with self._lock:
             step, task = self._tasks.get(tomogram, ("", None))
-            if task is None or name != step:
-                self._drop(tomogram)
-                task = self._progress.add_task(f"{tomogram}: {name}", total=total)
-                self._tasks[tomogram] = (name, task)
+            description = f"{tomogram}: {name}"
+            if task is None:
+                task = self._progress.add_task(description, total=total, note="")
+            elif name != step:  # the same line, so that no other one jumps
+                self._progress.reset(task, description=description, total=total)
+            self._tasks[tomogram] = (name, task)
             self._progress.update(task, completed=done, total=total)
 
     def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0) -> None:
         """See `Reporter`."""
         with self._lock:
-            self._drop(tomogram)
+            _, task = self._tasks.pop(tomogram, ("", None))
+            if task is not None:
+                self._progress.remove_task(task)
             self._totals.add(failed, voxels)
-            self._progress.update(self._all, advance=1, description=f"tomograms: {self._totals}")
+            self._progress.update(self._all, advance=1, note=", ".join(self._totals.remarks()))
             self.say(f"{tomogram}: {message}")
 
     def say(self, message: str) -> None:
@@ -187,11 +198,6 @@ class TerminalReporter:
     def close(self) -> None:
         """See `Reporter`."""
         self._progress.stop()
-
-    def _drop(self, tomogram: str) -> None:
-        _, task = self._tasks.pop(tomogram, ("", None))
-        if task is not None:
-            self._progress.remove_task(task)
 
 
 class FileReporter(LogReporter):

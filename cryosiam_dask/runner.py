@@ -37,9 +37,17 @@ from cryosiam_dask.cluster import (
 from cryosiam_dask.collection import make_folders, remove_left_overs, run
 from cryosiam_dask.config import STAGES, Configuration, read_configuration, read_pipeline
 from cryosiam_dask.diagnosis import beyond_lamella
-from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, DeviceError, Problems, TomogramError
+from cryosiam_dask.errors import (
+    ClusterError,
+    ConfigurationError,
+    CryosiamDaskError,
+    DeviceError,
+    Problems,
+    TomogramError,
+)
 from cryosiam_dask.formats import convert_to_ome_zarr, other_formats
 from cryosiam_dask.ledger import read_outcomes
+from cryosiam_dask.metrics import Meter
 from cryosiam_dask.mrc_to_zarr import convert, read_header, require_free
 from cryosiam_dask.pipeline import (
     Outcome,
@@ -54,6 +62,7 @@ from cryosiam_dask.predictor import largest_patch, load_predictor, name_of_gpu, 
 from cryosiam_dask.progress import FileReporter, Reporters, make_reporter
 from cryosiam_dask.report import write_report
 from cryosiam_dask.run_log import LOG, TOLD, begin_logs, logged
+from cryosiam_dask.slurm import open_slurm, read_jobs
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -69,6 +78,8 @@ def segment(
     workers: int | None = None,
     scheduler: str | None = None,
     scheduler_file: Path | None = None,
+    slurm: str | None = None,
+    worker_timeout: float | None = None,
     overwrite: bool = False,
     dashboard_address: str = "127.0.0.1:8787",
     performance_report: Path | None = None,
@@ -94,6 +105,10 @@ def segment(
         already: how many to wait for.
     scheduler, scheduler_file
         See `cryosiam_dask.cluster.join_cluster`; ``None``: a cluster of this machine is started.
+    slurm
+        See `cryosiam_dask.slurm.open_slurm`; instead of a cluster of this machine.
+    worker_timeout
+        Minutes in which a scheduler must have workers, or Slurm must have started the first one; ``None``: 2, and 60.
     dashboard_address
         Where the Dask dashboard listens.
     performance_report
@@ -107,25 +122,41 @@ def segment(
         What stands in the way of the run.
     """
     joins = scheduler is not None or scheduler_file is not None
+    elsewhere = joins or slurm is not None  # where only the workers know their devices and memory
+    if joins and slurm is not None:
+        raise ConfigurationError(
+            "workers are either submitted or there already",
+            place="options --slurm and --scheduler",
+            remedy="Leave one of them out",
+        )
+    if slurm is not None and workers is None:
+        raise ConfigurationError(
+            "must say how many GPUs, or CPU workers, Slurm is asked for", place="option --workers", remedy="Add it"
+        )
     problems: list[CryosiamDaskError] = []
     plans: list[RunPlan] = []
     chosen: Literal["cpu", "cuda"] = "cpu"
-    if not joins:
+    if not elsewhere:
         try:
             chosen = resolve_device(device)
         except DeviceError as error:
             problems.append(error)
+    if slurm is not None:
+        try:
+            read_jobs(slurm)
+        except (ConfigurationError, ClusterError) as error:
+            problems.append(error)
     try:
         configurations = read_pipeline(config_file) if pipeline else {"": read_configuration(config_file)}
         for name, configuration in configurations.items():
-            configuration = configuration.absolute() if joins else configuration
+            configuration = configuration.absolute() if elsewhere else configuration
             before = masks_of(plans, configuration, filename) if name == STAGES[-1] else set[str]()
             try:
-                if not problems and not joins:
+                if not problems and not elsewhere:
                     require_precision(configuration.hyper_parameters.precision, chosen)
                 plan = _planned(
-                    configuration, name, filename, overwrite, before, None if joins or problems else chosen, workers,
-                    console,
+                    configuration, name, filename, overwrite, before,
+                    None if elsewhere or problems else chosen, workers, console,
                 )  # fmt: skip
                 plans.append(plan)
             except Problems as found:
@@ -165,19 +196,30 @@ def segment(
         with ExitStack() as stack:
             if joins:
                 client = stack.enter_context(
-                    join_cluster(address=scheduler, scheduler_file=scheduler_file, workers=workers)
-                )
+                    join_cluster(
+                        address=scheduler, scheduler_file=scheduler_file, workers=workers,
+                        seconds=60 * (worker_timeout or 2),
+                    )
+                )  # fmt: skip
                 if is_open_to_the_network(client):
                     attend(
                         console,
                         f"{client.scheduler.address} has no TLS: whoever reaches it can run what he likes "
                         "as you. Dask's documentation of TLS says how to close it",
                     )
+            elif slurm is not None:
+                client = stack.enter_context(
+                    open_slurm(
+                        slurm, workers or 1, folder=plans[0].configuration.prediction_folder,
+                        dashboard_address=dashboard_address, seconds=60 * (worker_timeout or 60), stop=stop,
+                        say=partial(say, console),
+                    )
+                )  # fmt: skip
             else:
                 count = workers or (min(default_workers(plan) for plan in plans) if chosen == "cpu" else 0)
                 client = stack.enter_context(open_cluster(chosen, count, dashboard_address=dashboard_address))
-            found_device = describe_devices(client, name_of_gpu) if joins or chosen == "cuda" else chosen
-            if joins:
+            found_device = describe_devices(client, name_of_gpu) if elsewhere or chosen == "cuda" else chosen
+            if elsewhere:
                 chosen = _device_of(found_device, device)
                 for plan in plans:
                     client.run(require_precision, plan.configuration.hyper_parameters.precision, chosen)
@@ -205,11 +247,10 @@ def segment(
                     else ""
                 ),
             )
-            reporter = Reporters(make_reporter(console, total), FileReporter(total))
+            reporter = Meter(Reporters(make_reporter(console, total), FileReporter(total)), client)
+            executor = DaskExecutor(client, watch=reporter.watch)
             try:
-                outcomes = run(
-                    plans, reporter, device=chosen, executor=DaskExecutor(client), timeline=timeline, stop=stop
-                )
+                outcomes = run(plans, reporter, device=chosen, executor=executor, timeline=timeline, stop=stop)
             finally:
                 reporter.close()
     finally:

@@ -21,8 +21,8 @@ STAGES = {"mrc_to_zarr", "zarr_to_labels", "lamella", "components", "measurement
           "preview", "phantom", "timeline", "intensities", "tomogram_files",
           "ome_zarr", "formats"}  # fmt: skip
 #: From the command line down to the foundation; imports go one way.
-LAYERS = [{"cli"}, {"demo", "look"}, {"runner", "overview"}, {"collection"}, {"pipeline", "forecast"},
-          {"plan", "progress", "cluster", "inspect_file", "report"}, STAGES, {"predictor"},
+LAYERS = [{"cli"}, {"demo", "look"}, {"runner", "overview"}, {"collection", "slurm", "metrics"},
+          {"pipeline", "forecast"}, {"plan", "progress", "cluster", "inspect_file", "report"}, STAGES, {"predictor"},
           {"checkpoint"}, {"network"}, FOUNDATION]  # fmt: skip
 #: What a stage may use of another: the lamella is the largest component, and a block is predicted inside its mask.
 BETWEEN_STAGES = {("mrc_to_zarr", "tomogram_files"), ("zarr_to_labels", "tomogram_files"), ("lamella", "components"),
@@ -36,8 +36,10 @@ BETWEEN_STAGES = {("mrc_to_zarr", "tomogram_files"), ("zarr_to_labels", "tomogra
 ONLY_IN = {
     "torch": {"network", "checkpoint", "predictor"},
     "monai": {"network"},
-    "dask": {"zarr_to_labels", "cluster"},
-    "distributed": {"cluster", "runner"},
+    "dask": {"zarr_to_labels", "cluster", "slurm"},
+    "distributed": {"cluster", "runner", "slurm", "metrics"},
+    "dask_jobqueue": {"slurm"},
+    "prometheus_client": {"metrics"},
     "pandas": {"measurements", "centers"},
     "jinja2": {"report"},
     "starfile": {"centers"},

@@ -512,3 +512,18 @@ def test_a_device_that_failed_is_lost(spec):
     predictor._network = Small(predictor._network, 0, torch.AcceleratorError)
     with pytest.raises(LostDeviceError, match=rf"process {os.getpid()} on .*device error: at 0x7f\. Look at"):
         predict_patches(predictor, np.zeros((1, 16, 16, 16), np.float32), EVERYTHING)
+
+
+def test_a_device_that_fails_in_the_last_try_of_a_block_is_lost(spec):
+    """Its memory did not suffice for one patch beside others, and alone it failed otherwise."""
+
+    def fail(batch, **options):
+        network.tried.append(len(batch))
+        raise (torch.OutOfMemoryError if len(network.tried) < 2 else torch.AcceleratorError)("device error: at 0x7f")
+
+    predictor = Predictor(spec)
+    predictor._network = network = Small(predictor._network, 0)
+    network.forward = fail
+    with pytest.raises(LostDeviceError, match=r"device error: at 0x7f\. Look at"):
+        predict_patches(predictor, np.zeros((1, 16, 16, 16), np.float32), EVERYTHING)
+    assert network.tried == [1, 1]

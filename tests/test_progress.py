@@ -57,6 +57,26 @@ def test_terminal_shows_tomogram_step_and_time_left() -> None:
     assert "TS_1: done in 3 s" in file.getvalue() and "1/2" in file.getvalue()
 
 
+def test_terminal_keeps_the_lines_in_order_and_tells_failures_and_speed() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=160, color_system=None)
+    reporter = make_reporter(console, 4)
+    assert isinstance(reporter, TerminalReporter)
+    for tomogram in ("TS_1", "TS_2"):
+        reporter.step(tomogram, "lamella predict", 1, 4)
+    reporter.step("TS_1", "semantic predict", 3, 8)
+    reporter.end("TS_3", "FAILED: TS_3.mrc: the file is cut short.", failed=True)
+    reporter.end("TS_4", "done in 3 s", voxels=64_000_000)
+    reporter.close()
+    shown = Console(file=io.StringIO(), width=160, color_system=None)
+    shown.print(reporter._progress.get_renderable())
+    lines = shown.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert [line.split(" ━")[0].split("  ")[0] for line in lines] == [
+        "tomograms", "TS_1: semantic predict", "TS_2: lamella predict"
+    ]  # fmt: skip
+    assert re.search(r"2/4 0:00:0\d 0:00:0\d left 1 failed, [\d.e+]+ million voxels a second", lines[0])
+    assert re.search(r"3/8 0:00:0\d -:--:-- left", lines[1]) or re.search(r"3/8 0:00:0\d 0:00:0\d left", lines[1])
+
+
 def test_reporter_fits_the_console() -> None:
     assert isinstance(make_reporter(Console(file=io.StringIO()), 1), LogReporter)
 

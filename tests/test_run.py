@@ -94,6 +94,7 @@ def test_one_pass_on_a_cluster_gives_what_cryosiam_gave(folder: Path, cluster: t
         "performance.html", folder=folder,
     )  # fmt: skip
     assert "1 tomogram on 2 cpu workers" in output and output.count("ingest done") == 1
+    assert all(f": {model} predict done" in output for model in ("lamella", "semantic"))
     expected = golden.expected(CASE)
     for name, key in (("lamella", "lamella_slicewise"), ("semantic", "semantic")):
         with h5py.File(folder / "out" / name / "TS_a_6.80Apx_preds.h5") as file:
