@@ -317,12 +317,18 @@ def demo(
     ),
     device: DeviceOption = Device.auto,
     workers: Workers = None,
+    prepare_only: Annotated[
+        bool, typer.Option("--prepare-only", help="Write the tomograms, models and YAML files, and run nothing.")
+    ] = False,
 ) -> None:
     """Make two phantom tomograms, segment them, and compare the result with the truth."""
     with _plain_errors():
-        from cryosiam_dask.demo import run_demo
+        from cryosiam_dask.demo import prepare_demo, run_demo
 
-        _exit(run_demo(output, Console(), device=device.value, workers=workers))
+        if prepare_only:
+            prepare_demo(output, Console())
+        else:
+            _exit(run_demo(output, Console(), device=device.value, workers=workers))
 
 
 @contextmanager
