@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import mrcfile
@@ -21,9 +21,11 @@ from rich.table import Table
 
 from cryosiam_dask.errors import OutputError
 from cryosiam_dask.phantom import CLASS_NAMES, dice, make_phantom, write_phantom
-from cryosiam_dask.pipeline import Outcome
 from cryosiam_dask.preview import write_preview
-from cryosiam_dask.runner import Device, say, segment
+
+if TYPE_CHECKING:  # imported where they are used: the network's libraries take seconds
+    from cryosiam_dask.pipeline import Outcome
+    from cryosiam_dask.runner import Device
 
 SEEDS: Mapping[str, int] = {"phantom_1": 1, "phantom_2": 2}
 
@@ -45,6 +47,8 @@ def run_demo(folder: Path, console: Console, *, device: Device = "auto", workers
     OutputError
         If the folder cannot be written to.
     """
+    from cryosiam_dask.runner import say, segment
+
     outcomes: list[Outcome] = []
     for config_file in prepare_demo(folder, console)[:2]:
         say(console, f"\ncryosiam-dask semantic-predict --config-file {config_file}")
@@ -95,8 +99,11 @@ def prepare_demo(folder: Path, console: Console) -> tuple[Path, Path, Path]:
             "the demo needs a folder that it can write to", place=folder, value=error.strerror,
             remedy="Choose another one with --output",
         ) from None  # fmt: skip
-    say(console, f"made {len(SEEDS)} phantom tomograms in {tomograms}, models in {models}, and in {folder}")
-    say(console, "config_lamella.yaml and config_semantic.yaml for them, and pipeline.yaml for both in one pass")
+    console.print(
+        f"made {len(SEEDS)} phantom tomograms in {tomograms}, models in {models}, and in {folder} config_lamella.yaml "
+        "and config_semantic.yaml for them, and pipeline.yaml for both in one pass",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
     return folder / "config_lamella.yaml", folder / "config_semantic.yaml", folder / "pipeline.yaml"
 
 
@@ -165,4 +172,5 @@ def _compare(folder: Path, console: Console) -> None:
             )
     (folder / "dice.json").write_text(json.dumps(scores, indent=2) + "\n")
     console.print(table)
-    say(console, "pictures: " + ", ".join(str(folder / f"{stem}.png") for stem in SEEDS))
+    pictures = ", ".join(str(folder / f"{stem}.png") for stem in SEEDS)
+    console.print(f"pictures: {pictures}", markup=False, highlight=False, soft_wrap=True)
