@@ -193,7 +193,7 @@ def _command_line_page() -> str:
             command = group.get_command(parent, name)
             with typer.Context(command, info_name=name, parent=parent) as context:
                 usage = " ".join(command.collect_usage_pieces(context))
-                lines += [f"## {name}", *_prose(command), "", "```text", f"cryosiam-dask {name} {usage}", "```", ""]
+                lines += [f"## {name}", "", "```text", f"cryosiam-dask {name} {usage}", "```", *_prose(command), ""]
                 lines += ["| Option | Meaning |", "|---|---|"]
                 lines += [_row(*param.get_help_record(context)) for param in command.params]
                 lines.append("")
