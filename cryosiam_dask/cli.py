@@ -390,6 +390,9 @@ def demo(
     ),
     device: DeviceOption = Device.auto,
     workers: Workers = None,
+    prepare_only: Annotated[
+        bool, typer.Option("--prepare-only", help="Write the tomograms, models and YAML files, and run nothing.")
+    ] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -398,9 +401,13 @@ def demo(
     Example: cryosiam-dask demo --output demo --device cpu
     """
     with _plain_errors():
-        from cryosiam_dask.demo import run_demo
+        from cryosiam_dask.demo import prepare_demo, run_demo
 
-        _exit(run_demo(output, _console(quiet, verbose), device=device.value, workers=workers))
+        console = _console(quiet, verbose)
+        if prepare_only:
+            prepare_demo(output, console)
+        else:
+            _exit(run_demo(output, console, device=device.value, workers=workers))
 
 
 def _console(quiet: bool, verbose: bool, as_json: bool = False) -> Console:
