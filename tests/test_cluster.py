@@ -225,11 +225,11 @@ def test_a_call_that_hangs_is_done_elsewhere(client: Client, tmp_path: Path) -> 
 def write_slowly(path: Path, number: int) -> None:
     with path.open("a") as file:
         file.write("begun\n")
-    time.sleep(3)
+    time.sleep(4)
 
 
 def test_a_large_file_may_take_longer_than_a_block(client: Client, tmp_path: Path) -> None:
-    DaskExecutor(client, hang_seconds=0.5).map(partial(write_slowly, tmp_path / "calls"), [0], name="export")
+    DaskExecutor(client, hang_seconds=1).map(partial(write_slowly, tmp_path / "calls"), [0], name="export")
     assert (tmp_path / "calls").read_text() == "begun\n"
 
 
