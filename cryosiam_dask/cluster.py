@@ -30,7 +30,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.metadata import version as package_version
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -675,16 +674,28 @@ def reported(client: Client, path: Path) -> Iterator[None]:
         yield
 
 
+class _LoggedWarnings(WorkerPlugin):  # type: ignore[misc]  # untyped
+    """Lets every worker process log the warnings that Python's libraries raise in it, instead of printing them."""
+
+    def setup(self, worker: Any) -> None:
+        logging.captureWarnings(True)
+
+    def teardown(self, worker: Any) -> None:
+        logging.captureWarnings(False)
+
+
 @contextmanager
 def forwarded_warnings(client: Client) -> Iterator[None]:
     """Log here, meanwhile, the warnings that Python's libraries raise in the workers."""
-    client.register_plugin(Setup(partial(logging.captureWarnings, True)), name="warnings")
+    client.register_plugin(_LoggedWarnings(), name="warnings")
     client.forward_logging("py.warnings")
     try:
         yield
     finally:
-        with suppress(Exception):  # of a cluster that is gone
-            client.unforward_logging("py.warnings")
+        if client.status == "running":
+            with suppress(Exception):  # of a cluster that is just going
+                client.unforward_logging("py.warnings")
+                client.unregister_worker_plugin("warnings")
 
 
 @contextmanager

@@ -77,15 +77,23 @@ def test_a_run_that_is_killed_leaves_its_log(folder: Path) -> None:
     assert "versions: python" in text and "INFO TS_2: begins" in text and "TS_2: done" not in text
 
 
+def _shows_warnings() -> str:
+    return warnings.showwarning.__module__
+
+
 def test_warnings_of_workers_arrive(tmp_path: Path) -> None:
     @logged
     def work() -> None:
         begin_logs([tmp_path], "test")
-        with open_cluster("cpu", 1, dashboard_address=":0") as client, forwarded_warnings(client):
-            client.submit(warnings.warn, "a chunk looks odd", RuntimeWarning).result()
-            deadline = time.monotonic() + 60
-            while "a chunk looks odd" not in logs(tmp_path)[0].read_text() and time.monotonic() < deadline:
-                time.sleep(0.05)
+        with open_cluster("cpu", 1, dashboard_address=":0") as client:
+            before = client.run(_shows_warnings)
+            with forwarded_warnings(client):
+                assert client.run(_shows_warnings) != before
+                client.submit(warnings.warn, "a chunk looks odd", RuntimeWarning).result()
+                deadline = time.monotonic() + 60
+                while "a chunk looks odd" not in logs(tmp_path)[0].read_text() and time.monotonic() < deadline:
+                    time.sleep(0.05)
+            assert client.run(_shows_warnings) == before  # workers that stay are as they were
 
     work()
     assert re.search(r"WARNING .*RuntimeWarning: a chunk looks odd", logs(tmp_path)[0].read_text())
