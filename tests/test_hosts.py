@@ -88,7 +88,8 @@ def hosts() -> Iterator[Hosts]:
 
 
 def until(condition: Any, *processes: subprocess.Popen[str]) -> None:
-    for _ in range(6000):
+    end = time.monotonic() + 600
+    while time.monotonic() < end:
         if condition():
             return
         for process in processes:
