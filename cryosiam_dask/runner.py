@@ -19,6 +19,7 @@ from rich.table import Table
 from cryosiam_dask.cluster import (
     DaskExecutor,
     Setup,
+    ask,
     describe_devices,
     is_loopback,
     is_open_to_the_network,
@@ -204,7 +205,7 @@ def segment(
             if elsewhere:
                 chosen = _device_of(found_device, device)
                 for plan in plans:
-                    client.run(require_precision, plan.configuration.hyper_parameters.precision, chosen)
+                    ask(client, require_precision, plan.configuration.hyper_parameters.precision, chosen)
             if performance_report is not None:
                 stack.enter_context(reported(client, performance_report))
             for plan in plans:

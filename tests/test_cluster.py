@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from distributed import Client
 
-from cryosiam_dask.cluster import DaskExecutor, Setup, describe_devices, open_cluster
+from cryosiam_dask.cluster import DaskExecutor, Setup, ask, describe_devices, open_cluster
 from cryosiam_dask.errors import CryosiamDaskError, DeviceError, LostDeviceError, TomogramError
 from cryosiam_dask.executor import Interrupted
 
@@ -199,6 +199,23 @@ def test_every_worker_has_a_gpu_of_its_own_or_none_has(
     else:
         with pytest.raises(DeviceError, match=expected):
             describe_devices(client, describe)
+
+
+def answer_or_leave(mark: Path) -> int:
+    """Kill the first of the worker processes that are asked."""
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return 1
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def test_a_worker_that_is_lost_while_it_is_asked_is_left_out(client: Client, tmp_path: Path) -> None:
+    assert list(ask(client, answer_or_leave, tmp_path / "left").values()) == [1]
+    client.wait_for_workers(2)
+    with pytest.raises(TomogramError, match="must be whole"):
+        ask(client, refuse, 3)
 
 
 def hang_once(mark: Path, number: int) -> int:
