@@ -630,7 +630,9 @@ def require_versions(client: Client, place: str) -> None:
     """
     here = versions()
     try:
-        there = client.run(versions)
+        there = ask(client, versions)
+    except LostClusterError:
+        raise
     except Exception as error:
         raise ClusterError(
             "every worker must be able to import cryosiam_dask",
@@ -710,6 +712,31 @@ def _silent() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def ask(client: Client, function: Callable[..., R], *arguments: object) -> dict[str, R]:
+    """What a function returns in every worker process, by its address; one that is lost meanwhile is left out.
+
+    Raises
+    ------
+    LostClusterError
+        If no worker answers.
+    Exception
+        Whatever the function raised in one of them.
+    """
+    answers = client.run(function, *arguments, on_error="return")
+    found = {worker: answer for worker, answer in answers.items() if not isinstance(answer, OSError)}
+    if not found:
+        raise LostClusterError(
+            "a worker must stay until the run is over",
+            place=client.scheduler.address,
+            value="none that answers",
+            remedy="Look at what the workers said, start them again and repeat the command",
+        )
+    for answer in found.values():
+        if isinstance(answer, Exception):
+            raise answer
+    return found
+
+
 def describe_devices(client: Client, describe: Callable[[], str | None]) -> Literal["cpu", "cuda"]:
     """Which device the workers have: every one a GPU of its own, or none of them any.
 
@@ -725,7 +752,7 @@ def describe_devices(client: Client, describe: Callable[[], str | None]) -> Lite
     DeviceError
         If two workers have the same GPU, or only some have any.
     """
-    found: dict[str, str | None] = client.run(describe)
+    found: dict[str, str | None] = ask(client, describe)
     with_gpu = {worker: gpu for worker, gpu in found.items() if gpu is not None}
     if not with_gpu:
         return "cpu"

@@ -27,14 +27,14 @@ from cryosiam_dask.executor import Executor, Interrupted, SerialExecutor, Shared
 from cryosiam_dask.folders import part_of
 from cryosiam_dask.formats import format_path, other_formats
 from cryosiam_dask.ledger import Claims, Ledger, claim_path, open_claims, sweep
-from cryosiam_dask.pipeline import DISK, Outcome, claimed, collect, complete, segment, work_folder
+from cryosiam_dask.pipeline import Outcome, claimed, collect, complete, segment, work_folder
 from cryosiam_dask.plan import Job, RunPlan
 from cryosiam_dask.progress import Reporter
 
 #: Errors that are of one tomogram, however many have them.
 _OF_ITS_OWN = {"TomogramError", "MaskError"}
 #: Errors that are of no tomogram: a single one ends the run while nothing has succeeded yet.
-_OF_ALL = {"CheckpointError", "ClusterError", "DeviceError", "LostDeviceError", DISK}
+_OF_ALL = {"CheckpointError", "ClusterError", "DeviceError", "LostDeviceError", "DiskError"}
 #: So many failures of one kind in a row end the run, whatever they are.
 _IN_A_ROW = 3
 #: Seconds after which tomograms that others worked on are looked at again.

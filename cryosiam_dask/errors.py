@@ -9,6 +9,7 @@ The command line prints these texts as they are; nobody should see a traceback f
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -70,6 +71,28 @@ class LabelsError(CryosiamDaskError):
 
 class OutputError(CryosiamDaskError):
     """An output cannot be written, or would replace something made otherwise."""
+
+
+class DiskError(OutputError):
+    """A disk is full, read-only or not permitted: whatever else goes there will fail as well."""
+
+
+#: What the kernel calls that.
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
+
+
+def not_written(error: OSError, rule: str, *, place: object, remedy: str) -> OutputError:
+    """The error to raise where the kernel refused to write.
+
+    Parameters
+    ----------
+    error
+        What it said.
+    rule, place, remedy
+        See `CryosiamDaskError`.
+    """
+    kind = DiskError if error.errno in _OF_THE_DISK else OutputError
+    return kind(rule, place=place, value=error.strerror or error, remedy=remedy)
 
 
 class DeviceError(CryosiamDaskError):

@@ -404,7 +404,7 @@ def convert_to_ome_zarr(
             executor=executor,
         )
     except OutputError as error:
-        raise OutputError(error.rule, place=target, value=error.value, remedy=error.remedy) from error
+        raise type(error)(error.rule, place=target, value=error.value, remedy=error.remedy) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return report

@@ -38,7 +38,7 @@ from numcodecs import Zlib
 from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
-from cryosiam_dask.errors import OutputError
+from cryosiam_dask.errors import OutputError, not_written
 
 LABELS, PROBABILITIES, DISTANCES = "labels", "probs", "distances"  # the names that viewers open
 INSTANCES = "instances"
@@ -455,9 +455,7 @@ def _replacing(path: Path) -> Iterator[_Sink]:
             errno.EFBIG: "The file system or a limit (ulimit -f) does not allow files of this size",
             errno.ENOENT: "Create the folder first",
         }.get(error.errno or 0, "Check the folder and its permissions, or choose another one")
-        raise OutputError(
-            "the output must be writable", place=path, value=error.strerror or error, remedy=remedy
-        ) from error
+        raise not_written(error, "the output must be writable", place=path, remedy=remedy) from error
     finally:
         with suppress(OSError):
             part.unlink()

@@ -31,7 +31,7 @@ from mrcfile.dtypes import HEADER_DTYPE
 from zarr.codecs import BloscCodec
 from zarr.storage import StoreLike
 
-from cryosiam_dask.errors import OutputError, TomogramError
+from cryosiam_dask.errors import OutputError, TomogramError, not_written
 from cryosiam_dask.executor import SERIAL, Executor
 from cryosiam_dask.folders import replacing_folder
 from cryosiam_dask.tomogram_files import (
@@ -517,10 +517,10 @@ def _fill(
         statistics = _merge(parts)
         array.update_attributes({"statistics": statistics.attributes()})
     except OSError as error:
-        raise OutputError(
+        raise not_written(
+            error,
             "the converted tomogram must be writable",
-            place=store,
-            value=_reason(error),
+            place=getattr(store, "root", store),
             remedy="Free space on the disk or choose another place",
         ) from error
     return array, statistics
@@ -590,10 +590,10 @@ def convert(
         with replacing_folder(target) as part:
             _, statistics = _fill(header, part, None, chunks, True, executor)
     except OutputError as error:
-        raise OutputError(error.rule, place=target, value=error.value, remedy=error.remedy) from error
+        raise type(error)(error.rule, place=target, value=error.value, remedy=error.remedy) from error
     except OSError as error:
-        raise OutputError(
-            "the converted tomogram must be writable", place=target, value=_reason(error), remedy="Choose another place"
+        raise not_written(
+            error, "the converted tomogram must be writable", place=target, remedy="Choose another place"
         ) from error
     return _report(header, statistics)
 

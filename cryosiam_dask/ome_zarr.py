@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec
 
 from cryosiam_dask.classes import COLOURS
-from cryosiam_dask.errors import LabelsError, OutputError
+from cryosiam_dask.errors import LabelsError, OutputError, not_written
 from cryosiam_dask.executor import SERIAL, Executor
 from cryosiam_dask.folders import replacing_folder
 
@@ -137,10 +137,10 @@ def write_ome_zarr(
                 folder.attrs["ome"] = {"version": NGFF, "labels": [SEGMENTATION]}
             image.attrs.update({"ome": {"version": NGFF, "multiscales": [multiscale]}, OWN: own})
     except OSError as error:
-        raise OutputError(
+        raise not_written(
+            error,
             "the output must be writable",
             place=path,
-            value=error.strerror or error,
             remedy="Free space on the disk, check the permissions, or choose another folder",
         ) from error
 

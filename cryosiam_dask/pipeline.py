@@ -12,7 +12,6 @@ that was killed goes on from there. `cryosiam_dask.collection` does this for man
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -47,9 +46,11 @@ from cryosiam_dask.errors import (
     ConfigurationError,
     CryosiamDaskError,
     DeviceError,
+    DiskError,
     LostClusterError,
     OutputError,
     Problems,
+    not_written,
 )
 from cryosiam_dask.executor import SERIAL, Executor, Interrupted, NamedExecutor, SharedExecutor
 from cryosiam_dask.formats import (
@@ -86,9 +87,6 @@ from cryosiam_dask.timeline import write_timeline
 from cryosiam_dask.tomogram_files import TomogramHeader, Voxels, ZarrHeader, source_identity
 from cryosiam_dask.zarr_to_labels import BlockTimes, StoredPrediction, create_outputs, predict_store, tomogram_chunks
 
-#: Kind of an error that a disk is full, read-only or not permitted.
-DISK = "disk"
-
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -113,7 +111,7 @@ class Outcome:
     details
         The traceback of an error that this program did not foresee.
     kind
-        What kind of error it is: the name of its class, or `DISK`.
+        What kind of error it is: the name of its class.
     stage
         Which of several models, where there are several.
     """
@@ -228,21 +226,17 @@ def record(plan: RunPlan, outcome: Outcome, began: float, *, goes_on: bool = Fal
 
 def _failed(stem: str, shape: tuple[int, ...], began: float, error: Exception, path: Path, stage: str = "") -> Outcome:
     """The outcome of a tomogram whose work on the output `path` ended with `error`."""
-    raised, details, kind = error, "", type(error).__name__
-    if isinstance(error, OSError) and error.errno in (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EFBIG,
-        errno.EROFS,
-        errno.EACCES,
-    ):
-        error = OutputError(
+    raised, details = error, ""
+    if isinstance(error, OSError):
+        refused = not_written(
+            error,
             "work and output folder must be writable and have space left",
             place=error.filename or path.parent,
-            value=error.strerror,
             remedy="Free space, change the permissions, or set work_folder or prediction_folder to another disk",
         )
-        kind = DISK
+        if isinstance(refused, DiskError):
+            error = refused
+    kind = type(error).__name__
     if isinstance(error, CryosiamDaskError):
         message = str(error)
     else:

@@ -25,6 +25,7 @@ from rich.table import Table
 from cryosiam_dask.cluster import (
     DaskExecutor,
     Setup,
+    ask,
     describe_devices,
     forwarded_warnings,
     is_loopback,
@@ -222,7 +223,7 @@ def segment(
             if elsewhere:
                 chosen = _device_of(found_device, device)
                 for plan in plans:
-                    client.run(require_precision, plan.configuration.hyper_parameters.precision, chosen)
+                    ask(client, require_precision, plan.configuration.hyper_parameters.precision, chosen)
             stack.enter_context(forwarded_warnings(client))
             _log_workers(client, found_device)
             if performance_report is not None:
@@ -610,7 +611,7 @@ def _begin_logs(command: str, config_file: Path, configurations: Sequence[Config
 
 def _log_workers(client: Client, device: str) -> None:
     """Write down where the work is done."""
-    gpus = client.run(name_of_gpu) if device == "cuda" else {}
+    gpus = ask(client, name_of_gpu) if device == "cuda" else {}
     for address, worker in client.scheduler_info(n_workers=-1)["workers"].items():
         name = gpus.get(address) or device
         LOG.debug("worker %s: %s, %d threads, on %s", address, name, worker["nthreads"], worker["host"])

@@ -17,7 +17,7 @@ import dask
 import pytest
 from distributed import Client
 
-from cryosiam_dask.cluster import DaskExecutor, Setup, open_cluster
+from cryosiam_dask.cluster import DaskExecutor, Setup, ask, describe_devices, open_cluster
 from cryosiam_dask.errors import CryosiamDaskError, DeviceError, LostDeviceError, TomogramError
 from cryosiam_dask.executor import Interrupted
 
@@ -171,6 +171,54 @@ def test_workers_compute_in_one_thread_and_keep_their_memory(client: Client, nam
 def test_gpus_that_are_not_there_are_an_error() -> None:
     with pytest.raises(CryosiamDaskError, match=r"dask-cuda|asks for \d+ GPUs"), open_cluster("cuda", 99):
         pass
+
+
+def drawn(folder: Path, names: Sequence[str | None]) -> str | None:
+    """The next of the names, each of which is given to one process."""
+    for number, name in enumerate(names):
+        try:
+            (folder / str(number)).touch(exist_ok=False)
+            return name
+        except FileExistsError:
+            pass
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ((None, None), "cpu"),
+        (("GPU-1", "GPU-2"), "cuda"),
+        (("GPU-1", None), "all workers must have a GPU, or none; found 1 of 2 with one"),
+        (("GPU-1", "GPU-1"), "every worker must have a GPU of its own; found GPU-1 used by"),
+    ],
+)
+def test_every_worker_has_a_gpu_of_its_own_or_none_has(
+    client: Client, tmp_path: Path, names: tuple[str | None, ...], expected: str
+) -> None:
+    describe = partial(drawn, tmp_path, names)
+    if expected in ("cpu", "cuda"):
+        assert describe_devices(client, describe) == expected
+    else:
+        with pytest.raises(DeviceError, match=expected):
+            describe_devices(client, describe)
+
+
+def answer_or_leave(mark: Path) -> int:
+    """Kill the first of the worker processes that are asked."""
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return 1
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def test_a_worker_that_is_lost_while_it_is_asked_is_left_out(client: Client, tmp_path: Path) -> None:
+    assert list(ask(client, answer_or_leave, tmp_path / "left").values()) == [1]
+    client.wait_for_workers(2)
+    with pytest.raises(TomogramError, match="must be whole"):
+        ask(client, refuse, 3)
 
 
 def hang_once(mark: Path, number: int) -> int:
