@@ -182,15 +182,17 @@ class _TakenOver(Interrupted):
 
 @dataclass(frozen=True, slots=True)
 class _Guarded:
-    """An executor that does nothing more for a tomogram that has become another run's."""
+    """The executor of one tomogram, which does nothing more for it once it has become another run's."""
 
     executor: Executor
     claims: Claims
     paths: Sequence[Path]
+    left: Callable[[], int]
 
     @property
     def workers(self) -> int:
-        return self.executor.workers
+        """How many the tomogram is to keep busy: as long as others are left, it need not be cut into pieces for all."""
+        return -(-self.executor.workers // max(1, self.left()))
 
     def map(
         self,
@@ -326,7 +328,10 @@ class _Collection:
                 work.jobs,
                 device=self.device,
                 executor=_Guarded(
-                    self.executor.share(work.stem, work.order, progress), self.claims, tuple(work.claims)
+                    self.executor.share(work.stem, work.order, progress),
+                    self.claims,
+                    tuple(work.claims),
+                    lambda: len(self.waiting) + len(self.active),
                 ),
                 timeline=self.timeline,
                 say=lambda message: self.reporter.say(f"{work.stem}: {message}"),
