@@ -401,16 +401,16 @@ def tables(row: dict[str, Any], gpus: int = 1000, tomograms: int = 100_000) -> s
         "between two blocks of a device: median, 99th percentile": (
             f"{row['gap_ms']['median']:.1f} ms, {row['gap_ms']['p99']:.1f} ms"
         ),
-        "client, CPU time for a block ($c$)": f"{client:.1f} ms",
-        "scheduler, CPU time for a block ($s$)": f"{scheduler:.1f} ms",
+        "client, CPU time for a block (*c*)": f"{client:.1f} ms",
+        "scheduler, CPU time for a block (*s*)": f"{scheduler:.1f} ms",
         "all workers, CPU time for a block": f"{row['workers_ms']:.1f} ms",
         "client, memory at a tenth of the blocks and at the end": "{:.0f} MB, {:.0f} MB".format(*row["client_mb"]),
         "scheduler, memory at a tenth of the blocks and at the end": "{:.0f} MB, {:.0f} MB".format(
             *row["scheduler_mb"]
         ),
-        "plan, memory for a tomogram ($m$)": f"{row['plan_kb']:.1f} kB",
-        "plan, time for a tomogram ($p$)": f"{row['plan_ms']:.1f} ms",
-        "plan, time for a tomogram that is done ($d$)": f"{row['done_ms']:.1f} ms",
+        "plan, memory for a tomogram (*m*)": f"{row['plan_kb']:.1f} kB",
+        "plan, time for a tomogram (*p*)": f"{row['plan_ms']:.1f} ms",
+        "plan, time for a tomogram that is done (*d*)": f"{row['done_ms']:.1f} ms",
     }
     lines = ["| measured | |", "|:--|--:|", *(f"| {name} | {value} |" for name, value in measured.items()), ""]
     lines += ["| a block computes for | client's core is full with | scheduler's core is full with |", "|--:|--:|--:|"]

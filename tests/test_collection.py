@@ -271,9 +271,9 @@ def test_a_tomogram_that_was_taken_over_is_left_to_the_other_run(folder: Path, f
 
 
 class Counting(SerialExecutor):
-    """Takes itself for sixteen workers, and remembers how many blocks each tomogram has."""
+    """Takes itself for eight workers, and remembers how many blocks each tomogram has."""
 
-    workers = 16
+    workers = 8
 
     def __init__(self) -> None:
         super().__init__()
@@ -291,7 +291,7 @@ def test_only_the_last_tomograms_are_cut_into_pieces_for_all_workers(folder: Pat
         write_tomogram(folder / "data" / name, seed, shape)
     planned, executor = plan_run(configure(folder, block_size=64, test_files=names)), Counting()
     outcomes = run(planned, Listener(), executor=executor)
-    sizes = [block_size_for(shape, planned.patch, 64, workers) for workers in (6, 8, 16)]
+    sizes = [block_size_for(shape, planned.patch, 64, workers) for workers in (3, 4, 8)]
     assert executor.blocks == [len(make_grid(shape, planned.patch, size).indices()) for size in sizes]
     assert executor.blocks[0] < executor.blocks[-1]
     shutil.rmtree(folder / "out")
