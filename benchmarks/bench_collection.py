@@ -1,8 +1,9 @@
 """A large collection on many GPUs, simulated: how busy they are, and what client and scheduler cost.
 
-    python benchmarks/bench_collection.py --output benchmarks/results/collection.json   # 64 GPUs, 1000 tomograms
+    python benchmarks/bench_collection.py --output benchmarks/results/collection.json  # 64 GPUs, 1000 tomograms
     python benchmarks/bench_collection.py --workers 16 --tomograms 100 --seconds 1      # less of everything
     python benchmarks/bench_collection.py --quick          # seconds; the tests run it, so that it cannot rot
+    python benchmarks/bench_collection.py --page docs/scale.md benchmarks/results/collection-2-cores.json  # its tables
 
 A run as the command line makes it, on a cluster that stands ready: scheduler, nannies and workers are processes of
 their own. Only two things are not what they are with real GPUs. The network sleeps, for `--seconds` a block and up to a
@@ -135,7 +136,7 @@ def cluster(folder: Path, workers: int) -> Iterator[tuple[psutil.Process, psutil
     environment = {
         **os.environ,
         "DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD": "forkserver",
-        # How Dask watches each process would take 64 times as much of this machine's cores as of a real worker's.
+        # To be watched by Dask costs a hundredth of a core: little of a worker, and a core for all of them together.
         "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
         "DASK_DISTRIBUTED__ADMIN__SYSTEM_MONITOR__INTERVAL": "5s",
         "DASK_DISTRIBUTED__ADMIN__TICK__INTERVAL": "500ms",
@@ -160,17 +161,11 @@ def cluster(folder: Path, workers: int) -> Iterator[tuple[psutil.Process, psutil
                 nannies.terminate()
                 nannies.wait()
                 for process in family:
-                    with _gone_is_well():
+                    with suppress(psutil.NoSuchProcess):
                         process.kill()
         finally:
             scheduler.terminate()
             scheduler.wait()
-
-
-@contextmanager
-def _gone_is_well() -> Iterator[None]:
-    with suppress(psutil.NoSuchProcess):
-        yield
 
 
 class Watch(LogReporter):
@@ -192,22 +187,26 @@ class Watch(LogReporter):
         self, folder: Path, processes: tuple[psutil.Process, psutil.Process], tomograms: int, blocks: int, kills: int
     ) -> None:
         super().__init__(Console(file=(folder.parent / "run.log").open("w")), tomograms)
-        self.folder, self.processes, self.blocks, self.done = folder, processes, blocks, 0
+        self.folder, self.processes, self.done = folder, processes, 0
+        self.running = (psutil.Process(), *processes)
         self.moments = [blocks * (i + 1) // (kills + 1) for i in range(kills)]
         self.killed: list[tuple[int, float]] = []
         self.samples: list[dict[str, float]] = []
-        self.times: dict[int, float] = {}
+        self.workers: dict[int, float] = {}
         self.random, self.over = random.Random(0), threading.Event()
         self.thread = threading.Thread(target=self._watch)
 
     def __enter__(self) -> Watch:
         self.began = time.time()
+        self._look_at_workers()
+        self._sample()
         self.thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.over.set()
         self.thread.join()
+        self._look_at_workers()
         self._sample()
 
     def step(self, tomogram: str, name: str, done: int, total: int) -> None:
@@ -216,48 +215,43 @@ class Watch(LogReporter):
             self.done += name == "predict" and done > 0
 
     def _watch(self) -> None:
-        sampled = 0.0
         while not self.over.wait(0.1):
             if self.moments and self.done >= self.moments[0]:
                 self.moments.pop(0)
+                self._look_at_workers()
                 victim = self.random.choice(sorted(set(self._devices()) - {number for number, _ in self.killed}))
                 self.killed.append((victim, time.time()))
                 os.kill(victim, signal.SIGKILL)
-            if time.time() - sampled > 1:
-                sampled = time.time()
+            if time.time() - self.began - self.samples[-1]["seconds"] > 1:
                 self._sample()
 
     def _devices(self) -> list[int]:
         return [int(path.stem) for path in self.folder.glob("*.txt")]
 
+    def _look_at_workers(self) -> None:
+        """Take down the CPU time of every worker; what those that are killed have used stays."""
+        for process in self.processes[1].children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                self.workers[process.pid] = _cpu_seconds(process)
+
     def _sample(self) -> None:
-        scheduler, nannies = self.processes
-        parts = {"client": [psutil.Process()], "scheduler": [scheduler], "nannies": [nannies]}
-        parts["workers"] = nannies.children(recursive=True)
-        sample: dict[str, float] = {"seconds": time.time() - self.began, "blocks": self.done}
-        for name, processes in parts.items():
-            seconds, resident = 0.0, 0
-            for process in processes:
-                with _gone_is_well():
-                    used = process.cpu_times()
-                    self.times[process.pid] = used.user + used.system
-                    resident += process.memory_info().rss
-            # Those that were killed have used their time all the same.
-            known = {process.pid for process in processes}
-            if name == "workers":
-                self.workers = getattr(self, "workers", set()) | known
-                known = self.workers
-            seconds = sum(self.times[number] for number in known if number in self.times)
-            sample |= {f"{name}_cpu": seconds, f"{name}_mb": resident / 1e6}
-        sample["threads"] = threading.active_count()
+        sample = {"seconds": time.time() - self.began, "blocks": float(self.done)}
+        for name, process in zip(("client", "scheduler", "nannies"), self.running, strict=True):
+            sample |= {f"{name}_cpu": _cpu_seconds(process), f"{name}_mb": process.memory_info().rss / 1e6}
+        sample |= {"workers_cpu": sum(self.workers.values()), "threads": threading.active_count()}
         self.samples.append(sample)
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    used = process.cpu_times()
+    return float(used.user + used.system)
 
 
 # ------------------------------------------------------------------------------------------------------- what they tell
 
 
 def records(folder: Path) -> dict[int, tuple[float, list[tuple[float, float, float]], list[float]]]:
-    """By process: when it was up, its blocks as (began, ended, seconds asked for), what it never ended."""
+    """By process: when it was up, its blocks as (began, ended, seconds asked for), and beginnings without an end."""
     found = {}
     for path in folder.glob("*.txt"):
         up, blocks, pending = math.nan, list[tuple[float, float, float]](), list[tuple[float, float]]()
@@ -391,7 +385,62 @@ def bench(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], li
     return row, samples
 
 
-# ---- the picture ----
+# ------------------------------------------------------------------------------------------------------------- the page
+
+
+def tables(row: dict[str, Any], gpus: int = 1000, tomograms: int = 100_000) -> str:
+    """What was measured, and what follows for so many GPUs and tomograms, in Markdown; formulae are in the page."""
+    client, scheduler = row["client_ms"], row["scheduler_ms"]
+    seconds = row["seconds"] * row["busy"] * row["workers"] / row["blocks"]
+    measured = {
+        "simulated GPUs, tomograms, blocks": f"{row['workers']}, {row['tomograms']}, {row['blocks']:,}",
+        "computing a block takes": f"{seconds:.1f} s",
+        "workers killed on the way": f"{row['killed']}",
+        "devices busy, from the first block to the last": f"{row['busy']:.1%}",
+        "the same without the time in which a killed worker was replaced": f"{row['busy_while_up']:.1%}",
+        "between two blocks of a device: median, 99th percentile": (
+            f"{row['gap_ms']['median']:.1f} ms, {row['gap_ms']['p99']:.1f} ms"
+        ),
+        "client, CPU time for a block (*c*)": f"{client:.1f} ms",
+        "scheduler, CPU time for a block (*s*)": f"{scheduler:.1f} ms",
+        "all workers, CPU time for a block": f"{row['workers_ms']:.1f} ms",
+        "client, memory at a tenth of the blocks and at the end": "{:.0f} MB, {:.0f} MB".format(*row["client_mb"]),
+        "scheduler, memory at a tenth of the blocks and at the end": "{:.0f} MB, {:.0f} MB".format(
+            *row["scheduler_mb"]
+        ),
+        "plan, memory for a tomogram (*m*)": f"{row['plan_kb']:.1f} kB",
+        "plan, time for a tomogram (*p*)": f"{row['plan_ms']:.1f} ms",
+        "plan, time for a tomogram that is done (*d*)": f"{row['done_ms']:.1f} ms",
+    }
+    lines = ["| measured | |", "|:--|--:|", *(f"| {name} | {value} |" for name, value in measured.items()), ""]
+    lines += ["| a block computes for | client's core is full with | scheduler's core is full with |", "|--:|--:|--:|"]
+    lines += [
+        f"| {t} s | {1000 * t / client:,.0f} GPUs | {1000 * t / scheduler:,.0f} GPUs |" for t in (1, 2, 5, 10, 20, 60)
+    ]
+    slowest = max(client, scheduler) / 1000
+    lines += [
+        "",
+        f"| {gpus:,} GPUs and {tomograms:,} tomograms | |",
+        "|:--|--:|",
+        f"| a block must compute for at least | {gpus * slowest:.1f} s |",
+        f"| and, with the slower of the two idle for half of the time, | {2 * gpus * slowest:.1f} s |",
+        f"| memory of the plan | {tomograms * row['plan_kb'] / 1e6:.2f} GB |",
+        f"| time until the first block, nothing being done | {tomograms * row['plan_ms'] / 60e3:.1f} min |",
+        f"| time until the first block, all but one being done | {tomograms * row['done_ms'] / 60e3:.1f} min |",
+    ]
+    return "\n".join(lines)
+
+
+def fill(page: Path, result: Path) -> str:
+    """The page with the tables of a result between its two marks."""
+    before, mark, rest = page.read_text().partition("<!-- tables -->\n")
+    _, end, after = rest.partition("\n<!-- end of tables -->")
+    assert mark and end, f"{page} has no place for tables"
+    (row,) = json.loads(result.read_text())["rows"]
+    return f"{before}{mark}\n{tables(row)}\n{end}{after}"
+
+
+# ------------------------------------------------------------------------------------------------- the picture
 
 
 def draw(row: dict[str, Any], samples: list[dict[str, float]], path: Path) -> None:
@@ -412,7 +461,7 @@ def draw(row: dict[str, Any], samples: list[dict[str, float]], path: Path) -> No
         f"busy {row['busy']:.1%} of the time"
     )
     pen.text((10, 12), title, "black", font)
-    pen.text((10, 36), "devices busy; a mark where a worker was killed", "black", small)
+    pen.text((10, 36), "devices busy; marks where workers were killed", "black", small)
     for tenth in range(0, 11, 2):
         y = top + height * (1 - tenth / 10)
         pen.line((left, y, left + width, y), grey)
@@ -455,8 +504,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="where to work; must not be there yet, and is kept")
     parser.add_argument("--quick", action="store_true", help="a few small tomograms on two workers")
     parser.add_argument("--output", type=Path, help="JSON file for the results; a picture is drawn beside it")
+    parser.add_argument(
+        "--page", nargs=2, type=Path, metavar=("PAGE", "RESULT"), help="bring a page's tables up to date, and no more"
+    )
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.page:
+        page, result = options.page
+        page.write_text(fill(page, result))
+        return
     if options.serve:
         serve(options.serve, options.workers)
         return
@@ -473,7 +529,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(json.dumps(row, indent=2))
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        settings = {k: v for k, v in vars(options).items() if k not in ("output", "quick", "folder", "serve")}
+        settings = {k: v for k, v in vars(options).items() if k not in ("output", "quick", "folder", "page", "serve")}
         lines = ",\n    ".join(json.dumps(sample) for sample in samples)
         options.output.write_text(
             f'{{\n  "machine": {json.dumps(described)},\n  "settings": {json.dumps(settings)},\n'

@@ -205,7 +205,7 @@ class DaskExecutor:
                 self._collect()
         except BaseException as raised:
             gone = isinstance(raised, CommClosedError) or self.client.status not in ("running", "connecting")
-            error = _scheduler_is_gone(self.client) if gone else raised
+            error = _scheduler_is_gone(self.client) if gone and not isinstance(raised, LostClusterError) else raised
             with self._lock:
                 self._thread = None
                 for step in list(self._steps):
@@ -216,8 +216,11 @@ class DaskExecutor:
         if self.client.status not in ("running", "connecting"):
             raise _scheduler_is_gone(self.client)
         if self.client.status == "running":
-            with suppress(OSError, TimeoutError, CommClosedError):
-                found = self.client.nthreads()
+            with suppress(OSError, CommClosedError):
+                try:
+                    found = self.client.sync(self.client.scheduler.ncores, callback_timeout=self.hang_seconds)
+                except TimeoutError:
+                    raise _scheduler_is_gone(self.client, f"no answer within {self.hang_seconds:.0f} s") from None
                 # One that hangs takes long to be replaced, and would be given the same work again meanwhile.
                 self._addresses = {address: n for address, n in found.items() if address not in self._given_up}
         now = time.monotonic()
@@ -447,11 +450,11 @@ def _hangs(flight: _Flight, now: float) -> DeviceError:
     )
 
 
-def _scheduler_is_gone(client: Client) -> LostClusterError:
+def _scheduler_is_gone(client: Client, found: str = "a connection that was closed") -> LostClusterError:
     return LostClusterError(
         "the scheduler must stay until the run is over",
         place=getattr(client.scheduler, "address", None) or "the Dask cluster",
-        value="a connection that was closed",
+        value=found,
         remedy="Start it again and repeat the command: what is done is kept",
     )
 

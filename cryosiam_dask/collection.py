@@ -178,15 +178,17 @@ class _TakenOver(Interrupted):
 
 @dataclass(frozen=True, slots=True)
 class _Guarded:
-    """An executor that does nothing more for a tomogram that has become another run's."""
+    """The executor of one tomogram, which does nothing more for it once it has become another run's."""
 
     executor: Executor
     claims: Claims
     paths: Sequence[Path]
+    left: Callable[[], int]
 
     @property
     def workers(self) -> int:
-        return self.executor.workers
+        """How many the tomogram is to keep busy: as long as others are left, it need not be cut into pieces for all."""
+        return -(-self.executor.workers // max(1, self.left()))
 
     def map(
         self,
@@ -324,7 +326,8 @@ class _Collection:
 
         shared = self.executor.share(work.stem, work.order, progress)
         # Where a disk takes no claim, the tomogram says what is wrong with it.
-        executor = _Guarded(shared, self.claims, tuple(filter(self.claims.keeps, work.claims)))
+        claims = tuple(filter(self.claims.keeps, work.claims))
+        executor = _Guarded(shared, self.claims, claims, lambda: len(self.waiting) + len(self.active))
         try:
             if work.predicted:
                 work.outcomes.append(complete(*work.jobs[0], executor))

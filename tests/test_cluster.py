@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import pytest
 from distributed import Client
 
 from cryosiam_dask.cluster import DaskExecutor, Setup, ask, describe_devices, open_cluster
-from cryosiam_dask.errors import CryosiamDaskError, DeviceError, LostDeviceError, TomogramError
+from cryosiam_dask.errors import CryosiamDaskError, DeviceError, LostClusterError, LostDeviceError, TomogramError
 from cryosiam_dask.executor import Interrupted
 
 
@@ -355,32 +357,50 @@ def modules(_: int) -> list[str]:
     return sorted(sys.modules)
 
 
-def test_the_scheduler_imports_nothing_of_what_is_called(tmp_path: Path) -> None:
-    (tmp_path / "far_away.py").write_text("class Item:\n    pass\ndef call(item):\n    return type(item).__name__\n")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    file = tmp_path / "scheduler.json"
-    options = ["--scheduler-file", str(file), "--host", "127.0.0.1", "--port", "0", "--dashboard-address", ":0"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    scheduler = subprocess.Popen(
-        [sys.executable, "-m", "distributed.cli.dask_scheduler", *options], env=environment, **quiet
-    )
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file", str(file), "--no-dashboard"],
-        env=environment | {"PYTHONPATH": f"{environment['PYTHONPATH']}{os.pathsep}{tmp_path}"},
-        **quiet,
-    )
-    sys.path.append(str(tmp_path))
+@contextmanager
+def scheduler_and_worker(folder: Path, path: str = "") -> Iterator[tuple[Client, subprocess.Popen[bytes]]]:
+    """A scheduler and a worker, which alone looks for modules in `path`, as processes of their own."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
+    file, quiet = folder / "scheduler.json", {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    start = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--scheduler-file", str(file)]
+    start += ["--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0"]
+    scheduler = subprocess.Popen(start, env=environment, **quiet)
+    start = [sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file", str(file), "--no-dashboard"]
+    environment["PYTHONPATH"] += os.pathsep + path
+    worker = subprocess.Popen(start, env=environment, **quiet)
     try:
-        while not file.exists():
+        while not file.exists() or not file.read_text():
+            assert scheduler.poll() is None
             time.sleep(0.05)
         with Client(scheduler_file=str(file), set_as_default=False, timeout=60) as joined:
-            import far_away  # type: ignore[import-not-found]
-
             joined.wait_for_workers(1, timeout=60)
-            assert DaskExecutor(joined).map(far_away.call, [far_away.Item()], name="call") == ["Item"]
-            assert not {"far_away", "torch", "zarr"} & set(joined.run_on_scheduler(modules, 0))
+            yield joined, scheduler
     finally:
-        sys.path.remove(str(tmp_path))
         for running in (worker, scheduler):
             running.terminate()
             running.wait()
+
+
+def test_the_scheduler_imports_nothing_of_what_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "class Item: pass\ndef call(item): return type(item).__name__\n"
+    (tmp_path / "far_away.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    far_away = importlib.import_module("far_away")
+    monkeypatch.undo()
+    with scheduler_and_worker(tmp_path, str(tmp_path)) as (joined, _):
+        assert DaskExecutor(joined).map(far_away.call, [far_away.Item()], name="call") == ["Item"]
+        assert not {"far_away", "torch", "zarr"} & set(joined.run_on_scheduler(modules, 0))
+
+
+def test_a_scheduler_that_answers_no_more_ends_the_run(tmp_path: Path) -> None:
+    with scheduler_and_worker(tmp_path) as (joined, scheduler):
+        executor = DaskExecutor(joined, hang_seconds=2)
+        assert executor.map(square, range(4), name="square") == [0, 1, 4, 9]
+        scheduler.send_signal(signal.SIGSTOP)
+        try:
+            with pytest.raises(
+                LostClusterError, match=r"tcp://127.*must stay.*no answer within 2 s.*what is done is kept"
+            ):
+                executor.map(square, range(4), name="square")
+        finally:
+            scheduler.send_signal(signal.SIGCONT)

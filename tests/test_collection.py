@@ -24,6 +24,7 @@ from cryosiam_dask.collection import run
 from cryosiam_dask.config import read_pipeline
 from cryosiam_dask.errors import DeviceError, LostClusterError, OutputError
 from cryosiam_dask.executor import SerialExecutor, SharedExecutor
+from cryosiam_dask.grid import block_size_for, make_grid
 from cryosiam_dask.ledger import VERSION, read_entries, read_outcomes
 from cryosiam_dask.pipeline import Outcome
 from cryosiam_dask.plan import RunPlan, plan_run
@@ -329,3 +330,31 @@ def test_a_tomogram_that_was_taken_over_is_left_to_the_other_run(folder: Path, f
     told = [text for text in listener.messages if text.startswith(("TS_0: left to another run", "begin TS"))]
     assert [text.split(":")[0] for text in told] == ["begin TS_0", "TS_0", "begin TS_1", "begin TS_0"]
     assert contents(folder) == whole and any("blocks are there already" in text for text in listener.messages)
+
+
+class Counting(SerialExecutor):
+    """Takes itself for eight workers, and remembers how many blocks each tomogram has."""
+
+    workers = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks: list[int] = []
+
+    def map(self, function: Any, items: Any, *, name: str, overlap: bool = False, done: Any = None) -> list[Any]:
+        if name == "predict":
+            self.blocks.append(len(items))
+        return super().map(function, items, name=name, overlap=overlap, done=done)
+
+
+def test_only_the_last_tomograms_are_cut_into_pieces_for_all_workers(folder: Path) -> None:
+    shape, names = (16, 64, 64), [f"large_{i}.mrc" for i in range(3)]
+    for seed, name in enumerate(names):
+        write_tomogram(folder / "data" / name, seed, shape)
+    planned, executor = plan_run(configure(folder, block_size=64, test_files=names)), Counting()
+    outcomes = run(planned, Listener(), executor=executor)
+    sizes = [block_size_for(shape, planned.patch, 64, workers) for workers in (3, 4, 8)]
+    assert executor.blocks == [len(make_grid(shape, planned.patch, size).indices()) for size in sizes]
+    assert executor.blocks[0] < executor.blocks[-1]
+    shutil.rmtree(folder / "out")
+    assert [o.voxels for o in run(plan(folder, test_files=names), Listener())] == [o.voxels for o in outcomes]
