@@ -193,7 +193,7 @@ def write_hdf5(
     """
     path = Path(path)
     require_voxels(path, labels)
-    with _replacing(path) as sink, h5py.File(sink, "w") as file, ThreadPoolExecutor() as pool:
+    with replacing(path) as sink, h5py.File(sink, "w") as file, ThreadPoolExecutor() as pool:
         _describe(file, _write(file, sink, LABELS, labels, np.dtype(np.uint8), pool), attributes)
         if removed is not None:
             _write(file, sink, REMOVED, removed, np.dtype(np.uint8), pool)
@@ -220,7 +220,7 @@ def write_instances_hdf5(path: str | Path, instances: Sliceable, *, attributes: 
         If there are no voxels, or the file cannot be written; an earlier file is then untouched.
     """
     require_voxels(path, instances)
-    with _replacing(Path(path)) as sink, h5py.File(sink, "w") as file, ThreadPoolExecutor() as pool:
+    with replacing(Path(path)) as sink, h5py.File(sink, "w") as file, ThreadPoolExecutor() as pool:
         _describe(file, _write(file, sink, INSTANCES, instances, np.dtype(instances.dtype), pool), attributes)
 
 
@@ -232,7 +232,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     OutputError
         If the file cannot be written; an earlier file is then untouched.
     """
-    with _replacing(Path(path)) as sink:
+    with replacing(Path(path)) as sink:
         sink.write(content)
 
 
@@ -259,7 +259,7 @@ def replace_labels(
     """
     path = Path(path)
     require_voxels(path, labels)
-    with _reading(path) as old, _replacing(path) as sink, h5py.File(sink, "w") as file, ThreadPoolExecutor() as pool:
+    with _reading(path) as old, replacing(path) as sink, h5py.File(sink, "w") as file, ThreadPoolExecutor() as pool:
         for name in old:
             if name not in (LABELS, REMOVED):
                 old.copy(name, file)
@@ -384,7 +384,7 @@ def write_mrc(
     header["label"][0] = label.encode("ascii", "replace")[:80]
 
     path = Path(path)
-    with _replacing(path) as sink:
+    with replacing(path) as sink:
         sink.write(header.tobytes())
         for region in regions:
             block = _uint8(labels[region]).astype(dtype)
@@ -432,8 +432,14 @@ class _Sink(io.FileIO):
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[_Sink]:
-    """Open a hidden file that takes the place of `path` when the block has ended well, and vanishes otherwise."""
+def replacing(path: Path) -> Iterator[_Sink]:
+    """Open a hidden file that takes the place of `path` when the block has ended well, and vanishes otherwise.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written; an earlier file is then untouched.
+    """
     # Of its own name: where a worker hangs and another one writes the file as well, neither writes into what the other
     # completes. What a process left that was killed goes first.
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")

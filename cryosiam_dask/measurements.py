@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +42,7 @@ from cryosiam_dask.components import (
 )
 from cryosiam_dask.errors import LabelsError, OutputError
 from cryosiam_dask.executor import SERIAL, Executor
-from cryosiam_dask.labels_to_hdf5 import read_attributes, require_voxels, write_bytes, write_instances_hdf5
+from cryosiam_dask.labels_to_hdf5 import read_attributes, replacing, require_voxels, write_bytes, write_instances_hdf5
 
 CONNECTIVITY = 26
 COLLECTION = "components"  # name of the tables of all tomograms
@@ -259,26 +259,43 @@ def collect_tables(folder: Path) -> None:
     OutputError
         If a table cannot be read, or the result cannot be written.
     """
-    import pandas
+    import pyarrow  # type: ignore[import-untyped]
+    from pyarrow import parquet
 
-    both = [folder / f"{COLLECTION}{ending}" for ending in (".csv", ".parquet")]
+    text_file, table_file = (folder / f"{COLLECTION}{ending}" for ending in (".csv", ".parquet"))
     with holding(folder):
-        tables = []
-        for path in sorted(folder.glob("*_components.parquet")):
-            try:
-                tables.append(pandas.read_parquet(path))
-            except (OSError, ValueError, KeyError) as error:  # what pyarrow raises of a damaged file is one of these
-                raise OutputError(
-                    "the table must be readable to be collected",
-                    place=path,
-                    value=error,
-                    remedy="Remove the file and run 'cryosiam-dask components' again",
-                ) from None
-        for path in both:
-            if tables:
-                write_table(path, pandas.concat(tables, ignore_index=True))
-            else:
-                path.unlink(missing_ok=True)
+        paths = sorted(folder.glob("*_components.parquet"))
+        if not paths:
+            text_file.unlink(missing_ok=True)
+            table_file.unlink(missing_ok=True)
+            return
+        schemas = [_of_table(path, parquet.read_schema) for path in paths]
+        schema = pyarrow.unify_schemas(schemas, promote_options="permissive")
+        # One table after the other: a collection has millions of components.
+        with replacing(text_file) as text, replacing(table_file) as sink, parquet.ParquetWriter(sink, schema) as writer:
+            for path in paths:
+                found = _of_table(path, parquet.read_table)
+                columns = {
+                    field.name: found[field.name].cast(field.type)
+                    if field.name in found.column_names
+                    else pyarrow.nulls(len(found), field.type)
+                    for field in schema
+                }
+                table = pyarrow.table(columns, schema=schema)
+                writer.write_table(table)
+                text.write(table.to_pandas().to_csv(index=False, header=path == paths[0]).encode())
+
+
+def _of_table(path: Path, read: Callable[[Path], Any]) -> Any:
+    try:
+        return read(path)
+    except (OSError, ValueError, KeyError) as error:  # what pyarrow raises of a damaged file is one of these
+        raise OutputError(
+            "the table must be readable to be collected",
+            place=path,
+            value=error,
+            remedy="Remove the file and run 'cryosiam-dask components' again",
+        ) from None
 
 
 @contextmanager

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import pandas
+import pyarrow
 import pytest
 import zarr
 from hypothesis import given, settings
@@ -142,6 +144,39 @@ def test_the_collection_holds_all_tables_of_the_folder(tmp_path: Path) -> None:
         assert remove_outdated(tmp_path, stem, "other") and not remove_outdated(tmp_path, stem, "other")
     collect_tables(tmp_path)
     assert not list(tmp_path.glob("*components.*"))
+
+
+def test_tables_are_collected_one_after_the_other(tmp_path: Path) -> None:
+    """The memory that it takes is that of a table, and not of the collection."""
+
+    def peak(count: int) -> int:
+        for i in range(count):
+            table.to_parquet(tmp_path / f"TS_{i}_components.parquet", index=False)
+        tracemalloc.start()
+        before = pyarrow.total_allocated_bytes()
+        collect_tables(tmp_path)
+        _, highest = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return highest + pyarrow.total_allocated_bytes() - before
+
+    table = pandas.DataFrame({f"c{i}": np.random.default_rng(i).random(3000) for i in range(3)})
+    peak(1)  # imports
+    few = peak(2)
+    assert peak(24) < 1.5 * few
+    pandas.testing.assert_frame_equal(
+        pandas.read_csv(tmp_path / "components.csv"), pandas.concat([table] * 24, ignore_index=True)
+    )
+
+
+def test_a_table_of_another_version_is_collected_with_the_others(tmp_path: Path) -> None:
+    write(tmp_path, "a", volume((5, 6, 7), 2, 0.2, 0))
+    write(tmp_path, "b", volume((5, 6, 7), 2, 0.2, 0))
+    old = pandas.read_parquet(tmp_path / "a_components.parquet").drop(columns="class_name")
+    old.to_parquet(tmp_path / "a_components.parquet", index=False)
+    collect_tables(tmp_path)
+    for table in (pandas.read_parquet(tmp_path / "components.parquet"), pandas.read_csv(tmp_path / "components.csv")):
+        assert table.groupby("tomogram")["class_name"].count().tolist() == [0, len(old)]
+        assert table["voxels"].tolist() == old["voxels"].tolist() * 2
 
 
 def test_components_of_the_same_labels_stay(tmp_path: Path) -> None:
