@@ -418,6 +418,7 @@ def tables(row: dict[str, Any], gpus: int = 1000, tomograms: int = 100_000) -> s
         f"| {t} s | {1000 * t / client:,.0f} GPUs | {1000 * t / scheduler:,.0f} GPUs |" for t in (1, 2, 5, 10, 20, 60)
     ]
     slowest = max(client, scheduler) / 1000
+    growth = {name: max(0.0, row[f"{name}_growth_kb"]) for name in ("client", "scheduler")}
     lines += [
         "",
         f"| {gpus:,} GPUs and {tomograms:,} tomograms | |",
@@ -425,6 +426,12 @@ def tables(row: dict[str, Any], gpus: int = 1000, tomograms: int = 100_000) -> s
         f"| a block must compute for at least | {gpus * slowest:.1f} s |",
         f"| and, with the slower of the two idle for half of the time, | {2 * gpus * slowest:.1f} s |",
         f"| memory of the plan | {tomograms * row['plan_kb'] / 1e6:.2f} GB |",
+        # Logs of bounded length fill during the first thousands of blocks, which says nothing of what comes later.
+        *(
+            f"| {name}, {growth[name]:.1f} kB for a tomogram | {growth[name] * tomograms / 1e6:.2f} GB |"
+            for name in growth
+            if row["blocks"] >= 20_000
+        ),
         f"| time until the first block, nothing being done | {tomograms * row['plan_ms'] / 60e3:.1f} min |",
         f"| time until the first block, all but one being done | {tomograms * row['done_ms'] / 60e3:.1f} min |",
     ]

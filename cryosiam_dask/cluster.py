@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import dask
-from distributed import Client, Future, KilledWorker, LocalCluster, WorkerPlugin, performance_report
+from distributed import Client, Future, KilledWorker, LocalCluster, SchedulerPlugin, WorkerPlugin, performance_report
 from distributed.comm import CommClosedError, get_address_host_port
 from distributed.protocol.pickle import dumps, loads
 
@@ -99,6 +99,7 @@ class DaskExecutor:
         self._thread: threading.Thread | None = None
         self._drained = False
         self._proved = False
+        client.register_plugin(_Forgetting())
 
     @property
     def workers(self) -> int:
@@ -463,6 +464,40 @@ class _Call:
     def __call__(self, item: bytes) -> Any:
         with _ALONE if self.alone else nullcontext():
             return loads(self.function)(loads(item))
+
+
+class _Forgetting(SchedulerPlugin):  # type: ignore[misc]  # untyped
+    """Lets the scheduler forget groups of calls that are over.
+
+    `distributed.spans` keeps every group that there ever was, tens of kilobytes for a tomogram, and looks through all
+    of them whenever a new one comes.
+    """
+
+    name = "forget groups that are over"
+    idempotent = True
+    _EVERY, _SPANS = 100, 100  # calls between two looks; spans to keep, as workers may still tell of the latest ones
+
+    async def start(self, scheduler: Any) -> None:
+        """See `distributed.SchedulerPlugin`."""
+        self.scheduler, self.forgotten = scheduler, 0
+
+    def transition(self, key: Any, start: str, finish: str, *args: Any, **options: Any) -> None:
+        """See `distributed.SchedulerPlugin`."""
+        self.forgotten += finish == "forgotten"
+        if finish == "forgotten" and self.forgotten % self._EVERY == 0:
+            with suppress(AttributeError, KeyError):  # another version of Dask may have other spans, or none
+                self._forget(self.scheduler.extensions["spans"])
+
+    def _forget(self, spans: Any) -> None:
+        alive = set(self.scheduler.task_groups.values())
+        for span in spans.spans.values():
+            span.groups.intersection_update(alive)
+        for span in [span for span in spans.root_spans[: -self._SPANS] if not span.groups and not span.children]:
+            del spans.spans[span.id]
+            for found in (spans.root_spans, spans.spans_search_by_name[span.name]):
+                found.remove(span)
+            for tag in span.name:
+                spans.spans_search_by_tag[tag].remove(span)
 
 
 class Setup(WorkerPlugin):  # type: ignore[misc]  # untyped
