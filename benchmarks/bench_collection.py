@@ -440,11 +440,11 @@ def tables(row: dict[str, Any], gpus: int = 1000, tomograms: int = 100_000) -> s
 
 def fill(page: Path, result: Path) -> str:
     """The page with the tables of a result between its two marks."""
-    before, mark, rest = page.read_text().partition("<!-- tables -->\n")
-    _, end, after = rest.partition("\n<!-- end of tables -->")
+    before, mark, rest = page.read_text().partition("<!-- tables -->")
+    _, end, after = rest.partition("<!-- end of tables -->")
     assert mark and end, f"{page} has no place for tables"
     (row,) = json.loads(result.read_text())["rows"]
-    return f"{before}{mark}\n{tables(row)}\n{end}{after}"
+    return f"{before}{mark}\n\n{tables(row)}\n\n{end}{after}"
 
 
 # ------------------------------------------------------------------------------------------------- the picture
