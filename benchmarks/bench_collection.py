@@ -147,7 +147,8 @@ def cluster(folder: Path, workers: int) -> Iterator[tuple[psutil.Process, psutil
         start = partial(subprocess.Popen, env=environment, stdout=log, stderr=log)
         command = "distributed.cli.dask_scheduler --host 127.0.0.1 --port 0 --dashboard-address 127.0.0.1:0"
         arguments = [sys.executable, "-m", *command.split(), "--scheduler-file", str(file)]
-        scheduler = start(arguments, env=dict(os.environ))
+        # As the page on scale says.
+        scheduler = start(arguments, env={**os.environ, "DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "100"})
         try:
             while not file.exists() or not file.read_text():
                 assert scheduler.poll() is None, (folder / "cluster.log").read_text()

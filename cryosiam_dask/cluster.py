@@ -48,6 +48,10 @@ from cryosiam_dask.executor import Executor, Interrupted, Progress
 #: every large tensor is mapped anew, and the kernel's clearing of its pages takes a good part of a CPU's time.
 _KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": 8_000_000_000, "MALLOC_MMAP_MAX_": 0, "MALLOC_ARENA_MAX": 1}
 
+#: Dask would give a worker up whose replacement is not there within 15 s, less than its imports may take; and keep, for
+#: each worker, the last 1000 messages that it was sent, each with a call.
+_SCHEDULER = {"distributed.deploy.lost-worker-timeout": "10 minutes", "distributed.admin.low-level-log-length": 100}
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -558,16 +562,14 @@ def open_cluster(
     with (
         _interrupts_are_ours(),
         warnings.catch_warnings(),
-        dask.config.set({environment: dask.config.get(environment) | _KEEP_MEMORY}),
+        dask.config.set({environment: dask.config.get(environment) | _KEEP_MEMORY, **_SCHEDULER}),
     ):
         warnings.filterwarnings("ignore", message="Port .* is already in use")
         if device == "cuda":
             cluster = _cuda_cluster(workers, options)
         else:
             cluster = LocalCluster(n_workers=workers, threads_per_worker=THREADS, processes=True, **options)
-    # Dask would give a worker up whose replacement is not there within 15 s: less than its imports may take.
-    patience = dask.config.set({"distributed.deploy.lost-worker-timeout": "10 minutes"})
-    with patience, cluster, Client(cluster, set_as_default=False) as client:
+    with dask.config.set(_SCHEDULER), cluster, Client(cluster, set_as_default=False) as client:
         client.register_plugin(Setup(_leave_at_once), name="leave")
         yield client
 
