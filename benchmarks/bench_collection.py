@@ -147,7 +147,8 @@ def cluster(folder: Path, workers: int) -> Iterator[tuple[psutil.Process, psutil
         start = partial(subprocess.Popen, env=environment, stdout=log, stderr=log)
         command = "distributed.cli.dask_scheduler --host 127.0.0.1 --port 0 --dashboard-address 127.0.0.1:0"
         arguments = [sys.executable, "-m", *command.split(), "--scheduler-file", str(file)]
-        scheduler = start(arguments, env=dict(os.environ))
+        # As the page on scale says.
+        scheduler = start(arguments, env={**os.environ, "DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "100"})
         try:
             while not file.exists() or not file.read_text():
                 assert scheduler.poll() is None, (folder / "cluster.log").read_text()
@@ -418,6 +419,7 @@ def tables(row: dict[str, Any], gpus: int = 1000, tomograms: int = 100_000) -> s
         f"| {t} s | {1000 * t / client:,.0f} GPUs | {1000 * t / scheduler:,.0f} GPUs |" for t in (1, 2, 5, 10, 20, 60)
     ]
     slowest = max(client, scheduler) / 1000
+    growth = {name: max(0.0, row[f"{name}_growth_kb"]) for name in ("client", "scheduler")}
     lines += [
         "",
         f"| {gpus:,} GPUs and {tomograms:,} tomograms | |",
@@ -425,6 +427,12 @@ def tables(row: dict[str, Any], gpus: int = 1000, tomograms: int = 100_000) -> s
         f"| a block must compute for at least | {gpus * slowest:.1f} s |",
         f"| and, with the slower of the two idle for half of the time, | {2 * gpus * slowest:.1f} s |",
         f"| memory of the plan | {tomograms * row['plan_kb'] / 1e6:.2f} GB |",
+        # Logs of bounded length fill during the first thousands of blocks, which says nothing of what comes later.
+        *(
+            f"| {name}, {growth[name]:.1f} kB for a tomogram | {growth[name] * tomograms / 1e6:.2f} GB |"
+            for name in growth
+            if row["blocks"] >= 20_000
+        ),
         f"| time until the first block, nothing being done | {tomograms * row['plan_ms'] / 60e3:.1f} min |",
         f"| time until the first block, all but one being done | {tomograms * row['done_ms'] / 60e3:.1f} min |",
     ]
@@ -433,11 +441,11 @@ def tables(row: dict[str, Any], gpus: int = 1000, tomograms: int = 100_000) -> s
 
 def fill(page: Path, result: Path) -> str:
     """The page with the tables of a result between its two marks."""
-    before, mark, rest = page.read_text().partition("<!-- tables -->\n")
-    _, end, after = rest.partition("\n<!-- end of tables -->")
+    before, mark, rest = page.read_text().partition("<!-- tables -->")
+    _, end, after = rest.partition("<!-- end of tables -->")
     assert mark and end, f"{page} has no place for tables"
     (row,) = json.loads(result.read_text())["rows"]
-    return f"{before}{mark}\n{tables(row)}\n{end}{after}"
+    return f"{before}{mark}\n\n{tables(row)}\n\n{end}{after}"
 
 
 # ------------------------------------------------------------------------------------------------- the picture

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import dask
-from distributed import Client, Future, KilledWorker, LocalCluster, WorkerPlugin, performance_report
+from distributed import Client, Future, KilledWorker, LocalCluster, SchedulerPlugin, WorkerPlugin, performance_report
 from distributed.comm import CommClosedError, get_address_host_port
 from distributed.protocol.pickle import dumps, loads
 
@@ -48,6 +48,10 @@ from cryosiam_dask.run_log import LOG
 #: Let glibc keep what the network frees for its next layer and its next patch, in one heap for all threads. Otherwise
 #: every large tensor is mapped anew, and the kernel's clearing of its pages takes a good part of a CPU's time.
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": 8_000_000_000, "MALLOC_MMAP_MAX_": 0, "MALLOC_ARENA_MAX": 1}
+
+#: Dask would give a worker up whose replacement is not there within 15 s, less than its imports may take; and keep, for
+#: each worker, the last 1000 messages that it was sent, each with a call.
+_SCHEDULER = {"distributed.deploy.lost-worker-timeout": "10 minutes", "distributed.admin.low-level-log-length": 100}
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -107,6 +111,7 @@ class DaskExecutor:
         self._thread: threading.Thread | None = None
         self._drained = False
         self._proved = False
+        client.register_plugin(_Forgetting())
 
     @property
     def workers(self) -> int:
@@ -478,6 +483,40 @@ class _Call:
             return loads(self.function)(loads(item))
 
 
+class _Forgetting(SchedulerPlugin):  # type: ignore[misc]  # untyped
+    """Lets the scheduler forget groups of calls that are over.
+
+    `distributed.spans` keeps every group that there ever was, tens of kilobytes for a tomogram, and looks through all
+    of them whenever a new one comes.
+    """
+
+    name = "forget groups that are over"
+    idempotent = True
+    _EVERY, _SPANS = 100, 100  # calls between two looks; spans to keep, as workers may still tell of the latest ones
+
+    async def start(self, scheduler: Any) -> None:
+        """See `distributed.SchedulerPlugin`."""
+        self.scheduler, self.forgotten = scheduler, 0
+
+    def transition(self, key: Any, start: str, finish: str, *args: Any, **options: Any) -> None:
+        """See `distributed.SchedulerPlugin`."""
+        self.forgotten += finish == "forgotten"
+        if finish == "forgotten" and self.forgotten % self._EVERY == 0:
+            with suppress(AttributeError, KeyError):  # another version of Dask may have other spans, or none
+                self._forget(self.scheduler.extensions["spans"])
+
+    def _forget(self, spans: Any) -> None:
+        alive = set(self.scheduler.task_groups.values())
+        for span in spans.spans.values():
+            span.groups.intersection_update(alive)
+        for span in [span for span in spans.root_spans[: -self._SPANS] if not span.groups and not span.children]:
+            del spans.spans[span.id]
+            for found in (spans.root_spans, spans.spans_search_by_name[span.name]):
+                found.remove(span)
+            for tag in span.name:
+                spans.spans_search_by_tag[tag].remove(span)
+
+
 class Setup(WorkerPlugin):  # type: ignore[misc]  # untyped
     """Runs a function once in every worker process, those that replace a lost one included.
 
@@ -536,16 +575,14 @@ def open_cluster(
     with (
         _interrupts_are_ours(),
         warnings.catch_warnings(),
-        dask.config.set({environment: dask.config.get(environment) | KEEP_MEMORY}),
+        dask.config.set({environment: dask.config.get(environment) | KEEP_MEMORY, **_SCHEDULER}),
     ):
         warnings.filterwarnings("ignore", message="Port .* is already in use")
         if device == "cuda":
             cluster = _cuda_cluster(workers, options)
         else:
             cluster = LocalCluster(n_workers=workers, threads_per_worker=THREADS, processes=True, **options)
-    # Dask would give a worker up whose replacement is not there within 15 s: less than its imports may take.
-    patience = dask.config.set({"distributed.deploy.lost-worker-timeout": "10 minutes"})
-    with patience, cluster, Client(cluster, set_as_default=False) as client:
+    with dask.config.set(_SCHEDULER), cluster, Client(cluster, set_as_default=False) as client:
         client.register_plugin(Setup(leave_at_once), name="leave")
         yield client
 

@@ -352,6 +352,7 @@ class _Collection:
 
     def _end(self, work: _Work) -> None:
         self.active.remove(work)
+        work.thread = None
         for path in work.claims:
             self.claims.release(path)
         if work.taken_over:

@@ -71,7 +71,7 @@ def test_collection(tmp_path: Path) -> None:
 def test_the_page_on_scale_says_what_was_measured(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "scale.md").read_text()
     (result,) = set(re.findall(r"benchmarks/results/[\w.-]+\.json", page)) - {"benchmarks/results/scaling-2-cores.json"}
-    (tmp_path / "scale.md").write_text(page.replace("%", "?"))
+    (tmp_path / "scale.md").write_text(re.sub(r"\| [\d.]+ m?s \|", "| ? |", page))
     command = [sys.executable, "benchmarks/bench_collection.py", "--page", tmp_path / "scale.md", result]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
     tables = re.compile(r"(?<=<!-- tables -->).*(?=<!-- end of tables -->)", re.DOTALL)

@@ -404,3 +404,18 @@ def test_a_scheduler_that_answers_no_more_ends_the_run(tmp_path: Path) -> None:
                 executor.map(square, range(4), name="square")
         finally:
             scheduler.send_signal(signal.SIGCONT)
+
+
+def remembered(dask_scheduler: Any) -> tuple[int, int]:
+    """Spans of the scheduler, and groups of calls that they hold."""
+    spans = dask_scheduler.extensions["spans"]
+    assert len(spans.spans) == len(spans.root_spans) == len(spans.spans_search_by_tag["default"])
+    return len(spans.spans), sum(len(span.groups) for span in spans.spans.values())
+
+
+def test_the_scheduler_forgets_calls_that_are_over(client: Client) -> None:
+    executor = DaskExecutor(client)
+    for _ in range(150):
+        assert executor.map(square, range(4), name="square") == [0, 1, 4, 9]
+    spans, groups = client.run_on_scheduler(remembered)
+    assert spans <= 125 and groups <= 40
