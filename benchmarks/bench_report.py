@@ -1,17 +1,21 @@
-"""What the page of a large collection costs: seconds to make it, and its size.
+"""What the page of a large collection costs: seconds to make it, its size, and seconds in a browser.
 
     python benchmarks/bench_report.py --count 500 --output benchmarks/results/report.json
     python benchmarks/bench_report.py --count 200 --folder /tmp/collection   # and keep it, to be looked at
     python benchmarks/bench_report.py --quick              # seconds; the tests run it, so that it cannot rot
 
 The tomograms are noise, their labels blobs, with the files and the pictures that a run writes. Some stand out: with
-much or little of a class, with warnings, without preview, failed.
+much or little of a class, with warnings, without preview, failed. In Chromium, where Playwright finds one, it is opened
+(`open_seconds`, until its script has run), sorted by the first class, searched for one tomogram and searched for all
+again; each of these ends with the picture that the browser has drawn.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import sys
 import tempfile
 import time
@@ -61,6 +65,11 @@ def make_collection(
             continue
         if number % 29 == 13:
             outcome["warnings"] = ("3 voxels are NaN or infinite and were treated as the minimum",)
+        if number % 83 == 60:
+            outcome["warnings"] = ("every voxel is background",)
+        predictions = configuration.prediction_folder / f"{name}_preds.h5"
+        if predictions.exists():  # a folder that was kept is measured again
+            continue
         smooth = ndimage.gaussian_filter(rng.standard_normal(shape, np.float32), 4)
         smooth /= smooth.std()
         z, half = np.indices(shape)[0], shape[0] * rng.normal(0.3, 0.03)
@@ -72,7 +81,6 @@ def make_collection(
             labels[(smooth > low) & (smooth < low + wide) & lamella] = label
         if number % 83 == 60:
             labels[:] = 0
-            outcome["warnings"] = ("every voxel is background",)
         tomogram = 0.5 + 0.1 * ndimage.gaussian_filter(rng.standard_normal(shape, np.float32), 1) - 0.05 * (labels > 0)
         attributes = {
             "voxel_size_angstrom": (9.96,) * len(shape),
@@ -80,7 +88,6 @@ def make_collection(
             "warnings": "\n".join(outcome["warnings"]),
             "fingerprint": name,
         }
-        predictions = configuration.prediction_folder / f"{name}_preds.h5"
         write_hdf5(predictions, labels, attributes=attributes)
         inside = np.bincount(lamella.ravel()).tolist()
         write_hdf5(folder / "masks" / f"{name}_preds.h5", lamella.view(np.uint8), attributes={"voxels": inside})
@@ -101,6 +108,45 @@ def make_collection(
     return configuration, outcomes
 
 
+#: An action on the page, until two frames later what came of it is on the screen; in seconds.
+_MEASURE = """async (action) => {
+  const began = performance.now();
+  new Function(action)();
+  await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+  return (performance.now() - began) / 1000;
+}"""
+_FIND = "const f = document.getElementById('find'); f.value = '%s'; f.dispatchEvent(new Event('input'));"
+
+
+def in_browser(page: Path) -> dict[str, float]:
+    """Seconds that a browser takes; empty without one."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        return {}
+    with sync_playwright() as driver:
+        candidates = ("chromium", "chromium-browser", "google-chrome", driver.chromium.executable_path)
+        found = next(filter(None, map(shutil.which, candidates)), None)
+        if not found:
+            return {}
+        browser = driver.chromium.launch(executable_path=found, args=["--no-sandbox"] if os.geteuid() == 0 else [])
+        # The page allows no script but its own, and these measure it.
+        context = browser.new_context(viewport={"width": 1400, "height": 900}, bypass_csp=True)
+        opened = context.new_page()
+        began = time.perf_counter()
+        opened.goto(page.as_uri())
+        seconds = {"open_seconds": time.perf_counter() - began}
+        actions = {
+            "sort_seconds": "document.querySelectorAll('thead tr:nth-child(2) button')[0].click()",
+            "filter_seconds": _FIND % "TS_1_9",
+            "unfilter_seconds": _FIND % "",
+        }
+        for name, action in actions.items():
+            seconds[name] = opened.evaluate(_MEASURE, action)
+        browser.close()
+    return {name: round(value, 3) for name, value in seconds.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=200)
@@ -119,9 +165,10 @@ def main() -> None:
             "seconds": round(time.monotonic() - began, 2),
             "megabytes": round(path.stat().st_size / 1e6, 2),
         }
+        row |= in_browser(path)
     print(row)
     if options.output:
-        options.output.write_text(json.dumps({"machine": machine("cpu"), "rows": [row]}, indent=2))
+        options.output.write_text(json.dumps({"machine": machine("cpu"), "rows": [row]}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,18 @@
 
 Every command and option may also be spelled as CryoSiam spells it, with underscores (``semantic_predict
 --config_file=…``). Exit status: 0 all done, 1 some tomograms failed and the others are done, 2 wrong usage or
-configuration, 75 stopped by a signal at a point from which the same command goes on, 130 interrupted.
+configuration, 70 a fault of this program, 75 stopped by a signal at a point from which the same command goes on, 130
+interrupted.
 """
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,6 +41,8 @@ app = typer.Typer(
 
 #: EX_TEMPFAIL of sysexits.h, which batch systems can be told to requeue a job for.
 TEMPORARY = 75
+#: EX_SOFTWARE of sysexits.h: a fault of this program itself.
+_SOFTWARE = 70
 
 
 class Device(StrEnum):
@@ -64,6 +69,13 @@ DeviceOption = Annotated[Device, typer.Option(help="What to run the network on; 
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+OutcomesAsJson = Annotated[
+    bool, typer.Option("--json", help="Print what became of each tomogram as JSON, and all else to standard error.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but what needs attention.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Print also what else is in the log: versions, settings, tracebacks.")
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -125,6 +137,9 @@ def semantic_predict(
     slurm: Slurm = None,
     worker_timeout: WorkerTimeout = None,
     performance_report: PerformanceReport = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: OutcomesAsJson = False,
 ) -> None:
     """Predict the lamella or the semantic classes of every tomogram.
 
@@ -147,6 +162,9 @@ def run(
     slurm: Slurm = None,
     worker_timeout: WorkerTimeout = None,
     performance_report: PerformanceReport = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: OutcomesAsJson = False,
 ) -> None:
     """Predict the lamella and, inside it, the semantic classes of every tomogram, in one pass.
 
@@ -155,21 +173,24 @@ def run(
     _segment(pipeline=True, **locals())
 
 
-def _segment(config_file: Path, device: Device, **options: Any) -> None:
+def _segment(config_file: Path, device: Device, quiet: bool, verbose: bool, as_json: bool, **options: Any) -> None:
     with _plain_errors(drains=True) as stop:
         from cryosiam_dask.runner import segment
 
-        _exit(segment(config_file, Console(), device=device.value, stop=stop, **options), stop)
+        console = _console(quiet, verbose, as_json)
+        _exit(segment(config_file, console, device=device.value, stop=stop, **options), stop, as_json)
 
 
 @app.command()
 def status(
     config_file: Annotated[Path, typer.Option(help="The YAML file of semantic-predict or of run.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say which tomograms are done, in work, failed (and why) and left, and how long the rest will take.
 
     Example: cryosiam-dask status --config-file configs/pipeline.yaml
+
+    Example: cryosiam-dask status --config-file configs/pipeline.yaml --json
     """
     with _plain_errors():
         from cryosiam_dask.overview import print_overview
@@ -178,7 +199,14 @@ def status(
 
 
 @app.command()
-def semantic_postprocess(config_file: ConfigFile, filename: Filename = None, workers: Workers = None) -> None:
+def semantic_postprocess(
+    config_file: ConfigFile,
+    filename: Filename = None,
+    workers: Workers = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: OutcomesAsJson = False,
+) -> None:
     """Apply postprocessing_sizes to predictions that are written already, without inference.
 
     Example: cryosiam-dask semantic-postprocess --config-file configs/config_semantic.yaml
@@ -186,11 +214,19 @@ def semantic_postprocess(config_file: ConfigFile, filename: Filename = None, wor
     with _plain_errors():
         from cryosiam_dask.runner import postprocess_again
 
-        _exit(postprocess_again(config_file, Console(), filename=filename, workers=workers))
+        console = _console(quiet, verbose, as_json)
+        _exit(postprocess_again(config_file, console, filename=filename, workers=workers), as_json=as_json)
 
 
 @app.command()
-def components(config_file: ConfigFile, filename: Filename = None, workers: Workers = None) -> None:
+def components(
+    config_file: ConfigFile,
+    filename: Filename = None,
+    workers: Workers = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: OutcomesAsJson = False,
+) -> None:
     """Number and measure the connected components of predictions that are written already.
 
     Example: cryosiam-dask components --config-file configs/config_semantic.yaml
@@ -198,7 +234,8 @@ def components(config_file: ConfigFile, filename: Filename = None, workers: Work
     with _plain_errors():
         from cryosiam_dask.runner import measure_predictions
 
-        _exit(measure_predictions(config_file, Console(), filename=filename, workers=workers))
+        console = _console(quiet, verbose, as_json)
+        _exit(measure_predictions(config_file, console, filename=filename, workers=workers), as_json=as_json)
 
 
 @app.command()
@@ -213,6 +250,9 @@ def semantic_to_centers(
     ] = None,
     erode: Annotated[bool, typer.Option("--erode", help="Erode each class once before, to part what touches.")] = False,
     workers: Workers = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: OutcomesAsJson = False,
 ) -> None:
     """List the centres of each class's components in STAR files for RELION 5 and Warp, and in CSV files.
 
@@ -221,11 +261,11 @@ def semantic_to_centers(
     with _plain_errors():
         from cryosiam_dask.runner import list_particles
 
-        _exit(
-            list_particles(
-                config_file, Console(), filename=filename, min_voxels=min_voxels, erode=erode, workers=workers
-            )
+        console = _console(quiet, verbose, as_json)
+        outcomes = list_particles(
+            config_file, console, filename=filename, min_voxels=min_voxels, erode=erode, workers=workers
         )
+        _exit(outcomes, as_json=as_json)
 
 
 @app.command()
@@ -249,6 +289,9 @@ def export(
         typer.Option("--format", help="May be given twice. Default: those of the key output_formats."),
     ] = None,
     workers: Workers = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: OutcomesAsJson = False,
 ) -> None:
     """Write predictions that are there already as OME-Zarr (with their tomograms) or MRC, without inference.
 
@@ -258,22 +301,24 @@ def export(
         from cryosiam_dask.runner import export_predictions
 
         names = [each.value for each in formats or ()]
-        _exit(export_predictions(config_file, Console(), formats=names, filename=filename, workers=workers))
+        console = _console(quiet, verbose, as_json)
+        outcomes = export_predictions(config_file, console, formats=names, filename=filename, workers=workers)
+        _exit(outcomes, as_json=as_json)
 
 
 @app.command()
 def plan(
-    config_file: ConfigFile,
+    config_file: Annotated[Path, typer.Option(help="The YAML file of semantic-predict or of run.")],
     filename: Filename = None,
     workers: Workers = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Plan for semantic-predict --overwrite.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Plan for the same command with --overwrite.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what semantic-predict would read, compute and write, and what it takes; touch no GPU and write nothing.
+    """Say what semantic-predict or run would read, compute and write, and what it takes; use no GPU, write nothing.
 
     Status 2, with all problems, if it could not succeed.
 
-    Example: cryosiam-dask plan --config-file configs/config_semantic.yaml
+    Example: cryosiam-dask plan --config-file configs/pipeline.yaml
 
     Example: cryosiam-dask plan --config-file configs/config_semantic.yaml --json > plan.json
     """
@@ -307,7 +352,9 @@ def info(
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(metavar="IN", help="A tomogram: MRC (.mrc, .rec, .map, .st, also .gz), HDF5 or zarr."),
+        typer.Argument(
+            metavar="IN", help="A tomogram: MRC (.mrc, .rec, .map, .st, .ali, also .gz), HDF5, zarr or OME-Zarr."
+        ),
     ],
     target: Annotated[
         Path, typer.Argument(metavar="OUT.zarr", help="The zarr v3 array to make; with .ome.zarr an OME-Zarr image.")
@@ -316,15 +363,24 @@ def convert(
     dataset: Annotated[str | None, typer.Option(help="Dataset of an HDF5 file with more than one volume.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.zarr.")] = False,
     workers: Workers = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Convert a tomogram to a chunked zarr array in (z, y, x) order, or to an OME-Zarr image of several levels.
 
     Example: cryosiam-dask convert TS_01.mrc TS_01.ome.zarr
+
+    Example: cryosiam-dask convert run.ome.zarr TS_01.zarr --level 1 --json
     """
     with _plain_errors():
         from cryosiam_dask.runner import convert_file
 
-        convert_file(source, target, Console(), level=level, dataset=dataset, overwrite=overwrite, workers=workers)
+        report = convert_file(
+            source, target, _console(quiet, False, as_json), level=level, dataset=dataset, overwrite=overwrite,
+            workers=workers,
+        )  # fmt: skip
+        if as_json:
+            print(json.dumps(report, indent=2, allow_nan=False))
 
 
 @app.command()
@@ -334,12 +390,36 @@ def demo(
     ),
     device: DeviceOption = Device.auto,
     workers: Workers = None,
+    prepare_only: Annotated[
+        bool, typer.Option("--prepare-only", help="Write the tomograms, models and YAML files, and run nothing.")
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Make two phantom tomograms, segment them, and compare the result with the truth."""
-    with _plain_errors():
-        from cryosiam_dask.demo import run_demo
+    """Make two phantom tomograms, segment them, and compare the result with the truth.
 
-        _exit(run_demo(output, Console(), device=device.value, workers=workers))
+    Example: cryosiam-dask demo --output demo --device cpu
+    """
+    with _plain_errors():
+        from cryosiam_dask.demo import prepare_demo, run_demo
+
+        console = _console(quiet, verbose)
+        if prepare_only:
+            prepare_demo(output, console)
+        else:
+            _exit(run_demo(output, console, device=device.value, workers=workers))
+
+
+def _console(quiet: bool, verbose: bool, as_json: bool = False) -> Console:
+    """Where a command prints what people read."""
+    if quiet and verbose:
+        raise typer.BadParameter("--quiet and --verbose contradict each other")
+    console = Console(quiet=quiet, stderr=as_json)
+    if verbose:
+        from cryosiam_dask.run_log import print_log
+
+        print_log(console)
+    return console
 
 
 @contextmanager
@@ -369,12 +449,24 @@ def _plain_errors(drains: bool = False) -> Iterator[threading.Event]:
         for line in str(error).splitlines():
             Console(stderr=True).print(f"error: {line}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(TEMPORARY if drains and isinstance(error, ClusterError) and error.temporary else 2) from None
+    except Exception as error:
+        from cryosiam_dask.run_log import traceback_file
+
+        path = traceback_file(error)
+        if path is None:
+            raise
+        text = f"error: unexpected {type(error).__name__}: {error}. This is a fault of the program: {path} says more."
+        Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(_SOFTWARE) from None
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted: complete outputs were kept, nothing is half-written")
         raise typer.Exit(130) from None
 
 
-def _exit(outcomes: Sequence[Outcome], stop: threading.Event | None = None) -> None:
+def _exit(outcomes: Sequence[Outcome], stop: threading.Event | None = None, as_json: bool = False) -> None:
+    if as_json:
+        values = [{name: value for name, value in asdict(each).items() if name != "details"} for each in outcomes]
+        print(json.dumps({"tomograms": values}, indent=2, allow_nan=False))
     left = any(outcome.status == "left" for outcome in outcomes)
     if left and stop is not None and stop.is_set():
         Console(stderr=True).print("stopped: repeat the command to go on from here")

@@ -28,7 +28,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version as package_version
 from multiprocessing import resource_tracker
@@ -38,10 +38,12 @@ from typing import Any, Literal, TypeVar
 import dask
 from distributed import Client, Future, KilledWorker, LocalCluster, WorkerPlugin, performance_report
 from distributed.comm import CommClosedError, get_address_host_port
+from distributed.protocol.pickle import dumps, loads
 
 from cryosiam_dask._version import __version__
 from cryosiam_dask.errors import ClusterError, CryosiamDaskError, DeviceError, LostClusterError, LostDeviceError
 from cryosiam_dask.executor import Executor, Interrupted, Progress
+from cryosiam_dask.run_log import LOG
 
 #: Let glibc keep what the network frees for its next layer and its next patch, in one heap for all threads. Otherwise
 #: every large tensor is mapped anew, and the kernel's clearing of its pages takes a good part of a CPU's time.
@@ -59,6 +61,8 @@ THREADS = 2 * IN_FLIGHT
 _TRIES = 3
 #: A call hangs that takes longer than so many seconds and so many times as long as calls of its step usually do.
 HANG_SECONDS, _HANG_TIMES = 900.0, 20.0
+#: As many times longer may one take that does not keep a device busy: it may write a file of hundreds of gigabytes.
+_FILE_TIMES = 24.0
 
 
 class DaskExecutor:
@@ -165,15 +169,22 @@ class DaskExecutor:
                 self._thread = threading.Thread(target=self._dispatch, daemon=True, name="dispatch")
                 self._thread.start()
         self._events.put(None)
+        results: dict[int, Any] = {}
         try:
-            step.over.wait()
-        except BaseException:  # an interruption of the main thread
+            # Recorded here and not where calls are dispatched: no worker waits for another tomogram's disk.
+            while arrived := step.arrived.get():
+                number, result = arrived
+                results[number] = result
+                if step.done:
+                    step.done(step.items[number], result)
+                step.progress(step.name, len(results), step.total)
+        except BaseException as error:  # what cannot be recorded does not count as done; an interruption
             with self._lock:
-                self._end(step, Interrupted())
+                self._end(step, error if isinstance(error, Exception) else Interrupted())
             raise
         if step.error:
             raise step.error
-        return [step.results[i] for i in range(step.total)]
+        return [results[i] for i in range(step.total)]
 
     # What follows runs in the dispatching thread, which lives as long as there are steps.
 
@@ -194,7 +205,7 @@ class DaskExecutor:
                 self._collect()
         except BaseException as raised:
             gone = isinstance(raised, CommClosedError) or self.client.status not in ("running", "connecting")
-            error = _scheduler_is_gone(self.client) if gone else raised
+            error = _scheduler_is_gone(self.client) if gone and not isinstance(raised, LostClusterError) else raised
             with self._lock:
                 self._thread = None
                 for step in list(self._steps):
@@ -205,19 +216,24 @@ class DaskExecutor:
         if self.client.status not in ("running", "connecting"):
             raise _scheduler_is_gone(self.client)
         if self.client.status == "running":
-            with suppress(OSError, TimeoutError, CommClosedError):
-                found = self.client.nthreads()
+            with suppress(OSError, CommClosedError):
+                try:
+                    found = self.client.sync(self.client.scheduler.ncores, callback_timeout=self.hang_seconds)
+                except TimeoutError:
+                    raise _scheduler_is_gone(self.client, f"no answer within {self.hang_seconds:.0f} s") from None
                 # One that hangs takes long to be replaced, and would be given the same work again meanwhile.
                 self._addresses = {address: n for address, n in found.items() if address not in self._given_up}
         now = time.monotonic()
+        usual = {name: statistics.median(times) for name, times in self._durations.items()}
         with self._lock:
             for future, flight in list(self._flying.items()):
+                if future not in self._flying:
+                    continue  # of a step that has just ended
                 if flight.address not in self._addresses:
                     self._retry(future, flight, _died(flight.step.name), restart=False)
                     continue
-                times = self._durations.get(flight.step.name)
-                usual = statistics.median(times) if times else 0.0
-                if now - flight.began > max(self.hang_seconds, _HANG_TIMES * usual):
+                seconds = self.hang_seconds * (1 if flight.step.overlap else _FILE_TIMES)
+                if now - flight.began > max(seconds, _HANG_TIMES * usual.get(flight.step.name, 0.0)):
                     self._retry(future, flight, _hangs(flight, now))
 
     def _launch(self) -> None:
@@ -244,7 +260,7 @@ class DaskExecutor:
     def _submit(self, step: _Step, number: int, address: str) -> None:
         future = self.client.submit(
             step.call,
-            step.items[number],
+            dumps(step.items[number]),
             key=(step.prefix, number, step.tries[number]),
             pure=False,
             workers=[address],
@@ -279,20 +295,14 @@ class DaskExecutor:
 
     def _settle(self, outcome: _Outcome, flight: _Flight) -> None:
         step, number = flight.step, flight.number
-        if step.over.is_set():
+        if step not in self._steps:
             return
         error = outcome.error
         if error is None:
             self._durations.setdefault(step.name, deque(maxlen=99)).append(time.monotonic() - flight.began)
             self._proved |= step.overlap
             self.watch(step.name, time.monotonic() - flight.began)
-            step.results[number] = outcome.result
-            try:
-                if step.done:
-                    step.done(step.items[number], outcome.result)
-                step.progress(step.name, len(step.results), step.total)
-            except Exception as raised:  # what cannot be recorded does not count as done
-                self._end(step, raised)
+            step.arrived.put((number, outcome.result))
         elif isinstance(error, LostDeviceError):
             self._retry(outcome.future, flight, error)
         elif isinstance(error, CancelledError | asyncio.CancelledError | CommClosedError | KilledWorker):
@@ -313,6 +323,7 @@ class DaskExecutor:
             self._given_up.add(flight.address)
             threading.Thread(target=_restart, args=(self.client, flight.address), daemon=True).start()
         step.tries[flight.number] += 1
+        LOG.warning("%s, piece %d, worker %s: %s", step.prefix, flight.number, flight.address, error)
         if step.tries[flight.number] >= _TRIES:
             self._end(step, error)
         else:
@@ -325,10 +336,10 @@ class DaskExecutor:
             self._steps.remove(step)
         step.error = error
         step.waiting.clear()
-        left = [future for future, flight in self._flying.items() if flight.step is step]
+        left = [future for future, flight in self._flying.items() if flight.step is step] if step.flying else []
         for future in left:
             del self._flying[future]
-        step.over.set()
+        step.arrived.put(None)
         if left and self.client.status == "running":
             with suppress(CommClosedError):
                 self.client.cancel(left, force=True)
@@ -349,24 +360,22 @@ class _Step:
     waiting: deque[int] = field(init=False)
     tries: list[int] = field(init=False)
     flying: int = 0
-    results: dict[int, Any] = field(default_factory=dict)
+    #: Numbers with results, in the order in which they came; ``None`` when that is all.
+    arrived: queue.SimpleQueue[tuple[int, Any] | None] = field(default_factory=queue.SimpleQueue)
     error: BaseException | None = None
-    over: threading.Event = field(default_factory=threading.Event)
     prefix: str = field(init=False)
+    call: _Call = field(init=False)
 
     def __post_init__(self) -> None:
         self.waiting = deque(range(len(self.items)))
         self.tries = [0] * len(self.items)
         # The dashboard groups tasks by the first word, and within it by all of this.
         self.prefix = "-".join(filter(None, (self.name, self.tomogram, uuid.uuid4().hex)))
+        self.call = _Call(dumps(self.function), not self.overlap)
 
     @property
     def total(self) -> int:
         return len(self.items)
-
-    @property
-    def call(self) -> Callable[[Any], Any]:
-        return self.function if self.overlap else _Alone(self.function)
 
 
 @dataclass(frozen=True, slots=True)
@@ -441,11 +450,11 @@ def _hangs(flight: _Flight, now: float) -> DeviceError:
     )
 
 
-def _scheduler_is_gone(client: Client) -> LostClusterError:
+def _scheduler_is_gone(client: Client, found: str = "a connection that was closed") -> LostClusterError:
     return LostClusterError(
         "the scheduler must stay until the run is over",
         place=getattr(client.scheduler, "address", None) or "the Dask cluster",
-        value="a connection that was closed",
+        value=found,
         remedy="Start it again and repeat the command: what is done is kept",
     )
 
@@ -454,14 +463,19 @@ _ALONE = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
-class _Alone:
-    """`function`, of which no two calls run at the same time in a process."""
+class _Call:
+    """Calls a function with an item, both pickled.
 
-    function: Callable[[Any], Any]
+    The scheduler looks into what it is given: it would import all that the function needs, PyTorch included, and take
+    arguments apart for every call.
+    """
 
-    def __call__(self, item: Any) -> Any:
-        with _ALONE:
-            return self.function(item)
+    function: bytes
+    alone: bool  # no two such calls run at the same time in a process
+
+    def __call__(self, item: bytes) -> Any:
+        with _ALONE if self.alone else nullcontext():
+            return loads(self.function)(loads(item))
 
 
 class Setup(WorkerPlugin):  # type: ignore[misc]  # untyped
@@ -529,7 +543,9 @@ def open_cluster(
             cluster = _cuda_cluster(workers, options)
         else:
             cluster = LocalCluster(n_workers=workers, threads_per_worker=THREADS, processes=True, **options)
-    with cluster, Client(cluster, set_as_default=False) as client:
+    # Dask would give a worker up whose replacement is not there within 15 s: less than its imports may take.
+    patience = dask.config.set({"distributed.deploy.lost-worker-timeout": "10 minutes"})
+    with patience, cluster, Client(cluster, set_as_default=False) as client:
         client.register_plugin(Setup(leave_at_once), name="leave")
         yield client
 
@@ -661,6 +677,30 @@ def reported(client: Client, path: Path) -> Iterator[None]:
     """Write Dask's report of what every worker did meanwhile to an HTML file."""
     with client.as_current(), performance_report(filename=str(path)):
         yield
+
+
+class _LoggedWarnings(WorkerPlugin):  # type: ignore[misc]  # untyped
+    """Lets every worker process log the warnings that Python's libraries raise in it, instead of printing them."""
+
+    def setup(self, worker: Any) -> None:
+        logging.captureWarnings(True)
+
+    def teardown(self, worker: Any) -> None:
+        logging.captureWarnings(False)
+
+
+@contextmanager
+def forwarded_warnings(client: Client) -> Iterator[None]:
+    """Log here, meanwhile, the warnings that Python's libraries raise in the workers."""
+    client.register_plugin(_LoggedWarnings(), name="warnings")
+    client.forward_logging("py.warnings")
+    try:
+        yield
+    finally:
+        if client.status == "running":
+            with suppress(Exception):  # of a cluster that is just going
+                client.unforward_logging("py.warnings")
+                client.unregister_worker_plugin("warnings")
 
 
 @contextmanager

@@ -18,17 +18,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cryosiam_dask.errors import LostClusterError, OutputError
-from cryosiam_dask.executor import Interrupted, SerialExecutor, SharedExecutor
+from cryosiam_dask.executor import Executor, Interrupted, SerialExecutor, SharedExecutor
 from cryosiam_dask.folders import part_of
 from cryosiam_dask.formats import format_path, other_formats
-from cryosiam_dask.ledger import Claims, Ledger, claim_path, open_claims
-from cryosiam_dask.pipeline import Outcome, attempt, claimed, collect, complete, segment, work_folder
+from cryosiam_dask.ledger import Claims, Ledger, claim_path, open_claims, sweep
+from cryosiam_dask.pipeline import Outcome, claimed, collect, complete, segment, work_folder
 from cryosiam_dask.plan import Job, RunPlan
 from cryosiam_dask.progress import Reporter
 
@@ -84,6 +83,9 @@ def run(
         _tidy(plan)
     executor = executor or SerialExecutor()
     with open_claims() as claims:
+        for folder in {plan.configuration.prediction_folder for plan in plans}:
+            with suppress(OSError):
+                sweep(folder, claims)
         for path in (claim_path(plan.configuration.prediction_folder, j.stem) for plan in plans for j in plan.skipped):
             with suppress(OSError):  # of a run that was killed when the tomogram was just done
                 if path.exists() and claims.take(path):
@@ -91,10 +93,6 @@ def run(
         collection = _Collection(plans, reporter, device, executor, timeline, stop or threading.Event(), claims)
         outcomes = collection.work()
     for plan in plans:
-        for job in plan.unmeasured if not collection.over else ():
-            work = partial(complete, plan, job)
-            with suppress(Interrupted):
-                outcomes.append(replace(attempt(job.output, reporter, work, executor), stage=plan.name))
         collect(plan.configuration, outcomes)
     return outcomes
 
@@ -161,15 +159,62 @@ def _remove_work(plan: RunPlan, job: Job, only: Callable[[Ledger], bool]) -> Non
 
 @dataclass(eq=False, slots=True)
 class _Work:
-    """A tomogram that is being worked on, or waits for it."""
+    """A tomogram that is being worked on, or waits for it; where it is `predicted`, only what is made of that lacks."""
 
     order: int
     stem: str
     jobs: list[tuple[RunPlan, Job]]
     claims: list[Path]
+    predicted: bool = False
     thread: threading.Thread | None = None
     preparing: bool = True
+    taken_over: bool = False
     outcomes: list[Outcome] = field(default_factory=list)
+
+
+class _TakenOver(Interrupted):
+    """Another run works on the tomogram, which this one left alone for too long, as a laptop does that slept."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Guarded:
+    """The executor of one tomogram, which does nothing more for it once it has become another run's."""
+
+    executor: Executor
+    claims: Claims
+    paths: Sequence[Path]
+    left: Callable[[], int]
+
+    @property
+    def workers(self) -> int:
+        """How many the tomogram is to keep busy: as long as others are left, it need not be cut into pieces for all."""
+        return -(-self.executor.workers // max(1, self.left()))
+
+    def map(
+        self,
+        function: Callable[[Any], Any],
+        items: Sequence[Any],
+        *,
+        name: str,
+        overlap: bool = False,
+        done: Callable[[Any, Any], None] | None = None,
+    ) -> list[Any]:
+        def record(item: Any, result: Any) -> None:
+            if not all(map(self.claims.keeps, self.paths)):
+                raise _TakenOver
+            if done:
+                done(item, result)
+
+        self._require_claims()
+        try:
+            return self.executor.map(function, items, name=name, overlap=overlap, done=record)
+        except Exception:
+            self._require_claims()  # most likely it failed of what the other run does
+            raise
+
+    def _require_claims(self) -> None:
+        if not all(map(self.claims.holds, self.paths)):
+            raise _TakenOver
 
 
 class _Collection:
@@ -195,6 +240,10 @@ class _Collection:
                 work.jobs.append((plan, job))
                 work.claims.append(claim_path(plan.configuration.prediction_folder, job.stem))
         self.waiting = deque(sorted(works.values(), key=lambda work: work.stem))
+        for plan in plans:
+            for job in plan.unmeasured:
+                claim = claim_path(plan.configuration.prediction_folder, job.stem)
+                self.waiting.append(_Work(0, job.stem, [(plan, job)], [claim], predicted=True))
         for order, work in enumerate(self.waiting):
             work.order = order
         self.elsewhere: deque[_Work] = deque()
@@ -258,6 +307,8 @@ class _Collection:
                 return
             taken.append(path)
         self.active.append(work)
+        work.preparing, work.taken_over = True, False
+        work.outcomes.clear()
         self.reporter.begin(work.stem)
         work.thread = threading.Thread(target=self._segment, args=(work,), daemon=True, name=work.stem)
         work.thread.start()
@@ -273,11 +324,18 @@ class _Collection:
                 self.succeeded = True
             self.reporter.step(work.stem, name, done, total)
 
+        shared = self.executor.share(work.stem, work.order, progress)
+        # Where a disk takes no claim, the tomogram says what is wrong with it.
+        claims = tuple(filter(self.claims.keeps, work.claims))
+        executor = _Guarded(shared, self.claims, claims, lambda: len(self.waiting) + len(self.active))
         try:
+            if work.predicted:
+                work.outcomes.append(complete(*work.jobs[0], executor))
+                return
             steps = segment(
                 work.jobs,
                 device=self.device,
-                executor=self.executor.share(work.stem, work.order, progress),
+                executor=executor,
                 timeline=self.timeline,
                 say=lambda message: self.reporter.say(f"{work.stem}: {message}"),
             )
@@ -285,6 +343,8 @@ class _Collection:
                 work.outcomes.append(outcome)
         except LostClusterError as error:
             self.lost, self.over = error, True
+        except _TakenOver:
+            work.taken_over = True
         except BaseException:
             pass  # interrupted: what is missing is left
         finally:
@@ -294,6 +354,10 @@ class _Collection:
         self.active.remove(work)
         for path in work.claims:
             self.claims.release(path)
+        if work.taken_over:
+            self.reporter.say(f"{work.stem}: left to another run, which took it over while this one stood still")
+            self.elsewhere.append(work)
+            return
         message, failed, voxels = "left as it is, to go on from here", False, 0
         for outcome, (_, job) in zip(work.outcomes, work.jobs, strict=False):
             stage = f"{outcome.stage}: " if outcome.stage else ""
@@ -302,7 +366,7 @@ class _Collection:
                 self._consider(outcome)
             elif outcome.status == "done":
                 self.failures.clear()
-                voxels += math.prod(outcome.shape)
+                voxels += 0 if work.predicted else math.prod(outcome.shape)
                 message = f"{stage}done in {outcome.seconds:.0f} s, {job.output}"
             else:
                 message = f"{stage}is there already, {job.output}"

@@ -649,7 +649,8 @@ def relabel_block(labels: ChunkedArray, labelling: Labelling, index: Index, valu
     blocks = labelling.blocks
     if not values.any():
         return np.zeros(blocks.extent(index), dtype=values.dtype)
-    return _look_up(np.append(values.dtype.type(0), values), _label_block(labels, labelling, index), labelling)
+    labelled, device = _label_block(labels, labelling, index), backend(labelling.array_module)
+    return device.to_host(device.xp.asarray(np.append(values.dtype.type(0), values)).take(labelled.labels))
 
 
 def instances_dtype(count: int) -> np.dtype[Any]:
@@ -739,11 +740,6 @@ def _label_block(labels: ChunkedArray, labelling: Labelling, index: Index) -> _L
     device = backend(labelling.array_module)
     wanted = device.xp.asarray(wanted)
     return _Labelled(block, wanted, *device.label(wanted, labelling.connectivity))
-
-
-def _look_up(values: NDArray[Any], labelled: _Labelled, labelling: Labelling) -> NDArray[Any]:
-    device = backend(labelling.array_module)
-    return device.to_host(device.xp.asarray(values).take(labelled.labels))
 
 
 def _describe_block(
@@ -877,8 +873,14 @@ def _filter_block(
         before = block = blocks.read(labels, index)
     else:
         labelled = _label_block(labels, labelling, index)
-        before = labelled.block
-        block = before * _look_up(np.append(True, stays), labelled, labelling)
+        before, block = labelled.block, labelled.block.copy()
+        starts, lengths, run_labels = _runs(labelled, backend(labelling.array_module))
+        goes = ~stays[run_labels - 1]
+        # What goes is little: finding its voxels costs a fraction of looking up the component of every voxel.
+        starts, lengths = starts[goes], lengths[goes]
+        voxels = np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+        voxels += np.arange(len(voxels))
+        block.reshape(-1)[voxels] = 0
     blocks.write(output, index, block.astype(output.dtype, copy=False))
     if removed is not None:
         blocks.write(removed, index, 0 if stays.all() else (before - block).astype(removed.dtype, copy=False))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -78,32 +79,53 @@ _PatchSize = Annotated[
 ]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
+@dataclass(frozen=True, slots=True)
+class About:
+    """What the reference of the keys says of one, beside its type, its default and the docstring below it.
 
-
-class Data(_Model):
-    """``parameters.data``: how intensities are scaled and how large the network's patch is.
+    ``docs/reference.py`` makes the reference, the file with every key and the schema for editors of all these.
 
     Attributes
     ----------
-    patch_size
-        Patch shape in voxels, (z, y, x) or (y, x); the checkpoint's own where it is not given; ``"auto"`` for the
-        largest that fits into the device's memory.
-    halo
-        Voxels at each side of a patch that are not kept; a quarter of the patch, as in CryoSiam, where it is not given.
-    min, max
-        Intensities mapped to 0 and 1; what lies outside is clipped.
-    mean, std
-        Subtracted from, and dividing, the scaled intensities.
+    example
+        A value as YAML writes it.
+    unit
+        Of the value or, of a list, of its entries.
+    model
+        Which model it is for: ``"lamella"``, ``"semantic"``, or ``""`` for both.
+    own
+        Whether CryoSiam does not have the key.
     """
 
-    patch_size: _PatchSize | None = None
-    halo: Annotated[int, Field(ge=1)] | None = None
-    min: _Number = 0.0
-    max: _Number = 1.0
-    mean: _Number = 0.0
-    std: Annotated[_Number, Field(gt=0)] = 1.0
+    example: str = ""
+    unit: str = ""
+    model: Literal["", "lamella", "semantic"] = ""
+    own: bool = False
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, populate_by_name=True, use_attribute_docstrings=True
+    )
+
+
+class Data(_Model):
+    """How intensities are scaled, and how large the network's patches are."""
+
+    patch_size: Annotated[_PatchSize | None, About("[ 128, 128, 128 ]", "voxels")] = None
+    """What the network sees at once: a list (z, y, x), or (y, x) for images, of multiples of 8 (BiFPN models: 16).
+    `null`: as the model was trained; `auto`: the largest that fits into the device's memory."""
+    halo: Annotated[Annotated[int, Field(ge=1)] | None, About("32", "voxels", own=True)] = None
+    """How much at each side of a patch is not kept. `null`: a quarter of the patch, as CryoSiam does. A larger
+    `patch_size` with a smaller halo, `[ 256, 256, 256 ]` and `32`, is faster and not quite the same."""
+    min: Annotated[_Number, About(unit="intensity")] = 0.0
+    """Intensity that becomes 0; lower ones are clipped to it."""
+    max: Annotated[_Number, About(unit="intensity")] = 1.0
+    """Intensity that becomes 1; higher ones are clipped to it."""
+    mean: Annotated[_Number, About(unit="scaled intensity")] = 0.0
+    """Subtracted from the scaled intensities."""
+    std: Annotated[_Number, Field(gt=0), About(unit="scaled intensity")] = 1.0
+    """What the difference is divided by."""
 
     @model_validator(mode="after")
     def _range(self) -> Self:
@@ -113,114 +135,95 @@ class Data(_Model):
 
 
 class Network(_Model):
-    """``parameters.network``: what becomes of the network's probabilities.
-
-    Attributes
-    ----------
-    in_channels, spatial_dims
-        Must agree with the checkpoint.
-    threshold
-        Probability threshold. Not given: 0.9 for a model of one class (lamella), 0.1 for several.
-    postprocessing
-        Lamella: keep the largest smoothed component and fill it to its convex hull.
-    hull_3d
-        YAML key ``3d_postprocessing``: one 3-D hull instead of one for each z-slice.
-    postprocessing_sizes
-        One entry per label, the first for label 0: components of that label with at most so many voxels are removed;
-        -1 leaves the label alone.
-    min_voxels
-        Particle lists: components with at most so many voxels are left out.
-    """
+    """What becomes of the network's probabilities."""
 
     in_channels: Annotated[int, Field(ge=1)] = 1
+    """Channels of the input; must agree with the checkpoint."""
     spatial_dims: Annotated[int, Field(ge=2, le=3)] = 3
-    threshold: Annotated[_Number, Field(ge=0, le=1)] | None = None
-    postprocessing: bool = False
-    hull_3d: bool = Field(default=False, alias="3d_postprocessing")
-    postprocessing_sizes: Annotated[tuple[Annotated[int, Field(ge=-1)], ...], Field(strict=False)] | None = None
-    min_voxels: Annotated[int, Field(ge=0)] = 0
+    """3 for tomograms, 2 for images; must agree with the checkpoint."""
+    threshold: Annotated[Annotated[_Number, Field(ge=0, le=1)] | None, About("0.1", "probability")] = None
+    """Lamella: voxels with a higher probability belong to it. Several classes: a voxel where none reaches it is
+    background. `null`: 0.9 for models of one class, 0.1 for others."""
+    postprocessing: Annotated[bool, About(model="lamella")] = False
+    """Keep the largest smoothed component, filled to its convex hull."""
+    hull_3d: Annotated[bool, Field(alias="3d_postprocessing"), About(model="lamella")] = False
+    """One hull in 3-D instead of one in every z-slice."""
+    postprocessing_sizes: Annotated[
+        Annotated[tuple[Annotated[int, Field(ge=-1)], ...], Field(strict=False)] | None,
+        About("[ -1, 5000, -1, -1, -1 ]", "voxels", "semantic"),
+    ] = None
+    """One entry per label, the first for label 0: components of that label with so many voxels or fewer are removed;
+    -1 leaves a label alone."""
+    min_voxels: Annotated[int, Field(ge=0), About("10", "voxels", "semantic", own=True)] = 0
+    """Particle lists (`semantic-to-centers`): components of so many voxels or fewer are left out."""
 
 
 class Parameters(_Model):
-    """``parameters``."""
+    """Of the data and of the network."""
 
     data: Data = Data()
     network: Network = Network()
 
 
 class HyperParameters(_Model):
-    """``hyper_parameters``.
+    """How the network is run."""
 
-    Attributes
-    ----------
-    batch_size
-        Patches in one forward pass on a GPU; a CPU takes one at a time, so that no result depends on it.
-    precision
-        Of the network's products: fp32, or where the device has instructions for them tf32, bf16 or fp16.
-    """
-
-    batch_size: Annotated[int, Field(ge=1)] = 2
-    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    batch_size: Annotated[int, Field(ge=1), About(unit="patches")] = 2
+    """Patches in one forward pass on a GPU; a CPU takes one at a time. No result depends on it."""
+    precision: Annotated[Literal["fp32", "tf32", "bf16", "fp16"], About("bf16", own=True)] = "fp32"
+    """Of the network's products: `fp32`, or, on devices that have instructions for it, `tf32`, `bf16` or `fp16`."""
 
 
 class Configuration(_Model):
-    """One YAML file.
+    """One YAML file, for one model."""
 
-    Attributes
-    ----------
-    data_folder
-        Folder of the tomograms.
-    prediction_folder
-        Folder of the outputs; made if it is missing.
-    trained_model
-        Checkpoint (``.ckpt``).
-    mask_folder
-        Folder of the lamella masks ``<stem>_preds.h5``; ``None`` predicts everywhere.
-    file_extension
-        Ending of the tomograms' names, with its dot.
-    test_files
-        Names of single tomograms; ``None`` takes every file with the extension.
-    save_internal_files
-        Also write probabilities and distances.
-    components
-        Also write the instances of each class and tables of their measurements.
-    preview
-        Also draw a picture of each tomogram with its labels.
-    save_original_file_extension
-        Write an MRC file of the input's name instead of HDF5 (not with `save_internal_files`).
-    work_folder
-        Folder of the temporary zarr stores; ``None`` puts them beside the outputs.
-    keep_work
-        Keep a tomogram's zarr store once its output is complete.
-    block_size
-        Edge in voxels of the blocks that are read, predicted and written at once; never changes a result.
-    class_names
-        Names of the labels from 1 on; ``None``: ``"class 1"`` and so on.
-    output_formats
-        Also write the labels so, beside the HDF5 file that is always written: ``"ome-zarr"``, ``"mrc"``.
-    ome_zarr_level
-        Which level of an OME-Zarr image to segment; 0 is full resolution.
-    hdf5_dataset
-        Which dataset of HDF5 tomograms to segment; ``None``: the only one that can be a tomogram.
-    """
-
-    data_folder: _Path
-    prediction_folder: _Path
-    trained_model: _Path
-    mask_folder: Annotated[_Path | None, BeforeValidator(lambda value: value or None)] = None
-    file_extension: Annotated[str, Field(pattern=r"^\.[^/]*[^/.]$")] = ".mrc"
-    test_files: Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    data_folder: Annotated[_Path, About("/data/dataset1/denoised")]
+    """Folder of the tomograms, denoised as the models expect them."""
+    prediction_folder: Annotated[_Path, About("/data/dataset1/semantic")]
+    """Folder of the outputs; made if it is missing."""
+    trained_model: Annotated[_Path, About("/data/models/semantic.ckpt")]
+    """Checkpoint of CryoSiam (`.ckpt`)."""
+    mask_folder: Annotated[
+        _Path | None, BeforeValidator(lambda value: value or None), About("/data/dataset1/lamella", model="semantic")
+    ] = None
+    """Folder of the lamella masks `<stem>_preds.h5`, which is the lamella's `prediction_folder`. `null`: predict
+    everywhere."""
+    file_extension: Annotated[str, Field(pattern=r"^\.[^/]*[^/.]$"), About(".ome.zarr")] = ".mrc"
+    """Ending of the tomograms' names, with its dot: `.mrc`, `.rec`, `.map`, `.st`, each also with `.gz`; `.zarr`,
+    `.ome.zarr` (read in place); `.h5`, `.hdf5`. What a file is, is told by its content."""
+    test_files: Annotated[
+        Annotated[tuple[str, ...], Field(strict=False)] | None, About("[ 'TS_01.mrc', 'TS_02.mrc' ]")
+    ] = None
+    """Names of single tomograms. `null`: all of `data_folder`."""
+    ome_zarr_level: Annotated[int, Field(ge=0), About("1", own=True)] = 0
+    """Which level of OME-Zarr images to segment; 0 is full resolution."""
+    hdf5_dataset: Annotated[Annotated[str, Field(min_length=1)] | None, About("volume", own=True)] = None
+    """Which dataset of HDF5 tomograms to segment. `null`: the only one that can be a tomogram."""
+    class_names: Annotated[
+        Annotated[tuple[_Name, ...], Field(strict=False), AfterValidator(_once)] | None,
+        About("[ 'membrane', 'actin' ]", own=True),
+    ] = None
+    """Names of the labels from 1 on, without the background, for tables, pictures and files. `null`: "class 1",
+    "class 2" and so on."""
+    output_formats: Annotated[
+        tuple[OutputFormat, ...], Field(strict=False), About("[ 'ome-zarr', 'mrc' ]", own=True)
+    ] = ("hdf5",)
+    """What to write: `hdf5` (always), `ome-zarr` (`<stem>.ome.zarr`: tomogram and labels in several resolutions),
+    `mrc` (`<stem>_labels.mrc`)."""
     save_internal_files: bool = False
-    components: bool = False
-    preview: bool = True
+    """Also write probabilities (`probs`) and distances (`distances`) to the HDF5 file."""
+    components: Annotated[bool, About(own=True)] = False
+    """Also number the connected components of each class, and write tables of their measurements."""
+    preview: Annotated[bool, About(own=True)] = True
+    """Also draw each tomogram with its labels, `<stem>_preview.png`."""
     save_original_file_extension: bool = False
-    work_folder: _Path | None = None
-    keep_work: bool = False
-    block_size: Annotated[int, Field(ge=4)] = DEFAULT_BLOCK_SIZE
-    class_names: Annotated[tuple[_Name, ...], Field(strict=False), AfterValidator(_once)] | None = None
-    output_formats: Annotated[tuple[OutputFormat, ...], Field(strict=False)] = ("hdf5",)
-    ome_zarr_level: Annotated[int, Field(ge=0)] = 0
-    hdf5_dataset: Annotated[str, Field(min_length=1)] | None = None
+    """Write an MRC file of the input's name instead of HDF5; has no effect together with `save_internal_files`."""
+    work_folder: Annotated[_Path | None, About("/local_ssd/work", own=True)] = None
+    """Folder of the temporary zarr stores. `null`: beside the outputs."""
+    keep_work: Annotated[bool, About(own=True)] = False
+    """Keep each tomogram's zarr store (tomogram, labels) once its output is complete."""
+    block_size: Annotated[int, Field(ge=4), About("256", "voxels", own=True)] = DEFAULT_BLOCK_SIZE
+    """Edge of the blocks that are read, predicted and written at once: sets memory and speed, never a result."""
     parameters: Parameters = Parameters()
     hyper_parameters: HyperParameters = HyperParameters()
 
@@ -308,7 +311,8 @@ def read_pipeline(path: Path | str) -> dict[str, Configuration]:
     """Read a YAML file of two models for the same tomograms.
 
     Below each of the keys ``lamella`` and ``semantic`` stand the keys of that model's own file. A key above them is
-    meant for both. The semantic model's ``mask_folder`` is the lamella's ``prediction_folder``.
+    meant for both. The semantic model's ``mask_folder`` is the lamella's ``prediction_folder``. In a ``work_folder`` of
+    both, each has a folder of its own name.
 
     Parameters
     ----------
@@ -387,6 +391,9 @@ def read_pipeline(path: Path | str) -> dict[str, Configuration]:
             )
     if problems:
         raise Problems(problems)
+    if lamella.work_folder is not None and lamella.work_folder == semantic.work_folder:
+        # Both models are at work on a tomogram at the same time, under its name.
+        return {name: one.model_copy(update={"work_folder": lamella.work_folder / name}) for name, one in found.items()}
     return found
 
 
@@ -409,12 +416,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigurationError(
             "the configuration file must be readable", place=path, value=error.strerror, remedy="Check --config-file"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date such as 2024-13-45
         mark = getattr(error, "problem_mark", None)
         raise ConfigurationError(
             "the configuration must be a YAML file",
             place=f"{path}, line {mark.line + 1}" if mark else path,
-            value=getattr(error, "problem", None) or "bytes that are not UTF-8 text",
+            value=getattr(error, "problem", None) or _unread(error),
             remedy="Compare it with configs/config_semantic.yaml",
         ) from None
     if not isinstance(values, dict):
@@ -425,6 +432,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             remedy="Compare it with configs/config_semantic.yaml",
         )
     return values
+
+
+def _unread(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return "bytes that are not UTF-8 text"
+    return "lists within lists without end" if isinstance(error, RecursionError) else f"a date that is none ({error})"
 
 
 def _configuration(values: dict[str, Any], place: str) -> Configuration:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib.resources import as_file, files
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import mrcfile
@@ -21,9 +21,11 @@ from rich.table import Table
 
 from cryosiam_dask.errors import OutputError
 from cryosiam_dask.phantom import CLASS_NAMES, dice, make_phantom, write_phantom
-from cryosiam_dask.pipeline import Outcome
 from cryosiam_dask.preview import write_preview
-from cryosiam_dask.runner import Device, say, segment
+
+if TYPE_CHECKING:  # imported where they are used: the network's libraries take seconds
+    from cryosiam_dask.pipeline import Outcome
+    from cryosiam_dask.runner import Device
 
 SEEDS: Mapping[str, int] = {"phantom_1": 1, "phantom_2": 2}
 
@@ -45,41 +47,70 @@ def run_demo(folder: Path, console: Console, *, device: Device = "auto", workers
     OutputError
         If the folder cannot be written to.
     """
-    tomograms, lamella, semantic = (folder / name for name in ("tomograms", "lamella", "semantic"))
-    try:
-        tomograms.mkdir(parents=True, exist_ok=True)
-        for stem, seed in SEEDS.items():
-            if not (tomograms / f"{stem}.mrc").exists():  # a demo that is repeated finds its outputs done
-                write_phantom(make_phantom(seed), tomograms, stem)
-    except OSError as error:
-        raise OutputError(
-            "the demo needs a folder that it can write to", place=folder, value=error.strerror,
-            remedy="Choose another one with --output",
-        ) from None  # fmt: skip
-    say(console, f"made {len(SEEDS)} phantom tomograms in {tomograms}")
+    from cryosiam_dask.runner import say, segment
+
     outcomes: list[Outcome] = []
-    with as_file(files("cryosiam_dask") / "models") as models:
-        stages = {
-            "lamella": _lamella(tomograms, lamella, models / "demo_lamella.ckpt"),
-            "semantic": _semantic(tomograms, lamella, semantic, models / "demo_semantic.ckpt"),
-        }
-        for stage, configuration in stages.items():
-            config_file = folder / f"config_{stage}.yaml"
-            config_file.write_text(yaml.safe_dump(configuration, sort_keys=False))
-            say(console, f"\ncryosiam-dask semantic-predict --config-file {config_file}")
-            outcomes += segment(config_file, console, device=device, workers=workers, overwrite=True)
+    for config_file in prepare_demo(folder, console)[:2]:
+        say(console, f"\ncryosiam-dask semantic-predict --config-file {config_file}")
+        outcomes += segment(config_file, console, device=device, workers=workers, overwrite=True)
     if all(outcome.status != "failed" for outcome in outcomes):
         _compare(folder, console)
     return outcomes
 
 
-def _lamella(tomograms: Path, output: Path, model: Path) -> dict[str, Any]:
+def prepare_demo(folder: Path, console: Console) -> tuple[Path, Path, Path]:
+    """Write all that the demo works with, and run nothing.
+
+    That is ``tomograms/``, ``models/``, and ``config_lamella.yaml``, ``config_semantic.yaml`` and ``pipeline.yaml``,
+    which name them as `folder` does: from the current folder where it is relative.
+
+    Parameters
+    ----------
+    folder, console
+        See `run_demo`, also for what it raises.
+
+    Returns
+    -------
+    tuple of Path
+        The three YAML files.
+    """
+    tomograms, models, masks = (folder / name for name in ("tomograms", "models", "lamella"))
+    try:
+        for each in (tomograms, models):
+            each.mkdir(parents=True, exist_ok=True)
+        for stem, seed in SEEDS.items():
+            if not (tomograms / f"{stem}.mrc").exists():  # a demo that is repeated finds its outputs done
+                write_phantom(make_phantom(seed), tomograms, stem)
+        for name in ("lamella", "semantic"):
+            checkpoint = files("cryosiam_dask") / "models" / f"demo_{name}.ckpt"
+            (models / f"{name}.ckpt").write_bytes(checkpoint.read_bytes())
+        common = {"data_folder": str(tomograms), "file_extension": ".mrc", "test_files": None}
+        lamella = _lamella(masks, models / "lamella.ckpt")
+        semantic = _semantic(folder / "semantic", models / "semantic.ckpt")
+        written = {
+            "config_lamella": {**common, **lamella},
+            "config_semantic": {**common, "mask_folder": str(masks), **semantic},
+            "pipeline": {**common, "lamella": lamella, "semantic": semantic},
+        }
+        for name, values in written.items():
+            (folder / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            "the demo needs a folder that it can write to", place=folder, value=error.strerror,
+            remedy="Choose another one with --output",
+        ) from None  # fmt: skip
+    console.print(
+        f"made {len(SEEDS)} phantom tomograms in {tomograms}, models in {models}, and in {folder} config_lamella.yaml "
+        "and config_semantic.yaml for them, and pipeline.yaml for both in one pass",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    return folder / "config_lamella.yaml", folder / "config_semantic.yaml", folder / "pipeline.yaml"
+
+
+def _lamella(output: Path, model: Path) -> dict[str, Any]:
     return {
-        "data_folder": str(tomograms),
         "prediction_folder": str(output),
         "trained_model": str(model),
-        "file_extension": ".mrc",
-        "test_files": None,
         "save_internal_files": False,
         "parameters": {
             "data": {"min": 0, "max": 1, "mean": 0, "std": 1},
@@ -97,14 +128,10 @@ def _lamella(tomograms: Path, output: Path, model: Path) -> dict[str, Any]:
     }
 
 
-def _semantic(tomograms: Path, masks: Path, output: Path, model: Path) -> dict[str, Any]:
+def _semantic(output: Path, model: Path) -> dict[str, Any]:
     return {
-        "data_folder": str(tomograms),
-        "mask_folder": str(masks),
         "prediction_folder": str(output),
         "trained_model": str(model),
-        "file_extension": ".mrc",
-        "test_files": None,
         "class_names": list(CLASS_NAMES[1:]),
         "parameters": {
             "data": {"min": 0, "max": 1, "mean": 0, "std": 1},
@@ -145,4 +172,5 @@ def _compare(folder: Path, console: Console) -> None:
             )
     (folder / "dice.json").write_text(json.dumps(scores, indent=2) + "\n")
     console.print(table)
-    say(console, "pictures: " + ", ".join(str(folder / f"{stem}.png") for stem in SEEDS))
+    pictures = ", ".join(str(folder / f"{stem}.png") for stem in SEEDS)
+    console.print(f"pictures: {pictures}", markup=False, highlight=False, soft_wrap=True)

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from cryosiam_dask.json_values import as_json
 from cryosiam_dask.mask import Mask, open_mask, read_stored
 from cryosiam_dask.mrc_to_zarr import read_header
 from cryosiam_dask.plan import Job, RunPlan, find_tomograms, removal_sizes
+from cryosiam_dask.preview import most_bytes, preview_file
 from cryosiam_dask.tomogram_files import TomogramHeader, ZarrHeader
 
 MASK_VOXELS = 1 << 31  # that are read of all masks together, a few seconds
@@ -92,6 +93,8 @@ class TomogramForecast:
         How they fall into ``parameters.data.min`` and ``max``.
     mask
         The mask that will be used, if there is one.
+    mask_to_come
+        Whether an earlier model of the same run makes it.
     blocks, patches
         How many there are without a mask; a patch is evaluated once.
     block_shape
@@ -103,6 +106,8 @@ class TomogramForecast:
         The part of both that does not depend on how things compress.
     outputs
         The files that it makes.
+    preview
+        The picture that it draws, which `output_bytes` counts too; ``None`` without.
     notes, warnings
         What was decided about the file, and what needs attention.
     problems
@@ -120,6 +125,7 @@ class TomogramForecast:
     compressed: bool = False
     intensities: Intensities | None = None
     mask: Masking | None = None
+    mask_to_come: bool = False
     blocks: int = 0
     patches: int = 0
     block_shape: tuple[int, ...] = ()
@@ -128,6 +134,7 @@ class TomogramForecast:
     certain_work_bytes: int = 0
     certain_output_bytes: int = 0
     outputs: tuple[Path, ...] = ()
+    preview: Path | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
@@ -225,6 +232,61 @@ class Forecast:
         return (*self.problems, *(problem for tomogram in self.tomograms for problem in tomogram.problems))
 
 
+@dataclass(frozen=True, slots=True)
+class PipelineForecast:
+    """What a run of several models will do and take.
+
+    Attributes
+    ----------
+    stages
+        One forecast for each model, by name, in their order; without `disks`, which the models have in common.
+    disks
+        As of `Forecast`; a tomogram is converted once for all models.
+    warnings, problems
+        Of the disks.
+    """
+
+    stages: Mapping[str, Forecast]
+    disks: tuple[Disk, ...]
+    warnings: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as JSON values; see `Forecast`."""
+        values: dict[str, Any] = as_json(self)
+        stages = {name: stage.as_json() for name, stage in self.stages.items()}
+        return {**values, "stages": stages, "problems": list(self.all_problems)}
+
+    @property
+    def all_problems(self) -> tuple[str, ...]:
+        """Everything for which the run could not succeed, each once."""
+        of_stages = [problem for stage in self.stages.values() for problem in stage.all_problems]
+        return tuple(dict.fromkeys((*self.problems, *of_stages)))
+
+
+def forecast_pipeline(
+    plans: Sequence[RunPlan], *, workers: int = 1, concurrent: int = 1, memory_bytes: int | None = None
+) -> PipelineForecast:
+    """Say what a run of several models for the same tomograms will do and take.
+
+    Parameters
+    ----------
+    plans
+        From `cryosiam_dask.plan.plan_run`, with the name of its model each.
+    workers, concurrent, memory_bytes
+        See `forecast`.
+    """
+    stages: dict[str, Forecast] = {}
+    needs: list[_Need] = []
+    last = {job.stem for job in plans[-1].jobs}
+    for plan in plans:
+        kept = last if plan is not plans[-1] else ()  # with the work of the last model, for all
+        stages[plan.name] = found = _stage(plan, workers, memory_bytes, kept)
+        needs += _needs(plan.configuration, found.tomograms, concurrent)
+    disks = _disks(needs)
+    return PipelineForecast(stages, disks, *_judged(disks))
+
+
 def forecast(
     configuration: Configuration,
     plan: RunPlan,
@@ -246,9 +308,18 @@ def forecast(
     memory_bytes
         What the machine has for the workers.
     """
+    found = _stage(replace(plan, configuration=configuration), workers, memory_bytes)
+    disks = _disks(_needs(configuration, found.tomograms, concurrent))
+    warnings, problems = _judged(disks)
+    return replace(found, disks=disks, warnings=(*found.warnings, *warnings), problems=problems)
+
+
+def _stage(plan: RunPlan, workers: int, memory_bytes: int | None, converted: Collection[str] = ()) -> Forecast:
+    """The forecast of one model, without disks; of the tomograms `converted` another one keeps the voxels."""
+    configuration = plan.configuration
     voxels = max(_LEAST_MASK_VOXELS, MASK_VOXELS // max(1, len(plan.jobs)))
     tomograms = [
-        *(_tomogram(configuration, plan, job, workers, voxels) for job in plan.jobs),
+        *(_tomogram(configuration, plan, job, workers, voxels, job.stem in converted) for job in plan.jobs),
         *(_measured(configuration, plan, job) for job in plan.unmeasured),
         *(
             TomogramForecast(
@@ -264,7 +335,6 @@ def forecast(
     tomograms.sort(key=lambda tomogram: tomogram.source)
     notes = list(plan.notes)
     warnings: list[str] = []
-    problems: list[str] = []
     if configuration.parameters.data.patch_size == "auto":
         notes.append(
             "patch_size auto: the run tries which patch fits into the device's memory. What is said here holds for the "
@@ -277,19 +347,6 @@ def forecast(
             f"{workers} workers on CPUs need about {_gb(workers * plan.bytes_per_worker)}, and this machine has "
             f"{_gb(memory_bytes)}. Lower --workers, block_size or parameters.data.patch_size, or run it on GPUs"
         )
-    disks = _disks(configuration, tomograms, concurrent)
-    for disk in disks:
-        where = " and ".join(map(str, disk.folders))
-        if disk.certain_bytes > disk.free_bytes:
-            problems.append(
-                f"{where}: there must be {_gb(disk.certain_bytes)} of free disk space; found "
-                f"{_gb(disk.free_bytes)}. Free space, or set work_folder or prediction_folder to another disk."
-            )
-        elif disk.needed_bytes > disk.free_bytes:
-            warnings.append(
-                f"{where}: up to {_gb(disk.needed_bytes)} may be needed, and {_gb(disk.free_bytes)} are free. Labels "
-                "compress to a small part of what is counted for them here, probabilities hardly"
-            )
     return Forecast(
         checkpoint=configuration.trained_model,
         checkpoint_sha256=plan.checkpoint.sha256,
@@ -306,11 +363,28 @@ def forecast(
         network_bytes=plan.network_bytes,
         batch_size=configuration.hyper_parameters.batch_size,
         memory_bytes=memory_bytes,
-        disks=disks,
+        disks=(),
         notes=tuple(notes),
         warnings=tuple(warnings),
-        problems=tuple(problems),
     )
+
+
+def _judged(disks: Iterable[Disk]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Warnings and problems of disks."""
+    warnings, problems = list[str](), list[str]()
+    for disk in disks:
+        where = " and ".join(map(str, disk.folders))
+        if disk.certain_bytes > disk.free_bytes:
+            problems.append(
+                f"{where}: there must be {_gb(disk.certain_bytes)} of free disk space; found "
+                f"{_gb(disk.free_bytes)}. Free space, or set work_folder or prediction_folder to another disk."
+            )
+        elif disk.needed_bytes > disk.free_bytes:
+            warnings.append(
+                f"{where}: up to {_gb(disk.needed_bytes)} may be needed, and {_gb(disk.free_bytes)} are free. Labels "
+                "compress to a small part of what is counted for them here, probabilities hardly"
+            )
+    return tuple(warnings), tuple(problems)
 
 
 def unreadable(configuration: Configuration, filename: str | None = None) -> list[CryosiamDaskError]:
@@ -368,10 +442,12 @@ def _cut(part: slice, edges: list[int]) -> Iterable[tuple[int, slice]]:
 
 
 def _tomogram(
-    configuration: Configuration, plan: RunPlan, job: Job, workers: int, mask_voxels: int
+    configuration: Configuration, plan: RunPlan, job: Job, workers: int, mask_voxels: int, converted: bool
 ) -> TomogramForecast:
     header: TomogramHeader | None = None
-    known: dict[str, Any] = {"outputs": _outputs(configuration, job)}
+    to_come = job.mask is not None and not job.fingerprint
+    known: dict[str, Any] = {"outputs": _outputs(configuration, job), "mask_to_come": to_come}
+    known["preview"] = _preview(configuration, job)
     warnings: list[str] = []
     problems: list[str] = []
     data = configuration.parameters.data
@@ -382,7 +458,8 @@ def _tomogram(
         block_size = block_size_for(header.shape, plan.patch, configuration.block_size, workers, plan.halo)
         grid = make_grid(header.shape, plan.patch, block_size, plan.halo)
         known |= {"blocks": math.prod(grid.block_counts), "patches": grid.patch_count}
-        known |= {"block_shape": grid.largest_block, **_disk_bytes(configuration, plan, job, header)}
+        known["block_shape"] = tuple(max(b - a for a, b in pairwise(axis.edges)) for axis in grid.axes)
+        known |= _disk_bytes(configuration, plan, job, header, converted)
     except CryosiamDaskError as error:
         problems.append(str(error))
     try:
@@ -401,7 +478,7 @@ def _tomogram(
     except CryosiamDaskError as error:
         problems.append(str(error))
     try:
-        if header is not None and job.mask is not None and "blocks" in known:
+        if header is not None and job.mask is not None and not to_come and "blocks" in known:
             known["mask"] = mask = masking(open_mask(job.mask, header.shape), grid, mask_voxels)
             if not mask.coverage and mask.exact:
                 warnings.append(f"its mask {job.mask} is empty: every voxel will be background")
@@ -432,8 +509,9 @@ def _measured(configuration: Configuration, plan: RunPlan, job: Job) -> Tomogram
         "measure",
         reason,
         work_bytes=instances,
-        output_bytes=instances + _format_bytes(configuration, header),
+        output_bytes=instances + _format_bytes(configuration, header) + _preview_bytes(configuration, job, header),
         outputs=_outputs(configuration, job)[1:],
+        preview=_preview(configuration, job),
         **_of_header(header),
     )
 
@@ -456,6 +534,14 @@ def _outputs(configuration: Configuration, job: Job) -> tuple[Path, ...]:
     return job.output, job.components, *(job.components.with_suffix(e) for e in (".csv", ".parquet")), *formats
 
 
+def _preview(configuration: Configuration, job: Job) -> Path | None:
+    return preview_file(configuration.prediction_folder, job.stem) if configuration.preview else None
+
+
+def _preview_bytes(configuration: Configuration, job: Job, header: TomogramHeader) -> int:
+    return most_bytes(header.shape, header.voxel_size_angstrom) if _preview(configuration, job) else 0
+
+
 #: All levels of an image together, in voxels of the first: each has half as many along two axes at least.
 _ALL_LEVELS = 4 / 3
 
@@ -467,28 +553,34 @@ def _format_bytes(configuration: Configuration, header: TomogramHeader) -> int:
     return image + (voxels if "mrc" in formats else 0)
 
 
-def _disk_bytes(configuration: Configuration, plan: RunPlan, job: Job, header: TomogramHeader) -> dict[str, int]:
+def _disk_bytes(
+    configuration: Configuration, plan: RunPlan, job: Job, header: TomogramHeader, converted: bool
+) -> dict[str, int]:
     """What a tomogram takes on the disk, work store and outputs apart."""
     voxels, classes = math.prod(header.shape), plan.checkpoint.architecture.out_channels
     fields = sum(4 * classes for name in plan.wanted if name != "labels")
     removal = 2 if removal_sizes(configuration) else 0  # what is kept, and what is removed
     lamella = 2 if configuration.parameters.network.postprocessing else 0  # its hull, and the threshold of its core
     instances = 4 if job.components else 0
-    # A zarr is read where it is.
-    tomogram = 0 if isinstance(header, ZarrHeader) else header.dtype.itemsize * voxels
+    # A zarr is read where it is, and of several models one keeps what was converted.
+    tomogram = 0 if converted or isinstance(header, ZarrHeader) else header.dtype.itemsize * voxels
     is_mrc = job.output.suffix != ".h5"
     internal = fields if configuration.save_internal_files else 0
     return {
         "work_bytes": tomogram + voxels * (1 + fields + removal + lamella + instances),
         "certain_work_bytes": tomogram if header.dtype.kind == "f" and not configuration.keep_work else 0,
         "output_bytes": voxels * (1 + internal + instances + (0 if is_mrc else removal // 2))
-        + _format_bytes(configuration, header),
+        + _format_bytes(configuration, header)
+        + _preview_bytes(configuration, job, header),
         "certain_output_bytes": voxels * (is_mrc + ("mrc" in other_formats(configuration))),
     }
 
 
-def _disks(configuration: Configuration, tomograms: Iterable[TomogramForecast], concurrent: int) -> tuple[Disk, ...]:
-    """What is needed on each file system, and free there."""
+_Need: TypeAlias = tuple[Path, int, int]  # folder, bytes needed in it at most, and certainly
+
+
+def _needs(configuration: Configuration, tomograms: Iterable[TomogramForecast], concurrent: int) -> list[_Need]:
+    """What is needed in each folder."""
     done = [t for t in tomograms if t.action in ("segment", "measure")]
     # Work stores vanish with their tomograms, unless they are kept. A single one is certain.
     kept = len(done) if configuration.keep_work else 0
@@ -496,7 +588,7 @@ def _disks(configuration: Configuration, tomograms: Iterable[TomogramForecast], 
         sum(sorted((getattr(t, name) for t in done), reverse=True)[: kept or at_once])
         for name, at_once in (("work_bytes", concurrent), ("certain_work_bytes", 1))
     )
-    needs = [
+    return [
         (
             configuration.prediction_folder,
             sum(t.output_bytes for t in done),
@@ -504,6 +596,10 @@ def _disks(configuration: Configuration, tomograms: Iterable[TomogramForecast], 
         ),
         (configuration.work_folder or configuration.prediction_folder, work, certain_work),
     ]
+
+
+def _disks(needs: Iterable[_Need]) -> tuple[Disk, ...]:
+    """What is needed on each file system, and free there."""
     disks: dict[int, Disk] = {}
     for folder, needed, certain in needs:
         existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())

@@ -27,7 +27,7 @@ from cryosiam_dask.errors import LabelsError, OutputError
 from cryosiam_dask.executor import SERIAL, Executor
 from cryosiam_dask.labels_to_hdf5 import Sliceable, StoredDataset, open_dataset, read_attributes, write_mrc
 from cryosiam_dask.mrc_to_zarr import IngestReport, ingest, read_header, require_free
-from cryosiam_dask.ome_zarr import read_own_attributes, write_ome_zarr
+from cryosiam_dask.ome_zarr import SEGMENTATION, read_own_attributes, write_ome_zarr
 
 MRC_LABEL = "cryosiam_dask "  # before the fingerprint, in the only place of an MRC header that takes text
 _ENDINGS = {"ome-zarr": ".ome.zarr", "mrc": "_labels.mrc"}
@@ -162,9 +162,23 @@ def _fingerprint(name: str, path: Path, names: Sequence[str] | None = None) -> s
     if name == "mrc":
         return read_mrc_fingerprint(path)
     own = read_own_attributes(path)
-    if not own or (names is not None and own.get("class_names") != list(names)):
+    if not own or not (path / "labels" / SEGMENTATION).is_dir():  # a tomogram that was converted has no labels
+        return None
+    if names is not None and own.get("class_names") != list(names):
         return None
     return str(own.get("fingerprint", ""))
+
+
+def foreign_formats(folder: Path, stem: str, formats: Sequence[str]) -> list[Path]:
+    """What stands in the place of other formats and was not made from a prediction by this program.
+
+    Parameters
+    ----------
+    folder, stem, formats
+        As of `write_other_formats`.
+    """
+    paths = {name: format_path(folder, stem, name) for name in formats}
+    return [path for name, path in paths.items() if path.exists() and _fingerprint(name, path) is None]
 
 
 def read_mrc_fingerprint(path: Path) -> str | None:
@@ -245,6 +259,10 @@ def export_prediction(
         If labels and tomogram differ in shape, or the labels are no whole numbers from 0 to 255.
     """
     stem = prediction.name.removesuffix("_preds.h5")
+    for path in foreign_formats(prediction.parent, stem, formats):
+        raise OutputError(
+            "an export must not replace what was not made from a prediction", place=path, remedy="Move it away"
+        )
     labels, attributes = _uint8_labels(prediction), read_attributes(prediction)
     source = _find_source(configuration, stem, attributes)
     tomogram, warnings = None, list[str]()

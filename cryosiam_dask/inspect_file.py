@@ -26,8 +26,8 @@ from cryosiam_dask.errors import CryosiamDaskError, OutputError, TomogramError
 from cryosiam_dask.intensities import Intensities, intensities, sample_file
 from cryosiam_dask.json_values import as_json
 from cryosiam_dask.labels_to_hdf5 import INSTANCES, LABELS, PROBABILITIES, read_attributes
-from cryosiam_dask.mrc_to_zarr import MrcHeader, read_header
-from cryosiam_dask.tomogram_files import TomogramHeader
+from cryosiam_dask.mrc_to_zarr import MRC_ENDINGS, MrcHeader, read_header
+from cryosiam_dask.tomogram_files import HDF5_ENDINGS, TomogramHeader
 
 Kind: TypeAlias = Literal["tomogram", "zarr", "HDF5", "checkpoint"]
 
@@ -52,10 +52,12 @@ _MAGIC: tuple[tuple[bytes, str, Kind | None], ...] = (
     (b"\x28\xb5\x2f\xfd", "a zstd file", None),
 )
 _BY_NAME: Mapping[str, Kind] = {
-    **dict.fromkeys((".mrc", ".rec", ".map", ".st", ".gz"), "tomogram"),
-    **dict.fromkeys((".h5", ".hdf5", ".hdf"), "HDF5"),
+    **dict.fromkeys((*MRC_ENDINGS, ".gz"), "tomogram"),
+    **dict.fromkeys(HDF5_ENDINGS, "HDF5"),
     **dict.fromkeys((".ckpt", ".pt", ".pth"), "checkpoint"),
 }
+_PACKED = ("a bzip2 file", "an xz file", "a zstd file")
+_WHAT = "must be a tomogram (MRC, HDF5, zarr or OME-Zarr), a file of predictions or components, or a checkpoint"
 _KINDS: Mapping[Kind, str] = {
     "tomogram": "a tomogram", "zarr": "a zarr store", "HDF5": "an HDF5 file", "checkpoint": "a checkpoint",
 }  # fmt: skip
@@ -129,8 +131,8 @@ def inspect(path: str | Path) -> Information:
     Parameters
     ----------
     path
-        A tomogram (MRC and its relatives, also gzip-compressed), a zarr store, a file of predictions or components, or
-        a checkpoint.
+        A tomogram (MRC and its relatives, also gzip-compressed, HDF5), a zarr store, a file of predictions or
+        components, or a checkpoint.
 
     Raises
     ------
@@ -175,11 +177,12 @@ def _kind(path: Path) -> Kind:
     if found is None and h5py.is_hdf5(path):  # behind a block of the user's
         found = "an HDF5 file", "HDF5"
     if found is not None and found[1] is None:
+        packed = found[0] in _PACKED
         raise TomogramError(
-            "must be a tomogram (MRC or zarr), a file of predictions or components, or a checkpoint",
+            _WHAT,
             place=path,
             value=found[0],
-            remedy="Convert it to MRC, if it holds a tomogram",
+            remedy="Decompress it" if packed else "Convert it to MRC, if it holds a tomogram",
         )
     if found is not None and claimed is not None and found[1] != claimed:
         raise TomogramError(
@@ -191,7 +194,7 @@ def _kind(path: Path) -> Kind:
     kind = found[1] if found else claimed
     if kind is None:
         raise TomogramError(
-            "must be a tomogram (MRC or zarr), a file of predictions or components, or a checkpoint",
+            _WHAT,
             place=path,
             value=f"bytes that begin with {beginning[:8]!r}",
             remedy="Check the path",
@@ -274,10 +277,12 @@ def _zarr(path: Path) -> Information:
         warnings.append("the conversion that made it did not come to its end: some voxels are missing")
     notes = tuple(map(str, facts.pop("notes", None) or ()))
     try:
-        of_tomogram, seen = _tomogram_facts(read_header(path))
-        facts, warnings = {**of_tomogram, **facts}, [*warnings, *seen]
-    except TomogramError:
-        pass  # other arrays than a tomogram's
+        header = read_header(path)
+        of_tomogram, seen = _tomogram_facts(header)
+        facts, warnings = {**of_tomogram, **facts}, list(dict.fromkeys([*warnings, *header.warnings, *seen]))
+    except TomogramError as error:
+        if "ngff_version" in facts or arrays == [opened]:  # other groups need not hold a tomogram
+            warnings.append(f"cannot be read as a tomogram: {error}")
     kind = "OME-Zarr image" if "ngff_version" in facts else "zarr array" if arrays == [opened] else "zarr group"
     return Information(path, kind, facts, parts, notes, tuple(warnings))
 
@@ -328,11 +333,11 @@ def _foreseen(path: Path, rule: str) -> Iterator[None]:
 
 
 def _hdf5(path: Path) -> Information:
-    with _foreseen(path, "the HDF5 file must be readable"):
-        attributes = read_attributes(path)
+    with _foreseen(path, "must be readable HDF5"):
         with h5py.File(path, "r", locking="best-effort") as file:
             parts: list[Part] = []
             file.visititems(lambda name, item: parts.append(_hdf5_part(name, item)) if _is_dataset(item) else None)
+        attributes = read_attributes(path)
     unpacked = {name: _unpacked(value) for name, value in attributes.items()}
     # What is short and asked for most comes first, the configuration last.
     facts = dict(sorted(unpacked.items(), key=lambda item: isinstance(item[1], Mapping)))

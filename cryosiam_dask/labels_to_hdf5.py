@@ -1,8 +1,8 @@
 """Labels to the files that users keep: HDF5, and MRC where it is asked for.
 
-Every file grows under the hidden name ``.<name>.part`` in its own folder, is flushed to the disk and then renamed: a
-user sees a complete file or none, and an earlier one stays as it is until that moment. Arrays are read and written
-block by block; nothing the size of a volume is ever in memory.
+Every file grows under a hidden name of its own, ``.<name>.….part``, in the same folder, is flushed to the disk and then
+renamed: a user sees a complete file or none, and an earlier one stays as it is until that moment. Arrays are read and
+written block by block; nothing the size of a volume is ever in memory.
 
 HDF5 chunks are compressed here, by a pool of threads, or before by those who filled an `exportable_array`, and handed
 over ready-made: the HDF5 library compresses one after the other, 50 MB of probabilities a second.
@@ -11,11 +11,13 @@ over ready-made: the HDF5 library compresses one after the other, 50 MB of proba
 from __future__ import annotations
 
 import errno
+import glob
 import io
 import itertools
 import json
 import math
 import os
+import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor as Pool
@@ -432,7 +434,12 @@ class _Sink(io.FileIO):
 @contextmanager
 def _replacing(path: Path) -> Iterator[_Sink]:
     """Open a hidden file that takes the place of `path` when the block has ended well, and vanishes otherwise."""
-    part = path.with_name(f".{path.name}.part")
+    # Of its own name: where a worker hangs and another one writes the file as well, neither writes into what the other
+    # completes. What a process left that was killed goes first.
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    for left_over in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with suppress(OSError):
+            left_over.unlink()
     try:
         with _Sink(part, "w+") as sink:
             try:

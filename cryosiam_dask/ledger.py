@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -33,6 +34,8 @@ FOLDER = ".ledger"
 #: Seconds between two counts of a claim's holder, and without a count after which it is taken for gone. Network disks
 #: show a file of another machine late, but hardly by a minute.
 BEAT, PATIENCE = 10.0, 100.0
+#: Seconds after which a file that was to take another's place is nobody's any more.
+_OLD = 3600.0
 
 
 class Ledger:
@@ -143,6 +146,8 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], str, int]:
         content = path.read_bytes()
     except FileNotFoundError:
         return [], "", 0
+    except OSError as error:
+        return [], f"cannot be read ({error.strerror})", 0
     entries, whole = [], 0
     for line in content.splitlines(keepends=True):
         text = line[9:-1]
@@ -170,6 +175,9 @@ class Claims:
     another process watches it, by his own clock: a claim that has not counted for `patience` seconds, or whose process
     ran on this machine and is gone, is taken away. Neither locks, which some network disks do not have, nor clocks that
     agree are needed.
+
+    A holder that slept for so long that its claim was taken away finds that out with its next count, and leaves the
+    claim to its successor: see `keeps`.
 
     Parameters
     ----------
@@ -222,8 +230,18 @@ class Claims:
     def holds(self, path: Path) -> bool:
         """Whether the claim is still this process's: one that slept too long has lost it."""
         try:
+            return self._is_ours(path)
+        except OSError:
+            return False
+
+    def keeps(self, path: Path) -> bool:
+        """Whether the claim was taken, and was still this process's when it last counted; asks no disk."""
+        return path in self._held
+
+    def _is_ours(self, path: Path) -> bool:
+        try:
             return bool(json.loads(path.read_bytes())["token"] == self._token)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return False
 
     def release(self, path: Path) -> None:
@@ -284,10 +302,12 @@ class Claims:
         while not self._over.wait(seconds):
             self._count += 1
             with self._lock:
-                for path in self._held:
+                for path in list(self._held):
                     with suppress(OSError):
-                        if self.holds(path):
+                        if self._is_ours(path):
                             self._replace(path)
+                        else:
+                            self._held.discard(path)
 
 
 @contextmanager
@@ -298,6 +318,28 @@ def open_claims(beat: float = BEAT, patience: float = PATIENCE) -> Iterator[Clai
         yield claims
     finally:
         claims.close()
+
+
+def sweep(prediction_folder: Path, claims: Claims) -> None:
+    """Remove what processes that were killed left of files that they were about to put in their places.
+
+    Parameters
+    ----------
+    prediction_folder
+        As of `Ledger`.
+    claims
+        Of this process.
+    """
+    folder = prediction_folder / FOLDER
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        with suppress(OSError):
+            if re.search(r"\.claim(\.[0-9a-f]{8})+$", path.name):  # the right to take a claim away
+                if process_is_gone(path.read_bytes()) and claims.take(path):
+                    claims.release(path)
+            elif re.search(r"\.claim(\.[0-9a-f]{8})*\.[0-9a-f]{32}$|^\..*\.jsonl\.[0-9a-f]{32}$", path.name) and (
+                process_is_gone(path.read_bytes()) or time.time() - path.stat().st_mtime > _OLD
+            ):
+                path.unlink()
 
 
 def claim_path(prediction_folder: Path, stem: str) -> Path:

@@ -16,7 +16,7 @@ from cryosiam_dask.diagnosis import percent
 from cryosiam_dask.errors import CryosiamDaskError, Problems
 
 if TYPE_CHECKING:  # imported where they are used: the network's libraries take seconds
-    from cryosiam_dask.forecast import Forecast, TomogramForecast
+    from cryosiam_dask.forecast import Disk, Forecast, PipelineForecast, TomogramForecast
     from cryosiam_dask.inspect_file import Information, Part
 
 #: Tomograms that have a work store at the same time: one computes, one is finished, one is read. Where they are small
@@ -38,7 +38,7 @@ def show_plan(
     Parameters
     ----------
     config_file
-        The YAML file.
+        The YAML file, of one model or of a pipeline.
     console
         Where to print.
     filename, overwrite
@@ -53,38 +53,58 @@ def show_plan(
     Problems
         What stands in the way of any run, and what is wrong with the tomograms' headers; not with `as_json`.
     """
-    from cryosiam_dask.config import read_configuration
-    from cryosiam_dask.forecast import forecast, unreadable
-    from cryosiam_dask.plan import plan_run
+    from cryosiam_dask.config import read_pipeline_or_configuration
+    from cryosiam_dask.forecast import Forecast, forecast, forecast_pipeline, unreadable
+    from cryosiam_dask.plan import RunPlan, masks_of, plan_run
     from cryosiam_dask.runner import default_workers, memory_of_machine
 
     problems: list[CryosiamDaskError] = []
+    plans: list[RunPlan] = []
     try:
-        configuration = read_configuration(config_file)
-        try:
+        configurations = read_pipeline_or_configuration(config_file)
+        for name, configuration in configurations.items():
+            to_come = masks_of(plans, configuration, filename) if name != next(iter(configurations)) else set()
             automatic = configuration.parameters.data.patch_size == "auto"
-            plan = plan_run(configuration, filename=filename, overwrite=overwrite or automatic)
-        except CryosiamDaskError as error:
-            problems += _single(error)
-            problems += unreadable(configuration, filename)
+            try:
+                plans.append(
+                    plan_run(
+                        configuration, filename=filename, overwrite=overwrite or automatic, name=name,
+                        masks_to_come=to_come,
+                    )
+                )  # fmt: skip
+            except CryosiamDaskError as error:
+                problems += [*_single(error), *unreadable(configuration, filename)]
     except CryosiamDaskError as error:
         problems += _single(error)
     if problems:
+        problems = list({str(problem): problem for problem in problems}.values())  # models share their tomograms
         if not as_json:
             raise Problems(problems)
         _print_json(console, {"problems": [str(problem) for problem in problems]})
         return False
-    found = forecast(
-        configuration,
-        plan,
-        workers=workers or default_workers(plan),
-        concurrent=USUALLY_AT_ONCE,
-        memory_bytes=memory_of_machine(),
-    )
+    options: dict[str, Any] = {
+        "workers": workers or min(map(default_workers, plans)),
+        "concurrent": USUALLY_AT_ONCE,
+        "memory_bytes": memory_of_machine(),
+    }
+    found: Forecast | PipelineForecast
+    if len(plans) > 1:
+        found = forecast_pipeline(plans, **options)
+    else:
+        found = forecast(plans[0].configuration, plans[0], **options)
     if as_json:
         _print_json(console, found.as_json())
-    else:
+    elif isinstance(found, Forecast):
         _print_forecast(console, found)
+        _print_problems(found.all_problems)
+    else:
+        for name, stage in found.stages.items():
+            _say(console, f"{name}:")
+            _print_forecast(console, stage)
+        _print_facts(_unbroken(console), _of_disks(found.disks))
+        for warning in found.warnings:
+            _say(console, f"attention: {warning}")
+        _print_problems(found.all_problems)
     return not found.all_problems
 
 
@@ -129,7 +149,8 @@ def _print_forecast(console: Console, found: Forecast) -> None:
     facts = {
         "reads": f"{_bytes(sum(t.file_bytes for t in todo))} in "
         + ", ".join(sorted({str(t.source.parent) for t in found.tomograms}))
-        + (f"; masks in {', '.join(masks)}" if masks else ""),
+        + (f"; masks in {', '.join(masks)}" if masks else "")
+        + ("; masks that this run makes before" if any(t.mask_to_come for t in todo) else ""),
         "model": f"{found.checkpoint}, {found.classes} {'classes' if found.classes > 1 else 'class'}",
         "patch": f"{_shape(found.patch)} voxels, halo {found.halo or 'a quarter of it'}, {found.precision}",
         "threshold": f"{found.threshold:g}",
@@ -146,11 +167,7 @@ def _print_forecast(console: Console, found: Forecast) -> None:
         "memory on GPUs": f"{_bytes(found.network_bytes)} on the GPU for each of {found.batch_size} patches, "
         f"{_bytes(found.block_bytes)} beside it",
     }
-    for disk in found.disks:
-        facts[f"disk of {' and '.join(map(str, disk.folders))}"] = (
-            f"up to {_bytes(disk.needed_bytes)} needed, {_bytes(disk.free_bytes)} free"
-        )
-    _print_facts(console, list(facts.items()))
+    _print_facts(console, [*facts.items(), *_of_disks(found.disks)])
     _print_tomograms(console, found.tomograms)
     for note in found.notes:
         _say(console, f"note: {note}")
@@ -159,7 +176,8 @@ def _print_forecast(console: Console, found: Forecast) -> None:
             _say(console, f"note, {tomogram.stem}: {note}")
         if tomogram.action in ("segment", "measure"):
             because = f" ({tomogram.reason})" if tomogram.reason else ""
-            _say(console, f"writes, {tomogram.stem}: {', '.join(map(str, tomogram.outputs))}{because}")
+            outputs = [*tomogram.outputs, *([tomogram.preview] if tomogram.preview else [])]
+            _say(console, f"writes, {tomogram.stem}: {', '.join(map(str, outputs))}{because}")
         elif tomogram.action == "skip":
             _say(console, f"skipped, {tomogram.stem}: {tomogram.outputs[0]} was {tomogram.reason}")
     for warning in found.warnings:
@@ -167,8 +185,21 @@ def _print_forecast(console: Console, found: Forecast) -> None:
     for tomogram in found.tomograms:
         for warning in tomogram.warnings:
             _say(console, f"attention, {tomogram.stem}: {warning}")
+
+
+def _of_disks(disks: Sequence[Disk]) -> list[tuple[str, str]]:
+    return [
+        (
+            f"disk of {' and '.join(map(str, disk.folders))}",
+            f"up to {_bytes(disk.needed_bytes)} needed, {_bytes(disk.free_bytes)} free",
+        )
+        for disk in disks
+    ]
+
+
+def _print_problems(problems: Sequence[str]) -> None:
     errors = Console(stderr=True)
-    for problem in found.all_problems:
+    for problem in problems:
         _say(errors, f"error: {problem}")
 
 
@@ -206,6 +237,8 @@ def _row(t: TomogramForecast) -> dict[str, str]:
     }
     if t.intensities is not None:
         row["clipped below, above"] = f"{percent(t.intensities.below)}, {percent(t.intensities.above)}"
+    if t.mask_to_come:
+        row["in the mask"] = "made before"
     if t.mask is not None:
         about = "" if t.mask.exact else "about "
         row["in the mask"] = about + percent(t.mask.coverage)

@@ -74,6 +74,7 @@ _SIGNATURES = {
     b"<": "HTML or XML",
     b"version https://git-lfs": "Git LFS pointer",
 }
+_PACKED = ("bzip2 does", "xz does", "zstd does", "ZIP does")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,13 +193,13 @@ def read_header(path: str | Path, *, level: int = 0, dataset: str | None = None)
         if path.is_dir() and (is_zarr(path) or path.suffix == ".zarr"):
             return read_zarr_header(path, level=level)
         if path.is_file() and is_hdf5(path):
-            return _as_named(read_hdf5_header(path, dataset=dataset), "HDF5", path.suffix in HDF5_ENDINGS)
+            return _as_named(read_hdf5_header(path, dataset=dataset), "HDF5", path.suffix.lower() in HDF5_ENDINGS)
     except OSError as error:
         raise _unreadable(path, error) from error
     try:
         header = _read_mrc_header(path)
     except TomogramError as error:
-        if path.suffix not in HDF5_ENDINGS or not path.is_file():
+        if path.suffix.lower() not in HDF5_ENDINGS or not path.is_file():
             raise
         raise TomogramError(
             f"a file whose name ends with {path.suffix} must be an HDF5 file",
@@ -206,7 +207,7 @@ def read_header(path: str | Path, *, level: int = 0, dataset: str | None = None)
             value=f"{path.stat().st_size} bytes of another kind{_resemblance(path)}",
             remedy="The file is damaged or of another kind: copy it again, or give it its own ending",
         ) from error
-    return _as_named(header, "MRC", path.suffix not in (*HDF5_ENDINGS, ".zarr"))
+    return _as_named(header, "MRC", path.suffix.lower() not in (*HDF5_ENDINGS, ".zarr"))
 
 
 def _as_named(header: TomogramHeader, kind: str, agrees: bool) -> TomogramHeader:
@@ -330,12 +331,16 @@ def _in_byte_order(raw: bytes, path: Path, file_bytes: int, warnings: list[str])
                 warnings.append(f"machine stamp {stamp} is unknown or wrong; read as {read}-endian")
             return header, order
     header = np.frombuffer(raw, HEADER_DTYPE.newbyteorder(orders[0]))[0]
+    resemblance = _resemblance(path)
+    remedy = "This is no MRC file, or a damaged one: take it out of the folder or write it again"
+    if resemblance.endswith(_PACKED):
+        remedy = "Decompress it: of compressed files only those of gzip are read"
     raise TomogramError(
         f"an MRC header gives three sizes from 1 to {_LARGEST_AXIS} and a mode",
         place=path,
         value=f"sizes {tuple(int(header[name]) for name in ('nx', 'ny', 'nz'))}, mode {header['mode']} "
-        f"in a file of {file_bytes} bytes{_resemblance(path)}",
-        remedy="This is no MRC file, or a damaged one: take it out of the folder or write it again",
+        f"in a file of {file_bytes} bytes{resemblance}",
+        remedy=remedy,
     )
 
 
@@ -378,7 +383,14 @@ def _voxel_size(header: Any, warnings: list[str]) -> tuple[float | None, ...]:
     details = [f" (cell {cell:g} Å, {count} samples)" for cell, count in zip(cells, samples, strict=True)]
     result, implausible = plausible_sizes(sizes, details)
     warnings += implausible
-    return result
+    found = list(result)
+    for axis, name in enumerate(("nz", "ny", "nx")):
+        others = [size for other, size in enumerate(sizes) if other != axis and size > 0]
+        # One sample stands for an image, of which there may be many: the cell is then that of all of them.
+        if found[axis] and samples[axis] == 1 < header[name] and not all(0.9 < sizes[axis] / s < 1.1 for s in others):
+            warnings.append(f"voxel size along {'zyx'[axis]} is not told by the header{details[axis]}")
+            found[axis] = None
+    return tuple(found)
 
 
 def _reason(error: OSError) -> str:

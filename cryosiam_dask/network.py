@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from monai.networks.nets.resnet import ResNet
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -99,28 +98,30 @@ class Architecture:
         return self.distance_widths is not None
 
 
-class Encoder(ResNet):  # type: ignore[misc]  # MONAI is untyped here
-    """MONAI's ResNet, returning its four levels instead of a classification."""
+def _encoder(architecture: Architecture) -> Any:
+    """MONAI's ResNet, of which the classification is not used."""
+    # MONAI takes seconds to import, more than torch: commands that build no network need not wait for it.
+    from monai.networks.nets.resnet import ResNet
 
-    def __init__(self, architecture: Architecture) -> None:
-        super().__init__(
-            block=architecture.block_type,
-            layers=list(architecture.num_layers),
-            block_inplanes=list(architecture.num_filters),
-            spatial_dims=architecture.spatial_dims,
-            n_input_channels=architecture.in_channels,
-            no_max_pool=True,
-            feed_forward=False,
-        )
+    return ResNet(
+        block=architecture.block_type,
+        layers=list(architecture.num_layers),
+        block_inplanes=list(architecture.num_filters),
+        spatial_dims=architecture.spatial_dims,
+        n_input_channels=architecture.in_channels,
+        no_max_pool=True,
+        feed_forward=False,
+    )
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Levels of `x` (n, c, *spatial) at strides 1, 2, 4 and 8, finest first."""
-        x = self.act(self.bn1(self.conv1(x)))
-        levels = []
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = layer(x)
-            levels.append(x)
-        return levels
+
+def _levels(encoder: Any, x: Tensor) -> list[Tensor]:
+    """Levels of `x` (n, c, *spatial) at strides 1, 2, 4 and 8, finest first."""
+    x = encoder.act(encoder.bn1(encoder.conv1(x)))
+    levels = []
+    for layer in (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4):
+        x = layer(x)
+        levels.append(x)
+    return levels
 
 
 class FPN(nn.Module):
@@ -244,7 +245,7 @@ class Network(nn.Module):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         dims, width, dense = architecture.spatial_dims, architecture.fpn_channels, architecture.dense_dim
-        self.encoder = Encoder(architecture)
+        self.encoder = _encoder(architecture)
         self.decoder = FPN(architecture) if architecture.decoder == "fpn" else BiFPN(architecture)
         self.projector = nn.Sequential(
             _CONVOLUTION[dims](width, width, 1, bias=False),
@@ -284,7 +285,7 @@ class Network(nn.Module):
         size = x.shape[2:]
         core = tuple(slice(0, n) for n in size) if core is None else core
         seen = _grown(core, self.margin, size)
-        embedding = self.projector(self.decoder(self.encoder(x), seen))
+        embedding = self.projector(self.decoder(_levels(self.encoder, x), seen))
         inner = _within(core, seen)
         scores = _part(self.semantic_head(embedding), inner)
         return scores, _part(self.distance_head(embedding), inner) if distances else None

@@ -17,6 +17,7 @@ from rich.table import Table
 from cryosiam_dask.config import Configuration, read_pipeline_or_configuration
 from cryosiam_dask.ledger import claim_path, process_is_gone, read_entries
 from cryosiam_dask.plan import find_sources
+from cryosiam_dask.run_log import latest_log
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +85,11 @@ def _state(configuration: Configuration, stem: str, stage: str) -> State:
         who = f"process {int(holder['process'])} on {holder['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         claim, who = b"", ""
+    first = max(
+        (i for i, entry in enumerate(entries) if entry["what"] == "blocks"), default=0
+    )  # of other settings before
+    blocks = sum(entry["what"] == "block" for entry in entries[first:])
     if claim and not process_is_gone(claim):
-        blocks = sum(entry["what"] == "block" for entry in entries)
         return State(stem, stage, "running", blocks, who)
     if fault:
         return State(stem, stage, "left", detail=f"its ledger {fault}")
@@ -98,7 +102,6 @@ def _state(configuration: Configuration, stem: str, stage: str) -> State:
             stem, stage, state, detail=str(last.get("error", "")), seconds=float(last.get("seconds", 0)),
             ended=float(last.get("ended", 0)), run=str(last.get("run", "")),
         )  # fmt: skip
-    blocks = sum(entry["what"] == "block" for entry in entries)
     if any(entry["what"] == "store" for entry in entries):
         return State(stem, stage, "stopped", blocks)
     return State(stem, stage, "done" if _output_exists(configuration, stem) else "left")
@@ -136,13 +139,16 @@ def print_overview(config_file: Path, console: Console, *, as_json: bool = False
     as_json
         Whether to print JSON instead of a table.
     """
-    found = []
+    found, logs = list[State](), list[Path]()
     for stage, configuration in read_pipeline_or_configuration(config_file).items():
         found += states(configuration, stage)
+        log = latest_log(configuration.prediction_folder)
+        logs += [log] if log else []
     counts, left = Counter(state.state for state in found), seconds_left(found)
     if as_json:
         document: dict[str, Any] = {
             "counts": counts, "seconds_left": left, "tomograms": [asdict(state) for state in found],
+            "logs": [str(log) for log in logs],
         }  # fmt: skip
         console.file.write(json.dumps(document, indent=2) + "\n")
         return
@@ -162,4 +168,5 @@ def print_overview(config_file: Path, console: Console, *, as_json: bool = False
         line += f"; about {time.strftime('%H:%M:%S', time.gmtime(left % 86400))} left at the pace of the latest run"
         if left >= 86400:
             line += f", and {left // 86400:.0f} days"
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for text in (line, *(f"log of the latest run: {log}" for log in logs)):
+        console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -82,6 +82,7 @@ from cryosiam_dask.mrc_to_zarr import IngestReport, Statistics, ingest, read_hea
 from cryosiam_dask.plan import Job, RunPlan, components_done, preview_done, removal_sizes, with_sizes
 from cryosiam_dask.preview import Sliceable, preview_file, read_fingerprint, write_preview
 from cryosiam_dask.progress import Reporter
+from cryosiam_dask.run_log import LOG, TOLD
 from cryosiam_dask.timeline import write_timeline
 from cryosiam_dask.tomogram_files import TomogramHeader, Voxels, ZarrHeader, source_identity
 from cryosiam_dask.zarr_to_labels import BlockTimes, StoredPrediction, create_outputs, predict_store, tomogram_chunks
@@ -191,8 +192,10 @@ def segment(
                         job.stem, "done", header.shape, time.time() - began, voxels, warnings, stage=plan.name
                     )
                     if plan is not last_plan:
+                        _log_warnings(outcome)
                         yield record(plan, outcome, began)
         if outcome.status == "done":
+            _log_warnings(outcome)
             record(plan, outcome, began)
         else:  # what became of it when it was made
             before = shared.ledger.last("outcome") or {"status": "done"}
@@ -223,7 +226,7 @@ def record(plan: RunPlan, outcome: Outcome, began: float, *, goes_on: bool = Fal
 
 def _failed(stem: str, shape: tuple[int, ...], began: float, error: Exception, path: Path, stage: str = "") -> Outcome:
     """The outcome of a tomogram whose work on the output `path` ended with `error`."""
-    details = ""
+    raised, details = error, ""
     if isinstance(error, OSError):
         refused = not_written(
             error,
@@ -239,7 +242,15 @@ def _failed(stem: str, shape: tuple[int, ...], began: float, error: Exception, p
     else:
         message = f"{path}: unexpected {type(error).__name__}: {error}"
         details = "".join(traceback.format_exception(error))
+    # The user is told without a traceback, which tells a developer of foreseen errors as well where they come from.
+    LOG.error("%s: %s", stem, message, exc_info=raised)
     return Outcome(stem, "failed", shape, time.time() - began, error=message, details=details, kind=kind, stage=stage)
+
+
+def _log_warnings(outcome: Outcome) -> Outcome:
+    for warning in outcome.warnings:
+        LOG.warning("%s: %s", outcome.stem, warning, extra=TOLD)
+    return outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -654,9 +665,9 @@ def postprocess(
                 warnings = _update_components(configuration, stem, labels, _probabilities(path), attributes, work, own)
                 warnings += _draw_again(configuration, stem, labels, attributes, work, own)
                 warnings += _update_formats(configuration, path, work, own)
-            outcome = Outcome(stem, "done", shape, time.time() - began, voxels, tuple(warnings))
+            outcome = _log_warnings(Outcome(stem, "done", shape, time.time() - began, voxels, tuple(warnings)))
             reporter.end(stem, f"done in {outcome.seconds:.0f} s, {path}")
-        except Interrupted:
+        except (Interrupted, LostClusterError):
             raise
         except Exception as error:
             outcome = _failed(stem, shape, began, error, path)
@@ -778,9 +789,9 @@ def attempt(path: Path, reporter: Reporter, work: Callable[[Executor], Result], 
     reporter.begin(stem)
     try:
         shape, voxels, warnings = work(executor.share(stem, 0, partial(reporter.step, stem)))
-        outcome = Outcome(stem, "done", shape, time.time() - began, voxels, warnings)
+        outcome = _log_warnings(Outcome(stem, "done", shape, time.time() - began, voxels, warnings))
         reporter.end(stem, f"done in {outcome.seconds:.0f} s, {path.parent}")
-    except Interrupted:
+    except (Interrupted, LostClusterError):
         raise
     except Exception as error:
         outcome = _failed(stem, (), began, error, path)
@@ -797,30 +808,51 @@ def measure_one(configuration: Configuration, path: Path, executor: Executor) ->
     return labels.shape, (), tuple(warnings)
 
 
-def complete(plan: RunPlan, job: Job, executor: Executor) -> Result:
-    """Make from a written prediction what is wanted beside it and is missing or outdated."""
-    configuration, warnings = plan.configuration, list[str]()
-    if not components_done(job.components, job.fingerprint, plan.class_names):
-        warnings += measure_one(configuration, job.output, executor)[2]
-    if not preview_done(configuration, job):
-        labels, attributes = _written_labels(job.output), _written_attributes(configuration, job.output)
-        with _work_group(configuration, job.stem) as work:
-            warnings += _draw_again(configuration, job.stem, labels, attributes, work, executor, missing=True)
-    if not formats_done(configuration, job.stem, job.fingerprint, plan.class_names):
-        with _work_group(configuration, job.stem) as work:
-            warnings += _update_formats(configuration, job.output, work, executor)
-    return _written_labels(job.output).shape, (), tuple(warnings)
+def complete(plan: RunPlan, job: Job, executor: Executor) -> Outcome:
+    """Make from a written prediction what is wanted beside it and is missing or outdated.
+
+    Returns
+    -------
+    Outcome
+        ``"skipped"`` where another run has made all of it meanwhile.
+
+    Raises
+    ------
+    Interrupted, LostClusterError
+        If the run is to end; what has been done stays done.
+    """
+    configuration, warnings, began = plan.configuration, list[str](), time.time()
+    try:
+        if not plan.outdated(job):
+            return Outcome(job.stem, "skipped", stage=plan.name)
+        if not components_done(job.components, job.fingerprint, plan.class_names):
+            warnings += measure_one(configuration, job.output, executor)[2]
+        if not preview_done(configuration, job):
+            labels, attributes = _written_labels(job.output), _written_attributes(configuration, job.output)
+            with _work_group(configuration, job.stem) as work:
+                warnings += _draw_again(configuration, job.stem, labels, attributes, work, executor, missing=True)
+        if not formats_done(configuration, job.stem, job.fingerprint, plan.class_names):
+            with _work_group(configuration, job.stem) as work:
+                warnings += _update_formats(configuration, job.output, work, executor)
+        shape = _written_labels(job.output).shape
+        return Outcome(job.stem, "done", shape, time.time() - began, (), tuple(warnings), stage=plan.name)
+    except (Interrupted, LostClusterError):
+        raise
+    except Exception as error:
+        return _failed(job.stem, (), began, error, job.output, plan.name)
 
 
 def _update_formats(configuration: Configuration, path: Path, work: zarr.Group, executor: Executor) -> list[str]:
     """Write new labels in the other formats that are wanted, or remove those of earlier ones."""
-    formats = other_formats(configuration)
+    formats, made = other_formats(configuration), tuple[str, ...]()
     warnings: list[str] = []
     try:
         if formats:
             warnings += export_prediction(configuration, path, formats, work=work, executor=executor)
+            made = formats
     finally:  # without a tomogram, for example, an OME-Zarr image cannot be made
-        warnings += remove_outdated_formats(path.parent, _stem(path), read_attributes(path).get("fingerprint"))
+        fingerprint = read_attributes(path).get("fingerprint")
+        warnings += remove_outdated_formats(path.parent, _stem(path), fingerprint, keep=made)
     return warnings
 
 
@@ -923,7 +955,9 @@ def _draw_again(
     if not wanted or read_fingerprint(path) == attributes.get("fingerprint"):
         return []
     try:
-        source = configuration.data_folder / str(attributes["source"])
+        source = (
+            configuration.data_folder / Path(str(attributes["source"])).name
+        )  # of a file that anybody may have made
         mask_file = configuration.mask_folder and configuration.mask_folder / f"{stem}_preds.h5"
         mask = open_mask(mask_file, labels.shape) if mask_file else None
         tomogram, _ = ingest(source, work.store, executor=executor, **configuration.reading)

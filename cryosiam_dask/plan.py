@@ -27,7 +27,7 @@ from cryosiam_dask.errors import (
     OutputError,
     Problems,
 )
-from cryosiam_dask.formats import format_path, formats_done, other_formats, read_mrc_fingerprint
+from cryosiam_dask.formats import foreign_formats, format_path, formats_done, other_formats, read_mrc_fingerprint
 from cryosiam_dask.grid import make_grid
 from cryosiam_dask.labels_to_hdf5 import read_attributes
 from cryosiam_dask.mrc_to_zarr import MRC_ENDINGS
@@ -293,7 +293,9 @@ def _plan_run(
         fingerprint = "" if to_come else with_sizes(prediction, removal_sizes(configuration))
         components = configuration.prediction_folder / f"{stem}_components.h5" if configuration.components else None
         job = Job(source, stem, output, mask, components, prediction, fingerprint, _identity(output))
-        others = [format_path(configuration.prediction_folder, stem, name) for name in other_formats(configuration)]
+        formats = other_formats(configuration)
+        others = [format_path(configuration.prediction_folder, stem, name) for name in formats]
+        foreign = [] if overwrite else foreign_formats(configuration.prediction_folder, stem, formats)
         inputs = {path.resolve() for path in (source, mask) if path}
         if inputs & {path.resolve() for path in (output, *others)}:
             problems.append(
@@ -312,6 +314,8 @@ def _plan_run(
                     remedy="Segment them with another prediction_folder each",
                 )
             )
+        elif foreign:
+            problems += [_made_otherwise(path) for path in foreign]
         elif not output.exists() or overwrite or to_come:
             jobs.append(job)
         elif _read_fingerprint(output) == job.fingerprint:
@@ -331,6 +335,23 @@ def _plan_run(
     return RunPlan(
         configuration, checkpoint, patch, threshold, tuple(jobs), tuple(unmeasured), tuple(skipped), tuple(notes)
     )
+
+
+def masks_of(plans: Sequence[RunPlan], configuration: Configuration, filename: str | None = None) -> set[str]:
+    """The tomograms (stems) whose masks the model before makes in the same run, for `plan_run`.
+
+    Parameters
+    ----------
+    plans
+        Of the models before; empty if that of the one before could not be made, so that all masks may come.
+    configuration, filename
+        See `plan_run`.
+    """
+    if plans:
+        return {job.stem for job in plans[-1].jobs}
+    return {
+        source.name.removesuffix(configuration.file_extension) for source in find_tomograms(configuration, filename)
+    }
 
 
 def find_sources(configuration: Configuration) -> list[Path]:

@@ -38,6 +38,8 @@ from cryosiam_dask.grid import Patch
 from cryosiam_dask.network import build_network, convolve_with_onednn, fold_batch_norms, peak_bytes, required_divisor
 
 _PIECE = 1 << 16  # voxels
+#: Who computes in this process: a worker of a pipeline has two networks, and the memory and the core for one at a time.
+_TURN = threading.Lock()
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
@@ -344,7 +346,7 @@ class Predictor:
         self._network = network.to(device, self._dtype).to(memory_format=self._layout)  # type: ignore[call-overload]
         if device == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             convolve_with_onednn(network)
-        self._turn = threading.Lock()
+        self._turn = _TURN
         # Smaller once the memory did not suffice: what worked is kept for as long as this process has the device.
         self._batch_size = 1 if device == "cpu" else spec.batch_size
 

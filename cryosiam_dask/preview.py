@@ -166,6 +166,24 @@ def preview_file(folder: Path, stem: str) -> Path:
     return folder / f"{stem}_preview.png"
 
 
+def most_bytes(shape: Sequence[int], voxel_size_angstrom: Sequence[float | None] | None = None) -> int:
+    """What the preview of a volume takes on the disk at most.
+
+    Parameters
+    ----------
+    shape
+        (z, y, x) or (y, x) in voxels.
+    voxel_size_angstrom
+        Along each axis.
+    """
+    volume = len(shape) == 3
+    z, y, x = (1,) * (3 - len(shape)) + tuple(shape)
+    pixels = _Scale.of((z, y, x), _spacing(_voxel_size(voxel_size_angstrom, len(shape))), volume).pixels
+    z, y, x = pixels
+    panels = 2 * y * x + z * (y + x) if volume else y * x
+    return 3 * panels + 500_000  # colours, and the rest of the sheet, which is white but for words
+
+
 def write_preview(
     path: Path,
     tomogram: Sliceable,
@@ -250,7 +268,8 @@ def write_preview(
     texts.add_text(_THUMBNAIL, base64.b64encode(_small(together, _THUMBNAIL_BYTES)).decode())
     partial_file = path.with_name(f".{path.name}.partial")
     try:
-        sheet.save(partial_file, format="PNG", pnginfo=texts)
+        # A sixth larger than by default, in half the time.
+        sheet.save(partial_file, format="PNG", pnginfo=texts, compress_level=3)
         partial_file.replace(path)
     finally:
         partial_file.unlink(missing_ok=True)

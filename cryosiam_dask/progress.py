@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Sequence
 from typing import Protocol
 
 from rich.console import Console
@@ -17,6 +18,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from cryosiam_dask.run_log import LOG, TOLD
 
 
 class Reporter(Protocol):
@@ -195,6 +198,61 @@ class TerminalReporter:
     def close(self) -> None:
         """See `Reporter`."""
         self._progress.stop()
+
+
+class FileReporter(LogReporter):
+    """The lines of a `LogReporter`, to the log file of the run.
+
+    Parameters
+    ----------
+    total
+        Tomograms in the run.
+    """
+
+    def __init__(self, total: int) -> None:
+        super().__init__(Console(quiet=True), total, interval=60.0)
+
+    def say(self, message: str) -> None:
+        """See `Reporter`."""
+        LOG.info(message, extra=TOLD)
+
+
+class Reporters:
+    """Tells several reporters the same.
+
+    Parameters
+    ----------
+    reporters
+        Whom.
+    """
+
+    def __init__(self, *reporters: Reporter) -> None:
+        self._reporters: Sequence[Reporter] = reporters
+
+    def begin(self, tomogram: str) -> None:
+        """See `Reporter`."""
+        for reporter in self._reporters:
+            reporter.begin(tomogram)
+
+    def step(self, tomogram: str, name: str, done: int, total: int) -> None:
+        """See `Reporter`."""
+        for reporter in self._reporters:
+            reporter.step(tomogram, name, done, total)
+
+    def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0) -> None:
+        """See `Reporter`."""
+        for reporter in self._reporters:
+            reporter.end(tomogram, message, failed=failed, voxels=voxels)
+
+    def say(self, message: str) -> None:
+        """See `Reporter`."""
+        for reporter in self._reporters:
+            reporter.say(message)
+
+    def close(self) -> None:
+        """See `Reporter`."""
+        for reporter in self._reporters:
+            reporter.close()
 
 
 def make_reporter(console: Console, total: int) -> Reporter:

@@ -37,6 +37,7 @@ from cryosiam_dask.labels_to_hdf5 import open_dataset, read_attributes, write_by
 from cryosiam_dask.measurements import Sizes, component_sizes, holding
 from cryosiam_dask.mrc_to_zarr import MRC_ENDINGS, read_header
 from cryosiam_dask.preview import percentage, preview_file, read_fingerprint, thumbnail
+from cryosiam_dask.run_log import latest_log
 
 REPORT = "report.html"
 PICTURES_BYTES = 11 * 10**6  # of all thumbnails together, so that a page remains below 20 MB
@@ -176,9 +177,10 @@ def _look_at(configuration: Configuration, picture_bytes: int, name: str) -> _To
             fingerprint = attributes.get("fingerprint")
             tomogram.shape = open_dataset(path, "labels").shape
             tomogram.voxels = _voxels(path, attributes)
-            tomogram.voxel_size_angstrom = tuple(attributes.get("voxel_size_angstrom") or ())
+            tomogram.voxel_size_angstrom = _sizes(attributes.get("voxel_size_angstrom"), len(tomogram.shape))
             tomogram.warnings = tuple(str(attributes.get("warnings") or "").splitlines())
-            tomogram.class_names = tuple(map(str, attributes.get("class_names") or ()))
+            names = attributes.get("class_names")
+            tomogram.class_names = tuple(map(str, names)) if isinstance(names, list) else ()
             tomogram.status = "done"
         elif configuration.save_original_file_extension:
             header = read_header(folder / f"{name}{_mrc_extension(configuration)}")
@@ -193,6 +195,13 @@ def _look_at(configuration: Configuration, picture_bytes: int, name: str) -> _To
     if fingerprint is None or read_fingerprint(preview) == fingerprint:  # otherwise it shows other labels
         tomogram.picture = thumbnail(preview, picture_bytes)
     return tomogram
+
+
+def _sizes(value: object, ndim: int) -> tuple[float | None, ...]:
+    """Voxel sizes as an attribute tells them; none where another program means something else by its name."""
+    if not isinstance(value, list) or len(value) != ndim:
+        return ()
+    return tuple(value) if all(v is None or isinstance(v, int | float) for v in value) else ()
 
 
 def _voxels(path: Path, attributes: Mapping[str, Any]) -> tuple[int, ...]:
@@ -287,12 +296,14 @@ def _page(configuration: Configuration, tomograms: Sequence[_Tomogram]) -> str:
         lstrip_blocks=True,
     )
     templates = files("cryosiam_dask") / "templates"
+    log = latest_log(configuration.prediction_folder)
     style, script = (templates.joinpath(f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     return environment.get_template("report.html").render(
         title=configuration.prediction_folder.resolve().name,
         folder=str(configuration.prediction_folder),
         model=configuration.trained_model.name,
         software=f"cryosiam-dask {__version__}",
+        log=None if log is None else quote(os.fsencode(f"{log.parent.name}/{log.name}")),
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         style=style,
         script=script,

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import platform
+import shlex
+import socket
+import sys
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from distributed import Client
 from distributed.system import MEMORY_LIMIT
 from rich.console import Console
 from rich.markup import escape
@@ -21,14 +27,16 @@ from cryosiam_dask.cluster import (
     Setup,
     ask,
     describe_devices,
+    forwarded_warnings,
     is_loopback,
     is_open_to_the_network,
     join_cluster,
     open_cluster,
     reported,
+    versions,
 )
 from cryosiam_dask.collection import make_folders, remove_left_overs, run
-from cryosiam_dask.config import Configuration, read_configuration, read_pipeline
+from cryosiam_dask.config import STAGES, Configuration, read_configuration, read_pipeline
 from cryosiam_dask.diagnosis import beyond_lamella
 from cryosiam_dask.errors import (
     ClusterError,
@@ -50,15 +58,17 @@ from cryosiam_dask.pipeline import (
     measure,
     postprocess,
 )
-from cryosiam_dask.plan import RunPlan, plan_run
+from cryosiam_dask.plan import RunPlan, masks_of, plan_run
 from cryosiam_dask.predictor import largest_patch, load_predictor, name_of_gpu, require_precision, resolve_device
-from cryosiam_dask.progress import make_reporter
+from cryosiam_dask.progress import FileReporter, Reporters, make_reporter
 from cryosiam_dask.report import write_report
+from cryosiam_dask.run_log import LOG, TOLD, begin_logs, logged
 from cryosiam_dask.slurm import open_slurm, read_jobs
 
 Device = Literal["auto", "cpu", "cuda"]
 
 
+@logged
 def segment(
     config_file: Path,
     console: Console,
@@ -141,7 +151,7 @@ def segment(
         configurations = read_pipeline(config_file) if pipeline else {"": read_configuration(config_file)}
         for name, configuration in configurations.items():
             configuration = configuration.absolute() if elsewhere else configuration
-            before = {job.stem for job in plans[-1].jobs} if plans else set()
+            before = masks_of(plans, configuration, filename) if name == STAGES[-1] else set[str]()
             try:
                 if not problems and not elsewhere:
                     require_precision(configuration.hyper_parameters.precision, chosen)
@@ -160,6 +170,14 @@ def segment(
         raise Problems(problems)
     for plan in plans:
         make_folders(plan)
+    _begin_logs("run" if pipeline else "semantic-predict", config_file, [p.configuration for p in plans], console)
+    for plan in plans:
+        LOG.debug(
+            "model%s: %s (SHA-256 %s), patch %s, halo %d, threshold %g; %d to segment, %d to measure, %d skipped",
+            f" {plan.name}".rstrip(), plan.configuration.trained_model, plan.checkpoint.sha256, plan.patch, plan.halo,
+            plan.threshold,
+            len(plan.jobs), len(plan.unmeasured), len(plan.skipped),
+        )  # fmt: skip
         for note in plan.notes:
             say(console, f"note: {note}")
         for job in plan.skipped:
@@ -174,7 +192,7 @@ def segment(
         return outcomes
     total = len({job.stem for plan in plans for job in (*plan.jobs, *plan.unmeasured)})
     if not is_loopback(dashboard_address):
-        say(console, f"attention: whoever reaches {dashboard_address} can watch this run, and stop it")
+        attend(console, f"whoever reaches {dashboard_address} can watch this run, and stop it")
     try:
         with ExitStack() as stack:
             if joins:
@@ -185,9 +203,9 @@ def segment(
                     )
                 )  # fmt: skip
                 if is_open_to_the_network(client):
-                    say(
+                    attend(
                         console,
-                        f"attention: {client.scheduler.address} has no TLS: whoever reaches it can run what he likes "
+                        f"{client.scheduler.address} has no TLS: whoever reaches it can run what he likes "
                         "as you. Dask's documentation of TLS says how to close it",
                     )
             elif slurm is not None:
@@ -206,6 +224,8 @@ def segment(
                 chosen = _device_of(found_device, device)
                 for plan in plans:
                     ask(client, require_precision, plan.configuration.hyper_parameters.precision, chosen)
+            stack.enter_context(forwarded_warnings(client))
+            _log_workers(client, found_device)
             if performance_report is not None:
                 stack.enter_context(reported(client, performance_report))
             for plan in plans:
@@ -228,7 +248,7 @@ def segment(
                     else ""
                 ),
             )
-            reporter = Meter(make_reporter(console, total), client)
+            reporter = Meter(Reporters(make_reporter(console, total), FileReporter(total)), client)
             executor = DaskExecutor(client, watch=reporter.watch)
             try:
                 outcomes = run(plans, reporter, device=chosen, executor=executor, timeline=timeline, stop=stop)
@@ -242,7 +262,7 @@ def segment(
     for plan in plans:
         if plan.jobs and plan.configuration.mask_folder is None:  # of the run, not of each of its tomograms
             for sentence in beyond_lamella(plan.checkpoint.architecture.out_channels, None):
-                say(console, f"attention: {sentence}")
+                attend(console, sentence)
         report_on(plan.configuration, _of_stage(outcomes, plan), console)
     return outcomes
 
@@ -305,6 +325,7 @@ def _device_of(found: Literal["cpu", "cuda"], wanted: Device) -> Literal["cpu", 
     return "cpu" if wanted == "cpu" else found
 
 
+@logged
 def postprocess_again(
     config_file: Path, console: Console, *, filename: str | None = None, workers: int | None = None
 ) -> list[Outcome]:
@@ -317,11 +338,13 @@ def postprocess_again(
     """
     configuration = read_configuration(config_file)
     predictions = find_predictions(configuration, filename, sizes=True)
+    _begin_logs("semantic-postprocess", config_file, [configuration], console)
     outcomes = _with_predictions(partial(postprocess, configuration, predictions), len(predictions), console, workers)
     report_on(configuration, outcomes, console)
     return outcomes
 
 
+@logged
 def measure_predictions(
     config_file: Path, console: Console, *, filename: str | None = None, workers: int | None = None
 ) -> list[Outcome]:
@@ -334,11 +357,13 @@ def measure_predictions(
     """
     configuration = read_configuration(config_file)
     predictions = find_predictions(configuration, filename)
+    _begin_logs("components", config_file, [configuration], console)
     outcomes = _with_predictions(partial(measure, configuration, predictions), len(predictions), console, workers)
     report_on(configuration, outcomes, console)
     return outcomes
 
 
+@logged
 def export_predictions(
     config_file: Path,
     console: Console,
@@ -371,10 +396,12 @@ def export_predictions(
             remedy="Add 'ome-zarr' or 'mrc' to it, or give --format",
         )
     predictions = find_predictions(configuration, filename)
+    _begin_logs("export", config_file, [configuration], console)
     action = partial(export, configuration, predictions, formats=formats)
     return _with_predictions(action, len(predictions), console, workers)
 
 
+@logged
 def list_particles(
     config_file: Path,
     console: Console,
@@ -395,6 +422,7 @@ def list_particles(
     """
     configuration = read_configuration(config_file)
     predictions = find_predictions(configuration, filename)
+    _begin_logs("semantic-to-centers", config_file, [configuration], console)
     action = partial(list_centers, configuration, predictions, min_voxels=min_voxels, erode=erode)
     return _with_predictions(action, len(predictions), console, workers)
 
@@ -433,15 +461,17 @@ def report_on(configuration: Configuration, outcomes: Sequence[Outcome], console
         path = write_report(configuration, {**_recorded(configuration), **now})
         say(console, f"report: {path}")
     except Exception as error:
-        say(console, f"attention: the report could not be written: {error}")
+        attend(console, f"the report could not be written: {error}")
+        LOG.debug("the report could not be written", exc_info=error)
 
 
 def _with_predictions(
     action: Callable[..., list[Outcome]], count: int, console: Console, workers: int | None
 ) -> list[Outcome]:
     """Do something with written predictions on a cluster of CPU workers, and print what becomes of it."""
-    with open_cluster("cpu", workers or cores()) as client:
-        reporter = make_reporter(console, count)
+    with open_cluster("cpu", workers or cores()) as client, forwarded_warnings(client):
+        _log_workers(client, "cpu")
+        reporter = Reporters(make_reporter(console, count), FileReporter(count))
         try:
             outcomes = action(reporter, executor=DaskExecutor(client))
         finally:
@@ -459,7 +489,7 @@ def convert_file(
     dataset: str | None = None,
     overwrite: bool = False,
     workers: int | None = None,
-) -> None:
+) -> dict[str, Any]:
     """Convert one tomogram to zarr, and print what was found in it.
 
     Parameters
@@ -470,6 +500,12 @@ def convert_file(
         An OME-Zarr image where its name ends with ``.ome.zarr``, a single array otherwise.
     console, workers
         See `segment`.
+
+    Returns
+    -------
+    dict
+        The same as JSON values: those of `cryosiam_dask.tomogram_files.TomogramHeader.attributes`, ``statistics``,
+        ``shape`` (z, y, x), ``dtype``, ``target``.
     """
     header = read_header(source, level=level, dataset=dataset)  # what is wrong is said before workers start
     require_free(target, overwrite=overwrite)
@@ -484,7 +520,15 @@ def convert_file(
     for note in header.notes:
         say(console, f"note: {note}")
     for warning in report.warnings:
-        say(console, f"attention: {warning}")
+        attend(console, warning)
+    return {
+        "target": str(target),
+        "shape": list(header.shape),
+        "dtype": str(header.dtype),
+        **header.attributes(),
+        "warnings": list(report.warnings),
+        "statistics": statistics.attributes(),
+    }
 
 
 def cores() -> int:
@@ -522,8 +566,55 @@ def default_workers(plan: RunPlan) -> int:
 
 
 def say(console: Console, message: str) -> None:
-    """Print a line as it is."""
+    """Print a line as it is, and log it."""
+    LOG.info("%s", message, extra=TOLD)
     console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def attend(console: Console, message: str) -> None:
+    """Print what needs attention, on a console that is quiet as well, and log it."""
+    LOG.warning("%s", message, extra=TOLD)
+    _print_aloud(console, f"attention: {message}")
+
+
+def _print_aloud(console: Console, message: str) -> None:
+    quiet, console.quiet = console.quiet, False
+    console.print(message, markup=False, highlight=False, soft_wrap=True)
+    console.quiet = quiet
+
+
+#: Of what is installed, the versions that results, speed or files depend on.
+_PACKAGES = (
+    "connected-components-3d", "cucim-cu12", "cucim-cu13", "cupy-cuda12x", "cupy-cuda13x", "dask-cuda", "h5py", "monai",
+    "mrcfile", "numcodecs", "pillow", "scikit-image", "scipy",
+)  # fmt: skip
+
+
+def _begin_logs(command: str, config_file: Path, configurations: Sequence[Configuration], console: Console) -> None:
+    """Begin the log files of a run, and write down what it is run with."""
+    paths = begin_logs([configuration.prediction_folder for configuration in configurations], command)
+    found = versions()
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    LOG.debug("command: %s", shlex.join(sys.argv))
+    LOG.debug("in %s on %s, process %d", Path.cwd(), socket.gethostname(), os.getpid())
+    LOG.debug("versions: %s", ", ".join(f"{name} {number}" for name, number in found.items()))
+    LOG.debug("machine: %s, %d cores, %.1f GB for the workers", platform.platform(), cores(), memory_of_machine() / 1e9)
+    for configuration in configurations:
+        LOG.debug("settings of %s: %s", config_file, configuration.model_dump_json(by_alias=True, indent=1))
+    for path in paths:
+        say(console, f"log: {path}")
+    if len(paths) < len(configurations):
+        attend(console, "no log file could be made beside the outputs")
+
+
+def _log_workers(client: Client, device: str) -> None:
+    """Write down where the work is done."""
+    gpus = ask(client, name_of_gpu) if device == "cuda" else {}
+    for address, worker in client.scheduler_info(n_workers=-1)["workers"].items():
+        name = gpus.get(address) or device
+        LOG.debug("worker %s: %s, %d threads, on %s", address, name, worker["nthreads"], worker["host"])
 
 
 def _number(count: int, thing: str) -> str:
@@ -544,13 +635,12 @@ def print_table(console: Console, outcomes: Sequence[Outcome]) -> None:
             f"{outcome.seconds:.1f}" if outcome.seconds else "",
             "  ".join(f"{n:,}" for n in outcome.voxels),
         )
-    if not console.is_terminal:
-        console = Console(file=console.file, width=160)
-    console.print(table)
+    wide = console if console.is_terminal else Console(file=console.file, width=160, quiet=console.quiet)
+    wide.print(table)
     for outcome in outcomes:
         for warning in outcome.warnings:
-            say(console, f"attention, {outcome.stem}: {warning}")
+            _print_aloud(console, f"attention, {outcome.stem}: {warning}")
         if outcome.error:
-            say(console, f"failed, {outcome.stem}: {outcome.error}")
+            _print_aloud(console, f"failed, {outcome.stem}: {outcome.error}")
             if outcome.details and os.environ.get("CRYOSIAM_DASK_DEBUG"):
-                say(console, outcome.details)
+                _print_aloud(console, outcome.details)

@@ -706,14 +706,21 @@ def _no_hdf5(path: Path, error: Exception) -> TomogramError:
 
 def _space(shape: Sequence[int]) -> int:
     """Number of axes in space, where those before the last three count if they are longer than 1."""
+    if len(_long(shape)) == 3:
+        return 3
     extra = sum(size != 1 for size in shape[:-3])
     return min(len(shape), 3) + extra if 0 not in shape else 0
+
+
+def _long(shape: Sequence[int]) -> tuple[int, ...]:
+    """The axes that are longer than 1: three of them are a volume's, even if a channel is the last axis."""
+    return tuple(axis for axis, size in enumerate(shape) if size > 1)
 
 
 def _space_axes(shape: Sequence[int], names: Sequence[str] | None, place: Path) -> tuple[int, ...]:
     """Which axes are z, y and x, or y and x: those of these names, or else the last ones."""
     if names is None:
-        axes = tuple(range(max(0, len(shape) - 3), len(shape)))
+        axes = _long(shape) if len(_long(shape)) == 3 else tuple(range(max(0, len(shape) - 3), len(shape)))
         names = ["…"] * len(shape)
     else:
         axes = tuple(names.index(axis) for axis in "zyx" if axis in names)

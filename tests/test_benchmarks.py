@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,25 @@ def test_scaling(tmp_path: Path) -> None:
     assert found[-1]["shape"] == [48, 48, 48] and (tmp_path / "rows.png").exists()
 
 
+def test_collection(tmp_path: Path) -> None:
+    (row,) = rows("bench_collection", tmp_path / "rows.json", "--quick")
+    assert row["blocks"] == 48 <= row["blocks_computed"] and row["killed"] == 1
+    assert 0 < row["busy"] <= row["busy_while_up"] <= 1 and 0 < row["seconds"] < 100
+    assert 0 < row["scheduler_mb"][1] < row["client_mb"][1]  # which has imported PyTorch
+    assert min(row["client_ms"], row["scheduler_ms"], row["workers_ms"]) > 0
+    assert (tmp_path / "rows.png").exists()
+
+
+def test_the_page_on_scale_says_what_was_measured(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "scale.md").read_text()
+    (result,) = set(re.findall(r"benchmarks/results/[\w.-]+\.json", page)) - {"benchmarks/results/scaling-2-cores.json"}
+    (tmp_path / "scale.md").write_text(page.replace("%", "?"))
+    command = [sys.executable, "benchmarks/bench_collection.py", "--page", tmp_path / "scale.md", result]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    tables = re.compile(r"(?<=<!-- tables -->).*(?=<!-- end of tables -->)", re.DOTALL)
+    assert tables.findall((tmp_path / "scale.md").read_text()) == tables.findall(page) != []
+
+
 def test_report(tmp_path: Path) -> None:
     (row,) = rows("bench_report", tmp_path / "rows.json", "--quick")
     assert row["tomograms"] == 4 and 0 < row["megabytes"] < 20
@@ -67,3 +87,11 @@ def test_halo(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/bench_halo.py", "--quick", "--output", tmp_path / "halo.json"]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
     assert json.loads((tmp_path / "halo.json").read_text())
+
+
+def test_outputs(tmp_path: Path) -> None:
+    preview, image, run = rows("bench_outputs", tmp_path / "rows.json", "--quick")
+    assert (preview["method"], image["method"], run["method"]) == ("preview", "ome-zarr", "run")
+    # The voxels do not compress: their two levels at the least.
+    assert image["written_bytes"] > 150**3 * (1 + 1 / 8) and preview["files"] == 1
+    assert 0 < run["preview_share"] < 1

@@ -24,10 +24,10 @@ import yaml
 import zarr
 
 from cryosiam_dask import __version__
-from cryosiam_dask.grid import DEFAULT_BLOCK_SIZE, block_size_for, make_grid
+from cryosiam_dask.grid import block_size_for, make_grid
 
 COMMAND = Path(sys.executable).with_name("cryosiam-dask")
-LARGE = (40, 80, 80)
+LARGE, BLOCK_SIZE = (40, 80, 80), 32  # in many blocks, so that there is time to stop a run among them
 LAMELLA = golden.FOLDER / "lamella_then_semantic"
 
 
@@ -63,17 +63,40 @@ def write_tomogram(path: Path, seed: int = 0, shape: tuple[int, ...] = (24, 20, 
         mrc.voxel_size = 9.96
 
 
+def make_folder(folder: Path) -> Path:
+    """Three tomograms, a checkpoint, and ``config.yaml`` with relative paths."""
+    (folder / "data").mkdir()
+    for seed in range(3):
+        write_tomogram(folder / "data" / f"TS_{seed}.mrc", seed)
+    checkpoints.write(folder / "model.ckpt", seed=35)
+    write_yaml(
+        folder / "config.yaml", {"data_folder": "data", "prediction_folder": "out", "trained_model": "model.ckpt"}
+    )
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three tomograms, a checkpoint, and ``config.yaml`` with relative paths."""
-    (tmp_path / "data").mkdir()
-    for seed in range(3):
-        write_tomogram(tmp_path / "data" / f"TS_{seed}.mrc", seed)
-    checkpoints.write(tmp_path / "model.ckpt", seed=35)
-    write_yaml(
-        tmp_path / "config.yaml", {"data_folder": "data", "prediction_folder": "out", "trained_model": "model.ckpt"}
-    )
-    return tmp_path
+    return make_folder(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def predicted_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a larger third tomogram, and in ``whole`` what a run makes of all of them."""
+    folder = make_folder(tmp_path_factory.mktemp("predicted"))
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    write_yaml(folder / "config.yaml", {**values, "block_size": BLOCK_SIZE})
+    (folder / "data" / "TS_2.mrc").unlink()
+    write_tomogram(folder / "data" / "TS_2.mrc", 1, LARGE)
+    call("semantic-predict", "--config-file", "config.yaml", folder=folder)
+    (folder / "out").rename(folder / "whole")
+    return folder
+
+
+@pytest.fixture
+def predicted(predicted_once: Path, tmp_path: Path) -> Path:
+    """A copy of its own for each test; times of files, by which a run knows its input, are copied as well."""
+    return shutil.copytree(predicted_once, tmp_path, dirs_exist_ok=True)
 
 
 def test_the_main_job_with_cryosiams_own_files_and_spelling(tmp_path: Path) -> None:
@@ -95,7 +118,7 @@ def test_the_main_job_with_cryosiams_own_files_and_spelling(tmp_path: Path) -> N
         with h5py.File(folder / stage / "TS_a_6.80Apx_preds.h5") as file:
             found[stage] = {name: file[name][:] for name in file}
         assert sorted(path.name for path in (folder / stage).iterdir()) == [
-            ".ledger", "TS_a_6.80Apx_preds.h5", "TS_a_6.80Apx_preview.png", "report.html",
+            ".ledger", "TS_a_6.80Apx_preds.h5", "TS_a_6.80Apx_preview.png", "logs", "report.html",
         ]  # fmt: skip
     np.testing.assert_array_equal(found["lamella_slicewise"]["labels"], expected["lamella_slicewise"])
     np.testing.assert_array_equal(found["semantic"]["labels"], expected["semantic"])
@@ -105,10 +128,10 @@ def test_the_main_job_with_cryosiams_own_files_and_spelling(tmp_path: Path) -> N
 
 def test_run_skip_overwrite_and_postprocess(folder: Path) -> None:
     one = ("--config-file", "config.yaml", "--filename", "TS_1.mrc", "--timeline")
-    output = call("semantic-predict", *one, folder=folder)
+    output = call("semantic-predict", *one, "--workers", 1, folder=folder)
     assert "dashboard http://127.0.0.1:" in output and "1 tomogram on " in output
     assert output.count("attention: no mask_folder is set: expect false positives outside the lamella") == 1
-    of_one = {".ledger", "TS_1_preds.h5", "TS_1_preview.png", "TS_1_timeline.png", "report.html"}
+    of_one = {".ledger", "TS_1_preds.h5", "TS_1_preview.png", "TS_1_timeline.png", "logs", "report.html"}
     assert {path.name for path in (folder / "out").iterdir()} == of_one
     before = (folder / "out" / "TS_1_preds.h5").read_bytes()
     output = call("semantic-predict", "--config-file", "config.yaml", "--workers", 1, folder=folder)
@@ -122,7 +145,7 @@ def test_run_skip_overwrite_and_postprocess(folder: Path) -> None:
     assert (folder / "out" / "TS_1_preds.h5").read_bytes() == before
     sizes = {"parameters": {"network": {"postprocessing_sizes": [-1, 10**6, -1]}}}
     write_yaml(folder / "sizes.yaml", {**values, **sizes})
-    output = call("semantic_postprocess", "--config_file=sizes.yaml", folder=folder)
+    output = call("semantic_postprocess", "--config_file=sizes.yaml", "--workers=1", folder=folder)
     assert output.count(" done ") >= 3
     with h5py.File(folder / "out" / "TS_1_preds.h5") as file:
         assert not (file["labels"][:] == 1).any() and (file["removed"][:] == 1).any()
@@ -136,7 +159,8 @@ def test_run_skip_overwrite_and_postprocess(folder: Path) -> None:
 def test_the_largest_patch_is_chosen_by_trying(folder: Path) -> None:
     values = yaml.safe_load((folder / "config.yaml").read_text())
     write_yaml(folder / "auto.yaml", {**values, "parameters": {"data": {"patch_size": "auto"}}})
-    output = call("semantic-predict", "--config-file", "auto.yaml", "--filename", "TS_1.mrc", folder=folder)
+    arguments = ("--config-file", "auto.yaml", "--filename", "TS_1.mrc", "--workers", 1)
+    output = call("semantic-predict", *arguments, folder=folder)
     with h5py.File(folder / "out" / "TS_1_preds.h5") as file:
         patch = file.attrs["patch_size"].tolist()
         # As long as the tomogram needs it, since that fits into any memory.
@@ -166,10 +190,10 @@ def test_failed_tomograms_give_status_1_and_the_others_are_done(folder: Path) ->
     (folder / "data" / "TS_0.mrc").write_bytes(b"\0" * 3000)
     with (folder / "data" / "TS_2.mrc").open("r+b") as file:
         file.truncate(5000)
-    output = call("semantic-predict", "--config-file", "config.yaml", folder=folder, status=1)
+    output = call("semantic-predict", "--config-file", "config.yaml", "--workers", 1, folder=folder, status=1)
     assert "failed, TS_0: " in output and "failed, TS_2: " in output and "5000" in output
     written = sorted(path.name for path in (folder / "out").iterdir())
-    assert written == [".ledger", "TS_1_preds.h5", "TS_1_preview.png", "report.html"]
+    assert written == [".ledger", "TS_1_preds.h5", "TS_1_preview.png", "logs", "report.html"]
 
 
 def test_every_fault_of_a_configuration_at_once_and_nothing_made(folder: Path) -> None:
@@ -193,11 +217,8 @@ def test_a_gpu_that_is_not_there_is_an_error(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_stopped_run_leaves_nothing_half_written_and_goes_on(folder: Path, number: signal.Signals) -> None:
-    write_tomogram(folder / "data" / "TS_2.mrc.new", 1, LARGE)
-    (folder / "data" / "TS_2.mrc.new").replace(folder / "data" / "TS_2.mrc")
-    call("semantic-predict", "--config-file", "config.yaml", folder=folder)
-    (folder / "out").rename(folder / "whole")
+def test_a_stopped_run_leaves_nothing_half_written_and_goes_on(predicted: Path, number: signal.Signals) -> None:
+    folder = predicted
     process = start("semantic-predict", "--config-file", "config.yaml", folder=folder, start_new_session=True)
     ledger, others = (
         folder / "out" / ".ledger" / "TS_2.jsonl",
@@ -223,17 +244,17 @@ def test_a_stopped_run_leaves_nothing_half_written_and_goes_on(folder: Path, num
         assert re.search(r"TS_2\W+left", out)
     left = sorted(path.name for path in (folder / "out").iterdir())
     report = ["report.html"] * (number != signal.SIGINT)
-    assert left == [".ledger", *(path.name for path in sorted(others)), "TS_2.work.zarr", *report]
+    assert left == [".ledger", *(path.name for path in sorted(others)), "TS_2.work.zarr", "logs", *report]
     ledgers = [f"TS_{i}.jsonl" for i in range(3)]
     assert sorted(path.name for path in (folder / "out" / ".ledger").iterdir()) == ledgers
     done = ledger.read_bytes().count(b'"what":"block"')
     output = call("semantic-predict", "--config-file", "config.yaml", folder=folder)
     assert "TS_0: skipped" in output and "TS_1: skipped" in output
-    size = block_size_for(LARGE, (16, 16, 16), DEFAULT_BLOCK_SIZE, 2)
+    size = block_size_for(LARGE, (16, 16, 16), BLOCK_SIZE, 2)
     blocks = len(make_grid(LARGE, (16, 16, 16), size).indices())
     assert f"TS_2: {done} of {blocks} blocks are there already" in output
     outputs = [f"TS_{i}_{ending}" for i in range(3) for ending in ("preds.h5", "preview.png")]
-    assert sorted(path.name for path in (folder / "out").iterdir()) == [".ledger", *outputs, "report.html"]
+    assert sorted(path.name for path in (folder / "out").iterdir()) == [".ledger", *outputs, "logs", "report.html"]
     for name in outputs:
         assert (folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes()
 
@@ -245,18 +266,20 @@ def test_a_disk_that_is_full_is_said_and_leaves_nothing(folder: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 
-    output = call("semantic-predict", "--config-file", "config.yaml", folder=folder, status=1, preexec_fn=limit)
+    arguments = ("--config-file", "config.yaml", "--workers", 1)
+    output = call("semantic-predict", *arguments, folder=folder, status=1, preexec_fn=limit)
     assert "failed, TS_3: " in output and "File too large" in output
     # Pictures are larger here, and no reason for a tomogram to fail.
     assert re.search(r"attention, TS_1: its picture TS_1_preview.png could not be drawn: .*File too large", output)
     assert sorted(p.name for p in (folder / "out").iterdir()) == [
-        ".ledger", *(f"TS_{i}_preds.h5" for i in range(3)), "report.html",
+        ".ledger", *(f"TS_{i}_preds.h5" for i in range(3)), "logs", "report.html",
     ]  # fmt: skip
 
 
-def test_components_and_particle_lists(folder: Path) -> None:
-    call("semantic-predict", "--config-file", "config.yaml", folder=folder)
-    output = call("components", "--config-file", "config.yaml", "--workers", 2, folder=folder)
+def test_components_and_particle_lists(predicted: Path) -> None:
+    folder = predicted
+    (folder / "whole").rename(folder / "out")
+    output = call("components", "--config-file", "config.yaml", "--workers", 1, folder=folder)
     assert output.count(" done ") >= 3
     with (folder / "out" / "components.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -272,7 +295,7 @@ def test_components_and_particle_lists(folder: Path) -> None:
 
 
 def test_convert(folder: Path) -> None:
-    output = call("convert", "data/TS_0.mrc", "TS_0.zarr", folder=folder)
+    output = call("convert", "data/TS_0.mrc", "TS_0.zarr", "--workers", 1, folder=folder)
     assert "24 × 20 × 22 (z, y, x), float32" in output and "intensities " in output
     with mrcfile.open(folder / "data" / "TS_0.mrc") as mrc:
         np.testing.assert_array_equal(zarr.open_array(folder / "TS_0.zarr", mode="r")[:], mrc.data)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import dask
 import pytest
 from distributed import Client
 
 from cryosiam_dask.cluster import DaskExecutor, Setup, ask, describe_devices, open_cluster
-from cryosiam_dask.errors import CryosiamDaskError, DeviceError, LostDeviceError, TomogramError
+from cryosiam_dask.errors import CryosiamDaskError, DeviceError, LostClusterError, LostDeviceError, TomogramError
 from cryosiam_dask.executor import Interrupted
 
 
@@ -267,6 +272,17 @@ def test_a_call_that_hangs_is_done_elsewhere(client: Client, tmp_path: Path) -> 
     client.wait_for_workers(2)
 
 
+def write_slowly(path: Path, number: int) -> None:
+    with path.open("a") as file:
+        file.write("begun\n")
+    time.sleep(4)
+
+
+def test_a_large_file_may_take_longer_than_a_block(client: Client, tmp_path: Path) -> None:
+    DaskExecutor(client, hang_seconds=1).map(partial(write_slowly, tmp_path / "calls"), [0], name="export")
+    assert (tmp_path / "calls").read_text() == "begun\n"
+
+
 def test_a_lost_device_costs_its_process_and_three_end_the_step(client: Client, tmp_path: Path) -> None:
     client.wait_for_workers(2)
     executor = DaskExecutor(client)
@@ -297,3 +313,94 @@ def test_a_drained_run_finishes_what_it_began(client: Client, tmp_path: Path) ->
     assert 3 <= len(arrived) < 200 and path.read_text().count("x") == len(arrived)
     with pytest.raises(Interrupted):
         executor.map(square, [1], name="square")
+
+
+def test_a_worker_whose_replacement_takes_long_is_not_given_up() -> None:
+    # As if it took longer than Dask waits.
+    with (
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "10 ms"}),
+        open_cluster("cpu", 1, dashboard_address="127.0.0.1:0") as client,
+    ):
+        (before,) = client.run(os.getpid).values()
+        os.kill(before, signal.SIGKILL)
+        assert set(DaskExecutor(client).map(process, range(4), name="process")) != {before}
+
+
+def test_what_cannot_be_recorded_ends_its_step_alone(client: Client) -> None:
+    def refuse_record(item: int, result: int) -> None:
+        raise OSError("disk full")
+
+    executor = DaskExecutor(client)
+    with pytest.raises(OSError, match="disk full"):
+        executor.map(square, range(1000), name="square", done=refuse_record)
+    assert executor.map(square, [3], name="square") == [9]
+    while executor._thread:  # which ends when nothing is left
+        time.sleep(0.01)
+    assert not executor._steps and not executor._flying
+
+
+def test_a_record_that_takes_long_keeps_no_other_tomogram_waiting(client: Client) -> None:
+    """One that waits for the other's calls to end would wait for ever if they were recorded where it is dispatched."""
+    executor, other = DaskExecutor(client), threading.Event()
+
+    def wait(item: int, result: int) -> None:
+        assert other.wait(60)
+
+    slow = threading.Thread(target=executor.map, args=(square, [1]), kwargs={"name": "slow", "done": wait})
+    slow.start()
+    assert executor.map(square, range(20), name="square") == [n * n for n in range(20)]
+    other.set()
+    slow.join()
+
+
+def modules(_: int) -> list[str]:
+    return sorted(sys.modules)
+
+
+@contextmanager
+def scheduler_and_worker(folder: Path, path: str = "") -> Iterator[tuple[Client, subprocess.Popen[bytes]]]:
+    """A scheduler and a worker, which alone looks for modules in `path`, as processes of their own."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
+    file, quiet = folder / "scheduler.json", {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    start = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--scheduler-file", str(file)]
+    start += ["--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0"]
+    scheduler = subprocess.Popen(start, env=environment, **quiet)
+    start = [sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file", str(file), "--no-dashboard"]
+    environment["PYTHONPATH"] += os.pathsep + path
+    worker = subprocess.Popen(start, env=environment, **quiet)
+    try:
+        while not file.exists() or not file.read_text():
+            assert scheduler.poll() is None
+            time.sleep(0.05)
+        with Client(scheduler_file=str(file), set_as_default=False, timeout=60) as joined:
+            joined.wait_for_workers(1, timeout=60)
+            yield joined, scheduler
+    finally:
+        for running in (worker, scheduler):
+            running.terminate()
+            running.wait()
+
+
+def test_the_scheduler_imports_nothing_of_what_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "class Item: pass\ndef call(item): return type(item).__name__\n"
+    (tmp_path / "far_away.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    far_away = importlib.import_module("far_away")
+    monkeypatch.undo()
+    with scheduler_and_worker(tmp_path, str(tmp_path)) as (joined, _):
+        assert DaskExecutor(joined).map(far_away.call, [far_away.Item()], name="call") == ["Item"]
+        assert not {"far_away", "torch", "zarr"} & set(joined.run_on_scheduler(modules, 0))
+
+
+def test_a_scheduler_that_answers_no_more_ends_the_run(tmp_path: Path) -> None:
+    with scheduler_and_worker(tmp_path) as (joined, scheduler):
+        executor = DaskExecutor(joined, hang_seconds=2)
+        assert executor.map(square, range(4), name="square") == [0, 1, 4, 9]
+        scheduler.send_signal(signal.SIGSTOP)
+        try:
+            with pytest.raises(
+                LostClusterError, match=r"tcp://127.*must stay.*no answer within 2 s.*what is done is kept"
+            ):
+                executor.map(square, range(4), name="square")
+        finally:
+            scheduler.send_signal(signal.SIGCONT)

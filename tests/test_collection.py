@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import checkpoints
 import pytest
+import yaml
 from distributed import Client
 from test_cli import call, start
 from test_pipeline import Listener, configure, write_tomogram
 
-from cryosiam_dask import ledger
+from cryosiam_dask import collection, ledger
 from cryosiam_dask.cluster import DaskExecutor, open_cluster
 from cryosiam_dask.collection import run
-from cryosiam_dask.errors import DeviceError, LostClusterError
+from cryosiam_dask.config import read_pipeline
+from cryosiam_dask.errors import DeviceError, LostClusterError, OutputError
 from cryosiam_dask.executor import SerialExecutor, SharedExecutor
+from cryosiam_dask.grid import block_size_for, make_grid
 from cryosiam_dask.ledger import VERSION, read_entries, read_outcomes
+from cryosiam_dask.pipeline import Outcome
 from cryosiam_dask.plan import RunPlan, plan_run
 
 STEMS = ("TS_0", "TS_1", "TS_2", "TS_3", "TS_4")
@@ -48,18 +54,18 @@ def folder(tmp_path: Path) -> Path:
 
 
 class Acting(SerialExecutor):
-    """Does something when three blocks have been predicted and recorded."""
+    """Does something when three blocks have been predicted and recorded, or so many calls of another step."""
 
-    def __init__(self, act: Callable[[SerialExecutor], object]) -> None:
+    def __init__(self, act: Callable[[SerialExecutor], object], step: str = "predict", count: int = 3) -> None:
         super().__init__()
-        self.act, self.predicted = act, 0
+        self.act, self.step, self.count, self.done = act, step, count, 0
 
     def map(self, function: Any, items: Any, *, name: str, overlap: bool = False, done: Any = None) -> list[Any]:
         def count(item: Any, result: Any) -> None:
             if done:
                 done(item, result)
-            self.predicted += name == "predict"
-            if name == "predict" and self.predicted == 3:
+            self.done += name == self.step
+            if name == self.step and self.done == self.count:
                 self.act(self)
 
         return super().map(function, items, name=name, overlap=overlap, done=count)
@@ -217,6 +223,64 @@ def test_what_was_done_before_devices_failed_is_kept(folder: Path, error: Except
     assert read_outcomes(folder / "out")["TS_0"]["status"] == "done"
 
 
+def pipeline(folder: Path, **common: Any) -> list[RunPlan]:
+    """The plans of a lamella model and, inside its masks, of the semantic one."""
+    checkpoints.write(folder / "lamella.ckpt", replace(checkpoints.SMALL, out_channels=1), seed=35)
+    values = {
+        "data_folder": str(folder / "data"),
+        "test_files": ["TS_0.mrc"],
+        **common,
+        "lamella": {
+            "prediction_folder": str(folder / "lamella"),
+            "trained_model": str(folder / "lamella.ckpt"),
+            "parameters": {"network": {"threshold": 0.4}},
+        },
+        "semantic": {"prediction_folder": str(folder / "out"), "trained_model": str(folder / "model.ckpt")},
+    }
+    (folder / "pipeline.yaml").write_text(yaml.safe_dump(values))
+    found = read_pipeline(folder / "pipeline.yaml")
+    return [plan_run(found[name], name=name, masks_to_come={"TS_0"} if name == "semantic" else ()) for name in found]
+
+
+def test_both_models_of_a_pipeline_may_have_one_work_folder(folder: Path) -> None:
+    outcomes = run(pipeline(folder, work_folder=str(folder / "work")), Listener())
+    assert [(outcome.stage, outcome.status, outcome.error) for outcome in outcomes] == [
+        ("lamella", "done", ""),
+        ("semantic", "done", ""),
+    ]
+    assert not list((folder / "work").rglob("TS_0*"))
+
+
+def test_what_is_made_of_outputs_is_stopped_shared_and_lost_like_all_else(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"test_files": [f"{stem}.mrc" for stem in STEMS[:4]], "preview": False}
+    run(plan(folder, **options), Listener())
+    missing = plan(folder, components=True, **options)
+    assert [job.stem for job in missing.unmeasured] == list(STEMS[:4])
+
+    def lose(executor: SerialExecutor) -> None:
+        raise LostClusterError("x")
+
+    with pytest.raises(LostClusterError):
+        run(missing, Listener(), executor=Acting(lose, step="export", count=1))
+    stop = threading.Event()
+    outcomes = run(missing, Listener(), executor=Acting(lambda _: stop.set(), step="export", count=1), stop=stop)
+    assert [outcome.status for outcome in outcomes] == ["skipped", "done", "left", "left"]
+
+    monkeypatch.setattr(collection, "_LOOK", 0.05)
+    found: list[list[Outcome]] = []
+    threads = [threading.Thread(target=lambda: found.append(run(missing, Listener()))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [{outcome.status for outcome in outcomes} <= {"done", "skipped"} for outcomes in found] == [True, True]
+    done = sorted(outcome.stem for outcomes in found for outcome in outcomes if outcome.status == "done")
+    assert done == list(STEMS[2:4])
+    assert not plan(folder, components=True, **options).unmeasured
+
+
 def test_two_runs_at_once_share_the_tomograms(folder: Path) -> None:
     plan(folder, components=True)
     arguments = ("semantic-predict", "--config-file", "config.yaml", "--device", "cpu", "--workers", 1)
@@ -231,3 +295,66 @@ def test_two_runs_at_once_share_the_tomograms(folder: Path) -> None:
     assert {values["status"] for values in read_outcomes(folder / "out").values()} == {"done"}
     assert sorted(p.name for p in (folder / "out" / ".ledger").iterdir()) == [f"{stem}.jsonl" for stem in STEMS]
     assert not list((folder / "out").glob("*.zarr")) and not list((folder / "out").glob(".TS*"))
+
+
+class Successor(Listener):
+    """A reporter that gives a tomogram back which another run had taken over."""
+
+    def __init__(self, claim: Path) -> None:
+        super().__init__()
+        self.claim = claim
+
+    def say(self, message: str) -> None:
+        super().say(message)
+        if "left to another run" in message:
+            self.claim.unlink()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_tomogram_that_was_taken_over_is_left_to_the_other_run(folder: Path, fails: bool) -> None:
+    run(plan(folder, test_files=["TS_0.mrc", "TS_1.mrc"]), Listener())
+    whole = contents(folder)
+    shutil.rmtree(folder / "out")
+    claim = folder / "out" / ".ledger" / "TS_0.claim"
+
+    def take_over(executor: SerialExecutor) -> None:
+        other = folder / "other"
+        other.write_text(json.dumps({"token": "x", "host": "elsewhere", "boot": "", "process": 1, "count": 1}))
+        other.replace(claim)
+        if fails:  # as a block does that finds the other's in its place
+            raise OutputError("only one run may write a block")
+
+    listener = Successor(claim)
+    outcomes = run(plan(folder, test_files=["TS_0.mrc", "TS_1.mrc"]), listener, executor=Acting(take_over))
+    assert [outcome.status for outcome in outcomes] == ["done", "done"]
+    told = [text for text in listener.messages if text.startswith(("TS_0: left to another run", "begin TS"))]
+    assert [text.split(":")[0] for text in told] == ["begin TS_0", "TS_0", "begin TS_1", "begin TS_0"]
+    assert contents(folder) == whole and any("blocks are there already" in text for text in listener.messages)
+
+
+class Counting(SerialExecutor):
+    """Takes itself for eight workers, and remembers how many blocks each tomogram has."""
+
+    workers = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks: list[int] = []
+
+    def map(self, function: Any, items: Any, *, name: str, overlap: bool = False, done: Any = None) -> list[Any]:
+        if name == "predict":
+            self.blocks.append(len(items))
+        return super().map(function, items, name=name, overlap=overlap, done=done)
+
+
+def test_only_the_last_tomograms_are_cut_into_pieces_for_all_workers(folder: Path) -> None:
+    shape, names = (16, 64, 64), [f"large_{i}.mrc" for i in range(3)]
+    for seed, name in enumerate(names):
+        write_tomogram(folder / "data" / name, seed, shape)
+    planned, executor = plan_run(configure(folder, block_size=64, test_files=names)), Counting()
+    outcomes = run(planned, Listener(), executor=executor)
+    sizes = [block_size_for(shape, planned.patch, 64, workers) for workers in (3, 4, 8)]
+    assert executor.blocks == [len(make_grid(shape, planned.patch, size).indices()) for size in sizes]
+    assert executor.blocks[0] < executor.blocks[-1]
+    shutil.rmtree(folder / "out")
+    assert [o.voxels for o in run(plan(folder, test_files=names), Listener())] == [o.voxels for o in outcomes]

@@ -141,6 +141,8 @@ def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
         ("- a\n- b", "must be a mapping of keys to values; found list"),
         (MINIMAL + "data_folder: again", "line 4: .*the key 'data_folder' stands twice"),
         ("? [a, b]\n: c", "YAML"),
+        ("data_folder: 2024-13-45", "must be a YAML file; found a date that is none"),
+        ("[" * 5000, "must be a YAML file; found lists within lists without end"),
         ("a: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
     ],
 )

@@ -98,6 +98,8 @@ def test_what_a_biologist_wants_to_know(folder: Path) -> None:
     assert tomogram.outputs == (folder / "out" / "TS_1_preds.h5",) and not tomogram.warnings
     grid = make_grid(SHAPE, (16, 16, 16), 24)
     assert tomogram.blocks == len(grid.indices()) and tomogram.patches == grid.patch_count
+    shapes = [tuple(part.stop - part.start for part in block.region) for block in grid]
+    assert tomogram.block_shape == tuple(map(max, zip(*shapes, strict=True)))
     assert tomogram.mask is not None and tomogram.mask.exact
     assert tomogram.mask.coverage == 10 / SHAPE[0]
     assert tomogram.mask.blocks_ruled_out == sum(block.region[0].start >= 10 for block in grid)

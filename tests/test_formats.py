@@ -363,6 +363,20 @@ def test_predictions_of_cryosiam_itself_are_exported(folder: Path, dtype: str) -
         np.testing.assert_allclose(mrc.voxel_size.tolist(), SIZE[::-1], rtol=1e-6)
 
 
+def test_formats_of_cryosiams_own_predictions_follow_their_labels(folder: Path) -> None:
+    """Without a fingerprint nothing tells one set of labels from another: what was just made is not outdated."""
+    of_cryosiam(folder, np.random.default_rng(3).integers(0, 3, SHAPE).astype(np.uint8))
+    sizes = {"network": {"postprocessing_sizes": [-1, 10**6, -1]}}
+    configuration = configure(folder, output_formats=BOTH, parameters=sizes)
+    (outcome,) = postprocess(configuration, find_predictions(configuration, sizes=True), Listener())
+    assert outcome.status == "done" and not any("removed" in warning for warning in outcome.warnings)
+    labels = stored_labels(folder)
+    assert set(np.unique(labels)) == {0, 2}
+    np.testing.assert_array_equal(segmentation(folder / "out" / f"{STEM}.ome.zarr"), labels)
+    with mrcfile.open(folder / "out" / f"{STEM}_labels.mrc") as mrc:
+        np.testing.assert_array_equal(mrc.data, labels)
+
+
 def failure(folder: Path, **keys: Any) -> str:
     configuration = configure(folder, **keys)
     (outcome,) = export(configuration, find_predictions(configuration), Listener(), formats=["ome-zarr"])
@@ -395,6 +409,31 @@ def test_outputs_of_other_programs_are_left_alone(folder: Path) -> None:
     assert not formats_done(configuration, STEM, "any", ())
     (folder / "out" / f"{STEM}_labels.mrc").write_bytes(b"no MRC")
     assert read_mrc_fingerprint(folder / "out" / f"{STEM}_labels.mrc") is None
+
+
+@pytest.mark.parametrize("made_by", ["another program", "convert"])
+def test_what_is_no_prediction_is_neither_replaced_nor_removed(folder: Path, made_by: str) -> None:
+    (folder / "out").mkdir()
+    image, manual = folder / "out" / f"{STEM}.ome.zarr", folder / "out" / f"{STEM}_labels.mrc"
+    if made_by == "convert":
+        as_ome_zarr(folder / "out", folder / "data" / f"{STEM}.mrc", STEM)
+    else:
+        zarr.create_group(image).create_array("0", data=voxels())
+    shutil.copy(folder / "data" / f"{STEM}.mrc", manual)
+    before = {path: path.read_bytes() for path in (*image.rglob("*"), manual) if path.is_file()}
+    with pytest.raises(Problems) as error:
+        plan_run(configure(folder, output_formats=BOTH))
+    assert [problem.place for problem in error.value.problems] == [str(image), str(manual)]
+    assert "--overwrite" in str(error.value)
+    (outcome,) = segment(configure(folder))
+    assert (outcome.status, outcome.error) == ("done", "")
+    configuration = configure(folder)
+    (outcome,) = export(configuration, find_predictions(configuration), Listener(), formats=["mrc"])
+    assert f"{manual}: an export must not replace what was not made from a prediction" in outcome.error
+    assert {path: path.read_bytes() for path in before} == before
+    (outcome,) = segment(configure(folder, output_formats=BOTH), overwrite=True)
+    assert (outcome.status, outcome.error) == ("done", "")
+    np.testing.assert_array_equal(segmentation(image), stored_labels(folder))
 
 
 # ---------------------------------------------------------------------------------------------------------- class names
@@ -435,7 +474,7 @@ def test_export_command(folder: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"a format other than HDF5; found \['hdf5'\]\. Add 'ome-zarr'"):
         export_predictions(folder / "config.yaml", Console(quiet=True))
     call("export", "--config-file", "config.yaml", "--format", "mrc", "--format", "ome-zarr", folder=folder)
-    assert names(folder / "out") == [f"{STEM}.ome.zarr", f"{STEM}_labels.mrc", f"{STEM}_preds.h5"]
+    assert names(folder / "out") == [f"{STEM}.ome.zarr", f"{STEM}_labels.mrc", f"{STEM}_preds.h5", "logs"]
 
 
 def test_convert_command(folder: Path) -> None:

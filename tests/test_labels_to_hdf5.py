@@ -314,3 +314,32 @@ def test_a_target_that_is_a_folder(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="found Is a directory"):
         write_hdf5(tmp_path / "x.h5", random_labels((4, 4)), attributes={})
     assert names(tmp_path) == ["x.h5"]
+
+
+class Overtaken:
+    """Labels of which another process writes the whole file, from others, while they are read for the last time."""
+
+    shape, dtype = (4, 256, 512), np.dtype(np.uint8)
+
+    def __init__(self, write_other: Any, last: int) -> None:
+        self.write_other, self.last, self.reads = write_other, last, 0
+
+    def __getitem__(self, region: Any) -> np.ndarray:
+        self.reads += 1
+        if self.reads == self.last:
+            self.write_other()
+        return np.ones(self.shape, np.uint8)[region]
+
+
+@pytest.mark.parametrize(("writer", "last"), [(write_hdf5, 1), (write_mrc, 4)])
+def test_a_writer_that_was_overtaken_does_not_touch_the_other_ones_file(tmp_path: Path, writer: Any, last: int) -> None:
+    """As a worker that hung and goes on, when another one has been given its work."""
+    path, options = tmp_path / "x.out", {"attributes": {}} if writer is write_hdf5 else {}
+    writer(tmp_path / "expected", random_labels(Overtaken.shape), **options)
+    (tmp_path / ".x.out.0123.part").write_bytes(b"left over from a process that was killed")
+    overtaken = Overtaken(lambda: writer(path, random_labels(Overtaken.shape), **options), last)
+    with pytest.raises(OutputError):
+        writer(path, overtaken, **options)
+    assert overtaken.reads >= last
+    assert path.read_bytes() == (tmp_path / "expected").read_bytes()
+    assert names(tmp_path) == ["expected", "x.out"]

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cryosiam_dask import ledger
 from cryosiam_dask.ledger import (
     VERSION,
     Claims,
@@ -27,6 +28,7 @@ from cryosiam_dask.ledger import (
     process_is_gone,
     read_entries,
     read_outcomes,
+    sweep,
 )
 
 FIRST = {"what": "ledger", "version": VERSION}
@@ -55,6 +57,13 @@ def test_what_is_appended_is_read_by_the_next(tmp_path: Path) -> None:
     ledger.append("blocks", key="other", block_size=8)
     ledger.append("block", index=(1, 2, 3))
     assert Ledger(tmp_path, "TS_1").since("block", "blocks") == [{"what": "block", "index": [1, 2, 3]}]
+
+
+def test_a_ledger_that_cannot_be_read_says_so(tmp_path: Path) -> None:
+    write(tmp_path).unlink()
+    (tmp_path / ".ledger" / "TS_1.jsonl").mkdir()
+    assert read_entries(tmp_path, "TS_1") == ([], "cannot be read (Is a directory)")
+    assert read_outcomes(tmp_path) == {}
 
 
 def test_whatever_was_cut_off_the_rest_counts_and_goes_on(tmp_path: Path) -> None:
@@ -136,19 +145,38 @@ def until(condition: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.02)
 
 
-def test_one_holds_a_claim_and_gives_it_back(tmp_path: Path) -> None:
+class Clock:
+    """Takes the place of the module `time` for claims: it goes as the test says, however busy the machine is."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(ledger, "time", clock)
+    return clock
+
+
+def test_one_holds_a_claim_and_gives_it_back(tmp_path: Path, clock: Clock) -> None:
     path = claim_path(tmp_path, "TS_1")
-    with open_claims(0.02, 0.2) as one, open_claims(0.02, 0.2) as other:
+    with open_claims(0.02, 100) as one, open_claims(0.02, 100) as other:
         assert one.take(path) and not other.take(path)
         assert one.holds(path) and not other.holds(path)
-        content = path.read_bytes()
-        until(lambda: path.read_bytes() != content)
         other.release(path)  # what is not one's own
         assert one.holds(path)
-        end = time.monotonic() + 0.6
-        while time.monotonic() < end:  # longer than the patience, for it counts
+        for _ in range(5):  # longer than the patience, for it counts
+            content = path.read_bytes()
+            until(lambda content=content: path.read_bytes() != content)
+            clock.now += 99
             assert not other.take(path)
-            time.sleep(0.02)
         one.release(path)
         assert other.take(path) and not one.take(path)
     assert list(path.parent.iterdir()) == []
@@ -172,22 +200,22 @@ def test_a_claim_of_a_process_that_was_killed_is_taken_at_once(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("drift", [-1e6, 0.0, 1e6])
-def test_another_machines_claim_is_taken_once_it_counts_no_more(tmp_path: Path, drift: float) -> None:
+def test_another_machines_claim_is_taken_once_it_counts_no_more(tmp_path: Path, drift: float, clock: Clock) -> None:
     path = claim_path(tmp_path, "TS_1")
     with open_claims(1000) as holder:
         holder.take(path)
         # A process number that is free here says nothing of another machine.
         edit(path, host="elsewhere", process=2**22 - 1)
         assert not process_is_gone(path.read_bytes())
-        with open_claims(1000, patience=0.3) as watcher:
+        with open_claims(1000, patience=100) as watcher:
             for count in range(20):
                 edit(path, count=count)
                 os.utime(path, (time.time() + drift,) * 2)  # clocks need not agree
                 assert not watcher.take(path)
-                time.sleep(0.03)
-            began = time.monotonic()
-            until(lambda: watcher.take(path))
-            assert time.monotonic() - began > 0.25 and watcher.holds(path) and not holder.holds(path)
+                clock.now += 99
+                assert not watcher.take(path)
+            clock.now += 2
+            assert watcher.take(path) and watcher.holds(path) and not holder.holds(path)
             holder.release(path)
             assert watcher.holds(path)
 
@@ -233,3 +261,78 @@ def test_of_many_one_gets_what_was_abandoned(tmp_path: Path) -> None:
     won = [sum(results[i * many : (i + 1) * many]) for i in range(rounds)]
     assert won == [1] * rounds
     assert list(path.parent.iterdir()) == []
+
+
+def hold(path: Path, connection: Any) -> None:
+    """Take a claim, and tell at every question whether it is still kept."""
+    claims = Claims(0.05, 1000)
+    connection.send(claims.take(path))
+    while connection.recv():
+        connection.send((claims.keeps(path), claims.holds(path)))
+    claims.close()
+
+
+def test_a_holder_that_stood_still_leaves_its_claim_to_its_successor(tmp_path: Path) -> None:
+    path, context = claim_path(tmp_path, "TS_1"), multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=hold, args=(path, theirs))
+    process.start()
+    assert ours.recv()
+    ours.send(True)
+    assert ours.recv() == (True, True)
+    os.kill(process.pid or 0, signal.SIGSTOP)
+    with open_claims(0.05, 0.5) as claims:
+        until(lambda: claims.take(path))
+        os.kill(process.pid or 0, signal.SIGCONT)
+
+        def answer() -> tuple[bool, bool]:
+            ours.send(True)
+            found: tuple[bool, bool] = ours.recv()
+            return found
+
+        until(lambda: answer() == (False, False))
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:  # ten of its counts
+            assert claims.holds(path) and claims.keeps(path)
+            time.sleep(0.02)
+        ours.send(False)
+        process.join()
+        assert process.exitcode == 0 and claims.holds(path)
+    assert list(path.parent.iterdir()) == []
+
+
+def write_for_ever(folder: Path) -> None:
+    """Count on in a claim, and replace a ledger."""
+    claims, ledger = Claims(1e-5), Ledger(folder, "TS_1")
+    claims.take(claim_path(folder, "TS_1"))
+    while True:
+        ledger.close(status="done")
+
+
+def test_what_processes_left_that_were_killed_amid_a_replacement_is_removed(tmp_path: Path) -> None:
+    context, found = multiprocessing.get_context("fork"), set[Path]()
+    while not (any("claim." in path.name for path in found) and any(".jsonl." in path.name for path in found)):
+        process = context.Process(target=write_for_ever, args=(tmp_path,))
+        process.start()
+        until((tmp_path / ".ledger" / "TS_1.claim").exists)
+        time.sleep(0.02)
+        process.kill()
+        process.join()
+        found = {p for p in (tmp_path / ".ledger").iterdir() if p.name not in ("TS_1.claim", "TS_1.jsonl")}
+    whole = (tmp_path / ".ledger" / "TS_1.jsonl").read_bytes()
+    with open_claims() as claims:
+        # A living process may be about to put such a file in its place.
+        fresh = tmp_path / ".ledger" / f"TS_2.claim.{'0' * 32}"
+        fresh.write_bytes(claims._content())
+        for path in (fresh, *found):  # an hour old are those that say nothing of their process
+            if ".jsonl." in path.name:
+                os.utime(path, (time.time() - 4000,) * 2)
+        right = tmp_path / ".ledger" / "TS_3.claim.0123abcd"
+        os.link(tmp_path / ".ledger" / "TS_1.claim", right)
+        sweep(tmp_path, claims)
+        assert sorted(p.name for p in fresh.parent.iterdir()) == ["TS_1.claim", "TS_1.jsonl", fresh.name]
+        (fresh.parent / f".TS_2.jsonl.{'0' * 32}").touch()
+        sweep(tmp_path, claims)
+        assert len(list(fresh.parent.iterdir())) == 4  # it is young
+    assert (tmp_path / ".ledger" / "TS_1.jsonl").read_bytes() == whole
+    sweep(tmp_path / "none", claims)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from cryosiam_dask.config import STAGES
 from cryosiam_dask.errors import Problems
 from cryosiam_dask.look import show_file, show_plan
 
@@ -94,6 +97,59 @@ def test_plan_of_a_configuration_that_cannot_be_read(folder: Path) -> None:
     assert not show_plan(folder / "nowhere.yaml", Console(file=file), as_json=True)
     (problem,) = json.loads(file.getvalue())["problems"]
     assert "nowhere.yaml: the configuration file must be readable" in problem
+
+
+@pytest.fixture
+def pipeline(folder: Path) -> Path:
+    """``pipeline.yaml`` of two models for the tomograms of `folder`."""
+    for name, classes in (("lamella", 1), ("semantic", 3)):
+        checkpoints.write(folder / f"{name}.ckpt", replace(checkpoints.SMALL, out_channels=classes), seed=3)
+    stages = {name: {"prediction_folder": f"out/{name}", "trained_model": f"{name}.ckpt"} for name in STAGES}
+    (folder / "pipeline.yaml").write_text(yaml.safe_dump({"data_folder": "data", **stages}))
+    return folder
+
+
+def test_plan_of_a_pipeline(pipeline: Path) -> None:
+    before = sorted(pipeline.rglob("*"))
+    done = call("plan", "--config-file", "pipeline.yaml")
+    assert sorted(pipeline.rglob("*")) == before
+    assert "masks that this run makes before" in done.stdout and "made before" in done.stdout and not done.stderr
+    assert "writes, TS_1: out/lamella/TS_1_preds.h5, out/lamella/TS_1_preview.png" in done.stdout
+    assert "writes, TS_1: out/semantic/TS_1_preds.h5, out/semantic/TS_1_preview.png" in done.stdout
+    assert "no mask_folder is set" not in done.stdout
+    values = json.loads(printed(show_plan, pipeline / "pipeline.yaml", as_json=True))
+    lamella, semantic = (values["stages"][name] for name in STAGES)
+    assert (lamella["classes"], semantic["classes"]) == (1, 3) and values["problems"] == []
+    assert [t["mask_to_come"] for t in lamella["tomograms"]] == [False, False]
+    assert [t["mask_to_come"] for t in semantic["tomograms"]] == [True, True]
+    # The tomogram is converted once, for both.
+    first, second = (stage["tomograms"][0]["work_bytes"] for stage in (lamella, semantic))
+    assert second - first == 4 * math.prod(SHAPE)
+    (disk,) = values["disks"]
+    every = [t for stage in (lamella, semantic) for t in stage["tomograms"]]
+    assert disk["needed_bytes"] == sum(t["work_bytes"] + t["output_bytes"] for t in every)
+    assert disk["folders"] == ["out/lamella", "out/semantic"]
+    # What the disk is said to take is what a run takes at most.
+    call("run", "--config-file", "pipeline.yaml", "--workers", 1)
+    for t in every:
+        taken = sum(Path(path).stat().st_size for path in (*t["outputs"], t["preview"]))
+        assert taken < t["output_bytes"] + 20_000  # attributes
+    again = json.loads(printed(show_plan, pipeline / "pipeline.yaml", as_json=True))
+    assert {t["action"] for stage in again["stages"].values() for t in stage["tomograms"]} == {"skip"}
+
+
+def test_plan_of_a_pipeline_lists_all_that_stands_in_its_way_once(pipeline: Path) -> None:
+    (pipeline / "data" / "TS_1.mrc").write_bytes(b"\0" * 2000)
+    done = call("plan", "--config-file", "pipeline.yaml", status=2)
+    assert done.stderr.count("error: ") == 1 and done.stderr.startswith("error: data/TS_1.mrc: ")
+    (pipeline / "semantic.ckpt").write_bytes(b"PK nothing")
+    values = yaml.safe_load((pipeline / "pipeline.yaml").read_text())
+    values["lamella"]["parameters"] = {"network": {"spatial_dims": 2}}
+    (pipeline / "pipeline.yaml").write_text(yaml.safe_dump(values))
+    problems = json.loads(printed(show_plan, pipeline / "pipeline.yaml", as_json=True))["problems"]
+    # Nothing of the masks that would have come.
+    assert [word in problems[i] for i, word in enumerate(("spatial_dims", "TS_1.mrc", "semantic.ckpt"))] == [True] * 3
+    assert len(problems) == 3
 
 
 def test_info_by_its_entry_point(folder: Path) -> None:

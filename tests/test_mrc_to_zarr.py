@@ -289,6 +289,7 @@ def test_sections_of_space_group_0_are_a_volume(tmp_path: Path) -> None:
             "voxel size along z reads as 500 Å (cell 500 Å, 1 samples)",
         ),
         ({"mz": 1, "cella": (70, 60, 10)}, (10, 10, 10), None),
+        ({"mz": 1, "cella": (70, 60, 50)}, (None, 10, 10), "voxel size along z is not told by the header (cell 50 Å"),
     ],
 )
 def test_voxel_size(

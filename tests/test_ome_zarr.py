@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import doctest
+import json
 import pickle
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -207,23 +211,43 @@ def test_chunks_and_shards(tmp_path: Path) -> None:
     assert sum(file.is_file() for file in (tmp_path / "x.ome.zarr" / "0" / "c").rglob("*")) == 6
 
 
+@pytest.mark.skipif(
+    find_spec("napari_ome_zarr") is None, reason="needs napari's reader: pip install -c constraints.txt napari-ome-zarr"
+)
 def test_napari_opens_it_in_its_place(tmp_path: Path) -> None:
-    """With napari's own reader, where that is installed; it needs no screen."""
-    reader = pytest.importorskip(
-        "napari_ome_zarr", reason="napari-ome-zarr is not installed: its pydantic is not the one of constraints.txt"
-    )
+    """With napari's own reader, which needs no screen; in a process of its own, as it warns of its libraries."""
     tomogram, labels = pair()
+    path = tmp_path / "x.ome.zarr"
     write_ome_zarr(
-        tmp_path / "x.ome.zarr", tomogram, labels, class_names=NAMES, voxel_size_angstrom=(12, 10, 8),
-        position_angstrom=(1, 2, 3),
-    )  # fmt: skip
-    image, label = reader.napari_get_reader(str(tmp_path / "x.ome.zarr"))(str(tmp_path / "x.ome.zarr"))
-    np.testing.assert_array_equal(image[0][0], tomogram)
-    np.testing.assert_array_equal(label[0][0], labels)
-    assert (image[2], label[2]) == ("image", "labels")
-    assert list(image[1]["scale"]) == list(label[1]["scale"]) == [12, 10, 8]
-    np.testing.assert_allclose(label[1]["colormap"][2], [*np.array(COLOURS[1]) / 255, 1])
-    assert label[1]["properties"]["class"] == list(NAMES)
+        path, tomogram, labels, class_names=NAMES, voxel_size_angstrom=(12, 10, 8), position_angstrom=(1, 2, 3)
+    )
+    code = f"""
+import json, numpy as np
+from napari_ome_zarr import napari_get_reader
+
+def place(layer):  # of its first and last voxel, as napari puts layers
+    corners = np.array([[0, 0, 0], np.array(layer[0][0].shape) - 1]) * layer[1]["scale"] + layer[1].get("translate", 0)
+    matrix = np.asarray(layer[1]["affine"].affine_matrix)
+    return (corners @ matrix[:3, :3].T + matrix[:3, 3]).tolist()
+
+layers = image, label = napari_get_reader({str(path)!r})({str(path)!r})
+np.savez({str(tmp_path / "read.npz")!r}, image=np.asarray(image[0][0]), label=np.asarray(label[0][0]))
+kept = [[layer[2], list(layer[1]["scale"]), place(layer)] for layer in layers]
+print("\\n" + json.dumps([*kept, list(label[1]["colormap"][2]), label[1]["properties"]["class"]]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *layers, colour, names = json.loads(done.stdout.splitlines()[-1])
+    assert [(kind, scale) for kind, scale, _ in layers] == [("image", [12, 10, 8]), ("labels", [12, 10, 8])]
+    # Version 0.10 of the reader leaves translations out, of the image and of its labels alike.
+    first, last = np.array(layers[0][2])
+    assert layers[0][2] == layers[1][2] and first.tolist() in ([0, 0, 0], [1, 2, 3])
+    np.testing.assert_allclose(last - first, (np.array(tomogram.shape) - 1) * (12, 10, 8))
+    np.testing.assert_allclose(colour, [*np.array(COLOURS[1]) / 255, 1])
+    assert names == list(NAMES)
+    with np.load(tmp_path / "read.npz") as read:
+        np.testing.assert_array_equal(read["image"], tomogram)
+        np.testing.assert_array_equal(read["label"], labels)
 
 
 # ----------------------------------------------------------------------------------------------- faults, and executors

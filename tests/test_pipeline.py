@@ -401,6 +401,17 @@ def test_pictures_follow_the_labels(folder: Path) -> None:
     assert not any(outcome.warnings for outcome in outcomes.values())
 
 
+def test_no_file_elsewhere_is_read_because_a_prediction_names_it(folder: Path) -> None:
+    segment(configure(folder), filename="TS_1.mrc")
+    (folder / "TS_1.mrc").write_bytes(b"no tomogram")
+    for path in ("../TS_1.mrc", str(folder / "TS_1.mrc")):
+        with h5py.File(folder / "out" / "TS_1_preds.h5", "r+") as file:
+            file.attrs["source"] = path
+        sizes = [-1, 10**6 + len(path), -1]
+        (outcome,) = postprocess(configure(folder, {"postprocessing_sizes": sizes}), "TS_1.mrc")
+        assert (outcome.warnings, len(set(fingerprints(folder)))) == ((), 1)
+
+
 def test_a_picture_that_cannot_be_written_fails_no_tomogram(folder: Path) -> None:
     (folder / "out" / "TS_1_preview.png").mkdir(parents=True)
     outcomes = segment(configure(folder))

@@ -387,6 +387,26 @@ def test_threads_of_one_process_do_not_disturb_each_other(spec):
         np.testing.assert_array_equal(np.concatenate([found[i][name] for i in range(6)]), values)
 
 
+def test_two_networks_of_one_process_take_turns(tmp_path, spec):
+    """As in a pipeline, whose workers have memory and a core for one of them at a time."""
+    other = make_spec(checkpoints.write(tmp_path / "lamella.ckpt", replace(SMALL, out_channels=1)))
+    predictors, together, worked = [Predictor(spec), Predictor(other)], threading.Barrier(2), []
+    whole = tuple(slice(0, size) for size in spec.patch)
+    window = np.zeros(spec.patch, np.float32)
+
+    def predict(predictor):
+        together.wait()
+        worked.append(predictor.predict_block(window, [Patch(whole, whole, whole)] * 64, spec.patch, ["labels"])[1])
+
+    threads = [threading.Thread(target=predict, args=(predictor,)) for predictor in predictors]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    first, second = sorted(worked)
+    assert first[1] <= second[0]
+
+
 def test_a_checkpoint_that_changed_is_refused(tmp_path):
     path = checkpoints.write(tmp_path / "model.ckpt")
     spec = make_spec(path)

@@ -170,6 +170,28 @@ def test_predictions_of_other_programs_are_counted(tmp_path: Path) -> None:
         assert "failed" in page.rows[name][2] and words in page.rows[name][2]
 
 
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"voxel_size_angstrom": 5.0},
+        {"voxel_size_angstrom": "ten"},
+        {"voxel_size_angstrom": ["a", "b", "c"]},
+        {"voxel_size_angstrom": [1.5, 2.5]},
+        {"class_names": 7},
+        {"class_names": "actin"},
+        {"warnings": [1, 2]},
+        {"voxels": [0.5, 2.5]},
+    ],
+)
+def test_what_other_programs_mean_by_our_words_spoils_no_page(tmp_path: Path, attributes: dict[str, Any]) -> None:
+    configuration, labels = configure(tmp_path), make_labels(3)
+    write(tmp_path, "a", labels)
+    with h5py.File(tmp_path / "out" / "a_preds.h5", "r+") as file:
+        file.attrs.update(attributes)
+    page = Page(write_report(configuration))
+    assert page.rows["a"][5:7] == [f"{100 * (labels == label).mean():.2g} %" for label in (1, 2)]
+
+
 def test_what_the_run_knows_is_put_to_what_the_files_tell(tmp_path: Path) -> None:
     configuration = configure(tmp_path)
     write(tmp_path, "warned", make_labels(0), warnings="3 voxels are NaN\nlook here")

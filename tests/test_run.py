@@ -152,7 +152,7 @@ def test_a_scheduler_that_goes_away_leaves_what_was_done(tmp_path: Path, cluster
         update={key: tmp_path / values[key] for key in ("data_folder", "prediction_folder")}
     ))  # fmt: skip
     assert [(state.state, state.blocks > 0) for state in found] == [("stopped", True)]
-    output = call("semantic-predict", "--config-file", "config.yaml", folder=tmp_path)
+    output = call("semantic-predict", "--config-file", "config.yaml", "--workers", 1, folder=tmp_path)
     assert " blocks are there already" in output and (tmp_path / "out" / "TS_preds.h5").exists()
 
 
@@ -202,7 +202,10 @@ def test_status_tells_states_and_time_left(tmp_path: Path) -> None:
     Ledger(out, "c").close(status="failed", seconds=1.0, error="c.mrc: is broken.", run="r")
     running = Ledger(out, "d")
     running.append("store", token="t")
-    running.append("block", index=[0, 0, 0])
+    for key, count in (("of other settings", 3), ("now", 1)):
+        running.append("blocks", key=key)
+        for i in range(count):
+            running.append("block", index=[0, 0, i])
     (out / ".ledger" / "d.claim").write_text(json.dumps({"host": "node7", "boot": "x", "process": 12, "token": "t"}))
     stopped = Ledger(out, "e")
     stopped.append("store", token="t")

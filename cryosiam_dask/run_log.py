@@ -1,0 +1,187 @@
+"""A log file for every run, beside its outputs: what the user was told, and what a developer asks for.
+
+``<prediction_folder>/logs/<time>_<command>_<process>.log`` holds versions, settings, devices, every step, every warning
+(also those that Python's libraries raise, here or in the workers) and every error with its traceback, which the user
+does not see. No file is ever written twice.
+
+* Each line goes to the kernel at once: a run that was killed leaves everything until then.
+* A file stops growing at `LARGEST` bytes, the last part of which is kept for warnings and errors.
+* A disk that takes no log is no reason for a run to fail.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import wraps
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from rich.console import Console
+
+from cryosiam_dask.errors import CryosiamDaskError
+
+FOLDER = "logs"
+LARGEST, RESERVED = 16 * 2**20, 2 * 2**20  # bytes of a file, and of these for warnings and errors alone
+_LONGEST = 2**16  # characters of an entry
+
+LOG = logging.getLogger("cryosiam_dask")
+LOG.addHandler(logging.NullHandler())  # a library is silent
+#: Of records that the user has read already, for ``--verbose``: ``LOG.info("…", extra=TOLD)``.
+TOLD = {"told": True}
+#: What is logged: our own words, and Python's warnings.
+_LOGGERS = (LOG, logging.getLogger("py.warnings"))
+# Names of files may hold what a terminal would obey.
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\t\n"}
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class LogFile(logging.Handler):
+    """Writes records to a new file, as far as there is room.
+
+    Parameters
+    ----------
+    path
+        A file that does not exist.
+    largest, reserved
+        See `LARGEST` and `RESERVED`.
+
+    Raises
+    ------
+    OSError
+        If it exists or cannot be made.
+    """
+
+    def __init__(self, path: Path, largest: int = LARGEST, reserved: int = RESERVED) -> None:
+        super().__init__()
+        self.path, self._left, self._reserved, self._full = path, largest, reserved, False
+        self._file = path.open("xb", buffering=0)
+        self.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler`."""
+        with suppress(Exception):  # of a full disk the tomograms speak
+            line = self.format(record).encode("utf-8", "backslashreplace") + b"\n"
+            reserved = 0 if record.levelno >= logging.WARNING else self._reserved
+            if len(line) <= self._left - reserved:
+                self._left -= self._file.write(line)
+            elif not self._full:
+                self._full = True
+                self._file.write(b"this log is full: only warnings and errors follow, as far as there is room\n")
+
+    def close(self) -> None:
+        """See `logging.Handler`."""
+        self._file.close()
+        super().close()
+
+
+class _Formatter(logging.Formatter):
+    """One entry begins at the beginning of a line, and what belongs to it is indented."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record).translate(_CONTROLS).rstrip("\n")
+        if len(text) > _LONGEST:
+            text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+        return text.replace("\n", "\n    ")
+
+
+def begin_logs(folders: Iterable[Path], command: str) -> list[Path]:
+    """Begin a log file in each of some folders; they end with the function that is `logged`.
+
+    Parameters
+    ----------
+    folders
+        Prediction folders, which exist. A file that cannot be made is left out.
+    command
+        What runs; a part of the files' names.
+
+    Returns
+    -------
+    list of Path
+        The files.
+    """
+    paths = []
+    name = f"{time.strftime('%Y%m%dT%H%M%S')}_{command}_{socket.gethostname()}_{os.getpid()}"
+    for folder in dict.fromkeys(folders):
+        for again in ("", *(f"_{number}" for number in range(2, 100))):
+            try:
+                (folder / FOLDER).mkdir(exist_ok=True)
+                handler = LogFile(folder / FOLDER / f"{name}{again}.log")
+            except FileExistsError:
+                continue
+            except OSError:
+                break
+            for logger in _LOGGERS:
+                logger.addHandler(handler)
+            paths.append(handler.path)
+            break
+    if paths:
+        LOG.setLevel(logging.DEBUG)
+        logging.captureWarnings(True)
+    return paths
+
+
+def logged(function: Callable[P, R]) -> Callable[P, R]:
+    """Let the logs that a function begins end with it, whatever it ends with."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _ending():
+            return function(*args, **kwargs)
+
+    return call
+
+
+@contextmanager
+def _ending() -> Iterator[None]:
+    before, level = list(LOG.handlers), LOG.level
+    try:
+        yield
+    except BaseException as error:
+        foreseen = isinstance(error, CryosiamDaskError | KeyboardInterrupt)
+        LOG.error("ended by %s", str(error) or type(error).__name__, exc_info=error, extra=TOLD)
+        paths = [handler.path for handler in LOG.handlers if isinstance(handler, LogFile) and handler not in before]
+        if paths and not foreseen:
+            error.add_note(f"{_NOTE}{paths[-1]}")
+        raise
+    finally:
+        for handler in [handler for handler in LOG.handlers if handler not in before]:
+            for logger in _LOGGERS:
+                logger.removeHandler(handler)
+            handler.close()
+            logging.captureWarnings(False)
+        LOG.setLevel(level)
+
+
+_NOTE = "the traceback is in "
+
+
+def traceback_file(error: BaseException) -> str | None:
+    """The log that holds the traceback of an error which nobody foresaw, if one does."""
+    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(_NOTE)]
+    return notes[-1].removeprefix(_NOTE) if notes else None
+
+
+def latest_log(folder: Path) -> Path | None:
+    """The log of the latest run on a prediction folder, if there is one."""
+    return max((folder / FOLDER).glob("*.log"), key=lambda path: (path.name.split("_")[0], path.name), default=None)
+
+
+def print_log(console: Console) -> None:
+    """Also print, as long as this process lives, what is logged and not told otherwise: versions, tracebacks …"""
+    handler = logging.Handler()
+    handler.setFormatter(_Formatter("%(message)s"))
+
+    def emit(record: logging.LogRecord) -> None:
+        if not getattr(record, "told", False):
+            console.print(handler.format(record), markup=False, highlight=False, soft_wrap=True)
+
+    handler.emit = emit  # type: ignore[method-assign]
+    for logger in _LOGGERS:
+        logger.addHandler(handler)

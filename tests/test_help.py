@@ -1,0 +1,66 @@
+"""What helps at the keyboard: examples that are commands, and completion in a shell."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from cryosiam_dask.cli import app
+
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+RUNS = {"semantic-predict", "run", "semantic-postprocess", "components", "semantic-to-centers", "export"}
+COMPLETE = """
+eval "$(cryosiam-dask --show-completion bash)"
+COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
+_cryosiam_dask_completion cryosiam-dask
+printf '%s\\n' "${COMPREPLY[@]}"
+complete -p cryosiam-dask
+"""
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_examples_that_are_commands(name: str) -> None:
+    examples = re.findall(r"^\s*Example: cryosiam-dask (.*)$", COMMANDS[name].help, re.MULTILINE)
+    assert examples
+    for example in examples:
+        first, *arguments = shlex.split(example.split(" > ")[0])
+        assert first == name
+        COMMANDS[name].make_context(name, arguments)  # fails of whatever the command does not know
+
+
+def test_what_runs_can_be_quiet_and_what_tells_can_be_json() -> None:
+    options = {name: {o for p in command.params for o in p.opts} for name, command in COMMANDS.items()}
+    assert {name for name, found in options.items() if {"--quiet", "--verbose"} <= found} == RUNS | {"demo"}
+    assert {name for name, found in options.items() if "--json" in found} == RUNS | {
+        "plan",
+        "status",
+        "info",
+        "convert",
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["semantic-"], {"semantic-predict", "semantic-postprocess", "semantic-to-centers"}),
+        (["run", "--dev"], {"--device"}),
+        (["run", "--device", "c"], {"cpu", "cuda"}),
+        (["export", "--format", "o"], {"ome-zarr"}),
+        (["plan", "--config-file", "conf"], set()),  # bash completes names of files then
+    ],
+)
+def test_bash_completes(words: list[str], expected: set[str]) -> None:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-c", COMPLETE, "bash", "cryosiam-dask", *words], capture_output=True, text=True, env=environment
+    )
+    *found, registered = done.stdout.splitlines()
+    assert set(found) - {""} == expected, done.stderr
+    assert registered == "complete -o default -F _cryosiam_dask_completion cryosiam-dask"
