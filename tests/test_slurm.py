@@ -206,7 +206,7 @@ def test_what_slurm_or_the_environment_lacks_is_said(folder: Path, fake: FakeSlu
     if shutil.which("sbatch") is None:  # and whatever else is wrong, at once
         (folder / "model.ckpt").unlink()
         message = call(*arguments, "--workers", 1, folder=folder, status=2)
-        assert "Slurm's commands must be there; found no sbatch" in message and "key trained_model" in message
+        assert "Slurm's commands must be there; found no sbatch" in message and "Set trained_model" in message
 
 
 def test_jobs_that_end_without_a_worker_are_not_waited_for(
