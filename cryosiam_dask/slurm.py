@@ -115,6 +115,7 @@ def open_slurm(
             cluster = SLURMCluster(
                 config_name=_NAME,
                 job_cls=_Job,
+                processes=section["processes"],  # of the configuration it does not see that a job has several workers
                 security=_security(Path(keys)),
                 protocol="tls://",
                 silence_logs="critical",
