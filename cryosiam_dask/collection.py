@@ -253,7 +253,8 @@ class _Collection:
         self.over = False
         self.lost: LostClusterError | None = None
         self.failures: list[str] = []
-        self.succeeded = False
+        self.succeeded = False  # a block has been predicted
+        self.written = False  # an output has
 
     def work(self) -> list[Outcome]:
         """Go through all tomograms."""
@@ -367,6 +368,7 @@ class _Collection:
                 self._consider(outcome)
             elif outcome.status == "done":
                 self.failures.clear()
+                self.written = True
                 voxels += 0 if work.predicted else math.prod(outcome.shape)
                 message = f"{stage}done in {outcome.seconds:.0f} s, {job.output}"
             else:
@@ -380,7 +382,8 @@ class _Collection:
         if outcome.kind in _OF_ITS_OWN or self.over:
             return
         self.failures = [kind for kind in self.failures if kind == outcome.kind] + [outcome.kind]
-        at_once = not self.succeeded and outcome.kind in _OF_ALL
+        proved = self.written if outcome.kind == "DiskError" else self.succeeded
+        at_once = not proved and outcome.kind in _OF_ALL
         if (at_once or len(self.failures) >= _IN_A_ROW) and (self.waiting or self.active):
             self.over = True
             self.executor.drain()

@@ -16,6 +16,7 @@ import math
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -99,7 +100,11 @@ def open_slurm(
                 await super().start()
             except (OSError, RuntimeError, ValueError) as error:
                 refused.append(_reason(error))
-                self.status = Status.failed
+                self.status = Status.running  # which its cluster takes for granted
+
+        async def close(self) -> None:
+            await super().close()
+            self.status = Status.closed
 
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -110,6 +115,7 @@ def open_slurm(
             cluster = SLURMCluster(
                 config_name=_NAME,
                 job_cls=_Job,
+                processes=section["processes"],  # of the configuration it does not see that a job has several workers
                 security=_security(Path(keys)),
                 protocol="tls://",
                 silence_logs="critical",
@@ -176,7 +182,7 @@ def read_jobs(jobs: str) -> dict[str, Any]:
             value=f"no {' and no '.join(missing)}",
             remedy="Run this command on a node from which jobs are submitted",
         )
-    importlib.import_module("dask_jobqueue")  # brings its defaults into Dask's configuration
+    _load_dask_jobqueue()
     defaults: dict[str, Any] = dask.config.get("jobqueue.slurm")
     given, place = _given(jobs)
     for key, value in given.items():
@@ -215,6 +221,14 @@ def read_jobs(jobs: str) -> dict[str, Any]:
     exports = [f"export {name}={value}" for name, value in environment.items()]
     section["job-script-prologue"] = [*exports, *section["job-script-prologue"]]
     return section
+
+
+def _load_dask_jobqueue() -> None:
+    """Bring its defaults into Dask's configuration, and take back Ctrl-C, which it would make a silent exit."""
+    handler = signal.getsignal(signal.SIGINT)
+    importlib.import_module("dask_jobqueue")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, handler)
 
 
 def _given(jobs: str) -> tuple[dict[str, Any], str]:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import checkpoints
+import h5py
+import numpy as np
 import pytest
 from test_cli import COMMAND, call, write_tomogram, write_yaml
 from test_resume import contents
@@ -106,7 +108,7 @@ def test_a_disk_that_is_full_ends_the_run_and_more_room_completes_it(
     assert re.search(r"TS_2\W+left", said)
     expected = contents(whole / "whole")
     for path in out.iterdir():  # complete, or not there; but for what the same command goes on from
-        if path.name not in (".ledger", "report.html"):
+        if path.name not in (".ledger", "logs", "report.html"):
             assert path.read_bytes() == expected[path.name], path
     mounts.mount("-o", "remount,size=100m", "out", folder=whole)
     status, said = mounts.call(COMMAND, *RUN, folder=whole)
@@ -133,4 +135,11 @@ def test_a_work_folder_on_another_disk(whole: Path, mounts: Mounts) -> None:
         COMMAND, *(name if name != "config.yaml" else "other.yaml" for name in RUN), folder=whole
     )
     assert status == 0, said
-    assert contents(out) == contents(whole / "whole") and not list(work.iterdir())
+    assert not list(work.iterdir())
+    found, expected = contents(out), contents(whole / "whole")
+    for stem in STEMS:  # these also tell where the work was done
+        del found[f"{stem}_preds.h5"], expected[f"{stem}_preds.h5"]
+        with h5py.File(out / f"{stem}_preds.h5") as one, h5py.File(whole / "whole" / f"{stem}_preds.h5") as other:
+            assert set(one) == set(other) >= {"labels", "probs"}
+            assert all(np.array_equal(one[name][:], other[name][:]) for name in other)
+    assert found == expected

@@ -106,7 +106,7 @@ def test_work_of_a_host_that_is_cut_off_goes_elsewhere(hosts: Hosts, tmp_path: P
         values[model]["block_size"] = 4  # many blocks
     write_yaml(folder / "pipeline.yaml", values)
     # A host that is cut off says nothing: it is missed when what was sent to it has not arrived for so long.
-    environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "5 s"}
+    environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "12 s"}
     quiet: dict[str, Any] = {
         "cwd": folder, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL,
     }  # fmt: skip

@@ -59,8 +59,15 @@ class FakeSlurm:
         self.state = folder / "state"
         self.state.mkdir()
         (folder / "bin").mkdir()
+        self.started: list[subprocess.Popen[str]] = []
         for name, script in COMMANDS.items():
             self.command(name, script)
+
+    def predict(self, folder: Path, workers: int, **changes: Any) -> subprocess.Popen[str]:
+        """Start a run, which ends with the test at the latest."""
+        arguments = ("--config-file", "config.yaml", "--slurm", self.describe(**changes), "--workers", workers)
+        self.started.append(start("semantic-predict", *arguments, folder=folder))
+        return self.started[-1]
 
     def command(self, name: str, script: str) -> None:
         path = self.folder / "bin" / name
@@ -101,7 +108,8 @@ def kill_group(group: int, number: int = signal.SIGKILL) -> None:
 
 
 def until(condition: Callable[[], object]) -> None:
-    for _ in range(1200):
+    end = time.monotonic() + 500
+    while time.monotonic() < end:
         if condition():
             return
         time.sleep(0.05)
@@ -115,6 +123,9 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSlurm]
     monkeypatch.setenv("FAKE_SLURM", str(fake.state))
     monkeypatch.setenv("PATH", f"{fake.folder / 'bin'}:{os.environ['PATH']}")
     yield fake
+    for process in fake.started:
+        process.kill()
+        process.communicate()
     for job in fake.running():  # of a test that failed
         kill_group(job)
 
@@ -152,21 +163,18 @@ def test_both_models_on_jobs_give_what_cryosiam_gave(tmp_path: Path, fake: FakeS
 
 
 def test_a_run_that_is_interrupted_cancels_its_jobs(folder: Path, fake: FakeSlurm) -> None:
-    arguments = ("--config-file", "config.yaml", "--slurm", fake.describe(), "--workers", 2)
-    process = start("semantic-predict", *arguments, folder=folder)
+    process = fake.predict(folder, 2)
     ledger = folder / "out" / ".ledger" / "TS_0.jsonl"
     until(lambda: process.poll() is not None or (ledger.exists() and b'"block"' in ledger.read_bytes()))
-    for _ in range(2):
-        process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
-    out, err = process.communicate(timeout=120)
+    for number in (signal.SIGTERM, signal.SIGINT):  # the second one does not wait for what is in flight
+        process.send_signal(number)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 130, out + err
     assert "Traceback" not in out + err and fake.all_cancelled()
 
 
 def test_a_run_that_is_killed_leaves_no_jobs(folder: Path, fake: FakeSlurm) -> None:
-    arguments = ("--config-file", "config.yaml", "--slurm", fake.describe(death_timeout=5), "--workers", 1)
-    process = start("semantic-predict", *arguments, folder=folder, start_new_session=True)
+    process = fake.predict(folder, 1, death_timeout=5)
     until(lambda: process.poll() is not None or (folder / "out" / "TS_0.work.zarr").exists())
     process.kill()
     process.communicate(timeout=60)
@@ -198,7 +206,7 @@ def test_what_slurm_or_the_environment_lacks_is_said(folder: Path, fake: FakeSlu
     if shutil.which("sbatch") is None:  # and whatever else is wrong, at once
         (folder / "model.ckpt").unlink()
         message = call(*arguments, "--workers", 1, folder=folder, status=2)
-        assert "Slurm's commands must be there; found no sbatch" in message and "key trained_model" in message
+        assert "Slurm's commands must be there; found no sbatch" in message and "Set trained_model" in message
 
 
 def test_jobs_that_end_without_a_worker_are_not_waited_for(
