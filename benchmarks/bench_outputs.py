@@ -19,6 +19,7 @@ import resource
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,8 +117,8 @@ def alone(method: str, size: int, folder: str) -> dict[str, Any]:
 
 def apart(method: str, size: int, folder: str) -> dict[str, Any]:
     """The same in a process of its own, as memory is not given back."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(alone, (method, size, folder))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(alone, method, size, folder).result()
 
 
 def run(shape: tuple[int, ...], divide: int, patch: int, folder: Path) -> dict[str, Any]:

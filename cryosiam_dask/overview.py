@@ -168,5 +168,6 @@ def print_overview(config_file: Path, console: Console, *, as_json: bool = False
         line += f"; about {time.strftime('%H:%M:%S', time.gmtime(left % 86400))} left at the pace of the latest run"
         if left >= 86400:
             line += f", and {left // 86400:.0f} days"
-    for text in (line, *(f"log of the latest run: {log}" for log in logs)):
+    # Where all is done, nobody need read on.
+    for text in (line, *(f"log of the latest run: {log}" for log in logs if shown)):
         console.print(text, markup=False, highlight=False, soft_wrap=True)
