@@ -835,7 +835,8 @@ def complete(plan: RunPlan, job: Job, executor: Executor) -> Outcome:
             with _work_group(configuration, job.stem) as work:
                 warnings += _update_formats(configuration, job.output, work, executor)
         shape = _written_labels(job.output).shape
-        return Outcome(job.stem, "done", shape, time.time() - began, (), tuple(warnings), stage=plan.name)
+        seconds = time.time() - began
+        return _log_warnings(Outcome(job.stem, "done", shape, seconds, (), tuple(warnings), stage=plan.name))
     except (Interrupted, LostClusterError):
         raise
     except Exception as error:

@@ -176,7 +176,7 @@ def test_commands_and_options_exist(path: Path) -> None:
 #: Of other programs.
 FOREIGN = {
     "--input_star", "--coords_angpix", "--nthreads", "--nworkers", "--protocol", "--signal", "--requeue", "--plugin",
-    "--scheduler-file", "--config_file", "--filename",
+    "--scheduler-file", "--config_file", "--filename", "--gres",
 }  # fmt: skip
 
 
