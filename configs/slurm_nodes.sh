@@ -13,6 +13,8 @@ scheduler_file=$PWD/scheduler-$SLURM_JOB_ID.json # on a disk that all nodes see
 
 # Anyone on the nodes' network who finds the scheduler can run programs as you, unless Dask is configured for TLS:
 # https://distributed.dask.org/en/stable/tls.html, and --protocol tls here.
+# Dask's scheduler keeps the last 1000 messages to each worker; with many workers that is gigabytes.
+export DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH=100
 dask scheduler --scheduler-file "$scheduler_file" --dashboard-address 127.0.0.1:8787 &
 # One process for each GPU of a node, pinned to it; four threads, so that it reads and writes while it computes.
 srun dask cuda worker --scheduler-file "$scheduler_file" --nthreads 4 --death-timeout 300 &
