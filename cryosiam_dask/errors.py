@@ -78,7 +78,7 @@ class DiskError(OutputError):
 
 
 #: What the kernel calls that.
-_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 
 def not_written(error: OSError, rule: str, *, place: object, remedy: str) -> OutputError:

@@ -12,6 +12,7 @@ that was killed goes on from there. `cryosiam_dask.collection` does this for man
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -234,7 +235,7 @@ def _failed(stem: str, shape: tuple[int, ...], began: float, error: Exception, p
             place=error.filename or path.parent,
             remedy="Free space, change the permissions, or set work_folder or prediction_folder to another disk",
         )
-        if isinstance(refused, DiskError):
+        if isinstance(refused, DiskError) or error.errno == errno.EFBIG:  # the latter of large files only
             error = refused
     kind = type(error).__name__
     if isinstance(error, CryosiamDaskError):
