@@ -646,7 +646,7 @@ def join_cluster(
             value=f"none within {_ANSWER_SECONDS} s ({str(error).splitlines()[0]})",
             remedy="Check the address, and that the scheduler runs and a firewall lets it be reached",
         ) from None
-    with client:
+    with _silent(), client:
         try:
             client.wait_for_workers(workers or 1, timeout=seconds)
         except TimeoutError:
@@ -742,7 +742,7 @@ def forwarded_warnings(client: Client) -> Iterator[None]:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without what distributed logs of a connection that it could not make: an error says it."""
+    """Without what distributed logs of a connection that it could not make, or lost: an error says it."""
     logger = logging.getLogger("distributed")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
