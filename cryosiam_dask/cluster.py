@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import dask
+from dask.utils import key_split
 from distributed import Client, Future, KilledWorker, LocalCluster, SchedulerPlugin, WorkerPlugin, performance_report
 from distributed.comm import CommClosedError, get_address_host_port
 from distributed.protocol.pickle import dumps, loads
@@ -484,13 +485,14 @@ class _Call:
 
 
 class _Forgetting(SchedulerPlugin):  # type: ignore[misc]  # untyped
-    """Lets the scheduler forget groups of calls that are over.
+    """Lets the scheduler forget calls that are over.
 
-    `distributed.spans` keeps every group that there ever was, tens of kilobytes for a tomogram, and looks through all
-    of them whenever a new one comes.
+    `distributed.spans` keeps every group of calls that there ever was and a note of every call, and looks through all
+    groups whenever a new one comes; `dask.utils.key_split` keeps the last hundred thousand names. Together that is tens
+    of kilobytes for a tomogram.
     """
 
-    name = "forget groups that are over"
+    name = "forget calls that are over"
     idempotent = True
     _EVERY, _SPANS = 100, 100  # calls between two looks; spans to keep, as workers may still tell of the latest ones
 
@@ -503,12 +505,16 @@ class _Forgetting(SchedulerPlugin):  # type: ignore[misc]  # untyped
         self.forgotten += finish == "forgotten"
         if finish == "forgotten" and self.forgotten % self._EVERY == 0:
             with suppress(AttributeError, KeyError):  # another version of Dask may have other spans, or none
+                key_split.cache_clear()
                 self._forget(self.scheduler.extensions["spans"])
 
     def _forget(self, spans: Any) -> None:
         alive = set(self.scheduler.task_groups.values())
         for span in spans.spans.values():
             span.groups.intersection_update(alive)
+            span._metadata_seen.clear()
+            if span._metadata:
+                span._metadata["collections"].clear()
         for span in [span for span in spans.root_spans[: -self._SPANS] if not span.groups and not span.children]:
             del spans.spans[span.id]
             for found in (spans.root_spans, spans.spans_search_by_name[span.name]):

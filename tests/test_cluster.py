@@ -17,6 +17,7 @@ from typing import Any
 
 import dask
 import pytest
+from dask.utils import key_split
 from distributed import Client
 
 from cryosiam_dask.cluster import DaskExecutor, Setup, ask, describe_devices, open_cluster
@@ -406,16 +407,19 @@ def test_a_scheduler_that_answers_no_more_ends_the_run(tmp_path: Path) -> None:
             scheduler.send_signal(signal.SIGCONT)
 
 
-def remembered(dask_scheduler: Any) -> tuple[int, int]:
-    """Spans of the scheduler, and groups of calls that they hold."""
+def remembered(dask_scheduler: Any) -> tuple[int, int, int, int]:
+    """Spans of the scheduler, groups of calls and notes of single ones that they hold, and names of calls."""
     spans = dask_scheduler.extensions["spans"]
     assert len(spans.spans) == len(spans.root_spans) == len(spans.spans_search_by_tag["default"])
-    return len(spans.spans), sum(len(span.groups) for span in spans.spans.values())
+    groups = sum(len(span.groups) for span in spans.spans.values())
+    notes = sum(len(span._metadata["collections"]) for span in spans.spans.values() if span._metadata)
+    seen = set().union(*(span._metadata_seen for span in spans.spans.values()))  # one set for all
+    return len(spans.spans), groups, notes + len(seen), key_split.cache_info().currsize
 
 
 def test_the_scheduler_forgets_calls_that_are_over(client: Client) -> None:
     executor = DaskExecutor(client)
     for _ in range(150):
         assert executor.map(square, range(4), name="square") == [0, 1, 4, 9]
-    spans, groups = client.run_on_scheduler(remembered)
-    assert spans <= 125 and groups <= 40
+    spans, groups, notes, names = client.run_on_scheduler(remembered)
+    assert spans <= 125 and groups <= 40 and notes <= 250 and names <= 250
