@@ -16,7 +16,7 @@ files, HDF5 export and previews are real. Meanwhile a share of the workers is ki
   until the replacement was ready. `gap_ms` is between two blocks of a device.
 * `client_ms`, `scheduler_ms`, `nannies_ms`, `workers_ms`: CPU time of these processes for a block, everything that its
   tomogram costs besides included. All of it has to fit into the cores of this machine (`cores_busy`).
-* `client_mb`, `scheduler_mb`: resident memory when a tenth of the blocks was done, and at the end; `growth_kb`
+* `client_mb`, `scheduler_mb`: resident memory when half of the blocks was done, and at the end; `growth_kb`
   is what that difference is for a tomogram. `plan_kb` is what the plan holds of each, `plan_ms` what it takes to make,
   and `done_ms` what it takes to find out that all is done.
 """
@@ -363,7 +363,7 @@ def bench(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], li
     begin = told.pop("_first")
     row |= {"blocks_computed": told.pop("blocks"), **told}
     first, last = watch.samples[0], watch.samples[-1]
-    early = next(sample for sample in watch.samples if sample["blocks"] >= total // 10)
+    early = next(sample for sample in watch.samples if sample["blocks"] >= total // 2)
     for name in ("client", "scheduler", "nannies", "workers"):
         row[f"{name}_ms"] = round(1000 * (last[f"{name}_cpu"] - first[f"{name}_cpu"]) / total, 2)
     spent = sum(row[f"{name}_ms"] for name in ("client", "scheduler", "nannies", "workers")) * total / 1000
@@ -405,10 +405,8 @@ def tables(row: dict[str, Any], gpus: int = 1000, tomograms: int = 100_000) -> s
         "client, CPU time for a block (*c*)": f"{client:.1f} ms",
         "scheduler, CPU time for a block (*s*)": f"{scheduler:.1f} ms",
         "all workers, CPU time for a block": f"{row['workers_ms']:.1f} ms",
-        "client, memory at a tenth of the blocks and at the end": "{:.0f} MB, {:.0f} MB".format(*row["client_mb"]),
-        "scheduler, memory at a tenth of the blocks and at the end": "{:.0f} MB, {:.0f} MB".format(
-            *row["scheduler_mb"]
-        ),
+        "client, memory at half of the blocks and at the end": "{:.0f} MB, {:.0f} MB".format(*row["client_mb"]),
+        "scheduler, memory at half of the blocks and at the end": "{:.0f} MB, {:.0f} MB".format(*row["scheduler_mb"]),
         "plan, memory for a tomogram (*m*)": f"{row['plan_kb']:.1f} kB",
         "plan, time for a tomogram (*p*)": f"{row['plan_ms']:.1f} ms",
         "plan, time for a tomogram that is done (*d*)": f"{row['done_ms']:.1f} ms",
