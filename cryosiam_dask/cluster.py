@@ -66,6 +66,8 @@ THREADS = 2 * IN_FLIGHT
 _TRIES = 3
 #: A call hangs that takes longer than so many seconds and so many times as long as calls of its step usually do.
 HANG_SECONDS, _HANG_TIMES = 900.0, 20.0
+#: A worker that died is replaced sooner than this, if it is by Dask.
+_ALONE_SECONDS = 60.0
 #: As many times longer may one take that does not keep a device busy: it may write a file of hundreds of gigabytes.
 _FILE_TIMES = 24.0
 
@@ -88,6 +90,8 @@ class DaskExecutor:
     watch
         Told the step of every call that is done, and the seconds from when a worker had been given it; ``None`` where
         another one is given it instead.
+    say
+        Told where there is no worker for long.
     """
 
     def __init__(
@@ -97,9 +101,11 @@ class DaskExecutor:
         *,
         hang_seconds: float = HANG_SECONDS,
         watch: Callable[[str, float | None], None] = lambda step, seconds: None,
+        say: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.client = client
         self.watch = watch
+        self.say = say
         self.progress = progress
         self.hang_seconds = hang_seconds
         self._steps: list[_Step] = []
@@ -107,6 +113,7 @@ class DaskExecutor:
         self._durations: dict[str, deque[float]] = {}
         self._addresses: dict[str, int] = {}
         self._given_up: set[str] = set()
+        self._seen = math.inf  # when there was a worker last; infinite once it has been said that there is none
         self._lock = threading.RLock()
         self._events: queue.SimpleQueue[_Outcome | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -228,8 +235,14 @@ class DaskExecutor:
                 except TimeoutError:
                     raise _scheduler_is_gone(self.client, f"no answer within {self.hang_seconds:.0f} s") from None
                 # One that hangs takes long to be replaced, and would be given the same work again meanwhile.
+                self._given_up &= set(found)  # another one may come at the same address
                 self._addresses = {address: n for address, n in found.items() if address not in self._given_up}
         now = time.monotonic()
+        if self._addresses:
+            self._seen = now
+        elif now - self._seen > _ALONE_SECONDS:
+            self._seen = math.inf
+            self.say("no worker is left: what is in work goes on once another one comes to the scheduler")
         usual = {name: statistics.median(times) for name, times in self._durations.items()}
         with self._lock:
             for future, flight in list(self._flying.items()):

@@ -249,7 +249,7 @@ def segment(
                 ),
             )
             reporter = Meter(Reporters(make_reporter(console, total), FileReporter(total)), client)
-            executor = DaskExecutor(client, watch=reporter.watch)
+            executor = DaskExecutor(client, watch=reporter.watch, say=reporter.say)
             try:
                 outcomes = run(plans, reporter, device=chosen, executor=executor, timeline=timeline, stop=stop)
             finally:

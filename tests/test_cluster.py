@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import pytest
 from dask.utils import key_split
 from distributed import Client
 
+from cryosiam_dask import cluster
 from cryosiam_dask.cluster import DaskExecutor, Setup, ask, describe_devices, open_cluster
 from cryosiam_dask.errors import CryosiamDaskError, DeviceError, LostClusterError, LostDeviceError, TomogramError
 from cryosiam_dask.executor import Interrupted
@@ -405,6 +407,29 @@ def test_a_scheduler_that_answers_no_more_ends_the_run(tmp_path: Path) -> None:
                 executor.map(square, range(4), name="square")
         finally:
             scheduler.send_signal(signal.SIGCONT)
+
+
+def test_it_is_said_that_no_worker_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_ALONE_SECONDS", 1.5)
+    said: queue.SimpleQueue[str] = queue.SimpleQueue()
+    with scheduler_and_worker(tmp_path) as (joined, _):
+        executor = DaskExecutor(joined, say=said.put)
+        assert executor.map(square, range(4), name="square") == [0, 1, 4, 9]
+        assert said.empty()
+        (nanny,) = joined.run(os.getppid).values()
+        os.kill(nanny, signal.SIGTERM)
+        while joined.nthreads():
+            time.sleep(0.05)
+
+        def abandon() -> None:
+            assert "no worker is left" in said.get(timeout=60)
+            executor.abandon()
+
+        waiting = threading.Thread(target=abandon)
+        waiting.start()
+        with pytest.raises(Interrupted):
+            executor.map(square, [2], name="square")
+        waiting.join()
 
 
 def remembered(dask_scheduler: Any) -> tuple[int, int, int, int]:
