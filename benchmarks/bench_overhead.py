@@ -8,7 +8,7 @@
   (gzip 1): the least that anybody has to do.
 * `whole path`: a run as the command line makes it, with `postprocessing_sizes`: MRC to zarr, blocks with halos, labels,
   components, HDF5, on worker processes that stand ready. Only the network is replaced: a voxel above the middle of the
-  intensities gets label 1.
+  intensities gets label 1. No picture is drawn; `bench_outputs.py` tells what that takes.
 * `whole path, slow network`: the same with a network that sleeps for so long that it is what limits a run;
   `busy` is the share of the time for which the workers were in it.
 
@@ -136,6 +136,7 @@ def bench(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     values = {
         "data_folder": str(folder / "data"),
         "prediction_folder": str(folder / "out"),
+        "preview": False,
         "trained_model": str(folder / "model.ckpt"),
         "parameters": {"network": {"postprocessing_sizes": [-1, 50, 50]}},
     }
