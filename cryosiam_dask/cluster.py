@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version as package_version
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -582,6 +583,8 @@ def open_cluster(
     ------
     DeviceError
         If GPUs were asked for and dask-cuda or enough GPUs are missing.
+    ClusterError
+        If workers die while they start, again and again.
     """
     options: dict[str, Any] = {
         "dashboard_address": dashboard_address,
@@ -598,12 +601,28 @@ def open_cluster(
     ):
         warnings.filterwarnings("ignore", message="Port .* is already in use")
         if device == "cuda":
-            cluster = _cuda_cluster(workers, options)
+            cluster = _started(partial(_cuda_cluster, workers, options))
         else:
-            cluster = LocalCluster(n_workers=workers, threads_per_worker=THREADS, processes=True, **options)
+            make = partial(LocalCluster, n_workers=workers, threads_per_worker=THREADS, processes=True, **options)
+            cluster = _started(make)
     with dask.config.set(_SCHEDULER), cluster, Client(cluster, set_as_default=False) as client:
         client.register_plugin(Setup(leave_at_once), name="leave")
         yield client
+
+
+def _started(make: Callable[[], Any]) -> Any:
+    """A new cluster; made again where one of its processes died while it started, which closes the others."""
+    for left in reversed(range(_TRIES)):
+        try:
+            return make()
+        except RuntimeError as error:
+            if not left:
+                raise ClusterError(
+                    "worker processes must be able to start",
+                    place="this machine",
+                    value=str(error.__cause__ or error).rstrip("."),
+                    remedy="Look whether it has memory left for them, use fewer --workers, and repeat the command",
+                ) from error
 
 
 #: Seconds in which a scheduler must answer, and in which it must have a worker.

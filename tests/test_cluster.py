@@ -17,13 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import dask
+import psutil
 import pytest
 from dask.utils import key_split
 from distributed import Client
 
 from cryosiam_dask import cluster
 from cryosiam_dask.cluster import DaskExecutor, Setup, ask, describe_devices, open_cluster
-from cryosiam_dask.errors import CryosiamDaskError, DeviceError, LostClusterError, LostDeviceError, TomogramError
+from cryosiam_dask.errors import (
+    ClusterError,
+    CryosiamDaskError,
+    DeviceError,
+    LostClusterError,
+    LostDeviceError,
+    TomogramError,
+)
 from cryosiam_dask.executor import Interrupted
 
 
@@ -407,6 +415,32 @@ def test_a_scheduler_that_answers_no_more_ends_the_run(tmp_path: Path) -> None:
                 executor.map(square, range(4), name="square")
         finally:
             scheduler.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_worker_that_dies_while_it_starts_is_started_again(times: int) -> None:
+    def workers() -> set[int]:
+        return {child.pid for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())}
+
+    def kill() -> None:
+        for _ in range(times):
+            while not (found := workers() - before):
+                time.sleep(0.01)
+            os.kill(found.pop(), signal.SIGKILL)
+            while found := workers() - before:
+                time.sleep(0.01)
+
+    before = workers()
+    killing = threading.Thread(target=kill)
+    killing.start()
+    opened = open_cluster("cpu", 1, dashboard_address="127.0.0.1:0")
+    if times == 1:
+        with opened as client:
+            assert DaskExecutor(client).map(square, [2], name="square") == [4]
+    else:
+        with pytest.raises(ClusterError, match=r"must be able to start.*failed to start.*fewer --workers"), opened:
+            pass
+    killing.join()
 
 
 def test_it_is_said_that_no_worker_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
