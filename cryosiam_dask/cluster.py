@@ -25,7 +25,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, nullcontext, suppress
@@ -43,8 +43,15 @@ from distributed.comm import CommClosedError, get_address_host_port
 from distributed.protocol.pickle import dumps, loads
 
 from cryosiam_dask._version import __version__
-from cryosiam_dask.errors import ClusterError, CryosiamDaskError, DeviceError, LostClusterError, LostDeviceError
-from cryosiam_dask.executor import Executor, Interrupted, Progress
+from cryosiam_dask.errors import (
+    ClusterError,
+    CryosiamDaskError,
+    DeviceError,
+    LostClusterError,
+    LostDeviceError,
+    may_pass,
+)
+from cryosiam_dask.executor import PAUSES, Executor, Interrupted, Progress, lasting
 from cryosiam_dask.run_log import LOG
 
 #: Let glibc keep what the network frees for its next layer and its next patch, in one heap for all threads. Otherwise
@@ -211,8 +218,8 @@ class DaskExecutor:
                     self._look_around()
                 with self._lock:
                     self._launch()
-                    for step in [s for s in self._steps if not s.flying and (self._drained or not s.waiting)]:
-                        self._end(step, Interrupted() if step.waiting else None)
+                    for step in [s for s in self._steps if not s.flying and (self._drained or not s.left)]:
+                        self._end(step, Interrupted() if step.left else None)
                     if not self._steps:
                         self._thread = None
                         return
@@ -258,6 +265,9 @@ class DaskExecutor:
 
     def _launch(self) -> None:
         """Give every worker what it can take, of the steps that come first."""
+        for step in self._steps:
+            step.waiting.extendleft(number for since, number in step.paused if since <= time.monotonic())
+            step.paused = [entry for entry in step.paused if entry[0] > time.monotonic()]
         if self._drained or self.client.status != "running":
             return
         for overlap in (True, False):
@@ -271,17 +281,33 @@ class DaskExecutor:
             heap = [(count, address) for address, count in load.items() if count < IN_FLIGHT]
             heapq.heapify(heap)
             for step in steps:
+                passed_over = []
                 while step.waiting and heap:
                     count, address = heapq.heappop(heap)
-                    self._submit(step, step.waiting.popleft(), address)
+                    number = self._next(step, address)
+                    if number is None:
+                        passed_over.append((count, address))
+                        continue
+                    self._submit(step, number, address)
                     if count + 1 < IN_FLIGHT:
                         heapq.heappush(heap, (count + 1, address))
+                for entry in passed_over:
+                    heapq.heappush(heap, entry)
+
+    def _next(self, step: _Step, address: str) -> int | None:
+        """Take the next call for a worker: none whose disk failed there, where there is another worker."""
+        alone = len(self._addresses) == 1
+        for place, number in enumerate(step.waiting):
+            if alone or step.failed_at.get(number) != address:
+                del step.waiting[place]
+                return number
+        return None
 
     def _submit(self, step: _Step, number: int, address: str) -> None:
         future = self.client.submit(
             step.call,
             dumps(step.items[number]),
-            key=(step.prefix, number, step.tries[number]),
+            key=(step.prefix, number, step.tries[number] + step.pauses[number]),
             pure=False,
             workers=[address],
         )
@@ -328,8 +354,17 @@ class DaskExecutor:
         elif isinstance(error, CancelledError | asyncio.CancelledError | CommClosedError | KilledWorker):
             # The scheduler forgot it, as one does that was started anew, or gave it up.
             self._retry(outcome.future, flight, _died(step.name), restart=False)
+        elif may_pass(error) and step.pauses[number] < len(PAUSES):
+            pause = PAUSES[step.pauses[number]]
+            LOG.warning(
+                "%s, piece %d, worker %s: %s: tried again in %g s", step.prefix, number, flight.address, error, pause
+            )
+            step.pauses[number] += 1
+            step.failed_at[number] = flight.address
+            step.paused.append((time.monotonic() + pause, number))
+            self.watch(step.name, None)
         else:
-            self._end(step, error)
+            self._end(step, lasting(error) if isinstance(error, Exception) else error)
 
     def _retry(self, future: Future, flight: _Flight, error: CryosiamDaskError, restart: bool = True) -> None:
         """Let another process do a call that failed by no fault of its own; `error` if it has too often."""
@@ -356,6 +391,7 @@ class DaskExecutor:
             self._steps.remove(step)
         step.error = error
         step.waiting.clear()
+        step.paused.clear()
         left = [future for future, flight in self._flying.items() if flight.step is step] if step.flying else []
         for future in left:
             del self._flying[future]
@@ -380,6 +416,10 @@ class _Step:
     waiting: deque[int] = field(init=False)
     tries: list[int] = field(init=False)
     flying: int = 0
+    #: Calls that met an error of the disk that may pass: when each is to be tried again, and how often it has been.
+    paused: list[tuple[float, int]] = field(default_factory=list)
+    pauses: Counter[int] = field(default_factory=Counter)
+    failed_at: dict[int, str] = field(default_factory=dict)
     #: Numbers with results, in the order in which they came; ``None`` when that is all.
     arrived: queue.SimpleQueue[tuple[int, Any] | None] = field(default_factory=queue.SimpleQueue)
     error: BaseException | None = None
@@ -396,6 +436,11 @@ class _Step:
     @property
     def total(self) -> int:
         return len(self.items)
+
+    @property
+    def left(self) -> bool:
+        """Whether calls are yet to be given to workers."""
+        return bool(self.waiting or self.paused)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,14 +20,12 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from cryosiam_dask.errors import LostClusterError, OutputError
-from cryosiam_dask.executor import Executor, Interrupted, SerialExecutor, SharedExecutor
-from cryosiam_dask.folders import part_of
-from cryosiam_dask.formats import format_path, other_formats
-from cryosiam_dask.ledger import Claims, Ledger, claim_path, open_claims, sweep
-from cryosiam_dask.pipeline import Outcome, claimed, collect, complete, segment, work_folder
+from cryosiam_dask.errors import LostClusterError, OutputError, may_pass
+from cryosiam_dask.executor import GuardedExecutor, Interrupted, SerialExecutor, SharedExecutor, TakenOver
+from cryosiam_dask.ledger import Claims, Ledger, claim_path, open_claims, sweep, sweep_parts
+from cryosiam_dask.pipeline import Outcome, collect, complete, failed, has_work_stores, segment, work_stores
 from cryosiam_dask.plan import Job, RunPlan
 from cryosiam_dask.progress import Reporter
 
@@ -37,6 +35,8 @@ _OF_ITS_OWN = {"TomogramError", "MaskError"}
 _OF_ALL = {"CheckpointError", "ClusterError", "DeviceError", "LostDeviceError", "DiskError"}
 #: So many failures of one kind in a row end the run, whatever they are.
 _IN_A_ROW = 3
+#: Times that the disk may not answer to a claim, one look apart, before the tomogram is begun and says what is wrong.
+_REFUSED = 15
 #: Seconds after which tomograms that others worked on are looked at again.
 _LOOK = 2.0
 
@@ -80,12 +80,14 @@ def run(
     plans = [plans] if isinstance(plans, RunPlan) else list(plans)
     for plan in plans:
         make_folders(plan)
-        _tidy(plan)
+        _sweep_parts(plan)
     executor = executor or SerialExecutor()
     with open_claims() as claims:
         for folder in {plan.configuration.prediction_folder for plan in plans}:
             with suppress(OSError):
                 sweep(folder, claims)
+        for plan in plans:
+            _tidy(plan, claims)
         for path in (claim_path(plan.configuration.prediction_folder, j.stem) for plan in plans for j in plan.skipped):
             with suppress(OSError):  # of a run that was killed when the tomogram was just done
                 if path.exists() and claims.take(path):
@@ -121,40 +123,39 @@ def make_folders(plan: RunPlan) -> None:
 
 def remove_left_overs(plan: RunPlan) -> None:
     """Remove what tasks in flight wrote after their tomogram had failed; to be called when the workers are gone."""
-    for job in () if plan.configuration.keep_work else (*plan.jobs, *plan.unmeasured):
-        _remove_growing(plan, job)
-        _remove_work(plan, job, only=lambda ledger: ledger.last("store") is None)
+    _sweep_parts(plan, own=True)
+    with open_claims() as claims:
+        for job in () if plan.configuration.keep_work else (*plan.jobs, *plan.unmeasured):
+            _remove_work(plan, job, claims, only=lambda ledger: ledger.last("store") is None)
 
 
-def _remove_growing(plan: RunPlan, job: Job) -> None:
-    """Remove what was still to become an output."""
-    paths = [
-        part_of(format_path(plan.configuration.prediction_folder, job.stem, name))
-        for name in other_formats(plan.configuration)
-    ]
-    folder = work_folder(plan.configuration, job.stem)
-    if any(path.exists() for path in paths):
-        with suppress(OutputError, OSError):
-            folder.mkdir(exist_ok=True)
-            with claimed(folder):
-                for path in paths:
-                    shutil.rmtree(path, ignore_errors=True)
-                folder.rmdir()  # if nothing is in it
+def _sweep_parts(plan: RunPlan, own: bool = False) -> None:
+    """Remove what was still to become an output or a work store."""
+    configuration = plan.configuration
+    for folder in filter(None, (configuration.prediction_folder, configuration.work_folder)):
+        with suppress(OSError):
+            sweep_parts(folder, own=own)
 
 
-def _tidy(plan: RunPlan) -> None:
+def _tidy(plan: RunPlan, claims: Claims) -> None:
     """Remove the intermediate arrays of tomograms that were done just before a run was killed."""
-    for job in () if plan.configuration.keep_work else plan.skipped:
-        _remove_work(plan, job, only=lambda ledger: True)
-
-
-def _remove_work(plan: RunPlan, job: Job, only: Callable[[Ledger], bool]) -> None:
-    folder = work_folder(plan.configuration, job.stem)
-    if not folder.exists():
+    if plan.configuration.keep_work or not has_work_stores(plan.configuration):
         return
-    with suppress(OutputError, OSError), claimed(folder):
-        if only(Ledger(plan.configuration.prediction_folder, job.stem)):
-            shutil.rmtree(folder)
+    for job in plan.skipped:
+        _remove_work(plan, job, claims, only=lambda ledger: True)
+
+
+def _remove_work(plan: RunPlan, job: Job, claims: Claims, only: Callable[[Ledger], bool]) -> None:
+    claim = claim_path(plan.configuration.prediction_folder, job.stem)
+    with suppress(OutputError, OSError):
+        stores = work_stores(plan.configuration, job.stem)
+        if stores and claims.take(claim):
+            try:
+                if only(Ledger(plan.configuration.prediction_folder, job.stem)):
+                    for folder in stores:
+                        shutil.rmtree(folder)
+            finally:
+                claims.release(claim)
 
 
 @dataclass(eq=False, slots=True)
@@ -169,52 +170,8 @@ class _Work:
     thread: threading.Thread | None = None
     preparing: bool = True
     taken_over: bool = False
+    refused: int = 0  # claims that the disk did not let this process take
     outcomes: list[Outcome] = field(default_factory=list)
-
-
-class _TakenOver(Interrupted):
-    """Another run works on the tomogram, which this one left alone for too long, as a laptop does that slept."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Guarded:
-    """The executor of one tomogram, which does nothing more for it once it has become another run's."""
-
-    executor: Executor
-    claims: Claims
-    paths: Sequence[Path]
-    left: Callable[[], int]
-
-    @property
-    def workers(self) -> int:
-        """How many the tomogram is to keep busy: as long as others are left, it need not be cut into pieces for all."""
-        return -(-self.executor.workers // max(1, self.left()))
-
-    def map(
-        self,
-        function: Callable[[Any], Any],
-        items: Sequence[Any],
-        *,
-        name: str,
-        overlap: bool = False,
-        done: Callable[[Any, Any], None] | None = None,
-    ) -> list[Any]:
-        def record(item: Any, result: Any) -> None:
-            if not all(map(self.claims.keeps, self.paths)):
-                raise _TakenOver
-            if done:
-                done(item, result)
-
-        self._require_claims()
-        try:
-            return self.executor.map(function, items, name=name, overlap=overlap, done=record)
-        except Exception:
-            self._require_claims()  # most likely it failed of what the other run does
-            raise
-
-    def _require_claims(self) -> None:
-        if not all(map(self.claims.holds, self.paths)):
-            raise _TakenOver
 
 
 class _Collection:
@@ -299,8 +256,11 @@ class _Collection:
         for path in work.claims:
             try:
                 claimed_now = self.claims.take(path)
-            except OSError:
-                break  # what is wrong with the disk, the tomogram will say
+            except OSError as error:
+                work.refused += 1
+                if not may_pass(error) or work.refused > _REFUSED:
+                    break  # what is wrong with the disk, the tomogram will say
+                claimed_now = False
             if not claimed_now:
                 for other in taken:
                     self.claims.release(other)
@@ -325,10 +285,17 @@ class _Collection:
                 self.succeeded = True
             self.reporter.step(work.stem, name, done, total)
 
+        began = time.time()
         shared = self.executor.share(work.stem, work.order, progress)
         # Where a disk takes no claim, the tomogram says what is wrong with it.
         claims = tuple(filter(self.claims.keeps, work.claims))
-        executor = _Guarded(shared, self.claims, claims, lambda: len(self.waiting) + len(self.active))
+
+        def guard() -> None:
+            if not all(map(self.claims.holds, claims)):
+                raise TakenOver
+
+        # As long as others are left, a tomogram need not be cut into pieces for all workers.
+        executor = GuardedExecutor(shared, guard, lambda: len(self.waiting) + len(self.active))
         try:
             if work.predicted:
                 work.outcomes.append(complete(*work.jobs[0], executor))
@@ -339,15 +306,19 @@ class _Collection:
                 executor=executor,
                 timeline=self.timeline,
                 say=lambda message: self.reporter.say(f"{work.stem}: {message}"),
+                guard=guard,
             )
             for outcome in steps:
                 work.outcomes.append(outcome)
         except LostClusterError as error:
             self.lost, self.over = error, True
-        except _TakenOver:
+        except TakenOver:
             work.taken_over = True
-        except BaseException:
-            pass  # interrupted: what is missing is left
+        except Interrupted:
+            pass  # what is missing is left
+        except BaseException as error:  # of whoever handles errors, too
+            plan, job = work.jobs[min(len(work.outcomes), len(work.jobs) - 1)]
+            work.outcomes = [*work.outcomes[: len(work.jobs) - 1], failed(plan, job, began, error)]
         finally:
             self.ended.put(work)
 

@@ -10,8 +10,35 @@ The command line prints these texts as they are; nobody should see a traceback f
 from __future__ import annotations
 
 import errno
+import re
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
+
+#: What the kernel says while the server of a network disk is away, restarts or is busy; the same call may succeed soon.
+_PASSING = {
+    getattr(errno, name)
+    for name in (
+        "EAGAIN", "EBUSY", "ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "EINTR", "EIO",
+        "ENETDOWN", "ENETRESET", "ENETUNREACH", "ENOBUFS", "ENOLINK", "ENOTCONN", "EREMOTEIO", "ESHUTDOWN", "ESTALE",
+        "ETIMEDOUT",
+    )
+    if hasattr(errno, name)  # some systems lack some of them
+}  # fmt: skip
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Whether an error is one of the disk that may be gone a moment later, or was raised because of one."""
+    while error is not None:
+        if isinstance(error, CryosiamDaskError):
+            return error.passing
+        if isinstance(error, OSError):
+            # HDF5 tells the number in its text alone when it reads or writes.
+            told = re.search(r"\berrno = (\d+)", str(error)) if error.errno is None else None
+            if (int(told[1]) if told else error.errno) in _PASSING:
+                return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class CryosiamDaskError(Exception):
@@ -27,11 +54,17 @@ class CryosiamDaskError(Exception):
         The offending value; left out of the message when ``None``.
     remedy
         What to do about it, as a sentence without its full stop.
+
+    Attributes
+    ----------
+    passing
+        Whether it was made while an error was handled that may pass (see `may_pass`).
     """
 
     def __init__(self, rule: str, *, place: object = "", value: object = None, remedy: str = "") -> None:
         super().__init__(rule, place, value, remedy)
         self.rule, self.place, self.value, self.remedy = rule, str(place), value, remedy
+        self.passing = may_pass(sys.exception())
 
     def __str__(self) -> str:
         place = f"{self.place}: " if self.place else ""
@@ -42,11 +75,15 @@ class CryosiamDaskError(Exception):
 
     def __reduce__(self) -> tuple[Callable[..., CryosiamDaskError], tuple[Any, ...]]:
         # Errors travel from the workers to the client: keyword-only arguments need this.
-        return _rebuild, (type(self), self.rule, self.place, self.value, self.remedy)
+        return _rebuild, (type(self), self.rule, self.place, self.value, self.remedy, self.passing)
 
 
-def _rebuild(cls: type[CryosiamDaskError], rule: str, place: str, value: object, remedy: str) -> CryosiamDaskError:
-    return cls(rule, place=place, value=value, remedy=remedy)
+def _rebuild(
+    cls: type[CryosiamDaskError], rule: str, place: str, value: object, remedy: str, passing: bool
+) -> CryosiamDaskError:
+    error = cls(rule, place=place, value=value, remedy=remedy)
+    error.passing = passing
+    return error
 
 
 class ConfigurationError(CryosiamDaskError):
@@ -75,6 +112,10 @@ class OutputError(CryosiamDaskError):
 
 class DiskError(OutputError):
     """A disk is full, read-only or not permitted: whatever else goes there will fail as well."""
+
+
+class StorageError(CryosiamDaskError):
+    """A disk failed several times in a row."""
 
 
 #: What the kernel calls that.

@@ -8,9 +8,14 @@ workers of a Dask cluster.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeVar
+
+from cryosiam_dask.errors import CryosiamDaskError, StorageError, may_pass
+from cryosiam_dask.run_log import LOG
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -19,8 +24,72 @@ R = TypeVar("R")
 Progress = Callable[[str, int, int], None]
 
 
+#: Seconds before what met an error of the disk that may pass is tried again: a server that restarts, or another one
+#: that takes its place, is there within about half a minute.
+PAUSES = (1.0, 5.0, 25.0)
+
+
 class Interrupted(Exception):
     """No more calls are begun: the run is to end, and what has been done stays done."""
+
+
+class TakenOver(Interrupted):
+    """Another run works on the tomogram, which this one left alone for too long, as a laptop does that slept."""
+
+
+def patiently(work: Callable[[], R], check: Callable[[], None] = lambda: None) -> R:
+    """Return ``work()``, tried again after each of `PAUSES` where an error of the disk ends it that may pass.
+
+    Parameters
+    ----------
+    work
+        May be repeated.
+    check
+        Called several times a second during a pause; what it raises ends it.
+
+    Raises
+    ------
+    StorageError
+        If the disk fails for longer.
+    """
+    for pause in PAUSES:
+        try:
+            return work()
+        except Exception as error:
+            if not may_pass(error):
+                raise
+            LOG.warning("%s: tried again in %g s", error, pause)
+        wait(pause, check)
+    try:
+        return work()
+    except Exception as error:
+        last = lasting(error)
+        if last is error:
+            raise
+        raise last from error
+
+
+def wait(seconds: float, check: Callable[[], None]) -> None:
+    """Wait, and call `check` several times a second; what it raises ends it."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        check()
+        time.sleep(min(left, 0.2))
+
+
+def lasting(error: Exception) -> Exception:
+    """What to raise of an error that was to pass and has not."""
+    if not may_pass(error):
+        return error
+    if not isinstance(error, CryosiamDaskError):
+        error = StorageError(
+            "the disk must answer",
+            place=getattr(error, "filename", None) or "",
+            value=f"{getattr(error, 'strerror', None) or error}, {len(PAUSES) + 1} times in {sum(PAUSES):.0f} s",
+            remedy="Look at the disk, then repeat the command: it goes on from the blocks that are done",
+        )
+    error.passing = False
+    return error
 
 
 class Executor(Protocol):
@@ -110,7 +179,7 @@ class SerialExecutor:
         for item in items:
             if self._drained:
                 raise Interrupted
-            results.append(function(item))
+            results.append(patiently(partial(function, item)))
             if done:
                 done(item, results[-1])
         return results
@@ -157,6 +226,53 @@ class NamedExecutor:
     ) -> list[R]:
         """See `Executor`."""
         return self.executor.map(function, items, name=f"{self.model} {name}", overlap=overlap, done=done)
+
+
+@dataclass(frozen=True, slots=True)
+class GuardedExecutor:
+    """An executor for work that another run may take over.
+
+    Attributes
+    ----------
+    executor
+        Runs the calls.
+    guard
+        Raises `TakenOver` where it has been; asked before and after calls, and before a result is recorded.
+    share
+        Of how many workers there are, one in so many is to be kept busy.
+    """
+
+    executor: Executor
+    guard: Callable[[], None]
+    share: Callable[[], int] = lambda: 1
+
+    @property
+    def workers(self) -> int:
+        """See `Executor`."""
+        return -(-self.executor.workers // max(1, self.share()))
+
+    def map(
+        self,
+        function: Callable[[T], R],
+        items: Sequence[T],
+        *,
+        name: str,
+        overlap: bool = False,
+        done: Callable[[T, R], None] | None = None,
+    ) -> list[R]:
+        """See `Executor`."""
+
+        def record(item: T, result: R) -> None:
+            self.guard()
+            if done:
+                done(item, result)
+
+        self.guard()
+        try:
+            return self.executor.map(function, items, name=name, overlap=overlap, done=record)
+        except Exception:
+            self.guard()  # most likely it failed of what the other run does
+            raise
 
 
 SERIAL = SerialExecutor()

@@ -7,27 +7,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-
-def part_of(target: Path) -> Path:
-    """The hidden folder in which `target` grows."""
-    return target.with_name(f".{target.name}.part")
+from cryosiam_dask.ledger import part_name
 
 
 @contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
-    """Give the hidden folder ``.<target>.part``, which takes the place of `target` when the block has ended well.
+    """Give a hidden folder that takes the place of `target` when the block has ended well.
 
     An earlier folder stays as it is until then. The one that is given does not exist yet; it vanishes if the block
-    ends otherwise.
+    ends otherwise. See `cryosiam_dask.ledger.sweep_parts` for what is left by a process that was killed.
     """
-    part, old = part_of(target), target.with_name(f".{target.name}.old")
-    shutil.rmtree(part, ignore_errors=True)
+    part = target.with_name(part_name(target.name))
+    old = part.with_suffix(".old")
     try:
         yield part
-        shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             target.replace(old)
-        part.replace(target)
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            part.replace(target)
+        except OSError:
+            if old.exists():
+                old.replace(target)
+            raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

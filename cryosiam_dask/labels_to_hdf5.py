@@ -11,13 +11,11 @@ over ready-made: the HDF5 library compresses one after the other, 50 MB of proba
 from __future__ import annotations
 
 import errno
-import glob
 import io
 import itertools
 import json
 import math
 import os
-import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor as Pool
@@ -39,6 +37,7 @@ from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
 from cryosiam_dask.errors import OutputError, not_written
+from cryosiam_dask.ledger import part_name
 
 LABELS, PROBABILITIES, DISTANCES = "labels", "probs", "distances"  # the names that viewers open
 INSTANCES = "instances"
@@ -158,6 +157,7 @@ def exportable_array(group: zarr.Group, name: str, shape: tuple[int, ...]) -> za
         fill_value=0,
         compressors=Zlib(GZIP_LEVEL),
         zarr_format=2,
+        overwrite=True,  # one of a run that was killed is no member of a group of format 3, and so not seen there
     )
 
 
@@ -193,7 +193,7 @@ def write_hdf5(
     """
     path = Path(path)
     require_voxels(path, labels)
-    with replacing(path) as sink, h5py.File(sink, "w") as file, ThreadPoolExecutor() as pool:
+    with replacing(path, alone=True) as sink, h5py.File(sink, "w") as file, ThreadPoolExecutor() as pool:
         _describe(file, _write(file, sink, LABELS, labels, np.dtype(np.uint8), pool), attributes)
         if removed is not None:
             _write(file, sink, REMOVED, removed, np.dtype(np.uint8), pool)
@@ -220,7 +220,7 @@ def write_instances_hdf5(path: str | Path, instances: Sliceable, *, attributes: 
         If there are no voxels, or the file cannot be written; an earlier file is then untouched.
     """
     require_voxels(path, instances)
-    with replacing(Path(path)) as sink, h5py.File(sink, "w") as file, ThreadPoolExecutor() as pool:
+    with replacing(Path(path), alone=True) as sink, h5py.File(sink, "w") as file, ThreadPoolExecutor() as pool:
         _describe(file, _write(file, sink, INSTANCES, instances, np.dtype(instances.dtype), pool), attributes)
 
 
@@ -259,7 +259,12 @@ def replace_labels(
     """
     path = Path(path)
     require_voxels(path, labels)
-    with _reading(path) as old, replacing(path) as sink, h5py.File(sink, "w") as file, ThreadPoolExecutor() as pool:
+    with (
+        _reading(path) as old,
+        replacing(path, alone=True) as sink,
+        h5py.File(sink, "w") as file,
+        ThreadPoolExecutor() as pool,
+    ):
         for name in old:
             if name not in (LABELS, REMOVED):
                 old.copy(name, file)
@@ -384,7 +389,7 @@ def write_mrc(
     header["label"][0] = label.encode("ascii", "replace")[:80]
 
     path = Path(path)
-    with replacing(path) as sink:
+    with replacing(path, alone=True) as sink:
         sink.write(header.tobytes())
         for region in regions:
             block = _uint8(labels[region]).astype(dtype)
@@ -432,20 +437,27 @@ class _Sink(io.FileIO):
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[_Sink]:
+def replacing(path: Path, *, alone: bool = False) -> Iterator[_Sink]:
     """Open a hidden file that takes the place of `path` when the block has ended well, and vanishes otherwise.
+
+    Of several processes that write the same file at the same time, each completes its own, and the last one's stays.
+    See `cryosiam_dask.ledger.sweep_parts` for what is left by a process that was killed.
+
+    Parameters
+    ----------
+    path
+        The file.
+    alone
+        Whether nobody else may have written it meanwhile: as one may that was given the work of a process that hung,
+        and whose file is the later one.
 
     Raises
     ------
     OutputError
         If it cannot be written; an earlier file is then untouched.
     """
-    # Of its own name: where a worker hangs and another one writes the file as well, neither writes into what the other
-    # completes. What a process left that was killed goes first.
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-    for left_over in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        with suppress(OSError):
-            left_over.unlink()
+    before = _identity(path)
+    part = path.with_name(part_name(path.name))
     try:
         with _Sink(part, "w+") as sink:
             try:
@@ -453,6 +465,13 @@ def replacing(path: Path) -> Iterator[_Sink]:
             finally:
                 sink.check()  # in place of whatever HDF5 has made of it
             os.fsync(sink.fileno())
+        if alone and _identity(path) != before:
+            raise OutputError(
+                "only one process may write an output at a time",
+                place=path,
+                value="a later one of another process",
+                remedy="Nothing is to be done: that one stays",
+            )
         part.replace(path)
     except OSError as error:
         remedy = {
@@ -465,6 +484,14 @@ def replacing(path: Path) -> Iterator[_Sink]:
     finally:
         with suppress(OSError):
             part.unlink()
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @contextmanager

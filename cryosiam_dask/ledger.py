@@ -15,9 +15,11 @@ Beside it lies, while somebody works on the tomogram, a claim, in which its hold
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
+import shutil
 import socket
 import threading
 import time
@@ -25,6 +27,7 @@ import uuid
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +175,7 @@ class Claims:
     """The tomograms that this process works on, held against other runs on the same folders.
 
     A claim is a file that is made only if it is not there, and in which its holder counts on. Whoever finds one of
-    another process watches it, by his own clock: a claim that has not counted for `patience` seconds, or whose process
+    another process watches it, by his own clock: a claim that has not changed for `patience` seconds, or whose process
     ran on this machine and is gone, is taken away. Neither locks, which some network disks do not have, nor clocks that
     agree are needed.
 
@@ -182,18 +185,20 @@ class Claims:
     Parameters
     ----------
     beat, patience
-        Seconds: see `BEAT` and `PATIENCE`.
+        Seconds; ``None``: `BEAT` and `PATIENCE`.
     """
 
-    def __init__(self, beat: float = BEAT, patience: float = PATIENCE) -> None:
-        self._patience = patience
+    def __init__(self, beat: float | None = None, patience: float | None = None) -> None:
+        self._patience = PATIENCE if patience is None else patience
         self._token = uuid.uuid4().hex
         self._count = 0
         self._held: set[Path] = set()
-        self._seen: dict[Path, tuple[bytes, float]] = {}
+        self._seen: dict[Path, tuple[tuple[bytes, int], float]] = {}
         self._lock = threading.RLock()
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._beat, args=(beat,), daemon=True, name="claims")
+        self._thread = threading.Thread(
+            target=self._beat, args=(BEAT if beat is None else beat,), daemon=True, name="claims"
+        )
         self._thread.start()
 
     def close(self) -> None:
@@ -228,15 +233,28 @@ class Claims:
                 self.release(right)
 
     def holds(self, path: Path) -> bool:
-        """Whether the claim is still this process's: one that slept too long has lost it."""
+        """Whether the claim is still this process's: one that slept too long has lost it.
+
+        Where the disk does not tell, it is as it was when the holder last counted.
+        """
         try:
             return self._is_ours(path)
         except OSError:
-            return False
+            return self.keeps(path)
 
     def keeps(self, path: Path) -> bool:
         """Whether the claim was taken, and was still this process's when it last counted; asks no disk."""
         return path in self._held
+
+    @contextmanager
+    def holding(self, path: Path) -> Iterator[None]:
+        """Wait for a claim, and hold it for the time being."""
+        while not self.take(path):
+            time.sleep(0.2)
+        try:
+            yield
+        finally:
+            self.release(path)
 
     def _is_ours(self, path: Path) -> bool:
         try:
@@ -292,9 +310,13 @@ class Claims:
     def _abandoned(self, path: Path, content: bytes) -> bool:
         if process_is_gone(content):
             return True
+        try:
+            now = content, path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return False
         before, since = self._seen.get(path, (None, 0.0))
-        if before != content:
-            self._seen[path] = (content, time.monotonic())
+        if before != now:
+            self._seen[path] = (now, time.monotonic())
             return False
         return time.monotonic() - since > self._patience
 
@@ -304,14 +326,17 @@ class Claims:
             with self._lock:
                 for path in list(self._held):
                     with suppress(OSError):
-                        if self._is_ours(path):
-                            self._replace(path)
-                        else:
+                        if not self._is_ours(path):
                             self._held.discard(path)
+                            continue
+                        try:
+                            self._replace(path)
+                        except OSError:  # a full disk: the holder lives all the same
+                            os.utime(path)
 
 
 @contextmanager
-def open_claims(beat: float = BEAT, patience: float = PATIENCE) -> Iterator[Claims]:
+def open_claims(beat: float | None = None, patience: float | None = None) -> Iterator[Claims]:
     """Claims that are given back at the end."""
     claims = Claims(beat, patience)
     try:
@@ -347,6 +372,68 @@ def claim_path(prediction_folder: Path, stem: str) -> Path:
     return prediction_folder / FOLDER / f"{stem}.claim"
 
 
+def collection_claim(prediction_folder: Path) -> Path:
+    """The claim on the files that tell of all tomograms of a prediction folder: tables, lists, the report."""
+    return prediction_folder / FOLDER / ".collection.claim"
+
+
+def part_name(name: str) -> str:
+    """A hidden name under which a file or folder `name` grows, which tells the process that writes it."""
+    return f".{name}.{_machine()}-{os.getpid()}-{next(_PARTS)}.part"
+
+
+def sweep_parts(folder: Path, *, own: bool = False) -> None:
+    """Remove what processes that were killed left of the outputs that they wrote.
+
+    What a process of this machine writes is its own while it lives; what one of another machine does, until it has not
+    changed for an hour. Where a folder was about to take the place of an earlier one, that one is put back.
+
+    Parameters
+    ----------
+    folder
+        Of the outputs.
+    own
+        Whether to remove what this process left as well, as it does where its workers ended amid a folder.
+    """
+    with os.scandir(folder) as entries:
+        found = [(entry.name, told) for entry in entries if (told := _PART.match(entry.name))]
+    for name, told in found:
+        with suppress(OSError):
+            path, target = folder / name, folder / told["name"]
+            if told["machine"] == _machine():
+                process = int(told["process"])
+                if is_running(process) and not (own and process == os.getpid()):
+                    continue
+            elif time.time() - path.lstat().st_mtime < _OLD:
+                continue
+            if told["kind"] == "old" and not target.exists():
+                path.rename(target)
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+_PARTS = itertools.count()
+_PART = re.compile(r"\.(?P<name>.+)\.(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-\d+\.(?P<kind>part|old)$", re.DOTALL)
+
+
+@cache
+def _machine() -> str:
+    return f"{zlib.crc32(f'{socket.gethostname()} {boot_id()} {_processes()}'.encode()):08x}"
+
+
+def is_running(process: int) -> bool:
+    """Whether there is a process of this number."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # of another user
+    return True
+
+
 def process_is_gone(content: bytes) -> bool:
     """Whether a claim's holder was a process of this machine that runs no more."""
     try:
@@ -355,12 +442,9 @@ def process_is_gone(content: bytes) -> bool:
             return False
         if claim["boot"] != boot_id() + _processes():
             return False  # of another machine or container of the same name, or of before it was started again
-        os.kill(claim["process"], 0)
-    except (ProcessLookupError, OverflowError):
-        return True
-    except (OSError, ValueError, KeyError, TypeError):
+        return not is_running(claim["process"])
+    except (ValueError, KeyError, TypeError):
         return False
-    return False
 
 
 def boot_id() -> str:

@@ -19,10 +19,8 @@ What depends on an unknown voxel size is empty. An image is a volume of one slic
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,6 +41,7 @@ from cryosiam_dask.components import (
 from cryosiam_dask.errors import LabelsError, OutputError
 from cryosiam_dask.executor import SERIAL, Executor
 from cryosiam_dask.labels_to_hdf5 import read_attributes, replacing, require_voxels, write_bytes, write_instances_hdf5
+from cryosiam_dask.ledger import collection_claim, open_claims
 
 CONNECTIVITY = 26
 COLLECTION = "components"  # name of the tables of all tomograms
@@ -301,10 +300,5 @@ def _of_table(path: Path, read: Callable[[Path], Any]) -> Any:
 @contextmanager
 def holding(folder: Path) -> Iterator[None]:
     """Wait until no other run puts the tables of `folder` together, and keep others from it for the time being."""
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network disks know no locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with open_claims() as claims, claims.holding(collection_claim(folder)):
         yield
-    finally:
-        os.close(lock)

@@ -34,6 +34,7 @@ from zarr.storage import StoreLike
 from cryosiam_dask.errors import OutputError, TomogramError, not_written
 from cryosiam_dask.executor import SERIAL, Executor
 from cryosiam_dask.folders import replacing_folder
+from cryosiam_dask.local_store import AnyDiskStore
 from cryosiam_dask.tomogram_files import (
     HDF5_ENDINGS,
     Region,
@@ -558,7 +559,7 @@ def convert(
 ) -> IngestReport:
     """Convert a tomogram file to a zarr v3 array at a path of its own.
 
-    The array grows under the name ``.<target>.part`` and is renamed when it is complete.
+    The array grows under a hidden name beside the target and is renamed when it is complete.
 
     Parameters
     ----------
@@ -588,7 +589,7 @@ def convert(
     require_free(target, overwrite=overwrite)
     try:
         with replacing_folder(target) as part:
-            _, statistics = _fill(header, part, None, chunks, True, executor)
+            _, statistics = _fill(header, AnyDiskStore(part), None, chunks, True, executor)
     except OutputError as error:
         raise type(error)(error.rule, place=target, value=error.value, remedy=error.remedy) from error
     except OSError as error:

@@ -36,6 +36,7 @@ from cryosiam_dask.classes import COLOURS
 from cryosiam_dask.errors import LabelsError, OutputError, not_written
 from cryosiam_dask.executor import SERIAL, Executor
 from cryosiam_dask.folders import replacing_folder
+from cryosiam_dask.local_store import AnyDiskStore
 
 NGFF = "0.5"
 CHUNK, SHARD = 128, 256  # voxels along each axis
@@ -119,7 +120,7 @@ def write_ome_zarr(
     describe = partial(_multiscale, levels=levels, scale=scale, position=position, unit=unit)
     try:
         with replacing_folder(path) as part:
-            image = zarr.create_group(part, zarr_format=3)
+            image = zarr.create_group(AnyDiskStore(part), zarr_format=3)
             dtype = np.dtype(np.uint8) if tomogram.dtype == bool else np.dtype(tomogram.dtype).newbyteorder("=")
             _fill(image, tomogram, levels, dtype, "mean", minimum, executor)
             multiscale = describe(name=path.name.removesuffix(".ome.zarr"), reduction="mean")

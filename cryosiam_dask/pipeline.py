@@ -13,7 +13,6 @@ that was killed goes on from there. `cryosiam_dask.collection` does this for man
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -23,6 +22,7 @@ import shutil
 import time
 import traceback
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
@@ -51,9 +51,23 @@ from cryosiam_dask.errors import (
     LostClusterError,
     OutputError,
     Problems,
+    StorageError,
+    may_pass,
     not_written,
 )
-from cryosiam_dask.executor import SERIAL, Executor, Interrupted, NamedExecutor, SharedExecutor
+from cryosiam_dask.executor import (
+    PAUSES,
+    SERIAL,
+    Executor,
+    GuardedExecutor,
+    Interrupted,
+    NamedExecutor,
+    SharedExecutor,
+    TakenOver,
+    lasting,
+    patiently,
+    wait,
+)
 from cryosiam_dask.formats import (
     MRC_LABEL,
     Placed,
@@ -76,7 +90,8 @@ from cryosiam_dask.labels_to_hdf5 import (
     write_mrc,
 )
 from cryosiam_dask.lamella import postprocess_lamella
-from cryosiam_dask.ledger import Ledger, boot_id
+from cryosiam_dask.ledger import Claims, Ledger, boot_id, claim_path, open_claims, part_name, sweep_parts
+from cryosiam_dask.local_store import AnyDiskStore
 from cryosiam_dask.mask import open_mask
 from cryosiam_dask.measurements import COLLECTION, collect_tables, remove_outdated, write_components
 from cryosiam_dask.mrc_to_zarr import IngestReport, Statistics, ingest, read_header
@@ -136,8 +151,11 @@ def segment(
     executor: Executor = SERIAL,
     timeline: bool = False,
     say: Callable[[str], None] = lambda message: None,
+    guard: Callable[[], None] = lambda: None,
 ) -> Iterator[Outcome]:
     """Segment one tomogram with one model after the other.
+
+    An error of the disk that may pass ends nothing: what has been done is kept, and the rest is tried again.
 
     Parameters
     ----------
@@ -151,6 +169,8 @@ def segment(
         Whether to draw ``<stem>_timeline.png``, when each worker read, computed and wrote each block.
     say
         Told what a user should know.
+    guard
+        Called before anything is recorded or removed; raises `Interrupted` where the tomogram is another run's.
 
     Yields
     ------
@@ -162,51 +182,93 @@ def segment(
     Interrupted, KeyboardInterrupt
         If the run is to end; what has been done stays done.
     """
+    at = _At(*jobs[0])
+    told = set[str]()
+    for pause in (*PAUSES, None):
+        try:
+            for outcome in _segment_all(jobs, at, device, executor, timeline, say, guard):
+                if outcome.stage not in told:  # as those are that were done before a pause
+                    told.add(outcome.stage)
+                    yield outcome
+            return
+        except (Interrupted, LostClusterError):
+            raise
+        except Exception as error:
+            guard()
+            if pause is None or not may_pass(error):
+                outcome = _failed(at.job.stem, at.shape, at.began, lasting(error), at.job.output, at.plan.name)
+                yield record(at.plan, outcome, at.began, goes_on=isinstance(error, _RESUMABLE))
+                return
+            say(f"{error}: tried again in {pause:g} s")
+            wait(pause, guard)
+
+
+@dataclass(slots=True)
+class _At:
+    """What is being done with a tomogram, for the record of what fails."""
+
+    plan: RunPlan
+    job: Job
+    began: float = field(default_factory=time.time)
+    shape: tuple[int, ...] = ()
+
+
+def _segment_all(
+    jobs: Sequence[tuple[RunPlan, Job]],
+    at: _At,
+    device: Literal["cpu", "cuda"],
+    executor: Executor,
+    timeline: bool,
+    say: Callable[[str], None],
+    guard: Callable[[], None],
+) -> Iterator[Outcome]:
     last_plan, last = jobs[-1]
-    plan, job, began = jobs[0][0], jobs[0][1], time.time()
-    header: TomogramHeader | None = None
-    try:
-        header = read_header(last.source, **last_plan.configuration.reading)
-        for note in header.notes:
-            say(note)
-        # The last job's place outlives the others: that is where the tomogram is kept for all of them.
-        with _workspace(last_plan.configuration, last.stem, say) as shared:
-            grid = make_grid(header.shape, last_plan.patch, last_plan.configuration.block_size, last_plan.halo)
-            tomogram, report = _ingested(shared, last_plan.configuration, last, header, grid, executor)
-            for plan, job in jobs:
-                began = time.time()
-                job = plan.with_fingerprint(job)
-                if plan.made_meanwhile(job):
-                    outcome = Outcome(job.stem, "skipped", header.shape, stage=plan.name)
-                    if plan is not last_plan:
-                        yield outcome
-                    continue
-                own = (
-                    nullcontext(shared)
-                    if job.stem == last.stem and plan is last_plan
-                    else _workspace(plan.configuration, job.stem, say)
-                )
-                named = NamedExecutor(executor, plan.name) if plan.name else executor
-                with own as space:
+    header = read_header(last.source, **last_plan.configuration.reading)
+    at.shape = header.shape
+    for note in header.notes:
+        say(note)
+    # The last job's place outlives the others: that is where the tomogram is kept for all of them.
+    with _workspace(last_plan.configuration, last.stem, say, guard) as shared:
+        grid = make_grid(header.shape, last_plan.patch, last_plan.configuration.block_size, last_plan.halo)
+        tomogram, report = _ingested(shared, last_plan.configuration, last, header, grid, executor)
+        for plan, job in jobs:
+            began = time.time()
+            job = plan.with_fingerprint(job)
+            at.plan, at.job, at.began = plan, job, began
+            if plan.made_meanwhile(job):
+                outcome = Outcome(job.stem, "skipped", header.shape, stage=plan.name)
+                if plan is not last_plan:
+                    yield outcome
+                continue
+            own = (
+                nullcontext(shared)
+                if job.stem == last.stem and plan is last_plan
+                else _workspace(plan.configuration, job.stem, say, guard)
+            )
+            named = NamedExecutor(executor, plan.name) if plan.name else executor
+            with own as space:
+                try:
                     voxels, warnings = _segment(plan, job, tomogram, report, space, device, named, timeline, say)
-                    outcome = Outcome(
-                        job.stem, "done", header.shape, time.time() - began, voxels, warnings, stage=plan.name
-                    )
-                    if plan is not last_plan:
-                        _log_warnings(outcome)
-                        yield record(plan, outcome, began)
-        if outcome.status == "done":
-            _log_warnings(outcome)
-            record(plan, outcome, began)
-        else:  # what became of it when it was made
-            before = shared.ledger.last("outcome") or {"status": "done"}
-            shared.ledger.close(**{name: value for name, value in before.items() if name != "what"})
-        yield outcome
-    except (Interrupted, LostClusterError):
-        raise
-    except Exception as error:
-        outcome = _failed(job.stem, header.shape if header else (), began, error, job.output, plan.name)
-        yield record(plan, outcome, began, goes_on=isinstance(error, _RESUMABLE))
+                except (OSError, CryosiamDaskError):
+                    raise
+                except Exception:  # of what nobody foresaw, damaged intermediate arrays may be the reason
+                    _forget_damaged(plan, header.shape, space)
+                    raise
+                outcome = Outcome(
+                    job.stem, "done", header.shape, time.time() - began, voxels, warnings, stage=plan.name
+                )
+                if plan is not last_plan:
+                    _log_warnings(outcome)
+                    guard()
+                    yield record(plan, outcome, began)
+    guard()
+    if outcome.status == "done":
+        _log_warnings(outcome)
+        record(last_plan, outcome, began)
+    else:  # what became of it when it was made
+        before = shared.ledger.last("outcome") or {"status": "done"}
+        shared.ledger.close(**{name: value for name, value in before.items() if name != "what"})
+    yield outcome
 
 
 def record(plan: RunPlan, outcome: Outcome, began: float, *, goes_on: bool = False) -> Outcome:
@@ -218,14 +280,21 @@ def record(plan: RunPlan, outcome: Outcome, began: float, *, goes_on: bool = Fal
     values |= {"run": plan.run, "began": began, "ended": time.time()}
     with suppress(OSError):
         ledger = Ledger(plan.configuration.prediction_folder, outcome.stem)
-        if goes_on:
+        if goes_on or (outcome.status == "failed" and _has_blocks(ledger)):
             ledger.append("outcome", **values)
         else:
             ledger.close(**values)
     return outcome
 
 
-def _failed(stem: str, shape: tuple[int, ...], began: float, error: Exception, path: Path, stage: str = "") -> Outcome:
+def failed(plan: RunPlan, job: Job, began: float, error: BaseException) -> Outcome:
+    """The outcome of a job that ended with an error which nothing else has handled."""
+    return _failed(job.stem, (), began, error, job.output, plan.name)
+
+
+def _failed(
+    stem: str, shape: tuple[int, ...], began: float, error: BaseException, path: Path, stage: str = ""
+) -> Outcome:
     """The outcome of a tomogram whose work on the output `path` ended with `error`."""
     raised, details = error, ""
     if isinstance(error, OSError):
@@ -258,6 +327,7 @@ def _log_warnings(outcome: Outcome) -> Outcome:
 class _Space:
     """Where the intermediate arrays of a tomogram are, and the record of what is in them."""
 
+    folder: Path
     group: zarr.Group
     ledger: Ledger
 
@@ -318,9 +388,10 @@ def _predicted(
             say(f"{len(done)} of {len(grid.indices())} blocks are there already")
     token = uuid.uuid4().hex
     work.attrs["blocks"] = token
-    for name in list(work):
-        if name != "tomogram" and not (resumed and name in plan.wanted):
-            del work[name]
+    # By the files: arrays that are copied to HDF5 are of zarr's format 2, which a group of format 3 does not list.
+    for path in space.folder.iterdir():
+        if path.name not in ("zarr.json", "tomogram", *(plan.wanted if resumed else ())):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     if not resumed:
         outputs = create_outputs(work, grid, plan.checkpoint.architecture.out_channels, plan.wanted)
         ledger.append("blocks", key=key, block_size=block_size)
@@ -420,96 +491,176 @@ def _segment(
     return voxels, tuple(warnings)
 
 
-#: Errors after which a tomogram's intermediate arrays are kept, since the same command goes on from them.
-_RESUMABLE = (Interrupted, ClusterError, DeviceError)
+#: Errors of no tomogram, after which the same command goes on.
+_ENDING = (Interrupted, ClusterError, DeviceError)
+#: Errors after which a tomogram's intermediate arrays are kept whatever is in them.
+_RESUMABLE = (*_ENDING, StorageError)
 
 
 @contextmanager
-def _workspace(configuration: Configuration, stem: str, say: Callable[[str], None]) -> Iterator[_Space]:
-    """A zarr group for a tomogram's intermediate arrays with its ledger, of an earlier run if they fit together."""
-    folder = work_folder(configuration, stem)
-    folder.mkdir(parents=True, exist_ok=True)
-    with claimed(folder):
-        ledger = Ledger(configuration.prediction_folder, stem)
-        if ledger.fault:
-            say(f"its ledger {ledger.fault}, so that it is begun anew")
-        keep = False
-        try:
-            yield _Space(_open_group(folder, ledger), ledger)
-            keep = configuration.keep_work
-        except _RESUMABLE:
-            keep = True
-            raise
-        except Exception:
-            raise
-        except BaseException:
-            keep = True
-            raise
-        finally:
-            if not keep:
-                shutil.rmtree(folder, ignore_errors=True)
+def _workspace(
+    configuration: Configuration, stem: str, say: Callable[[str], None], guard: Callable[[], None]
+) -> Iterator[_Space]:
+    """A zarr group for a tomogram's intermediate arrays with its ledger, of an earlier run if they fit together.
+
+    Whatever the tomogram fails of, blocks that have been predicted stay.
+    """
+    ledger = Ledger(configuration.prediction_folder, stem)
+    if ledger.fault:
+        say(f"its ledger {ledger.fault}, so that it is begun anew")
+    folder, group = _open_store(configuration, stem, ledger)
+    try:
+        yield _Space(folder, group, ledger)
+    except Exception as error:
+        if isinstance(error, _RESUMABLE) or may_pass(error) or _has_blocks(ledger):
+            count = len(ledger.since("block", "blocks"))
+            if count and not isinstance(error, Interrupted):
+                say(f"its {count} predicted blocks are kept in {folder}")
+        else:
+            guard()
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if not configuration.keep_work:
+        guard()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _open_group(folder: Path, ledger: Ledger) -> zarr.Group:
-    """The zarr group that a ledger speaks of, or an empty one where that is not there."""
+def _has_blocks(ledger: Ledger) -> bool:
+    return bool(ledger.since("block", "blocks"))
+
+
+def _open_store(configuration: Configuration, stem: str, ledger: Ledger) -> tuple[Path, zarr.Group]:
+    """The folder and zarr group that a ledger speaks of, or an empty one where that is not there."""
     store = ledger.last("store")
     if store:
-        with suppress(Exception):  # whatever is wrong with it, it is not the one
-            group = zarr.open_group(str(folder), mode="r+")
+        folder = _work_root(configuration) / store.get("name", f"{stem}{_WORK}")
+        try:
+            group = zarr.open_group(AnyDiskStore(folder), mode="r+", zarr_format=3)
             if group.attrs.get("store") == store["token"]:
-                return group
-    group = _empty_group(folder)
-    group.attrs["store"] = token = uuid.uuid4().hex
-    ledger.append("store", token=token)
-    return group
+                return folder, group
+        except Exception as error:  # whatever is wrong with it, it is not the one
+            if may_pass(error):
+                raise
+    token = uuid.uuid4().hex
+    for name in _work_names(configuration, stem):
+        folder = _work_root(configuration) / name
+        if not _is_own_store(configuration, folder):
+            continue
+        with suppress(FileNotFoundError):
+            shutil.rmtree(folder)
+        # Renamed when it says whose it is, so that nobody takes it for his own meanwhile.
+        part = folder.with_name(part_name(folder.name))
+        part.parent.mkdir(parents=True, exist_ok=True)
+        attributes = {"store": token, "prediction_folder": str(configuration.prediction_folder.resolve())}
+        zarr.create_group(AnyDiskStore(part), attributes=attributes)
+        try:
+            part.rename(folder)
+        except OSError as error:
+            shutil.rmtree(part, ignore_errors=True)
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            continue  # another data set has just taken the name
+        ledger.append("store", token=token, name=name)
+        return folder, zarr.open_group(AnyDiskStore(folder), mode="r+", zarr_format=3)
+    raise OutputError(
+        "the work store must be this data set's own",
+        place=folder,
+        value="one of another prediction_folder",
+        remedy="Set work_folder to another folder",
+    )
 
 
-def _empty_group(folder: Path) -> zarr.Group:
-    for left_over in folder.iterdir():
-        shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
-    return zarr.create_group(str(folder))
+_WORK, _SCRATCH = ".work.zarr", ".scratch.zarr"
+
+
+def has_work_stores(configuration: Configuration) -> bool:
+    """Whether there are intermediate arrays of any tomogram."""
+    with os.scandir(_work_root(configuration)) as entries:
+        return any(entry.name.endswith((_WORK, _SCRATCH)) for entry in entries)
+
+
+def _work_root(configuration: Configuration) -> Path:
+    return configuration.work_folder or configuration.prediction_folder
+
+
+def _own_name(configuration: Configuration, stem: str) -> str:
+    """A name that no tomogram of another prediction folder has."""
+    return f"{stem}.{hashlib.sha256(os.fsencode(configuration.prediction_folder.resolve())).hexdigest()[:8]}"
+
+
+def _work_names(configuration: Configuration, stem: str) -> tuple[str, str]:
+    """What a tomogram's work store may be called; the second where another data set has one of the first name."""
+    return f"{stem}{_WORK}", f"{_own_name(configuration, stem)}{_WORK}"
+
+
+def _is_own_store(configuration: Configuration, folder: Path) -> bool:
+    """Whether a work store is this prediction folder's, or not there."""
+    if folder.parent == configuration.prediction_folder or folder.name.endswith(
+        f"{_own_name(configuration, '')}{_WORK}"
+    ):
+        return True
+    try:
+        told = json.loads((folder / "zarr.json").read_bytes())["attributes"]["prediction_folder"]
+    except FileNotFoundError:
+        return not folder.exists()
+    except (NotADirectoryError, ValueError, KeyError, TypeError):
+        return False
+    return bool(told == str(configuration.prediction_folder.resolve()))
+
+
+def work_stores(configuration: Configuration, stem: str) -> list[Path]:
+    """Where intermediate arrays of a tomogram are, those that a command on its prediction left included."""
+    names = (*_work_names(configuration, stem), f"{_own_name(configuration, stem)}{_SCRATCH}")
+    folders = [_work_root(configuration) / name for name in names]
+    return [folder for folder in folders if folder.exists() and _is_own_store(configuration, folder)]
+
+
+def _forget_damaged(plan: RunPlan, shape: tuple[int, ...], space: _Space) -> None:
+    """Take back the record of what cannot be read from a work store, so that the next run makes it again."""
+    work, ledger, found = space.group, space.ledger, space.ledger.last("blocks")
+    if "tomogram" in work:
+        tomogram = _array(work, "tomogram")
+        blocks = Blocks.of(tomogram)
+        if not all(_is_readable(tomogram, blocks.slices(index)[3 - blocks.ndim :]) for index in blocks.indices):
+            ledger.append("ingested", key="", boot="")
+            LOG.warning("%s: cannot be read, so that it will be made again", tomogram.path)
+    if found:
+        grid = make_grid(shape, plan.patch, found["block_size"], plan.halo)
+        arrays = [_array(work, name) for name in plan.wanted if name in work]
+        recorded = ledger.since("block", "blocks")
+        whole = [
+            entry
+            for entry in recorded
+            if all(_is_readable(array, grid.block(tuple(entry["index"])).region) for array in arrays)
+        ]
+        if len(whole) < len(recorded):
+            LOG.warning("%d of %d predicted blocks cannot be read", len(recorded) - len(whole), len(recorded))
+            ledger.append("blocks", key=found["key"], block_size=found["block_size"])
+            for entry in whole:
+                ledger.append(**entry)
+
+
+def _is_readable(array: zarr.Array[Any], region: tuple[slice, ...]) -> bool:
+    """Whether a region, of each class where there are several, can be read; a disk that does not answer is no no."""
+    for leading in np.ndindex(array.shape[: -len(region)]):
+        try:
+            array[(*leading, *region)]
+        except OSError:
+            return True
+        except Exception:  # whatever a codec says of bytes that are not its own
+            return False
+    return True
 
 
 @contextmanager
 def _work_group(configuration: Configuration, stem: str) -> Iterator[zarr.Group]:
-    """An empty zarr group for a tomogram's intermediate arrays, which no other run uses at the same time."""
-    folder = work_folder(configuration, stem)
-    folder.mkdir(parents=True, exist_ok=True)
-    complete = False
-    with claimed(folder):
-        try:
-            yield _empty_group(folder)
-            complete = True
-        finally:
-            if not (complete and configuration.keep_work):
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def work_folder(configuration: Configuration, stem: str) -> Path:
-    """Where a tomogram's intermediate arrays are."""
-    return (configuration.work_folder or configuration.prediction_folder) / f"{stem}.work.zarr"
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Hold a folder against other runs; the kernel lets go of it with the process, however that ends."""
-    lock = os.open(folder, os.O_RDONLY)
+    """An empty zarr group for the intermediate arrays of a command on a written prediction, which holds its claim."""
+    folder = _work_root(configuration) / f"{_own_name(configuration, stem)}{_SCRATCH}"
+    shutil.rmtree(folder, ignore_errors=True)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise OutputError(
-            "only one run may work on a tomogram at a time",
-            place=folder,
-            value="a folder in use by another run",
-            remedy="Wait for the other run, or use another prediction_folder",
-        ) from None
-    except OSError:
-        pass  # some network disks know no locks
-    try:
-        yield
+        yield zarr.create_group(AnyDiskStore(folder))
     finally:
-        os.close(lock)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _like(work: zarr.Group, name: str, labels: zarr.Array[Any]) -> zarr.Array[Any]:
@@ -641,41 +792,36 @@ def postprocess(
         One for each prediction.
     """
     sizes = removal_sizes(configuration)
-    outcomes = []
-    for path in predictions:
-        stem, began = _stem(path), time.time()
-        own = executor.share(stem, 0, partial(reporter.step, stem))
-        reporter.begin(stem)
-        shape: tuple[int, ...] = ()
-        try:
-            with _work_group(configuration, stem) as work:
-                unfiltered = _read_unfiltered(path, work, own)
-                shape = unfiltered.shape
-                voxels = _count_voxels(unfiltered, max(2, len(sizes)), own)
-                labels, removed, voxels = _without_small(unfiltered, voxels, sizes, work, own, "numpy")
-                probabilities = _probabilities(path) if configuration.components else None
-                if probabilities is not None:  # what the components would fail of, before anything is replaced
-                    require_channel(int(np.flatnonzero(voxels)[-1]), probabilities.shape[0])
-                attributes: dict[str, Any] = {"postprocessing_sizes": sizes, "voxels": voxels}
-                prediction = read_attributes(path).get("prediction_fingerprint")
-                if prediction:
-                    attributes["fingerprint"] = with_sizes(prediction, sizes)
-                write = partial(replace_labels, labels=labels, removed=removed, attributes=attributes)
-                own.map(write, [path], name="export")
-                attributes = _written_attributes(configuration, path)
-                warnings = _update_components(configuration, stem, labels, _probabilities(path), attributes, work, own)
-                warnings += _draw_again(configuration, stem, labels, attributes, work, own)
-                warnings += _update_formats(configuration, path, work, own)
-            outcome = _log_warnings(Outcome(stem, "done", shape, time.time() - began, voxels, tuple(warnings)))
-            reporter.end(stem, f"done in {outcome.seconds:.0f} s, {path}")
-        except (Interrupted, LostClusterError):
-            raise
-        except Exception as error:
-            outcome = _failed(stem, shape, began, error, path)
-            reporter.end(stem, f"FAILED: {outcome.error}")
-        outcomes.append(outcome)
+
+    def act(path: Path, executor: Executor) -> Result:
+        with _work_group(configuration, _stem(path)) as work:
+            return _postprocess_one(configuration, path, sizes, work, executor)
+
+    outcomes = _each(predictions, reporter, act, executor)
     collect(configuration, outcomes)
     return outcomes
+
+
+def _postprocess_one(
+    configuration: Configuration, path: Path, sizes: Sequence[int], work: zarr.Group, executor: Executor
+) -> Result:
+    stem, unfiltered = _stem(path), _read_unfiltered(path, work, executor)
+    voxels = _count_voxels(unfiltered, max(2, len(sizes)), executor)
+    labels, removed, voxels = _without_small(unfiltered, voxels, sizes, work, executor, "numpy")
+    probabilities = _probabilities(path) if configuration.components else None
+    if probabilities is not None:  # what the components would fail of, before anything is replaced
+        require_channel(int(np.flatnonzero(voxels)[-1]), probabilities.shape[0])
+    attributes: dict[str, Any] = {"postprocessing_sizes": sizes, "voxels": voxels}
+    prediction = read_attributes(path).get("prediction_fingerprint")
+    if prediction:
+        attributes["fingerprint"] = with_sizes(prediction, sizes)
+    write = partial(replace_labels, labels=labels, removed=removed, attributes=attributes)
+    executor.map(write, [path], name="export")
+    attributes = _written_attributes(configuration, path)
+    warnings = _update_components(configuration, stem, labels, _probabilities(path), attributes, work, executor)
+    warnings += _draw_again(configuration, stem, labels, attributes, work, executor)
+    warnings += _update_formats(configuration, path, work, executor)
+    return unfiltered.shape, voxels, tuple(warnings)
 
 
 def measure(
@@ -694,7 +840,7 @@ def measure(
         One for each prediction.
     """
     configuration = configuration.model_copy(update={"components": True})
-    outcomes = [attempt(path, reporter, partial(measure_one, configuration, path), executor) for path in predictions]
+    outcomes = _each(predictions, reporter, partial(measure_one, configuration), executor)
     collect(configuration, outcomes)
     return outcomes
 
@@ -727,7 +873,7 @@ def export(
             warnings = export_prediction(configuration, path, formats, work=work, executor=executor)
         return open_dataset(path, "labels").shape, (), warnings
 
-    return [attempt(path, reporter, partial(act, path), executor) for path in predictions]
+    return _each(predictions, reporter, act, executor)
 
 
 def list_centers(
@@ -773,7 +919,7 @@ def list_centers(
         reporter.say(f"particles: {', '.join(f'{n} of class {label}' for label, n in counts.items())}")
         return labels.shape, (), tuple(_unknown_voxel_size(attributes))
 
-    outcomes = [attempt(path, reporter, partial(act, path), executor) for path in predictions]
+    outcomes = _each(predictions, reporter, act, executor)
     try:
         collect_centers(folder)
     except Exception as error:
@@ -784,19 +930,66 @@ def list_centers(
 Result: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]  # shape, voxels of each label, warnings
 
 
-def attempt(path: Path, reporter: Reporter, work: Callable[[Executor], Result], executor: SharedExecutor) -> Outcome:
-    """What became of work on the written prediction `path`."""
-    stem, began = _stem(path), time.time()
-    reporter.begin(stem)
+def _each(
+    predictions: Sequence[Path],
+    reporter: Reporter,
+    act: Callable[[Path, Executor], Result],
+    executor: SharedExecutor,
+) -> list[Outcome]:
+    """Do something with each written prediction; those that another run works on come later."""
+    outcomes: dict[Path, Outcome] = {}
+    pending, waiting = deque(predictions), set[Path]()
+    for folder in {path.parent for path in predictions}:
+        with suppress(OSError):
+            sweep_parts(folder)
+    with open_claims() as claims:
+        while pending:
+            path = pending.popleft()
+            outcome = _attempt(path, reporter, partial(act, path), executor, claims)
+            if outcome is not None:
+                outcomes[path] = outcome
+                waiting.clear()
+                continue
+            if path not in waiting:
+                reporter.say(f"{_stem(path)}: another run works on it; waiting for that")
+                waiting.add(path)
+            pending.append(path)
+            if waiting.issuperset(pending):
+                time.sleep(_LOOK)
+    return [outcomes[path] for path in predictions]
+
+
+#: Seconds after which predictions that others work on are looked at again.
+_LOOK = 1.0
+
+
+def _attempt(
+    path: Path, reporter: Reporter, work: Callable[[Executor], Result], executor: SharedExecutor, claims: Claims
+) -> Outcome | None:
+    """What became of work on the written prediction `path`; ``None`` where another run works on it."""
+    stem, began, claim = _stem(path), time.time(), claim_path(path.parent, _stem(path))
+
+    def guard() -> None:
+        if not claims.holds(claim):
+            raise TakenOver
+
     try:
-        shape, voxels, warnings = work(executor.share(stem, 0, partial(reporter.step, stem)))
+        if not patiently(partial(claims.take, claim)):
+            return None
+        reporter.begin(stem)
+        own = GuardedExecutor(executor.share(stem, 0, partial(reporter.step, stem)), guard)
+        shape, voxels, warnings = patiently(partial(work, own), guard)
         outcome = _log_warnings(Outcome(stem, "done", shape, time.time() - began, voxels, warnings))
         reporter.end(stem, f"done in {outcome.seconds:.0f} s, {path.parent}")
+    except TakenOver:
+        return None
     except (Interrupted, LostClusterError):
         raise
     except Exception as error:
         outcome = _failed(stem, (), began, error, path)
         reporter.end(stem, f"FAILED: {outcome.error}")
+    finally:
+        claims.release(claim)
     return outcome
 
 
@@ -822,26 +1015,41 @@ def complete(plan: RunPlan, job: Job, executor: Executor) -> Outcome:
     Interrupted, LostClusterError
         If the run is to end; what has been done stays done.
     """
-    configuration, warnings, began = plan.configuration, list[str](), time.time()
+    began = time.time()
     try:
-        if not plan.outdated(job):
-            return Outcome(job.stem, "skipped", stage=plan.name)
-        if not components_done(job.components, job.fingerprint, plan.class_names):
-            warnings += measure_one(configuration, job.output, executor)[2]
-        if not preview_done(configuration, job):
-            labels, attributes = _written_labels(job.output), _written_attributes(configuration, job.output)
-            with _work_group(configuration, job.stem) as work:
-                warnings += _draw_again(configuration, job.stem, labels, attributes, work, executor, missing=True)
-        if not formats_done(configuration, job.stem, job.fingerprint, plan.class_names):
-            with _work_group(configuration, job.stem) as work:
-                warnings += _update_formats(configuration, job.output, work, executor)
-        shape = _written_labels(job.output).shape
-        seconds = time.time() - began
-        return _log_warnings(Outcome(job.stem, "done", shape, seconds, (), tuple(warnings), stage=plan.name))
+        return patiently(partial(_complete, plan, job, executor))
     except (Interrupted, LostClusterError):
         raise
     except Exception as error:
         return _failed(job.stem, (), began, error, job.output, plan.name)
+
+
+def _complete(plan: RunPlan, job: Job, executor: Executor) -> Outcome:
+    configuration, warnings, began = plan.configuration, list[str](), time.time()
+    if not plan.outdated(job):
+        return Outcome(job.stem, "skipped", stage=plan.name)
+    if not components_done(job.components, job.fingerprint, plan.class_names):
+        warnings += measure_one(configuration, job.output, executor)[2]
+    if not preview_done(configuration, job):
+        labels, attributes = _written_labels(job.output), _written_attributes(configuration, job.output)
+        with _work_group(configuration, job.stem) as work:
+            warnings += _draw_again(configuration, job.stem, labels, attributes, work, executor, missing=True)
+    if not formats_done(configuration, job.stem, job.fingerprint, plan.class_names):
+        with _work_group(configuration, job.stem) as work:
+            warnings += _update_formats(configuration, job.output, work, executor)
+    # A run that failed after the labels had been written left its intermediate arrays and what it failed of.
+    for folder in () if configuration.keep_work else work_stores(configuration, job.stem):
+        shutil.rmtree(folder, ignore_errors=True)
+    ledger = Ledger(configuration.prediction_folder, job.stem)
+    before = ledger.last("outcome")
+    if before and before["status"] == "failed":
+        ledger.close(**{name: value for name, value in before.items() if name != "what"} | _DONE)
+    shape = _written_labels(job.output).shape
+    seconds = time.time() - began
+    return _log_warnings(Outcome(job.stem, "done", shape, seconds, (), tuple(warnings), stage=plan.name))
+
+
+_DONE = {"status": "done", "error": "", "kind": ""}
 
 
 def _update_formats(configuration: Configuration, path: Path, work: zarr.Group, executor: Executor) -> list[str]:
@@ -929,7 +1137,7 @@ def _draw(
             fingerprint=attributes.get("fingerprint") or "",
             executor=executor,
         )
-    except _RESUMABLE:
+    except _ENDING:
         raise
     except Exception as error:
         with suppress(OSError):
@@ -965,7 +1173,7 @@ def _draw_again(
         tomogram, _ = ingest(source, work.store, executor=executor, **configuration.reading)
         if tuple(tomogram.shape) != tuple(labels.shape):
             raise OutputError("the tomogram must have the shape of its labels", place=source, value=tomogram.shape)
-    except _RESUMABLE:
+    except _ENDING:
         raise
     except (KeyError, CryosiamDaskError) as error:
         path.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from cryosiam_dask.errors import (
     OutputError,
     Problems,
 )
+from cryosiam_dask.executor import patiently
 from cryosiam_dask.formats import foreign_formats, format_path, formats_done, other_formats, read_mrc_fingerprint
 from cryosiam_dask.grid import make_grid
 from cryosiam_dask.labels_to_hdf5 import read_attributes
@@ -251,7 +253,7 @@ def plan_run(
         If a folder cannot even be looked into.
     """
     try:
-        plan = _plan_run(configuration, filename, overwrite, masks_to_come)
+        plan = patiently(partial(_plan_run, configuration, filename, overwrite, masks_to_come))
         return replace(plan, overwrite=overwrite, name=name, run=time.strftime("%Y-%m-%dT%H:%M:%S") + f"-{os.getpid()}")
     except OSError as error:
         raise ConfigurationError(

@@ -36,6 +36,7 @@ from scipy import ndimage
 from cryosiam_dask.classes import COLOURS, named
 from cryosiam_dask.components import Blocks, Index
 from cryosiam_dask.executor import SERIAL, Executor
+from cryosiam_dask.ledger import part_name
 
 PALETTE = COLOURS  # label 1 has the first
 OPACITY = 0.5
@@ -266,7 +267,7 @@ def write_preview(
     for number, part in enumerate(parts):
         together.paste(part, (number * part.width, 0))
     texts.add_text(_THUMBNAIL, base64.b64encode(_small(together, _THUMBNAIL_BYTES)).decode())
-    partial_file = path.with_name(f".{path.name}.partial")
+    partial_file = path.with_name(part_name(path.name))
     try:
         # A sixth larger than by default, in half the time.
         sheet.save(partial_file, format="PNG", pnginfo=texts, compress_level=3)

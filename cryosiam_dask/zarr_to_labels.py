@@ -239,7 +239,7 @@ def predict_stored_block(prediction: StoredPrediction, index: tuple[int, ...]) -
     writing = time.time()
     if prediction.token is not None:
         store = next(iter(prediction.outputs.values())).store
-        if zarr.open_group(store, mode="r").attrs.get("blocks") != prediction.token:
+        if zarr.open_group(store, mode="r", zarr_format=3).attrs.get("blocks") != prediction.token:
             raise OutputError("only one run may write a block", place=store, remedy="Let the later run finish")
     for name, values in result.items():
         prediction.outputs[name][_all_classes(block.region)] = values

@@ -25,6 +25,7 @@ from cryosiam_dask.collection import remove_left_overs, run
 from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, Problems
 from cryosiam_dask.formats import convert_to_ome_zarr, formats_done, read_mrc_fingerprint, remove_outdated_formats
+from cryosiam_dask.ledger import part_name, read_outcomes
 from cryosiam_dask.mrc_to_zarr import convert, ingest
 from cryosiam_dask.ome_zarr import read_own_attributes, write_ome_zarr
 from cryosiam_dask.pipeline import Outcome, export, find_predictions, measure, postprocess
@@ -313,15 +314,19 @@ def test_a_failure_leaves_the_prediction_and_nothing_else(folder: Path, monkeypa
         patch.setattr(ome_zarr, "mode_of_pairs", full)
         (outcome,) = segment(configuration)
     assert outcome.status == "failed" and "No space left on device" in outcome.error
-    assert names(folder / "out") == [".ledger", f"{STEM}_preds.h5", f"{STEM}_preview.png"]
+    left = [f"{STEM}.work.zarr", f"{STEM}_preds.h5", f"{STEM}_preview.png"]
+    assert names(folder / "out") == [".ledger", *left]
+    assert read_outcomes(folder / "out")[STEM]["status"] == "failed"
     assert [job.stem for job in plan_run(configuration).unmeasured] == [STEM]
     segment(configuration)
     assert names(folder / "out") == [".ledger", f"{STEM}.ome.zarr", f"{STEM}_preds.h5", f"{STEM}_preview.png"]
+    outcome = read_outcomes(folder / "out")[STEM]
+    assert (outcome["status"], outcome["error"]) == ("done", "")
 
 
 def test_what_tasks_wrote_after_a_failure_is_removed(folder: Path) -> None:
     plan = plan_run(configure(folder, output_formats=["ome-zarr"]))
-    (folder / "out" / f".{STEM}.ome.zarr.part" / "0").mkdir(parents=True)
+    (folder / "out" / part_name(f"{STEM}.ome.zarr") / "0").mkdir(parents=True)
     remove_left_overs(plan)
     assert names(folder / "out") == []
 
@@ -381,7 +386,7 @@ def failure(folder: Path, **keys: Any) -> str:
     configuration = configure(folder, **keys)
     (outcome,) = export(configuration, find_predictions(configuration), Listener(), formats=["ome-zarr"])
     assert outcome.status == "failed" and not outcome.details
-    assert names(folder / "out") == [f"{STEM}_preds.h5"]
+    assert names(folder / "out") == [".ledger", f"{STEM}_preds.h5"]
     return outcome.error
 
 
@@ -474,7 +479,7 @@ def test_export_command(folder: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"a format other than HDF5; found \['hdf5'\]\. Add 'ome-zarr'"):
         export_predictions(folder / "config.yaml", Console(quiet=True))
     call("export", "--config-file", "config.yaml", "--format", "mrc", "--format", "ome-zarr", folder=folder)
-    assert names(folder / "out") == [f"{STEM}.ome.zarr", f"{STEM}_labels.mrc", f"{STEM}_preds.h5", "logs"]
+    assert names(folder / "out") == [".ledger", f"{STEM}.ome.zarr", f"{STEM}_labels.mrc", f"{STEM}_preds.h5", "logs"]
 
 
 def test_convert_command(folder: Path) -> None:

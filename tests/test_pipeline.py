@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from cryosiam_dask.collection import make_folders, run
 from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.errors import Problems
 from cryosiam_dask.executor import Interrupted, SerialExecutor
-from cryosiam_dask.pipeline import Outcome, find_predictions, list_centers, measure
+from cryosiam_dask.ledger import Claims, claim_path, open_claims
+from cryosiam_dask.pipeline import Outcome, export, find_predictions, list_centers, measure
 from cryosiam_dask.pipeline import postprocess as postprocess_files
 from cryosiam_dask.pipeline import segment as segment_one
 from cryosiam_dask.plan import plan_run
@@ -317,20 +319,32 @@ def test_work_store_is_removed_or_kept(folder: Path, work: str | None) -> None:
     np.testing.assert_array_equal(group["labels"][:], labels(folder))
 
 
-def test_only_one_run_works_on_a_tomogram(folder: Path) -> None:
-    import fcntl
-    import os
+class Waiting(Listener):
+    """A reporter that lets another run go on when it is told that this one waits for it."""
 
-    (folder / "out" / "TS_1.work.zarr").mkdir(parents=True)
-    lock = os.open(folder / "out" / "TS_1.work.zarr", os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    try:
-        outcomes = segment(configure(folder))
-    finally:
-        os.close(lock)
-    assert "only one run may work on a tomogram at a time" in outcomes["TS_1"].error
-    assert outcomes["TS_3"].status == "done"
-    assert segment(configure(folder))["TS_1"].status == "done"  # the lock went with its holder
+    def __init__(self, other: Claims, claim: Path) -> None:
+        super().__init__()
+        self.other, self.claim = other, claim
+
+    def say(self, message: str) -> None:
+        super().say(message)
+        if "another run works on it" in message:
+            self.other.release(self.claim)
+
+
+@pytest.mark.parametrize("command", [postprocess_files, measure, list_centers, partial(export, formats=["mrc"])])
+def test_no_command_touches_a_prediction_that_another_run_works_on(folder: Path, command: Any) -> None:
+    configuration = configure(folder, network={"postprocessing_sizes": [-1, 5]})
+    segment(configuration)
+    claim = claim_path(folder / "out", "TS_1")
+    with open_claims() as other:
+        assert other.take(claim)
+        reporter = Waiting(other, claim)
+        outcomes = command(configuration, find_predictions(configuration), reporter)
+    assert {outcome.stem: outcome.status for outcome in outcomes} == dict.fromkeys(STEMS, "done")
+    begun = [message for message in reporter.messages if message.startswith(("begin", "TS_1: another"))]
+    waits = "TS_1: another run works on it; waiting for that"
+    assert begun == [waits, *(f"begin {stem}" for stem in (*STEMS[1:], "TS_1"))] and not claim.exists()
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures

@@ -1,0 +1,335 @@
+"""Disks that fail for a moment cost nothing, and those that fail for good no predicted block."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import h5py
+import pytest
+from test_cli import write_yaml
+from test_collection import Acting
+from test_pipeline import Listener, configure, segment, write_tomogram
+
+from cryosiam_dask import cluster, executor, ledger, mrc_to_zarr, pipeline
+from cryosiam_dask.cluster import DaskExecutor, open_cluster
+from cryosiam_dask.collection import run
+from cryosiam_dask.errors import OutputError, StorageError, TomogramError, may_pass
+from cryosiam_dask.executor import SerialExecutor, patiently
+from cryosiam_dask.grid import make_grid
+from cryosiam_dask.ledger import Ledger, claim_path, read_entries, read_outcomes
+from cryosiam_dask.ome_zarr import write_ome_zarr
+from cryosiam_dask.plan import plan_run
+from cryosiam_dask.run_log import LOG
+
+STEM, SHAPE = "TS_1", (24, 32, 32)
+BLOCKS = len(make_grid(SHAPE, (16, 16, 16), 8).indices())
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (executor, cluster, pipeline):
+        monkeypatch.setattr(module, "PAUSES", (0.01, 0.02, 0.03))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    write_tomogram(tmp_path / "data" / f"{STEM}.mrc", 1, SHAPE)
+    checkpoints.write(tmp_path / "model.ckpt", seed=35)
+    return tmp_path
+
+
+def stale(*_: object, **__: object) -> Any:
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "/disk/file")
+
+
+def failing(function: Callable[..., Any], calls: range, error: int = errno.ESTALE) -> Callable[..., Any]:
+    """A function some of whose calls, counted from 1, meet an error of the disk."""
+    count = 0
+
+    def sometimes(*arguments: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count in calls:
+            raise OSError(error, os.strerror(error), "/disk/file")
+        return function(*arguments, **options)
+
+    return sometimes
+
+
+def predicted(folder: Path) -> int:
+    return sum(entry["what"] == "block" for entry in read_entries(folder / "out", STEM)[0])
+
+
+def labels(folder: Path) -> bytes:
+    with h5py.File(folder / "out" / f"{STEM}_preds.h5") as file:
+        return bytes(file["labels"][:])
+
+
+class Counting(SerialExecutor):
+    """Counts the blocks that are predicted."""
+
+    blocks = 0
+
+    def map(self, function: Any, items: Any, *, name: str, **options: Any) -> list[Any]:
+        self.blocks += len(items) if name == "predict" else 0
+        return super().map(function, items, name=name, **options)
+
+
+# -------------------------------------------------------------------------------- which errors pass
+
+
+@pytest.mark.parametrize("name", ["EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "ENETDOWN", "EBUSY", "ENOTCONN"])
+def test_what_passes_is_known_wherever_it_is_told(name: str) -> None:
+    number = getattr(errno, name)
+    raised = OSError(number, os.strerror(number), "x")
+    assert may_pass(raised)
+    assert may_pass(OSError(f"Can't synchronously read data (file read failed: time = x, errno = {number}, error ...)"))
+    try:
+        try:
+            raise raised
+        except OSError:
+            raise TomogramError("must be readable", place="x") from None
+    except TomogramError as error:
+        assert may_pass(error) and may_pass(pickle.loads(pickle.dumps(error)))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        FileNotFoundError(errno.ENOENT, "No such file"),
+        OSError("Unable to open file (file signature not found)"),
+        ValueError("errno = 5"),
+        OutputError("x"),
+        None,
+    ],
+)
+def test_what_stays_is_not_tried_again(error: Exception | None) -> None:
+    assert not may_pass(error)
+    calls = 0
+
+    def work() -> None:
+        nonlocal calls
+        calls += 1
+        if error:
+            raise error
+
+    if error:
+        with pytest.raises(type(error)):
+            patiently(work)
+    assert calls == (error is not None)
+
+
+def test_a_disk_that_fails_for_good_is_said_with_a_remedy() -> None:
+    with pytest.raises(StorageError, match=r"^/disk/file: the disk must answer; found Stale file handle, 4 times in"):
+        patiently(stale)
+    with pytest.raises(StorageError) as raised:
+        SerialExecutor().map(stale, [1], name="x")
+    assert "goes on from the blocks that are done" in str(raised.value) and not may_pass(raised.value)
+
+
+# -------------------------------------------------------------------------------- the workers
+
+
+def fail_at_first_worker(marks: Path, number: int) -> int:
+    """The process that is asked first for a number never gets it done."""
+    mark = marks / str(number)
+    try:
+        with mark.open("x") as file:
+            file.write(str(os.getpid()))
+    except FileExistsError:
+        pass
+    if mark.read_text() == str(os.getpid()):
+        stale()
+    return os.getpid()
+
+
+def fail_so_often(marks: Path, times: int, number: int) -> int:
+    count = len(list(marks.glob(f"{number}.*")))
+    if count < times:
+        (marks / f"{number}.{count}").touch()
+        stale()
+    return number
+
+
+def test_a_block_whose_disk_fails_is_done_by_another_worker(tmp_path: Path) -> None:
+    with open_cluster("cpu", 2, dashboard_address="127.0.0.1:0") as client:
+        workers = DaskExecutor(client)
+        found = workers.map(partial(fail_at_first_worker, tmp_path), range(6), name="block")
+        assert all(str(pid) != (tmp_path / str(number)).read_text() for number, pid in enumerate(found))
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+        assert workers.map(partial(fail_so_often, tmp_path / "a", 3), [1, 2], name="block") == [1, 2]
+        with pytest.raises(StorageError, match="4 times in"):
+            workers.map(partial(fail_so_often, tmp_path / "b", 99), [1], name="block")
+        assert len(list((tmp_path / "b").iterdir())) == 4
+        workers.drain()
+
+
+# -------------------------------------------------------------------------------- one tomogram
+
+
+@pytest.mark.parametrize("call", [1, 3, 40])
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(pipeline, "Ledger"), (ledger.Ledger, "append"), (pipeline, "make_grid"), (pipeline, "write_hdf5")],
+)
+def test_one_failure_costs_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int
+) -> None:
+    """Of the ledger, of what the client does between the blocks, of an output."""
+    monkeypatch.setattr(module, name, failing(getattr(module, name), range(call, call + 1)))
+    counting = Counting()
+    (outcome,) = run(plan_run(configure(folder, block_size=8)), Listener(), executor=counting)
+    assert outcome.status == "done", outcome.error
+    assert read_outcomes(folder / "out")[STEM]["status"] == "done" and not list((folder / "out").glob("*.zarr"))
+    # Begun again from the blocks that are recorded: at most the one is predicted twice that could not be.
+    assert counting.blocks <= 2 * BLOCKS and labels(folder)
+
+
+def test_a_read_of_the_tomogram_that_fails_once_costs_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mrc_to_zarr, "_copy_row", failing(mrc_to_zarr._copy_row, range(1, 2), errno.EIO))
+    assert segment(configure(folder))[STEM].status == "done"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ESTALE, "Stale file handle"), RuntimeError("of nobody's doing")])
+@pytest.mark.parametrize("at", ["write_hdf5", "_without_small"])
+def test_predicted_blocks_outlive_whatever_comes_after_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, at: str, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    configuration = configure(folder, {"postprocessing_sizes": [-1, 5]}, block_size=8)
+    listener = Listener()
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, at, fail)
+        (outcome,) = run(plan_run(configuration), listener)
+    assert outcome.status == "failed" and str(error.args[-1]) in outcome.error
+    assert predicted(folder) == BLOCKS and any(
+        f"its {BLOCKS} predicted blocks are kept in" in m for m in listener.messages
+    )
+    counting = Counting()
+    (outcome,) = run(plan_run(configuration), Listener(), executor=counting)
+    assert (outcome.status, counting.blocks) == ("done", 0)
+    assert not list((folder / "out").glob("*.zarr"))
+
+
+def test_a_failure_amid_the_blocks_costs_those_in_flight(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cryosiam_dask import zarr_to_labels
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zarr_to_labels, "_force_to_disk", failing(zarr_to_labels._force_to_disk, range(5, 9999)))
+        assert segment(configure(folder, block_size=8))[STEM].kind == "StorageError"
+    assert predicted(folder) == 4
+    counting = Counting()
+    (outcome,) = run(plan_run(configure(folder, block_size=8)), Listener(), executor=counting)
+    assert (outcome.status, counting.blocks) == ("done", BLOCKS - 4)
+
+
+def test_only_what_is_damaged_of_a_work_store_is_made_again(folder: Path) -> None:
+    configuration = configure(folder, block_size=8)
+    segment(configuration)
+    whole = labels(folder)
+    (folder / "out" / f"{STEM}_preds.h5").unlink()
+
+    def damage(_: SerialExecutor) -> None:
+        chunks = sorted(path for path in (folder / "out").glob("*.work.zarr/labels/c/*/*/*"))
+        chunks[0].write_bytes(b"\1\2\3")
+
+    (outcome,) = run(plan_run(configuration), Listener(), executor=Acting(damage, count=BLOCKS))
+    assert outcome.status == "failed" and outcome.details
+    left = predicted(folder)
+    assert 0 < len(Ledger(folder / "out", STEM).since("block", "blocks")) < BLOCKS < left
+    counting = Counting()
+    (outcome,) = run(plan_run(configuration), Listener(), executor=counting)
+    assert outcome.status == "done" and 0 < counting.blocks < BLOCKS and labels(folder) == whole
+
+
+def test_an_error_of_what_handles_errors_is_a_failure_that_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("the handler's own")
+
+    monkeypatch.setattr(pipeline, "_segment", stale_for_good)
+    monkeypatch.setattr(pipeline, "record", broken)
+    LOG.addHandler(handler)
+    try:
+        (outcome,) = run(plan_run(configure(folder)), Listener())
+    finally:
+        LOG.removeHandler(handler)
+    assert outcome.status == "failed" and "unexpected ValueError: the handler's own" in outcome.error
+    assert any("the handler's own" in message for message in logged)
+
+
+def stale_for_good(*_: object, **__: object) -> None:
+    raise OutputError("must be writable", place="x")
+
+
+# -------------------------------------------------------------------------------- other disks
+
+
+def test_file_systems_without_hard_links_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    (outcome,) = run(plan_run(configure(folder, output_formats=["hdf5", "ome-zarr"])), Listener())
+    assert outcome.status == "done", outcome.error
+    mrc_to_zarr.convert(folder / "data" / f"{STEM}.mrc", folder / "x.zarr")
+    write_ome_zarr(folder / "x.ome.zarr", mrc_to_zarr.read_header(folder / "x.zarr").open())
+
+
+# -------------------------------------------------------------------------------- a run that stops
+
+#: The command, with claims that are given up after two seconds.
+SHORT = (
+    "from cryosiam_dask import cli, ledger\n"
+    "if __name__ == '__main__':\n    ledger.BEAT, ledger.PATIENCE = 0.2, 2.0\n    cli.main()"
+)
+
+
+def test_a_run_that_stands_still_is_taken_over_and_leaves_the_tomogram_when_it_wakes(folder: Path) -> None:
+    """Two real runs: the first one with its workers is stopped amid the blocks, and goes on when the other is done."""
+    configuration = {"data_folder": "data", "prediction_folder": "out", "trained_model": "model.ckpt", "block_size": 8}
+    write_yaml(folder / "config.yaml", configuration)
+    arguments = ["semantic-predict", "--config-file", "config.yaml", "--device", "cpu", "--workers", "1"]
+    command = [sys.executable, "-c", SHORT, *arguments, "--dashboard-address", "127.0.0.1:0"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": folder}
+    first = subprocess.Popen(command, start_new_session=True, **pipes)
+    try:
+        while predicted(folder) < 3:
+            assert first.poll() is None, first.communicate()
+            time.sleep(0.005)
+        os.killpg(first.pid, signal.SIGSTOP)
+        before = predicted(folder)
+        assert before < BLOCKS
+        second = subprocess.run(command, timeout=120, check=False, **{**pipes, "stdout": subprocess.PIPE})
+        assert second.returncode == 0, second.stdout
+        assert f"{before} of {BLOCKS} blocks are there already" in second.stdout
+        written = (folder / "out" / f"{STEM}_preds.h5").stat()
+    finally:
+        os.killpg(first.pid, signal.SIGCONT)
+    said, _ = first.communicate(timeout=120)
+    assert first.returncode == 0 and "left to another run" in said and "Traceback" not in said, said
+    assert (folder / "out" / f"{STEM}_preds.h5").stat() == written
+    assert read_outcomes(folder / "out")[STEM]["status"] == "done" and not claim_path(folder / "out", STEM).exists()
+    assert not list((folder / "out").glob("*.zarr"))
