@@ -92,7 +92,13 @@ def _root(
 ) -> None: ...
 
 
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs made otherwise.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace outputs made from other inputs or settings; those up to date stay."),
+]
+OverwriteAll = Annotated[
+    bool, typer.Option("--overwrite-all", help="Make every output again, from the first tomogram on.")
+]
 Dashboard = Annotated[
     str, typer.Option(help="Where the Dask dashboard listens; who reaches it watches the run, so keep it local.")
 ]
@@ -130,6 +136,7 @@ def semantic_predict(
     device: DeviceOption = Device.auto,
     workers: Workers = None,
     overwrite: Overwrite = False,
+    overwrite_all: OverwriteAll = False,
     dashboard_address: Dashboard = "127.0.0.1:8787",
     timeline: Timeline = False,
     scheduler: Scheduler = None,
@@ -155,6 +162,7 @@ def run(
     device: DeviceOption = Device.auto,
     workers: Workers = None,
     overwrite: Overwrite = False,
+    overwrite_all: OverwriteAll = False,
     dashboard_address: Dashboard = "127.0.0.1:8787",
     timeline: Timeline = False,
     scheduler: Scheduler = None,
@@ -312,6 +320,9 @@ def plan(
     filename: Filename = None,
     workers: Workers = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Plan for the same command with --overwrite.")] = False,
+    overwrite_all: Annotated[
+        bool, typer.Option("--overwrite-all", help="Plan for the same command with --overwrite-all.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say what semantic-predict or run would read, compute and write, and what it takes; use no GPU, write nothing.
@@ -326,7 +337,13 @@ def plan(
         from cryosiam_dask.look import show_plan
 
         if not show_plan(
-            config_file, Console(), filename=filename, workers=workers, overwrite=overwrite, as_json=as_json
+            config_file,
+            Console(),
+            filename=filename,
+            workers=workers,
+            overwrite=overwrite,
+            overwrite_all=overwrite_all,
+            as_json=as_json,
         ):
             raise typer.Exit(2)
 

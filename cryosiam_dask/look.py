@@ -31,6 +31,7 @@ def show_plan(
     filename: str | None = None,
     workers: int | None = None,
     overwrite: bool = False,
+    overwrite_all: bool = False,
     as_json: bool = False,
 ) -> bool:
     """Print what a run would do and take; returns whether it could succeed.
@@ -41,7 +42,7 @@ def show_plan(
         The YAML file, of one model or of a pipeline.
     console
         Where to print.
-    filename, overwrite
+    filename, overwrite, overwrite_all
         See `cryosiam_dask.plan.plan_run`.
     workers
         Worker processes on CPUs; ``None``: as many as cores and memory allow.
@@ -68,8 +69,8 @@ def show_plan(
             try:
                 plans.append(
                     plan_run(
-                        configuration, filename=filename, overwrite=overwrite or automatic, name=name,
-                        masks_to_come=to_come,
+                        configuration, filename=filename, overwrite=overwrite,
+                        overwrite_all=overwrite_all or automatic, name=name, masks_to_come=to_come,
                     )
                 )  # fmt: skip
             except CryosiamDaskError as error:

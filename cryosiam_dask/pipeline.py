@@ -384,8 +384,7 @@ def _predicted(
     if resumed:
         done = {tuple(entry["index"]) for entry in ledger.since("block", "blocks")}
         outputs = {name: _array(work, name) for name in plan.wanted}
-        if done:
-            say(f"{len(done)} of {len(grid.indices())} blocks are there already")
+        say(f"{len(done)} of {len(grid.indices())} blocks are there already")
     token = uuid.uuid4().hex
     work.attrs["blocks"] = token
     # By the files: arrays that are copied to HDF5 are of zarr's format 2, which a group of format 3 does not list.

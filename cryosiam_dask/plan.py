@@ -101,6 +101,8 @@ class RunPlan:
         What a user should know before the run.
     overwrite
         Whether outputs made from other inputs or settings may be replaced.
+    overwrite_all
+        Whether all outputs are made again.
     name
         Which of several models this is, where there are several.
     run
@@ -116,6 +118,7 @@ class RunPlan:
     skipped: tuple[Job, ...]
     notes: tuple[str, ...]
     overwrite: bool = False
+    overwrite_all: bool = False
     name: str = ""
     run: str = ""
 
@@ -183,11 +186,12 @@ class RunPlan:
             If there is one that was made otherwise, and may not be replaced.
         """
         now = _identity(job.output)
-        if now is None or (now == job.found and self.overwrite):
+        if now is None or (now == job.found and self.overwrite_all):
             return False
-        if _read_fingerprint(job.output) == job.fingerprint and not self.outdated(job):
+        fits = _read_fingerprint(job.output) == job.fingerprint
+        if fits and not self.outdated(job):
             return True
-        if self.overwrite or _read_fingerprint(job.output) == job.fingerprint:
+        if self.overwrite or fits:
             return False
         raise _made_otherwise(job.output)
 
@@ -227,6 +231,7 @@ def plan_run(
     *,
     filename: str | None = None,
     overwrite: bool = False,
+    overwrite_all: bool = False,
     name: str = "",
     masks_to_come: Collection[str] = (),
 ) -> RunPlan:
@@ -240,6 +245,8 @@ def plan_run(
         Name of a single tomogram in the data folder; rules over ``test_files``.
     overwrite
         Whether outputs made from other inputs or settings may be replaced.
+    overwrite_all
+        Whether all outputs are made again, also those made from the same.
     name
         Of the model, where there are several.
     masks_to_come
@@ -253,8 +260,10 @@ def plan_run(
         If a folder cannot even be looked into.
     """
     try:
-        plan = patiently(partial(_plan_run, configuration, filename, overwrite, masks_to_come))
-        return replace(plan, overwrite=overwrite, name=name, run=time.strftime("%Y-%m-%dT%H:%M:%S") + f"-{os.getpid()}")
+        overwrite |= overwrite_all
+        plan = patiently(partial(_plan_run, configuration, filename, overwrite, overwrite_all, masks_to_come))
+        run = time.strftime("%Y-%m-%dT%H:%M:%S") + f"-{os.getpid()}"
+        return replace(plan, overwrite=overwrite, overwrite_all=overwrite_all, name=name, run=run)
     except OSError as error:
         raise ConfigurationError(
             "what a configuration names must be readable",
@@ -265,7 +274,11 @@ def plan_run(
 
 
 def _plan_run(
-    configuration: Configuration, filename: str | None, overwrite: bool, masks_to_come: Collection[str]
+    configuration: Configuration,
+    filename: str | None,
+    overwrite: bool,
+    overwrite_all: bool,
+    masks_to_come: Collection[str],
 ) -> RunPlan:
     problems: list[CryosiamDaskError] = []
     sources = _find_tomograms(configuration, filename, problems)
@@ -318,7 +331,7 @@ def _plan_run(
             )
         elif foreign:
             problems += [_made_otherwise(path) for path in foreign]
-        elif not output.exists() or overwrite or to_come:
+        elif not output.exists() or overwrite_all or to_come:
             jobs.append(job)
         elif _read_fingerprint(output) == job.fingerprint:
             names = class_names(configuration, max(2, checkpoint.architecture.out_channels) - 1)
@@ -329,6 +342,8 @@ def _plan_run(
                 unmeasured.append(job)
             else:
                 jobs.append(job)
+        elif overwrite:
+            jobs.append(job)
         else:
             problems.append(_made_otherwise(output))
         outputs[output] = source

@@ -82,6 +82,7 @@ def segment(
     slurm: str | None = None,
     worker_timeout: float | None = None,
     overwrite: bool = False,
+    overwrite_all: bool = False,
     dashboard_address: str = "127.0.0.1:8787",
     performance_report: Path | None = None,
     timeline: bool = False,
@@ -97,7 +98,7 @@ def segment(
         Where to print.
     pipeline
         Whether the file is one of two models (see `cryosiam_dask.config.read_pipeline`).
-    filename, overwrite
+    filename, overwrite, overwrite_all
         See `cryosiam_dask.plan.plan_run`.
     device
         ``"auto"``: CUDA where it can be used, else the CPU.
@@ -156,7 +157,7 @@ def segment(
                 if not problems and not elsewhere:
                     require_precision(configuration.hyper_parameters.precision, chosen)
                 plan = _planned(
-                    configuration, name, filename, overwrite, before,
+                    configuration, name, filename, overwrite, overwrite_all, before,
                     None if elsewhere or problems else chosen, workers, console,
                 )  # fmt: skip
                 plans.append(plan)
@@ -276,6 +277,7 @@ def _planned(
     name: str,
     filename: str | None,
     overwrite: bool,
+    overwrite_all: bool,
     masks_to_come: Collection[str],
     device: Literal["cpu", "cuda"] | None,
     workers: int | None,
@@ -296,9 +298,11 @@ def _planned(
         )
     make = partial(plan_run, filename=filename, name=name, masks_to_come=masks_to_come)
     # Where the patch is still to be chosen, what was made with another one is looked at afterwards.
-    plan = make(configuration, overwrite=overwrite or automatic)
+    plan = make(configuration, overwrite=overwrite, overwrite_all=overwrite_all or automatic)
     if automatic and device is not None:
-        plan = make(_with_largest_patch(plan, device, workers, console), overwrite=overwrite)
+        plan = make(
+            _with_largest_patch(plan, device, workers, console), overwrite=overwrite, overwrite_all=overwrite_all
+        )
     if device == "cpu" and plan.bytes_per_worker > MEMORY_LIMIT:
         raise Problems(
             [

@@ -192,7 +192,7 @@ def test_outputs_are_no_tomograms_of_the_next_run(folder: Path) -> None:
     as_zarr(folder / "data", folder / "data" / f"{STEM}.mrc", STEM)
     for extension in (".mrc", ".zarr"):
         keys = {"prediction_folder": str(folder / "data"), "output_formats": BOTH, "file_extension": extension}
-        segment(configure(folder, **keys), overwrite=True)
+        segment(configure(folder, **keys), overwrite_all=True)
         assert len(names(folder / "data")) == 7  # with the ledger and the picture
         assert [job.stem for job in plan_run(configure(folder, **keys)).skipped] == [STEM]
     shutil.rmtree(folder / "data" / f"{STEM}.ome.zarr")
@@ -278,7 +278,7 @@ def test_formats_that_are_missing_or_outdated_are_made_without_inference(folder:
     assert {outcome.status for outcome in segment(renamed)} == {"skipped"}
 
     # Other settings without these formats: what was made of the earlier labels does not stay beside the new ones.
-    (outcome,) = segment(configure(folder, parameters={"network": {"threshold": 0.5}}), overwrite=True)
+    (outcome,) = segment(configure(folder, parameters={"network": {"threshold": 0.5}}), overwrite_all=True)
     assert names(folder / "out") == [".ledger", f"{STEM}_preds.h5", f"{STEM}_preview.png"]
     assert [warning.split(" held")[0] for warning in outcome.warnings if " held" in warning] == [image.name, mrc.name]
     assert model.exists()
@@ -436,7 +436,7 @@ def test_what_is_no_prediction_is_neither_replaced_nor_removed(folder: Path, mad
     (outcome,) = export(configuration, find_predictions(configuration), Listener(), formats=["mrc"])
     assert f"{manual}: an export must not replace what was not made from a prediction" in outcome.error
     assert {path: path.read_bytes() for path in before} == before
-    (outcome,) = segment(configure(folder, output_formats=BOTH), overwrite=True)
+    (outcome,) = segment(configure(folder, output_formats=BOTH), overwrite_all=True)
     assert (outcome.status, outcome.error) == ("done", "")
     np.testing.assert_array_equal(segmentation(image), stored_labels(folder))
 

@@ -139,15 +139,21 @@ def test_done_is_skipped_and_made_otherwise_needs_overwrite(folder: Path) -> Non
     assert after == before  # the same bytes again
     with pytest.raises(Problems, match="--overwrite"):
         plan_run(configure(folder, {"threshold": 0.5}))
-    outcomes = segment(configure(folder, {"threshold": 0.5}), overwrite=True)
+    outcomes = segment(configure(folder, {"threshold": 0.5}), filename="TS_2_9.96Apx.mrc", overwrite=True)
     assert {outcome.status for outcome in outcomes.values()} == {"done"}
+    # As after a run that was stopped: what is up to date by now stays.
+    outcomes = segment(configure(folder, {"threshold": 0.5}), overwrite=True)
+    assert [outcome.status for outcome in outcomes.values()] == ["skipped", "done", "done"]
+    assert {outcome.stem for outcome in outcomes.values() if outcome.status == "skipped"} == {"TS_2_9.96Apx"}
+    assert {o.status for o in segment(configure(folder, {"threshold": 0.5}), overwrite=True).values()} == {"skipped"}
+    assert {o.status for o in segment(configure(folder, {"threshold": 0.5}), overwrite_all=True).values()} == {"done"}
 
 
 def test_bytes_depend_on_no_block_size(folder: Path) -> None:
     segment(configure(folder, save_internal_files=True, block_size=24))
     with h5py.File(folder / "out" / "TS_1_preds.h5") as file:
         small = {name: file[name][:] for name in file}
-    segment(configure(folder, save_internal_files=True), overwrite=True)
+    segment(configure(folder, save_internal_files=True), overwrite_all=True)
     with h5py.File(folder / "out" / "TS_1_preds.h5") as file:
         for name, values in small.items():
             np.testing.assert_array_equal(file[name][:], values)
@@ -200,7 +206,7 @@ def test_failure_while_writing_keeps_the_earlier_output(folder: Path) -> None:
     segment(configure(folder))
     before = labels(folder)
     (folder / "data" / "TS_1.mrc").write_bytes(b"")
-    outcomes = segment(configure(folder), overwrite=True)
+    outcomes = segment(configure(folder), overwrite_all=True)
     assert outcomes["TS_1"].status == "failed"
     np.testing.assert_array_equal(labels(folder), before)
 
@@ -224,7 +230,7 @@ def test_nans_and_blank_results_are_warned_of(folder: Path) -> None:
 def test_why_a_result_is_blank(folder: Path) -> None:
     def why(network: dict[str, Any], data: dict[str, Any]) -> str:
         parameters = {"network": network, "data": data}
-        outcome = segment(configure(folder, parameters=parameters), filename="TS_1.mrc", overwrite=True)["TS_1"]
+        outcome = segment(configure(folder, parameters=parameters), filename="TS_1.mrc", overwrite_all=True)["TS_1"]
         assert outcome.voxels[1:] == (0, 0)
         return next(warning for warning in outcome.warnings if "background" in warning)
 
@@ -236,7 +242,7 @@ def test_why_a_result_is_blank(folder: Path) -> None:
     assert f"{below} of the voxels are clipped below and {above} above. Set parameters.data.min and max to" in text
     assert "Verify trained_model, which is model.ckpt" in text and "mask_folder" not in text
     text = why({"threshold": 1.0}, {})
-    segment(configure(folder, save_internal_files=True), filename="TS_1.mrc", overwrite=True)
+    segment(configure(folder, save_internal_files=True), filename="TS_1.mrc", overwrite_all=True)
     with h5py.File(folder / "out" / "TS_1_preds.h5") as file:
         highest = file["probs"][:].max(axis=(1, 2, 3))[1:]
     listed = ", ".join(f"{p:.3g} for class {label}" for label, p in enumerate(highest, start=1))
@@ -295,14 +301,14 @@ def test_what_a_stopped_run_saw_is_remembered(folder: Path) -> None:
 
 
 def labels_of_a_run(folder: Path) -> np.ndarray:
-    segment(configure(folder), filename="TS_1.mrc", overwrite=True)
+    segment(configure(folder), filename="TS_1.mrc", overwrite_all=True)
     return labels(folder)
 
 
 def test_no_lamella_keeps_the_thresholded_labels_and_warns(folder: Path) -> None:
     segment(configure(folder, {"threshold": 0.999}))
     thresholded = labels(folder)
-    outcomes = segment(configure(folder, {"threshold": 0.999, "postprocessing": True}), overwrite=True)
+    outcomes = segment(configure(folder, {"threshold": 0.999, "postprocessing": True}), overwrite_all=True)
     assert any("no lamella found" in warning for warning in outcomes["TS_1"].warnings)
     np.testing.assert_array_equal(labels(folder), thresholded)
 
@@ -313,7 +319,7 @@ def test_work_store_is_removed_or_kept(folder: Path, work: str | None) -> None:
     where = {"work_folder": str(place)} if work else {}
     segment(configure(folder, **where))
     assert not list(place.glob("*.work.zarr"))
-    segment(configure(folder, {"threshold": 0.2}, keep_work=True, **where), overwrite=True)
+    segment(configure(folder, {"threshold": 0.2}, keep_work=True, **where), overwrite_all=True)
     group = zarr.open_group(place / "TS_1.work.zarr", mode="r")
     assert group["tomogram"].attrs["axes"] == ["z", "y", "x"]
     np.testing.assert_array_equal(group["labels"][:], labels(folder))
@@ -345,6 +351,55 @@ def test_no_command_touches_a_prediction_that_another_run_works_on(folder: Path,
     begun = [message for message in reporter.messages if message.startswith(("begin", "TS_1: another"))]
     waits = "TS_1: another run works on it; waiting for that"
     assert begun == [waits, *(f"begin {stem}" for stem in (*STEMS[1:], "TS_1"))] and not claim.exists()
+
+
+def kept(folder: Path) -> np.ndarray:
+    stored = zarr.open_array(folder / "tomogram", mode="r")
+    return np.asarray(stored[:])
+
+
+def test_a_kept_work_store_outlives_commands_and_other_data_sets(folder: Path) -> None:
+    """Commands on predictions, and another data set with tomograms of the same names in the same work_folder."""
+    where = {"work_folder": str(folder / "work"), "keep_work": True, "components": True}
+    configuration = configure(folder, {"postprocessing_sizes": [-1, 5]}, **where)
+    segment(configuration)
+    store = folder / "work" / "TS_1.work.zarr"
+    before, whole = sorted(store.rglob("*")), kept(store)
+    predictions = find_predictions(configuration)
+    for command in (postprocess_files, measure, partial(export, formats=["mrc", "ome-zarr"])):
+        assert {outcome.status for outcome in command(configuration, predictions, Listener())} == {"done"}
+    assert sorted(store.rglob("*")) == before and not list((folder / "work").glob("*scratch*"))
+    other = folder / "other"
+    (other / "data").mkdir(parents=True)
+    write_tomogram(other / "data" / "TS_1.mrc", 77)
+    shutil.copy(folder / "model.ckpt", other)
+    assert segment(configure(other, **where))["TS_1"].status == "done"
+    np.testing.assert_array_equal(kept(store), whole)
+    (others,) = set((folder / "work").glob("TS_1.*.work.zarr"))
+    assert not np.array_equal(kept(others), whole)
+    # Its own store is found again, and replaced where the settings are others.
+    assert segment(configure(other, {"threshold": 0.4}, **where), overwrite=True)["TS_1"].status == "done"
+    assert set((folder / "work").glob("TS_1.*.work.zarr")) == {others} and sorted(store.rglob("*")) == before
+
+
+def test_blocks_of_a_stopped_run_outlive_an_export(folder: Path) -> None:
+    segment(configure(folder))
+    configuration = configure(folder, {"threshold": 0.4}, block_size=8, test_files=["TS_1.mrc"])
+
+    class Stopping(SerialExecutor):
+        def map(self, function: Any, items: Any, *, name: str, done: Any = None, **options: Any) -> list[Any]:
+            def count(item: Any, result: Any) -> None:
+                done(item, result)
+                self.drain()
+
+            return super().map(function, items, name=name, done=count if name == "predict" else done, **options)
+
+    outcomes = run(plan_run(configuration, overwrite=True), Listener(), executor=Stopping())
+    assert [outcome.status for outcome in outcomes] == ["left"]
+    export(configuration, find_predictions(configuration), Listener(), formats=["mrc"])
+    listener = Listener()
+    assert [outcome.status for outcome in run(plan_run(configuration, overwrite=True), listener)] == ["done"]
+    assert any("TS_1: 1 of " in message and "are there already" in message for message in listener.messages)
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -395,7 +450,7 @@ def test_pictures_are_made_where_they_are_wanted_and_missing(folder: Path) -> No
     outcomes = segment(configure(folder))
     assert [outcomes[stem].status for stem in STEMS] == ["done", "skipped", "skipped"]
     # New labels, but no picture of them is wanted: that of the old ones goes.
-    segment(configure(folder, {"threshold": 0.45}, preview=False), filename="TS_1.mrc", overwrite=True)
+    segment(configure(folder, {"threshold": 0.45}, preview=False), filename="TS_1.mrc", overwrite_all=True)
     assert not (folder / "out" / "TS_1_preview.png").exists() and (folder / "out" / "TS_3_preview.png").exists()
 
 
@@ -463,7 +518,7 @@ def test_sizes_in_the_run_and_after_it_are_the_same(folder: Path) -> None:
     configuration = configure(folder, sizes_of([-1, 5, 5]))
     segment(configuration)
     in_the_run = labels(folder)
-    segment(configure(folder), overwrite=True)
+    segment(configure(folder), overwrite_all=True)
     postprocess(configuration)
     np.testing.assert_array_equal(labels(folder), in_the_run)
     # A run with these sizes takes the post-processed outputs for its own.
@@ -576,7 +631,7 @@ def test_only_missing_components_are_made(folder: Path) -> None:
     assert (folder / "out" / "components.csv").read_bytes() == table
     np.testing.assert_array_equal(instances(folder) > 0, written > 0)
     # A run over a single tomogram leaves the others in the collection.
-    segment(configure(folder, {"threshold": 0.45}, components=True), filename="TS_1.mrc", overwrite=True)
+    segment(configure(folder, {"threshold": 0.45}, components=True), filename="TS_1.mrc", overwrite_all=True)
     assert set(pandas.read_csv(folder / "out" / "components.csv")["tomogram"]) == set(STEMS)
 
 
