@@ -310,13 +310,16 @@ def export(
 def plan(
     config_file: Annotated[Path, typer.Option(help="The YAML file of semantic-predict or of run.")],
     filename: Filename = None,
+    device: Annotated[
+        Device, typer.Option(help="What the network is to run on; for cuda no GPU need be here.")
+    ] = Device.auto,
     workers: Workers = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Plan for the same command with --overwrite.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say what semantic-predict or run would read, compute and write, and what it takes; use no GPU, write nothing.
 
-    Status 2, with all problems, if it could not succeed.
+    Its status is that of the run, as far as it is known: 1 if a tomogram could not be done, 2 if none could.
 
     Example: cryosiam-dask plan --config-file configs/pipeline.yaml
 
@@ -325,10 +328,12 @@ def plan(
     with _plain_errors():
         from cryosiam_dask.look import show_plan
 
-        if not show_plan(
-            config_file, Console(), filename=filename, workers=workers, overwrite=overwrite, as_json=as_json
-        ):
-            raise typer.Exit(2)
+        found = show_plan(
+            config_file, Console(), filename=filename, workers=workers, overwrite=overwrite, as_json=as_json,
+            device=device.value,
+        )  # fmt: skip
+        if found:
+            raise typer.Exit(found)
 
 
 @app.command()

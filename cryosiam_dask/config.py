@@ -32,7 +32,6 @@ from pydantic import (
 )
 
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, Problems
-from cryosiam_dask.grid import DEFAULT_BLOCK_SIZE
 
 #: Keys of CryoSiam's files that have no meaning here: devices are chosen by ``--device`` and ``--workers``, the
 #: number of classes is read from the checkpoint, and training and evaluation are not part of this program.
@@ -222,8 +221,9 @@ class Configuration(_Model):
     """Folder of the temporary zarr stores. `null`: beside the outputs."""
     keep_work: Annotated[bool, About(own=True)] = False
     """Keep each tomogram's zarr store (tomogram, labels) once its output is complete."""
-    block_size: Annotated[int, Field(ge=4), About("256", "voxels", own=True)] = DEFAULT_BLOCK_SIZE
-    """Edge of the blocks that are read, predicted and written at once: sets memory and speed, never a result."""
+    block_size: Annotated[Annotated[int, Field(ge=4)] | None, About("256", "voxels", own=True)] = None
+    """Edge of the blocks that are read, predicted and written at once: sets memory and speed, never a result. `null`:
+    the largest up to 320 of which two fit into the memory of a worker and of its GPU."""
     parameters: Parameters = Parameters()
     hyper_parameters: HyperParameters = HyperParameters()
 

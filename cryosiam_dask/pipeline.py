@@ -77,7 +77,7 @@ from cryosiam_dask.formats import (
     remove_outdated_formats,
     write_other_formats,
 )
-from cryosiam_dask.grid import Grid, block_size_for, make_grid
+from cryosiam_dask.grid import Grid, make_grid
 from cryosiam_dask.intensities import intensities, sample_array
 from cryosiam_dask.labels_to_hdf5 import (
     StoredDataset,
@@ -223,18 +223,24 @@ def _segment_all(
     guard: Callable[[], None],
 ) -> Iterator[Outcome]:
     last_plan, last = jobs[-1]
+    if jobs[0][1].problem is not None:
+        raise jobs[0][1].problem
     header = read_header(last.source, **last_plan.configuration.reading)
+    jobs[0][0].require_axes(header)
     at.shape = header.shape
     for note in header.notes:
         say(note)
     # The last job's place outlives the others: that is where the tomogram is kept for all of them.
     with _workspace(last_plan.configuration, last.stem, say, guard) as shared:
-        grid = make_grid(header.shape, last_plan.patch, last_plan.configuration.block_size, last_plan.halo)
+        grid = make_grid(header.shape, last_plan.patch, halo=last_plan.halo)
         tomogram, report = _ingested(shared, last_plan.configuration, last, header, grid, executor)
         for plan, job in jobs:
             began = time.time()
-            job = plan.with_fingerprint(job)
             at.plan, at.job, at.began = plan, job, began
+            plan.require_axes(header)
+            if job.problem is not None:
+                raise job.problem
+            at.job = job = plan.with_fingerprint(job)
             if plan.made_meanwhile(job):
                 outcome = Outcome(job.stem, "skipped", header.shape, stage=plan.name)
                 if plan is not last_plan:
@@ -375,11 +381,11 @@ def _predicted(
     work, ledger, key, done = space.group, space.ledger, job.prediction_fingerprint, set()
     found = ledger.last("blocks")
     resumed = found is not None and found["key"] == key and all(name in work for name in plan.wanted)
-    block_size = (
-        found["block_size"]
-        if found and resumed
-        else block_size_for(tomogram.shape, plan.patch, plan.configuration.block_size, executor.workers, plan.halo)
-    )
+    own = plan.configuration.block_size
+    if found and resumed and own is not None and found["block_size"] > own:
+        say(f"block_size is {own} now: its blocks, of {found['block_size']} voxels along each axis, are begun anew")
+        resumed = False
+    block_size = found["block_size"] if found and resumed else plan.block_size(tomogram.shape, executor.workers)
     grid = make_grid(tomogram.shape, plan.patch, block_size, plan.halo)
     if resumed:
         done = {tuple(entry["index"]) for entry in ledger.since("block", "blocks")}
