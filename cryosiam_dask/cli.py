@@ -178,7 +178,9 @@ def _segment(config_file: Path, device: Device, quiet: bool, verbose: bool, as_j
         from cryosiam_dask.runner import segment
 
         console = _console(quiet, verbose, as_json)
-        _exit(segment(config_file, console, device=device.value, stop=stop, **options), stop, as_json)
+        warned: list[str] = []
+        outcomes = segment(config_file, console, device=device.value, stop=stop, warned=warned, **options)
+        _exit(outcomes, stop, as_json, warned)
 
 
 @app.command()
@@ -468,10 +470,15 @@ def _plain_errors(drains: bool = False) -> Iterator[threading.Event]:
         raise typer.Exit(130) from None
 
 
-def _exit(outcomes: Sequence[Outcome], stop: threading.Event | None = None, as_json: bool = False) -> None:
+def _exit(
+    outcomes: Sequence[Outcome],
+    stop: threading.Event | None = None,
+    as_json: bool = False,
+    warnings: Sequence[str] = (),
+) -> None:
     if as_json:
         values = [{name: value for name, value in asdict(each).items() if name != "details"} for each in outcomes]
-        print(json.dumps({"tomograms": values}, indent=2, allow_nan=False))
+        print(json.dumps({"tomograms": values, "warnings": list(warnings)}, indent=2, allow_nan=False))
     left = any(outcome.status == "left" for outcome in outcomes)
     if left and stop is not None and stop.is_set():
         Console(stderr=True).print("stopped: repeat the command to go on from here")

@@ -25,7 +25,6 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from cryosiam_dask.config import Configuration
-from cryosiam_dask.diagnosis import beyond_lamella, scaling
 from cryosiam_dask.errors import CryosiamDaskError, TomogramError
 from cryosiam_dask.formats import format_path, other_formats
 from cryosiam_dask.grid import Grid
@@ -346,16 +345,12 @@ def _stage(plan: RunPlan, workers: int, memory_bytes: int | None, converted: Col
     ]
     tomograms.sort(key=lambda tomogram: tomogram.source)
     notes = list(plan.notes)
-    warnings: list[str] = []
+    warnings = plan.warnings(workers, memory_bytes)
     if configuration.parameters.data.patch_size == "auto":
         notes.append(
             "patch_size auto: the run tries which patch fits into the device's memory. What is said here holds for the "
             f"checkpoint's own, {list(plan.patch)}"
         )
-    if plan.jobs and configuration.mask_folder is None:
-        warnings += beyond_lamella(plan.checkpoint.architecture.out_channels, None)
-    if memory_bytes is not None:
-        warnings += plan.crowded(workers, memory_bytes)
     return Forecast(
         checkpoint=configuration.trained_model,
         checkpoint_sha256=plan.checkpoint.sha256,
@@ -374,7 +369,7 @@ def _stage(plan: RunPlan, workers: int, memory_bytes: int | None, converted: Col
         memory_bytes=memory_bytes,
         disks=(),
         notes=tuple(notes),
-        warnings=tuple(warnings),
+        warnings=warnings,
     )
 
 
@@ -457,13 +452,12 @@ def _tomogram(
     to_come = job.mask is not None and not job.fingerprint and job.problem is None
     known: dict[str, Any] = {"outputs": _outputs(configuration, job), "mask_to_come": to_come}
     known["preview"] = _preview(configuration, job)
-    warnings: list[str] = []
+    opened: Mask | None = None
     problems: list[str] = [] if job.problem is None else [str(job.problem)]
     data = configuration.parameters.data
     try:
         header = read_header(job.source, **configuration.reading)
         known |= _of_header(header)
-        warnings += header.warnings
         plan.require_axes(header)
         grid = plan.blocks(header.shape, workers)
         known |= {"blocks": math.prod(grid.block_counts), "patches": grid.patch_count}
@@ -473,32 +467,26 @@ def _tomogram(
         problems.append(str(error))
     try:
         if header is not None:
-            known["intensities"] = found = intensities(sample_file(header), data.min, data.max)
-            judged = ""
-            if header.compressed and found.share < 1:
-                # What lies at the beginning need not be like the rest.
-                judged = f" (judged by {found.where}, which is read from its beginning only)"
-            warnings += [
-                f"{sentence}{judged}"
-                for sentence in scaling(found.below, found.above, found.central, data.min, data.max)
-            ]
-            if found.non_finite:
-                warnings.append("some voxels are NaN or infinite; they are treated as the minimum")
+            known["intensities"] = intensities(sample_file(header), data.min, data.max)
     except CryosiamDaskError as error:
         problems.append(str(error))
     try:
         if header is not None and job.mask is not None and job.problem is None and not to_come and "blocks" in known:
-            known["mask"] = mask = masking(open_mask(job.mask, header.shape), grid, mask_voxels)
-            if not mask.coverage and mask.exact:
-                warnings.append(f"its mask {job.mask} is empty: every voxel will be background")
-            warnings += beyond_lamella(plan.checkpoint.architecture.out_channels, mask.coverage)
+            opened = open_mask(job.mask, header.shape)
+            known["mask"] = masking(opened, grid, mask_voxels)
     except CryosiamDaskError as error:
         problems.append(str(error))
+    warnings: tuple[str, ...] = ()
+    if header is not None:
+        mask = known.get("mask")
+        # Where but a part was looked at, there may be something elsewhere.
+        coverage = mask.coverage if mask and (mask.exact or mask.coverage) else None
+        warnings = plan.attention(header, known.get("intensities"), mask=opened, coverage=coverage)
     return TomogramForecast(
         job.stem,
         job.source,
         "refuse" if problems else "segment",
-        warnings=tuple(warnings),
+        warnings=warnings,
         problems=tuple(dict.fromkeys(problems)),
         **known,
     )

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from cryosiam_dask.checkpoint import Checkpoint, read_checkpoint
 from cryosiam_dask.classes import class_names, named
 from cryosiam_dask.config import Configuration
+from cryosiam_dask.diagnosis import beyond_lamella, scaling
 from cryosiam_dask.errors import (
     CheckpointError,
     ConfigurationError,
@@ -32,8 +33,9 @@ from cryosiam_dask.errors import (
 from cryosiam_dask.executor import patiently
 from cryosiam_dask.formats import foreign_formats, format_path, formats_done, other_formats, read_mrc_fingerprint
 from cryosiam_dask.grid import DEFAULT_BLOCK_SIZE, Grid, block_size_for, make_grid
+from cryosiam_dask.intensities import Intensities
 from cryosiam_dask.labels_to_hdf5 import read_attributes
-from cryosiam_dask.mask import look_at_mask
+from cryosiam_dask.mask import Mask, look_at_mask
 from cryosiam_dask.mrc_to_zarr import MRC_ENDINGS, read_header
 from cryosiam_dask.network import peak_bytes, required_divisor, required_halo
 from cryosiam_dask.ome_zarr import SEGMENTATION, read_own_attributes
@@ -222,6 +224,46 @@ class RunPlan:
             jobs.append(replace(job, problem=problem))
         return replace(self, jobs=tuple(jobs), shapes=tuple(sorted(shapes)))
 
+    def attention(
+        self,
+        header: TomogramHeader,
+        found: Intensities | None,
+        *,
+        non_finite: int | None = None,
+        mask: Mask | None = None,
+        coverage: float | None = None,
+    ) -> tuple[str, ...]:
+        """What needs attention in a tomogram and its mask: the same before a run and after it.
+
+        Parameters
+        ----------
+        header
+            Of the tomogram.
+        found
+            How its intensities fall into ``parameters.data.min`` and ``max``; ``None`` where they cannot be read.
+        non_finite
+            Voxels that are NaN or infinite, where they have been counted.
+        mask
+            Its mask, if there is one.
+        coverage
+            Share of the tomogram inside the mask, 0 to 1; ``None`` where it is not known.
+        """
+        data, warnings = self.configuration.parameters.data, list(header.warnings)
+        if found is not None:
+            # What lies at the beginning need not be like the rest.
+            partly = header.compressed and found.share < 1
+            judged = f" (judged by {found.where}, which is read from its beginning only)" if partly else ""
+            sentences = scaling(found.below, found.above, found.central, data.min, data.max)
+            warnings += [f"{sentence}{judged}" for sentence in sentences]
+            if non_finite or (non_finite is None and found.non_finite):
+                many = "some" if non_finite is None else str(non_finite)
+                warnings.append(f"{many} voxels are NaN or infinite; they are treated as the minimum")
+        if mask is not None and coverage == 0:
+            warnings.append(f"its mask {mask.path} is empty: every voxel is background")
+        elif mask is not None and coverage is not None:
+            warnings += beyond_lamella(self.checkpoint.architecture.out_channels, coverage)
+        return tuple(warnings)
+
     def require_axes(self, header: TomogramHeader) -> None:
         """Refuse an image where the model is for tomograms, and the other way round.
 
@@ -273,16 +315,30 @@ class RunPlan:
                     remedy=self._remedy(host, device),
                 )
 
-    def crowded(self, workers: int, memory: int) -> tuple[str, ...]:
-        """A warning where so many CPU workers together need more than the `memory` of their machine, in bytes."""
-        needed = workers * self.bytes_per_worker
-        if not self.jobs or needed <= memory:
+    def warnings(self, workers: int | None, memory: int | None) -> tuple[str, ...]:
+        """What needs attention in the run as a whole, and not in single tomograms: the same before it and after it.
+
+        Parameters
+        ----------
+        workers
+            On the CPUs of this machine; ``None`` where there are none.
+        memory
+            Of the machine, in bytes; ``None`` where it is not known.
+        """
+        if not self.jobs:
             return ()
-        fitting = memory // self.bytes_per_worker
-        return (
-            f"{workers} workers on CPUs need about {_gb(needed)}, and this machine has {_gb(memory)}. Set --workers to "
-            f"{fitting}{'' if self.configuration.block_size is None else ', lower block_size'}, or run it on GPUs",
-        )
+        warnings = list[str]()
+        if self.configuration.mask_folder is None:
+            warnings += beyond_lamella(self.checkpoint.architecture.out_channels, None)
+        needed = (workers or 0) * self.bytes_per_worker
+        if memory is not None and needed > memory:
+            fitting = max(1, memory // self.bytes_per_worker)
+            lower = "" if self.configuration.block_size is None else ", lower block_size"
+            warnings.append(
+                f"{workers} workers on CPUs need about {_gb(needed)}, and this machine has {_gb(memory)}. Set "
+                f"--workers to {fitting}{lower}, or run it on GPUs"
+            )
+        return tuple(warnings)
 
     def _rooms(self, host: int, device: int | None) -> dict[str, int]:
         """What is left for blocks beside the network, by where it is."""

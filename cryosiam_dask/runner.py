@@ -38,7 +38,6 @@ from cryosiam_dask.cluster import (
 )
 from cryosiam_dask.collection import make_folders, remove_left_overs, run
 from cryosiam_dask.config import STAGES, Configuration, read_configuration, read_pipeline
-from cryosiam_dask.diagnosis import beyond_lamella
 from cryosiam_dask.errors import (
     ClusterError,
     ConfigurationError,
@@ -93,6 +92,7 @@ def segment(
     performance_report: Path | None = None,
     timeline: bool = False,
     stop: threading.Event | None = None,
+    warned: list[str] | None = None,
 ) -> list[Outcome]:
     """Plan and run one configuration, or a pipeline of two, and print what becomes of it.
 
@@ -123,6 +123,8 @@ def segment(
         HTML file for Dask's own report of what every worker did.
     timeline, stop
         See `cryosiam_dask.collection.run`.
+    warned
+        Takes what needs attention in the run as a whole.
 
     Raises
     ------
@@ -230,9 +232,6 @@ def segment(
                     )
                 )  # fmt: skip
             else:
-                for plan in plans if chosen == "cpu" else ():
-                    for sentence in plan.crowded(count, memory_of_machine()):
-                        attend(console, sentence)
                 client = stack.enter_context(
                     open_cluster(chosen, count or workers or 0, dashboard_address=dashboard_address)
                 )
@@ -252,10 +251,9 @@ def segment(
             for plan in plans:
                 if plan.jobs:
                     client.register_plugin(Setup(partial(load_predictor, plan.spec(chosen))), name=f"model {plan.name}")
-            count = len(client.nthreads())
             say(
                 console,
-                f"{_number(total, 'tomogram')} on {_number(count, f'{chosen} worker')}; "
+                f"{_number(total, 'tomogram')} on {_number(len(client.nthreads()), f'{chosen} worker')}; "
                 f"dashboard {client.dashboard_link}",
             )
             largest = max(plans, key=lambda plan: plan.bytes_per_worker)
@@ -281,9 +279,10 @@ def segment(
                 remove_left_overs(plan)
     print_table(console, outcomes)
     for plan in plans:
-        if plan.jobs and plan.configuration.mask_folder is None:  # of the run, not of each of its tomograms
-            for sentence in beyond_lamella(plan.checkpoint.architecture.out_channels, None):
-                attend(console, sentence)
+        for sentence in plan.warnings(count or None, memory_of_machine()):
+            attend(console, sentence)
+            if warned is not None:
+                warned.append(sentence)
         report_on(plan.configuration, _of_stage(outcomes, plan), console)
     return outcomes
 
