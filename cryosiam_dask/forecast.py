@@ -30,7 +30,7 @@ from cryosiam_dask.formats import format_path, other_formats
 from cryosiam_dask.grid import Grid
 from cryosiam_dask.intensities import Intensities, evenly_spread, intensities, sample_file
 from cryosiam_dask.json_values import as_json
-from cryosiam_dask.mask import Mask, open_mask, read_stored
+from cryosiam_dask.mask import Mask, read_stored
 from cryosiam_dask.mrc_to_zarr import read_header
 from cryosiam_dask.plan import Job, RunPlan, find_tomograms, removal_sizes
 from cryosiam_dask.preview import most_bytes, preview_file
@@ -472,7 +472,8 @@ def _tomogram(
         problems.append(str(error))
     try:
         if header is not None and job.mask is not None and job.problem is None and not to_come and "blocks" in known:
-            opened = open_mask(job.mask, header.shape)
+            opened = plan.mask_of(job, header.shape)
+            assert opened is not None
             known["mask"] = masking(opened, grid, mask_voxels)
     except CryosiamDaskError as error:
         problems.append(str(error))

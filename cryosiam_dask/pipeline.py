@@ -409,7 +409,7 @@ def _predicted(
     if not resumed:
         outputs = create_outputs(work, grid, plan.checkpoint.architecture.out_channels, plan.wanted)
         ledger.append("blocks", key=key, block_size=block_size)
-    mask = None if job.mask is None else open_mask(job.mask, tomogram.shape)
+    mask = plan.mask_of(job, tuple(tomogram.shape))
     prediction = StoredPrediction(plan.spec(device), grid, tomogram, outputs, mask, token)
 
     def record_block(index: tuple[int, ...], block: BlockTimes | None) -> None:
@@ -468,7 +468,7 @@ def _segment(
     found_voxels = sum(voxels[1:])
     if sizes:
         labels, removed, voxels = _without_small(labels, voxels, sizes, work, executor, array_module)
-    data, mask = configuration.parameters.data, None if job.mask is None else open_mask(job.mask, header.shape)
+    data, mask = configuration.parameters.data, plan.mask_of(job, header.shape)
     seen = intensities(sample, data.min, data.max)
     coverage = None if mask is None else _coverage(blocks, header.shape)
     blank = voxels[0] == math.prod(header.shape)

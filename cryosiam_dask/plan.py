@@ -35,7 +35,7 @@ from cryosiam_dask.formats import foreign_formats, format_path, formats_done, ot
 from cryosiam_dask.grid import DEFAULT_BLOCK_SIZE, Grid, block_size_for, make_grid
 from cryosiam_dask.intensities import Intensities
 from cryosiam_dask.labels_to_hdf5 import read_attributes
-from cryosiam_dask.mask import Mask, look_at_mask
+from cryosiam_dask.mask import Mask, look_at_mask, open_mask, require_aspect
 from cryosiam_dask.mrc_to_zarr import MRC_ENDINGS, read_header
 from cryosiam_dask.network import peak_bytes, required_divisor, required_halo
 from cryosiam_dask.ome_zarr import SEGMENTATION, read_own_attributes
@@ -224,6 +224,20 @@ class RunPlan:
             jobs.append(replace(job, problem=problem))
         return replace(self, jobs=tuple(jobs), shapes=tuple(sorted(shapes)))
 
+    def mask_of(self, job: Job, shape: tuple[int, ...]) -> Mask | None:
+        """The mask of a job for its tomogram of `shape`, (z, y, x).
+
+        Raises
+        ------
+        MaskError
+            If it cannot be used.
+        """
+        if job.mask is None:
+            return None
+        mask = open_mask(job.mask, shape)
+        require_aspect(mask)
+        return mask
+
     def attention(
         self,
         header: TomogramHeader,
@@ -258,6 +272,9 @@ class RunPlan:
             if non_finite or (non_finite is None and found.non_finite):
                 many = "some" if non_finite is None else str(non_finite)
                 warnings.append(f"{many} voxels are NaN or infinite; they are treated as the minimum")
+        if mask is not None and mask.stored_shape != mask.shape:
+            stored, shape = (" × ".join(map(str, each)) for each in (mask.stored_shape, mask.shape))
+            warnings.append(f"its mask {mask.path} has {stored} voxels and is resized to {shape}")
         if mask is not None and coverage == 0:
             warnings.append(f"its mask {mask.path} is empty: every voxel is background")
         elif mask is not None and coverage is not None:
@@ -310,8 +327,8 @@ class RunPlan:
                 raise ConfigurationError(
                     f"two blocks and the network must fit into the memory of {where}",
                     place="keys block_size and parameters.data.patch_size",
-                    value=f"about {_gb(needed + total - room)} for block_size {self._taken(room)} and patch_size "
-                    f"{list(self.patch)}, of {_gb(total)}",
+                    value=f"about {_gb(needed + total - room)} for patch_size {list(self.patch)} and block_size "
+                    f"{self._taken(room)}, of {_gb(total)}",
                     remedy=self._remedy(host, device),
                 )
 
@@ -330,6 +347,11 @@ class RunPlan:
         warnings = list[str]()
         if self.configuration.mask_folder is None:
             warnings += beyond_lamella(self.checkpoint.architecture.out_channels, None)
+        if self.patch != self.checkpoint.patch_size:
+            warnings.append(
+                f"patch_size is {list(self.patch)}, the model was trained with {_edge(self.checkpoint.patch_size)}: "
+                "CryoSiam always takes the latter, and results are often better with it. Leave patch_size out for that"
+            )
         needed = (workers or 0) * self.bytes_per_worker
         if memory is not None and needed > memory:
             fitting = max(1, memory // self.bytes_per_worker)
@@ -919,5 +941,9 @@ def with_sizes(prediction_fingerprint: str, sizes: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps([prediction_fingerprint, list(sizes)]).encode()).hexdigest()
 
 
+def _edge(patch: Sequence[int]) -> str:
+    return str(patch[0]) if len(set(patch)) == 1 else str(list(patch))
+
+
 def _gb(count: float) -> str:
-    return f"{count / 1e9:.1f} GB"
+    return f"{count / 1e9:.{0 if count >= 1e10 else 1}f} GB"

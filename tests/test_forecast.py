@@ -289,6 +289,20 @@ def test_a_run_says_what_was_said_before_it(folder: Path, classes: int) -> None:
     assert "and 1000.00098" in " ".join(outcomes["sliver"].warnings)  # digits that tell both ends apart
 
 
+def test_a_mask_of_another_shape_is_said_and_one_of_other_proportions_fails_alone(folder: Path) -> None:
+    write_mask(folder / "masks" / "TS_1_preds.h5", np.ones([n // 2 for n in SHAPE], np.uint8))
+    write_mask(folder / "masks" / "TS_2_preds.h5", np.ones(SHAPE[::-1], np.uint8))
+    planned = plan_run(configure(folder, mask_folder=str(folder / "masks"))).looked_into()
+    found = forecast(planned.configuration, planned)
+    said = f"{folder}/masks/TS_1_preds.h5 has 20 × 18 × 22 voxels and is resized to 40 × 36 × 44"
+    first, second = run(planned, Silent())
+    assert any(said in warning for warning in of(found).warnings) and found.status == 1
+    assert any(said in warning for warning in first.warnings) and first.status == "done"
+    assert second.status == "failed" and second.kind == "MaskError" and second.error == of(found, "TS_2").problems[0]
+    assert "44 × 36 × 40 voxels (z, y, x) for a tomogram of 40 × 36 × 44" in second.error
+    assert "numpy.transpose(labels, (2, 1, 0))" in second.error
+
+
 def test_a_patch_that_is_still_to_be_chosen(folder: Path) -> None:
     found = predicted(configure(folder, data={"patch_size": "auto"}))
     assert any("patch_size auto" in note for note in found.notes)

@@ -334,7 +334,9 @@ def test_blocks_are_the_largest_that_fit_into_the_memory(folder: Path) -> None:
 def test_what_does_not_fit_is_refused_with_what_does(folder: Path) -> None:
     plan = replace(many_classes(folder, block_size=128), shapes=((200, 200, 200),))
     host = plan.bytes_per_worker - plan.block_bytes + 10**8
-    with pytest.raises(ConfigurationError, match=r"memory of a worker; found about .* GB for block_size 128") as caught:
+    with pytest.raises(
+        ConfigurationError, match=r"memory of a worker; found about .* GB for patch_size .* and block_size 128"
+    ) as caught:
         plan.require_memory(host)
     own = int(re.search(r"Set block_size to (\d+)", str(caught.value))[1])  # type: ignore[index]
     for size, fits in ((own, True), (None, True), (own + 16, False)):
@@ -375,3 +377,14 @@ def test_what_is_of_one_tomogram_stands_in_its_way_alone(folder: Path) -> None:
         mrc.set_data(np.zeros((5, 6), np.float32))
     mask.touch()
     assert "as many axes as the tomogram, which has 2" in jobs()["TS_1"]
+
+
+def test_another_patch_than_the_model_was_trained_with_is_said(folder: Path) -> None:
+    given = plan_run(configure(folder, parameters__data__patch_size=[32, 32, 32]))
+    (warning,) = [w for w in given.warnings(1, None) if "trained with" in w]
+    assert warning.startswith("patch_size is [32, 32, 32], the model was trained with 16: ")
+    for same in (None, [16, 16, 16]):
+        assert not any(
+            "trained with" in w
+            for w in plan_run(configure(folder, parameters__data__patch_size=same)).warnings(1, None)
+        )
