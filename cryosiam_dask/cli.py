@@ -179,7 +179,13 @@ def _segment(config_file: Path, device: Device, quiet: bool, verbose: bool, as_j
 
         console = _console(quiet, verbose, as_json)
         warned: list[str] = []
-        outcomes = segment(config_file, console, device=device.value, stop=stop, warned=warned, **options)
+        try:
+            outcomes = segment(config_file, console, device=device.value, stop=stop, warned=warned, **options)
+        except CryosiamDaskError as error:
+            if as_json:
+                each = getattr(error, "problems", (error,))
+                _print_outcomes(getattr(error, "outcomes", ()), problems=[str(problem) for problem in each])
+            raise
         _exit(outcomes, stop, as_json, warned)
 
 
@@ -477,14 +483,18 @@ def _exit(
     warnings: Sequence[str] = (),
 ) -> None:
     if as_json:
-        values = [{name: value for name, value in asdict(each).items() if name != "details"} for each in outcomes]
-        print(json.dumps({"tomograms": values, "warnings": list(warnings)}, indent=2, allow_nan=False))
+        _print_outcomes(outcomes, warnings=list(warnings))
     left = any(outcome.status == "left" for outcome in outcomes)
     if left and stop is not None and stop.is_set():
         Console(stderr=True).print("stopped: repeat the command to go on from here")
         raise typer.Exit(TEMPORARY)
     if left or any(outcome.status == "failed" for outcome in outcomes):
         raise typer.Exit(1)
+
+
+def _print_outcomes(outcomes: Sequence[Outcome], **others: list[str]) -> None:
+    values = [{name: value for name, value in asdict(each).items() if name != "details"} for each in outcomes]
+    print(json.dumps({"tomograms": values, **others}, indent=2, allow_nan=False))
 
 
 def main() -> None:

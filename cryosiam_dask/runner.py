@@ -348,13 +348,19 @@ def on_this_machine(plans: Sequence[RunPlan], workers: int | None) -> tuple[list
 
 def _require_any(plans: Sequence[RunPlan]) -> None:
     """Refuse a run in which no tomogram can be done."""
-    first: dict[str, CryosiamDaskError | None] = {}
+    first: dict[str, tuple[str, CryosiamDaskError | None]] = {}
     for plan in plans:
         for job in plan.jobs:
-            first.setdefault(job.stem, job.problem)
-    problems = [problem for problem in first.values() if problem is not None]
-    if problems and len(problems) == len(first) and not any(plan.skipped or plan.unmeasured for plan in plans):
-        raise Problems(problems)
+            first.setdefault(job.stem, (plan.name, job.problem))
+    found = {stem: (name, problem) for stem, (name, problem) in first.items() if problem is not None}
+    if found and len(found) == len(first) and not any(plan.skipped or plan.unmeasured for plan in plans):
+        raise Problems(
+            [problem for _, problem in found.values()],
+            [
+                Outcome(stem, "failed", error=str(problem), kind=type(problem).__name__, stage=name)
+                for stem, (name, problem) in found.items()
+            ],
+        )
 
 
 def _require_memory(plans: Sequence[RunPlan], host: int, device: int | None = None) -> None:
