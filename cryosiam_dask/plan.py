@@ -861,7 +861,7 @@ def _settings(
         "hull": ("volume" if network.hull_3d else "slices") if network.postprocessing else None,
         "save_internal_files": configuration.save_internal_files,
         # Only where they are set, so that outputs of before stay what they are.
-        **{name: value for name, value in configuration.reading.items() if value},
+        **{name: value for name, value in configuration.reading.items() if value or value is False},
     }
 
 
