@@ -398,8 +398,8 @@ def _voxel_dtype(
             reading = "signed" if signed else "unsigned"
             look = "" if looks_unsigned is None else ", as its voxels look"
             warnings.append(
-                f"mode 0 without statistics in the header is read as {reading} bytes{look}. Set mrc_unsigned to {signed} "
-                f"if that is wrong, to {not signed} if it is right"
+                f"mode 0 without statistics in the header is read as {reading} bytes{look}. Set mrc_unsigned "
+                f"to {signed} if that is wrong, to {not signed} if it is right"
             )
         elif looks_unsigned:
             warnings.append(
