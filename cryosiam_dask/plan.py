@@ -29,6 +29,7 @@ from cryosiam_dask.errors import (
     OutputError,
     Problems,
     TomogramError,
+    may_pass,
 )
 from cryosiam_dask.executor import patiently
 from cryosiam_dask.formats import foreign_formats, format_path, formats_done, other_formats, read_mrc_fingerprint
@@ -220,7 +221,7 @@ class RunPlan:
                     if job.mask is not None and job.fingerprint:
                         look_at_mask(job.mask, header.shape)
                 except (TomogramError, MaskError) as error:
-                    problem = error
+                    problem = None if may_pass(error) else error
             jobs.append(replace(job, problem=problem))
         return replace(self, jobs=tuple(jobs), shapes=tuple(sorted(shapes)))
 
@@ -529,7 +530,7 @@ def _plan_run(
         except MaskError as error:
             problem = error
         except OSError as error:
-            problem = _not_readable(source, mask, error)
+            problem = None if may_pass(error) else _not_readable(source, mask, error)
         fingerprint = with_sizes(prediction, removal_sizes(configuration)) if prediction else ""
         components = configuration.prediction_folder / f"{stem}_components.h5" if configuration.components else None
         job = Job(source, stem, output, mask, components, prediction, fingerprint, _identity(output), problem)
