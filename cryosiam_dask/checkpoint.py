@@ -79,15 +79,30 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not isinstance(weights, Mapping):
         _refuse_foreign(path, "no state_dict")
     parameters = _Parameters(path, content.get("hyper_parameters"))
+    weights = _unwrapped(weights)
     state = {
         name.removeprefix(prefix): tensor
         for part, prefix in _PREFIXES.items()
         for name, tensor in weights.items()
-        if str(name).startswith(f"{prefix}{part}.") and not name.startswith("_model_backbone.encoder.fc.")
+        if name.startswith(f"{prefix}{part}.") and not name.startswith("_model_backbone.encoder.fc.")
     }
     architecture = _architecture(path, parameters, state)
     patch_size = parameters.integers("config", "data.patch_size", architecture.spatial_dims)
     return Checkpoint(architecture, patch_size, _fit(path, architecture, state), sha256)
+
+
+#: What torch puts into the names of weights where a network was compiled or wrapped for training.
+_WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def _unwrapped(weights: Mapping[Any, Any]) -> dict[str, Any]:
+    """The weights by the names that they have in a network that is not wrapped; one that has its name already rules."""
+    plain = {str(name): ".".join(p for p in str(name).split(".") if p not in _WRAPPERS) for name in weights}
+    ordered = sorted(weights, key=lambda name: plain[str(name)] != str(name))
+    found: dict[str, Any] = {}
+    for name in ordered:
+        found.setdefault(plain[str(name)], weights[name])
+    return found
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -332,6 +347,13 @@ def _fit(path: str | Path, architecture: Architecture, state: Mapping[str, Tenso
     """The weights as float32, if they are exactly those of the architecture."""
     with torch.device("meta"):
         expected: dict[str, Tensor] = build_network(architecture).state_dict()
+    # Counted in training alone, and left out by programs that convert weights.
+    uncounted = {
+        name: torch.zeros(tensor.shape, dtype=tensor.dtype)
+        for name, tensor in expected.items()
+        if name.endswith(".num_batches_tracked") and name not in state
+    }
+    state = {**state, **uncounted}
     problems = {
         "missing": [_full(name) for name in expected if name not in state],
         "left over": [_full(name) for name in state if name not in expected],

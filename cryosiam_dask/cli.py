@@ -186,7 +186,15 @@ def _segment(config_file: Path, device: Device, quiet: bool, verbose: bool, as_j
         from cryosiam_dask.runner import segment
 
         console = _console(quiet, verbose, as_json)
-        _exit(segment(config_file, console, device=device.value, stop=stop, **options), stop, as_json)
+        warned: list[str] = []
+        try:
+            outcomes = segment(config_file, console, device=device.value, stop=stop, warned=warned, **options)
+        except CryosiamDaskError as error:
+            if as_json:
+                each = getattr(error, "problems", (error,))
+                _print_outcomes(getattr(error, "outcomes", ()), problems=[str(problem) for problem in each])
+            raise
+        _exit(outcomes, stop, as_json, warned)
 
 
 @app.command()
@@ -318,6 +326,9 @@ def export(
 def plan(
     config_file: Annotated[Path, typer.Option(help="The YAML file of semantic-predict or of run.")],
     filename: Filename = None,
+    device: Annotated[
+        Device, typer.Option(help="What the network is to run on; for cuda no GPU need be here.")
+    ] = Device.auto,
     workers: Workers = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Plan for the same command with --overwrite.")] = False,
     overwrite_all: Annotated[
@@ -327,7 +338,7 @@ def plan(
 ) -> None:
     """Say what semantic-predict or run would read, compute and write, and what it takes; use no GPU, write nothing.
 
-    Status 2, with all problems, if it could not succeed.
+    Its status is that of the run, as far as it is known: 1 if a tomogram could not be done, 2 if none could.
 
     Example: cryosiam-dask plan --config-file configs/pipeline.yaml
 
@@ -336,16 +347,12 @@ def plan(
     with _plain_errors():
         from cryosiam_dask.look import show_plan
 
-        if not show_plan(
-            config_file,
-            Console(),
-            filename=filename,
-            workers=workers,
-            overwrite=overwrite,
-            overwrite_all=overwrite_all,
-            as_json=as_json,
-        ):
-            raise typer.Exit(2)
+        found = show_plan(
+            config_file, Console(), filename=filename, workers=workers, overwrite=overwrite,
+            overwrite_all=overwrite_all, as_json=as_json, device=device.value,
+        )  # fmt: skip
+        if found:
+            raise typer.Exit(found)
 
 
 @app.command()
@@ -480,16 +487,25 @@ def _plain_errors(drains: bool = False) -> Iterator[threading.Event]:
         raise typer.Exit(130) from None
 
 
-def _exit(outcomes: Sequence[Outcome], stop: threading.Event | None = None, as_json: bool = False) -> None:
+def _exit(
+    outcomes: Sequence[Outcome],
+    stop: threading.Event | None = None,
+    as_json: bool = False,
+    warnings: Sequence[str] = (),
+) -> None:
     if as_json:
-        values = [{name: value for name, value in asdict(each).items() if name != "details"} for each in outcomes]
-        print(json.dumps({"tomograms": values}, indent=2, allow_nan=False))
+        _print_outcomes(outcomes, warnings=list(warnings))
     left = any(outcome.status == "left" for outcome in outcomes)
     if left and stop is not None and stop.is_set():
         Console(stderr=True).print("stopped: repeat the command to go on from here")
         raise typer.Exit(TEMPORARY)
     if left or any(outcome.status == "failed" for outcome in outcomes):
         raise typer.Exit(1)
+
+
+def _print_outcomes(outcomes: Sequence[Outcome], **others: list[str]) -> None:
+    values = [{name: value for name, value in asdict(each).items() if name != "details"} for each in outcomes]
+    print(json.dumps({"tomograms": values, **others}, indent=2, allow_nan=False))
 
 
 def main() -> None:

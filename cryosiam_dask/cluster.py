@@ -41,6 +41,7 @@ from dask.utils import key_split
 from distributed import Client, Future, KilledWorker, LocalCluster, SchedulerPlugin, WorkerPlugin, performance_report
 from distributed.comm import CommClosedError, get_address_host_port
 from distributed.protocol.pickle import dumps, loads
+from distributed.system import MEMORY_LIMIT
 
 from cryosiam_dask._version import __version__
 from cryosiam_dask.errors import (
@@ -894,6 +895,32 @@ def describe_devices(client: Client, describe: Callable[[], str | None]) -> Lite
                 remedy="Start the workers with 'dask cuda worker', which pins each to a GPU",
             )
     return "cuda"
+
+
+def memory_of_workers(client: Client, of_gpu: Callable[[], int | None] | None) -> tuple[int, int, int | None]:
+    """Bytes that the worker with the least memory may use: alone on its host, beside others there, and of its GPU.
+
+    Parameters
+    ----------
+    client
+        Of the cluster.
+    of_gpu
+        Tells the last of them in a worker; ``None``: nobody asks.
+    """
+    known = client.scheduler_info(n_workers=-1)["workers"]
+    found = ask(client, _memory, of_gpu)
+    hosts = Counter(known[worker]["host"] for worker in found if worker in known)
+    alone, shared = [], []
+    for worker, (memory, _) in found.items():
+        limit = known.get(worker, {}).get("memory_limit") or memory
+        alone.append(min(limit, memory))
+        shared.append(min(limit, memory // max(1, hosts[known.get(worker, {}).get("host")])))
+    gpus = [gpu for _, gpu in found.values() if gpu is not None]
+    return min(alone), min(shared), min(gpus, default=None)
+
+
+def _memory(of_gpu: Callable[[], int | None] | None) -> tuple[int, int | None]:
+    return int(MEMORY_LIMIT), of_gpu() if of_gpu else None
 
 
 def leave_at_once() -> None:

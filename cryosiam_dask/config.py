@@ -32,7 +32,6 @@ from pydantic import (
 )
 
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, Problems
-from cryosiam_dask.grid import DEFAULT_BLOCK_SIZE
 
 #: Keys of CryoSiam's files that have no meaning here: devices are chosen by ``--device`` and ``--workers``, the
 #: number of classes is read from the checkpoint, and training and evaluation are not part of this program.
@@ -199,6 +198,9 @@ class Configuration(_Model):
     """Which level of OME-Zarr images to segment; 0 is full resolution."""
     hdf5_dataset: Annotated[Annotated[str, Field(min_length=1)] | None, About("volume", own=True)] = None
     """Which dataset of HDF5 tomograms to segment. `null`: the only one that can be a tomogram."""
+    mrc_unsigned: Annotated[bool | None, About("True", own=True)] = None
+    """Whether the bytes of MRC files of mode 0 are unsigned (0 to 255). `null`: as the header says or, where it says
+    nothing, as the voxels look, with a warning."""
     class_names: Annotated[
         Annotated[tuple[_Name, ...], Field(strict=False), AfterValidator(_once)] | None,
         About("[ 'membrane', 'actin' ]", own=True),
@@ -222,8 +224,9 @@ class Configuration(_Model):
     """Folder of the temporary zarr stores. `null`: beside the outputs."""
     keep_work: Annotated[bool, About(own=True)] = False
     """Keep each tomogram's zarr store (tomogram, labels) once its output is complete."""
-    block_size: Annotated[int, Field(ge=4), About("256", "voxels", own=True)] = DEFAULT_BLOCK_SIZE
-    """Edge of the blocks that are read, predicted and written at once: sets memory and speed, never a result."""
+    block_size: Annotated[Annotated[int, Field(ge=4)] | None, About("256", "voxels", own=True)] = None
+    """Edge of the blocks that are read, predicted and written at once: sets memory and speed, never a result. `null`:
+    the largest up to 320 of which two fit into the memory of a worker and of its GPU."""
     parameters: Parameters = Parameters()
     hyper_parameters: HyperParameters = HyperParameters()
 
@@ -239,7 +242,7 @@ class Configuration(_Model):
     @property
     def reading(self) -> dict[str, Any]:
         """Which part of a tomogram file is meant: keywords of `cryosiam_dask.mrc_to_zarr.read_header`."""
-        return {"level": self.ome_zarr_level, "dataset": self.hdf5_dataset}
+        return {"level": self.ome_zarr_level, "dataset": self.hdf5_dataset, "unsigned": self.mrc_unsigned}
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -304,7 +307,7 @@ def read_configuration(path: Path | str) -> Configuration:
 #: The models of a pipeline, in the order in which every tomogram needs them.
 STAGES = ("lamella", "semantic")
 #: Keys that a pipeline's models have in common, since they are about the same tomograms.
-_SHARED_KEYS = ("data_folder", "file_extension", "test_files", "ome_zarr_level", "hdf5_dataset")
+_SHARED_KEYS = ("data_folder", "file_extension", "test_files", "ome_zarr_level", "hdf5_dataset", "mrc_unsigned")
 
 
 def read_pipeline(path: Path | str) -> dict[str, Configuration]:

@@ -13,6 +13,7 @@ A GPU's memory does not suffice A batch of patches is what takes it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 #: More voxels than this share outside [min, max] are worth a warning: the tails of a scaled tomogram are thinner.
@@ -55,16 +56,19 @@ sees next to no contrast. Set parameters.data.min and max to about 0.48 and 0.51
     low, high = central
     if low == high:
         return (f"almost all voxels are {low:g}: there is nothing to see. Check the file",)
-    remedy = f"Set parameters.data.min and max to about {low:.3g} and {high:.3g}"
+    # As many digits as tell both apart.
+    digits = max(3, 2 - math.floor(math.log10((high - low) / max(abs(low), abs(high)))))
+    between = f"{low:.{digits}g} and {high:.{digits}g}"
+    remedy = f"Set parameters.data.min and max to about {between}"
     if below + above > CLIPPED:
         return (
             f"{percent(below)} of its voxels lie below min {minimum:g} and {percent(above)} above max {maximum:g}, "
-            f"where they are clipped; the central 99 % lie between {low:.3g} and {high:.3g}. {remedy}",
+            f"where they are clipped; the central 99 % lie between {between}. {remedy}",
         )
     share = (min(high, maximum) - max(low, minimum)) / (maximum - minimum)
     if share < SLIVER:
         return (
-            f"the central 99 % of its intensities lie between {low:.3g} and {high:.3g}, {percent(share)} of the range "
+            f"the central 99 % of its intensities lie between {between}, {percent(share)} of the range "
             f"from min {minimum:g} to max {maximum:g}: the network sees next to no contrast. {remedy}",
         )
     return ()

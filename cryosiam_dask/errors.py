@@ -169,14 +169,16 @@ class Problems(CryosiamDaskError):
     ----------
     problems
         The single errors, in the order in which they are shown.
+    outcomes
+        What becomes of the tomograms, where each has an error of its own.
     """
 
-    def __init__(self, problems: Iterable[CryosiamDaskError]) -> None:
-        self.problems = tuple(problems)
+    def __init__(self, problems: Iterable[CryosiamDaskError], outcomes: Iterable[Any] = ()) -> None:
+        self.problems, self.outcomes = tuple(problems), tuple(outcomes)
         super().__init__(f"{len(self.problems)} problems")
 
     def __str__(self) -> str:
         return "\n".join(str(problem) for problem in self.problems)
 
     def __reduce__(self) -> tuple[Callable[..., CryosiamDaskError], tuple[Any, ...]]:
-        return type(self), (self.problems,)
+        return type(self), (self.problems, self.outcomes)

@@ -25,13 +25,12 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from cryosiam_dask.config import Configuration
-from cryosiam_dask.diagnosis import beyond_lamella, scaling
 from cryosiam_dask.errors import CryosiamDaskError, TomogramError
 from cryosiam_dask.formats import format_path, other_formats
-from cryosiam_dask.grid import Grid, block_size_for, make_grid
+from cryosiam_dask.grid import Grid
 from cryosiam_dask.intensities import Intensities, evenly_spread, intensities, sample_file
 from cryosiam_dask.json_values import as_json
-from cryosiam_dask.mask import Mask, open_mask, read_stored
+from cryosiam_dask.mask import Mask, read_stored
 from cryosiam_dask.mrc_to_zarr import read_header
 from cryosiam_dask.plan import Job, RunPlan, find_tomograms, removal_sizes
 from cryosiam_dask.preview import most_bytes, preview_file
@@ -227,6 +226,12 @@ class Forecast:
         return {**values, "problems": list(self.all_problems)}
 
     @property
+    def status(self) -> int:
+        """Exit status of the run, as far as it is known: 2 if no tomogram can be done, 1 if not all."""
+        refused = [tomogram.action == "refuse" for tomogram in self.tomograms]
+        return 2 if self.problems or all(refused) else int(any(refused))
+
+    @property
     def all_problems(self) -> tuple[str, ...]:
         """Everything for which the run could not succeed."""
         return (*self.problems, *(problem for tomogram in self.tomograms for problem in tomogram.problems))
@@ -256,6 +261,12 @@ class PipelineForecast:
         values: dict[str, Any] = as_json(self)
         stages = {name: stage.as_json() for name, stage in self.stages.items()}
         return {**values, "stages": stages, "problems": list(self.all_problems)}
+
+    @property
+    def status(self) -> int:
+        """See `Forecast`: a tomogram that the first model cannot do, no other can."""
+        first = next(iter(self.stages.values()))
+        return 2 if self.problems or first.status == 2 else max(stage.status > 0 for stage in self.stages.values())
 
     @property
     def all_problems(self) -> tuple[str, ...]:
@@ -334,18 +345,11 @@ def _stage(plan: RunPlan, workers: int, memory_bytes: int | None, converted: Col
     ]
     tomograms.sort(key=lambda tomogram: tomogram.source)
     notes = list(plan.notes)
-    warnings: list[str] = []
+    warnings = plan.warnings(workers, memory_bytes)
     if configuration.parameters.data.patch_size == "auto":
         notes.append(
             "patch_size auto: the run tries which patch fits into the device's memory. What is said here holds for the "
             f"checkpoint's own, {list(plan.patch)}"
-        )
-    if plan.jobs and configuration.mask_folder is None:
-        warnings += beyond_lamella(plan.checkpoint.architecture.out_channels, None)
-    if memory_bytes is not None and workers * plan.bytes_per_worker > memory_bytes:
-        warnings.append(
-            f"{workers} workers on CPUs need about {_gb(workers * plan.bytes_per_worker)}, and this machine has "
-            f"{_gb(memory_bytes)}. Lower --workers, block_size or parameters.data.patch_size, or run it on GPUs"
         )
     return Forecast(
         checkpoint=configuration.trained_model,
@@ -365,7 +369,7 @@ def _stage(plan: RunPlan, workers: int, memory_bytes: int | None, converted: Col
         memory_bytes=memory_bytes,
         disks=(),
         notes=tuple(notes),
-        warnings=tuple(warnings),
+        warnings=warnings,
     )
 
 
@@ -445,18 +449,17 @@ def _tomogram(
     configuration: Configuration, plan: RunPlan, job: Job, workers: int, mask_voxels: int, converted: bool
 ) -> TomogramForecast:
     header: TomogramHeader | None = None
-    to_come = job.mask is not None and not job.fingerprint
+    to_come = job.mask is not None and not job.fingerprint and job.problem is None
     known: dict[str, Any] = {"outputs": _outputs(configuration, job), "mask_to_come": to_come}
     known["preview"] = _preview(configuration, job)
-    warnings: list[str] = []
-    problems: list[str] = []
+    opened: Mask | None = None
+    problems: list[str] = [] if job.problem is None else [str(job.problem)]
     data = configuration.parameters.data
     try:
         header = read_header(job.source, **configuration.reading)
         known |= _of_header(header)
-        warnings += header.warnings
-        block_size = block_size_for(header.shape, plan.patch, configuration.block_size, workers, plan.halo)
-        grid = make_grid(header.shape, plan.patch, block_size, plan.halo)
+        plan.require_axes(header)
+        grid = plan.blocks(header.shape, workers)
         known |= {"blocks": math.prod(grid.block_counts), "patches": grid.patch_count}
         known["block_shape"] = tuple(max(b - a for a, b in pairwise(axis.edges)) for axis in grid.axes)
         known |= _disk_bytes(configuration, plan, job, header, converted)
@@ -464,33 +467,28 @@ def _tomogram(
         problems.append(str(error))
     try:
         if header is not None:
-            known["intensities"] = found = intensities(sample_file(header), data.min, data.max)
-            judged = ""
-            if header.compressed and found.share < 1:
-                # What lies at the beginning need not be like the rest.
-                judged = f" (judged by {found.where}, which is read from its beginning only)"
-            warnings += [
-                f"{sentence}{judged}"
-                for sentence in scaling(found.below, found.above, found.central, data.min, data.max)
-            ]
-            if found.non_finite:
-                warnings.append("some voxels are NaN or infinite; they are treated as the minimum")
+            known["intensities"] = intensities(sample_file(header), data.min, data.max)
     except CryosiamDaskError as error:
         problems.append(str(error))
     try:
-        if header is not None and job.mask is not None and not to_come and "blocks" in known:
-            known["mask"] = mask = masking(open_mask(job.mask, header.shape), grid, mask_voxels)
-            if not mask.coverage and mask.exact:
-                warnings.append(f"its mask {job.mask} is empty: every voxel will be background")
-            warnings += beyond_lamella(plan.checkpoint.architecture.out_channels, mask.coverage)
+        if header is not None and job.mask is not None and job.problem is None and not to_come and "blocks" in known:
+            opened = plan.mask_of(job, header.shape)
+            assert opened is not None
+            known["mask"] = masking(opened, grid, mask_voxels)
     except CryosiamDaskError as error:
         problems.append(str(error))
+    warnings: tuple[str, ...] = ()
+    if header is not None:
+        mask = known.get("mask")
+        # Where but a part was looked at, there may be something elsewhere.
+        coverage = mask.coverage if mask and (mask.exact or mask.coverage) else None
+        warnings = plan.attention(header, known.get("intensities"), mask=opened, coverage=coverage)
     return TomogramForecast(
         job.stem,
         job.source,
         "refuse" if problems else "segment",
-        warnings=tuple(warnings),
-        problems=tuple(problems),
+        warnings=warnings,
+        problems=tuple(dict.fromkeys(problems)),
         **known,
     )
 

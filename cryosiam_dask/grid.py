@@ -37,7 +37,7 @@ everything up to the end. Rules 1 and 3 hold as before; blocks are simply multip
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -369,8 +369,15 @@ def make_grid(
     return Grid(tuple(BlockAxis(axis, d) for axis, d in zip(axes, cores, strict=True)))
 
 
-def block_size_for(shape: tuple[int, ...], patch: tuple[int, ...], largest: int, workers: int, halo: int = 0) -> int:
-    """Largest block size up to `largest` with which every worker gets at least two blocks, if there is one.
+def block_size_for(
+    shape: tuple[int, ...],
+    patch: tuple[int, ...],
+    largest: int,
+    workers: int,
+    halo: int = 0,
+    fits: Callable[[Grid], bool] = lambda grid: True,
+) -> int:
+    """Largest block size up to `largest` that `fits` and gives every worker at least two blocks, if there is one.
 
     Parameters
     ----------
@@ -380,12 +387,17 @@ def block_size_for(shape: tuple[int, ...], patch: tuple[int, ...], largest: int,
         Block edge in voxels that must not be exceeded.
     workers
         Number of workers.
+    fits
+        Whether the blocks of a grid are small enough.
     """
     axis = PatchAxis(1, min(patch), halo)
     # One or two more cores to a block, whichever makes a difference.
     step, smallest = (2 * axis.stride, 3 * axis.stride) if axis.exact else (axis.stride, axis.stride)
     size = largest
-    while size > smallest and math.prod(make_grid(shape, patch, size, halo).block_counts) < 2 * workers:
+    while size > smallest:
+        grid = make_grid(shape, patch, size, halo)
+        if fits(grid) and math.prod(grid.block_counts) >= 2 * workers:
+            break
         size -= step
     return max(size, min(smallest, largest))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -33,8 +33,9 @@ def show_plan(
     overwrite: bool = False,
     overwrite_all: bool = False,
     as_json: bool = False,
-) -> bool:
-    """Print what a run would do and take; returns whether it could succeed.
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> int:
+    """Print what a run would do and take; returns its exit status, as far as it is known.
 
     Parameters
     ----------
@@ -48,6 +49,8 @@ def show_plan(
         Worker processes on CPUs; ``None``: as many as cores and memory allow.
     as_json
         Whether to print JSON, problems included, and nothing else.
+    device
+        Where the network is to run; for ``"cuda"`` no GPU need be here.
 
     Raises
     ------
@@ -57,7 +60,8 @@ def show_plan(
     from cryosiam_dask.config import read_pipeline_or_configuration
     from cryosiam_dask.forecast import Forecast, forecast, forecast_pipeline, unreadable
     from cryosiam_dask.plan import RunPlan, masks_of, plan_run
-    from cryosiam_dask.runner import default_workers, memory_of_machine
+    from cryosiam_dask.predictor import resolve_device
+    from cryosiam_dask.runner import memory_of_machine, on_this_machine
 
     problems: list[CryosiamDaskError] = []
     plans: list[RunPlan] = []
@@ -75,6 +79,11 @@ def show_plan(
                 )  # fmt: skip
             except CryosiamDaskError as error:
                 problems += [*_single(error), *unreadable(configuration, filename)]
+        if not problems:
+            if device == "cpu" or (device == "auto" and resolve_device("auto") == "cpu"):
+                plans, workers = on_this_machine(plans, workers)
+            else:
+                plans = [plan.looked_into() for plan in plans]
     except CryosiamDaskError as error:
         problems += _single(error)
     if problems:
@@ -82,9 +91,9 @@ def show_plan(
         if not as_json:
             raise Problems(problems)
         _print_json(console, {"problems": [str(problem) for problem in problems]})
-        return False
+        return 2
     options: dict[str, Any] = {
-        "workers": workers or min(map(default_workers, plans)),
+        "workers": workers or 1,
         "concurrent": USUALLY_AT_ONCE,
         "memory_bytes": memory_of_machine(),
     }
@@ -106,7 +115,7 @@ def show_plan(
         for warning in found.warnings:
             _say(console, f"attention: {warning}")
         _print_problems(found.all_problems)
-    return not found.all_problems
+    return found.status
 
 
 def _single(error: CryosiamDaskError) -> Sequence[CryosiamDaskError]:

@@ -18,9 +18,10 @@ A block whose part of the mask does not fit a fixed budget is halved until it do
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -33,6 +34,7 @@ from cryosiam_dask.errors import MaskError
 
 WORKING_BYTES = 64 * 2**20  # for one part of a block
 DATASET = "labels"
+_LOOK = 64  # voxels along each axis
 
 Region: TypeAlias = tuple[slice, ...]
 
@@ -86,14 +88,7 @@ def open_mask(path: str | Path, shape: tuple[int, ...]) -> Mask:
     """
     path = Path(path)
     with _open(path) as labels:
-        if labels.ndim != len(shape) or labels.dtype.kind not in "biuf" or 0 in labels.shape:
-            raise MaskError(
-                f"the mask must be a volume of numbers with {len(shape)} axes, as the tomogram has",
-                place=f"{path}, dataset {DATASET}",
-                value=f"shape {labels.shape}, dtype {labels.dtype}",
-                remedy="Predict the lamella of this tomogram again",
-            )
-        stored_shape = tuple(int(size) for size in labels.shape)
+        stored_shape = _stored_shape(labels, path, shape)
         if stored_shape == shape:
             return Mask(path, shape, stored_shape)
         whole = tuple(slice(0, size) for size in stored_shape)
@@ -101,6 +96,79 @@ def open_mask(path: str | Path, shape: tuple[int, ...]) -> Mask:
         for part in _parts(whole, lambda part: 4 * _volume(part)):  # with the comparisons of `_binary`
             full &= bool(_binary(labels, part, path).all())
     return Mask(path, shape, stored_shape, full)
+
+
+def look_at_mask(path: Path, shape: tuple[int, ...]) -> None:
+    """Check a lamella mask as `open_mask` does, by a few of its voxels.
+
+    Raises
+    ------
+    MaskError
+        See `open_mask`.
+    """
+    with _open(path) as labels:
+        stored = _stored_shape(labels, path, shape)
+        require_aspect(Mask(path, shape, stored))
+        # A piece in its middle, where what is no mask holds other values: chunks are decoded as a whole.
+        piece = labels.chunks or (_LOOK,) * len(stored)
+        middle = [n // 2 // p * p for n, p in zip(stored, piece, strict=True)]
+        _binary(
+            labels,
+            tuple(slice(m, min(m + max(p, _LOOK), n)) for m, p, n in zip(middle, piece, stored, strict=True)),
+            path,
+        )
+
+
+def require_aspect(mask: Mask) -> None:
+    """Refuse a mask that would have to be distorted to the tomogram's shape: by more than its voxels were rounded.
+
+    Raises
+    ------
+    MaskError
+        With the order of axes that fits, if one does.
+    """
+    stored, shape = mask.stored_shape, mask.shape
+    if _alike(stored, shape):
+        return
+    fitting = [order for order in permutations(range(len(shape))) if _alike([stored[i] for i in order], shape)]
+    names = "zyx"[-len(shape) :]
+    found = ", ".join(names[fitting[0].index(axis)] for axis in range(len(shape))) if fitting else ""
+    raise MaskError(
+        "the mask must have the tomogram's proportions: it is resized, and would be distorted",
+        place=f"{mask.path}, dataset {DATASET}",
+        value=f"{_times(stored)} voxels ({', '.join(names)}) for a tomogram of {_times(shape)}",
+        remedy=(
+            f"Its axes seem to be in the order {found}: write it again as numpy.transpose(labels, {fitting[0]})"
+            if fitting
+            else "It belongs to another tomogram, or to another cut of it: predict the lamella of this tomogram again"
+        ),
+    )
+
+
+def _alike(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether one shape is the other times a number, in whole voxels: rounded up or down."""
+
+    def rounded(small: Sequence[int], large: Sequence[int]) -> bool:
+        ratios = [((s - 1) / n, (s + 1) / n) for s, n in zip(small, large, strict=True)]
+        return max(low for low, _ in ratios) <= min(high for _, high in ratios)
+
+    # Of the finer one so many voxels make one of the coarser that rounding there decides.
+    return rounded(one, other) if math.prod(one) <= math.prod(other) else rounded(other, one)
+
+
+def _times(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape))
+
+
+def _stored_shape(labels: Any, path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if labels.ndim != len(shape) or labels.dtype.kind not in "biuf" or 0 in labels.shape:
+        raise MaskError(
+            f"the mask must be a volume of numbers with {len(shape)} axes, as the tomogram has",
+            place=f"{path}, dataset {DATASET}",
+            value=f"shape {labels.shape}, dtype {labels.dtype}",
+            remedy="Predict the lamella of this tomogram again",
+        )
+    return tuple(int(size) for size in labels.shape)
 
 
 def read_mask(mask: Mask, region: Region) -> NDArray[np.uint8]:

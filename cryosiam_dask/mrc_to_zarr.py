@@ -18,6 +18,7 @@ import itertools
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -165,7 +166,9 @@ def stem(path: str | Path) -> str:
 # ---------------------------------------------------------------------------------------------------------- the header
 
 
-def read_header(path: str | Path, *, level: int = 0, dataset: str | None = None) -> TomogramHeader:
+def read_header(
+    path: str | Path, *, level: int = 0, dataset: str | None = None, unsigned: bool | None = None
+) -> TomogramHeader:
     """Read and judge the header of a tomogram.
 
     Parameters
@@ -177,6 +180,8 @@ def read_header(path: str | Path, *, level: int = 0, dataset: str | None = None)
         Which level of an OME-Zarr image; 0 is full resolution.
     dataset
         Which dataset of an HDF5 file; ``None``: the only one that can be a tomogram.
+    unsigned
+        Whether the bytes of an MRC file of mode 0 are unsigned; ``None``: as the file says, or else its voxels.
 
     Returns
     -------
@@ -198,7 +203,7 @@ def read_header(path: str | Path, *, level: int = 0, dataset: str | None = None)
     except OSError as error:
         raise _unreadable(path, error) from error
     try:
-        header = _read_mrc_header(path)
+        header = _read_mrc_header(path, unsigned)
     except TomogramError as error:
         if path.suffix.lower() not in HDF5_ENDINGS or not path.is_file():
             raise
@@ -225,7 +230,7 @@ def _resemblance(path: Path) -> str:
     return next((f", which begin as {kind} does" for start, kind in _SIGNATURES.items() if first.startswith(start)), "")
 
 
-def _read_mrc_header(path: Path) -> MrcHeader:
+def _read_mrc_header(path: Path, unsigned: bool | None) -> MrcHeader:
     try:
         status = path.stat()
         with path.open("rb") as file:
@@ -247,7 +252,7 @@ def _read_mrc_header(path: Path) -> MrcHeader:
     notes: list[str] = []
     warnings: list[str] = []
     header, byte_order = _in_byte_order(raw, path, status.st_size, warnings)
-    file_dtype = _voxel_dtype(header, byte_order, path, notes, warnings)
+    file_dtype = _voxel_dtype(header, byte_order, path, compressed, unsigned, notes, warnings)
     if mrcfile.utils.spacegroup_is_volume_stack(header["ispg"]):
         raise TomogramError(
             "must hold one volume, not a stack of volumes",
@@ -345,7 +350,15 @@ def _in_byte_order(raw: bytes, path: Path, file_bytes: int, warnings: list[str])
     )
 
 
-def _voxel_dtype(header: Any, byte_order: str, path: Path, notes: list[str], warnings: list[str]) -> np.dtype[Any]:
+def _voxel_dtype(
+    header: Any,
+    byte_order: str,
+    path: Path,
+    compressed: bool,
+    unsigned: bool | None,
+    notes: list[str],
+    warnings: list[str],
+) -> np.dtype[Any]:
     """Dtype of the voxels in the file; mode 0 is signed or unsigned."""
     mode = int(header["mode"])
     extra = np.frombuffer(header["extra2"].tobytes(), byte_order + "i4")
@@ -366,14 +379,70 @@ def _voxel_dtype(header: Any, byte_order: str, path: Path, notes: list[str], war
         warnings.append("complex voxels: only their real part is used")
     if mode != 0:
         return dtype
-    if stamp == _IMOD_STAMP:
+    lowest, highest = float(header["dmin"]), float(header["dmax"])
+    if unsigned is not None:
+        signed, why = not unsigned, f"as mrc_unsigned: {unsigned} says"
+    elif stamp == _IMOD_STAMP:
         signed, why = bool(flags & 1), "as IMOD's flags say"
-    elif float(header["dmax"]) > 127:
-        signed, why = False, f"because the header's maximum is {float(header['dmax']):g} > 127"
+    elif highest > 127:
+        signed, why = False, f"because the header's maximum is {highest:g} > 127"
     else:
         signed, why = True, "as the standard says: neither IMOD's flags nor the header's maximum tells otherwise"
+        offset = HEADER_DTYPE.itemsize + int(header["nsymbt"])
+        found = _some_bytes(path, offset, compressed)
+        looks_unsigned = _look_unsigned(found)
+        # MRC2014: a maximum below the minimum says that nobody looked; programs of before leave zeros.
+        if (not lowest <= highest or lowest == highest == 0) and (found > 127).any():
+            if looks_unsigned is not None:
+                signed, why = not looks_unsigned, "as its voxels look: the header has no statistics of them"
+            reading = "signed" if signed else "unsigned"
+            look = "" if looks_unsigned is None else ", as its voxels look"
+            warnings.append(
+                f"mode 0 without statistics in the header is read as {reading} bytes{look}. Set mrc_unsigned "
+                f"to {signed} if that is wrong, to {not signed} if it is right"
+            )
+        elif looks_unsigned:
+            warnings.append(
+                f"mode 0 is read as signed bytes, as the header's statistics say ({lowest:g} to {highest:g}), but the "
+                "voxels look like unsigned ones: bright ones may be taken for dark ones. Set mrc_unsigned to True if so"
+            )
     notes.append(f"mode 0 read as {'signed' if signed else 'unsigned'} bytes, {why}")
     return np.dtype(np.int8 if signed else np.uint8)
+
+
+def _some_bytes(path: Path, offset: int, compressed: bool) -> np.ndarray[Any, Any]:
+    """Bytes from all over a file, or from the beginning of a compressed one; whoever reads all says what is damaged."""
+    parts: list[bytes] = []
+    with suppress(OSError, EOFError, zlib.error), _open(path, compressed=compressed) as file:
+        if compressed:
+            file.seek(offset)
+            parts.append(file.read(_LOOK_PIECES * _LOOK_BYTES))
+        else:
+            rest = max(0, path.stat().st_size - offset - _LOOK_BYTES)
+            for number in range(_LOOK_PIECES):
+                file.seek(offset + rest * number // (_LOOK_PIECES - 1))
+                parts.append(file.read(_LOOK_BYTES))
+    return np.frombuffer(b"".join(parts), np.uint8)
+
+
+_LOOK_PIECES, _LOOK_BYTES = 64, 1 << 15
+
+
+def _look_unsigned(found: np.ndarray[Any, Any]) -> bool | None:
+    """Whether bytes look like unsigned numbers; ``None`` where nothing tells.
+
+    On the circle of the 256 bytes the right reading is cut open where few voxels are, or at one end of them: the wrong
+    one has many voxels on both sides of the cut. What was clipped heaps up beside the right cut, and is not counted.
+    """
+    counts = np.bincount(found, minlength=256)
+    of_unsigned = min(counts[1:16].sum(), counts[240:255].sum())  # around 255 | 0
+    of_signed = min(counts[112:127].sum(), counts[129:144].sum())  # around 127 | -128
+    if abs(int(of_unsigned) - int(of_signed)) > 3 * math.sqrt(of_unsigned + of_signed):
+        return bool(of_unsigned < of_signed)
+    if (of_unsigned and of_signed) or not counts[128:].any():
+        return None
+    # Nothing is on both sides of either cut: two values of a mask, or all on one side of zero, which nobody writes.
+    return bool(counts[0] and counts[255] and not counts[1:255].any()) or not counts[:128].any()
 
 
 def _voxel_size(header: Any, warnings: list[str]) -> tuple[float | None, ...]:
@@ -435,13 +504,14 @@ def ingest(
     compress: bool = True,
     level: int = 0,
     dataset: str | None = None,
+    unsigned: bool | None = None,
     executor: Executor = SERIAL,
 ) -> tuple[Voxels, IngestReport]:
     """Fill a new zarr array with the voxels of a tomogram file, or open the one in which they are stored already.
 
     Parameters
     ----------
-    source, level, dataset
+    source, level, dataset, unsigned
         The file; see `read_header`. A zarr is read where it is, and nothing is written.
     store
         Where the array goes: a path, a zarr store, or anything else that zarr takes for one. Tasks that run in other
@@ -472,7 +542,7 @@ def ingest(
     OutputError
         If the store cannot be written.
     """
-    header = read_header(source, level=level, dataset=dataset)
+    header = read_header(source, level=level, dataset=dataset, unsigned=unsigned)
     if isinstance(header, ZarrHeader):
         voxels = header.open()
         statistics = _stored_statistics(header, voxels, executor)

@@ -41,7 +41,7 @@ from cryosiam_dask._version import __version__
 from cryosiam_dask.centers import collect_centers, write_centers
 from cryosiam_dask.components import ArrayModule, Blocks, ChunkedArray, remove_small, require_channel
 from cryosiam_dask.config import Configuration
-from cryosiam_dask.diagnosis import beyond_lamella, blank
+from cryosiam_dask.diagnosis import blank as why_blank
 from cryosiam_dask.errors import (
     ClusterError,
     ConfigurationError,
@@ -77,8 +77,8 @@ from cryosiam_dask.formats import (
     remove_outdated_formats,
     write_other_formats,
 )
-from cryosiam_dask.grid import Grid, block_size_for, make_grid
-from cryosiam_dask.intensities import intensities, sample_array
+from cryosiam_dask.grid import Grid, make_grid
+from cryosiam_dask.intensities import Intensities, Sample, intensities, sample_array, sample_file
 from cryosiam_dask.labels_to_hdf5 import (
     StoredDataset,
     dataset_names,
@@ -130,6 +130,8 @@ class Outcome:
         What kind of error it is: the name of its class.
     stage
         Which of several models, where there are several.
+    notes
+        What was decided about the file.
     """
 
     stem: str
@@ -142,6 +144,7 @@ class Outcome:
     details: str = field(default="", repr=False)
     kind: str = ""
     stage: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def segment(
@@ -223,18 +226,26 @@ def _segment_all(
     guard: Callable[[], None],
 ) -> Iterator[Outcome]:
     last_plan, last = jobs[-1]
+    if jobs[0][1].problem is not None:
+        raise jobs[0][1].problem
     header = read_header(last.source, **last_plan.configuration.reading)
+    jobs[0][0].require_axes(header)
     at.shape = header.shape
     for note in header.notes:
         say(note)
     # The last job's place outlives the others: that is where the tomogram is kept for all of them.
     with _workspace(last_plan.configuration, last.stem, say, guard) as shared:
-        grid = make_grid(header.shape, last_plan.patch, last_plan.configuration.block_size, last_plan.halo)
+        grid = make_grid(header.shape, last_plan.patch, halo=last_plan.halo)
         tomogram, report = _ingested(shared, last_plan.configuration, last, header, grid, executor)
+        # The same voxels as before a run, but where these are the beginning of the file.
+        sample = sample_array(tomogram) if header.compressed else sample_file(header)
         for plan, job in jobs:
             began = time.time()
-            job = plan.with_fingerprint(job)
             at.plan, at.job, at.began = plan, job, began
+            plan.require_axes(header)
+            if job.problem is not None:
+                raise job.problem
+            at.job = job = plan.with_fingerprint(job)
             if plan.made_meanwhile(job):
                 outcome = Outcome(job.stem, "skipped", header.shape, stage=plan.name)
                 if plan is not last_plan:
@@ -248,15 +259,18 @@ def _segment_all(
             named = NamedExecutor(executor, plan.name) if plan.name else executor
             with own as space:
                 try:
-                    voxels, warnings = _segment(plan, job, tomogram, report, space, device, named, timeline, say)
+                    voxels, warnings = _segment(
+                        plan, job, tomogram, report, sample, space, device, named, timeline, say
+                    )
                 except (OSError, CryosiamDaskError):
                     raise
                 except Exception:  # of what nobody foresaw, damaged intermediate arrays may be the reason
                     _forget_damaged(plan, header.shape, space)
                     raise
                 outcome = Outcome(
-                    job.stem, "done", header.shape, time.time() - began, voxels, warnings, stage=plan.name
-                )
+                    job.stem, "done", header.shape, time.time() - began, voxels, warnings, stage=plan.name,
+                    notes=header.notes,
+                )  # fmt: skip
                 if plan is not last_plan:
                     _log_warnings(outcome)
                     guard()
@@ -375,11 +389,11 @@ def _predicted(
     work, ledger, key, done = space.group, space.ledger, job.prediction_fingerprint, set()
     found = ledger.last("blocks")
     resumed = found is not None and found["key"] == key and all(name in work for name in plan.wanted)
-    block_size = (
-        found["block_size"]
-        if found and resumed
-        else block_size_for(tomogram.shape, plan.patch, plan.configuration.block_size, executor.workers, plan.halo)
-    )
+    own = plan.configuration.block_size
+    if found and resumed and own is not None and found["block_size"] > own:
+        say(f"block_size is {own} now: its blocks, of {found['block_size']} voxels along each axis, are begun anew")
+        resumed = False
+    block_size = found["block_size"] if found and resumed else plan.block_size(tomogram.shape, executor.workers)
     grid = make_grid(tomogram.shape, plan.patch, block_size, plan.halo)
     if resumed:
         done = {tuple(entry["index"]) for entry in ledger.since("block", "blocks")}
@@ -394,7 +408,7 @@ def _predicted(
     if not resumed:
         outputs = create_outputs(work, grid, plan.checkpoint.architecture.out_channels, plan.wanted)
         ledger.append("blocks", key=key, block_size=block_size)
-    mask = None if job.mask is None else open_mask(job.mask, tomogram.shape)
+    mask = plan.mask_of(job, tuple(tomogram.shape))
     prediction = StoredPrediction(plan.spec(device), grid, tomogram, outputs, mask, token)
 
     def record_block(index: tuple[int, ...], block: BlockTimes | None) -> None:
@@ -418,6 +432,7 @@ def _segment(
     job: Job,
     tomogram: Voxels,
     report: IngestReport,
+    sample: Sample,
     space: _Space,
     device: Literal["cpu", "cuda"],
     executor: Executor,
@@ -429,7 +444,7 @@ def _segment(
     array_module: ArrayModule = "cupy" if device == "cuda" else "numpy"
     work = space.group
     outputs, blocks = _predicted(plan, job, tomogram, space, device, executor, timeline, say)
-    labels, warnings = outputs["labels"], list(report.warnings)
+    labels, warnings = outputs["labels"], list[str]()
     if network.postprocessing:
         filled = _like(work, "lamella", labels)
         found = postprocess_lamella(
@@ -452,10 +467,16 @@ def _segment(
     found_voxels = sum(voxels[1:])
     if sizes:
         labels, removed, voxels = _without_small(labels, voxels, sizes, work, executor, array_module)
-    if voxels[0] == math.prod(header.shape):
-        warnings.append(_why_blank(plan, report, tomogram, found_voxels, blocks))
-    elif job.mask is not None:
-        warnings += beyond_lamella(plan.checkpoint.architecture.out_channels, _coverage(blocks, header.shape))
+    data, mask = configuration.parameters.data, plan.mask_of(job, header.shape)
+    seen = intensities(sample, data.min, data.max)
+    coverage = None if mask is None else _coverage(blocks, header.shape)
+    blank = voxels[0] == math.prod(header.shape)
+    found_before = plan.attention(
+        header, seen, non_finite=report.statistics.non_finite, mask=mask, coverage=None if blank else coverage
+    )
+    warnings = [*found_before, *warnings]
+    if blank:
+        warnings.append(_why_blank(plan, report, seen, found_voxels, blocks, coverage))
     attributes = _attributes(plan, job, report, warnings) | {"voxels": voxels}
     if job.output.suffix == ".h5":
         internal = outputs if configuration.save_internal_files else {}
@@ -477,7 +498,6 @@ def _segment(
             label=MRC_LABEL + job.fingerprint,
         )
     executor.map(write, [job.output], name="export")
-    mask = None if job.mask is None else open_mask(job.mask, header.shape)
     warnings += _draw(configuration, job.stem, tomogram, labels, mask, attributes, executor)
     formats, folder = other_formats(configuration), configuration.prediction_folder
     warnings += remove_outdated_formats(folder, job.stem, job.fingerprint, keep=formats)
@@ -712,22 +732,22 @@ def _count_block(labels: zarr.Array[Any], blocks: Blocks, index: tuple[int, int,
 def _why_blank(
     plan: RunPlan,
     report: IngestReport,
-    tomogram: Voxels,
+    seen: Intensities,
     found: int,
     blocks: Sequence[Mapping[str, Any]],
+    coverage: float | None,
 ) -> str:
     """Why nothing is left of `found` voxels of other labels than the background."""
     masked = plan.configuration.mask_folder is not None
     data, statistics = plan.configuration.parameters.data, report.statistics
-    sample = intensities(sample_array(tomogram), data.min, data.max)
-    return blank(
+    return why_blank(
         lowest=statistics.minimum,
         highest=statistics.maximum,
-        clipped=(sample.below, sample.above),
+        clipped=(seen.below, seen.above),
         scale=(data.min, data.max),
         threshold=plan.threshold,
         probabilities=[max(seen) for seen in zip(*(b["highest"] for b in blocks if b["highest"]), strict=True)] or None,
-        coverage=_coverage(blocks, tomogram.shape) if masked else None,
+        coverage=coverage,
         checkpoint=plan.configuration.trained_model.name,
         masked=masked,
         removed_voxels=found,

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from cryosiam_dask.checkpoint import Checkpoint, read_checkpoint
 from cryosiam_dask.classes import class_names, named
 from cryosiam_dask.config import Configuration
+from cryosiam_dask.diagnosis import beyond_lamella, scaling
 from cryosiam_dask.errors import (
     CheckpointError,
     ConfigurationError,
@@ -27,22 +28,29 @@ from cryosiam_dask.errors import (
     MaskError,
     OutputError,
     Problems,
+    TomogramError,
+    may_pass,
 )
 from cryosiam_dask.executor import patiently
 from cryosiam_dask.formats import foreign_formats, format_path, formats_done, other_formats, read_mrc_fingerprint
-from cryosiam_dask.grid import make_grid
+from cryosiam_dask.grid import DEFAULT_BLOCK_SIZE, Grid, block_size_for, make_grid
+from cryosiam_dask.intensities import Intensities
 from cryosiam_dask.labels_to_hdf5 import read_attributes
-from cryosiam_dask.mrc_to_zarr import MRC_ENDINGS
+from cryosiam_dask.mask import Mask, look_at_mask, open_mask, require_aspect
+from cryosiam_dask.mrc_to_zarr import MRC_ENDINGS, read_header
 from cryosiam_dask.network import peak_bytes, required_divisor, required_halo
 from cryosiam_dask.ome_zarr import SEGMENTATION, read_own_attributes
 from cryosiam_dask.predictor import PredictorSpec, default_threshold
 from cryosiam_dask.preview import preview_file, read_fingerprint
-from cryosiam_dask.tomogram_files import is_zarr, source_identity
+from cryosiam_dask.tomogram_files import TomogramHeader, is_zarr, source_identity
 
 #: Raised whenever a change of the code changes a result, so that outputs of before are not taken for done.
 NUMBERS_VERSION = 2
 
 _PROCESS_BYTES = 700 * 2**20  # Python with its libraries, one process
+#: Share of a memory that is planned with: estimates are rough, and others use some of it.
+USABLE = 0.8
+_GPU = "a worker's GPU"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +75,8 @@ class Job:
         Hash of everything that the output depends on. Both are empty while the mask is still to be made.
     found
         What tells the output that was there before the run from a later one, or ``None``.
+    problem
+        Why this tomogram cannot be done; others can.
     """
 
     source: Path
@@ -77,6 +87,7 @@ class Job:
     prediction_fingerprint: str
     fingerprint: str
     found: tuple[int, ...] | None = None
+    problem: CryosiamDaskError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +118,10 @@ class RunPlan:
         Which of several models this is, where there are several.
     run
         Names the run in the ledgers.
+    shapes
+        Of the tomograms of `jobs`, each once, as far as they are known: see `looked_into`.
+    room
+        Bytes that a worker has for its two blocks; ``None`` where it is not known.
     """
 
     configuration: Configuration
@@ -121,6 +136,8 @@ class RunPlan:
     overwrite_all: bool = False
     name: str = ""
     run: str = ""
+    shapes: tuple[tuple[int, ...], ...] = ()
+    room: int | None = None
 
     @property
     def labels(self) -> int:
@@ -156,16 +173,229 @@ class RunPlan:
     @property
     def block_bytes(self) -> int:
         """Memory of a worker for the two blocks that it holds: one computes while another is read or written."""
-        endless = make_grid((2**30,) * len(self.patch), self.patch, self.configuration.block_size, self.halo)
-        classes = self.checkpoint.architecture.out_channels
-        per_voxel = sum(1 if name == "labels" else 4 * classes for name in self.wanted)
-        window = math.prod(endless.largest_window) * 4
-        return 2 * (window + math.prod(endless.largest_block) * per_voxel)
+        return max(self._bytes_of(self.blocks(shape)) for shape in self._shapes)
+
+    @property
+    def least_bytes_per_worker(self) -> int:
+        """As `bytes_per_worker`, with the smallest blocks that may be taken."""
+        return replace(self, room=0).bytes_per_worker
 
     @property
     def bytes_per_worker(self) -> int:
         """Memory that a CPU worker needs, estimated from patch, block and network, in bytes."""
         return _PROCESS_BYTES + self.block_bytes + self.network_bytes
+
+    @property
+    def _shapes(self) -> tuple[tuple[int, ...], ...]:
+        return self.shapes or ((2**30,) * len(self.patch),)
+
+    def _bytes_of(self, grid: Grid) -> int:
+        classes = self.checkpoint.architecture.out_channels
+        per_voxel = sum(1 if name == "labels" else 4 * classes for name in self.wanted)
+        return 2 * (math.prod(grid.largest_window) * 4 + math.prod(grid.largest_block) * per_voxel)
+
+    def blocks(self, shape: tuple[int, ...], workers: int = 1) -> Grid:
+        """The blocks of a tomogram of `shape`, (z, y, x): as large as the configuration says or, where it says nothing,
+        as the memory allows, and at least two for each of the `workers` where there are so many."""
+        return make_grid(shape, self.patch, self.block_size(shape, workers), self.halo)
+
+    def block_size(self, shape: tuple[int, ...], workers: int = 1) -> int:
+        """The block edge that `blocks` aims for, in voxels."""
+        own = self.configuration.block_size
+        if own is not None or self.room is None:
+            return block_size_for(shape, self.patch, own or DEFAULT_BLOCK_SIZE, workers, self.halo)
+        return self._fitting(shape, self.room, workers)
+
+    def _fitting(self, shape: tuple[int, ...], room: int, workers: int = 1) -> int:
+        return block_size_for(
+            shape, self.patch, DEFAULT_BLOCK_SIZE, workers, self.halo, lambda grid: self._bytes_of(grid) <= room
+        )
+
+    def looked_into(self) -> RunPlan:
+        """The plan with the shapes of its tomograms, and what stands in the way of single ones."""
+        shapes, jobs = set(), []
+        for job in self.jobs:
+            problem = job.problem
+            if problem is None:
+                try:
+                    header = read_header(job.source, **self.configuration.reading)
+                    self.require_axes(header)
+                    shapes.add(header.shape)
+                    if job.mask is not None and job.fingerprint:
+                        look_at_mask(job.mask, header.shape)
+                except (TomogramError, MaskError) as error:
+                    problem = None if may_pass(error) else error
+            jobs.append(replace(job, problem=problem))
+        return replace(self, jobs=tuple(jobs), shapes=tuple(sorted(shapes)))
+
+    def mask_of(self, job: Job, shape: tuple[int, ...]) -> Mask | None:
+        """The mask of a job for its tomogram of `shape`, (z, y, x).
+
+        Raises
+        ------
+        MaskError
+            If it cannot be used.
+        """
+        if job.mask is None:
+            return None
+        mask = open_mask(job.mask, shape)
+        require_aspect(mask)
+        return mask
+
+    def attention(
+        self,
+        header: TomogramHeader,
+        found: Intensities | None,
+        *,
+        non_finite: int | None = None,
+        mask: Mask | None = None,
+        coverage: float | None = None,
+    ) -> tuple[str, ...]:
+        """What needs attention in a tomogram and its mask: the same before a run and after it.
+
+        Parameters
+        ----------
+        header
+            Of the tomogram.
+        found
+            How its intensities fall into ``parameters.data.min`` and ``max``; ``None`` where they cannot be read.
+        non_finite
+            Voxels that are NaN or infinite, where they have been counted.
+        mask
+            Its mask, if there is one.
+        coverage
+            Share of the tomogram inside the mask, 0 to 1; ``None`` where it is not known.
+        """
+        data, warnings = self.configuration.parameters.data, list(header.warnings)
+        if found is not None:
+            # What lies at the beginning need not be like the rest.
+            partly = header.compressed and found.share < 1
+            judged = f" (judged by {found.where}, which is read from its beginning only)" if partly else ""
+            sentences = scaling(found.below, found.above, found.central, data.min, data.max)
+            warnings += [f"{sentence}{judged}" for sentence in sentences]
+            if non_finite or (non_finite is None and found.non_finite):
+                many = "some" if non_finite is None else str(non_finite)
+                warnings.append(f"{many} voxels are NaN or infinite; they are treated as the minimum")
+        if mask is not None and mask.stored_shape != mask.shape:
+            stored, shape = (" × ".join(map(str, each)) for each in (mask.stored_shape, mask.shape))
+            warnings.append(f"its mask {mask.path} has {stored} voxels and is resized to {shape}")
+        if mask is not None and coverage == 0:
+            warnings.append(f"its mask {mask.path} is empty: every voxel is background")
+        elif mask is not None and coverage is not None:
+            warnings += beyond_lamella(self.checkpoint.architecture.out_channels, coverage)
+        return tuple(warnings)
+
+    def require_axes(self, header: TomogramHeader) -> None:
+        """Refuse an image where the model is for tomograms, and the other way round.
+
+        Raises
+        ------
+        TomogramError
+            With the shape of both.
+        """
+        if len(header.shape) != len(self.patch):
+            raise TomogramError(
+                f"the patch must have as many axes as the tomogram, which has {len(header.shape)}",
+                place=header.path,
+                value=f"shape {header.shape} and patch_size {list(self.patch)}",
+                remedy="Use a model for 2-D images or for 3-D tomograms, whichever this is, or leave it out with "
+                "test_files",
+            )
+
+    def with_memory(self, host: int, device: int | None = None) -> RunPlan:
+        """The plan for workers with so much memory each.
+
+        Parameters
+        ----------
+        host
+            Bytes that a worker may use.
+        device
+            Bytes of its GPU; ``None`` where the network runs on the CPU.
+        """
+        return replace(self, room=min(self._rooms(host, device).values()))
+
+    def require_memory(self, host: int, device: int | None = None) -> None:
+        """Refuse what no worker has the memory for; see `with_memory`.
+
+        Raises
+        ------
+        ConfigurationError
+            With the block size or else the patch size that fits.
+        """
+        if not self.jobs:
+            return
+        for where, room in self._rooms(host, device).items():
+            needed = replace(self, room=room).block_bytes
+            if needed > room:
+                total = device if device is not None and where == _GPU else host
+                raise ConfigurationError(
+                    f"two blocks and the network must fit into the memory of {where}",
+                    place="keys block_size and parameters.data.patch_size",
+                    value=f"about {_gb(needed + total - room)} for patch_size {list(self.patch)} and block_size "
+                    f"{self._taken(room)}, of {_gb(total)}",
+                    remedy=self._remedy(host, device),
+                )
+
+    def warnings(self, workers: int | None, memory: int | None) -> tuple[str, ...]:
+        """What needs attention in the run as a whole, and not in single tomograms: the same before it and after it.
+
+        Parameters
+        ----------
+        workers
+            On the CPUs of this machine; ``None`` where there are none.
+        memory
+            Of the machine, in bytes; ``None`` where it is not known.
+        """
+        if not self.jobs:
+            return ()
+        warnings = list[str]()
+        if self.configuration.mask_folder is None:
+            warnings += beyond_lamella(self.checkpoint.architecture.out_channels, None)
+        if self.patch != self.checkpoint.patch_size:
+            warnings.append(
+                f"patch_size is {list(self.patch)}, the model was trained with {_edge(self.checkpoint.patch_size)}: "
+                "CryoSiam always takes the latter, and results are often better with it. Leave patch_size out for that"
+            )
+        needed = (workers or 0) * self.bytes_per_worker
+        if memory is not None and needed > memory:
+            fitting = max(1, memory // self.bytes_per_worker)
+            lower = "" if self.configuration.block_size is None else ", lower block_size"
+            warnings.append(
+                f"{workers} workers on CPUs need about {_gb(needed)}, and this machine has {_gb(memory)}. Set "
+                f"--workers to {fitting}{lower}, or run it on GPUs"
+            )
+        return tuple(warnings)
+
+    def _rooms(self, host: int, device: int | None) -> dict[str, int]:
+        """What is left for blocks beside the network, by where it is."""
+        if device is None:
+            return {"a worker": host - _PROCESS_BYTES - self.network_bytes}
+        batch = self.configuration.hyper_parameters.batch_size
+        network = peak_bytes(self.checkpoint.architecture, self.patch, batch)
+        return {_GPU: int(USABLE * device) - network, "a worker": host - _PROCESS_BYTES}
+
+    def _taken(self, room: int) -> int:
+        return self.configuration.block_size or min(self._fitting(shape, room) for shape in self._shapes)
+
+    def _remedy(self, host: int, device: int | None) -> str:
+        """What to set so that `require_memory` is content."""
+        keys = self.configuration.model_copy(update={"block_size": None})
+        plan = replace(self, configuration=keys)
+        room = min(plan._rooms(host, device).values())
+        if replace(plan, room=room).block_bytes <= room:
+            return f"Set block_size to {plan._taken(room)}, or to null, which finds what fits"
+        leave = "" if self.configuration.block_size is None else ", and block_size to null"
+        divisor = required_divisor(self.checkpoint.architecture)
+        for edge in range(max(self.patch) - divisor, max(2 * self.halo, divisor - 1), -divisor):
+            patch = tuple(min(size, edge) for size in self.patch)
+            smaller = replace(plan, patch=patch)
+            room = min(smaller._rooms(host, device).values())
+            if replace(smaller, room=room).block_bytes <= room:
+                return (
+                    f"Set patch_size to {list(patch)}{leave}, which changes the labels a little, or use "
+                    f"{'a GPU' if device is not None else 'a machine'} with more memory"
+                )
+        return "Use a machine with more memory"
 
     def with_fingerprint(self, job: Job) -> Job:
         """The job with its fingerprints, which one whose mask was still to be made has not."""
@@ -304,10 +534,19 @@ def _plan_run(
         stem = source.name.removesuffix(configuration.file_extension)
         output = _output_path(configuration, source, stem)
         to_come = mask is not None and stem in masks_to_come
-        prediction = "" if to_come else _fingerprint(source, mask, settings)
-        fingerprint = "" if to_come else with_sizes(prediction, removal_sizes(configuration))
+        prediction = ""
+        problem: CryosiamDaskError | None = None
+        try:
+            if mask is not None and not to_come and not mask.is_file():
+                raise _missing_mask(source, mask)
+            prediction = "" if to_come else _fingerprint(source, mask, settings)
+        except MaskError as error:
+            problem = error
+        except OSError as error:
+            problem = None if may_pass(error) else _not_readable(source, mask, error)
+        fingerprint = with_sizes(prediction, removal_sizes(configuration)) if prediction else ""
         components = configuration.prediction_folder / f"{stem}_components.h5" if configuration.components else None
-        job = Job(source, stem, output, mask, components, prediction, fingerprint, _identity(output))
+        job = Job(source, stem, output, mask, components, prediction, fingerprint, _identity(output), problem)
         formats = other_formats(configuration)
         others = [format_path(configuration.prediction_folder, stem, name) for name in formats]
         foreign = [] if overwrite else foreign_formats(configuration.prediction_folder, stem, formats)
@@ -329,6 +568,8 @@ def _plan_run(
                     remedy="Segment them with another prediction_folder each",
                 )
             )
+        elif problem is not None:
+            jobs.append(job)
         elif foreign:
             problems += [_made_otherwise(path) for path in foreign]
         elif not output.exists() or overwrite_all or to_come:
@@ -347,6 +588,9 @@ def _plan_run(
         else:
             problems.append(_made_otherwise(output))
         outputs[output] = source
+    hopeless = [job.problem for job in jobs if job.problem is not None]
+    if len(hopeless) == len(sources):
+        problems += hopeless
     if problems:
         raise Problems(problems)
     return RunPlan(
@@ -475,17 +719,33 @@ def _find_masks(
         problems.append(_missing("mask_folder", folder, "folder"))
         return [None] * len(sources)
     masks = [folder / f"{s.name.removesuffix(configuration.file_extension)}_preds.h5" for s in sources]
-    for source, mask in zip(sources, masks, strict=True):
-        if not mask.is_file() and mask.name.removesuffix("_preds.h5") not in to_come:
-            problems.append(
-                MaskError(
-                    f"there must be a lamella mask for {source.name}",
-                    place="key mask_folder",
-                    value=f"no file {mask}",
-                    remedy="Run the lamella prediction for it, or leave it out with test_files",
-                )
-            )
+    missing = [
+        _missing_mask(source, mask)
+        for source, mask in zip(sources, masks, strict=True)
+        if not mask.is_file() and mask.name.removesuffix("_preds.h5") not in to_come
+    ]
+    if len(missing) == len(sources):  # otherwise those of others fail alone
+        problems += missing
     return list(masks)
+
+
+def _missing_mask(source: Path, mask: Path) -> MaskError:
+    return MaskError(
+        f"there must be a lamella mask for {source.name}",
+        place="key mask_folder",
+        value=f"no file {mask}",
+        remedy="Run the lamella prediction for it, or leave it out with test_files",
+    )
+
+
+def _not_readable(source: Path, mask: Path | None, error: OSError) -> CryosiamDaskError:
+    of_mask = mask is not None and str(error.filename) == str(mask)
+    return (MaskError if of_mask else TomogramError)(
+        f"the {'lamella mask' if of_mask else 'tomogram'} must be readable",
+        place=error.filename or source,
+        value=error.strerror or error,
+        remedy="Change its permissions, copy it again, or leave it out with test_files",
+    )
 
 
 def _missing(key: str, path: Path, kind: str) -> ConfigurationError:
@@ -617,7 +877,7 @@ def _settings(
         "hull": ("volume" if network.hull_3d else "slices") if network.postprocessing else None,
         "save_internal_files": configuration.save_internal_files,
         # Only where they are set, so that outputs of before stay what they are.
-        **{name: value for name, value in configuration.reading.items() if value},
+        **{name: value for name, value in configuration.reading.items() if value or value is False},
     }
 
 
@@ -695,3 +955,11 @@ def preview_done(configuration: Configuration, job: Job) -> bool:
 
 def with_sizes(prediction_fingerprint: str, sizes: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps([prediction_fingerprint, list(sizes)]).encode()).hexdigest()
+
+
+def _edge(patch: Sequence[int]) -> str:
+    return str(patch[0]) if len(set(patch)) == 1 else str(list(patch))
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.{0 if count >= 1e10 else 1}f} GB"

@@ -219,6 +219,14 @@ def name_of_gpu() -> str | None:
     return f"{properties.name} {getattr(properties, 'uuid', '')}".strip()
 
 
+def memory_of_gpu() -> int | None:
+    """Bytes that this process may take of its GPU's memory; ``None`` where it has none."""
+    if not torch.cuda.is_available():
+        return None
+    free, _ = torch.cuda.mem_get_info()
+    return int(free + torch.cuda.memory_reserved())
+
+
 def require_precision(precision: Precision, device: Literal["cpu", "cuda"]) -> None:
     """Refuse a precision for which this machine's device has no instructions: it would be slower than single.
 

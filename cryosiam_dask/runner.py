@@ -31,20 +31,19 @@ from cryosiam_dask.cluster import (
     is_loopback,
     is_open_to_the_network,
     join_cluster,
+    memory_of_workers,
     open_cluster,
     reported,
     versions,
 )
 from cryosiam_dask.collection import make_folders, remove_left_overs, run
 from cryosiam_dask.config import STAGES, Configuration, read_configuration, read_pipeline
-from cryosiam_dask.diagnosis import beyond_lamella
 from cryosiam_dask.errors import (
     ClusterError,
     ConfigurationError,
     CryosiamDaskError,
     DeviceError,
     Problems,
-    TomogramError,
 )
 from cryosiam_dask.formats import convert_to_ome_zarr, other_formats
 from cryosiam_dask.ledger import read_outcomes
@@ -58,8 +57,15 @@ from cryosiam_dask.pipeline import (
     measure,
     postprocess,
 )
-from cryosiam_dask.plan import RunPlan, masks_of, plan_run
-from cryosiam_dask.predictor import largest_patch, load_predictor, name_of_gpu, require_precision, resolve_device
+from cryosiam_dask.plan import USABLE, RunPlan, masks_of, plan_run
+from cryosiam_dask.predictor import (
+    largest_patch,
+    load_predictor,
+    memory_of_gpu,
+    name_of_gpu,
+    require_precision,
+    resolve_device,
+)
 from cryosiam_dask.progress import FileReporter, Reporters, make_reporter
 from cryosiam_dask.report import write_report
 from cryosiam_dask.run_log import LOG, TOLD, begin_logs, logged
@@ -87,6 +93,7 @@ def segment(
     performance_report: Path | None = None,
     timeline: bool = False,
     stop: threading.Event | None = None,
+    warned: list[str] | None = None,
 ) -> list[Outcome]:
     """Plan and run one configuration, or a pipeline of two, and print what becomes of it.
 
@@ -117,6 +124,8 @@ def segment(
         HTML file for Dask's own report of what every worker did.
     timeline, stop
         See `cryosiam_dask.collection.run`.
+    warned
+        Takes what needs attention in the run as a whole.
 
     Raises
     ------
@@ -169,6 +178,12 @@ def segment(
         problems.extend(found.problems)
     if problems:
         raise Problems(problems)
+    count = 0  # all GPUs
+    if elsewhere or chosen == "cuda":
+        plans = [plan.looked_into() for plan in plans]
+    else:
+        plans, count = on_this_machine(plans, workers)
+    _require_any(plans)
     for plan in plans:
         make_folders(plan)
     _begin_logs("run" if pipeline else "semantic-predict", config_file, [p.configuration for p in plans], console)
@@ -218,13 +233,18 @@ def segment(
                     )
                 )  # fmt: skip
             else:
-                count = workers or (min(default_workers(plan) for plan in plans) if chosen == "cpu" else 0)
-                client = stack.enter_context(open_cluster(chosen, count, dashboard_address=dashboard_address))
+                client = stack.enter_context(
+                    open_cluster(chosen, count or workers or 0, dashboard_address=dashboard_address)
+                )
             found_device = describe_devices(client, name_of_gpu) if elsewhere or chosen == "cuda" else chosen
             if elsewhere:
                 chosen = _device_of(found_device, device)
                 for plan in plans:
                     ask(client, require_precision, plan.configuration.hyper_parameters.precision, chosen)
+            if elsewhere or chosen == "cuda":
+                alone, shared, of_gpu = memory_of_workers(client, memory_of_gpu if chosen == "cuda" else None)
+                _require_memory(plans, alone, of_gpu)
+                plans = [plan.with_memory(int(USABLE * shared), of_gpu) for plan in plans]
             stack.enter_context(forwarded_warnings(client))
             _log_workers(client, found_device)
             if performance_report is not None:
@@ -232,10 +252,9 @@ def segment(
             for plan in plans:
                 if plan.jobs:
                     client.register_plugin(Setup(partial(load_predictor, plan.spec(chosen))), name=f"model {plan.name}")
-            count = len(client.nthreads())
             say(
                 console,
-                f"{_number(total, 'tomogram')} on {_number(count, f'{chosen} worker')}; "
+                f"{_number(total, 'tomogram')} on {_number(len(client.nthreads()), f'{chosen} worker')}; "
                 f"dashboard {client.dashboard_link}",
             )
             largest = max(plans, key=lambda plan: plan.bytes_per_worker)
@@ -261,9 +280,10 @@ def segment(
                 remove_left_overs(plan)
     print_table(console, outcomes)
     for plan in plans:
-        if plan.jobs and plan.configuration.mask_folder is None:  # of the run, not of each of its tomograms
-            for sentence in beyond_lamella(plan.checkpoint.architecture.out_channels, None):
-                attend(console, sentence)
+        for sentence in plan.warnings(count or None, memory_of_machine()):
+            attend(console, sentence)
+            if warned is not None:
+                warned.append(sentence)
         report_on(plan.configuration, _of_stage(outcomes, plan), console)
     return outcomes
 
@@ -303,19 +323,59 @@ def _planned(
         plan = make(
             _with_largest_patch(plan, device, workers, console), overwrite=overwrite, overwrite_all=overwrite_all
         )
-    if device == "cpu" and plan.bytes_per_worker > MEMORY_LIMIT:
-        raise Problems(
-            [
-                ConfigurationError(
-                    "a worker must fit into the memory of this machine",
-                    place="keys parameters.data.patch_size and block_size",
-                    value=f"about {plan.bytes_per_worker / 1e9:.0f} GB for patch_size {list(plan.patch)} and "
-                    f"block_size {plan.configuration.block_size}, of {MEMORY_LIMIT / 1e9:.0f} GB",
-                    remedy="Lower them, or set patch_size to auto",
-                )
-            ]
-        )
     return plan
+
+
+def on_this_machine(plans: Sequence[RunPlan], workers: int | None) -> tuple[list[RunPlan], int]:
+    """The plans for CPU workers of this machine, with its memory shared among them, and how many these are.
+
+    Parameters
+    ----------
+    plans
+        Of all models of a run.
+    workers
+        How many are wanted; ``None``: as many as cores and memory allow.
+
+    Raises
+    ------
+    Problems
+        If not even one worker has enough memory.
+    """
+    memory = memory_of_machine()
+    plans = [plan.looked_into() for plan in plans]
+    _require_memory(plans, memory)
+    # Small blocks are little slower, an idle core is.
+    allowed = min(int(USABLE * memory / plan.least_bytes_per_worker) for plan in plans)
+    count = workers or max(1, min(cores(), allowed))
+    return [plan.with_memory(int(USABLE * memory / count)) for plan in plans], count
+
+
+def _require_any(plans: Sequence[RunPlan]) -> None:
+    """Refuse a run in which no tomogram can be done."""
+    first: dict[str, tuple[str, CryosiamDaskError | None]] = {}
+    for plan in plans:
+        for job in plan.jobs:
+            first.setdefault(job.stem, (plan.name, job.problem))
+    found = {stem: (name, problem) for stem, (name, problem) in first.items() if problem is not None}
+    if found and len(found) == len(first) and not any(plan.skipped or plan.unmeasured for plan in plans):
+        raise Problems(
+            [problem for _, problem in found.values()],
+            [
+                Outcome(stem, "failed", error=str(problem), kind=type(problem).__name__, stage=name)
+                for stem, (name, problem) in found.items()
+            ],
+        )
+
+
+def _require_memory(plans: Sequence[RunPlan], host: int, device: int | None = None) -> None:
+    problems = []
+    for plan in plans:
+        try:
+            plan.require_memory(host, device)
+        except ConfigurationError as error:
+            problems.append(error)
+    if problems:
+        raise Problems(problems)
 
 
 def _device_of(found: Literal["cpu", "cuda"], wanted: Device) -> Literal["cpu", "cuda"]:
@@ -549,24 +609,14 @@ def _with_largest_patch(
     plan: RunPlan, device: Literal["cpu", "cuda"], workers: int | None, console: Console
 ) -> Configuration:
     """The configuration of a plan with the largest patch that the device can take for its tomograms."""
-    extent = plan.patch
-    for job in plan.jobs:
-        with suppress(TomogramError):  # such a tomogram fails alone, later
-            shape = read_header(job.source, **plan.configuration.reading).shape
-            if len(shape) == len(extent):
-                extent = tuple(map(max, extent, shape))
-    memory = int(0.8 * MEMORY_LIMIT / (workers or cores()))
+    extent = tuple(max(sizes) for sizes in zip(plan.patch, *plan.looked_into().shapes, strict=True))
+    memory = int(USABLE * MEMORY_LIMIT / (workers or cores()))
     patch = largest_patch(plan.spec(device), extent, memory)
     say(console, f"patch_size {list(patch)} is the largest that fits; results depend on it, so write it into the file")
     configuration = plan.configuration
     data = configuration.parameters.data.model_copy(update={"patch_size": patch})
     parameters = configuration.parameters.model_copy(update={"data": data})
     return configuration.model_copy(update={"parameters": parameters})
-
-
-def default_workers(plan: RunPlan) -> int:
-    """CPU worker processes that both cores and memory allow, at least one."""
-    return max(1, min(cores(), int(0.8 * MEMORY_LIMIT / plan.bytes_per_worker)))
 
 
 def say(console: Console, message: str) -> None:

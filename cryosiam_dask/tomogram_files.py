@@ -20,6 +20,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -272,7 +273,8 @@ class Hdf5Header(TomogramHeader):
             index[axis] = part
         try:
             with h5py.File(self.path, "r", locking="best-effort") as file:
-                return np.asarray(file[self.dataset][tuple(index)])
+                voxels = np.asarray(file[self.dataset][tuple(index)])
+                return voxels.transpose([sorted(self.axes).index(axis) for axis in self.axes])
         except (OSError, KeyError) as error:
             raise _no_hdf5(self.path, error) from error
 
@@ -625,9 +627,13 @@ def read_hdf5_header(path: Path, *, dataset: str | None = None) -> Hdf5Header:
             found = file[name]
             attributes = {**dict(file.attrs), **_eman(found.parent.attrs), **dict(found.attrs)}
             shape, dtype, chunks = tuple(map(int, found.shape)), found.dtype, found.chunks
+            names = _hdf5_axes(found)
     except (OSError, RuntimeError, TypeError) as error:
         raise _no_hdf5(path, error) from error
-    axes = _space_axes(shape, None, path)
+    axes = _space_axes(shape, names, path)
+    notes = [f"dataset {name}"]
+    if names is not None and list(axes) != sorted(axes):
+        notes.append(f"stored with the axes {', '.join(names)}: transposed to {', '.join('zyx'[-len(axes) :])}")
     size, position, nstart = _own_attributes(attributes, len(axes))
     # As Fiji's HDF5 plugin and ilastik write it, (z, y, x).
     micrometres = np.ravel(attributes.get("element_size_um", ()))
@@ -643,7 +649,7 @@ def read_hdf5_header(path: Path, *, dataset: str | None = None) -> Hdf5Header:
         voxel_size_angstrom=sizes,
         origin_angstrom=tuple(position),
         nstart=nstart,
-        notes=(f"dataset {name}",),
+        notes=tuple(notes),
         warnings=(*doubts, *unknown_sizes(sizes)),
         dataset=name,
         axes=axes,
@@ -651,6 +657,27 @@ def read_hdf5_header(path: Path, *, dataset: str | None = None) -> Hdf5Header:
         stored_dtype=dtype,
         dataset_chunks=chunks,
     )
+
+
+def _hdf5_axes(found: Any) -> list[str] | None:
+    """What the axes of a dataset are called, if it says which are y and x: ilastik's tags, labels or scales."""
+    with suppress(ValueError, TypeError, KeyError, AttributeError):
+        tags = json.loads(found.attrs["axistags"])
+        tagged = [str(axis["key"]).lower() for axis in tags["axes"]]
+        if len(tagged) == found.ndim:
+            return _if_space(tagged)
+    names = []
+    for dimension in found.dims:
+        name = str(dimension.label)
+        if not name and len(dimension):
+            name = str(dimension[0].name or "").rpartition("/")[2]
+        names.append(name.strip().lower())
+    return _if_space(names)
+
+
+def _if_space(names: list[str]) -> list[str] | None:
+    space = [name for name in names if name in ("z", "y", "x")]
+    return names if {"y", "x"} <= set(space) and len(set(space)) == len(space) else None
 
 
 def _eman(attributes: Any) -> dict[str, Any]:

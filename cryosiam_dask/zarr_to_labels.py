@@ -74,7 +74,9 @@ def predict_window(
     patches = [p for p in block.patches if mask is None or mask[p.target].any()]
     result, computed = load_predictor(spec).predict_block(voxels, patches, block.shape, wanted)
     if mask is not None:
-        result = {name: values if name == "highest" else values * mask for name, values in result.items()}
+        for name, values in result.items():
+            if name != "highest":
+                values *= mask  # in place: of many classes, a second copy would be what takes the memory
     return result, computed
 
 

@@ -3,8 +3,10 @@
 import argparse
 import os
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import numpy as np
@@ -293,3 +295,28 @@ def test_weights_that_are_no_numbers(tmp_path):
     edit = lambda saved: saved["state_dict"]["_model.semantic_head.0.bias"].fill_(torch.nan)  # noqa: E731
     text = message(checkpoints.write(tmp_path / "model.ckpt", edit=edit))
     assert "must be finite" in text and "_model.semantic_head.0.bias" in text
+
+
+WRAPPED: dict[str, Callable[[str], str]] = {
+    "compiled": lambda name: name.replace("_model.", "_model._orig_mod.").replace("kbone.", "kbone._orig_mod."),
+    "compiled as a whole": lambda name: f"_orig_mod.{name}",
+    "distributed": lambda name: f"module.{name}",
+    "both": lambda name: f"module._orig_mod.{name}",
+    "deep inside": lambda name: name.replace("encoder.", "encoder._checkpoint_wrapped_module."),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+@pytest.mark.parametrize("counted", [True, False])
+def test_weights_of_a_wrapped_network(tmp_path: Path, kind: str, counted: bool) -> None:
+    def wrap(content: dict[str, Any]) -> None:
+        content["state_dict"] = {
+            WRAPPED[kind](name): tensor
+            for name, tensor in content["state_dict"].items()
+            if counted or not name.endswith("num_batches_tracked")
+        }
+
+    plain = read_checkpoint(checkpoints.write(tmp_path / "plain.ckpt"))
+    found = read_checkpoint(checkpoints.write(tmp_path / "wrapped.ckpt", edit=wrap))
+    assert found.architecture == plain.architecture and found.state.keys() == plain.state.keys()
+    assert all(torch.equal(found.state[name], tensor) for name, tensor in plain.state.items())

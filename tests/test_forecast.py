@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from cryosiam_dask.collection import run
 from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.forecast import Forecast, TomogramForecast, forecast, masking, unreadable
 from cryosiam_dask.grid import make_grid
+from cryosiam_dask.ledger import read_outcomes
 from cryosiam_dask.mask import open_mask, read_mask
 from cryosiam_dask.mrc_to_zarr import convert
 from cryosiam_dask.plan import plan_run
@@ -243,6 +245,62 @@ def test_memory_that_the_machine_does_not_have(folder: Path) -> None:
     assert not predicted(configure(folder, mask_folder=str(folder / "masks")), memory_bytes=10**12).warnings
     (warning,) = predicted(configure(folder, mask_folder=str(folder / "masks")), workers=4, memory_bytes=10**9).warnings
     assert "4 workers on CPUs need about" in warning and "has 1.0 GB" in warning
+
+
+#: Intensities that no model was trained on, and one that it was.
+UNFIT = {
+    "fit": lambda v: v,
+    "z_scored": lambda v: (v - v.mean()) / v.std(),
+    "inverted": lambda v: -v,
+    "bytes": lambda v: (255 * v).astype(np.uint8),
+    "int16": lambda v: (2000 * v - 500).astype(np.int16),
+    "sliver": lambda v: 1000 + v / 1000,
+    "constant": lambda v: np.full_like(v, 0.7),
+    "nan_slab": lambda v: np.where(np.arange(len(v))[:, None, None] < 8, np.float32("nan"), v),
+    "all_nan": lambda v: np.full_like(v, np.nan),
+    "complex": lambda v: v.astype(np.complex64),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Data array contains NaN")  # of the library that writes it
+@pytest.mark.parametrize("classes", [1, 3])
+def test_a_run_says_what_was_said_before_it(folder: Path, classes: int) -> None:
+    checkpoints.write(folder / "model.ckpt", replace(checkpoints.SMALL, out_channels=classes))
+    for path in (folder / "data").iterdir():
+        path.unlink()
+    voxels = np.random.default_rng(1).random((20, 18, 17), np.float32)
+    for name, change in UNFIT.items():
+        write_tomogram(folder / "data" / f"{name}.mrc", change(voxels))
+    planned = plan_run(configure(folder)).looked_into()
+    before = forecast(planned.configuration, planned)
+    outcomes = {outcome.stem: outcome for outcome in run(planned, Silent())}
+    recorded = read_outcomes(planned.configuration.prediction_folder)
+    assert len(outcomes) == len(UNFIT)
+    for name, outcome in outcomes.items():
+        said = of(before, name)
+        expected = [warning.replace("some voxels are NaN", "") for warning in said.warnings]
+        assert outcome.status == "done" and bool(said.warnings) == (name != "fit")
+        assert all(any(sentence in warning for warning in outcome.warnings) for sentence in expected)
+        assert outcome.notes == said.notes
+        assert recorded[name]["warnings"] == list(outcome.warnings)
+        with h5py.File(said.outputs[0]) as file:
+            assert all(sentence in file.attrs["warnings"] for sentence in expected)
+    assert "2448 voxels are NaN" in " ".join(outcomes["nan_slab"].warnings)
+    assert "and 1000.00098" in " ".join(outcomes["sliver"].warnings)  # digits that tell both ends apart
+
+
+def test_a_mask_of_another_shape_is_said_and_one_of_other_proportions_fails_alone(folder: Path) -> None:
+    write_mask(folder / "masks" / "TS_1_preds.h5", np.ones([n // 2 for n in SHAPE], np.uint8))
+    write_mask(folder / "masks" / "TS_2_preds.h5", np.ones(SHAPE[::-1], np.uint8))
+    planned = plan_run(configure(folder, mask_folder=str(folder / "masks"))).looked_into()
+    found = forecast(planned.configuration, planned)
+    said = f"{folder}/masks/TS_1_preds.h5 has 20 × 18 × 22 voxels and is resized to 40 × 36 × 44"
+    first, second = run(planned, Silent())
+    assert any(said in warning for warning in of(found).warnings) and found.status == 1
+    assert any(said in warning for warning in first.warnings) and first.status == "done"
+    assert second.status == "failed" and second.kind == "MaskError" and second.error == of(found, "TS_2").problems[0]
+    assert "44 × 36 × 40 voxels (z, y, x) for a tomogram of 40 × 36 × 44" in second.error
+    assert "numpy.transpose(labels, (2, 1, 0))" in second.error
 
 
 def test_a_patch_that_is_still_to_be_chosen(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 
 import h5py
@@ -14,7 +15,7 @@ from skimage.transform import resize
 
 from cryosiam_dask import mask as mask_module
 from cryosiam_dask.errors import MaskError
-from cryosiam_dask.mask import open_mask, read_mask
+from cryosiam_dask.mask import Mask, open_mask, read_mask, require_aspect
 
 
 def write(path: Path, labels: np.ndarray, **options: object) -> Path:
@@ -162,3 +163,31 @@ def test_a_mask_that_vanishes_after_opening(tmp_path: Path) -> None:
     mask.path.unlink()
     with pytest.raises(MaskError, match="must exist"):
         read_mask(mask, whole((4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("stored", "shape", "fits"),
+    [
+        ((18, 20, 20), (36, 40, 40), True),
+        ((125, 240, 232), (500, 959, 927), True),  # binned by 4, and rounded
+        ((501, 959, 927), (125, 239, 231), True),  # made before binning
+        ((40, 64, 72), (40, 64, 72), True),
+        ((40, 64, 72), (40, 72, 64), False),
+        ((72, 64, 40), (40, 64, 72), False),
+        ((100, 448, 448), (100, 464, 464), False),
+    ],
+)
+def test_a_mask_of_other_proportions_is_refused(
+    tmp_path: Path, stored: tuple[int, ...], shape: tuple[int, ...], fits: bool
+) -> None:
+    mask = Mask(tmp_path / "a_preds.h5", shape, stored)
+    if fits:
+        require_aspect(mask)
+        return
+    with pytest.raises(MaskError, match="proportions") as caught:
+        require_aspect(mask)
+    order = re.search(r"numpy.transpose\(labels, (\(.*?\))\)", str(caught.value))
+    assert (order is not None) == (sorted(stored) == sorted(shape))
+    if order is not None:
+        axes = [int(n) for n in re.findall(r"\d", order[1])]
+        assert tuple(stored[i] for i in axes) == shape

@@ -10,6 +10,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -541,3 +542,48 @@ def test_tasks_travel_between_processes(tmp_path: Path) -> None:
     assert executor.items == math.ceil(20 / 8) * math.ceil(30 / 16)
     np.testing.assert_array_equal(array[:], data)
     assert report.statistics.mean == pytest.approx(data.mean())
+
+
+BYTES: dict[str, tuple[Callable[[np.random.Generator], np.ndarray], bool | None]] = {
+    # What a volume of these values, written as bytes, is to be taken for; None where both readings are the same.
+    "unsigned, around the middle": (lambda rng: rng.normal(128, 30, 50_000).clip(0, 255), True),
+    "unsigned, wide and clipped": (lambda rng: rng.normal(128, 90, 50_000).clip(0, 255), True),
+    "unsigned, dark": (lambda rng: rng.exponential(40, 50_000).clip(0, 255), True),
+    "unsigned, bright": (lambda rng: rng.normal(220, 10, 50_000).clip(0, 255), True),
+    "unsigned, a mask": (lambda rng: 255 * (rng.random(50_000) < 0.3), True),
+    "signed, around zero": (lambda rng: rng.normal(0, 30, 50_000).clip(-128, 127), False),
+    "signed, wide and clipped": (lambda rng: rng.normal(0, 90, 50_000).clip(-128, 127), False),
+    "signed, skewed": (lambda rng: (rng.exponential(20, 50_000) - 30).clip(-128, 127), False),
+    "small": (lambda rng: rng.integers(0, 100, 50_000), None),
+}
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("kind", BYTES)
+def test_bytes_of_mode_0_without_statistics_are_looked_at(tmp_path: Path, kind: str, compressed: bool) -> None:
+    make, unsigned = BYTES[kind]
+    path = tmp_path / "a.mrc"
+    values = np.round(make(np.random.default_rng(0))).astype(np.int16).reshape(20, 50, 50)
+    with mrcfile.new(path) as mrc:
+        mrc.set_data(values.astype(np.uint8).view(np.int8))
+        mrc.voxel_size = 10
+        mrc.header.dmin, mrc.header.dmax = 0, -1
+    if compressed:
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    for key in (None, True, False):
+        header = read_header(path, unsigned=key)
+        as_unsigned = bool(unsigned) if key is None else key
+        assert header.dtype == (np.uint8 if as_unsigned else np.int8)
+        said = [warning for warning in header.warnings if "mode 0" in warning]
+        assert len(said) == (key is None and unsigned is not None)
+        assert all(f"read as {'un' * as_unsigned}signed bytes" in warning for warning in said)
+        assert all(f"Set mrc_unsigned to {not as_unsigned} if that is wrong" in warning for warning in said)
+
+
+def test_statistics_of_the_header_rule_over_how_bytes_look(tmp_path: Path) -> None:
+    for lowest, highest, dtype, warned in ((-128, 127, np.int8, True), (0, 255, np.uint8, False)):
+        with mrcfile.new(tmp_path / "a.mrc", overwrite=True) as mrc:
+            mrc.set_data(np.random.default_rng(0).normal(128, 30, (20, 50, 50)).astype(np.uint8).view(np.int8))
+            mrc.header.dmin, mrc.header.dmax = lowest, highest
+        header = read_header(tmp_path / "a.mrc")
+        assert header.dtype == dtype and any("look like unsigned" in w for w in header.warnings) == warned

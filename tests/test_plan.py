@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,8 @@ import pytest
 import yaml
 
 from cryosiam_dask.config import Configuration, read_configuration
-from cryosiam_dask.errors import CryosiamDaskError, Problems
-from cryosiam_dask.plan import plan_run, removal_sizes, with_sizes
+from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, Problems
+from cryosiam_dask.plan import RunPlan, plan_run, removal_sizes, with_sizes
 
 
 @pytest.fixture
@@ -111,8 +113,8 @@ FAULTS: dict[str, tuple[dict[str, Any], Callable[[Path], object], str]] = {
     "other files only": ({"file_extension": ".rec"}, lambda f: None, r"found files ending with \.mrc\. Check"),
     "no checkpoint": ({"trained_model": "nowhere.ckpt"}, lambda f: None, "nowhere.ckpt"),
     "no mask folder": ({"mask_folder": "nowhere"}, lambda f: None, "key mask_folder: there must be a folder"),
-    "a mask is missing": ({"mask_folder": "masks"}, lambda f: (f / "masks" / "TS_1_preds.h5").unlink(),
-        r"key mask_folder: there must be a lamella mask for TS_1.mrc; found no file .*TS_1_preds.h5\. Run the lamella"),
+    "a mask is missing": ({"mask_folder": "masks"}, lambda f: [p.unlink() for p in (f / "masks").iterdir()],
+        r"key mask_folder: there must be a lamella mask for TS_.*; found no file .*_preds.h5\. Run the lamella"),
     "prediction folder is a file": ({"prediction_folder": "model.ckpt"}, lambda f: None,
         r"key prediction_folder: must be a folder that can be written to.*is a file\)"),
     "prediction folder below a file": ({"prediction_folder": "model.ckpt/out"}, lambda f: None,
@@ -289,3 +291,100 @@ def test_memory_of_a_worker_grows_with_what_it_holds(folder: Path) -> None:
     small = plan_run(configure(folder, block_size=24)).bytes_per_worker
     assert small < plan_run(configure(folder, block_size=256)).bytes_per_worker
     assert small < plan_run(configure(folder, block_size=24, save_internal_files=True)).bytes_per_worker
+
+
+def many_classes(folder: Path, **changes: Any) -> RunPlan:
+    """A plan for particles of 89 kinds in tomograms of 26 voxels along each axis."""
+    checkpoints.write(folder / "model.ckpt", replace(checkpoints.SMALL, out_channels=89))
+    for path in (folder / "data").iterdir():
+        with mrcfile.new(path, overwrite=True) as mrc:
+            mrc.set_data(np.zeros((26, 26, 26), np.float32))
+    return plan_run(configure(folder, save_internal_files=True, **changes)).looked_into()
+
+
+def test_blocks_are_bounded_by_the_tomogram(folder: Path) -> None:
+    plan = many_classes(folder)
+    plan.require_memory(2 * 10**9)
+    assert plan.bytes_per_worker < 10**9
+
+
+def test_blocks_are_the_largest_that_fit_into_the_memory(folder: Path) -> None:
+    plan = many_classes(folder)
+    fixed = plan.bytes_per_worker - plan.block_bytes
+    sizes = []
+    for megabytes in (4000, 400, 40, 10):
+        fitted = plan.with_memory(fixed + megabytes * 10**6)
+        sizes.append(fitted.block_size((200, 200, 200)))
+        large = replace(fitted, shapes=((200, 200, 200),))
+        assert large.block_bytes <= megabytes * 10**6 or sizes[-1] == 24
+        assert (
+            sizes[-1] == 320
+            or replace(
+                large, configuration=plan.configuration.model_copy(update={"block_size": sizes[-1] + 16})
+            ).block_bytes
+            > megabytes * 10**6
+        )
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+    # On a GPU the smaller of both memories counts.
+    of_gpu = plan.with_memory(10**12, 60 * 10**6)
+    assert 0 < (of_gpu.room or 0) < 60 * 10**6 and of_gpu.block_size((200, 200, 200)) < 100
+    assert plan.with_memory(fixed, 10**12).room is not None
+
+
+def test_what_does_not_fit_is_refused_with_what_does(folder: Path) -> None:
+    plan = replace(many_classes(folder, block_size=128), shapes=((200, 200, 200),))
+    host = plan.bytes_per_worker - plan.block_bytes + 10**8
+    with pytest.raises(
+        ConfigurationError, match=r"memory of a worker; found about .* GB for patch_size .* and block_size 128"
+    ) as caught:
+        plan.require_memory(host)
+    own = int(re.search(r"Set block_size to (\d+)", str(caught.value))[1])  # type: ignore[index]
+    for size, fits in ((own, True), (None, True), (own + 16, False)):
+        changed = replace(plan, configuration=plan.configuration.model_copy(update={"block_size": size}))
+        with nullcontext() if fits else pytest.raises(ConfigurationError):
+            changed.require_memory(host)
+    with pytest.raises(ConfigurationError, match="of a worker's GPU"):
+        plan.require_memory(10**12, 10**8)
+    # Not even the smallest blocks fit: then it is the patch.
+    small = plan.bytes_per_worker - plan.block_bytes + 4 * 10**6
+    with pytest.raises(ConfigurationError, match=r"Set patch_size to \[8, 8, 8\], and block_size to null") as caught:
+        plan.require_memory(small)
+    changed = many_classes(folder, parameters__data__patch_size=[8, 8, 8])
+    replace(changed, shapes=plan.shapes).require_memory(small)
+
+
+def test_what_is_of_one_tomogram_stands_in_its_way_alone(folder: Path) -> None:
+    def jobs() -> dict[str, str]:
+        plan = plan_run(configure(folder, mask_folder=str(folder / "masks"))).looked_into()
+        return {job.stem: str(job.problem or "") for job in plan.jobs}
+
+    mask = folder / "masks" / "TS_1_preds.h5"
+    with h5py.File(folder / "masks" / "TS_018_9.96Apx_preds.h5", "w") as file:
+        file["labels"] = np.ones((4, 5, 6), np.uint8)
+    for shape, value, said in (((5, 6), 1, "3 axes"), ((4, 5, 6), 3, "only 0"), (None, 0, "readable HDF5")):
+        mask.unlink()
+        if shape is None:
+            mask.write_text("no mask")
+        else:
+            with h5py.File(mask, "w") as file:
+                file["labels"] = np.full(shape, value, np.uint8)
+        found = jobs()
+        assert said in found["TS_1"] and not found["TS_018_9.96Apx"]
+    mask.unlink()
+    found = jobs()
+    assert "there must be a lamella mask for TS_1.mrc" in found["TS_1"] and not found["TS_018_9.96Apx"]
+    with mrcfile.new(folder / "data" / "TS_1.mrc", overwrite=True) as mrc:
+        mrc.set_data(np.zeros((5, 6), np.float32))
+    mask.touch()
+    assert "as many axes as the tomogram, which has 2" in jobs()["TS_1"]
+
+
+def test_another_patch_than_the_model_was_trained_with_is_said(folder: Path) -> None:
+    given = plan_run(configure(folder, parameters__data__patch_size=[32, 32, 32]))
+    (warning,) = [w for w in given.warnings(1, None) if "trained with" in w]
+    assert warning.startswith("patch_size is [32, 32, 32], the model was trained with 16: ")
+    for same in (None, [16, 16, 16]):
+        assert not any(
+            "trained with" in w
+            for w in plan_run(configure(folder, parameters__data__patch_size=same)).warnings(1, None)
+        )

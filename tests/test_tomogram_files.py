@@ -481,3 +481,43 @@ def test_identity_of_a_file_is_what_it_was(tmp_path: Path) -> None:
     (tmp_path / "x.mrc").write_bytes(b"123")
     os.utime(tmp_path / "x.mrc", ns=(5, 7))
     assert source_identity(tmp_path / "x.mrc") == ["x.mrc", 3, 7, hashlib.sha256(b"123").hexdigest()]
+
+
+def tagged(dataset: Any, names: str) -> None:
+    dataset.attrs["axistags"] = json.dumps({"axes": [{"key": name, "typeFlags": 2} for name in names]})
+
+
+def labelled(dataset: Any, names: str) -> None:
+    for dimension, name in zip(dataset.dims, names, strict=True):
+        dimension.label = name.upper()
+
+
+def scaled(dataset: Any, names: str) -> None:
+    for axis, name in enumerate(names):
+        scale = dataset.parent.create_dataset(name, data=np.arange(dataset.shape[axis]))
+        scale.make_scale(name)
+        dataset.dims[axis].attach_scale(scale)
+
+
+@pytest.mark.parametrize("names", ["zyx", "xyz", "yxz", "xyzc", "cxyz"])
+@pytest.mark.parametrize("name_axes", [tagged, labelled, scaled])
+def test_named_axes_of_hdf5_are_brought_into_order(tmp_path: Path, names: str, name_axes: Any) -> None:
+    volume = np.arange(4 * 5 * 6, dtype=np.float32).reshape(4, 5, 6)
+    stored = volume.transpose(["zyx".index(name) for name in names if name != "c"])
+    if "c" in names:
+        stored = np.expand_dims(stored, names.index("c"))
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        name_axes(file.create_dataset("data", data=stored, chunks=True), names)
+    header = read_header(tmp_path / "a.h5")
+    assert header.shape == volume.shape
+    np.testing.assert_array_equal(header.read((slice(0, 4), slice(0, 5), slice(0, 6))), volume)
+    np.testing.assert_array_equal(header.read((slice(1, 3), slice(2, 5), slice(0, 4))), volume[1:3, 2:5, :4])
+    assert any("transposed to z, y, x" in note for note in header.notes) == (names != "zyx")
+
+
+def test_names_of_hdf5_axes_that_say_nothing_are_left_alone(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        dataset = file.create_dataset("data", data=np.zeros((4, 5, 6), np.float32))
+        labelled(dataset, "abc")
+        dataset.attrs["axistags"] = "no JSON"
+    assert read_header(tmp_path / "a.h5").shape == (4, 5, 6)
