@@ -91,9 +91,10 @@ class Ledger:
                 self._synced = time.monotonic()
 
     def close(self, **outcome: Any) -> None:
-        """Replace everything by what became of the tomogram."""
+        """Replace everything by what became of the tomogram; which file it was made from stays."""
         with self._lock:
-            self._replace([{"what": "outcome", **outcome}])
+            source = self.last("source")
+            self._replace([*([source] if source else ()), {"what": "outcome", **outcome}])
 
     def _replace(self, entries: list[dict[str, Any]]) -> None:
         self.entries = [{"what": "ledger", "version": VERSION}, *entries]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import math
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -252,7 +253,8 @@ def _read_mrc_header(path: Path, unsigned: bool | None) -> MrcHeader:
     notes: list[str] = []
     warnings: list[str] = []
     header, byte_order = _in_byte_order(raw, path, status.st_size, warnings)
-    file_dtype = _voxel_dtype(header, byte_order, path, compressed, unsigned, notes, warnings)
+    offset = HEADER_DTYPE.itemsize + _extended_bytes(header, path, compressed, status.st_size, warnings)
+    file_dtype = _voxel_dtype(header, byte_order, path, offset, compressed, unsigned, notes, warnings)
     if mrcfile.utils.spacegroup_is_volume_stack(header["ispg"]):
         raise TomogramError(
             "must hold one volume, not a stack of volumes",
@@ -292,7 +294,7 @@ def _read_mrc_header(path: Path, unsigned: bool | None) -> MrcHeader:
         mode=int(header["mode"]),
         file_dtype=file_dtype,
         axes=axes,
-        offset=HEADER_DTYPE.itemsize + int(header["nsymbt"]),
+        offset=offset,
         compressed=compressed,
         file_bytes=status.st_size,
         modified=status.st_mtime,
@@ -327,11 +329,16 @@ def _in_byte_order(raw: bytes, path: Path, file_bytes: int, warnings: list[str])
         known = True
     except ValueError:
         known = False
-    for order in orders:
+    # A negative length of the extended header speaks against an order, but not where the other one makes no sense.
+    for least, order in itertools.product((0, -(2**31)), orders):
         header = np.frombuffer(raw, HEADER_DTYPE.newbyteorder(order))[0]
         sizes = [int(header[name]) for name in ("nx", "ny", "nz")]
         # Modes are small numbers: in the wrong byte order they are huge, as the sizes are.
-        if all(1 <= size <= _LARGEST_AXIS for size in sizes) and 0 <= header["mode"] < 256 and header["nsymbt"] >= 0:
+        if (
+            all(1 <= size <= _LARGEST_AXIS for size in sizes)
+            and 0 <= header["mode"] < 256
+            and header["nsymbt"] >= least
+        ):
             if not known or order != orders[0]:
                 read = "little" if order == "<" else "big"
                 warnings.append(f"machine stamp {stamp} is unknown or wrong; read as {read}-endian")
@@ -350,10 +357,41 @@ def _in_byte_order(raw: bytes, path: Path, file_bytes: int, warnings: list[str])
     )
 
 
+def _extended_bytes(header: Any, path: Path, compressed: bool, file_bytes: int, warnings: list[str]) -> int:
+    """Bytes between the header and the voxels: as many as the header counts, none where the voxels fill the file."""
+    counted = int(header["nsymbt"])
+    try:
+        itemsize = mrcfile.utils.dtype_from_mode(header["mode"]).itemsize
+    except ValueError:  # which is said next
+        return max(0, counted)
+    whole = HEADER_DTYPE.itemsize + math.prod(int(header[name]) for name in ("nx", "ny", "nz")) * itemsize
+    if compressed and counted:
+        with path.open("rb") as file:  # gzip ends with the size of what it holds, modulo 2³²
+            file.seek(-4, os.SEEK_END)
+            fills = int.from_bytes(file.read(4), "little") == whole % 2**32
+    else:
+        fills = file_bytes == whole
+    if counted and fills:
+        warnings.append(
+            f"the header counts an extended header of {counted} bytes (nsymbt) that is not in the file; the voxels, "
+            "which are all there, are read"
+        )
+        return 0
+    if counted < 0:
+        raise TomogramError(
+            "the length of the extended header (nsymbt) must not be negative",
+            place=path,
+            value=counted,
+            remedy="The header is damaged: copy the file or write it again",
+        )
+    return counted
+
+
 def _voxel_dtype(
     header: Any,
     byte_order: str,
     path: Path,
+    offset: int,
     compressed: bool,
     unsigned: bool | None,
     notes: list[str],
@@ -388,7 +426,6 @@ def _voxel_dtype(
         signed, why = False, f"because the header's maximum is {highest:g} > 127"
     else:
         signed, why = True, "as the standard says: neither IMOD's flags nor the header's maximum tells otherwise"
-        offset = HEADER_DTYPE.itemsize + int(header["nsymbt"])
         found = _some_bytes(path, offset, compressed)
         looks_unsigned = _look_unsigned(found)
         # MRC2014: a maximum below the minimum says that nobody looked; programs of before leave zeros.

@@ -95,12 +95,12 @@ from cryosiam_dask.local_store import AnyDiskStore
 from cryosiam_dask.mask import open_mask
 from cryosiam_dask.measurements import COLLECTION, collect_tables, remove_outdated, write_components
 from cryosiam_dask.mrc_to_zarr import IngestReport, Statistics, ingest, read_header
-from cryosiam_dask.plan import Job, RunPlan, components_done, preview_done, removal_sizes, with_sizes
+from cryosiam_dask.plan import Job, RunPlan, components_done, known_identity, preview_done, removal_sizes, with_sizes
 from cryosiam_dask.preview import Sliceable, preview_file, read_fingerprint, write_preview
 from cryosiam_dask.progress import Reporter
 from cryosiam_dask.run_log import LOG, TOLD
 from cryosiam_dask.timeline import write_timeline
-from cryosiam_dask.tomogram_files import TomogramHeader, Voxels, ZarrHeader, source_identity
+from cryosiam_dask.tomogram_files import TomogramHeader, Voxels, ZarrHeader, source_content, source_identity
 from cryosiam_dask.zarr_to_labels import BlockTimes, StoredPrediction, create_outputs, predict_store, tomogram_chunks
 
 
@@ -258,6 +258,7 @@ def _segment_all(
             )
             named = NamedExecutor(executor, plan.name) if plan.name else executor
             with own as space:
+                _record_source(space.ledger, job.source)
                 try:
                     voxels, warnings = _segment(
                         plan, job, tomogram, report, sample, space, device, named, timeline, say
@@ -352,7 +353,7 @@ def _ingested(
     """The tomogram as zarr: one that is read where it is, the one that an earlier run made, or a new one."""
     chunks = None if header.compressed else tomogram_chunks(grid)
     compress = header.dtype.kind != "f" or configuration.keep_work
-    identity = [source_identity(job.source), configuration.reading, chunks, compress]
+    identity = [known_identity(configuration, job.source, job.stem), configuration.reading, chunks, compress]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     found = space.ledger.last("ingested")
     in_place = isinstance(header, ZarrHeader)
@@ -542,6 +543,15 @@ def _workspace(
     if not configuration.keep_work:
         guard()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _record_source(ledger: Ledger, source: Path) -> None:
+    """Record which file the tomogram is made from, so that a copy of it is known for the same."""
+    found, identity = ledger.last("source"), source_identity(source)
+    if found is None or found["identity"] != identity:
+        content = source_content(source)
+        if found is None or found["content"] != content:
+            ledger.append("source", identity=identity, content=content)
 
 
 def _has_blocks(ledger: Ledger) -> bool:

@@ -36,13 +36,14 @@ from cryosiam_dask.formats import foreign_formats, format_path, formats_done, ot
 from cryosiam_dask.grid import DEFAULT_BLOCK_SIZE, Grid, block_size_for, make_grid
 from cryosiam_dask.intensities import Intensities
 from cryosiam_dask.labels_to_hdf5 import read_attributes
+from cryosiam_dask.ledger import read_entries
 from cryosiam_dask.mask import Mask, look_at_mask, open_mask, require_aspect
 from cryosiam_dask.mrc_to_zarr import MRC_ENDINGS, read_header
 from cryosiam_dask.network import peak_bytes, required_divisor, required_halo
 from cryosiam_dask.ome_zarr import SEGMENTATION, read_own_attributes
 from cryosiam_dask.predictor import PredictorSpec, default_threshold
 from cryosiam_dask.preview import preview_file, read_fingerprint
-from cryosiam_dask.tomogram_files import TomogramHeader, is_zarr, source_identity
+from cryosiam_dask.tomogram_files import TomogramHeader, is_zarr, source_content, source_identity
 
 #: Raised whenever a change of the code changes a result, so that outputs of before are not taken for done.
 NUMBERS_VERSION = 2
@@ -398,11 +399,9 @@ class RunPlan:
         return "Use a machine with more memory"
 
     def with_fingerprint(self, job: Job) -> Job:
-        """The job with its fingerprints, which one whose mask was still to be made has not."""
-        if job.fingerprint:
-            return job
+        """The job with its fingerprints, of the tomogram and the mask as they are now: a mask may have been to come."""
         settings = _settings(self.configuration, self.checkpoint, self.patch, self.threshold)
-        prediction = _fingerprint(job.source, job.mask, settings)
+        prediction = _fingerprint(known_identity(self.configuration, job.source, job.stem), job.mask, settings)
         sizes = removal_sizes(self.configuration)
         return replace(job, prediction_fingerprint=prediction, fingerprint=with_sizes(prediction, sizes))
 
@@ -539,7 +538,8 @@ def _plan_run(
         try:
             if mask is not None and not to_come and not mask.is_file():
                 raise _missing_mask(source, mask)
-            prediction = "" if to_come else _fingerprint(source, mask, settings)
+            if not to_come:
+                prediction = _fingerprint(known_identity(configuration, source, stem), mask, settings)
         except MaskError as error:
             problem = error
         except OSError as error:
@@ -889,8 +889,26 @@ def removal_sizes(configuration: Configuration) -> list[int]:
     return sizes
 
 
-def _fingerprint(source: Path, mask: Path | None, settings: Mapping[str, Any]) -> str:
-    files = [source_identity(source), _mask_identity(mask) if mask else None]
+def known_identity(configuration: Configuration, source: Path, stem: str) -> list[Any]:
+    """What tells a tomogram from another one or a later one: as it was recorded, where its times alone have changed.
+
+    Parameters
+    ----------
+    configuration
+        Whose ``prediction_folder`` holds the record.
+    source, stem
+        The tomogram and its name.
+    """
+    identity = source_identity(source)
+    entries, _ = read_entries(configuration.prediction_folder, stem)
+    found = next((entry for entry in reversed(entries) if entry["what"] == "source"), None)
+    if found and found["identity"] != identity and found["content"] == source_content(source):
+        return list(found["identity"])
+    return identity
+
+
+def _fingerprint(identity: list[Any], mask: Path | None, settings: Mapping[str, Any]) -> str:
+    files = [identity, _mask_identity(mask) if mask else None]
     return hashlib.sha256(json.dumps([files, settings], sort_keys=True).encode()).hexdigest()
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -84,6 +85,26 @@ def read(path: Path, **options: Any) -> tuple[zarr.Array, mrc_to_zarr.IngestRepo
 def write(path: Path, data: np.ndarray, **fields: Any) -> Path:
     path.write_bytes(mrc_bytes(data, **fields))
     return path
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("counted", [49920, -1])
+@pytest.mark.parametrize("byte_order", ["<", ">"])
+def test_an_extended_header_that_is_counted_and_not_there(
+    tmp_path: Path, counted: int, compressed: bool, byte_order: str
+) -> None:
+    """As other programs leave it that copy a header and not what follows it."""
+    content = mrc_bytes(volume(), byte_order=byte_order, nsymbt=counted)
+    path = tmp_path / ("x.mrc.gz" if compressed else "x.mrc")
+    path.write_bytes(gzip.compress(content) if compressed else content)
+    stored, report = read(path)
+    np.testing.assert_array_equal(stored[:], volume())
+    (warning,) = (warning for warning in report.warnings if "nsymbt" in warning)
+    assert f"an extended header of {counted} bytes (nsymbt) that is not in the file" in warning
+    path.write_bytes(gzip.compress(content[:-1]) if compressed else content[:-1])
+    message = "(nsymbt) must not be negative; found -1." if counted < 0 else "truncated"
+    with pytest.raises(TomogramError, match=re.escape(message)):
+        read(path)
 
 
 # --------------------------------------------------------------------------------------------------- voxels and layout

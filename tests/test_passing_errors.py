@@ -25,7 +25,7 @@ from test_pipeline import Listener, configure, segment, write_tomogram
 from cryosiam_dask import cluster, executor, ledger, mrc_to_zarr, pipeline
 from cryosiam_dask.cluster import DaskExecutor, open_cluster
 from cryosiam_dask.collection import run
-from cryosiam_dask.errors import OutputError, StorageError, TomogramError, may_pass
+from cryosiam_dask.errors import OutputError, Problems, StorageError, TomogramError, may_pass
 from cryosiam_dask.executor import SerialExecutor, patiently
 from cryosiam_dask.grid import make_grid
 from cryosiam_dask.ledger import Ledger, claim_path, read_entries, read_outcomes
@@ -257,6 +257,36 @@ def test_only_what_is_damaged_of_a_work_store_is_made_again(folder: Path) -> Non
     counting = Counting()
     (outcome,) = run(plan_run(configuration), Listener(), executor=counting)
     assert outcome.status == "done" and 0 < counting.blocks < BLOCKS and labels(folder) == whole
+
+
+def test_a_tomogram_that_was_copied_or_touched_is_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks as well as its output; one that was changed is another one."""
+    configuration, source = configure(folder, block_size=8), folder / "data" / f"{STEM}.mrc"
+
+    def touch() -> None:
+        other = source.with_suffix(".new")
+        other.write_bytes(source.read_bytes())
+        other.replace(source)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write_hdf5", stale)
+        run(plan_run(configuration), Listener())
+    touch()
+    counting = Counting()
+    (outcome,) = run(plan_run(configuration), Listener(), executor=counting)
+    assert (outcome.status, counting.blocks) == ("done", 0)
+    for _ in range(2):
+        touch()
+        assert [job.stem for job in plan_run(configuration).skipped] == [STEM]
+    content = bytearray(source.read_bytes())
+    content[-1] ^= 1
+    source.write_bytes(content)
+    with pytest.raises(Problems, match="made from another input"):
+        plan_run(configuration)
+    (outcome,) = run(plan_run(configuration, overwrite=True), Listener(), executor=counting)
+    assert (outcome.status, counting.blocks) == ("done", BLOCKS)
+    touch()
+    assert [job.stem for job in plan_run(configuration).skipped] == [STEM]
 
 
 def test_an_error_of_what_handles_errors_is_a_failure_that_is_told(

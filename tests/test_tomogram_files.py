@@ -23,7 +23,7 @@ from zarr.storage import MemoryStore
 
 from cryosiam_dask.errors import TomogramError
 from cryosiam_dask.mrc_to_zarr import Statistics, convert, ingest, read_header
-from cryosiam_dask.tomogram_files import ArrayView, source_identity
+from cryosiam_dask.tomogram_files import ArrayView, source_content, source_identity
 
 NGFF = [("0.4", 2), ("0.5", 3)]
 SHAPE = (12, 15, 17)
@@ -474,6 +474,39 @@ def test_identity_changes_with_metadata_and_chunks(tmp_path: Path, version: str,
     changed()
     path.rename(tmp_path / "y.zarr")
     assert source_identity(tmp_path / "y.zarr")[1:] == seen[-1][1:] and source_identity(tmp_path / "y.zarr") != seen[-1]
+
+
+def test_chunks_that_are_changed_in_place_are_another_input(tmp_path: Path) -> None:
+    """Some writers replace chunk files, others write into them: neither the folder nor the size need change."""
+    path = ome(tmp_path / "x.zarr", [volume()])
+    seen = [source_identity(path)]
+    chunk = next(file for file in (path / "0").rglob("*") if file.is_file() and "zar" not in file.name)
+    times = chunk.parent.stat()
+    with chunk.open("r+b") as file:
+        file.write(bytes(1))
+    os.utime(chunk, ns=(5, 7))
+    assert chunk.parent.stat().st_mtime_ns == times.st_mtime_ns
+    seen.append(source_identity(path))
+    with chunk.open("r+b") as file:
+        file.truncate(3)
+    os.utime(chunk, ns=(5, 7))
+    seen.append(source_identity(path))
+    assert len(set(map(str, seen))) == 3
+
+
+def test_content_is_that_of_a_copy_and_of_nothing_else(tmp_path: Path) -> None:
+    whole = np.random.default_rng(0).bytes(3_000_000)
+    (tmp_path / "a").write_bytes(whole)
+    (tmp_path / "b").write_bytes(whole)
+    assert source_content(tmp_path / "a") == source_content(tmp_path / "b")
+    for other in (whole[:-1], whole + b"1", b"x" + whole[1:], whole[:-1] + b"x", b""):
+        (tmp_path / "b").write_bytes(other)
+        assert source_content(tmp_path / "a") != source_content(tmp_path / "b")
+    path = ome(tmp_path / "x.zarr", [volume()])
+    shutil.copytree(path, tmp_path / "y.zarr", copy_function=shutil.copy)
+    assert source_content(path) == source_content(tmp_path / "y.zarr")
+    zarr.open_array(tmp_path / "y.zarr" / "0")[:5, :5, :5] = 1
+    assert source_content(path) != source_content(tmp_path / "y.zarr")
 
 
 def test_identity_of_a_file_is_what_it_was(tmp_path: Path) -> None:
