@@ -31,6 +31,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from cryosiam_dask.errors import may_pass
+
 VERSION = 1
 FOLDER = ".ledger"
 
@@ -55,13 +57,18 @@ class Ledger:
     ----------
     fault
         Why what the file said before cannot be used; empty if it can.
+
+    Raises
+    ------
+    OSError
+        If the disk does not answer, which may pass: what is recorded stays.
     """
 
     def __init__(self, prediction_folder: Path, stem: str) -> None:
         self.path = prediction_folder / FOLDER / f"{stem}.jsonl"
         self._lock = threading.Lock()
         self._synced = 0.0
-        self.entries, self.fault, whole = _read(self.path)
+        self.entries, self.fault, whole = _read(self.path, patient=True)
         if self.fault:
             self.entries = []
         if not self.entries:
@@ -144,13 +151,15 @@ def _line(entry: Mapping[str, Any]) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], str, int]:
-    """Entries, fault, and bytes of the whole lines."""
+def _read(path: Path, patient: bool = False) -> tuple[list[dict[str, Any]], str, int]:
+    """Entries, fault, and bytes of the whole lines; where `patient`, an error that may pass is raised."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return [], "", 0
     except OSError as error:
+        if patient and may_pass(error):
+            raise
         return [], f"cannot be read ({error.strerror})", 0
     entries, whole = [], 0
     for line in content.splitlines(keepends=True):

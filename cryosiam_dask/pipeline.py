@@ -967,7 +967,7 @@ def _each(
 ) -> list[Outcome]:
     """Do something with each written prediction; those that another run works on come later."""
     outcomes: dict[Path, Outcome] = {}
-    pending, waiting = deque(predictions), set[Path]()
+    pending, waiting, told = deque(predictions), set[Path](), set[Path]()
     for folder in {path.parent for path in predictions}:
         with suppress(OSError):
             sweep_parts(folder)
@@ -979,9 +979,10 @@ def _each(
                 outcomes[path] = outcome
                 waiting.clear()
                 continue
-            if path not in waiting:
+            if path not in told:
                 reporter.say(f"{_stem(path)}: another run works on it; waiting for that")
-                waiting.add(path)
+                told.add(path)
+            waiting.add(path)
             pending.append(path)
             if waiting.issuperset(pending):
                 time.sleep(_LOOK)
@@ -1002,10 +1003,12 @@ def _attempt(
         if not claims.holds(claim):
             raise TakenOver
 
+    begun = False
     try:
         if not patiently(partial(claims.take, claim)):
             return None
         reporter.begin(stem)
+        begun = True
         own = GuardedExecutor(executor.share(stem, 0, partial(reporter.step, stem)), guard)
         shape, voxels, warnings = patiently(partial(work, own), guard)
         outcome = _log_warnings(Outcome(stem, "done", shape, time.time() - began, voxels, warnings))
@@ -1015,6 +1018,8 @@ def _attempt(
     except (Interrupted, LostClusterError):
         raise
     except Exception as error:
+        if not begun:  # where the disk takes no claim
+            reporter.begin(stem)
         outcome = _failed(stem, (), began, error, path)
         reporter.end(stem, f"FAILED: {outcome.error}")
     finally:

@@ -47,6 +47,11 @@ def test_overhead(tmp_path: Path) -> None:
     assert 0 < found[-1]["busy"] <= 1 and (tmp_path / "rows.png").exists()
 
 
+def test_identity(tmp_path: Path) -> None:
+    (row,) = rows("bench_identity", tmp_path / "rows.json", "--quick")
+    assert row["chunks"] == 1000 and row["identity_seconds"] > 0
+
+
 def test_agreement(tmp_path: Path) -> None:
     exact, elsewhere, *others = rows("bench_agreement", tmp_path / "rows.json", "--quick")
     assert exact["equal"] == 1 and 0.5 < elsewhere["equal"] < 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -19,16 +20,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cryosiam_dask import ledger
+from cryosiam_dask.labels_to_hdf5 import replacing
 from cryosiam_dask.ledger import (
     VERSION,
     Claims,
     Ledger,
     claim_path,
     open_claims,
+    part_name,
     process_is_gone,
     read_entries,
     read_outcomes,
     sweep,
+    sweep_parts,
 )
 
 FIRST = {"what": "ledger", "version": VERSION}
@@ -64,6 +68,20 @@ def test_a_ledger_that_cannot_be_read_says_so(tmp_path: Path) -> None:
     (tmp_path / ".ledger" / "TS_1.jsonl").mkdir()
     assert read_entries(tmp_path, "TS_1") == ([], "cannot be read (Is a directory)")
     assert read_outcomes(tmp_path) == {}
+
+
+def test_a_disk_that_does_not_answer_costs_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path)
+
+    def stale(_: Path) -> bytes:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", stale)
+        with pytest.raises(OSError, match="Stale"):
+            Ledger(tmp_path, "TS_1")
+        assert read_entries(tmp_path, "TS_1") == ([], "cannot be read (Stale file handle)")
+    assert Ledger(tmp_path, "TS_1").entries == WRITTEN and path.exists()
 
 
 def test_whatever_was_cut_off_the_rest_counts_and_goes_on(tmp_path: Path) -> None:
@@ -127,6 +145,49 @@ def test_outcomes_replace_everything_at_once(tmp_path: Path) -> None:
         "TS_3.4": {"status": "failed", "error": "x"},
     }
     assert read_outcomes(tmp_path / "none") == {}
+
+
+# ------------------------------------------------------------------------------------------ what grows, and is swept
+
+
+def dead_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_only_what_nobody_writes_any_more_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a process that is gone, of one that lives, and of another machine, young and old."""
+    gone, other = dead_process(), "0" * 8
+
+    def name(machine: str, process: int, kind: str = "part") -> Path:
+        return tmp_path / f".TS_1.x.{machine}-{process}-0.{kind}"
+
+    ours = part_name("TS_1.x").split(".")[-2].split("-")[0]
+    kept = [name(ours, os.getpid()), name(ours, os.getppid()), name(other, gone), tmp_path / ".TS_1.x.part"]
+    removed = [name(ours, gone), tmp_path / f".TS_2.{ours}-{gone}-3.part", name(other, gone + 1)]
+    for path in (*kept, *removed):
+        path.mkdir() if "TS_2" in path.name else path.touch()
+    os.utime(removed[-1], (time.time() - 4000,) * 2)
+    # A run that was killed between the two renames: the earlier folder is put back; a later one is not replaced.
+    (name(ours, gone, "old") / "0").mkdir(parents=True)
+    (tmp_path / "TS_3.x").mkdir()
+    (tmp_path / f".TS_3.x.{ours}-{gone}-0.old" / "0").mkdir(parents=True)
+    sweep_parts(tmp_path)
+    assert {path for path in (*kept, *removed) if path.exists()} == set(kept)
+    assert (tmp_path / "TS_1.x" / "0").is_dir() and not (tmp_path / "TS_3.x" / "0").exists()
+    sweep_parts(tmp_path, own=True)
+    assert not kept[0].exists() and kept[1].exists()
+
+
+def test_two_writers_of_a_file_leave_each_other_alone(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    with replacing(path) as first:
+        first.write(b"first")
+        with replacing(path) as second:
+            second.write(b"second")
+        assert path.read_bytes() == b"second"
+    assert path.read_bytes() == b"first" and [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 # --------------------------------------------------------------------------------------------------------------- claims
