@@ -281,7 +281,7 @@ class RunPlan:
             stored, shape = (" × ".join(map(str, each)) for each in (mask.stored_shape, mask.shape))
             warnings.append(f"its mask {mask.path} has {stored} voxels and is resized to {shape}")
         if mask is not None and coverage == 0:
-            warnings.append(f"its mask {mask.path} is empty: every voxel is background")
+            warnings.append(f"its mask {mask.path} is empty: every voxel will be background")
         elif mask is not None and coverage is not None:
             warnings += beyond_lamella(self.checkpoint.architecture.out_channels, coverage)
         return tuple(warnings)
