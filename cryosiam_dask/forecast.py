@@ -458,7 +458,7 @@ def _tomogram(
     try:
         header = read_header(job.source, **configuration.reading)
         known |= _of_header(header)
-        plan.require_axes(header)
+        plan.require_usable(header)
         grid = plan.blocks(header.shape, workers)
         known |= {"blocks": math.prod(grid.block_counts), "patches": grid.patch_count}
         known["block_shape"] = tuple(max(b - a for a, b in pairwise(axis.edges)) for axis in grid.axes)

@@ -229,7 +229,7 @@ def _segment_all(
     if jobs[0][1].problem is not None:
         raise jobs[0][1].problem
     header = read_header(last.source, **last_plan.configuration.reading)
-    jobs[0][0].require_axes(header)
+    jobs[0][0].require_usable(header)
     at.shape = header.shape
     for note in header.notes:
         say(note)
@@ -242,7 +242,7 @@ def _segment_all(
         for plan, job in jobs:
             began = time.time()
             at.plan, at.job, at.began = plan, job, began
-            plan.require_axes(header)
+            plan.require_usable(header)
             if job.problem is not None:
                 raise job.problem
             at.job = job = plan.with_fingerprint(job)

@@ -220,7 +220,7 @@ class RunPlan:
             if problem is None:
                 try:
                     header = read_header(job.source, **self.configuration.reading)
-                    self.require_axes(header)
+                    self.require_usable(header)
                     shapes.add(header.shape)
                     if job.mask is not None and job.fingerprint:
                         look_at_mask(job.mask, header.shape)
@@ -281,19 +281,20 @@ class RunPlan:
             stored, shape = (" × ".join(map(str, each)) for each in (mask.stored_shape, mask.shape))
             warnings.append(f"its mask {mask.path} has {stored} voxels and is resized to {shape}")
         if mask is not None and coverage == 0:
-            warnings.append(f"its mask {mask.path} is empty: every voxel is background")
+            warnings.append(f"its mask {mask.path} is empty: every voxel will be background")
         elif mask is not None and coverage is not None:
             warnings += beyond_lamella(self.checkpoint.architecture.out_channels, coverage)
         return tuple(warnings)
 
-    def require_axes(self, header: TomogramHeader) -> None:
-        """Refuse an image where the model is for tomograms, and the other way round.
+    def require_usable(self, header: TomogramHeader) -> None:
+        """Refuse an image where the model is for tomograms, the other way round, and what is mostly missing.
 
         Raises
         ------
         TomogramError
-            With the shape of both.
+            With what is wrong.
         """
+        header.require_complete()
         if len(header.shape) != len(self.patch):
             raise TomogramError(
                 f"the patch must have as many axes as the tomogram, which has {len(header.shape)}",

@@ -572,6 +572,7 @@ def convert_file(
         ``shape`` (z, y, x), ``dtype``, ``target``.
     """
     header = read_header(source, level=level, dataset=dataset)  # what is wrong is said before workers start
+    header.require_complete()
     require_free(target, overwrite=overwrite)
     make = convert_to_ome_zarr if target.name.endswith(".ome.zarr") else convert
     with open_cluster("cpu", 1 if header.compressed else workers or cores()) as client:

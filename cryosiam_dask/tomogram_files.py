@@ -22,6 +22,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -75,6 +76,8 @@ class TomogramHeader(ABC):
         What looks wrong with the file and may need attention.
     compressed
         Whether the file can only be read from its beginning to its end.
+    incomplete
+        Why so much of it is missing that it is not to be segmented; empty if it is not.
     """
 
     path: Path
@@ -88,6 +91,23 @@ class TomogramHeader(ABC):
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     compressed: bool = False
+    incomplete: str = ""
+
+    def require_complete(self) -> None:
+        """Refuse what lacks too much: see `incomplete`.
+
+        Raises
+        ------
+        TomogramError
+            With what is missing.
+        """
+        if self.incomplete:
+            raise TomogramError(
+                f"no more than {MOST_MISSING:.0%} of a tomogram may be missing, unless it seems to be empty there",
+                place=self.path,
+                value=self.incomplete,
+                remedy="The copy is incomplete: copy it again, or write it with all its chunks",
+            )
 
     @property
     @abstractmethod
@@ -584,6 +604,8 @@ def _array_header(
             f"chunks of {chunk_bytes / 2**20:.0f} MiB are decoded as a whole, several at once: every worker needs "
             "memory for them. 'cryosiam-dask convert' makes a copy in smaller ones"
         )
+    missing, incomplete = _missing_chunks(array, folder)
+    found += missing
     shape = tuple(int(array.shape[axis]) for axis in axes)
     statistics = attributes.get("statistics")
     complete = isinstance(statistics, dict) and {"min", "max", "mean", "non_finite_voxels"} <= set(statistics)
@@ -598,11 +620,67 @@ def _array_header(
         nstart=nstart,
         notes=(),
         warnings=(*found, *doubts, *unknown_sizes(sizes)),
+        incomplete=incomplete,
         array_path=folder,
         axes=axes,
         array_dtype=np.dtype(array.dtype),
         statistics=statistics if complete and isinstance(statistics, dict) else {},
     )
+
+
+def _missing_chunks(array: zarr.Array[Any], folder: Path) -> tuple[list[str], str]:
+    """A warning where chunks (or shards of them) have no file, which zarr reads as the fill value; and what is missing
+    if none is there, or more than `MOST_MISSING` are not and others end abruptly beside them.
+
+    Writers leave out chunks that hold nothing else, and a copy that was broken off lacks any. Beside empty chunks lie
+    empty voxels as a rule, as what is empty seldom ends where a chunk does.
+    """
+    piece = array.shards or array.chunks
+    counts = [-(-n // p) for n, p in zip(array.shape, piece, strict=True)]
+    there = {Path(at, name).relative_to(folder).as_posix() for at, _, names in os.walk(folder) for name in names}
+    all_of_them = list(np.ndindex(*counts))
+    missing = {index for index in all_of_them if array.metadata.encode_chunk_key(index) not in there}
+    if not missing:
+        return [], ""
+    share = len(missing) / len(all_of_them)
+    abrupt = any(_ends_abruptly(array, piece, counts, missing))
+    what = (
+        f"{len(missing)} of {len(all_of_them)} {'shards' if array.shards else 'chunks'} ({100 * share:.1f} %) are not "
+        f"there and read as {array.fill_value}"
+    )
+    if share == 1:
+        said = "nothing has been written, or nothing but empty chunks"
+    elif abrupt:
+        said = "what lies beside them is not empty, so that the copy may be incomplete"
+    else:
+        said = "what lies beside them is empty as well, so that the writer seems to have left out empty ones"
+    return [f"{what}: {said}"], what if share == 1 or (abrupt and share > MOST_MISSING) else ""
+
+
+#: Share of chunks that may be missing where those beside them are not empty.
+MOST_MISSING = 0.5
+_LOOK_BESIDE = 8  # chunks, evenly spread
+
+
+def _ends_abruptly(
+    array: zarr.Array[Any], piece: Sequence[int], counts: Sequence[int], missing: set[tuple[int, ...]]
+) -> Iterator[bool]:
+    """Of some missing chunks whether the voxels next to them, of one that is there, are other than the fill value."""
+    beside = []
+    for index in sorted(missing):
+        for axis, step in product(range(array.ndim), (-1, 1)):
+            other = tuple(n + step * (i == axis) for i, n in enumerate(index))
+            if 0 <= other[axis] < counts[axis] and other not in missing:
+                beside.append((other, axis, step))
+                break
+    for other, axis, step in beside[:: max(1, len(beside) // _LOOK_BESIDE)]:
+        region = [slice(n * p, min((n + 1) * p, size)) for n, p, size in zip(other, piece, array.shape, strict=True)]
+        face = region[axis].stop - 1 if step < 0 else region[axis].start
+        region[axis] = slice(face, face + 1)
+        with suppress(Exception):  # damaged chunks are told of when all are read
+            voxels = np.asarray(array[tuple(region)])
+            fill = np.asarray(array.fill_value, voxels.dtype)
+            yield not bool(np.all((voxels == fill) | ((voxels != voxels) & (fill != fill))))
 
 
 def _own_attributes(attributes: Mapping[str, Any], ndim: int) -> tuple[list[float], list[float], tuple[int, ...]]:
@@ -673,6 +751,7 @@ def read_hdf5_header(path: Path, *, dataset: str | None = None) -> Hdf5Header:
             attributes = {**dict(file.attrs), **_eman(found.parent.attrs), **dict(found.attrs)}
             shape, dtype, chunks = tuple(map(int, found.shape)), found.dtype, found.chunks
             names = _hdf5_axes(found)
+            missing, incomplete = _missing_in_hdf5(found, path)
     except (OSError, RuntimeError, TypeError) as error:
         raise _no_hdf5(path, error) from error
     axes = _space_axes(shape, names, path)
@@ -695,13 +774,50 @@ def read_hdf5_header(path: Path, *, dataset: str | None = None) -> Hdf5Header:
         origin_angstrom=tuple(position),
         nstart=nstart,
         notes=tuple(notes),
-        warnings=(*doubts, *unknown_sizes(sizes)),
+        warnings=(*missing, *doubts, *unknown_sizes(sizes)),
+        incomplete=incomplete,
         dataset=name,
         axes=axes,
         stored_shape=shape,
         stored_dtype=dtype,
         dataset_chunks=chunks,
     )
+
+
+def _missing_in_hdf5(found: Any, path: Path) -> tuple[list[str], str]:
+    """A warning where a dataset has parts that HDF5 reads as the fill value: chunks and sources that are not there; and
+    what is missing if that is all of it, or more than `MOST_MISSING` because of sources.
+    """
+    total = math.prod(found.shape)
+    if found.is_virtual:
+        there = 0
+        gone = set()
+        for source in found.virtual_sources():
+            if _is_there(path, source.file_name, source.dset_name):
+                there += source.vspace.get_select_npoints()
+            else:
+                gone.add(f"{source.file_name}, {source.dset_name}")
+        share, many = 1 - there / total, f"{len(gone)} sources of a virtual dataset ({', '.join(sorted(gone)[:3])})"
+        lost = bool(gone)
+    elif found.chunks:
+        counted = math.prod(-(-n // c) for n, c in zip(found.shape, found.chunks, strict=True))
+        absent = counted - found.id.get_num_chunks()
+        share, many, lost = absent / counted, f"{absent} of {counted} chunks", False
+    else:
+        return [], ""
+    if share <= 0:
+        return [], ""
+    what = f"{many}, {100 * share:.1f} % of the voxels, are not there and read as {found.fillvalue}"
+    return [what], what if share >= 1 or (lost and share > MOST_MISSING) else ""
+
+
+def _is_there(path: Path, file_name: str, dataset: str) -> bool:
+    if file_name == ".":
+        with h5py.File(path, "r", locking="best-effort") as file:
+            return dataset in file
+    with suppress(OSError, RuntimeError), h5py.File(path.parent / file_name, "r", locking="best-effort") as file:
+        return dataset in file
+    return False
 
 
 def _hdf5_axes(found: Any) -> list[str] | None:

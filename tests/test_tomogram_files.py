@@ -554,3 +554,72 @@ def test_names_of_hdf5_axes_that_say_nothing_are_left_alone(tmp_path: Path) -> N
         labelled(dataset, "abc")
         dataset.attrs["axistags"] = "no JSON"
     assert read_header(tmp_path / "a.h5").shape == (4, 5, 6)
+
+
+def stored_part(path: Path, lost: Any, **options: Any) -> Path:
+    """Noise of 4 × 4 × 4 chunks without those of which `lost` says so."""
+    array = zarr.create_array(str(path), shape=(32, 32, 32), chunks=(8, 8, 8), dtype="f4", **options)
+    array[:] = np.random.default_rng(0).random((32, 32, 32), np.float32)
+    for index in np.ndindex(4, 4, 4):
+        if lost(index):
+            (path / array.metadata.encode_chunk_key(index)).unlink()
+    return path
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_chunks_that_are_missing_are_counted(tmp_path: Path, version: Any) -> None:
+    options = {"zarr_format": version}
+    assert not any(
+        "not there" in w for w in read_header(stored_part(tmp_path / "a.zarr", lambda i: 0, **options)).warnings
+    )
+    header = read_header(stored_part(tmp_path / "b.zarr", lambda i: i[0] == 3, **options))
+    assert any(
+        w.startswith("16 of 64 chunks (25.0 %) are not there and read as 0.0: ") and "may be incomplete" in w
+        for w in header.warnings
+    )
+    for name, lost in (("c", lambda i: i[0] > 0), ("d", lambda i: True)):
+        header = read_header(stored_part(tmp_path / f"{name}.zarr", lost, **options))
+        with pytest.raises(TomogramError, match=r"more than 50% .* of 64 chunks .* are not there.*copy it again"):
+            header.require_complete()
+
+
+def test_chunks_that_the_writer_left_out_are_said_and_used(tmp_path: Path) -> None:
+    volume = np.zeros((32, 32, 32), np.float32)
+    volume[4:12, 4:12, 4:12] = 1
+    array = zarr.create_array(str(tmp_path / "a.zarr"), shape=volume.shape, chunks=(8, 8, 8), dtype="f4", fill_value=0)
+    array[:] = volume
+    (warning,) = [w for w in read_header(tmp_path / "a.zarr").warnings if "not there" in w]
+    assert warning.startswith("56 of 64 chunks (87.5 %)") and "left out empty ones" in warning
+    read_header(tmp_path / "a.zarr").require_complete()
+    voxels, _ = ingest(tmp_path / "a.zarr", MemoryStore())
+    np.testing.assert_array_equal(voxels[:], volume)
+
+
+def test_shards_that_are_missing_are_counted(tmp_path: Path) -> None:
+    array = zarr.create_array(str(tmp_path / "a.zarr"), shape=(32,) * 3, chunks=(8,) * 3, shards=(16,) * 3, dtype="f4")
+    array[:] = np.random.default_rng(0).random((32,) * 3, np.float32)
+    (tmp_path / "a.zarr" / "c" / "1" / "1" / "1").unlink()
+    assert any(w.startswith("1 of 8 shards (12.5 %)") for w in read_header(tmp_path / "a.zarr").warnings)
+
+
+def test_parts_of_hdf5_that_are_missing_are_counted(tmp_path: Path) -> None:
+    data = np.ones((4, 8, 8), np.float32)
+    for number in range(4):
+        with h5py.File(tmp_path / f"{number}.h5", "w") as file:
+            file["data"] = data
+    layout = h5py.VirtualLayout((16, 8, 8), "f4")
+    for number in range(4):
+        layout[4 * number : 4 * number + 4] = h5py.VirtualSource(f"{number}.h5", "data", data.shape)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_virtual_dataset("data", layout, fillvalue=0)
+    assert not any("not there" in w for w in read_header(tmp_path / "a.h5").warnings)
+    (tmp_path / "1.h5").unlink()
+    (warning,) = [w for w in read_header(tmp_path / "a.h5").warnings if "not there" in w]
+    assert warning == "1 sources of a virtual dataset (1.h5, data), 25.0 % of the voxels, are not there and read as 0.0"
+    for number in (0, 2):
+        (tmp_path / f"{number}.h5").unlink()
+    with pytest.raises(TomogramError, match=r"75.0 % of the voxels.*copy it again"):
+        read_header(tmp_path / "a.h5").require_complete()
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        file.create_dataset("data", (16, 8, 8), "f4", chunks=(4, 8, 8))[:8] = 1
+    assert any(w.startswith("2 of 4 chunks, 50.0 %") for w in read_header(tmp_path / "b.h5").warnings)
