@@ -41,6 +41,7 @@ from dask.utils import key_split
 from distributed import Client, Future, KilledWorker, LocalCluster, SchedulerPlugin, WorkerPlugin, performance_report
 from distributed.comm import CommClosedError, get_address_host_port
 from distributed.protocol.pickle import dumps, loads
+from distributed.security import Security
 from distributed.system import MEMORY_LIMIT
 
 from cryosiam_dask._version import __version__
@@ -60,8 +61,18 @@ from cryosiam_dask.run_log import LOG
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": 8_000_000_000, "MALLOC_MMAP_MAX_": 0, "MALLOC_ARENA_MAX": 1}
 
 #: Dask would give a worker up whose replacement is not there within 15 s, less than its imports may take; and keep, for
-#: each worker, the last 1000 messages that it was sent, each with a call.
-_SCHEDULER = {"distributed.deploy.lost-worker-timeout": "10 minutes", "distributed.admin.low-level-log-length": 100}
+#: each worker, the last 1000 messages that it was sent, each with a call. Its web servers have no password: they show,
+#: and serve nothing that changes or reaches anything, whatever a configuration adds (``api`` retires workers, ``proxy``
+#: passes requests on to other servers).
+SCHEDULER = {
+    "distributed.deploy.lost-worker-timeout": "10 minutes",
+    "distributed.admin.low-level-log-length": 100,
+    "distributed.scheduler.http.routes": [
+        *(f"distributed.http.scheduler.{name}" for name in ("prometheus", "info", "json")),
+        *(f"distributed.http.{name}" for name in ("health", "statics")),
+    ],
+    "distributed.worker.http.routes": ["distributed.http.worker.prometheus", "distributed.http.health"],
+}
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -610,6 +621,8 @@ def open_cluster(
 ) -> Iterator[Client]:
     """Start workers on this machine and close them at the end.
 
+    Keys that live in the memory of these processes alone keep everybody else out, other users of the machine included.
+
     Parameters
     ----------
     device
@@ -634,7 +647,9 @@ def open_cluster(
     """
     options: dict[str, Any] = {
         "dashboard_address": dashboard_address,
-        "host": "127.0.0.1",  # nobody else on the network may submit work
+        "host": "127.0.0.1",  # out of the network's reach; other users of this machine have no key
+        "protocol": "tls://",
+        "security": Security.temporary(),
         "memory_limit": None,  # the number of workers is chosen by memory; a paused worker would only hang
         "local_directory": scratch,
         "silence_logs": logging.CRITICAL,
@@ -643,7 +658,7 @@ def open_cluster(
     with (
         _interrupts_are_ours(),
         warnings.catch_warnings(),
-        dask.config.set({environment: dask.config.get(environment) | KEEP_MEMORY, **_SCHEDULER}),
+        dask.config.set({environment: dask.config.get(environment) | KEEP_MEMORY, **SCHEDULER}),
     ):
         warnings.filterwarnings("ignore", message="Port .* is already in use")
         if device == "cuda":
@@ -651,7 +666,7 @@ def open_cluster(
         else:
             make = partial(LocalCluster, n_workers=workers, threads_per_worker=THREADS, processes=True, **options)
             cluster = _started(make)
-    with dask.config.set(_SCHEDULER), cluster, Client(cluster, set_as_default=False) as client:
+    with dask.config.set(SCHEDULER), cluster, Client(cluster, set_as_default=False) as client:
         client.register_plugin(Setup(leave_at_once), name="leave")
         yield client
 
@@ -787,10 +802,12 @@ def is_loopback(address: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def is_open_to_the_network(client: Client) -> bool:
-    """Whether whoever reaches the scheduler's machine can have the workers run what he likes."""
+def who_else_enters(client: Client) -> str | None:
+    """Who can have the workers of a scheduler run what he likes, beside its owner; ``None``: nobody."""
     address = str(client.scheduler.address)
-    return not address.startswith(("tls://", "wss://", "inproc://")) and not is_loopback(address)
+    if address.startswith(("tls://", "wss://", "inproc://")):
+        return None
+    return "every user of this machine" if is_loopback(address) else "whoever reaches it"
 
 
 @contextmanager

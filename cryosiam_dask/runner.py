@@ -29,12 +29,12 @@ from cryosiam_dask.cluster import (
     describe_devices,
     forwarded_warnings,
     is_loopback,
-    is_open_to_the_network,
     join_cluster,
     memory_of_workers,
     open_cluster,
     reported,
     versions,
+    who_else_enters,
 )
 from cryosiam_dask.collection import make_folders, remove_left_overs, run
 from cryosiam_dask.config import STAGES, Configuration, read_configuration, read_pipeline
@@ -208,7 +208,7 @@ def segment(
         return outcomes
     total = len({job.stem for plan in plans for job in (*plan.jobs, *plan.unmeasured)})
     if not is_loopback(dashboard_address):
-        attend(console, f"whoever reaches {dashboard_address} can watch this run, and stop it")
+        attend(console, f"whoever reaches {dashboard_address} can watch this run, without a password")
     try:
         with ExitStack() as stack:
             if joins:
@@ -218,11 +218,11 @@ def segment(
                         seconds=60 * (worker_timeout or 2),
                     )
                 )  # fmt: skip
-                if is_open_to_the_network(client):
+                if others := who_else_enters(client):
                     attend(
                         console,
-                        f"{client.scheduler.address} has no TLS: whoever reaches it can run what he likes "
-                        "as you. Dask's documentation of TLS says how to close it",
+                        f"{client.scheduler.address} has no TLS: {others} can run what he likes as you. Dask's "
+                        "documentation of TLS says how to close it",
                     )
             elif slurm is not None:
                 client = stack.enter_context(

@@ -15,12 +15,16 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import dask
 import psutil
 import pytest
 from dask.utils import key_split
 from distributed import Client
+from distributed.comm import connect
+from tornado.web import RequestHandler
 
 from cryosiam_dask import cluster
 from cryosiam_dask.cluster import DaskExecutor, Setup, ask, describe_devices, open_cluster
@@ -111,6 +115,68 @@ def test_every_worker_takes_part_and_listens_to_this_machine_alone(client: Clien
     assert len(set(DaskExecutor(client).map(process, range(40), name="process"))) == 2
     addresses = [client.scheduler.address, *client.scheduler_info(n_workers=-1)["workers"], client.dashboard_link]
     assert all("127.0.0.1" in address for address in addresses)
+
+
+STRANGER = """
+import asyncio, distributed.comm.tcp, os, sys
+from distributed.comm import connect
+from distributed.security import Security
+keys = Security.temporary().get_connection_args("client")
+connections = [(a, k) for address in sys.argv[1:] for a, k in (
+    (address, {}), (address, keys), (address.replace("tls://", "tcp://"), {}))]
+if os.getuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+async def enter():
+    tries = [connect(address, timeout=2, **arguments) for address, arguments in connections]
+    print(len(tries), *[repr(each) for each in await asyncio.gather(*tries, return_exceptions=True)
+                        if not isinstance(each, Exception)])
+asyncio.run(enter())
+"""
+
+
+def test_nobody_else_on_this_machine_gets_in(client: Client) -> None:
+    """Neither without keys nor with others; as another user, where this one may become one."""
+    client.wait_for_workers(2)
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    servers = [client.scheduler.address, *workers, *(worker["nanny"] for worker in workers.values())]
+    assert len(servers) == 5
+    command = [sys.executable, "-c", STRANGER, *servers]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "15\n", done
+    # As the owner, with the keys of the cluster, each of them is entered.
+    keys = client.security.get_connection_args("client")
+    for address in servers:
+        client.sync(connect, address, timeout=5, **keys).abort()
+
+
+def changing(dask_scheduler: Any) -> list[str]:
+    """Handlers of the scheduler's web server that do more than show."""
+    applications = [dask_scheduler.http_application, *dask_scheduler.http_application.applications]
+    routers = [router for each in applications for router in (each.default_router, each.wildcard_router)]
+    found, methods = [], [name.lower() for name in RequestHandler.SUPPORTED_METHODS if name not in ("GET", "HEAD")]
+    while routers:
+        for rule in routers.pop().rules:
+            if isinstance(rule.target, type):
+                own = [name for name in methods if getattr(rule.target, name) is not getattr(RequestHandler, name)]
+                found += [rule.target.__name__] * bool(own)
+            else:
+                routers.append(rule.target)
+    return found
+
+
+def test_the_dashboard_changes_nothing_whatever_is_configured() -> None:
+    routes = dask.config.get("distributed.scheduler.http.routes")
+    with (
+        dask.config.set({"distributed.scheduler.http.routes": [*routes, "distributed.http.scheduler.api"]}),
+        open_cluster("cpu", 0, dashboard_address="127.0.0.1:0") as client,
+    ):
+        # Bokeh's tells browsers what they may ask for: GET.
+        assert set(client.run_on_scheduler(changing)) == {"AutoloadJsHandler"}
+        for path in ("api/v1/retire_workers", "proxy/1/127.0.0.1/status"):
+            with pytest.raises(HTTPError, match="404"):
+                urlopen(client.dashboard_link.replace("status", path), b"{}", timeout=30)
 
 
 def test_the_tomogram_that_was_begun_first_comes_first(client: Client, tmp_path: Path) -> None:

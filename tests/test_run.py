@@ -111,6 +111,7 @@ def test_one_pass_on_a_cluster_gives_what_cryosiam_gave(folder: Path, cluster: t
     before = (folder / "out" / "semantic" / "TS_a_6.80Apx_preds.h5").stat().st_mtime_ns
     output = call("run", "--config-file", "pipeline.yaml", "--scheduler-file", cluster[0], folder=folder)
     assert "lamella: done" in output and "semantic: is there already" in output
+    assert "attention: tcp://127.0.0.1:" in output and "has no TLS: every user of this machine can run" in output
     assert (folder / "out" / "semantic" / "TS_a_6.80Apx_preds.h5").stat().st_mtime_ns == before
     assert call("status", "--config-file", "pipeline.yaml", folder=folder).strip() == "2 done"
 
