@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import socket
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -488,10 +489,10 @@ def plan_run(
     ConfigurationError
         If a folder cannot even be looked into.
     """
+    run = f"{time.strftime('%Y-%m-%dT%H:%M:%S')}-{socket.gethostname()}-{os.getpid()}"
     try:
         overwrite |= overwrite_all
         plan = patiently(partial(_plan_run, configuration, filename, overwrite, overwrite_all, masks_to_come))
-        run = time.strftime("%Y-%m-%dT%H:%M:%S") + f"-{os.getpid()}"
         return replace(plan, overwrite=overwrite, overwrite_all=overwrite_all, name=name, run=run)
     except OSError as error:
         raise ConfigurationError(

@@ -28,6 +28,7 @@ from cryosiam_dask.grid import block_size_for, make_grid
 from cryosiam_dask.ledger import VERSION, read_entries, read_outcomes
 from cryosiam_dask.pipeline import Outcome
 from cryosiam_dask.plan import RunPlan, plan_run
+from cryosiam_dask.zarr_to_labels import BlockTimes
 
 STEMS = ("TS_0", "TS_1", "TS_2", "TS_3", "TS_4")
 SHAPE = (16, 32, 32)
@@ -104,6 +105,16 @@ def test_tomograms_begin_in_order_and_all_are_done(folder: Path, executor: Share
     assert {stem: values["status"] for stem, values in found.items()} == dict.fromkeys(STEMS, "done")
     assert {tuple(values["shape"]) for values in found.values()} == {SHAPE}
     assert [outcome.voxels for outcome in outcomes] == [tuple(found[stem]["voxels"]) for stem in STEMS]
+
+
+def test_blocks_are_told_apart_by_the_address_of_their_worker(
+    folder: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[BlockTimes] = []
+    monkeypatch.setattr("cryosiam_dask.pipeline.write_timeline", lambda path, times, title: found.extend(times))
+    one = plan_run(configure(folder, block_size=8), filename="TS_0.mrc")
+    run(one, Listener(), executor=DaskExecutor(client), timeline=True)
+    assert found and {block.worker for block in found} <= set(client.scheduler_info(n_workers=-1)["workers"])
 
 
 def test_what_befalls_all_ends_the_run_at_once(folder: Path, executor: SharedExecutor) -> None:
