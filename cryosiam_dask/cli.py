@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from cryosiam_dask._version import __version__
 from cryosiam_dask.errors import ClusterError, CryosiamDaskError
@@ -27,8 +28,43 @@ from cryosiam_dask.errors import ClusterError, CryosiamDaskError
 if TYPE_CHECKING:
     from cryosiam_dask.pipeline import Outcome
 
+#: Of CryoSiam's own commands that have another name here.
+_RENAMED = {"semantic-postprocessing": "semantic-postprocess"}
+#: What to do instead of those that are not here, by how their names begin; also those of its viewer.
+_NOT_HERE = {
+    "denoise": "denoise with 'cryosiam {name}' before, and write the folder that it fills into data_folder",
+    "lamella": "'cryosiam-dask semantic-predict' takes the YAML file of a lamella model, too",
+    "instance": "'cryosiam-dask components' numbers the connected components of a semantic segmentation; for instance "
+    "models go on using 'cryosiam {name}'",
+    "simsiam": "for embeddings go on using 'cryosiam {name}'",
+    "semantic-filter": "for training go on using 'cryosiam {name}'",
+    "semantic-train": "for training go on using 'cryosiam {name}'",
+    "processing": "prepare files with 'cryosiam {name}', as before",
+    "visualize": "'cryosiam_vis {name}' opens what is predicted here, with the same YAML file; report.html shows all "
+    "tomograms",
+}
+
+
+class _Commands(TyperGroup):
+    """Answers also to the names of CryoSiam's commands."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """See `click.Group`."""
+        name = args[0].lower().replace("_", "-")
+        name = _RENAMED.get(name, name)
+        if name in self.commands:
+            return super().resolve_command(ctx, [name, *args[1:]])
+        for beginning, instead in _NOT_HERE.items():
+            if name.startswith(beginning):
+                name = name.replace("-", "_")
+                _complain(f"error: cryosiam-dask has no command {name}: {instead.format(name=name)}.")
+                raise typer.Exit(2)
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="cryosiam-dask",
+    cls=_Commands,
     help="Segment cryo-electron tomograms with CryoSiam's models: lamella, then membranes, particles and filaments.",
     context_settings={
         "token_normalize_func": lambda token: token.replace("_", "-"),
@@ -471,7 +507,7 @@ def _plain_errors(drains: bool = False) -> Iterator[threading.Event]:
         yield stop
     except CryosiamDaskError as error:
         for line in str(error).splitlines():
-            Console(stderr=True).print(f"error: {line}", markup=False, highlight=False, soft_wrap=True)
+            _complain(f"error: {line}")
         raise typer.Exit(TEMPORARY if drains and isinstance(error, ClusterError) and error.temporary else 2) from None
     except Exception as error:
         from cryosiam_dask.run_log import traceback_file
@@ -479,12 +515,18 @@ def _plain_errors(drains: bool = False) -> Iterator[threading.Event]:
         path = traceback_file(error)
         if path is None:
             raise
-        text = f"error: unexpected {type(error).__name__}: {error}. This is a fault of the program: {path} says more."
-        Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+        _complain(
+            f"error: unexpected {type(error).__name__}: {error}. This is a fault of the program: {path} says more."
+        )
         raise typer.Exit(_SOFTWARE) from None
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted: complete outputs were kept, nothing is half-written")
+        _complain("interrupted: complete outputs were kept, nothing is half-written")
         raise typer.Exit(130) from None
+
+
+def _complain(message: str) -> None:
+    """Print a line to standard error as it is."""
+    Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def _exit(
@@ -497,7 +539,7 @@ def _exit(
         _print_outcomes(outcomes, warnings=list(warnings))
     left = any(outcome.status == "left" for outcome in outcomes)
     if left and stop is not None and stop.is_set():
-        Console(stderr=True).print("stopped: repeat the command to go on from here")
+        _complain("stopped: repeat the command to go on from here")
         raise typer.Exit(TEMPORARY)
     if left or any(outcome.status == "failed" for outcome in outcomes):
         raise typer.Exit(1)
