@@ -811,10 +811,21 @@ def who_else_enters(client: Client) -> str | None:
 
 
 @contextmanager
-def reported(client: Client, path: Path) -> Iterator[None]:
-    """Write Dask's report of what every worker did meanwhile to an HTML file."""
-    with client.as_current(), performance_report(filename=str(path)):
-        yield
+def reported(client: Client, path: Path, attend: Callable[[str], None]) -> Iterator[None]:
+    """Write Dask's report of what every worker did meanwhile to an HTML file, which needs no network to be read.
+
+    A page is no reason for a run to fail: what is wrong with it, `attend` is told.
+    """
+    report = performance_report(filename=str(path), mode="inline")
+    with client.as_current():
+        report.__enter__()
+        try:
+            yield
+        finally:
+            try:
+                report.__exit__(None, None, None)
+            except Exception as error:
+                attend(f"{path}: the performance report could not be written: {error}")
 
 
 class _LoggedWarnings(WorkerPlugin):  # type: ignore[misc]  # untyped

@@ -336,6 +336,8 @@ def _text(name: str, value: Any) -> str:
 
 
 def _print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
+    if not facts:
+        return  # without rows its box would be as wide as the console
     table = _table("", "")
     table.show_header = False
     for name, value in facts:

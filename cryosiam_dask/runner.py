@@ -43,6 +43,7 @@ from cryosiam_dask.errors import (
     ConfigurationError,
     CryosiamDaskError,
     DeviceError,
+    OutputError,
     Problems,
 )
 from cryosiam_dask.formats import convert_to_ome_zarr, other_formats
@@ -248,7 +249,7 @@ def segment(
             stack.enter_context(forwarded_warnings(client))
             _log_workers(client, found_device)
             if performance_report is not None:
-                stack.enter_context(reported(client, performance_report))
+                stack.enter_context(reported(client, performance_report, partial(attend, console)))
             for plan in plans:
                 if plan.jobs:
                     client.register_plugin(Setup(partial(load_predictor, plan.spec(chosen))), name=f"model {plan.name}")
@@ -561,7 +562,7 @@ def convert_file(
     source, level, dataset, overwrite
         See `cryosiam_dask.mrc_to_zarr.convert`.
     target
-        An OME-Zarr image where its name ends with ``.ome.zarr``, a single array otherwise.
+        An OME-Zarr image where its name ends with ``.ome.zarr``, a single array with ``.zarr``.
     console, workers
         See `segment`.
 
@@ -571,9 +572,15 @@ def convert_file(
         The same as JSON values: those of `cryosiam_dask.tomogram_files.TomogramHeader.attributes`, ``statistics``,
         ``shape`` (z, y, x), ``dtype``, ``target``.
     """
+    if not target.name.lower().endswith(".zarr"):
+        raise OutputError(
+            "a converted tomogram is a folder of zarr, and is called so",
+            place=target,
+            remedy=f"Call it {target.stem}.zarr, or {target.stem}.ome.zarr for an image of several levels",
+        )
     header = read_header(source, level=level, dataset=dataset)  # what is wrong is said before workers start
     require_free(target, overwrite=overwrite)
-    make = convert_to_ome_zarr if target.name.endswith(".ome.zarr") else convert
+    make = convert_to_ome_zarr if target.name.lower().endswith(".ome.zarr") else convert
     with open_cluster("cpu", 1 if header.compressed else workers or cores()) as client:
         executor = DaskExecutor(client)
         report = make(source, target, level=level, dataset=dataset, executor=executor, overwrite=overwrite)

@@ -320,6 +320,9 @@ def test_convert(folder: Path) -> None:
         np.testing.assert_array_equal(zarr.open_array(folder / "TS_0.zarr", mode="r")[:], mrc.data)
     output = call("convert", "data/TS_0.mrc", "TS_0.zarr", folder=folder, status=2)
     assert "error: " in output and "--overwrite" in output
+    output = call("convert", "data/TS_0.mrc", "x.mrc", folder=folder, status=2)
+    assert "x.mrc: a converted tomogram is a folder of zarr" in output and "Call it x.zarr, or x.ome.zarr" in output
+    assert not (folder / "x.mrc").exists()
     assert "TS_9.mrc" in call("convert", "TS_9.mrc", "x.zarr", folder=folder, status=2)
     assert not (folder / "x.zarr").exists()
 

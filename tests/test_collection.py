@@ -167,6 +167,31 @@ def test_a_stopped_run_says_what_is_left_and_goes_on(folder: Path, client: Clien
     assert contents(folder) == whole and not list((folder / "out").glob("*.zarr"))
 
 
+class Counter(Listener):
+    """A reporter that remembers which tomograms ended, and how."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended: list[tuple[str, bool]] = []
+
+    def end(self, tomogram: str, message: str, *, left: bool = False, **options: Any) -> None:
+        super().end(tomogram, message)
+        self.ended.append((tomogram, left))
+
+
+def test_a_tomogram_ends_once_whatever_is_made_of_it(folder: Path) -> None:
+    counter = Counter()
+    drained = run(plan(folder, test_files=["TS_0.mrc"]), counter, executor=Acting(SerialExecutor.drain))
+    assert [outcome.status for outcome in drained] == ["left"] and counter.ended == [("TS_0", True)]
+    # The mask is there, without what is to be measured in it; and the model inside it has nothing yet.
+    run(pipeline(folder)[:1], Listener())
+    plans = pipeline(folder, components=True)
+    assert plans[0].unmeasured and plans[1].jobs
+    counter = Counter()
+    assert {outcome.status for outcome in run(plans, counter)} == {"done"}
+    assert counter.ended == [("TS_0", False)]
+
+
 def interrupted(folder: Path, **changes: Any) -> Path:
     """Begin TS_0 and stop; returns its ledger, where some blocks are recorded."""
     (outcome,) = run(
