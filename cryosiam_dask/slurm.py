@@ -32,7 +32,15 @@ import yaml
 from distributed import Client, Status
 from distributed.security import Security
 
-from cryosiam_dask.cluster import KEEP_MEMORY, SCHEDULER, THREADS, Setup, leave_at_once, require_versions
+from cryosiam_dask.cluster import (
+    KEEP_MEMORY,
+    THREADS,
+    Setup,
+    leave_at_once,
+    own_settings,
+    require_own_address,
+    require_versions,
+)
 from cryosiam_dask.errors import ClusterError, ConfigurationError, LostClusterError
 
 #: Seconds between two looks at jobs that have ended.
@@ -85,6 +93,7 @@ def open_slurm(
         If dask-jobqueue or Slurm is missing, a job is refused, no worker comes or one has other versions.
     """
     section = read_jobs(jobs)
+    require_own_address(dashboard_address)
     from dask_jobqueue.slurm import SLURMCluster, SLURMJob
 
     refused: list[str] = []
@@ -110,7 +119,7 @@ def open_slurm(
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="Port .* is already in use")
         keys = stack.enter_context(TemporaryDirectory(prefix=".cryosiam-dask-tls-", dir=folder))
-        stack.enter_context(dask.config.set({f"jobqueue.{_NAME}": section, **SCHEDULER}))
+        stack.enter_context(dask.config.set({f"jobqueue.{_NAME}": section, **own_settings()}))
         try:
             cluster = SLURMCluster(
                 config_name=_NAME,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -507,6 +508,48 @@ def test_a_worker_that_dies_while_it_starts_is_started_again(times: int) -> None
         with pytest.raises(ClusterError, match=r"must be able to start.*failed to start.*fewer --workers"), opened:
             pass
     killing.join()
+
+
+def test_the_users_own_dask_configuration_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a site with JupyterHub, of one that demands encryption, with a folder that is not there any more."""
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("JUPYTERHUB_SERVICE_PREFIX", raising=False)
+    settings = {
+        "distributed.dashboard.link": "{JUPYTERHUB_SERVICE_PREFIX}/proxy/{port}/status",
+        "distributed.comm.require-encryption": True,
+        "temporary-directory": str(tmp_path / "file" / "x"),
+    }
+    with dask.config.set(settings):
+        with open_cluster("cpu", 1, dashboard_address="127.0.0.1:0") as client:
+            assert re.fullmatch(r"http://127\.0\.0\.1:\d+/status", client.dashboard_link)
+            assert DaskExecutor(client).map(square, [2], name="square") == [4]
+        monkeypatch.setenv("JUPYTERHUB_SERVICE_PREFIX", "/user/x")
+        assert cluster.dashboard_link() == {}  # where it can be used, it is
+        with pytest.raises(ClusterError, match=r"demands encryption.*Start it with --protocol tls"):
+            cluster.join_cluster(address="tcp://127.0.0.1:1").__enter__()
+        with pytest.raises(ClusterError, match=r"entered with its keys; found none in Dask's configuration"):
+            cluster.join_cluster(address="tls://127.0.0.1:1").__enter__()
+
+
+@pytest.mark.parametrize(
+    ("settings", "address", "match"),
+    [
+        ({"distributed.worker.preload": ["no_such_module"]}, "127.0.0.1:0", "No module named .*Look into Dask's own"),
+        ({"distributed.comm.tls.min-version": 1}, "127.0.0.1:0", "min-version=1 is not.*Look into Dask's own"),
+        (
+            {},
+            "203.0.113.77:80",
+            "--dashboard-address 203.0.113.77:80: must be an address of this machine.*requested address",
+        ),
+        ({}, "127.0.0.1:http", "must be an address of this machine and a port; found invalid literal"),
+    ],
+)
+def test_what_keeps_workers_from_starting_is_not_taken_for_memory(
+    settings: dict[str, Any], address: str, match: str
+) -> None:
+    with dask.config.set(settings), pytest.raises(ClusterError, match=match) as raised:
+        open_cluster("cpu", 1, dashboard_address=address).__enter__()
+    assert "memory" not in str(raised.value)
 
 
 def test_it_is_said_that_no_worker_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
