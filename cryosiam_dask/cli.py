@@ -8,11 +8,16 @@ interrupted.
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
+import os
+import select
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -550,6 +555,53 @@ def _print_outcomes(outcomes: Sequence[Outcome], **others: list[str]) -> None:
     print(json.dumps({"tomograms": values, **others}, indent=2, allow_nan=False))
 
 
+class _Forgiving(io.FileIO):
+    """A stream whose reader may go away and whose disk may be full: what it does not take is dropped."""
+
+    def write(self, data: Any) -> int:
+        """See `io.RawIOBase`."""
+        try:
+            while (taken := super().write(data)) is None:  # it does not wait by itself
+                select.select((), (self,), ())
+            return taken
+        except OSError:
+            return memoryview(data).nbytes
+
+
+#: What is printed beyond ASCII, and how where the stream cannot show it; the rest as Python writes it.
+_PLAIN = str.maketrans(
+    dict.fromkeys("├┡╇┩┏┳┓└┴┘┌┬┐┼┤╭╮╰╯", "+")
+    | dict.fromkeys("│┃", "|")
+    | dict.fromkeys("─━╸╺–−", "-")
+    | {"×": "x", "Å": "A", "µ": "u", "…": "...", "≤": "<=", "≥": ">="}
+)
+
+
+def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
+    """The error handler of our streams."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text, position = codecs.backslashreplace_errors(error)
+    plain = error.object[error.start : error.end].translate(_PLAIN)
+    return (plain, error.end) if plain.isascii() else (text, position)
+
+
+def _forgive_streams() -> None:
+    """Let no terminal, pipe or disk behind standard output and error end a command, or change its status."""
+    codecs.register_error("cryosiam-dask", _plain)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed: a file that is opened later must not take its place
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
+            continue
+        with suppress(OSError):  # no file behind it
+            raw = _Forgiving(stream.fileno(), "w", closefd=False)
+            stream.flush()
+            buffer = io.BufferedWriter(raw)
+            setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "cryosiam-dask", line_buffering=True))
+
+
 def main() -> None:
     """Entry point of the ``cryosiam-dask`` command."""
+    _forgive_streams()
     app()

@@ -88,7 +88,14 @@ def predicted_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_yaml(folder / "config.yaml", {**values, "block_size": BLOCK_SIZE})
     (folder / "data" / "TS_2.mrc").unlink()
     write_tomogram(folder / "data" / "TS_2.mrc", 1, LARGE)
-    call("semantic-predict", "--config-file", "config.yaml", folder=folder)
+    # In a batch job without UTF-8 whose log is on a full disk.
+    environment = {**os.environ, "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    with Path("/dev/full").open("w") as full:
+        subprocess.run(
+            [COMMAND, "semantic-predict", "--config-file", "config.yaml"],
+            cwd=folder, env=environment, stdout=full, stderr=full, check=True,
+        )  # fmt: skip
+    assert (folder / "out" / "report.html").exists()
     (folder / "out").rename(folder / "whole")
     return folder
 
@@ -113,6 +120,24 @@ for name in ("read_text", "read_bytes", "readlink", "open"):
         return _method(self, *arguments, **options)
     setattr(pathlib.Path, name, refuse)
 """
+
+
+def test_what_cannot_be_printed_ends_no_command(folder: Path) -> None:
+    def tell(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        found = subprocess.run([COMMAND, *command], cwd=folder, stderr=subprocess.PIPE, text=True, **options)
+        assert found.returncode == 0 and not found.stderr, found
+        return found
+
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    text = tell("info", "data/TS_0.mrc", env=ascii_only, stdout=subprocess.PIPE).stdout
+    assert "24 x 20 x 22" in text and "voxel size (A)" in text and "\\" not in text
+    reader, writer = os.pipe()
+    os.close(reader)  # as head does
+    tell("plan", "--config-file", "config.yaml", stdout=writer)
+    os.close(writer)
+    with Path("/dev/full").open("w") as full:
+        tell("status", "--config-file", "config.yaml", stdout=full)
+    tell("status", "--config-file", "config.yaml", "--json", preexec_fn=lambda: os.close(1))
 
 
 def test_the_main_job_with_cryosiams_own_files_and_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
