@@ -252,7 +252,7 @@ def status(
     with _plain_errors():
         from cryosiam_dask.overview import print_overview
 
-        print_overview(config_file, Console(), as_json=as_json)
+        print_overview(config_file, Console(emoji=False), as_json=as_json)
 
 
 @app.command()
@@ -334,7 +334,7 @@ def report(config_file: ConfigFile) -> None:
     with _plain_errors():
         from cryosiam_dask.runner import report_again
 
-        report_again(config_file, Console())
+        report_again(config_file, Console(emoji=False))
 
 
 @app.command()
@@ -389,7 +389,7 @@ def plan(
         from cryosiam_dask.look import show_plan
 
         found = show_plan(
-            config_file, Console(), filename=filename, workers=workers, overwrite=overwrite,
+            config_file, Console(emoji=False), filename=filename, workers=workers, overwrite=overwrite,
             overwrite_all=overwrite_all, as_json=as_json, device=device.value,
         )  # fmt: skip
         if found:
@@ -410,7 +410,7 @@ def info(
     with _plain_errors():
         from cryosiam_dask.look import show_file
 
-        show_file(path, Console(), as_json=as_json)
+        show_file(path, Console(emoji=False), as_json=as_json)
 
 
 @app.command()
@@ -479,7 +479,7 @@ def _console(quiet: bool, verbose: bool, as_json: bool = False) -> Console:
     """Where a command prints what people read."""
     if quiet and verbose:
         raise typer.BadParameter("--quiet and --verbose contradict each other")
-    console = Console(quiet=quiet, stderr=as_json)
+    console = Console(emoji=False, quiet=quiet, stderr=as_json)
     if verbose:
         from cryosiam_dask.run_log import print_log
 
@@ -531,7 +531,7 @@ def _plain_errors(drains: bool = False) -> Iterator[threading.Event]:
 
 def _complain(message: str) -> None:
     """Print a line to standard error as it is."""
-    Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
+    Console(emoji=False, stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def _exit(

@@ -19,6 +19,7 @@ import math
 import os
 import platform
 import queue
+import re
 import signal
 import socket
 import statistics
@@ -443,8 +444,10 @@ class _Step:
     def __post_init__(self) -> None:
         self.waiting = deque(range(len(self.items)))
         self.tries = [0] * len(self.items)
-        # The dashboard groups tasks by the first word, and within it by all of this.
-        self.prefix = "-".join(filter(None, (self.name, self.tomogram, uuid.uuid4().hex)))
+        # The dashboard groups tasks by the first word, and within it by all of this. Keys are ASCII: a file name may be
+        # what no message can carry.
+        tomogram = re.sub(r"[^A-Za-z0-9_.+-]", "_", self.tomogram)
+        self.prefix = "-".join(filter(None, (self.name, tomogram, uuid.uuid4().hex)))
         self.call = _Call(dumps(self.function), not self.overlap)
 
     @property
@@ -930,9 +933,17 @@ class _LoggedWarnings(WorkerPlugin):  # type: ignore[misc]  # untyped
 
     def setup(self, worker: Any) -> None:
         logging.captureWarnings(True)
+        logging.getLogger("py.warnings").addFilter(_as_text)
 
     def teardown(self, worker: Any) -> None:
         logging.captureWarnings(False)
+        logging.getLogger("py.warnings").removeFilter(_as_text)
+
+
+def _as_text(record: logging.LogRecord) -> bool:
+    """Let a record hold what a message can carry: names of files need not be UTF-8."""
+    record.msg, record.args = record.getMessage().encode("utf-8", "backslashreplace").decode(), None
+    return True
 
 
 @contextmanager

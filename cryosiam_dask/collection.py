@@ -99,6 +99,19 @@ def run(
     return outcomes
 
 
+def outcomes_before(plans: Sequence[RunPlan]) -> list[Outcome]:
+    """What is known before anything is begun: which tomograms are skipped, and which have failed of their names."""
+    refused: dict[str, Outcome] = {}
+    for plan in plans:
+        for stem, error in plan.refused:
+            kind = type(error).__name__
+            refused.setdefault(stem, Outcome(stem, "failed", error=str(error), kind=kind, stage=plan.name))
+    return [
+        *refused.values(),
+        *(Outcome(job.stem, "skipped", stage=plan.name) for plan in plans for job in plan.skipped),
+    ]
+
+
 def make_folders(plan: RunPlan) -> None:
     """Make the folders that a run writes to.
 
@@ -189,7 +202,7 @@ class _Collection:
     ) -> None:
         self.reporter, self.device, self.executor, self.timeline = reporter, device, executor, timeline
         self.stop, self.claims = stop, claims
-        self.skipped = [Outcome(job.stem, "skipped", stage=plan.name) for plan in plans for job in plan.skipped]
+        self.skipped = outcomes_before(plans)
         works: dict[str, _Work] = {}
         for plan in plans:
             for job in plan.jobs:

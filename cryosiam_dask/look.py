@@ -208,7 +208,7 @@ def _of_disks(disks: Sequence[Disk]) -> list[tuple[str, str]]:
 
 
 def _print_problems(problems: Sequence[str]) -> None:
-    errors = Console(stderr=True)
+    errors = Console(emoji=False, stderr=True)
     for problem in problems:
         _say(errors, f"error: {problem}")
 
@@ -352,7 +352,7 @@ def _table(*headings: str) -> Table:
 
 def _unbroken(console: Console) -> Console:
     """Where nobody sees the lines end, none is broken, so that scripts find every value whole."""
-    return console if console.is_terminal else Console(file=console.file, width=10_000)
+    return console if console.is_terminal else Console(emoji=False, file=console.file, width=10_000)
 
 
 def _say(console: Console, message: str) -> None:

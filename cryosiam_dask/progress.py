@@ -212,7 +212,7 @@ class FileReporter(LogReporter):
     """
 
     def __init__(self, total: int) -> None:
-        super().__init__(Console(quiet=True), total, interval=60.0)
+        super().__init__(Console(emoji=False, quiet=True), total, interval=60.0)
 
     def say(self, message: str) -> None:
         """See `Reporter`."""

@@ -36,7 +36,7 @@ from cryosiam_dask.cluster import (
     versions,
     who_else_enters,
 )
-from cryosiam_dask.collection import make_folders, remove_left_overs, run
+from cryosiam_dask.collection import make_folders, outcomes_before, remove_left_overs, run
 from cryosiam_dask.config import STAGES, Configuration, read_configuration, read_pipeline
 from cryosiam_dask.errors import (
     ClusterError,
@@ -197,12 +197,14 @@ def segment(
         )  # fmt: skip
         for note in plan.notes:
             say(console, f"note: {note}")
+        for stem, why in plan.refused:
+            LOG.error("%s: %s", stem, why, extra=TOLD)
         for job in plan.skipped:
             say(console, f"{job.stem}: skipped, {job.output} was made from the same input, checkpoint and settings")
         for job in plan.unmeasured:
             say(console, f"{job.stem}: {job.output} is up to date, {plan.outdated(job)}")
     if not any(plan.jobs or plan.unmeasured for plan in plans):
-        outcomes = [Outcome(job.stem, "skipped", stage=plan.name) for plan in plans for job in plan.skipped]
+        outcomes = outcomes_before(plans)
         print_table(console, outcomes)
         for plan in plans:
             report_on(plan.configuration, _of_stage(outcomes, plan), console)
@@ -696,7 +698,7 @@ def print_table(console: Console, outcomes: Sequence[Outcome]) -> None:
             f"{outcome.seconds:.1f}" if outcome.seconds else "",
             "  ".join(f"{n:,}" for n in outcome.voxels),
         )
-    wide = console if console.is_terminal else Console(file=console.file, width=160, quiet=console.quiet)
+    wide = console if console.is_terminal else Console(emoji=False, file=console.file, width=160, quiet=console.quiet)
     wide.print(table)
     for outcome in outcomes:
         for warning in outcome.warnings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import queue
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -550,6 +552,24 @@ def test_what_keeps_workers_from_starting_is_not_taken_for_memory(
     with dask.config.set(settings), pytest.raises(ClusterError, match=match) as raised:
         open_cluster("cpu", 1, dashboard_address=address).__enter__()
     assert "memory" not in str(raised.value)
+
+
+def warn_of(path: str) -> int:
+    warnings.warn(f"{path} is odd", stacklevel=1)
+    return os.getpid()
+
+
+def test_a_warning_of_a_name_that_is_not_utf8_costs_no_worker(client: Client, caplog: pytest.LogCaptureFixture) -> None:
+    client.wait_for_workers(2)
+    odd = os.fsdecode(b"/data/\xb5 dir/x.mrc")
+    with cluster.forwarded_warnings(client), caplog.at_level(logging.WARNING, "py.warnings"):
+        before = set(client.run(os.getpid).values())
+        executor = DaskExecutor(client)
+        assert set(executor.share(odd, 0, lambda *_: None).map(warn_of, [odd] * 4, name="warn")) <= before
+        while "is odd" not in caplog.text:
+            time.sleep(0.01)
+        assert set(client.run(os.getpid).values()) == before
+    assert "/data/\\udcb5 dir/x.mrc is odd" in caplog.text
 
 
 def test_it_is_said_that_no_worker_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
