@@ -11,13 +11,27 @@
 set -u
 scheduler_file=$PWD/scheduler-$SLURM_JOB_ID.json # on a disk that all nodes see
 
-# Anyone on the nodes' network who finds the scheduler can run programs as you, unless Dask is configured for TLS:
-# https://distributed.dask.org/en/stable/tls.html, and --protocol tls here.
+# Keys for this allocation alone, without which nobody enters the scheduler and the workers.
+keys=$PWD/.dask-keys-$SLURM_JOB_ID # on the same disk
+mkdir -p -m 700 "$keys" || exit
+trap 'rm -rf "$keys"' EXIT
+python - "$keys" <<'END' || exit
+import sys
+from pathlib import Path
+from distributed.security import Security
+for name, text in Security.temporary().get_tls_config_for_role("worker").items():
+    if text:
+        Path(sys.argv[1], name).write_text(text)
+END
+export DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION=True DASK_DISTRIBUTED__COMM__TLS__CA_FILE=$keys/ca_file
+for who in CLIENT SCHEDULER WORKER; do
+    export "DASK_DISTRIBUTED__COMM__TLS__${who}__CERT=$keys/cert" "DASK_DISTRIBUTED__COMM__TLS__${who}__KEY=$keys/key"
+done
 # Dask's scheduler keeps the last 1000 messages to each worker; with many workers that is gigabytes.
 export DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH=100
-dask scheduler --scheduler-file "$scheduler_file" --dashboard-address 127.0.0.1:8787 &
+dask scheduler --protocol tls --scheduler-file "$scheduler_file" --dashboard-address 127.0.0.1:8787 &
 # One process for each GPU of a node, pinned to it; four threads, so that it reads and writes while it computes.
-srun dask cuda worker --scheduler-file "$scheduler_file" --nthreads 4 --death-timeout 300 &
+srun dask cuda worker --scheduler-file "$scheduler_file" --nthreads 4 --no-dashboard --death-timeout 300 &
 until [ -s "$scheduler_file" ]; do sleep 1; done
 
 cryosiam-dask run --config-file "$1" --scheduler-file "$scheduler_file" --device cuda &

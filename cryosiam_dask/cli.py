@@ -8,11 +8,16 @@ interrupted.
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
+import os
+import select
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -20,6 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from cryosiam_dask._version import __version__
 from cryosiam_dask.errors import ClusterError, CryosiamDaskError
@@ -27,8 +33,43 @@ from cryosiam_dask.errors import ClusterError, CryosiamDaskError
 if TYPE_CHECKING:
     from cryosiam_dask.pipeline import Outcome
 
+#: Of CryoSiam's own commands that have another name here.
+_RENAMED = {"semantic-postprocessing": "semantic-postprocess"}
+#: What to do instead of those that are not here, by how their names begin; also those of its viewer.
+_NOT_HERE = {
+    "denoise": "denoise with 'cryosiam {name}' before, and write the folder that it fills into data_folder",
+    "lamella": "'cryosiam-dask semantic-predict' takes the YAML file of a lamella model, too",
+    "instance": "'cryosiam-dask components' numbers the connected components of a semantic segmentation; for instance "
+    "models go on using 'cryosiam {name}'",
+    "simsiam": "for embeddings go on using 'cryosiam {name}'",
+    "semantic-filter": "for training go on using 'cryosiam {name}'",
+    "semantic-train": "for training go on using 'cryosiam {name}'",
+    "processing": "prepare files with 'cryosiam {name}', as before",
+    "visualize": "'cryosiam_vis {name}' opens what is predicted here, with the same YAML file; report.html shows all "
+    "tomograms",
+}
+
+
+class _Commands(TyperGroup):
+    """Answers also to the names of CryoSiam's commands."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """See `click.Group`."""
+        name = args[0].lower().replace("_", "-")
+        name = _RENAMED.get(name, name)
+        if name in self.commands:
+            return super().resolve_command(ctx, [name, *args[1:]])
+        for beginning, instead in _NOT_HERE.items():
+            if name.startswith(beginning):
+                name = name.replace("-", "_")
+                _complain(f"error: cryosiam-dask has no command {name}: {instead.format(name=name)}.")
+                raise typer.Exit(2)
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="cryosiam-dask",
+    cls=_Commands,
     help="Segment cryo-electron tomograms with CryoSiam's models: lamella, then membranes, particles and filaments.",
     context_settings={
         "token_normalize_func": lambda token: token.replace("_", "-"),
@@ -211,7 +252,7 @@ def status(
     with _plain_errors():
         from cryosiam_dask.overview import print_overview
 
-        print_overview(config_file, Console(), as_json=as_json)
+        print_overview(config_file, Console(emoji=False), as_json=as_json)
 
 
 @app.command()
@@ -293,7 +334,7 @@ def report(config_file: ConfigFile) -> None:
     with _plain_errors():
         from cryosiam_dask.runner import report_again
 
-        report_again(config_file, Console())
+        report_again(config_file, Console(emoji=False))
 
 
 @app.command()
@@ -348,7 +389,7 @@ def plan(
         from cryosiam_dask.look import show_plan
 
         found = show_plan(
-            config_file, Console(), filename=filename, workers=workers, overwrite=overwrite,
+            config_file, Console(emoji=False), filename=filename, workers=workers, overwrite=overwrite,
             overwrite_all=overwrite_all, as_json=as_json, device=device.value,
         )  # fmt: skip
         if found:
@@ -369,7 +410,7 @@ def info(
     with _plain_errors():
         from cryosiam_dask.look import show_file
 
-        show_file(path, Console(), as_json=as_json)
+        show_file(path, Console(emoji=False), as_json=as_json)
 
 
 @app.command()
@@ -438,7 +479,7 @@ def _console(quiet: bool, verbose: bool, as_json: bool = False) -> Console:
     """Where a command prints what people read."""
     if quiet and verbose:
         raise typer.BadParameter("--quiet and --verbose contradict each other")
-    console = Console(quiet=quiet, stderr=as_json)
+    console = Console(emoji=False, quiet=quiet, stderr=as_json)
     if verbose:
         from cryosiam_dask.run_log import print_log
 
@@ -471,7 +512,7 @@ def _plain_errors(drains: bool = False) -> Iterator[threading.Event]:
         yield stop
     except CryosiamDaskError as error:
         for line in str(error).splitlines():
-            Console(stderr=True).print(f"error: {line}", markup=False, highlight=False, soft_wrap=True)
+            _complain(f"error: {line}")
         raise typer.Exit(TEMPORARY if drains and isinstance(error, ClusterError) and error.temporary else 2) from None
     except Exception as error:
         from cryosiam_dask.run_log import traceback_file
@@ -479,12 +520,18 @@ def _plain_errors(drains: bool = False) -> Iterator[threading.Event]:
         path = traceback_file(error)
         if path is None:
             raise
-        text = f"error: unexpected {type(error).__name__}: {error}. This is a fault of the program: {path} says more."
-        Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+        _complain(
+            f"error: unexpected {type(error).__name__}: {error}. This is a fault of the program: {path} says more."
+        )
         raise typer.Exit(_SOFTWARE) from None
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted: complete outputs were kept, nothing is half-written")
+        _complain("interrupted: complete outputs were kept, nothing is half-written")
         raise typer.Exit(130) from None
+
+
+def _complain(message: str) -> None:
+    """Print a line to standard error as it is."""
+    Console(emoji=False, stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def _exit(
@@ -497,7 +544,7 @@ def _exit(
         _print_outcomes(outcomes, warnings=list(warnings))
     left = any(outcome.status == "left" for outcome in outcomes)
     if left and stop is not None and stop.is_set():
-        Console(stderr=True).print("stopped: repeat the command to go on from here")
+        _complain("stopped: repeat the command to go on from here")
         raise typer.Exit(TEMPORARY)
     if left or any(outcome.status == "failed" for outcome in outcomes):
         raise typer.Exit(1)
@@ -508,6 +555,53 @@ def _print_outcomes(outcomes: Sequence[Outcome], **others: list[str]) -> None:
     print(json.dumps({"tomograms": values, **others}, indent=2, allow_nan=False))
 
 
+class _Forgiving(io.FileIO):
+    """A stream whose reader may go away and whose disk may be full: what it does not take is dropped."""
+
+    def write(self, data: Any) -> int:
+        """See `io.RawIOBase`."""
+        try:
+            while (taken := super().write(data)) is None:  # it does not wait by itself
+                select.select((), (self,), ())
+            return taken
+        except OSError:
+            return memoryview(data).nbytes
+
+
+#: What is printed beyond ASCII, and how where the stream cannot show it; the rest as Python writes it.
+_PLAIN = str.maketrans(
+    dict.fromkeys("├┡╇┩┏┳┓└┴┘┌┬┐┼┤╭╮╰╯", "+")
+    | dict.fromkeys("│┃", "|")
+    | dict.fromkeys("─━╸╺–−", "-")
+    | {"×": "x", "Å": "A", "µ": "u", "…": "...", "≤": "<=", "≥": ">="}
+)
+
+
+def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
+    """The error handler of our streams."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text, position = codecs.backslashreplace_errors(error)
+    plain = error.object[error.start : error.end].translate(_PLAIN)
+    return (plain, error.end) if plain.isascii() else (text, position)
+
+
+def _forgive_streams() -> None:
+    """Let no terminal, pipe or disk behind standard output and error end a command, or change its status."""
+    codecs.register_error("cryosiam-dask", _plain)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed: a file that is opened later must not take its place
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
+            continue
+        with suppress(OSError):  # no file behind it
+            raw = _Forgiving(stream.fileno(), "w", closefd=False)
+            stream.flush()
+            buffer = io.BufferedWriter(raw)
+            setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "cryosiam-dask", line_buffering=True))
+
+
 def main() -> None:
     """Entry point of the ``cryosiam-dask`` command."""
+    _forgive_streams()
     app()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import errno
 import heapq
 import json
 import logging
@@ -18,9 +19,11 @@ import math
 import os
 import platform
 import queue
+import re
 import signal
 import socket
 import statistics
+import tempfile
 import threading
 import time
 import uuid
@@ -30,7 +33,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.metadata import version as package_version
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -41,7 +43,9 @@ from dask.utils import key_split
 from distributed import Client, Future, KilledWorker, LocalCluster, SchedulerPlugin, WorkerPlugin, performance_report
 from distributed.comm import CommClosedError, get_address_host_port
 from distributed.protocol.pickle import dumps, loads
+from distributed.security import Security
 from distributed.system import MEMORY_LIMIT
+from distributed.utils import clean_dashboard_address
 
 from cryosiam_dask._version import __version__
 from cryosiam_dask.errors import (
@@ -60,8 +64,18 @@ from cryosiam_dask.run_log import LOG
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": 8_000_000_000, "MALLOC_MMAP_MAX_": 0, "MALLOC_ARENA_MAX": 1}
 
 #: Dask would give a worker up whose replacement is not there within 15 s, less than its imports may take; and keep, for
-#: each worker, the last 1000 messages that it was sent, each with a call.
-_SCHEDULER = {"distributed.deploy.lost-worker-timeout": "10 minutes", "distributed.admin.low-level-log-length": 100}
+#: each worker, the last 1000 messages that it was sent, each with a call. Its web servers have no password: they show,
+#: and serve nothing that changes or reaches anything, whatever a configuration adds (``api`` retires workers, ``proxy``
+#: passes requests on to other servers).
+_SCHEDULER: dict[str, Any] = {
+    "distributed.deploy.lost-worker-timeout": "10 minutes",
+    "distributed.admin.low-level-log-length": 100,
+    "distributed.scheduler.http.routes": [
+        *(f"distributed.http.scheduler.{name}" for name in ("prometheus", "info", "json")),
+        *(f"distributed.http.{name}" for name in ("health", "statics")),
+    ],
+    "distributed.worker.http.routes": ["distributed.http.worker.prometheus", "distributed.http.health"],
+}
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -430,8 +444,10 @@ class _Step:
     def __post_init__(self) -> None:
         self.waiting = deque(range(len(self.items)))
         self.tries = [0] * len(self.items)
-        # The dashboard groups tasks by the first word, and within it by all of this.
-        self.prefix = "-".join(filter(None, (self.name, self.tomogram, uuid.uuid4().hex)))
+        # The dashboard groups tasks by the first word, and within it by all of this. Keys are ASCII: a file name may be
+        # what no message can carry.
+        tomogram = re.sub(r"[^A-Za-z0-9_.+-]", "_", self.tomogram)
+        self.prefix = "-".join(filter(None, (self.name, tomogram, uuid.uuid4().hex)))
         self.call = _Call(dumps(self.function), not self.overlap)
 
     @property
@@ -610,6 +626,8 @@ def open_cluster(
 ) -> Iterator[Client]:
     """Start workers on this machine and close them at the end.
 
+    Keys that live in the memory of these processes alone keep everybody else out, other users of the machine included.
+
     Parameters
     ----------
     device
@@ -630,30 +648,100 @@ def open_cluster(
     DeviceError
         If GPUs were asked for and dask-cuda or enough GPUs are missing.
     ClusterError
-        If workers die while they start, again and again.
+        If workers die while they start, again and again, or cannot start at all, or the dashboard cannot listen there.
     """
+    require_own_address(dashboard_address)
+    settings = own_settings(scratch)
     options: dict[str, Any] = {
         "dashboard_address": dashboard_address,
-        "host": "127.0.0.1",  # nobody else on the network may submit work
+        "host": "127.0.0.1",  # out of the network's reach; other users of this machine have no key
+        "protocol": "tls://",
         "memory_limit": None,  # the number of workers is chosen by memory; a paused worker would only hang
-        "local_directory": scratch,
+        "local_directory": settings["temporary-directory"],
         "silence_logs": logging.CRITICAL,
     }
     environment = "distributed.nanny.pre-spawn-environ"
     with (
         _interrupts_are_ours(),
         warnings.catch_warnings(),
-        dask.config.set({environment: dask.config.get(environment) | KEEP_MEMORY, **_SCHEDULER}),
+        dask.config.set({environment: dask.config.get(environment) | KEEP_MEMORY, **settings}),
     ):
         warnings.filterwarnings("ignore", message="Port .* is already in use")
         if device == "cuda":
-            cluster = _started(partial(_cuda_cluster, workers, options))
+            cluster = _started(lambda: _cuda_cluster(workers, {"security": Security.temporary(), **options}))
         else:
-            make = partial(LocalCluster, n_workers=workers, threads_per_worker=THREADS, processes=True, **options)
-            cluster = _started(make)
-    with dask.config.set(_SCHEDULER), cluster, Client(cluster, set_as_default=False) as client:
+            options |= {"n_workers": workers, "threads_per_worker": THREADS, "processes": True}
+            cluster = _started(lambda: LocalCluster(security=Security.temporary(), **options))
+    with dask.config.set(settings), cluster, Client(cluster, set_as_default=False) as client:
         client.register_plugin(Setup(leave_at_once), name="leave")
         yield client
+
+
+def own_settings(scratch: str | None = None) -> dict[str, Any]:
+    """What a cluster that is started here needs of Dask's configuration, whatever the user's own says.
+
+    Parameters
+    ----------
+    scratch
+        Folder for Dask's own temporary files; by default that of the configuration, or of the system. One that cannot
+        be used is passed over, as next to nothing is written there.
+
+    Raises
+    ------
+    ClusterError
+        If no such folder can be used.
+    """
+    return _SCHEDULER | dashboard_link() | {"temporary-directory": _temporary_folder(scratch)}
+
+
+def require_own_address(dashboard_address: str) -> None:
+    """Refuse an address for the dashboard at which this machine cannot listen.
+
+    Raises
+    ------
+    ClusterError
+        With what the system says.
+    """
+    try:
+        for each in clean_dashboard_address(dashboard_address):
+            host = str(each["address"] or "")
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            socket.create_server((host.strip("[]"), 0), family=family).close()
+    except (OSError, ValueError, UnicodeError) as error:
+        raise ClusterError(
+            "must be an address of this machine and a port",
+            place=f"--dashboard-address {dashboard_address}",
+            value=error,
+            remedy="Such as 127.0.0.1:8787",
+        ) from None
+
+
+def dashboard_link() -> dict[str, str]:
+    """Dask's setting of the dashboard's address as users see it, where theirs names variables that are not set here."""
+    try:
+        dask.config.get("distributed.dashboard.link").format(**{**os.environ, "scheme": "", "host": "", "port": ""})
+    except (AttributeError, LookupError, ValueError):
+        return {"distributed.dashboard.link": "{scheme}://{host}:{port}/status"}
+    return {}
+
+
+def _temporary_folder(scratch: str | None) -> str:
+    why: OSError | None = None
+    for wanted in (scratch, dask.config.get("temporary-directory", None), None):
+        try:
+            folder = str(wanted or tempfile.gettempdir())
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder):
+                return folder
+        except OSError as error:
+            why = error
+            LOG.warning("%s cannot be used for temporary files: %s", wanted or "the system's folder", error)
+    raise ClusterError(
+        "a folder for temporary files must be there, and room in it",
+        place="this machine",
+        value=why,
+        remedy="Set TMPDIR to one that can be written to",
+    )
 
 
 def _started(make: Callable[[], Any]) -> Any:
@@ -661,14 +749,27 @@ def _started(make: Callable[[], Any]) -> Any:
     for left in reversed(range(_TRIES)):
         try:
             return make()
-        except RuntimeError as error:
-            if not left:
+        except CryosiamDaskError:
+            raise
+        except Exception as error:
+            cause: BaseException = error
+            while cause.__cause__:
+                cause = cause.__cause__
+            # Of a process that dies or does not answer no more is told than that it did not start.
+            died = isinstance(cause, RuntimeError | TimeoutError | CommClosedError)
+            if not (died and left):
                 raise ClusterError(
                     "worker processes must be able to start",
                     place="this machine",
-                    value=str(error.__cause__ or error).rstrip("."),
-                    remedy="Look whether it has memory left for them, use fewer --workers, and repeat the command",
+                    value=str(cause).rstrip(".") if died else f"{type(cause).__name__}: {str(cause).rstrip('.')}",
+                    remedy=_remedy(cause, died),
                 ) from error
+
+
+def _remedy(cause: BaseException, died: bool) -> str:
+    if died or isinstance(cause, MemoryError) or getattr(cause, "errno", None) in (errno.ENOMEM, errno.EAGAIN):
+        return "Look whether it has memory left for them, use fewer --workers, and repeat the command"
+    return "Look into Dask's own configuration (~/.config/dask, /etc/dask, and DASK_... in the environment)"
 
 
 #: Seconds in which a scheduler must answer, and in which it must have a worker.
@@ -708,6 +809,7 @@ def join_cluster(
         If nobody answers, no worker comes, or a worker has other versions of what results depend on.
     """
     place = f"--scheduler-file {scheduler_file}" if scheduler_file else f"--scheduler {address}"
+    encrypted = bool(dask.config.get("distributed.comm.require-encryption"))
     if scheduler_file is not None:
         try:
             address = str(json.loads(scheduler_file.read_text())["address"])
@@ -724,13 +826,26 @@ def join_cluster(
             socket.create_connection(get_address_host_port(str(address)), timeout=_ANSWER_SECONDS).close()
             client = Client(address, timeout=_ANSWER_SECONDS, set_as_default=False)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
+        if str(address).startswith("tls://") and not Security().tls_ca_file:
+            raise ClusterError(
+                "a scheduler with TLS is entered with its keys",
+                place=place,
+                value="none in Dask's configuration",
+                remedy="Set distributed.comm.tls there, as for the scheduler: ca-file, and cert and key of the client",
+            ) from None
+        if encrypted and str(address).startswith("tcp://"):
+            raise ClusterError(
+                "Dask's configuration demands encryption, and this scheduler has none",
+                place=place,
+                remedy="Start it with --protocol tls, or unset distributed.comm.require-encryption",
+            ) from None
         raise ClusterError(
             "a Dask scheduler must answer",
             place=place,
             value=f"none within {_ANSWER_SECONDS} s ({str(error).splitlines()[0]})",
             remedy="Check the address, and that the scheduler runs and a firewall lets it be reached",
         ) from None
-    with _silent(), client:
+    with _silent(), dask.config.set(dashboard_link()), client:
         try:
             client.wait_for_workers(workers or 1, timeout=seconds)
         except TimeoutError:
@@ -787,17 +902,30 @@ def is_loopback(address: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def is_open_to_the_network(client: Client) -> bool:
-    """Whether whoever reaches the scheduler's machine can have the workers run what he likes."""
+def who_else_enters(client: Client) -> str | None:
+    """Who can have the workers of a scheduler run what he likes, beside its owner; ``None``: nobody."""
     address = str(client.scheduler.address)
-    return not address.startswith(("tls://", "wss://", "inproc://")) and not is_loopback(address)
+    if address.startswith(("tls://", "wss://", "inproc://")):
+        return None
+    return "every user of this machine" if is_loopback(address) else "whoever reaches it"
 
 
 @contextmanager
-def reported(client: Client, path: Path) -> Iterator[None]:
-    """Write Dask's report of what every worker did meanwhile to an HTML file."""
-    with client.as_current(), performance_report(filename=str(path)):
-        yield
+def reported(client: Client, path: Path, attend: Callable[[str], None]) -> Iterator[None]:
+    """Write Dask's report of what every worker did meanwhile to an HTML file, which needs no network to be read.
+
+    A page is no reason for a run to fail: what is wrong with it, `attend` is told.
+    """
+    report = performance_report(filename=str(path), mode="inline")
+    with client.as_current():
+        report.__enter__()
+        try:
+            yield
+        finally:
+            try:
+                report.__exit__(None, None, None)
+            except Exception as error:
+                attend(f"{path}: the performance report could not be written: {error}")
 
 
 class _LoggedWarnings(WorkerPlugin):  # type: ignore[misc]  # untyped
@@ -805,9 +933,17 @@ class _LoggedWarnings(WorkerPlugin):  # type: ignore[misc]  # untyped
 
     def setup(self, worker: Any) -> None:
         logging.captureWarnings(True)
+        logging.getLogger("py.warnings").addFilter(_as_text)
 
     def teardown(self, worker: Any) -> None:
         logging.captureWarnings(False)
+        logging.getLogger("py.warnings").removeFilter(_as_text)
+
+
+def _as_text(record: logging.LogRecord) -> bool:
+    """Let a record hold what a message can carry: names of files need not be UTF-8."""
+    record.msg, record.args = record.getMessage().encode("utf-8", "backslashreplace").decode(), None
+    return True
 
 
 @contextmanager

@@ -99,6 +99,19 @@ def run(
     return outcomes
 
 
+def outcomes_before(plans: Sequence[RunPlan]) -> list[Outcome]:
+    """What is known before anything is begun: which tomograms are skipped, and which have failed of their names."""
+    refused: dict[str, Outcome] = {}
+    for plan in plans:
+        for stem, error in plan.refused:
+            kind = type(error).__name__
+            refused.setdefault(stem, Outcome(stem, "failed", error=str(error), kind=kind, stage=plan.name))
+    return [
+        *refused.values(),
+        *(Outcome(job.stem, "skipped", stage=plan.name) for plan in plans for job in plan.skipped),
+    ]
+
+
 def make_folders(plan: RunPlan) -> None:
     """Make the folders that a run writes to.
 
@@ -189,7 +202,7 @@ class _Collection:
     ) -> None:
         self.reporter, self.device, self.executor, self.timeline = reporter, device, executor, timeline
         self.stop, self.claims = stop, claims
-        self.skipped = [Outcome(job.stem, "skipped", stage=plan.name) for plan in plans for job in plan.skipped]
+        self.skipped = outcomes_before(plans)
         works: dict[str, _Work] = {}
         for plan in plans:
             for job in plan.jobs:
@@ -205,6 +218,7 @@ class _Collection:
             work.order = order
         self.elsewhere: deque[_Work] = deque()
         self.active: list[_Work] = []
+        self.others: dict[str, tuple[bool, int]] = {}  # of tomograms of which another work is left: failed, voxels
         self.ended: queue.SimpleQueue[_Work] = queue.SimpleQueue()
         self.blocks = 1  # of a tomogram, as far as known
         self.over = False
@@ -331,11 +345,12 @@ class _Collection:
             self.reporter.say(f"{work.stem}: left to another run, which took it over while this one stood still")
             self.elsewhere.append(work)
             return
-        message, failed, voxels = "left as it is, to go on from here", False, 0
+        failed, voxels = self.others.pop(work.stem, (False, 0))
+        message, left = "left as it is, to go on from here", len(work.outcomes) < len(work.jobs)
         for outcome, (_, job) in zip(work.outcomes, work.jobs, strict=False):
             stage = f"{outcome.stage}: " if outcome.stage else ""
             if outcome.status == "failed":
-                message, failed = f"{stage}FAILED: {outcome.error}", True
+                message, failed, left = f"{stage}FAILED: {outcome.error}", True, False
                 self._consider(outcome)
             elif outcome.status == "done":
                 self.failures.clear()
@@ -346,7 +361,13 @@ class _Collection:
                 message = f"{stage}is there already, {job.output}"
             if outcome is not work.outcomes[-1]:
                 self.reporter.say(f"{work.stem}: {message}")
-        self.reporter.end(work.stem, message, failed=failed, voxels=voxels)
+        if any(other.stem == work.stem for other in (*self.waiting, *self.active, *self.elsewhere)):
+            self.others[work.stem] = failed, voxels  # what another model lacks of it is still to come
+            self.reporter.say(f"{work.stem}: {message}")
+        elif left:
+            self.reporter.end(work.stem, message, left=True)
+        else:
+            self.reporter.end(work.stem, message, failed=failed, voxels=voxels)
 
     def _consider(self, outcome: Outcome) -> None:
         """End the run if what a tomogram failed of will befall all others."""

@@ -342,6 +342,7 @@ def _stage(plan: RunPlan, workers: int, memory_bytes: int | None, converted: Col
             )
             for job in plan.skipped
         ),
+        *(TomogramForecast(stem, Path(error.place), "refuse", problems=(str(error),)) for stem, error in plan.refused),
     ]
     tomograms.sort(key=lambda tomogram: tomogram.source)
     notes = list(plan.notes)

@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 import threading
 import time
 import uuid
@@ -457,11 +458,16 @@ def process_is_gone(content: bytes) -> bool:
         return False
 
 
+@cache
 def boot_id() -> str:
-    """A name of this start of this machine; what was not forced to its disk survives no other."""
+    """A name of this start of this machine, or none; what was not forced to its disk survives no other."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
+    except OSError:  # no Linux; macOS has one of its own
+        command = ["sysctl", "-n", "kern.bootsessionuuid"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return ""
 
 

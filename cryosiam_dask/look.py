@@ -208,7 +208,7 @@ def _of_disks(disks: Sequence[Disk]) -> list[tuple[str, str]]:
 
 
 def _print_problems(problems: Sequence[str]) -> None:
-    errors = Console(stderr=True)
+    errors = Console(emoji=False, stderr=True)
     for problem in problems:
         _say(errors, f"error: {problem}")
 
@@ -336,6 +336,8 @@ def _text(name: str, value: Any) -> str:
 
 
 def _print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
+    if not facts:
+        return  # without rows its box would be as wide as the console
     table = _table("", "")
     table.show_header = False
     for name, value in facts:
@@ -350,7 +352,7 @@ def _table(*headings: str) -> Table:
 
 def _unbroken(console: Console) -> Console:
     """Where nobody sees the lines end, none is broken, so that scripts find every value whole."""
-    return console if console.is_terminal else Console(file=console.file, width=10_000)
+    return console if console.is_terminal else Console(emoji=False, file=console.file, width=10_000)
 
 
 def _say(console: Console, message: str) -> None:

@@ -69,13 +69,13 @@ class Meter:
         """See `cryosiam_dask.progress.Reporter`."""
         self._reporter.step(tomogram, name, done, total)
 
-    def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0) -> None:
+    def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0, left: bool = False) -> None:
         """See `cryosiam_dask.progress.Reporter`."""
         with self._lock:
             self._voxels += voxels
             if failed or voxels:
                 self._tomograms[_OUTCOMES[failed]] += 1
-        self._reporter.end(tomogram, message, failed=failed, voxels=voxels)
+        self._reporter.end(tomogram, message, failed=failed, voxels=voxels, left=left)
 
     def say(self, message: str) -> None:
         """See `cryosiam_dask.progress.Reporter`."""

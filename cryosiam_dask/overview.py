@@ -16,7 +16,7 @@ from rich.table import Table
 
 from cryosiam_dask.config import Configuration, read_pipeline_or_configuration
 from cryosiam_dask.ledger import claim_path, process_is_gone, read_entries
-from cryosiam_dask.plan import find_sources
+from cryosiam_dask.plan import find_sources, refused_names, shown
 from cryosiam_dask.run_log import latest_log
 
 
@@ -69,10 +69,14 @@ def states(configuration: Configuration, stage: str = "") -> list[State]:
     Problems
         If the tomograms cannot be found.
     """
-    found = []
-    for source in find_sources(configuration):
+    found, sources = [], find_sources(configuration)
+    refused = refused_names(configuration, sources)
+    for source in sources:
         stem = source.name.removesuffix(configuration.file_extension)
-        found.append(_state(configuration, stem, stage))
+        if source in refused:
+            found.append(State(shown(stem), stage, "failed", detail=str(refused[source])))
+        else:
+            found.append(_state(configuration, stem, stage))
     return found
 
 
@@ -160,7 +164,7 @@ def print_overview(config_file: Path, console: Console, *, as_json: bool = False
             row.insert(1, state.stage)
         table.add_row(*row)
     if shown:
-        wide = console if console.is_terminal else Console(file=console.file, width=160)
+        wide = console if console.is_terminal else Console(emoji=False, file=console.file, width=160)
         wide.print(table)
     words = [f"{counts[state]} {state}" for state in ("done", "running", "stopped", "failed", "left") if counts[state]]
     line = ", ".join(words) or "no tomogram"

@@ -358,7 +358,7 @@ def _ingested(
     found = space.ledger.last("ingested")
     in_place = isinstance(header, ZarrHeader)
     # What the kernel had not yet written is gone with the machine.
-    copied = found is not None and found["boot"] == boot_id() and "tomogram" in space.group
+    copied = found is not None and found["boot"] == boot_id() != "" and "tomogram" in space.group
     if found and found["key"] == key and (in_place or copied):
         values = found["statistics"]
         statistics = Statistics(values["min"], values["max"], values["mean"], values["non_finite_voxels"])

@@ -10,7 +10,9 @@ import hashlib
 import json
 import math
 import os
+import socket
 import time
+import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -111,6 +113,8 @@ class RunPlan:
         Tomograms all of whose outputs were made from the same input, checkpoint and settings.
     notes
         What a user should know before the run.
+    refused
+        Tomograms of whose names no output can be called, as they are shown, and why; each fails alone.
     overwrite
         Whether outputs made from other inputs or settings may be replaced.
     overwrite_all
@@ -133,6 +137,7 @@ class RunPlan:
     unmeasured: tuple[Job, ...]
     skipped: tuple[Job, ...]
     notes: tuple[str, ...]
+    refused: tuple[tuple[str, TomogramError], ...] = ()
     overwrite: bool = False
     overwrite_all: bool = False
     name: str = ""
@@ -489,10 +494,10 @@ def plan_run(
     ConfigurationError
         If a folder cannot even be looked into.
     """
+    run = f"{time.strftime('%Y-%m-%dT%H:%M:%S')}-{socket.gethostname()}-{os.getpid()}"
     try:
         overwrite |= overwrite_all
         plan = patiently(partial(_plan_run, configuration, filename, overwrite, overwrite_all, masks_to_come))
-        run = time.strftime("%Y-%m-%dT%H:%M:%S") + f"-{os.getpid()}"
         return replace(plan, overwrite=overwrite, overwrite_all=overwrite_all, name=name, run=run)
     except OSError as error:
         raise ConfigurationError(
@@ -512,6 +517,10 @@ def _plan_run(
 ) -> RunPlan:
     problems: list[CryosiamDaskError] = []
     sources = _find_tomograms(configuration, filename, problems)
+    refused = refused_names(configuration, sources)
+    sources = [source for source in sources if source not in refused]
+    if refused and not sources:
+        problems += refused.values()
     masks = _find_masks(configuration, sources, masks_to_come, problems)
     _check_prediction_folder(configuration, problems)
     notes = [f"the key {key} has no effect here" for key in configuration.unused]
@@ -591,12 +600,67 @@ def _plan_run(
         outputs[output] = source
     hopeless = [job.problem for job in jobs if job.problem is not None]
     if len(hopeless) == len(sources):
-        problems += hopeless
+        problems += [*refused.values(), *hopeless]
     if problems:
         raise Problems(problems)
     return RunPlan(
-        configuration, checkpoint, patch, threshold, tuple(jobs), tuple(unmeasured), tuple(skipped), tuple(notes)
-    )
+        configuration, checkpoint, patch, threshold, tuple(jobs), tuple(unmeasured), tuple(skipped), tuple(notes),
+        tuple((shown(source.name.removesuffix(configuration.file_extension)), why) for source, why in refused.items()),
+    )  # fmt: skip
+
+
+#: Bytes by which the names of what is made of a tomogram, or lies beside it meanwhile, are longer than its own.
+_LONGER = 60
+
+
+def refused_names(configuration: Configuration, sources: Sequence[Path]) -> dict[Path, TomogramError]:
+    """Those of some tomograms of whose names no output can be called, and why.
+
+    Names are text in every table, list and page; a disk says how long they may be, and may take upper and lower case
+    for the same.
+    """
+    folder = next((each for each in _upwards(configuration.prediction_folder) if each.is_dir()), Path("/"))
+    try:
+        longest = os.pathconf(folder, "PC_NAME_MAX") - _LONGER
+    except (OSError, ValueError, AttributeError):
+        longest = 255 - _LONGER
+    ignores_case = _ignores_case(folder)
+    found: dict[Path, TomogramError] = {}
+    taken: dict[str, Path] = {}
+    for source in sources:
+        stem, rule = source.name.removesuffix(configuration.file_extension), ""
+        same = taken.setdefault(unicodedata.normalize("NFC", stem).casefold(), source) if ignores_case else source
+        if shown(stem) != stem:
+            rule = "its name must be UTF-8 without control characters such as tabs, as lists and tables hold it"
+        elif len(os.fsencode(stem)) > longest:
+            rule = (
+                f"its name must have {longest} bytes at most, its extension apart, as those of its outputs are longer"
+            )
+        elif same != source:
+            rule = f"its outputs would be those of {same.name}, as {folder} takes upper and lower case for the same"
+        if rule:
+            found[source] = TomogramError(rule, place=shown(str(source)), remedy="Rename it, or make a link to it")
+    return found
+
+
+def shown(name: str) -> str:
+    """A file name as text: bytes that are none, and control characters, as Python writes them."""
+    text = name.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if unicodedata.category(c) not in ("Cc", "Zl", "Zp") else ascii(c)[1:-1] for c in text)
+
+
+def _upwards(folder: Path) -> tuple[Path, ...]:
+    whole = folder.absolute()
+    return whole, *whole.parents
+
+
+def _ignores_case(folder: Path) -> bool:
+    """Whether a disk takes upper and lower case for the same, asked without writing."""
+    for each in _upwards(folder):
+        if each.name.swapcase() != each.name:
+            other = each.with_name(each.name.swapcase())
+            return other.exists() and each.samefile(other)
+    return False
 
 
 def masks_of(plans: Sequence[RunPlan], configuration: Configuration, filename: str | None = None) -> set[str]:

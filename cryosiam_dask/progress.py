@@ -33,8 +33,8 @@ class Reporter(Protocol):
         """`done` of `total` pieces of the step `name` of a tomogram are done."""
         ...
 
-    def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0) -> None:
-        """Work on a tomogram ended; `message` says how, and `voxels` how much was segmented."""
+    def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0, left: bool = False) -> None:
+        """Work on a tomogram ended; `message` says how, `voxels` how much was segmented, `left` that more is to do."""
         ...
 
     def say(self, message: str) -> None:
@@ -96,15 +96,15 @@ class LogReporter:
     def __init__(self, console: Console, total: int, interval: float = 30.0) -> None:
         self._console, self._interval = console, interval
         self._totals = _Totals(total)
-        self._number = 0
+        self._begun: dict[str, int] = {}  # numbers of tomograms, which may begin again
         self._steps: dict[str, tuple[str, float, float]] = {}  # by tomogram: name, begun, told
         self._lock = threading.RLock()
 
     def begin(self, tomogram: str) -> None:
         """See `Reporter`."""
         with self._lock:
-            self._number += 1
-            self.say(f"{tomogram}: begins ({self._number} of {self._totals.total})")
+            number = self._begun.setdefault(tomogram, len(self._begun) + 1)
+            self.say(f"{tomogram}: begins ({number} of {self._totals.total})")
 
     def step(self, tomogram: str, name: str, done: int, total: int) -> None:
         """See `Reporter`."""
@@ -121,11 +121,12 @@ class LogReporter:
                 self.say(f"{tomogram}: {name} {done}/{total}, {_duration(elapsed / done * (total - done))} left")
             self._steps[tomogram] = (step, began, told)
 
-    def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0) -> None:
+    def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0, left: bool = False) -> None:
         """See `Reporter`."""
         with self._lock:
             self._steps.pop(tomogram, None)
-            self._totals.add(failed, voxels)
+            if not left:
+                self._totals.add(failed, voxels)
             self.say(f"{tomogram}: {message}" + (f" ({self._totals})" if self._totals.total > 1 else ""))
 
     def say(self, message: str) -> None:
@@ -181,14 +182,15 @@ class TerminalReporter:
             self._tasks[tomogram] = (name, task)
             self._progress.update(task, completed=done, total=total)
 
-    def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0) -> None:
+    def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0, left: bool = False) -> None:
         """See `Reporter`."""
         with self._lock:
             _, task = self._tasks.pop(tomogram, ("", None))
             if task is not None:
                 self._progress.remove_task(task)
-            self._totals.add(failed, voxels)
-            self._progress.update(self._all, advance=1, note=", ".join(self._totals.remarks()))
+            if not left:
+                self._totals.add(failed, voxels)
+            self._progress.update(self._all, completed=self._totals.ended, note=", ".join(self._totals.remarks()))
             self.say(f"{tomogram}: {message}")
 
     def say(self, message: str) -> None:
@@ -210,7 +212,7 @@ class FileReporter(LogReporter):
     """
 
     def __init__(self, total: int) -> None:
-        super().__init__(Console(quiet=True), total, interval=60.0)
+        super().__init__(Console(emoji=False, quiet=True), total, interval=60.0)
 
     def say(self, message: str) -> None:
         """See `Reporter`."""
@@ -239,10 +241,10 @@ class Reporters:
         for reporter in self._reporters:
             reporter.step(tomogram, name, done, total)
 
-    def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0) -> None:
+    def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0, left: bool = False) -> None:
         """See `Reporter`."""
         for reporter in self._reporters:
-            reporter.end(tomogram, message, failed=failed, voxels=voxels)
+            reporter.end(tomogram, message, failed=failed, voxels=voxels, left=left)
 
     def say(self, message: str) -> None:
         """See `Reporter`."""

@@ -172,6 +172,10 @@ def _look_at(configuration: Configuration, picture_bytes: int, name: str) -> _To
     path = folder / f"{name}_preds.h5"
     fingerprint = None
     try:
+        path.exists()
+    except OSError:  # the name is too long for the disk, and the tomogram has failed of it
+        return tomogram
+    try:
         if path.exists():
             attributes = read_attributes(path)
             fingerprint = attributes.get("fingerprint")

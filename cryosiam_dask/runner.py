@@ -29,20 +29,21 @@ from cryosiam_dask.cluster import (
     describe_devices,
     forwarded_warnings,
     is_loopback,
-    is_open_to_the_network,
     join_cluster,
     memory_of_workers,
     open_cluster,
     reported,
     versions,
+    who_else_enters,
 )
-from cryosiam_dask.collection import make_folders, remove_left_overs, run
+from cryosiam_dask.collection import make_folders, outcomes_before, remove_left_overs, run
 from cryosiam_dask.config import STAGES, Configuration, read_configuration, read_pipeline
 from cryosiam_dask.errors import (
     ClusterError,
     ConfigurationError,
     CryosiamDaskError,
     DeviceError,
+    OutputError,
     Problems,
 )
 from cryosiam_dask.formats import convert_to_ome_zarr, other_formats
@@ -196,19 +197,21 @@ def segment(
         )  # fmt: skip
         for note in plan.notes:
             say(console, f"note: {note}")
+        for stem, why in plan.refused:
+            LOG.error("%s: %s", stem, why, extra=TOLD)
         for job in plan.skipped:
             say(console, f"{job.stem}: skipped, {job.output} was made from the same input, checkpoint and settings")
         for job in plan.unmeasured:
             say(console, f"{job.stem}: {job.output} is up to date, {plan.outdated(job)}")
     if not any(plan.jobs or plan.unmeasured for plan in plans):
-        outcomes = [Outcome(job.stem, "skipped", stage=plan.name) for plan in plans for job in plan.skipped]
+        outcomes = outcomes_before(plans)
         print_table(console, outcomes)
         for plan in plans:
             report_on(plan.configuration, _of_stage(outcomes, plan), console)
         return outcomes
     total = len({job.stem for plan in plans for job in (*plan.jobs, *plan.unmeasured)})
     if not is_loopback(dashboard_address):
-        attend(console, f"whoever reaches {dashboard_address} can watch this run, and stop it")
+        attend(console, f"whoever reaches {dashboard_address} can watch this run, without a password")
     try:
         with ExitStack() as stack:
             if joins:
@@ -218,11 +221,11 @@ def segment(
                         seconds=60 * (worker_timeout or 2),
                     )
                 )  # fmt: skip
-                if is_open_to_the_network(client):
+                if others := who_else_enters(client):
                     attend(
                         console,
-                        f"{client.scheduler.address} has no TLS: whoever reaches it can run what he likes "
-                        "as you. Dask's documentation of TLS says how to close it",
+                        f"{client.scheduler.address} has no TLS: {others} can run what he likes as you. Dask's "
+                        "documentation of TLS says how to close it",
                     )
             elif slurm is not None:
                 client = stack.enter_context(
@@ -248,7 +251,7 @@ def segment(
             stack.enter_context(forwarded_warnings(client))
             _log_workers(client, found_device)
             if performance_report is not None:
-                stack.enter_context(reported(client, performance_report))
+                stack.enter_context(reported(client, performance_report, partial(attend, console)))
             for plan in plans:
                 if plan.jobs:
                     client.register_plugin(Setup(partial(load_predictor, plan.spec(chosen))), name=f"model {plan.name}")
@@ -561,7 +564,7 @@ def convert_file(
     source, level, dataset, overwrite
         See `cryosiam_dask.mrc_to_zarr.convert`.
     target
-        An OME-Zarr image where its name ends with ``.ome.zarr``, a single array otherwise.
+        An OME-Zarr image where its name ends with ``.ome.zarr``, a single array with ``.zarr``.
     console, workers
         See `segment`.
 
@@ -571,10 +574,16 @@ def convert_file(
         The same as JSON values: those of `cryosiam_dask.tomogram_files.TomogramHeader.attributes`, ``statistics``,
         ``shape`` (z, y, x), ``dtype``, ``target``.
     """
+    if not target.name.lower().endswith(".zarr"):
+        raise OutputError(
+            "a converted tomogram is a folder of zarr, and is called so",
+            place=target,
+            remedy=f"Call it {target.stem}.zarr, or {target.stem}.ome.zarr for an image of several levels",
+        )
     header = read_header(source, level=level, dataset=dataset)  # what is wrong is said before workers start
     header.require_complete()
     require_free(target, overwrite=overwrite)
-    make = convert_to_ome_zarr if target.name.endswith(".ome.zarr") else convert
+    make = convert_to_ome_zarr if target.name.lower().endswith(".ome.zarr") else convert
     with open_cluster("cpu", 1 if header.compressed else workers or cores()) as client:
         executor = DaskExecutor(client)
         report = make(source, target, level=level, dataset=dataset, executor=executor, overwrite=overwrite)
@@ -598,7 +607,7 @@ def convert_file(
 
 def cores() -> int:
     """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory_of_machine() -> int:
@@ -690,7 +699,7 @@ def print_table(console: Console, outcomes: Sequence[Outcome]) -> None:
             f"{outcome.seconds:.1f}" if outcome.seconds else "",
             "  ".join(f"{n:,}" for n in outcome.voxels),
         )
-    wide = console if console.is_terminal else Console(file=console.file, width=160, quiet=console.quiet)
+    wide = console if console.is_terminal else Console(emoji=False, file=console.file, width=160, quiet=console.quiet)
     wide.print(table)
     for outcome in outcomes:
         for warning in outcome.warnings:

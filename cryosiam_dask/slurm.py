@@ -32,7 +32,15 @@ import yaml
 from distributed import Client, Status
 from distributed.security import Security
 
-from cryosiam_dask.cluster import KEEP_MEMORY, THREADS, Setup, leave_at_once, require_versions
+from cryosiam_dask.cluster import (
+    KEEP_MEMORY,
+    THREADS,
+    Setup,
+    leave_at_once,
+    own_settings,
+    require_own_address,
+    require_versions,
+)
 from cryosiam_dask.errors import ClusterError, ConfigurationError, LostClusterError
 
 #: Seconds between two looks at jobs that have ended.
@@ -85,6 +93,7 @@ def open_slurm(
         If dask-jobqueue or Slurm is missing, a job is refused, no worker comes or one has other versions.
     """
     section = read_jobs(jobs)
+    require_own_address(dashboard_address)
     from dask_jobqueue.slurm import SLURMCluster, SLURMJob
 
     refused: list[str] = []
@@ -110,7 +119,7 @@ def open_slurm(
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="Port .* is already in use")
         keys = stack.enter_context(TemporaryDirectory(prefix=".cryosiam-dask-tls-", dir=folder))
-        stack.enter_context(dask.config.set({f"jobqueue.{_NAME}": section}))
+        stack.enter_context(dask.config.set({f"jobqueue.{_NAME}": section, **own_settings()}))
         try:
             cluster = SLURMCluster(
                 config_name=_NAME,
@@ -119,7 +128,11 @@ def open_slurm(
                 security=_security(Path(keys)),
                 protocol="tls://",
                 silence_logs="critical",
-                scheduler_options={"dashboard_address": dashboard_address, **section["scheduler-options"]},
+                scheduler_options={
+                    "dashboard_address": dashboard_address,
+                    **section["scheduler-options"],
+                    "jupyter": False,  # a server for code, on the dashboard's port
+                },
             )
         except (OSError, RuntimeError, TypeError, ValueError) as error:
             raise ClusterError(
@@ -168,11 +181,11 @@ def read_jobs(jobs: str) -> dict[str, Any]:
     ClusterError
         If dask-jobqueue or Slurm is missing.
     """
-    if missing := [name for name in ("dask_jobqueue", "cryptography") if importlib.util.find_spec(name) is None]:
+    if importlib.util.find_spec("dask_jobqueue") is None:
         raise ClusterError(
-            "running as Slurm jobs needs dask-jobqueue and cryptography",
+            "running as Slurm jobs needs dask-jobqueue",
             place=f"--slurm {jobs}",
-            value=f"no {' and no '.join(missing)}",
+            value="no dask_jobqueue",
             remedy="Install the extra, for example pip install 'cryosiam-dask[gpu-cu12,hpc]'",
         )
     if missing := [name for name in ("sbatch", "scancel") if shutil.which(name) is None]:
@@ -212,7 +225,14 @@ def read_jobs(jobs: str) -> dict[str, Any]:
         section["worker-command"] = "dask_cuda.cli"
     section["processes"] = section["processes"] or max(1, *gpus, 1 if on_gpus else section["cores"])
     # Before the user's own arguments, which thereby count more. Without a limit: a worker that is paused would hang.
-    section["worker-extra-args"] = ["--nthreads", THREADS, "--memory-limit", 0, *section["worker-extra-args"]]
+    section["worker-extra-args"] = [
+        "--nthreads",
+        THREADS,
+        "--memory-limit",
+        0,
+        "--no-dashboard",
+        *section["worker-extra-args"],
+    ]
     environment: dict[str, object] = dict(KEEP_MEMORY)
     if section["walltime"]:
         # Blocks of a worker that leaves go elsewhere at once; those of one that is killed, when it is missed.

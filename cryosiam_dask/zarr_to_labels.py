@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -28,6 +29,7 @@ import dask.array as da
 import numpy as np
 import numpy.typing as npt
 import zarr
+from distributed import get_worker
 from zarr.codecs import BloscCodec
 from zarr.storage import LocalStore
 
@@ -171,7 +173,7 @@ class BlockTimes:
     Attributes
     ----------
     worker
-        Number of the process.
+        Address of the process, as numbers of processes are those of one host alone.
     read
         Reading and normalising its voxels.
     compute
@@ -184,7 +186,7 @@ class BlockTimes:
         Voxels of the block inside the mask; all without one.
     """
 
-    worker: int
+    worker: str
     read: tuple[float, float]
     compute: tuple[float, float]
     write: tuple[float, float]
@@ -224,6 +226,13 @@ def predict_store(
     return [block for block in times if block]
 
 
+def _own_address() -> str:
+    try:
+        return str(get_worker().address)
+    except ValueError:  # no worker
+        return f"{socket.gethostname()}:{os.getpid()}"
+
+
 def predict_stored_block(prediction: StoredPrediction, index: tuple[int, ...]) -> BlockTimes | None:
     """Read, predict and write one block; returns None if the mask leaves nothing to predict in it."""
     grid = prediction.grid
@@ -246,7 +255,7 @@ def predict_stored_block(prediction: StoredPrediction, index: tuple[int, ...]) -
     for name, values in result.items():
         prediction.outputs[name][_all_classes(block.region)] = values
         _force_to_disk(prediction.outputs[name], block.region)
-    return BlockTimes(os.getpid(), (began, read), computed, (writing, time.time()), highest, inside)
+    return BlockTimes(_own_address(), (began, read), computed, (writing, time.time()), highest, inside)
 
 
 def _force_to_disk(array: zarr.Array[Any], region: tuple[slice, ...]) -> None:

@@ -37,7 +37,7 @@ ONLY_IN = {
     "torch": {"network", "checkpoint", "predictor"},
     "monai": {"network"},
     "dask": {"zarr_to_labels", "cluster", "slurm"},
-    "distributed": {"cluster", "runner", "slurm", "metrics"},
+    "distributed": {"cluster", "runner", "slurm", "metrics", "zarr_to_labels"},
     "dask_jobqueue": {"slurm"},
     "prometheus_client": {"metrics"},
     "pandas": {"measurements", "centers"},

@@ -88,7 +88,14 @@ def predicted_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_yaml(folder / "config.yaml", {**values, "block_size": BLOCK_SIZE})
     (folder / "data" / "TS_2.mrc").unlink()
     write_tomogram(folder / "data" / "TS_2.mrc", 1, LARGE)
-    call("semantic-predict", "--config-file", "config.yaml", folder=folder)
+    # In a batch job without UTF-8 whose log is on a full disk.
+    environment = {**os.environ, "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    with Path("/dev/full").open("w") as full:
+        subprocess.run(
+            [COMMAND, "semantic-predict", "--config-file", "config.yaml"],
+            cwd=folder, env=environment, stdout=full, stderr=full, check=True,
+        )  # fmt: skip
+    assert (folder / "out" / "report.html").exists()
     (folder / "out").rename(folder / "whole")
     return folder
 
@@ -99,9 +106,46 @@ def predicted(predicted_once: Path, tmp_path: Path) -> Path:
     return shutil.copytree(predicted_once, tmp_path, dirs_exist_ok=True)
 
 
-def test_the_main_job_with_cryosiams_own_files_and_spelling(tmp_path: Path) -> None:
-    """Lamella, then semantic model inside it, on two workers: what CryoSiam wrote, voxel for voxel."""
+#: What Linux has and macOS has not.
+WITHOUT_LINUX = """
+import os, pathlib
+for name in ("sched_getaffinity", "sched_setaffinity", "pidfd_open", "posix_fadvise", "posix_fallocate", "fdatasync",
+             "memfd_create", "copy_file_range", "splice", "getxattr", "setxattr", "listxattr"):
+    if hasattr(os, name):
+        delattr(os, name)
+for name in ("read_text", "read_bytes", "readlink", "open"):
+    def refuse(self, *arguments, _method=getattr(pathlib.Path, name), **options):
+        if str(self).startswith("/proc/"):
+            raise FileNotFoundError(2, "No such file or directory", str(self))
+        return _method(self, *arguments, **options)
+    setattr(pathlib.Path, name, refuse)
+"""
+
+
+def test_what_cannot_be_printed_ends_no_command(folder: Path) -> None:
+    def tell(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        found = subprocess.run([COMMAND, *command], cwd=folder, stderr=subprocess.PIPE, text=True, **options)
+        assert found.returncode == 0 and not found.stderr, found
+        return found
+
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    text = tell("info", "data/TS_0.mrc", env=ascii_only, stdout=subprocess.PIPE).stdout
+    assert "24 x 20 x 22" in text and "voxel size (A)" in text and "\\" not in text
+    reader, writer = os.pipe()
+    os.close(reader)  # as head does
+    tell("plan", "--config-file", "config.yaml", stdout=writer)
+    os.close(writer)
+    with Path("/dev/full").open("w") as full:
+        tell("status", "--config-file", "config.yaml", stdout=full)
+    tell("status", "--config-file", "config.yaml", "--json", preexec_fn=lambda: os.close(1))
+
+
+def test_the_main_job_with_cryosiams_own_files_and_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lamella, then semantic model inside it, on two workers: what CryoSiam wrote, voxel for voxel; as on macOS."""
     folder = tmp_path / "case"
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(WITHOUT_LINUX)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     shutil.copytree(LAMELLA, folder)
     expected = golden.expected(LAMELLA.name)
     # Distances are compared elsewhere and would double the time here.
@@ -301,6 +345,9 @@ def test_convert(folder: Path) -> None:
         np.testing.assert_array_equal(zarr.open_array(folder / "TS_0.zarr", mode="r")[:], mrc.data)
     output = call("convert", "data/TS_0.mrc", "TS_0.zarr", folder=folder, status=2)
     assert "error: " in output and "--overwrite" in output
+    output = call("convert", "data/TS_0.mrc", "x.mrc", folder=folder, status=2)
+    assert "x.mrc: a converted tomogram is a folder of zarr" in output and "Call it x.zarr, or x.ome.zarr" in output
+    assert not (folder / "x.mrc").exists()
     assert "TS_9.mrc" in call("convert", "TS_9.mrc", "x.zarr", folder=folder, status=2)
     assert not (folder / "x.zarr").exists()
 

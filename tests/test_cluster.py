@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import dask
 import psutil
 import pytest
 from dask.utils import key_split
 from distributed import Client
+from distributed.comm import connect
+from tornado.web import RequestHandler
 
 from cryosiam_dask import cluster
 from cryosiam_dask.cluster import DaskExecutor, Setup, ask, describe_devices, open_cluster
@@ -111,6 +118,68 @@ def test_every_worker_takes_part_and_listens_to_this_machine_alone(client: Clien
     assert len(set(DaskExecutor(client).map(process, range(40), name="process"))) == 2
     addresses = [client.scheduler.address, *client.scheduler_info(n_workers=-1)["workers"], client.dashboard_link]
     assert all("127.0.0.1" in address for address in addresses)
+
+
+STRANGER = """
+import asyncio, distributed.comm.tcp, os, sys
+from distributed.comm import connect
+from distributed.security import Security
+keys = Security.temporary().get_connection_args("client")
+connections = [(a, k) for address in sys.argv[1:] for a, k in (
+    (address, {}), (address, keys), (address.replace("tls://", "tcp://"), {}))]
+if os.getuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+async def enter():
+    tries = [connect(address, timeout=2, **arguments) for address, arguments in connections]
+    print(len(tries), *[repr(each) for each in await asyncio.gather(*tries, return_exceptions=True)
+                        if not isinstance(each, Exception)])
+asyncio.run(enter())
+"""
+
+
+def test_nobody_else_on_this_machine_gets_in(client: Client) -> None:
+    """Neither without keys nor with others; as another user, where this one may become one."""
+    client.wait_for_workers(2)
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    servers = [client.scheduler.address, *workers, *(worker["nanny"] for worker in workers.values())]
+    assert len(servers) == 5
+    command = [sys.executable, "-c", STRANGER, *servers]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "15\n", done
+    # As the owner, with the keys of the cluster, each of them is entered.
+    keys = client.security.get_connection_args("client")
+    for address in servers:
+        client.sync(connect, address, timeout=5, **keys).abort()
+
+
+def changing(dask_scheduler: Any) -> list[str]:
+    """Handlers of the scheduler's web server that do more than show."""
+    applications = [dask_scheduler.http_application, *dask_scheduler.http_application.applications]
+    routers = [router for each in applications for router in (each.default_router, each.wildcard_router)]
+    found, methods = [], [name.lower() for name in RequestHandler.SUPPORTED_METHODS if name not in ("GET", "HEAD")]
+    while routers:
+        for rule in routers.pop().rules:
+            if isinstance(rule.target, type):
+                own = [name for name in methods if getattr(rule.target, name) is not getattr(RequestHandler, name)]
+                found += [rule.target.__name__] * bool(own)
+            else:
+                routers.append(rule.target)
+    return found
+
+
+def test_the_dashboard_changes_nothing_whatever_is_configured() -> None:
+    routes = dask.config.get("distributed.scheduler.http.routes")
+    with (
+        dask.config.set({"distributed.scheduler.http.routes": [*routes, "distributed.http.scheduler.api"]}),
+        open_cluster("cpu", 0, dashboard_address="127.0.0.1:0") as client,
+    ):
+        # Bokeh's tells browsers what they may ask for: GET.
+        assert set(client.run_on_scheduler(changing)) == {"AutoloadJsHandler"}
+        for path in ("api/v1/retire_workers", "proxy/1/127.0.0.1/status"):
+            with pytest.raises(HTTPError, match="404"):
+                urlopen(client.dashboard_link.replace("status", path), b"{}", timeout=30)
 
 
 def test_the_tomogram_that_was_begun_first_comes_first(client: Client, tmp_path: Path) -> None:
@@ -441,6 +510,66 @@ def test_a_worker_that_dies_while_it_starts_is_started_again(times: int) -> None
         with pytest.raises(ClusterError, match=r"must be able to start.*failed to start.*fewer --workers"), opened:
             pass
     killing.join()
+
+
+def test_the_users_own_dask_configuration_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a site with JupyterHub, of one that demands encryption, with a folder that is not there any more."""
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("JUPYTERHUB_SERVICE_PREFIX", raising=False)
+    settings = {
+        "distributed.dashboard.link": "{JUPYTERHUB_SERVICE_PREFIX}/proxy/{port}/status",
+        "distributed.comm.require-encryption": True,
+        "temporary-directory": str(tmp_path / "file" / "x"),
+    }
+    with dask.config.set(settings):
+        with open_cluster("cpu", 1, dashboard_address="127.0.0.1:0") as client:
+            assert re.fullmatch(r"http://127\.0\.0\.1:\d+/status", client.dashboard_link)
+            assert DaskExecutor(client).map(square, [2], name="square") == [4]
+        monkeypatch.setenv("JUPYTERHUB_SERVICE_PREFIX", "/user/x")
+        assert cluster.dashboard_link() == {}  # where it can be used, it is
+        with pytest.raises(ClusterError, match=r"demands encryption.*Start it with --protocol tls"):
+            cluster.join_cluster(address="tcp://127.0.0.1:1").__enter__()
+        with pytest.raises(ClusterError, match=r"entered with its keys; found none in Dask's configuration"):
+            cluster.join_cluster(address="tls://127.0.0.1:1").__enter__()
+
+
+@pytest.mark.parametrize(
+    ("settings", "address", "match"),
+    [
+        ({"distributed.worker.preload": ["no_such_module"]}, "127.0.0.1:0", "No module named .*Look into Dask's own"),
+        ({"distributed.comm.tls.min-version": 1}, "127.0.0.1:0", "min-version=1 is not.*Look into Dask's own"),
+        (
+            {},
+            "203.0.113.77:80",
+            "--dashboard-address 203.0.113.77:80: must be an address of this machine.*requested address",
+        ),
+        ({}, "127.0.0.1:http", "must be an address of this machine and a port; found invalid literal"),
+    ],
+)
+def test_what_keeps_workers_from_starting_is_not_taken_for_memory(
+    settings: dict[str, Any], address: str, match: str
+) -> None:
+    with dask.config.set(settings), pytest.raises(ClusterError, match=match) as raised:
+        open_cluster("cpu", 1, dashboard_address=address).__enter__()
+    assert "memory" not in str(raised.value)
+
+
+def warn_of(path: str) -> int:
+    warnings.warn(f"{path} is odd", stacklevel=1)
+    return os.getpid()
+
+
+def test_a_warning_of_a_name_that_is_not_utf8_costs_no_worker(client: Client, caplog: pytest.LogCaptureFixture) -> None:
+    client.wait_for_workers(2)
+    odd = os.fsdecode(b"/data/\xb5 dir/x.mrc")
+    with cluster.forwarded_warnings(client), caplog.at_level(logging.WARNING, "py.warnings"):
+        before = set(client.run(os.getpid).values())
+        executor = DaskExecutor(client)
+        assert set(executor.share(odd, 0, lambda *_: None).map(warn_of, [odd] * 4, name="warn")) <= before
+        while "is odd" not in caplog.text:
+            time.sleep(0.01)
+        assert set(client.run(os.getpid).values()) == before
+    assert "/data/\\udcb5 dir/x.mrc is odd" in caplog.text
 
 
 def test_it_is_said_that_no_worker_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import checkpoints
 import pytest
 import yaml
 from distributed import Client
+from rich.console import Console
 from test_cli import call, start
 from test_pipeline import Listener, configure, write_tomogram
 
@@ -22,12 +23,16 @@ from cryosiam_dask import collection, ledger
 from cryosiam_dask.cluster import DaskExecutor, open_cluster
 from cryosiam_dask.collection import run
 from cryosiam_dask.config import read_pipeline
-from cryosiam_dask.errors import DeviceError, LostClusterError, OutputError
+from cryosiam_dask.errors import DeviceError, LostClusterError, OutputError, Problems
 from cryosiam_dask.executor import SerialExecutor, SharedExecutor
+from cryosiam_dask.forecast import forecast
 from cryosiam_dask.grid import block_size_for, make_grid
 from cryosiam_dask.ledger import VERSION, read_entries, read_outcomes
+from cryosiam_dask.overview import states
 from cryosiam_dask.pipeline import Outcome
 from cryosiam_dask.plan import RunPlan, plan_run
+from cryosiam_dask.runner import report_on
+from cryosiam_dask.zarr_to_labels import BlockTimes
 
 STEMS = ("TS_0", "TS_1", "TS_2", "TS_3", "TS_4")
 SHAPE = (16, 32, 32)
@@ -106,6 +111,76 @@ def test_tomograms_begin_in_order_and_all_are_done(folder: Path, executor: Share
     assert [outcome.voxels for outcome in outcomes] == [tuple(found[stem]["voxels"]) for stem in STEMS]
 
 
+def test_blocks_are_told_apart_by_the_address_of_their_worker(
+    folder: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[BlockTimes] = []
+    monkeypatch.setattr("cryosiam_dask.pipeline.write_timeline", lambda path, times, title: found.extend(times))
+    one = plan_run(configure(folder, block_size=8), filename="TS_0.mrc")
+    run(one, Listener(), executor=DaskExecutor(client), timeline=True)
+    assert found and {block.worker for block in found} <= set(client.scheduler_info(n_workers=-1)["workers"])
+
+
+def renamed(folder: Path, *names: str) -> None:
+    """Give the first tomograms other names, and leave no others."""
+    for stem, name in zip(STEMS, names, strict=False):
+        (folder / "data" / f"{stem}.mrc").rename(folder / "data" / f"{name}.mrc")
+    for stem in STEMS[len(names) :]:
+        (folder / "data" / f"{stem}.mrc").unlink()
+
+
+LONGEST = os.pathconf("/", "PC_NAME_MAX") - 60
+
+
+def test_tomograms_with_odd_names_are_done(folder: Path, client: Client) -> None:
+    names = ["a::b", ":x: [bold]%s{}", "µ #?,;'\"\\", "x" * LONGEST]
+    renamed(folder, *names)
+    options: dict[str, Any] = {"components": True, "output_formats": ["hdf5", "ome-zarr", "mrc"]}
+    found = plan(folder, **options)
+    assert not found.refused
+    outcomes = {outcome.stem: outcome for outcome in run(found, Listener(), executor=DaskExecutor(client))}
+    assert {stem: outcome.status for stem, outcome in outcomes.items()} == dict.fromkeys(names, "done"), outcomes
+    report_on(found.configuration, list(outcomes.values()), Console(quiet=True))
+    assert (folder / "out" / "report.html").exists()
+    assert len(plan(folder, **options).skipped) == len(names)
+
+
+def test_a_name_that_no_output_can_have_fails_its_tomogram_alone(folder: Path) -> None:
+    long = "y" * (LONGEST + 1)
+    renamed(folder, "tab\t", os.fsdecode(b"TS_\xb5"), long, "good")
+    found = plan(folder)
+    refused = dict(found.refused)
+    assert set(refused) == {"tab\\t", "TS_\\udcb5", long} and [job.stem for job in found.jobs] == ["good"]
+    for stem in ("tab\\t", "TS_\\udcb5"):
+        assert "its name must be UTF-8 without control characters" in str(refused[stem])
+    assert f"its name must have {LONGEST} bytes at most" in str(refused[long])
+    problems = forecast(found.configuration, found).all_problems
+    assert set(problems) == {str(error) for error in refused.values()}
+    outcomes = {outcome.stem: outcome for outcome in run(found, Listener())}
+    assert outcomes.pop("good").status == "done"
+    assert {stem: (o.status, o.error) for stem, o in outcomes.items()} == {
+        stem: ("failed", str(error)) for stem, error in refused.items()
+    }
+    assert {state.tomogram: state.state for state in states(found.configuration, "")} == {
+        "good": "done", **dict.fromkeys(refused, "failed")
+    }  # fmt: skip
+    report_on(found.configuration, list(outcomes.values()), Console(quiet=True))
+    assert long in (folder / "out" / "report.html").read_text()
+    (folder / "data" / "good.mrc").unlink()
+    with pytest.raises(Problems, match="its name must have"):
+        plan(folder)
+
+
+def test_names_that_differ_in_case_only_need_a_disk_that_tells_them_apart(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renamed(folder, "TS_a", "ts_A", "other")
+    assert not plan(folder).refused
+    monkeypatch.setattr("cryosiam_dask.plan._ignores_case", lambda folder: True)
+    ((stem, error),) = plan(folder).refused
+    assert stem == "ts_A" and "its outputs would be those of TS_a.mrc" in str(error)
+
+
 def test_what_befalls_all_ends_the_run_at_once(folder: Path, executor: SharedExecutor) -> None:
     planned, listener = plan(folder), Listener()
     checkpoints.write(folder / "model.ckpt", seed=36)
@@ -154,6 +229,31 @@ def test_a_stopped_run_says_what_is_left_and_goes_on(folder: Path, client: Clien
     }.items()
     assert any("blocks are there already" in text for text in listener.messages)
     assert contents(folder) == whole and not list((folder / "out").glob("*.zarr"))
+
+
+class Counter(Listener):
+    """A reporter that remembers which tomograms ended, and how."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended: list[tuple[str, bool]] = []
+
+    def end(self, tomogram: str, message: str, *, left: bool = False, **options: Any) -> None:
+        super().end(tomogram, message)
+        self.ended.append((tomogram, left))
+
+
+def test_a_tomogram_ends_once_whatever_is_made_of_it(folder: Path) -> None:
+    counter = Counter()
+    drained = run(plan(folder, test_files=["TS_0.mrc"]), counter, executor=Acting(SerialExecutor.drain))
+    assert [outcome.status for outcome in drained] == ["left"] and counter.ended == [("TS_0", True)]
+    # The mask is there, without what is to be measured in it; and the model inside it has nothing yet.
+    run(pipeline(folder)[:1], Listener())
+    plans = pipeline(folder, components=True)
+    assert plans[0].unmeasured and plans[1].jobs
+    counter = Counter()
+    assert {outcome.status for outcome in run(plans, counter)} == {"done"}
+    assert counter.ended == [("TS_0", False)]
 
 
 def interrupted(folder: Path, **changes: Any) -> Path:

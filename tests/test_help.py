@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from cryosiam_dask.cli import app
 
@@ -33,6 +34,37 @@ def test_every_command_has_examples_that_are_commands(name: str) -> None:
         first, *arguments = shlex.split(example.split(" > ")[0])
         assert first == name
         COMMANDS[name].make_context(name, arguments)  # fails of whatever the command does not know
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("denoise_predict", "'cryosiam denoise_predict'"),
+        ("lamella_predict", "semantic-predict"),
+        ("instance_predict", "components"),
+        ("instance-filter", "'cryosiam instance_filter'"),
+        ("simsiam_embeddings_from_centers_predict", "'cryosiam simsiam_embeddings_from_centers_predict'"),
+        ("simsiam_visualize_embeddings", "'cryosiam simsiam_visualize_embeddings'"),
+        ("semantic_filter_ground_truth", "training"),
+        ("semantic_train_create_patches", "'cryosiam semantic_train_create_patches'"),
+        ("semantic_train", "training"),
+        ("processing_invert_scale", "'cryosiam processing_invert_scale'"),
+        ("visualize_semantic", "'cryosiam_vis visualize_semantic'"),
+    ],
+)
+def test_a_command_of_cryosiam_that_is_not_here_says_what_to_use(name: str, instead: str) -> None:
+    for arguments in (["--config_file=config.yaml", "--filename", "TS_01.mrc"], [], ["--help"]):
+        result = CliRunner().invoke(app, [name, *arguments])
+        (line,) = result.stderr.splitlines()
+        assert result.exit_code == 2 and not result.stdout
+        assert line.startswith(f"error: cryosiam-dask has no command {name.replace('-', '_')}: ") and instead in line
+
+
+@pytest.mark.parametrize("name", ["semantic_postprocessing", "semantic-postprocessing", "semantic_to_centers"])
+def test_a_command_of_cryosiam_works_under_its_own_name(name: str) -> None:
+    result = CliRunner().invoke(app, [name, "--config_file=config.yaml", "--help"])
+    own = name.replace("_", "-").replace("processing", "process")
+    assert result.exit_code == 0 and f"{own} [OPTIONS]" in result.stdout
 
 
 def test_what_runs_can_be_quiet_and_what_tells_can_be_json() -> None:

@@ -50,6 +50,21 @@ def write(folder: Path, stem: str = "TS_1") -> Path:
     return ledger.path
 
 
+def test_a_start_of_a_machine_has_a_name_where_there_is_no_proc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> str:
+        raise FileNotFoundError(path)
+
+    assert ledger.boot_id.__wrapped__()
+    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert ledger.boot_id.__wrapped__() == ""
+    (tmp_path / "sysctl").write_bytes(b"#!/bin/sh\n[ $2 = kern.bootsessionuuid ] && echo 5D41-$1\n")
+    (tmp_path / "sysctl").chmod(0o755)
+    assert ledger.boot_id.__wrapped__() == "5D41--n"
+
+
 def test_what_is_appended_is_read_by_the_next(tmp_path: Path) -> None:
     assert read_entries(tmp_path, "TS_1") == ([], "")
     assert Ledger(tmp_path, "TS_1").entries == [FIRST]

@@ -187,6 +187,13 @@ def test_no_value_is_cut_short(folder: Path, width: int | None) -> None:
         assert letters(LONG) in letters(text) and letters(f"writes, {LONG}: out/{LONG}_preds.h5") in letters(plan)
 
 
+def test_a_file_that_says_nothing_of_itself_has_no_empty_box(folder: Path) -> None:
+    with h5py.File(folder / "a_preds.h5", "w") as file:
+        file["labels"] = np.zeros((9, 9, 9), np.uint8)
+    text = printed(show_file, folder / "a_preds.h5", None)
+    assert "9 × 9 × 9" in text and max(map(len, text.splitlines())) < 200
+
+
 @pytest.mark.parametrize("command", ["plan", "info"])
 def test_help_has_examples(command: str) -> None:
     assert f"cryosiam-dask {command} " in call(command, "--help").stdout.replace("\n", " ").replace("│", "")

@@ -50,7 +50,7 @@ class Listener:
     def step(self, tomogram: str, name: str, done: int, total: int) -> None:
         self.messages.append(name)
 
-    def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0) -> None:
+    def end(self, tomogram: str, message: str, **options: Any) -> None:
         self.messages.append(message)
 
     def say(self, message: str) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import re
 
+import pytest
 from rich.console import Console
 
+from cryosiam_dask.cli import _console
 from cryosiam_dask.pipeline import Outcome
 from cryosiam_dask.progress import LogReporter, TerminalReporter, make_reporter
-from cryosiam_dask.runner import print_table
+from cryosiam_dask.runner import print_table, say
 
 
 def play(reporter: LogReporter | TerminalReporter) -> None:
@@ -75,6 +77,29 @@ def test_terminal_keeps_the_lines_in_order_and_tells_failures_and_speed() -> Non
     ]  # fmt: skip
     assert re.search(r"2/4 0:00:0\d 0:00:0\d left 1 failed, [\d.e+]+ million voxels a second", lines[0])
     assert re.search(r"3/8 0:00:0\d -:--:-- left", lines[1]) or re.search(r"3/8 0:00:0\d 0:00:0\d left", lines[1])
+
+
+def test_what_is_left_does_not_count_as_done_nor_what_begins_again_twice() -> None:
+    file, terminal = io.StringIO(), Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
+    log, bars = LogReporter(Console(file=file, width=200), total=2), TerminalReporter(terminal, 2)
+    for reporter in (log, bars):
+        for tomogram in ("TS_1", "TS_2", "TS_1"):
+            reporter.begin(tomogram)
+            reporter.step(tomogram, "predict", 1, 4)
+        reporter.end("TS_1", "done in 3 s")
+        reporter.end("TS_2", "left as it is", left=True)
+        reporter.close()
+    assert file.getvalue().count("(1 of 2)") == 2 and file.getvalue().count("(2 of 2)") == 1
+    assert "TS_2: left as it is (1 of 2 done" in file.getvalue()
+    assert [(task.completed, task.total) for task in bars._progress.tasks] == [(1, 2)]
+
+
+def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    console = _console(False, False)
+    say(console, ":x: [bold]")
+    print_table(console, [Outcome(":warning:[b]", "skipped")])
+    printed = capsys.readouterr().out
+    assert ":x: [bold]" in printed and ":warning:[b]" in printed
 
 
 def test_reporter_fits_the_console() -> None:

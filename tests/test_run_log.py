@@ -46,7 +46,7 @@ def test_a_run_is_logged_with_what_the_user_does_not_see(folder: Path) -> None:
     text = log.read_text()
     assert all(map(ENTRY.match, text.splitlines()))
     assert f"cryosiam_dask {__version__}" in text and "--quiet --json" in text and '"prediction_folder": "out"' in text
-    assert re.search(r"DEBUG worker tcp://\S+: cpu, \d+ threads", text)
+    assert re.search(r"DEBUG worker tls://\S+: cpu, \d+ threads", text)
     assert re.search(r"ERROR TS_0: .*MRC header.*\n    Traceback \(most recent call last\):\n(    .*\n)+", text)
     assert "WARNING no mask_folder is set" in text and re.search(r"INFO TS_2: done in", text)
     # The next run has one of its own, and says the rest where it is asked to.

@@ -13,14 +13,15 @@ def block(worker, start, seconds=1.0):
 
 
 def test_busy_is_the_share_of_all_workers_time():
-    assert busy_share([block(1, 10), block(1, 11)]) == pytest.approx(1)
-    assert busy_share([block(1, 10), block(1, 13)]) == pytest.approx(0.5)
-    assert busy_share([block(1, 10), block(2, 10), block(2, 11)]) == pytest.approx(3 / 4)
-    assert busy_share([block(1, 10, 0.0)]) == 0
+    one, two = "tls://10.0.0.1:40001", "tls://10.0.0.2:40001"
+    assert busy_share([block(one, 10), block(one, 11)]) == pytest.approx(1)
+    assert busy_share([block(one, 10), block(one, 13)]) == pytest.approx(0.5)
+    assert busy_share([block(one, 10), block(two, 10), block(two, 11)]) == pytest.approx(3 / 4)
+    assert busy_share([block(one, 10, 0.0)]) == 0
 
 
 def test_the_picture_has_a_bar_for_every_step_of_every_block(tmp_path):
-    blocks = [block(worker, start) for worker, start in ((7, 10), (7, 12), (9, 10.5))]
+    blocks = [block(worker, start) for worker, start in (("a:7", 10), ("a:7", 12), ("b:7", 10.5))]
     write_timeline(tmp_path / "t.png", blocks, "tomogram")
     pixels = np.asarray(Image.open(tmp_path / "t.png")).astype(int)
     for colour in ((86, 180, 233), (213, 94, 0), (0, 158, 115)):
