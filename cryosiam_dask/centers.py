@@ -9,14 +9,15 @@ Coordinates count voxels of the segmented tomogram from 0, the centre of the fir
 and Warp do, and RELION, whose tomogram of n voxels has its centre at n / 2. A STAR file has the columns
 
 ================================== =====================================================================================
-``rlnTomoName``                    the tomogram's name without its extension, dots included: ``TS_018_9.96Apx``
-``rlnMicrographName``              Warp's name of the tilt series: the same without its ``_9.96Apx``, and ``.tomostar``
 ``rlnCoordinateX``, …              in voxels of the segmented tomogram (Warp: ``--coords_angpix`` is their size)
 ``rlnCenteredCoordinateXAngst``, … in Å from the centre of the tomogram, which RELION 5 prefers: true at any binning
 ``rlnPixelSize``                   in Å
+``rlnTomoName``                    the tomogram's name without its extension, dots included: ``TS_018_9.96Apx``
+``rlnMicrographName``              Warp's name of the tilt series: the same without its ``_9.96Apx``, and ``.tomostar``
 ================================== =====================================================================================
 
-without the last four where the voxel size is unknown. Orientations are left to those programs.
+without those in Å where the voxel size is unknown. Orientations are left to those programs. A number comes first, since
+a line that begins with ``_``, ``data_`` or ``#`` is none of a list; a name that begins so is quoted.
 
 ``class<k>_relion_import.star`` is what RELION 5 imports: for each tomogram its ``rlnTomoName`` and the absolute path of
 its list, ``rlnTomoImportParticleFile``, so that any RELION project finds it. (RELION also takes a wildcard, but takes
@@ -44,6 +45,8 @@ from cryosiam_dask.measurements import CONNECTIVITY, component_table, holding, v
 _LARGEST_CLASS = 255  # labels of classes are bytes
 _OF_A_TOMOGRAM = re.compile(r"(.+)_class(\d+)_centers\.(?:csv|star)")
 _OF_ALL = re.compile(r"class(\d+)_(?:centers\.(?:csv|star)|relion_import\.star)")
+#: Values that would be taken for something else in a STAR file. Those with spaces `starfile` quotes by itself.
+_TO_QUOTE = re.compile(r"(?!.* )(?:[_#$;\[\]]|(?:data|loop|save|stop|global)_|.*#|[.?]$)", re.IGNORECASE)
 _WARPS_PIXEL_SIZE = re.compile(r"_\d+(\.\d+)?Apx$")  # which Warp appends to the name of a tilt series' tomogram
 
 
@@ -130,8 +133,16 @@ def write_centers(
     LabelsError
         If the labels are not integers, negative, or numbers of instances rather than classes.
     OutputError
-        If a file cannot be written.
+        If a file cannot be written, or no STAR file can hold the tomogram's name.
     """
+    if not stem.isprintable() or "'" in stem or '"' in stem:
+        raise OutputError(
+            "a tomogram in a STAR file must have a name of printable letters without quotation marks, which the "
+            "programs that read it take for others",
+            place=folder,
+            value=repr(stem),
+            remedy="Rename the tomogram and its prediction",
+        )
     components = find_components(
         Eroded(labels) if erode else labels, connectivity=CONNECTIVITY, measure=True, executor=executor
     )
@@ -209,7 +220,7 @@ def collect_centers(folder: Path) -> None:
                     table[coordinates].replace("", "nan").astype(float)
                     parts.setdefault(int(match[2]), []).append(table)
                     if len(table) and "rlnCenteredCoordinateZAngst" in _star(table):
-                        row = table["tomogram"][0], str(path.resolve().with_suffix(".star"))
+                        row = str(path.resolve().with_suffix(".star")), table["tomogram"][0]
                         of_relion.setdefault(int(match[2]), []).append(row)
                 except (OSError, ValueError, KeyError) as error:
                     raise OutputError(
@@ -221,7 +232,7 @@ def collect_centers(folder: Path) -> None:
         for label, tables in parts.items():
             _write(folder / f"class{label}_centers", pandas.concat(tables, ignore_index=True))
         for label, rows in of_relion.items():
-            index = pandas.DataFrame(rows, columns=["rlnTomoName", "rlnTomoImportParticleFile"])
+            index = pandas.DataFrame(rows, columns=["rlnTomoImportParticleFile", "rlnTomoName"])
             _write_star(folder / f"class{label}_relion_import.star", index)
         for path in folder.iterdir():
             match = _OF_ALL.fullmatch(path.name)
@@ -238,7 +249,8 @@ def _write(path: Path, table: Any) -> None:
 def _write_star(path: Path, table: Any) -> None:
     import starfile
 
-    write_bytes(path, starfile.to_string(table).encode())
+    quoted = table.map(lambda value: f'"{value}"' if isinstance(value, str) and _TO_QUOTE.match(value) else value)
+    write_bytes(path, starfile.to_string(quoted).encode())
 
 
 def _star(table: Any) -> Any:
@@ -247,12 +259,12 @@ def _star(table: Any) -> Any:
 
     axes = [axis for axis in "xyz" if axis in table]
     warp = [_WARPS_PIXEL_SIZE.sub("", name) + ".tomostar" for name in table["tomogram"]]
-    columns: dict[str, Any] = {"rlnTomoName": table["tomogram"].to_numpy(), "rlnMicrographName": warp}
-    columns |= {f"rlnCoordinate{axis.upper()}": table[axis].to_numpy() for axis in axes}
+    columns: dict[str, Any] = {f"rlnCoordinate{axis.upper()}": table[axis].to_numpy() for axis in axes}
     angstrom = {f"rlnCenteredCoordinate{axis.upper()}Angst": f"{axis}_centered_angstrom" for axis in axes}
     angstrom["rlnPixelSize"] = "pixel_size_angstrom"
     numbers = {name: table[column].replace("", "nan").astype(float).to_numpy() for name, column in angstrom.items()}
     if not any(np.isnan(values).any() for values in numbers.values()):
         columns |= numbers
+    columns |= {"rlnTomoName": table["tomogram"].to_numpy(), "rlnMicrographName": warp}
     star = pandas.DataFrame(columns)
     return star.astype({name: float for name in star if name.startswith("rlnCoordinate")})

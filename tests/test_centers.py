@@ -161,7 +161,7 @@ def test_relion_finds_each_tomograms_list(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(folder.parent.parent)
     for label, stems in ((1, ["001", "TS_2_9.96Apx"]), (2, ["TS_2_9.96Apx"])):
         index = star_of(folder / f"class{label}_relion_import.star")
-        assert list(index) == ["rlnTomoName", "rlnTomoImportParticleFile"]
+        assert list(index) == ["rlnTomoImportParticleFile", "rlnTomoName"]
         assert index["rlnTomoName"].astype(str).str.zfill(3).tolist() == stems
         columns = set()
         for stem, path in zip(stems, index["rlnTomoImportParticleFile"], strict=True):
@@ -177,13 +177,42 @@ def test_without_voxel_size_there_are_voxels_only(tmp_path: Path) -> None:
     write(tmp_path, "TS_2", dots(1), size=(10.0, None, 10.0))
     write(tmp_path, "TS_3", dots(1))
     collect_centers(tmp_path)
-    voxels = ["rlnTomoName", "rlnMicrographName", "rlnCoordinateX", "rlnCoordinateY", "rlnCoordinateZ"]
+    voxels = ["rlnCoordinateX", "rlnCoordinateY", "rlnCoordinateZ", "rlnTomoName", "rlnMicrographName"]
     for name in ("TS_1_class1", "TS_2_class1", "class1"):
         assert list(star_of(tmp_path / f"{name}_centers.star")) == voxels
     assert len(list(star_of(tmp_path / "TS_3_class1_centers.star"))) == 9
     table = pandas.read_csv(tmp_path / "class1_centers.csv")
     assert table["y_angstrom"].isna().tolist() == [True, True, False]
     assert table["x"].tolist() == [1, 1, 1]
+
+
+ODD_NAMES = (
+    "_TS", "data_1", "DATA_1", "#3", "TS#3", "loop_", "save_a", ";x", "$y", "[a]", "a b", " a", "a ", "a  b", "#a b",
+    "_a b", "data_ x", "?", ".", "-x", "a,b", "ü",
+)  # fmt: skip
+
+
+def test_names_that_mean_something_in_a_star_file_are_read_back(tmp_path: Path) -> None:
+    (tmp_path / "data_ #1").mkdir()
+    folder = tmp_path / "data_ #1"
+    for name in ODD_NAMES:
+        write(folder, name, dots(1, 1))
+    collect_centers(folder)
+    for name in ODD_NAMES:
+        star = star_of(folder / f"{name}_class1_centers.star")
+        assert star["rlnTomoName"].tolist() == [name] * 2 and star["rlnCoordinateX"].tolist() == [1, 3]
+        assert star["rlnMicrographName"].tolist() == [f"{name}.tomostar"] * 2
+    assert sorted(star_of(folder / "class1_centers.star")["rlnTomoName"]) == sorted(ODD_NAMES * 2)
+    index = star_of(folder / "class1_relion_import.star")
+    found = dict(zip(index["rlnTomoName"], index["rlnTomoImportParticleFile"], strict=True))
+    assert found == {name: str(folder / f"{name}_class1_centers.star") for name in ODD_NAMES}
+
+
+@pytest.mark.parametrize("name", ["it's", '"TS"', "a\nb", "a\tb", "b\udcff"])
+def test_names_that_no_star_file_holds_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(OutputError, match="must have a name of printable letters without quotation marks"):
+        write(tmp_path, name, dots(1))
+    assert not names(tmp_path)
 
 
 def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
