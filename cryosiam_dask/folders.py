@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all."""
+"""Folders: what in them counts, and those that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cryosiam_dask.ledger import part_name
+
+
+def visible(folder: Path, ending: str = "") -> list[Path]:
+    """What a folder holds whose name ends so, sorted.
+
+    Hidden names are left out: they are of files that are still growing, or ``._TS_01.mrc``, which macOS puts beside
+    every file on a disk that is not its own.
+    """
+    return sorted(path for path in folder.iterdir() if path.name.endswith(ending) and not path.name.startswith("."))
 
 
 @contextmanager

@@ -38,7 +38,7 @@ import zarr
 from numpy.typing import NDArray
 
 from cryosiam_dask._version import __version__
-from cryosiam_dask.centers import collect_centers, write_centers
+from cryosiam_dask.centers import collect_centers, labels_of, remove_outdated_centers, write_centers
 from cryosiam_dask.components import ArrayModule, Blocks, ChunkedArray, remove_small, require_channel
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.diagnosis import blank as why_blank
@@ -943,17 +943,38 @@ def list_centers(
             erode=erode,
             classes=range(1, max(2, probabilities.shape[0] if probabilities else 2)),
             voxel_size_angstrom=attributes.get("voxel_size_angstrom"),
+            made_from=labels_of(path, attributes),
             executor=executor,
         )
         reporter.say(f"particles: {', '.join(f'{n} of class {label}' for label, n in counts.items())}")
         return labels.shape, (), tuple(_unknown_voxel_size(attributes))
 
     outcomes = _each(predictions, reporter, act, executor)
+    _collect_centers(folder, outcomes, reporter.say)
+    return outcomes
+
+
+def _collect_centers(folder: Path, outcomes: list[Outcome], say: Callable[[str], None]) -> None:
+    """Bring the lists of all tomograms up to date."""
+
+    def labels_now(stem: str) -> str | None:
+        path = folder / f"{stem}_preds.h5"
+        try:
+            return labels_of(path, read_attributes(path))
+        except (OSError, OutputError):
+            return None
+
     try:
-        collect_centers(folder)
+        for stem in collect_centers(folder, labels_now):
+            say(f"{stem}: {_OUTDATED_LISTS}")
     except Exception as error:
         outcomes.append(_failed("class…_centers.csv", (), time.time(), error, folder))
-    return outcomes
+
+
+_OUTDATED_LISTS = (
+    "its particle lists were those of other labels and do not count any more; 'cryosiam-dask semantic-to-centers' "
+    "makes them again"
+)
 
 
 Result: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]  # shape, voxels of each label, warnings
@@ -1117,14 +1138,17 @@ def _update_components(
 ) -> list[str]:
     """Write the components of new labels, or remove those of earlier ones; returns what needs attention."""
     folder = configuration.prediction_folder
-    outdated = remove_outdated(folder, stem, attributes.get("fingerprint"))
+    outdated, warnings = remove_outdated(folder, stem, attributes.get("fingerprint")), list[str]()
+    prediction = folder / f"{stem}_preds.h5"
+    if prediction.exists() and remove_outdated_centers(folder, stem, labels_of(prediction, attributes)):
+        warnings.append(_OUTDATED_LISTS)
     if not configuration.components:
-        if not outdated:
-            return []
-        return [
-            "its components were those of other labels and have been removed. Set components: True, or run "
-            "'cryosiam-dask components', to make them again"
-        ]
+        if outdated:
+            warnings.append(
+                "its components were those of other labels and have been removed. Set components: True, or run "
+                "'cryosiam-dask components', to make them again"
+            )
+        return warnings
     inherited = {name: attributes[name] for name in _INHERITED if attributes.get(name) is not None}
     inherited["software"] = f"cryosiam_dask {__version__}"
     write_components(
@@ -1137,7 +1161,7 @@ def _update_components(
         executor=executor,
         array_module=array_module,
     )
-    return _unknown_voxel_size(inherited)
+    return warnings + _unknown_voxel_size(inherited)
 
 
 def _draw(
@@ -1218,13 +1242,25 @@ def _unknown_voxel_size(attributes: Mapping[str, Any]) -> list[str]:
 
 
 def collect(configuration: Configuration, outcomes: list[Outcome]) -> None:
-    """Bring the tables of all tomograms up to date, if there are any."""
-    path = configuration.prediction_folder / f"{COLLECTION}.csv"
+    """Bring the tables and the particle lists of all tomograms up to date, if there are any."""
+    folder = configuration.prediction_folder
+    path = folder / f"{COLLECTION}.csv"
+
+    def is_there(stem: str) -> bool:
+        names = (f"{stem}_preds.h5", f"{stem}{configuration.file_extension.removesuffix('.gz')}", f"{stem}.mrc")
+        return any((folder / name).exists() for name in names[: 3 if configuration.save_original_file_extension else 1])
+
     if configuration.components or path.exists():
         try:
-            collect_tables(path.parent)
+            collect_tables(folder, is_there)
         except Exception as error:
             outcomes.append(_failed(path.name, (), time.time(), error, path))
+    try:
+        listed = any(folder.glob("class*_centers.csv"))
+    except OSError:
+        return
+    if listed:
+        _collect_centers(folder, outcomes, lambda message: LOG.info("%s", message))
 
 
 def find_predictions(configuration: Configuration, filename: str | None = None, *, sizes: bool = False) -> list[Path]:

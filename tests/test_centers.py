@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from skimage import measure
 
-from cryosiam_dask.centers import Eroded, center_table, collect_centers, write_centers
+from cryosiam_dask.centers import Eroded, center_table, collect_centers, remove_outdated_centers, write_centers
 from cryosiam_dask.components import find_components
 from cryosiam_dask.errors import LabelsError, OutputError
 
@@ -186,9 +186,45 @@ def test_without_voxel_size_there_are_voxels_only(tmp_path: Path) -> None:
     assert table["x"].tolist() == [1, 1, 1]
 
 
+def test_lists_of_other_labels_and_of_deleted_predictions_are_not_collected(tmp_path: Path) -> None:
+    for name in ("same", "other", "deleted", "unknown"):
+        write(tmp_path, name, dots(1, 2), made_from="" if name == "unknown" else "old")
+    now = {"same": "old", "other": "new", "unknown": "new"}.get
+    assert collect_centers(tmp_path, now) == ["other", "unknown"]
+    for label in (1, 2):
+        assert set(pandas.read_csv(tmp_path / f"class{label}_centers.csv")["tomogram"]) == {"same"}
+        assert star_of(tmp_path / f"class{label}_relion_import.star")["rlnTomoName"].tolist() == ["same"]
+    left = both(*(f"{name}_class{label}" for name in ("same", "deleted", "unknown") for label in (1, 2)))
+    assert names(tmp_path) == sorted(left + both("class1", "class2"))
+    assert not remove_outdated_centers(tmp_path, "same", "old") and not remove_outdated_centers(tmp_path, "none", "old")
+    assert remove_outdated_centers(tmp_path, "same", "new") and collect_centers(tmp_path, now) == ["unknown"]
+    assert names(tmp_path) == [name for name in left if not name.startswith("same")]  # and none of all of them
+
+
+def test_files_of_others_stay(tmp_path: Path) -> None:
+    """A user's own lists, whatever they are called, and what macOS puts beside ours."""
+    write(tmp_path, "TS_1", dots(1))
+    own = ("TS_1_class2_centers.csv", "TS_1_class9_centers.star", "class7_centers.csv", "class1_relion_import.star")
+    for name in own:
+        (tmp_path / name).write_text("label,tomo\n1,mine\n")
+    hidden = tmp_path / "._TS_1_class1_centers.csv"
+    hidden.write_bytes(b"\0\5\x16\7")
+    with pytest.raises(OutputError, match=r"class1_relion_import.star: an output must not replace .* Move it away"):
+        collect_centers(tmp_path)
+    (tmp_path / own[-1]).unlink()
+    collect_centers(tmp_path)
+    assert len(pandas.read_csv(tmp_path / "class1_centers.csv")) == 1
+    write(tmp_path, "TS_1", dots(1, 3))
+    with pytest.raises(OutputError, match=r"TS_1_class2_centers.csv: an output must not replace"):
+        write(tmp_path, "TS_1", dots(1, 2))
+    assert remove_outdated_centers(tmp_path, "TS_1", "other")
+    collect_centers(tmp_path)
+    assert names(tmp_path) == sorted([*own[:-1], hidden.name])
+
+
 ODD_NAMES = (
     "_TS", "data_1", "DATA_1", "#3", "TS#3", "loop_", "save_a", ";x", "$y", "[a]", "a b", " a", "a ", "a  b", "#a b",
-    "_a b", "data_ x", "?", ".", "-x", "a,b", "ü",
+    "_a b", "data_ x", "?", "-x", "a,b", "ü",
 )  # fmt: skip
 
 
