@@ -25,7 +25,7 @@ from cryosiam_dask.diagnosis import percent
 from cryosiam_dask.errors import CryosiamDaskError, OutputError, TomogramError
 from cryosiam_dask.intensities import Intensities, intensities, sample_file
 from cryosiam_dask.json_values import as_json
-from cryosiam_dask.labels_to_hdf5 import INSTANCES, LABELS, PROBABILITIES, read_attributes
+from cryosiam_dask.labels_to_hdf5 import INSTANCES, LABELS, PROBABILITIES, open_hdf5, read_attributes
 from cryosiam_dask.mrc_to_zarr import MRC_ENDINGS, MrcHeader, read_header
 from cryosiam_dask.tomogram_files import HDF5_ENDINGS, TomogramHeader
 
@@ -334,7 +334,7 @@ def _foreseen(path: Path, rule: str) -> Iterator[None]:
 
 def _hdf5(path: Path) -> Information:
     with _foreseen(path, "must be readable HDF5"):
-        with h5py.File(path, "r", locking="best-effort") as file:
+        with open_hdf5(path) as file:
             parts: list[Part] = []
             file.visititems(lambda name, item: parts.append(_hdf5_part(name, item)) if _is_dataset(item) else None)
         attributes = read_attributes(path)

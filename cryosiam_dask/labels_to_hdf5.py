@@ -91,6 +91,24 @@ class StoredDataset:
             ) from error
 
 
+def open_hdf5(path: str | Path, **options: Any) -> Any:
+    """Open an HDF5 file to read it, also on a disk that knows no locks.
+
+    Parameters
+    ----------
+    path
+        The file.
+    options
+        Others of `h5py.File`.
+
+    Raises
+    ------
+    OSError
+        If it is no readable HDF5 file.
+    """
+    return h5py.File(path, "r", locking="best-effort", **options)
+
+
 def open_dataset(path: str | Path, name: str) -> StoredDataset:
     """Look at a dataset of a predictions file.
 
@@ -102,7 +120,7 @@ def open_dataset(path: str | Path, name: str) -> StoredDataset:
     """
     path = Path(path)
     try:
-        with h5py.File(path, "r", locking="best-effort") as file:
+        with open_hdf5(path) as file:
             stored = file[name]
             dataset = StoredDataset(path, name, tuple(map(int, stored.shape)), stored.dtype, stored.chunks)
             removed = file[REMOVED].dtype if REMOVED in file else np.dtype(np.uint8)
@@ -497,7 +515,7 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
 @contextmanager
 def _reading(path: Path) -> Iterator[Any]:
     try:
-        file = h5py.File(path, "r", locking="best-effort")
+        file = open_hdf5(path)
     except OSError as error:
         raise OutputError(
             "an existing predictions file must be readable HDF5",

@@ -32,7 +32,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import h5py
 import numpy as np
 import zarr
 from numpy.typing import NDArray
@@ -84,6 +83,7 @@ from cryosiam_dask.labels_to_hdf5 import (
     dataset_names,
     exportable_array,
     open_dataset,
+    open_hdf5,
     read_attributes,
     replace_labels,
     write_hdf5,
@@ -1336,7 +1336,7 @@ def _read_unfiltered(path: Path, work: zarr.Group, executor: Executor) -> zarr.A
 
 def _read_unfiltered_chunk(path: Path, labels: zarr.Array[Any], corner: tuple[int, ...]) -> None:
     region = _chunk_region(labels, corner)
-    with h5py.File(path, "r") as file:
+    with open_hdf5(path) as file:
         chunk = file["labels"][region]
         if "removed" in file:
             # In 64 bits, where no sum wraps around to a label that looks right.
