@@ -75,6 +75,7 @@ from cryosiam_dask.formats import (
     other_formats,
     remove_outdated_formats,
     write_other_formats,
+    written_attributes,
 )
 from cryosiam_dask.grid import Grid, make_grid
 from cryosiam_dask.intensities import Intensities, Sample, intensities, sample_array, sample_file
@@ -934,7 +935,8 @@ def list_centers(
     smallest = configuration.parameters.network.min_voxels if min_voxels is None else min_voxels
 
     def act(path: Path, executor: Executor) -> Result:
-        labels, probabilities, attributes = _written_labels(path), _probabilities(path), read_attributes(path)
+        labels, probabilities = _written_labels(path), _probabilities(path)
+        attributes = _written_attributes(configuration, path)
         counts = write_centers(
             folder,
             _stem(path),
@@ -1049,6 +1051,8 @@ def measure_one(configuration: Configuration, path: Path, executor: Executor) ->
     with _work_group(configuration, stem) as work:
         attributes, probabilities = _written_attributes(configuration, path), _probabilities(path)
         warnings = _update_components(configuration, stem, labels, probabilities, attributes, work, executor)
+        if not attributes.get("fingerprint"):
+            warnings += _draw_again(configuration, stem, labels, attributes, work, executor)
     return labels.shape, (), tuple(warnings)
 
 
@@ -1118,7 +1122,7 @@ def _update_formats(configuration: Configuration, path: Path, work: zarr.Group, 
 
 def _written_attributes(configuration: Configuration, path: Path) -> dict[str, Any]:
     """Attributes of a written prediction, with the names that its classes have now."""
-    attributes = read_attributes(path)
+    attributes = written_attributes(configuration, path)
     return attributes | ({"class_names": list(configuration.class_names)} if configuration.class_names else {})
 
 
@@ -1212,17 +1216,21 @@ def _draw_again(
     """Draw written labels over the tomogram that they were made from, where it is still there; returns warnings.
 
     A picture that shows these labels is left alone, and so is one that is not there, unless `missing` ones are wanted.
+    They are of labels of another program, which draws none, where their tomogram is there.
     """
     path = preview_file(configuration.prediction_folder, stem)
-    wanted = configuration.preview if missing else path.exists()
-    if not wanted or read_fingerprint(path) == attributes.get("fingerprint"):
+    missing = missing or ("source" in attributes and not attributes.get("fingerprint"))
+    wanted = (missing and configuration.preview) or path.exists()
+    shows = labels_of(configuration.prediction_folder / f"{stem}_preds.h5", attributes)
+    if not wanted or read_fingerprint(path) == shows:
         return []
+    attributes = {**attributes, "fingerprint": shows}
     try:
         source = (
             configuration.data_folder / Path(str(attributes["source"])).name
         )  # of a file that anybody may have made
         mask_file = configuration.mask_folder and configuration.mask_folder / f"{stem}_preds.h5"
-        mask = open_mask(mask_file, labels.shape) if mask_file else None
+        mask = open_mask(mask_file, labels.shape) if mask_file and mask_file.exists() else None
         tomogram, _ = ingest(source, work.store, executor=executor, **configuration.reading)
         if tuple(tomogram.shape) != tuple(labels.shape):
             raise OutputError("the tomogram must have the shape of its labels", place=source, value=tomogram.shape)

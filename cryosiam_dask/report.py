@@ -33,6 +33,7 @@ from cryosiam_dask.components import Blocks
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.errors import CryosiamDaskError, OutputError
 from cryosiam_dask.executor import SERIAL, Executor
+from cryosiam_dask.formats import written_attributes
 from cryosiam_dask.labels_to_hdf5 import open_dataset, read_attributes, write_bytes
 from cryosiam_dask.measurements import Sizes, component_sizes, holding
 from cryosiam_dask.mrc_to_zarr import MRC_ENDINGS, read_header
@@ -173,7 +174,7 @@ def _look_at(configuration: Configuration, picture_bytes: int, name: str) -> _To
     fingerprint = None
     try:
         if path.exists():
-            attributes = read_attributes(path)
+            attributes = written_attributes(configuration, path)
             fingerprint = attributes.get("fingerprint")
             tomogram.shape = open_dataset(path, "labels").shape
             tomogram.voxels = _voxels(path, attributes)
