@@ -99,6 +99,7 @@ from cryosiam_dask.mrc_to_zarr import IngestReport, Statistics, ingest, read_hea
 from cryosiam_dask.plan import Job, RunPlan, components_done, known_identity, preview_done, removal_sizes, with_sizes
 from cryosiam_dask.preview import Sliceable, preview_file, read_fingerprint, write_preview
 from cryosiam_dask.progress import Reporter
+from cryosiam_dask.report import remember
 from cryosiam_dask.run_log import LOG, TOLD
 from cryosiam_dask.timeline import write_timeline
 from cryosiam_dask.tomogram_files import TomogramHeader, Voxels, ZarrHeader, source_content, source_identity
@@ -509,6 +510,7 @@ def _segment(
     warnings += _update_components(
         configuration, job.stem, labels, probabilities, attributes, work, executor, array_module
     )
+    _keep_for_the_report(configuration, job.stem)
     return voxels, tuple(warnings)
 
 
@@ -851,6 +853,7 @@ def _postprocess_one(
     warnings = _update_components(configuration, stem, labels, _probabilities(path), attributes, work, executor)
     warnings += _draw_again(configuration, stem, labels, attributes, work, executor)
     warnings += _update_formats(configuration, path, work, executor)
+    _keep_for_the_report(configuration, stem)
     return unfiltered.shape, voxels, tuple(warnings)
 
 
@@ -1053,6 +1056,7 @@ def measure_one(configuration: Configuration, path: Path, executor: Executor) ->
         warnings = _update_components(configuration, stem, labels, probabilities, attributes, work, executor)
         if not attributes.get("fingerprint"):
             warnings += _draw_again(configuration, stem, labels, attributes, work, executor)
+    _keep_for_the_report(configuration, stem)
     return labels.shape, (), tuple(warnings)
 
 
@@ -1098,12 +1102,18 @@ def _complete(plan: RunPlan, job: Job, executor: Executor) -> Outcome:
     before = ledger.last("outcome")
     if before and before["status"] == "failed":
         ledger.close(**{name: value for name, value in before.items() if name != "what"} | _DONE)
+    _keep_for_the_report(configuration, job.stem)
     shape = _written_labels(job.output).shape
     seconds = time.time() - began
     return _log_warnings(Outcome(job.stem, "done", shape, seconds, (), tuple(warnings), stage=plan.name))
 
 
 _DONE = {"status": "done", "error": "", "kind": ""}
+
+
+def _keep_for_the_report(configuration: Configuration, stem: str) -> None:
+    with suppress(Exception):  # the report looks at it again
+        remember(configuration, 0, stem)
 
 
 def _update_formats(configuration: Configuration, path: Path, work: zarr.Group, executor: Executor) -> list[str]:

@@ -57,7 +57,7 @@ from cryosiam_dask.pipeline import (
     measure,
     postprocess,
 )
-from cryosiam_dask.plan import USABLE, RunPlan, masks_of, plan_run
+from cryosiam_dask.plan import USABLE, RunPlan, find_tomograms, masks_of, plan_run
 from cryosiam_dask.predictor import (
     largest_patch,
     load_predictor,
@@ -506,23 +506,38 @@ def report_again(config_file: Path, console: Console) -> None:
 
 def _recorded(configuration: Configuration) -> dict[str, dict[str, Any]]:
     """What earlier runs recorded of tomograms, less what the outputs themselves tell better."""
-    folder = configuration.prediction_folder
+    folder, masks = configuration.prediction_folder, configuration.mask_folder
 
     def told(stem: str, outcome: Mapping[str, Any]) -> set[str]:
         known = {"status"} if outcome.get("status") == "done" else set()
         return known | ({"voxels"} if (folder / f"{stem}_preds.h5").exists() else set())
 
+    recorded = read_outcomes(folder)
+    if masks is not None:  # what had no mask never came to this model
+        names = {path.name.removesuffix(configuration.file_extension) for path in find_tomograms(configuration)}
+        for stem, outcome in read_outcomes(masks).items():
+            if outcome.get("status") == "failed" and stem in names and not (masks / f"{stem}_preds.h5").exists():
+                if (folder / f"{stem}_preds.h5").exists():
+                    continue
+                error = f"it has no lamella mask: {outcome.get('error')}"
+                recorded.setdefault(stem, {"status": "failed", "shape": outcome.get("shape"), "error": error})
     return {
         stem: {name: value for name, value in outcome.items() if name not in told(stem, outcome)}
-        for stem, outcome in read_outcomes(folder).items()
+        for stem, outcome in recorded.items()
     }
 
 
 def report_on(configuration: Configuration, outcomes: Sequence[Outcome], console: Console) -> None:
     """Write the page of a collection after a run, and say where it is; a page is no reason for a run to fail."""
     try:
-        now = {outcome.stem: asdict(outcome) for outcome in outcomes if outcome.status != "skipped"}
-        path = write_report(configuration, {**_recorded(configuration), **now})
+        recorded = _recorded(configuration)
+        now = {
+            # The seconds are those of the prediction, which are recorded, and not of what was made of it since.
+            each.stem: {**asdict(each), "seconds": recorded.get(each.stem, {}).get("seconds")}
+            for each in outcomes
+            if each.status != "skipped"
+        }
+        path = write_report(configuration, {**recorded, **now}, unless_current=not now)
         say(console, f"report: {path}")
     except Exception as error:
         attend(console, f"the report could not be written: {error}")
