@@ -2,21 +2,57 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from cryosiam_dask.ledger import part_name
 
 
-def visible(folder: Path, ending: str = "") -> list[Path]:
-    """What a folder holds whose name ends so, sorted.
+def unusable(path: Path) -> str:
+    """Why something in a folder can be no tomogram and no output, in words; empty if it can.
 
-    Hidden names are left out: they are of files that are still growing, or ``._TS_01.mrc``, which macOS puts beside
-    every file on a disk that is not its own.
+    Hidden names are of files that are still growing, or ``._TS_01.mrc``, which macOS puts beside every file on a disk
+    that is not its own.
     """
-    return sorted(path for path in folder.iterdir() if path.name.endswith(ending) and not path.name.startswith("."))
+    if path.name.startswith("."):
+        return "which macOS puts beside another file" if path.name.startswith("._") else "a hidden name"
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP) and path.is_symlink():
+            return f"a link that leads nowhere: {path.readlink()}"
+        return str(error.strerror)
+    return ""
+
+
+def visible(folder: Path, ending: str = "") -> list[Path]:
+    """What a folder holds whose name ends so and that is not `unusable`, sorted."""
+    return sorted(path for path in folder.iterdir() if path.name.endswith(ending) and not unusable(path))
+
+
+def left_out(folder: Path, ending: str, why: Callable[[Path], str] = unusable) -> str:
+    """What a folder holds whose name ends so and that does not count, with the reasons; empty if there is nothing.
+
+    Parameters
+    ----------
+    folder, ending
+        As of `visible`; capitals count, so that what would fit but for them is among it.
+    why
+        Tells why something does not count.
+    """
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.name.endswith(ending):
+            reason = why(path)
+        else:
+            reason = f"it must end with {ending}" if path.name.lower().endswith(ending.lower()) else ""
+        if reason:
+            found.append(f"{path.name} ({reason})")
+    more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+    return f"left out of {folder}: {', '.join(found[:8])}{more}" if found else ""
 
 
 @contextmanager

@@ -67,6 +67,7 @@ from cryosiam_dask.executor import (
     patiently,
     wait,
 )
+from cryosiam_dask.folders import visible
 from cryosiam_dask.formats import (
     MRC_LABEL,
     Placed,
@@ -1301,7 +1302,7 @@ def find_predictions(configuration: Configuration, filename: str | None = None, 
     folder, extension = configuration.prediction_folder, configuration.file_extension
     names = (filename,) if filename is not None else configuration.test_files
     if names is None:
-        predictions = sorted(folder.glob("*_preds.h5"))
+        predictions = visible(folder, "_preds.h5") if folder.is_dir() else []
     else:
         predictions = [folder / f"{name.removesuffix(extension)}_preds.h5" for name in names]
     problems: list[CryosiamDaskError] = [

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from cryosiam_dask.checkpoint import Checkpoint, read_checkpoint
 from cryosiam_dask.classes import class_names, named
-from cryosiam_dask.config import Configuration
+from cryosiam_dask.config import STAGES, Configuration
 from cryosiam_dask.diagnosis import beyond_lamella, scaling
 from cryosiam_dask.errors import (
     CheckpointError,
@@ -32,6 +32,7 @@ from cryosiam_dask.errors import (
     may_pass,
 )
 from cryosiam_dask.executor import patiently
+from cryosiam_dask.folders import left_out, unusable
 from cryosiam_dask.formats import foreign_formats, format_path, formats_done, other_formats, read_mrc_fingerprint
 from cryosiam_dask.grid import DEFAULT_BLOCK_SIZE, Grid, block_size_for, make_grid
 from cryosiam_dask.intensities import Intensities
@@ -490,7 +491,7 @@ def plan_run(
     """
     try:
         overwrite |= overwrite_all
-        plan = patiently(partial(_plan_run, configuration, filename, overwrite, overwrite_all, masks_to_come))
+        plan = patiently(partial(_plan_run, configuration, filename, overwrite, overwrite_all, name, masks_to_come))
         run = time.strftime("%Y-%m-%dT%H:%M:%S") + f"-{os.getpid()}"
         return replace(plan, overwrite=overwrite, overwrite_all=overwrite_all, name=name, run=run)
     except OSError as error:
@@ -507,6 +508,7 @@ def _plan_run(
     filename: str | None,
     overwrite: bool,
     overwrite_all: bool,
+    name: str,
     masks_to_come: Collection[str],
 ) -> RunPlan:
     problems: list[CryosiamDaskError] = []
@@ -514,6 +516,8 @@ def _plan_run(
     masks = _find_masks(configuration, sources, masks_to_come, problems)
     _check_prediction_folder(configuration, problems)
     notes = [f"the key {key} has no effect here" for key in configuration.unused]
+    if filename is None and name in ("", STAGES[0]):  # models of a pipeline have their tomograms in common
+        notes += left_out_tomograms(configuration)
     checkpoint: Checkpoint | None = None
     patch: tuple[int, ...] = ()
     threshold = 0.0
@@ -658,12 +662,12 @@ def _find_tomograms(
                         remedy="Change the name or file_extension",
                     )
                 )
-            elif not _is_tomogram(folder / name):
+            elif why := _why_no_tomogram(folder / name):
                 problems.append(
                     ConfigurationError(
                         f"the tomogram must be a file in data_folder, which is {folder}",
                         place=place,
-                        value=name,
+                        value=f"{name} ({why})",
                         remedy="Check the name",
                     )
                 )
@@ -679,22 +683,38 @@ def _find_tomograms(
         sources = [path for path in sources if not _is_output(path)]
     if not sources:
         found = sorted({"".join(path.suffixes[-1:]) for path in folder.iterdir() if _is_tomogram(path)} - {""})
+        others = "; ".join(left_out_tomograms(configuration))
         problems.append(
             ConfigurationError(
                 f"there must be at least one file whose name ends with file_extension, which is {extension}",
                 place=f"key data_folder, {folder}",
-                value=f"files ending with {', '.join(found[:8])}" if found else "no file at all",
+                value=others or (f"files ending with {', '.join(found[:8])}" if found else "no file at all"),
                 remedy="Check data_folder and file_extension",
             )
         )
     return sources
 
 
+def left_out_tomograms(configuration: Configuration) -> list[str]:
+    """What `data_folder` holds that could be taken for a tomogram and is none, as a sentence, if there is anything."""
+    folder = configuration.data_folder
+    if configuration.test_files is not None or not folder.is_dir():
+        return []
+    found = left_out(folder, configuration.file_extension, _why_no_tomogram)
+    return [found] if found else []
+
+
 def _is_tomogram(path: Path) -> bool:
-    """Whether this can be a tomogram: any file, or the folder of a zarr. One that lacks its metadata fails later, with
-    its name; hidden ones are still growing."""
-    folder = path.is_dir() and not path.name.startswith(".")
-    return path.is_file() or (folder and (path.suffix == ".zarr" or is_zarr(path)))
+    return not _why_no_tomogram(path)
+
+
+def _why_no_tomogram(path: Path) -> str:
+    """Why this can be no tomogram, which any file can, and the folder of a zarr; empty if it can. One that lacks its
+    metadata fails later, with its name."""
+    why = unusable(path)
+    if why or path.is_file():
+        return why
+    return "" if path.is_dir() and (path.suffix == ".zarr" or is_zarr(path)) else "no file"
 
 
 def _is_output(path: Path) -> bool:

@@ -37,6 +37,7 @@ from cryosiam_dask.components import Blocks
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.errors import CryosiamDaskError, OutputError
 from cryosiam_dask.executor import SERIAL, Executor
+from cryosiam_dask.folders import visible
 from cryosiam_dask.formats import written_attributes
 from cryosiam_dask.labels_to_hdf5 import open_dataset, read_attributes, write_bytes
 from cryosiam_dask.ledger import FOLDER
@@ -194,11 +195,13 @@ class _Tomogram:
 def _names(configuration: Configuration) -> set[str]:
     """Names of the tomograms that a prediction folder has outputs of."""
     folder = configuration.prediction_folder
-    names = {path.name.removesuffix("_preds.h5") for path in folder.glob("*_preds.h5")}
+    if not folder.is_dir():
+        return set()
+    names = {path.name.removesuffix("_preds.h5") for path in visible(folder, "_preds.h5")}
     if configuration.save_original_file_extension:
-        found = {path.stem for path in folder.glob(f"*{_mrc_extension(configuration)}")}
+        found = {path.stem for path in visible(folder, _mrc_extension(configuration))}
         names |= {name for name in found if name.removesuffix("_labels") not in found - {name}}  # another format
-    return {name for name in names if not name.startswith(".")}
+    return names
 
 
 def _mrc_extension(configuration: Configuration) -> str:

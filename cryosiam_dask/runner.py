@@ -45,6 +45,7 @@ from cryosiam_dask.errors import (
     DeviceError,
     Problems,
 )
+from cryosiam_dask.folders import left_out
 from cryosiam_dask.formats import convert_to_ome_zarr, other_formats
 from cryosiam_dask.ledger import read_outcomes
 from cryosiam_dask.metrics import Meter
@@ -403,6 +404,7 @@ def postprocess_again(
     configuration = read_configuration(config_file)
     predictions = find_predictions(configuration, filename, sizes=True)
     _begin_logs("semantic-postprocess", config_file, [configuration], console)
+    _say_left_out(configuration, filename, console)
     outcomes = _with_predictions(partial(postprocess, configuration, predictions), len(predictions), console, workers)
     report_on(configuration, outcomes, console)
     return outcomes
@@ -422,6 +424,7 @@ def measure_predictions(
     configuration = read_configuration(config_file)
     predictions = find_predictions(configuration, filename)
     _begin_logs("components", config_file, [configuration], console)
+    _say_left_out(configuration, filename, console)
     outcomes = _with_predictions(partial(measure, configuration, predictions), len(predictions), console, workers)
     report_on(configuration, outcomes, console)
     return outcomes
@@ -461,6 +464,7 @@ def export_predictions(
         )
     predictions = find_predictions(configuration, filename)
     _begin_logs("export", config_file, [configuration], console)
+    _say_left_out(configuration, filename, console)
     action = partial(export, configuration, predictions, formats=formats)
     return _with_predictions(action, len(predictions), console, workers)
 
@@ -487,8 +491,17 @@ def list_particles(
     configuration = read_configuration(config_file)
     predictions = find_predictions(configuration, filename)
     _begin_logs("semantic-to-centers", config_file, [configuration], console)
+    _say_left_out(configuration, filename, console)
     action = partial(list_centers, configuration, predictions, min_voxels=min_voxels, erode=erode)
     return _with_predictions(action, len(predictions), console, workers)
+
+
+def _say_left_out(configuration: Configuration, filename: str | None, console: Console) -> None:
+    """Say which predictions are none, where all are asked for."""
+    if filename is None and configuration.test_files is None:
+        found = left_out(configuration.prediction_folder, "_preds.h5")
+        if found:
+            say(console, f"note: {found}")
 
 
 def report_again(config_file: Path, console: Console) -> None:
@@ -501,6 +514,7 @@ def report_again(config_file: Path, console: Console) -> None:
     """
     configuration = read_configuration(config_file)
     path = write_report(configuration, _recorded(configuration))
+    _say_left_out(configuration, None, console)
     say(console, f"report: {path}")
 
 
