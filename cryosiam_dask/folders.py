@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cryosiam_dask.errors import OutputError
 from cryosiam_dask.ledger import part_name
 
 
@@ -55,13 +57,36 @@ def left_out(folder: Path, ending: str, why: Callable[[Path], str] = unusable) -
     return f"left out of {folder}: {', '.join(found[:8])}{more}" if found else ""
 
 
+def real(path: Path) -> Path:
+    """Where an output is written: where a link leads that stands in its place, such as to a larger disk.
+
+    Raises
+    ------
+    OutputError
+        If a link leads nowhere.
+    """
+    if not path.is_symlink():
+        return path
+    found = Path(os.path.realpath(path))
+    if found.is_symlink() or not found.parent.is_dir():
+        raise OutputError(
+            "an output must not be a link that leads nowhere",
+            place=path,
+            value=path.readlink(),
+            remedy="Remove the link, or mount the disk that it leads to",
+        )
+    return found
+
+
 @contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
     """Give a hidden folder that takes the place of `target` when the block has ended well.
 
     An earlier folder stays as it is until then. The one that is given does not exist yet; it vanishes if the block
-    ends otherwise. See `cryosiam_dask.ledger.sweep_parts` for what is left by a process that was killed.
+    ends otherwise. See `cryosiam_dask.ledger.sweep_parts` for what is left by a process that was killed. Where a link
+    stands in the place of `target`, it is what that leads to.
     """
+    target = real(target)
     part = target.with_name(part_name(target.name))
     old = part.with_suffix(".old")
     try:

@@ -26,6 +26,7 @@ from cryosiam_dask.classes import named
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.errors import CryosiamDaskError, LabelsError, OutputError
 from cryosiam_dask.executor import SERIAL, Executor
+from cryosiam_dask.folders import real
 from cryosiam_dask.labels_to_hdf5 import Sliceable, StoredDataset, open_dataset, read_attributes, write_mrc
 from cryosiam_dask.mrc_to_zarr import IngestReport, ingest, read_header, require_free
 from cryosiam_dask.ome_zarr import SEGMENTATION, read_own_attributes, write_ome_zarr
@@ -211,7 +212,7 @@ def remove_outdated_formats(folder: Path, stem: str, fingerprint: str | None, ke
     for path in (format_path(folder, stem, name) for name in _ENDINGS if name not in keep):
         name = "ome-zarr" if path.is_dir() else "mrc"
         if path.exists() and _fingerprint(name, path) not in (None, fingerprint):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(real(path)) if path.is_dir() else path.unlink()
             removed.append(
                 f"{path.name} held other labels and has been removed; 'cryosiam-dask export --format {name}' makes it"
             )

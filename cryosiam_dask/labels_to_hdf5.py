@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
 from cryosiam_dask.errors import OutputError, not_written
+from cryosiam_dask.folders import real
 from cryosiam_dask.ledger import part_name
 
 LABELS, PROBABILITIES, DISTANCES = "labels", "probs", "distances"  # the names that viewers open
@@ -474,6 +475,7 @@ def replacing(path: Path, *, alone: bool = False) -> Iterator[_Sink]:
     OutputError
         If it cannot be written; an earlier file is then untouched.
     """
+    path = real(path)
     before = _identity(path)
     part = path.with_name(part_name(path.name))
     try:

@@ -36,6 +36,7 @@ from scipy import ndimage
 from cryosiam_dask.classes import COLOURS, named
 from cryosiam_dask.components import Blocks, Index
 from cryosiam_dask.executor import SERIAL, Executor
+from cryosiam_dask.folders import real
 from cryosiam_dask.ledger import part_name
 
 PALETTE = COLOURS  # label 1 has the first
@@ -267,6 +268,7 @@ def write_preview(
     for number, part in enumerate(parts):
         together.paste(part, (number * part.width, 0))
     texts.add_text(_THUMBNAIL, base64.b64encode(_small(together, _THUMBNAIL_BYTES)).decode())
+    path = real(path)
     partial_file = path.with_name(part_name(path.name))
     try:
         # A sixth larger than by default, in half the time.

@@ -15,6 +15,12 @@ import pytest
 from test_cli import COMMAND, call, write_tomogram, write_yaml
 from test_resume import contents
 
+from cryosiam_dask.errors import OutputError
+from cryosiam_dask.formats import remove_outdated_formats
+from cryosiam_dask.labels_to_hdf5 import write_hdf5, write_mrc
+from cryosiam_dask.ome_zarr import write_ome_zarr
+from cryosiam_dask.preview import write_preview
+
 STEMS = ("TS_0", "TS_1", "TS_2")
 RUN = ("semantic-predict", "--config-file", "config.yaml", "--device", "cpu", "--workers", "1")
 
@@ -143,3 +149,33 @@ def test_a_work_folder_on_another_disk(whole: Path, mounts: Mounts) -> None:
             assert set(one) == set(other) >= {"labels", "probs"}
             assert all(np.array_equal(one[name][:], other[name][:]) for name in other)
     assert found == expected
+
+
+def test_outputs_that_are_links_are_followed(tmp_path: Path) -> None:
+    """To a larger disk: what they lead to is replaced, and the links stay."""
+    out, big = tmp_path / "out", tmp_path / "big"
+    out.mkdir(), big.mkdir()
+    labels = np.ones((4, 5, 6), np.uint8)
+    (big / "a.ome.zarr").mkdir()
+    for name in ("a.ome.zarr", "a_preds.h5", "a_preview.png", "a_labels.mrc"):
+        (out / name).symlink_to(big / name)
+    for _ in range(2):
+        write_ome_zarr(out / "a.ome.zarr", labels.astype(np.float32), labels, attributes={"fingerprint": "f"})
+        write_hdf5(out / "a_preds.h5", labels, attributes={})
+        write_mrc(out / "a_labels.mrc", labels)
+        write_preview(out / "a_preview.png", labels, labels)
+        assert sorted(path.name for path in out.iterdir() if not path.is_symlink()) == []
+        names = ["a.ome.zarr", "a_labels.mrc", "a_preds.h5", "a_preview.png"]
+        assert sorted(path.name for path in big.iterdir()) == names
+        assert (big / "a.ome.zarr" / "labels").is_dir() and (big / "a_preds.h5").stat().st_size
+    assert "ome-zarr" in remove_outdated_formats(out, "a", "other")[0]
+    assert not (big / "a.ome.zarr").exists() and (out / "a.ome.zarr").is_symlink() and big.is_dir()
+    for name in ("b.ome.zarr", "b_preds.h5"):
+        (out / name).symlink_to(tmp_path / "not_mounted" / name)
+    with pytest.raises(
+        OutputError, match=r"b_preds.h5: an output must not be a link that leads nowhere; found .*not_mo"
+    ):
+        write_hdf5(out / "b_preds.h5", labels, attributes={})
+    with pytest.raises(OutputError, match=r"b.ome.zarr: an output must not be a link that leads nowhere"):
+        write_ome_zarr(out / "b.ome.zarr", labels, labels)
+    assert not (tmp_path / "not_mounted").exists()
