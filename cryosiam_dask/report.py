@@ -57,7 +57,6 @@ def write_report(
     configuration: Configuration,
     outcomes: Mapping[str, Mapping[str, Any]] | None = None,
     *,
-    unless_current: bool = False,
     executor: Executor = SERIAL,
 ) -> Path:
     """Write the page of a prediction folder, replacing an earlier one at once when it is complete.
@@ -69,8 +68,6 @@ def write_report(
     outcomes
         What became of tomograms, by their names: any of the attributes of `cryosiam_dask.pipeline.Outcome`. Those of
         which the folder holds no output, because they failed, are listed too.
-    unless_current
-        Whether to leave one alone that was written with these settings, when the same files were there.
     executor
         Runs one task for each tomogram.
 
@@ -86,8 +83,6 @@ def write_report(
     """
     folder, outcomes = configuration.prediction_folder, outcomes or {}
     path, state = folder / REPORT, _state(configuration)
-    if unless_current and _is_of(path, state):
-        return path
     names = sorted(_names(configuration) | set(outcomes), key=_natural)
     if not names:
         raise OutputError(
@@ -126,11 +121,11 @@ def _entries(folder: Path) -> Iterator[tuple[str, int, int]]:
                 yield entry.name, status.st_size, status.st_mtime_ns
 
 
-def _is_of(path: Path, state: str) -> bool:
-    """Whether a page shows this state."""
+def is_current(configuration: Configuration) -> bool:
+    """Whether the page of a prediction folder was written with these settings, when the same files were there."""
     try:
-        with path.open("rb") as file:
-            return f'<meta name="state" content="{state}">'.encode() in file.read(2000)
+        with (configuration.prediction_folder / REPORT).open("rb") as file:
+            return f'<meta name="state" content="{_state(configuration)}">'.encode() in file.read(2000)
     except OSError:
         return False
 

@@ -68,7 +68,7 @@ from cryosiam_dask.predictor import (
     resolve_device,
 )
 from cryosiam_dask.progress import FileReporter, Reporters, make_reporter
-from cryosiam_dask.report import write_report
+from cryosiam_dask.report import REPORT, is_current, write_report
 from cryosiam_dask.run_log import LOG, TOLD, begin_logs, logged
 from cryosiam_dask.slurm import open_slurm, read_jobs
 
@@ -535,15 +535,19 @@ def _recorded(configuration: Configuration) -> dict[str, dict[str, Any]]:
                     continue
                 error = f"it has no lamella mask: {outcome.get('error')}"
                 recorded.setdefault(stem, {"status": "failed", "shape": outcome.get("shape"), "error": error})
-    return {
-        stem: {name: value for name, value in outcome.items() if name not in told(stem, outcome)}
-        for stem, outcome in recorded.items()
-    }
+    result = {}
+    for stem, outcome in recorded.items():
+        known = told(stem, outcome)
+        result[stem] = {name: value for name, value in outcome.items() if name not in known}
+    return result
 
 
 def report_on(configuration: Configuration, outcomes: Sequence[Outcome], console: Console) -> None:
     """Write the page of a collection after a run, and say where it is; a page is no reason for a run to fail."""
     try:
+        if all(each.status == "skipped" for each in outcomes) and is_current(configuration):
+            say(console, f"report: {configuration.prediction_folder / REPORT}")
+            return
         recorded = _recorded(configuration)
         now = {
             # The seconds are those of the prediction, which are recorded, and not of what was made of it since.
@@ -551,7 +555,7 @@ def report_on(configuration: Configuration, outcomes: Sequence[Outcome], console
             for each in outcomes
             if each.status != "skipped"
         }
-        path = write_report(configuration, {**recorded, **now}, unless_current=not now)
+        path = write_report(configuration, {**recorded, **now})
         say(console, f"report: {path}")
     except Exception as error:
         attend(console, f"the report could not be written: {error}")
