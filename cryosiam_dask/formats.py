@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ import zarr
 
 from cryosiam_dask.classes import named
 from cryosiam_dask.config import Configuration
-from cryosiam_dask.errors import CryosiamDaskError, LabelsError, OutputError
+from cryosiam_dask.errors import CryosiamDaskError, LabelsError, OutputError, TomogramError
 from cryosiam_dask.executor import SERIAL, Executor
 from cryosiam_dask.folders import real
 from cryosiam_dask.labels_to_hdf5 import Sliceable, StoredDataset, open_dataset, read_attributes, write_mrc
@@ -326,10 +325,10 @@ def written_attributes(configuration: Configuration, prediction: Path) -> dict[s
     if size and all(size):
         return attributes
     attributes = {name: value for name, value in attributes.items() if size or name != "voxel_size_angstrom"}
-    source = _find_source(configuration, prediction.name.removesuffix("_preds.h5"), attributes)
-    if source is None:
-        return attributes
     try:
+        source = _find_source(configuration, prediction.name.removesuffix("_preds.h5"), attributes)
+        if source is None:
+            return attributes
         header = read_header(source, **configuration.reading)
     except (OSError, CryosiamDaskError):
         return attributes
@@ -346,9 +345,15 @@ def _find_source(configuration: Configuration, stem: str, attributes: Mapping[st
     names = [f"{stem}{configuration.file_extension}"]
     if isinstance(attributes.get("source"), str):
         names.append(Path(attributes["source"]).name)
-    with suppress(OSError):  # a folder that may not be looked into
+    try:
         return next((path for name in names if (path := configuration.data_folder / name).exists()), None)
-    return None
+    except OSError as error:
+        raise TomogramError(
+            "data_folder must be a folder that can be looked into",
+            place=configuration.data_folder,
+            value=error.strerror,
+            remedy="Change its permissions",
+        ) from None
 
 
 def _require_shape(prediction: Path, labels: tuple[int, ...], source: Path, tomogram: tuple[int, ...]) -> None:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from cryosiam_dask.config import Configuration, read_pipeline_or_configuration
 from cryosiam_dask.ledger import claim_path, process_is_gone, read_entries
-from cryosiam_dask.plan import find_sources, left_out_tomograms
+from cryosiam_dask.plan import find_sources, left_out_tomograms, unreadable_folder
 from cryosiam_dask.run_log import latest_log
 
 
@@ -141,9 +141,12 @@ def print_overview(config_file: Path, console: Console, *, as_json: bool = False
     """
     found, logs, notes = list[State](), list[Path](), list[str]()
     for stage, configuration in read_pipeline_or_configuration(config_file).items():
-        found += states(configuration, stage)
+        try:
+            found += states(configuration, stage)
+            log = latest_log(configuration.prediction_folder)
+        except OSError as error:
+            raise unreadable_folder("prediction_folder", configuration.prediction_folder, error) from None
         notes += [note for note in left_out_tomograms(configuration) if note not in notes]
-        log = latest_log(configuration.prediction_folder)
         logs += [log] if log else []
     counts, left = Counter(state.state for state in found), seconds_left(found)
     if as_json:

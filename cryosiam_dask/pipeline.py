@@ -97,7 +97,17 @@ from cryosiam_dask.local_store import AnyDiskStore
 from cryosiam_dask.mask import open_mask
 from cryosiam_dask.measurements import COLLECTION, collect_tables, remove_outdated, write_components
 from cryosiam_dask.mrc_to_zarr import IngestReport, Statistics, ingest, read_header
-from cryosiam_dask.plan import Job, RunPlan, components_done, known_identity, preview_done, removal_sizes, with_sizes
+from cryosiam_dask.plan import (
+    Job,
+    RunPlan,
+    components_done,
+    known_identity,
+    name_in_data_folder,
+    preview_done,
+    removal_sizes,
+    unreadable_folder,
+    with_sizes,
+)
 from cryosiam_dask.preview import Sliceable, preview_file, read_fingerprint, write_preview
 from cryosiam_dask.progress import Reporter
 from cryosiam_dask.report import remember
@@ -950,18 +960,20 @@ def list_centers(
             classes=range(1, max(2, probabilities.shape[0] if probabilities else 2)),
             voxel_size_angstrom=attributes.get("voxel_size_angstrom"),
             made_from=labels_of(path, attributes),
+            tilt_series_pattern=configuration.tilt_series_pattern,
             executor=executor,
         )
         reporter.say(f"particles: {', '.join(f'{n} of class {label}' for label, n in counts.items())}")
         return labels.shape, (), tuple(_unknown_voxel_size(attributes))
 
     outcomes = _each(predictions, reporter, act, executor)
-    _collect_centers(folder, outcomes, reporter.say)
+    _collect_centers(configuration, outcomes, reporter.say)
     return outcomes
 
 
-def _collect_centers(folder: Path, outcomes: list[Outcome], say: Callable[[str], None]) -> None:
+def _collect_centers(configuration: Configuration, outcomes: list[Outcome], say: Callable[[str], None]) -> None:
     """Bring the lists of all tomograms up to date."""
+    folder = configuration.prediction_folder
 
     def labels_now(stem: str) -> str | None:
         path = folder / f"{stem}_preds.h5"
@@ -971,7 +983,7 @@ def _collect_centers(folder: Path, outcomes: list[Outcome], say: Callable[[str],
             return None
 
     try:
-        for stem in collect_centers(folder, labels_now):
+        for stem in collect_centers(folder, labels_now, tilt_series_pattern=configuration.tilt_series_pattern):
             say(f"{stem}: {_OUTDATED_LISTS}")
     except Exception as error:
         outcomes.append(_failed("class…_centers.csv", (), time.time(), error, folder))
@@ -1279,7 +1291,7 @@ def collect(configuration: Configuration, outcomes: list[Outcome]) -> None:
     except OSError:
         return
     if listed:
-        _collect_centers(folder, outcomes, lambda message: LOG.info("%s", message))
+        _collect_centers(configuration, outcomes, lambda message: LOG.info("%s", message))
 
 
 def find_predictions(configuration: Configuration, filename: str | None = None, *, sizes: bool = False) -> list[Path]:
@@ -1298,12 +1310,23 @@ def find_predictions(configuration: Configuration, filename: str | None = None, 
     ------
     Problems
         If one is missing, or there are none, or the configuration lacks ``postprocessing_sizes``.
+    ConfigurationError
+        If the folder cannot be looked into.
     """
+    try:
+        return _find_predictions(configuration, filename, sizes)
+    except OSError as error:
+        raise unreadable_folder("prediction_folder", configuration.prediction_folder, error) from None
+
+
+def _find_predictions(configuration: Configuration, filename: str | None, sizes: bool) -> list[Path]:
     folder, extension = configuration.prediction_folder, configuration.file_extension
     names = (filename,) if filename is not None else configuration.test_files
     if names is None:
         predictions = visible(folder, "_preds.h5") if folder.is_dir() else []
     else:
+        place = "--filename" if filename is not None else "key test_files"
+        names = tuple(name_in_data_folder(configuration, name, place) for name in names)
         predictions = [folder / f"{name.removesuffix(extension)}_preds.h5" for name in names]
     problems: list[CryosiamDaskError] = [
         OutputError(

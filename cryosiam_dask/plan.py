@@ -12,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -642,6 +643,43 @@ def find_tomograms(configuration: Configuration, filename: str | None = None) ->
 def _find_tomograms(
     configuration: Configuration, filename: str | None, problems: list[CryosiamDaskError]
 ) -> list[Path]:
+    try:
+        return _tomograms(configuration, filename, problems)
+    except OSError as error:
+        problems.append(unreadable_folder("data_folder", configuration.data_folder, error))
+        return []
+
+
+def name_in_data_folder(configuration: Configuration, name: str, place: str) -> str:
+    """The name in `data_folder` of what a user calls a tomogram, which may be the path of a file there.
+
+    Raises
+    ------
+    ConfigurationError
+        If it is the path of something elsewhere.
+    """
+    folder, path = configuration.data_folder, Path(name)
+    if path.name == name or any((base / path).parent.resolve() == folder.resolve() for base in (folder, Path())):
+        return path.name
+    raise ConfigurationError(
+        f"the tomogram must be a file in data_folder, which is {folder}",
+        place=place,
+        value=name,
+        remedy="Name a file there, or change data_folder",
+    )
+
+
+def unreadable_folder(key: str, folder: Path, error: OSError) -> ConfigurationError:
+    """The error to raise where the kernel did not let a folder be looked into."""
+    return ConfigurationError(
+        "must be a folder that can be looked into",
+        place=f"key {key}",
+        value=f"{error.filename or folder}: {error.strerror}",
+        remedy=f"Change the permissions of the folder, or {key}",
+    )
+
+
+def _tomograms(configuration: Configuration, filename: str | None, problems: list[CryosiamDaskError]) -> list[Path]:
     folder, extension = configuration.data_folder, configuration.file_extension
     if not folder.is_dir():
         problems.append(_missing("data_folder", folder, "folder"))
@@ -651,6 +689,11 @@ def _find_tomograms(
         names = (filename,) if filename is not None else configuration.test_files or ()
         sources = []
         for name in names:
+            try:
+                name = name_in_data_folder(configuration, name, place)
+            except ConfigurationError as error:
+                problems.append(error)
+                continue
             if not _is_tomogram(folder / name) and _is_tomogram(folder / f"{name}{extension}"):
                 name += extension
             if not name.endswith(extension):
@@ -698,10 +741,11 @@ def _find_tomograms(
 def left_out_tomograms(configuration: Configuration) -> list[str]:
     """What `data_folder` holds that could be taken for a tomogram and is none, as a sentence, if there is anything."""
     folder = configuration.data_folder
-    if configuration.test_files is not None or not folder.is_dir():
-        return []
-    found = left_out(folder, configuration.file_extension, _why_no_tomogram)
-    return [found] if found else []
+    with suppress(OSError):
+        if configuration.test_files is None and folder.is_dir():
+            found = left_out(folder, configuration.file_extension, _why_no_tomogram)
+            return [found] if found else []
+    return []
 
 
 def _is_tomogram(path: Path) -> bool:

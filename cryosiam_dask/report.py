@@ -339,11 +339,11 @@ def _voxels(path: Path, attributes: Mapping[str, Any]) -> tuple[int, ...]:
 def _lamella(configuration: Configuration, name: str) -> float | None:
     """Share of a tomogram that lies within its mask."""
     path = configuration.mask_folder and configuration.mask_folder / f"{name}_preds.h5"
-    if not path or not path.exists():
-        return None
     try:
+        if not path or not path.exists():
+            return None
         outside, *inside = _voxels(path, read_attributes(path))
-    except CryosiamDaskError:
+    except (OSError, CryosiamDaskError):
         return None  # a mask that cannot be read has failed its tomogram
     return sum(inside) / max(1, outside + sum(inside))
 

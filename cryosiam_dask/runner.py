@@ -58,7 +58,7 @@ from cryosiam_dask.pipeline import (
     measure,
     postprocess,
 )
-from cryosiam_dask.plan import USABLE, RunPlan, find_tomograms, masks_of, plan_run
+from cryosiam_dask.plan import USABLE, RunPlan, find_tomograms, masks_of, plan_run, unreadable_folder
 from cryosiam_dask.predictor import (
     largest_patch,
     load_predictor,
@@ -513,8 +513,11 @@ def report_again(config_file: Path, console: Console) -> None:
         See `segment`.
     """
     configuration = read_configuration(config_file)
-    path = write_report(configuration, _recorded(configuration))
-    _say_left_out(configuration, None, console)
+    try:
+        path = write_report(configuration, _recorded(configuration))
+        _say_left_out(configuration, None, console)
+    except OSError as error:
+        raise unreadable_folder("prediction_folder", configuration.prediction_folder, error) from None
     say(console, f"report: {path}")
 
 
@@ -529,7 +532,11 @@ def _recorded(configuration: Configuration) -> dict[str, dict[str, Any]]:
     recorded = read_outcomes(folder)
     if masks is not None:  # what had no mask never came to this model
         names = {path.name.removesuffix(configuration.file_extension) for path in find_tomograms(configuration)}
-        for stem, outcome in read_outcomes(masks).items():
+        try:
+            of_masks = read_outcomes(masks)
+        except OSError:  # whoever may not look into it, has no outcomes of it
+            of_masks = {}
+        for stem, outcome in of_masks.items():
             if outcome.get("status") == "failed" and stem in names and not (masks / f"{stem}_preds.h5").exists():
                 if (folder / f"{stem}_preds.h5").exists():
                     continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -179,3 +180,53 @@ def test_outputs_that_are_links_are_followed(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"b.ome.zarr: an output must not be a link that leads nowhere"):
         write_ome_zarr(out / "b.ome.zarr", labels, labels)
     assert not (tmp_path / "not_mounted").exists()
+
+
+def test_folders_that_may_not_be_looked_into_are_named(tmp_path: Path) -> None:
+    """By each command, with status 2 and the key; the superuser gives the right away that he has."""
+    (tmp_path / "data").mkdir(), (tmp_path / "out").mkdir(), (tmp_path / "masks").mkdir()
+    write_tomogram(tmp_path / "data" / "TS_0.mrc")
+    (tmp_path / "out" / "TS_0_preds.h5").touch()
+    checkpoints.write(tmp_path / "model.ckpt")
+    keys = {"prediction_folder": "out", "trained_model": "model.ckpt"}
+    write_yaml(tmp_path / "c.yaml", {"data_folder": "data", "mask_folder": "masks", **keys})
+    write_yaml(tmp_path / "home.yaml", {"data_folder": "~nobody_has_this_name/data", **keys})
+    script = (
+        "import io, sys; from pathlib import Path; from rich.console import Console\n"
+        "from cryosiam_dask.errors import CryosiamDaskError\n"
+        "from cryosiam_dask import config, look, overview, pipeline, runner\n"
+        "console = Console(file=io.StringIO())\n"
+        "for name, file, act in (\n"
+        "    ('plan', 'c.yaml', lambda f: look.show_plan(f, console)),\n"
+        "    ('status', 'c.yaml', lambda f: overview.print_overview(f, console)),\n"
+        "    ('report', 'c.yaml', lambda f: runner.report_again(f, console)),\n"
+        "    ('components', 'c.yaml', lambda f: pipeline.find_predictions(config.read_configuration(f))),\n"
+        "    ('home', 'home.yaml', config.read_configuration),\n"
+        "):\n"
+        "    try: act(Path(file)); print(name, 'fine')\n"
+        "    except CryosiamDaskError as error: print(name, str(error).replace('\\n', ' '))\n"
+    )
+    without = "--bounding-set=-dac_override,-dac_read_search"
+    prefix = ["setpriv", without] if os.getuid() == 0 else []
+
+    def found(closed: str) -> dict[str, str]:
+        (tmp_path / closed).chmod(0)
+        try:
+            done = subprocess.run(
+                [*prefix, sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+            )
+        finally:
+            (tmp_path / closed).chmod(0o755)
+        return dict(line.split(" ", 1) for line in done.stdout.splitlines())
+
+    home = "key data_folder: must be a path below a home folder that is known, and ~nobody_has_this_name is not"
+    of_data, of_out = found("data"), found("out")
+    for said, key, names in (
+        (of_data, "data_folder", ("plan", "status")),
+        (of_out, "prediction_folder", ("status", "report", "components")),
+    ):
+        assert home in said["home"]
+        for name in names:
+            assert f"key {key}: must be a folder that can be looked into" in said[name], said[name]
+    assert "key prediction_folder: must be a folder that can be written to" in of_out["plan"]
+    assert "masks" in (said := found("masks"))["plan"] and said["report"] == "fine"
