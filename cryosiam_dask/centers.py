@@ -114,6 +114,7 @@ def write_centers(
     classes: Iterable[int] = (),
     voxel_size_angstrom: Sequence[float | None] | None = None,
     made_from: str = "",
+    tilt_series_pattern: str | None = None,
     executor: Executor = SERIAL,
 ) -> dict[int, int]:
     """Find the centres in a tomogram and write its lists, in place of all earlier ones.
@@ -134,6 +135,8 @@ def write_centers(
         Along z, y and x (or y and x); ``None`` where it is unknown.
     made_from
         Tells the labels from others, see `labels_of`.
+    tilt_series_pattern
+        Regular expression whose match in the tomogram's name, or in it the first group, names its tilt series.
     executor
         Runs the pieces.
 
@@ -168,13 +171,14 @@ def write_centers(
             value=f"{len(found)} different labels, up to {max(found)}: instances, one number for each component",
             remedy="Take the file of labels that the instances were made from",
         )
+    series = _tilt_series(stem, tilt_series_pattern)
     table = center_table(components.select(components.voxels > min_voxels), stem, voxel_size_angstrom)
     counts = {}
     wanted = sorted(found.union(classes))
     require_own(*(folder / f"{stem}_class{label}_centers{ending}" for label in wanted for ending in (".csv", ".star")))
     for label in wanted:
         own = table[table["class"] == label]
-        _write(folder / f"{stem}_class{label}_centers", own, made_from)
+        _write(folder / f"{stem}_class{label}_centers", own, {stem: series}, made_from)
         counts[label] = len(own)
     _remove(folder, stem, keep=counts)
     return counts
@@ -262,7 +266,34 @@ def center_table(
     return table
 
 
-def collect_centers(folder: Path, labels_now: Callable[[str], str | None] | None = None) -> list[str]:
+def _tilt_series(stem: str, pattern: str | None) -> str:
+    """Name of the tilt series of a tomogram.
+
+    Raises
+    ------
+    OutputError
+        If the pattern does not match its name.
+    """
+    if pattern is None:
+        return _WARPS_PIXEL_SIZE.sub("", stem)
+    match = re.search(pattern, stem)
+    name = match and (match[1] if match.re.groups else match[0])
+    if not name:
+        raise OutputError(
+            "the key tilt_series_pattern must match the name of every tomogram",
+            place=stem,
+            value=f"no match of {pattern}",
+            remedy="Correct the pattern",
+        )
+    return name
+
+
+def collect_centers(
+    folder: Path,
+    labels_now: Callable[[str], str | None] | None = None,
+    *,
+    tilt_series_pattern: str | None = None,
+) -> list[str]:
     """Put the lists of all tomograms of a folder together, one for each class, and write what RELION imports.
 
     Parameters
@@ -272,6 +303,8 @@ def collect_centers(folder: Path, labels_now: Callable[[str], str | None] | None
     labels_now
         Tells the labels that a tomogram (stem) has now, see `labels_of`, ``None`` where it has none any more. Its lists
         are then left out, and those of other labels are removed. By default all lists count.
+    tilt_series_pattern
+        As of `write_centers`.
 
     Returns
     -------
@@ -290,6 +323,7 @@ def collect_centers(folder: Path, labels_now: Callable[[str], str | None] | None
         parts: dict[int, list[Any]] = {}
         of_relion: dict[int, list[tuple[str, str]]] = {}
         now: dict[str, str | None] = {}
+        series: dict[str, str] = {}
         for path in visible(folder, "_centers.csv"):
             match = _OF_A_TOMOGRAM.fullmatch(path.name)
             star = path.with_suffix(".star")
@@ -311,7 +345,8 @@ def collect_centers(folder: Path, labels_now: Callable[[str], str | None] | None
                     coordinates = [name for name in table if name not in ("tomogram", "class", "voxels")]
                     table[coordinates].replace("", "nan").astype(float)
                     parts.setdefault(int(match[2]), []).append(table)
-                    if len(table) and "rlnCenteredCoordinateZAngst" in _star(table):
+                    series |= {name: _tilt_series(name, tilt_series_pattern) for name in table["tomogram"][:1]}
+                    if len(table) and "rlnCenteredCoordinateZAngst" in _star(table, series):
                         row = str(path.resolve().with_suffix(".star")), table["tomogram"][0]
                         of_relion.setdefault(int(match[2]), []).append(row)
                 except (OSError, ValueError, KeyError) as error:
@@ -324,7 +359,7 @@ def collect_centers(folder: Path, labels_now: Callable[[str], str | None] | None
         endings = ("centers.csv", "centers.star", "relion_import.star")
         require_own(*(folder / f"class{label}_{ending}" for label in parts for ending in endings))
         for label, tables in parts.items():
-            _write(folder / f"class{label}_centers", pandas.concat(tables, ignore_index=True))
+            _write(folder / f"class{label}_centers", pandas.concat(tables, ignore_index=True), series)
         for label, rows in of_relion.items():
             index = pandas.DataFrame(rows, columns=["rlnTomoImportParticleFile", "rlnTomoName"])
             _write_star(folder / f"class{label}_relion_import.star", index)
@@ -336,11 +371,11 @@ def collect_centers(folder: Path, labels_now: Callable[[str], str | None] | None
     return list(outdated)
 
 
-def _write(path: Path, table: Any, made_from: str = "") -> None:
-    """Write both forms of a list; `path` is without ending."""
+def _write(path: Path, table: Any, series: Mapping[str, str], made_from: str = "") -> None:
+    """Write both forms of a list, with the tilt series of each tomogram; `path` is without ending."""
     text, star = (path.with_name(f"{path.name}{ending}") for ending in (".csv", ".star"))
     write_table(text, table)
-    _write_star(star, _star(table), made_from)
+    _write_star(star, _star(table, series), made_from)
 
 
 def _write_star(path: Path, table: Any, made_from: str = "") -> None:
@@ -350,12 +385,12 @@ def _write_star(path: Path, table: Any, made_from: str = "") -> None:
     write_bytes(path, f"{f'{STAR_MARK} {made_from}'.rstrip()}\n{starfile.to_string(quoted)}".encode())
 
 
-def _star(table: Any) -> Any:
+def _star(table: Any, series: Mapping[str, str]) -> Any:
     """The same list in the columns of a STAR file."""
     import pandas
 
     axes = [axis for axis in "xyz" if axis in table]
-    warp = [_WARPS_PIXEL_SIZE.sub("", name) + ".tomostar" for name in table["tomogram"]]
+    warp = [series[name] + ".tomostar" for name in table["tomogram"]]
     columns: dict[str, Any] = {f"rlnCoordinate{axis.upper()}": table[axis].to_numpy() for axis in axes}
     angstrom = {f"rlnCenteredCoordinate{axis.upper()}Angst": f"{axis}_centered_angstrom" for axis in axes}
     angstrom["rlnPixelSize"] = "pixel_size_angstrom"

@@ -646,6 +646,8 @@ def _find_tomograms(
     try:
         return _tomograms(configuration, filename, problems)
     except OSError as error:
+        if may_pass(error):
+            raise
         problems.append(unreadable_folder("data_folder", configuration.data_folder, error))
         return []
 

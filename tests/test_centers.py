@@ -251,6 +251,18 @@ def test_names_that_no_star_file_holds_are_refused(tmp_path: Path, name: str) ->
     assert not names(tmp_path)
 
 
+@pytest.mark.parametrize("pattern", [r"^TS_\d+", r"^(.+?)_9", r"(TS_\d+)(?:_9)"])
+def test_a_pattern_names_the_tilt_series(tmp_path: Path, pattern: str) -> None:
+    write(tmp_path, "TS_18_9.96Apx_denoised", dots(1, 1), tilt_series_pattern=pattern)
+    collect_centers(tmp_path, tilt_series_pattern=pattern)
+    for name in ("TS_18_9.96Apx_denoised_class1", "class1"):
+        star = star_of(tmp_path / f"{name}_centers.star")
+        assert star["rlnMicrographName"].tolist() == ["TS_18.tomostar"] * 2
+        assert set(star["rlnTomoName"]) == {"TS_18_9.96Apx_denoised"}
+    with pytest.raises(OutputError, match="tilt_series_pattern must match the name of every tomogram"):
+        write(tmp_path, "other", dots(1), tilt_series_pattern=pattern)
+
+
 def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LabelsError, match="integers"):
         write(tmp_path, "TS", dots(1).astype(np.float32), erode=True)

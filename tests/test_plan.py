@@ -26,7 +26,7 @@ from cryosiam_dask.folders import left_out
 from cryosiam_dask.inspect_file import inspect
 from cryosiam_dask.overview import print_overview
 from cryosiam_dask.pipeline import find_predictions
-from cryosiam_dask.plan import RunPlan, plan_run, removal_sizes, with_sizes
+from cryosiam_dask.plan import RunPlan, find_tomograms, plan_run, removal_sizes, with_sizes
 
 
 @pytest.fixture
@@ -395,6 +395,8 @@ def test_another_patch_than_the_model_was_trained_with_is_said(folder: Path) -> 
             "trained with" in w
             for w in plan_run(configure(folder, parameters__data__patch_size=same)).warnings(1, None)
         )
+
+
 def test_what_is_left_out_is_said_once(folder: Path) -> None:
     """Links that lead nowhere, names in capitals, and what macOS puts beside every file."""
     data = folder / "data"
@@ -425,6 +427,22 @@ def test_what_is_left_out_is_said_once(folder: Path) -> None:
         (data / name).unlink()
     (found,) = problems(configuration)
     assert "found left out of" in found and "TS_5.MRC (it must end with .mrc)" in found
+
+
+def test_filename_means_the_same_for_all_commands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configuration = configure(folder)
+    (folder / "out").mkdir()
+    prediction = folder / "out" / "TS_1_preds.h5"
+    prediction.touch()
+    monkeypatch.chdir(folder)
+    for name in ("TS_1", "TS_1.mrc", "data/TS_1.mrc", str(folder / "data" / "TS_1.mrc"), "../data/TS_1.mrc"):
+        assert [source.name for source in find_tomograms(configuration, name)] == ["TS_1.mrc"]
+        assert find_predictions(configuration, name) == [prediction]
+    for name in ("elsewhere/TS_1.mrc", "out/TS_1", str(folder / "TS_1.mrc")):
+        (found,) = problems(configuration, filename=name)
+        assert "--filename: the tomogram must be a file in data_folder" in found
+        with pytest.raises(ConfigurationError, match="--filename: the tomogram must be a file in data_folder"):
+            find_predictions(configuration, name)
 
 
 def test_hidden_predictions_are_none(folder: Path) -> None:
