@@ -9,14 +9,16 @@ Coordinates count voxels of the segmented tomogram from 0, the centre of the fir
 and Warp do, and RELION, whose tomogram of n voxels has its centre at n / 2. A STAR file has the columns
 
 ================================== =====================================================================================
-``rlnTomoName``                    the tomogram's name without its extension, dots included: ``TS_018_9.96Apx``
-``rlnMicrographName``              Warp's name of the tilt series: the same without its ``_9.96Apx``, and ``.tomostar``
 ``rlnCoordinateX``, …              in voxels of the segmented tomogram (Warp: ``--coords_angpix`` is their size)
 ``rlnCenteredCoordinateXAngst``, … in Å from the centre of the tomogram, which RELION 5 prefers: true at any binning
 ``rlnPixelSize``                   in Å
+``rlnTomoName``                    the tomogram's name without its extension, dots included: ``TS_018_9.96Apx``
+``rlnMicrographName``              Warp's name of the tilt series: the same without its ``_9.96Apx``, and ``.tomostar``
 ================================== =====================================================================================
 
-without the last four where the voxel size is unknown. Orientations are left to those programs.
+without those in Å where the voxel size is unknown. Orientations are left to those programs. A number comes first, since
+a line that begins with ``_``, ``data_`` or ``#`` is none of a list; a name that begins so is quoted. The first line of
+a tomogram's list tells the labels that it was made from, see `labels_of`.
 
 ``class<k>_relion_import.star`` is what RELION 5 imports: for each tomogram its ``rlnTomoName`` and the absolute path of
 its list, ``rlnTomoImportParticleFile``, so that any RELION project finds it. (RELION also takes a wildcard, but takes
@@ -27,7 +29,7 @@ puts in the wrong places: those without particles, without voxel size, and of im
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,12 +40,24 @@ from numpy.typing import NDArray
 from cryosiam_dask.components import ChunkedArray, Components, find_components
 from cryosiam_dask.errors import LabelsError, OutputError
 from cryosiam_dask.executor import SERIAL, Executor
+from cryosiam_dask.folders import visible
 from cryosiam_dask.labels_to_hdf5 import write_bytes
-from cryosiam_dask.measurements import CONNECTIVITY, component_table, holding, voxel_size, write_table
+from cryosiam_dask.measurements import (
+    CONNECTIVITY,
+    STAR_MARK,
+    component_table,
+    holding,
+    made_here,
+    require_own,
+    voxel_size,
+    write_table,
+)
 
 _LARGEST_CLASS = 255  # labels of classes are bytes
 _OF_A_TOMOGRAM = re.compile(r"(.+)_class(\d+)_centers\.(?:csv|star)")
 _OF_ALL = re.compile(r"class(\d+)_(?:centers\.(?:csv|star)|relion_import\.star)")
+#: Values that would be taken for something else in a STAR file. Those with spaces `starfile` quotes by itself.
+_TO_QUOTE = re.compile(r"(?!.* )(?:[_#$;\[\]]|(?:data|loop|save|stop|global)_|.*#|[.?]$)", re.IGNORECASE)
 _WARPS_PIXEL_SIZE = re.compile(r"_\d+(\.\d+)?Apx$")  # which Warp appends to the name of a tilt series' tomogram
 
 
@@ -99,6 +113,8 @@ def write_centers(
     erode: bool = False,
     classes: Iterable[int] = (),
     voxel_size_angstrom: Sequence[float | None] | None = None,
+    made_from: str = "",
+    tilt_series_pattern: str | None = None,
     executor: Executor = SERIAL,
 ) -> dict[int, int]:
     """Find the centres in a tomogram and write its lists, in place of all earlier ones.
@@ -117,6 +133,10 @@ def write_centers(
         Classes that get a file even if there is nothing of them.
     voxel_size_angstrom
         Along z, y and x (or y and x); ``None`` where it is unknown.
+    made_from
+        Tells the labels from others, see `labels_of`.
+    tilt_series_pattern
+        Regular expression whose match in the tomogram's name, or in it the first group, names its tilt series.
     executor
         Runs the pieces.
 
@@ -130,8 +150,16 @@ def write_centers(
     LabelsError
         If the labels are not integers, negative, or numbers of instances rather than classes.
     OutputError
-        If a file cannot be written.
+        If a file cannot be written or is none of this program, or no STAR file can hold the tomogram's name.
     """
+    if not stem.isprintable() or "'" in stem or '"' in stem:
+        raise OutputError(
+            "a tomogram in a STAR file must have a name of printable letters without quotation marks, which the "
+            "programs that read it take for others",
+            place=folder,
+            value=repr(stem),
+            remedy="Rename the tomogram and its prediction",
+        )
     components = find_components(
         Eroded(labels) if erode else labels, connectivity=CONNECTIVITY, measure=True, executor=executor
     )
@@ -143,17 +171,69 @@ def write_centers(
             value=f"{len(found)} different labels, up to {max(found)}: instances, one number for each component",
             remedy="Take the file of labels that the instances were made from",
         )
+    series = _tilt_series(stem, tilt_series_pattern)
     table = center_table(components.select(components.voxels > min_voxels), stem, voxel_size_angstrom)
     counts = {}
-    for label in sorted(found.union(classes)):
+    wanted = sorted(found.union(classes))
+    require_own(*(folder / f"{stem}_class{label}_centers{ending}" for label in wanted for ending in (".csv", ".star")))
+    for label in wanted:
         own = table[table["class"] == label]
-        _write(folder / f"{stem}_class{label}_centers", own)
+        _write(folder / f"{stem}_class{label}_centers", own, {stem: series}, made_from)
         counts[label] = len(own)
-    for path in folder.iterdir():
-        match = _OF_A_TOMOGRAM.fullmatch(path.name)
-        if match and match[1] == stem and int(match[2]) not in counts:
-            path.unlink()
+    _remove(folder, stem, keep=counts)
     return counts
+
+
+def _remove(folder: Path, stem: str, keep: Mapping[int, Any]) -> None:
+    """Remove the lists of a tomogram, but those of some classes."""
+    for path in visible(folder):
+        match = _OF_A_TOMOGRAM.fullmatch(path.name)
+        if match and match[1] == stem and int(match[2]) not in keep and made_here(path):
+            path.unlink()
+
+
+def labels_of(prediction: Path, attributes: Mapping[str, Any]) -> str:
+    """What tells the labels of a written prediction from others.
+
+    Its fingerprint, or of a file of another program, which has none, its size and time.
+    """
+    fingerprint = attributes.get("fingerprint")
+    if isinstance(fingerprint, str) and fingerprint:
+        return fingerprint
+    status = prediction.stat()
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def _made_from(path: Path) -> str:
+    """The labels that a tomogram's STAR file was made from; empty where it does not tell."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            first = file.readline()
+    except OSError:
+        return ""
+    return first.removeprefix(STAR_MARK).strip() if first.startswith(STAR_MARK) else ""
+
+
+def remove_outdated_centers(folder: Path, stem: str, made_from: str) -> bool:
+    """Remove the lists of a tomogram that were made from other labels.
+
+    Parameters
+    ----------
+    folder, stem, made_from
+        As of `write_centers`.
+
+    Returns
+    -------
+    bool
+        Whether there were any.
+    """
+    # Every tomogram with lists has those of the first class, so that the others, of which the whole folder must be
+    # looked through, are looked for in need alone.
+    first = folder / f"{stem}_class1_centers.star"
+    if not made_here(first) or _made_from(first) == made_from:
+        return False
+    _remove(folder, stem, keep={})
+    return True
 
 
 def center_table(
@@ -186,30 +266,88 @@ def center_table(
     return table
 
 
-def collect_centers(folder: Path) -> None:
-    """Put the lists of all tomograms of a folder together, one for each class, and write what RELION imports.
+def _tilt_series(stem: str, pattern: str | None) -> str:
+    """Name of the tilt series of a tomogram.
 
     Raises
     ------
     OutputError
-        If a list cannot be read, or the result cannot be written.
+        If the pattern does not match its name.
+    """
+    if pattern is None:
+        return _WARPS_PIXEL_SIZE.sub("", stem)
+    match = re.search(pattern, stem)
+    name = match and (match[1] if match.re.groups else match[0])
+    if not name:
+        raise OutputError(
+            "the key tilt_series_pattern must match the name of every tomogram",
+            place=stem,
+            value=f"no match of {pattern}",
+            remedy="Correct the pattern",
+        )
+    return name
+
+
+def collect_centers(
+    folder: Path,
+    labels_now: Callable[[str], str | None] | None = None,
+    *,
+    tilt_series_pattern: str | None = None,
+) -> list[str]:
+    """Put the lists of all tomograms of a folder together, one for each class, and write what RELION imports.
+
+    Parameters
+    ----------
+    folder
+        Which one.
+    labels_now
+        Tells the labels that a tomogram (stem) has now, see `labels_of`, ``None`` where it has none any more. Its lists
+        are then left out, and those of other labels are removed. By default all lists count.
+    tilt_series_pattern
+        As of `write_centers`.
+
+    Returns
+    -------
+    list of str
+        The tomograms whose lists are those of other labels.
+
+    Raises
+    ------
+    OutputError
+        If a list cannot be read, or the result cannot be written, or would replace a file of another program.
     """
     import pandas
 
+    outdated: dict[str, None] = {}
     with holding(folder):
         parts: dict[int, list[Any]] = {}
         of_relion: dict[int, list[tuple[str, str]]] = {}
-        for path in sorted(folder.glob("*_centers.csv")):
+        now: dict[str, str | None] = {}
+        series: dict[str, str] = {}
+        for path in visible(folder, "_centers.csv"):
             match = _OF_A_TOMOGRAM.fullmatch(path.name)
-            if match:
+            star = path.with_suffix(".star")
+            if match and (made_here(star) or made_here(path)):
+                if labels_now:
+                    stem = match[1]
+                    labels = now[stem] if stem in now else now.setdefault(stem, labels_now(stem))
+                    found = _made_from(star)
+                    if labels is not None and found != labels:
+                        outdated[stem] = None
+                        # Those of versions that did not write it down may be right.
+                        for each in filter(made_here, (path, star) if found else ()):
+                            each.unlink()
+                    if found != labels:
+                        continue
                 try:
                     # As text, so that no digit changes on the way and no name is taken for a number or for nothing.
                     table = pandas.read_csv(path, dtype="str", keep_default_na=False)
                     coordinates = [name for name in table if name not in ("tomogram", "class", "voxels")]
                     table[coordinates].replace("", "nan").astype(float)
                     parts.setdefault(int(match[2]), []).append(table)
-                    if len(table) and "rlnCenteredCoordinateZAngst" in _star(table):
-                        row = table["tomogram"][0], str(path.resolve().with_suffix(".star"))
+                    series |= {name: _tilt_series(name, tilt_series_pattern) for name in table["tomogram"][:1]}
+                    if len(table) and "rlnCenteredCoordinateZAngst" in _star(table, series):
+                        row = str(path.resolve().with_suffix(".star")), table["tomogram"][0]
                         of_relion.setdefault(int(match[2]), []).append(row)
                 except (OSError, ValueError, KeyError) as error:
                     raise OutputError(
@@ -218,41 +356,47 @@ def collect_centers(folder: Path) -> None:
                         value=error,
                         remedy="Remove the file and run 'cryosiam-dask semantic-to-centers' again",
                     ) from None
+        endings = ("centers.csv", "centers.star", "relion_import.star")
+        require_own(*(folder / f"class{label}_{ending}" for label in parts for ending in endings))
         for label, tables in parts.items():
-            _write(folder / f"class{label}_centers", pandas.concat(tables, ignore_index=True))
+            _write(folder / f"class{label}_centers", pandas.concat(tables, ignore_index=True), series)
         for label, rows in of_relion.items():
-            index = pandas.DataFrame(rows, columns=["rlnTomoName", "rlnTomoImportParticleFile"])
+            index = pandas.DataFrame(rows, columns=["rlnTomoImportParticleFile", "rlnTomoName"])
             _write_star(folder / f"class{label}_relion_import.star", index)
         for path in folder.iterdir():
             match = _OF_ALL.fullmatch(path.name)
-            if match and int(match[1]) not in (of_relion if path.name.endswith("_relion_import.star") else parts):
+            wanted = of_relion if path.name.endswith("_relion_import.star") else parts
+            if match and int(match[1]) not in wanted and made_here(path):
                 path.unlink()
+    return list(outdated)
 
 
-def _write(path: Path, table: Any) -> None:
-    """Write both forms of a list; `path` is without ending."""
-    write_table(path.with_name(f"{path.name}.csv"), table)
-    _write_star(path.with_name(f"{path.name}.star"), _star(table))
+def _write(path: Path, table: Any, series: Mapping[str, str], made_from: str = "") -> None:
+    """Write both forms of a list, with the tilt series of each tomogram; `path` is without ending."""
+    text, star = (path.with_name(f"{path.name}{ending}") for ending in (".csv", ".star"))
+    write_table(text, table)
+    _write_star(star, _star(table, series), made_from)
 
 
-def _write_star(path: Path, table: Any) -> None:
+def _write_star(path: Path, table: Any, made_from: str = "") -> None:
     import starfile
 
-    write_bytes(path, starfile.to_string(table).encode())
+    quoted = table.map(lambda value: f'"{value}"' if isinstance(value, str) and _TO_QUOTE.match(value) else value)
+    write_bytes(path, f"{f'{STAR_MARK} {made_from}'.rstrip()}\n{starfile.to_string(quoted)}".encode())
 
 
-def _star(table: Any) -> Any:
+def _star(table: Any, series: Mapping[str, str]) -> Any:
     """The same list in the columns of a STAR file."""
     import pandas
 
     axes = [axis for axis in "xyz" if axis in table]
-    warp = [_WARPS_PIXEL_SIZE.sub("", name) + ".tomostar" for name in table["tomogram"]]
-    columns: dict[str, Any] = {"rlnTomoName": table["tomogram"].to_numpy(), "rlnMicrographName": warp}
-    columns |= {f"rlnCoordinate{axis.upper()}": table[axis].to_numpy() for axis in axes}
+    warp = [series[name] + ".tomostar" for name in table["tomogram"]]
+    columns: dict[str, Any] = {f"rlnCoordinate{axis.upper()}": table[axis].to_numpy() for axis in axes}
     angstrom = {f"rlnCenteredCoordinate{axis.upper()}Angst": f"{axis}_centered_angstrom" for axis in axes}
     angstrom["rlnPixelSize"] = "pixel_size_angstrom"
     numbers = {name: table[column].replace("", "nan").astype(float).to_numpy() for name, column in angstrom.items()}
     if not any(np.isnan(values).any() for values in numbers.values()):
         columns |= numbers
+    columns |= {"rlnTomoName": table["tomogram"].to_numpy(), "rlnMicrographName": warp}
     star = pandas.DataFrame(columns)
     return star.astype({name: float for name in star if name.startswith("rlnCoordinate")})

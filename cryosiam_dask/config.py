@@ -42,7 +42,15 @@ UNUSED_KEYS: Mapping[str, frozenset[str]] = {
     "hyper_parameters": frozenset(),
 }
 
-_Path = Annotated[Path, Field(strict=False), AfterValidator(Path.expanduser)]
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(f"must be a path below a home folder that is known, and {path.parts[0]} is not") from None
+
+
+_Path = Annotated[Path, Field(strict=False), AfterValidator(_expanded)]
 
 
 def _scientific(value: Any) -> Any:
@@ -55,6 +63,35 @@ def _once(names: tuple[str, ...]) -> tuple[str, ...]:
     if twice:
         raise ValueError(f"must not hold a name twice: {twice[0]}")
     return names
+
+
+def _pattern(text: str) -> str:
+    """A regular expression that takes no time: without repetitions of what is repeated, and without looking back."""
+    import warnings
+
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            parsed = re._parser.parse(text)  # type: ignore[attr-defined]
+            re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"must be a regular expression, such as ^TS_[0-9]+: {error}") from None
+    if _repeats(parsed) > 3:
+        raise ValueError("must not repeat what is repeated already, or more than three parts, which may take for ever")
+    return text
+
+
+def _repeats(parsed: Any, inside: bool = False) -> int:
+    """How many parts of a parsed regular expression are repeated; many where one is within another."""
+    count = 0
+    for kind, value in parsed:
+        name, parts = str(kind), value if isinstance(value, list | tuple) else ()
+        repeats = (name.endswith("REPEAT") and parts[1] != parts[0]) or (name in ("GROUPREF", "BRANCH") and inside)
+        count += 1000 if repeats and inside else repeats
+        for part in parts:
+            for each in part if isinstance(part, list) else (part,):
+                if isinstance(each, re._parser.SubPattern):  # type: ignore[attr-defined]
+                    count += _repeats(each, inside or bool(repeats))
+    return count
 
 
 _Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_scientific)]
@@ -201,6 +238,11 @@ class Configuration(_Model):
     mrc_unsigned: Annotated[bool | None, About("True", own=True)] = None
     """Whether the bytes of MRC files of mode 0 are unsigned (0 to 255). `null`: as the header says or, where it says
     nothing, as the voxels look, with a warning."""
+    tilt_series_pattern: Annotated[
+        Annotated[str, AfterValidator(_pattern)] | None, About(r"'^TS_\d+'", model="semantic", own=True)
+    ] = None
+    """Particle lists: regular expression whose match in a tomogram's name, or in it the first group, is the name of its
+    tilt series, for names such as `TS_018_9.96Apx_denoised`. `null`: the name without Warp's `_9.96Apx` at its end."""
     class_names: Annotated[
         Annotated[tuple[_Name, ...], Field(strict=False), AfterValidator(_once)] | None,
         About("[ 'membrane', 'actin' ]", own=True),
@@ -459,7 +501,13 @@ def _missing_paths(path: str, values: dict[str, Any]) -> Iterator[ConfigurationE
     """What the planning of a run would find next, so that a user mends it together with the rest."""
     for key in ("data_folder", "mask_folder", "trained_model"):
         value = values.get(key)
-        if isinstance(value, str) and value and not Path(value).expanduser().exists():
+        if not isinstance(value, str) or not value:
+            continue
+        try:
+            there = Path(value).expanduser().exists()
+        except (OSError, RuntimeError):  # what is wrong with these is said elsewhere
+            there = True
+        if not there:
             yield ConfigurationError("must exist", place=f"{path}, key {key}", value=value, remedy=f"Correct {key}")
 
 

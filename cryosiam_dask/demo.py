@@ -12,7 +12,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import h5py
 import mrcfile
 import numpy as np
 import yaml
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cryosiam_dask.errors import OutputError
+from cryosiam_dask.labels_to_hdf5 import open_hdf5
 from cryosiam_dask.phantom import CLASS_NAMES, dice, make_phantom, write_phantom
 from cryosiam_dask.preview import write_preview
 
@@ -153,8 +153,8 @@ def _compare(folder: Path, console: Console) -> None:
     for stem in SEEDS:
         with (
             np.load(folder / "tomograms" / f"{stem}_truth.npz") as truth,
-            h5py.File(folder / "lamella" / f"{stem}_preds.h5") as lamella,
-            h5py.File(folder / "semantic" / f"{stem}_preds.h5") as semantic,
+            open_hdf5(folder / "lamella" / f"{stem}_preds.h5") as lamella,
+            open_hdf5(folder / "semantic" / f"{stem}_preds.h5") as semantic,
             mrcfile.open(folder / "tomograms" / f"{stem}.mrc") as tomogram,
         ):
             inside = dice(lamella["labels"][()], truth["lamella"], 2)[1]

@@ -23,8 +23,9 @@ import zarr
 
 from cryosiam_dask.classes import named
 from cryosiam_dask.config import Configuration
-from cryosiam_dask.errors import LabelsError, OutputError
+from cryosiam_dask.errors import CryosiamDaskError, LabelsError, OutputError, TomogramError
 from cryosiam_dask.executor import SERIAL, Executor
+from cryosiam_dask.folders import real
 from cryosiam_dask.labels_to_hdf5 import Sliceable, StoredDataset, open_dataset, read_attributes, write_mrc
 from cryosiam_dask.mrc_to_zarr import IngestReport, ingest, read_header, require_free
 from cryosiam_dask.ome_zarr import SEGMENTATION, read_own_attributes, write_ome_zarr
@@ -210,7 +211,7 @@ def remove_outdated_formats(folder: Path, stem: str, fingerprint: str | None, ke
     for path in (format_path(folder, stem, name) for name in _ENDINGS if name not in keep):
         name = "ome-zarr" if path.is_dir() else "mrc"
         if path.exists() and _fingerprint(name, path) not in (None, fingerprint):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(real(path)) if path.is_dir() else path.unlink()
             removed.append(
                 f"{path.name} held other labels and has been removed; 'cryosiam-dask export --format {name}' makes it"
             )
@@ -263,13 +264,12 @@ def export_prediction(
         raise OutputError(
             "an export must not replace what was not made from a prediction", place=path, remedy="Move it away"
         )
-    labels, attributes = _uint8_labels(prediction), read_attributes(prediction)
+    labels, attributes = _uint8_labels(prediction), written_attributes(configuration, prediction)
     source = _find_source(configuration, stem, attributes)
     tomogram, warnings = None, list[str]()
     if source is not None and ("ome-zarr" in formats or not attributes.get("voxel_size_angstrom")):
         header = read_header(source, **configuration.reading)
         _require_shape(prediction, labels.shape, source, header.shape)
-        attributes = {**header.attributes(), **attributes}  # CryoSiam's own files have none
     if "ome-zarr" in formats:
         if source is None:
             raise OutputError(
@@ -290,12 +290,70 @@ def export_prediction(
     return tuple(warnings)
 
 
+def written_attributes(configuration: Configuration, prediction: Path) -> dict[str, Any]:
+    """The attributes of a predictions file, and what it does not tell of its tomogram from the header of that.
+
+    CryoSiam's own files tell nothing, and those of this program no voxel size where the header had none.
+
+    Parameters
+    ----------
+    configuration
+        Its ``data_folder`` and ``file_extension`` name the tomograms.
+    prediction
+        ``<stem>_preds.h5``.
+
+    Returns
+    -------
+    dict
+        See `cryosiam_dask.labels_to_hdf5.read_attributes`. A tomogram that is not there, cannot be read or has another
+        shape than the labels tells nothing.
+
+    Raises
+    ------
+    OutputError
+        If the predictions file cannot be read.
+    """
+    attributes = read_attributes(prediction)
+    shape = open_dataset(prediction, "labels").shape
+    size = attributes.get("voxel_size_angstrom")
+    if (
+        not isinstance(size, list)
+        or len(size) != len(shape)
+        or not all(isinstance(v, float | int | None) for v in size)
+    ):
+        size = None  # nothing, or what another program means by the name
+    if size and all(size):
+        return attributes
+    attributes = {name: value for name, value in attributes.items() if size or name != "voxel_size_angstrom"}
+    try:
+        source = _find_source(configuration, prediction.name.removesuffix("_preds.h5"), attributes)
+        if source is None:
+            return attributes
+        header = read_header(source, **configuration.reading)
+    except (OSError, CryosiamDaskError):
+        return attributes
+    if header.shape != shape:
+        return attributes
+    told = header.attributes()
+    if size and not all(told["voxel_size_angstrom"]):
+        told["voxel_size_angstrom"] = size
+    names = ("voxel_size_angstrom", "origin_angstrom", "nstart", "axes", "source")
+    return {**attributes, **{name: told[name] for name in names if name == names[0] or name not in attributes}}
+
+
 def _find_source(configuration: Configuration, stem: str, attributes: Mapping[str, Any]) -> Path | None:
     names = [f"{stem}{configuration.file_extension}"]
     if isinstance(attributes.get("source"), str):
         names.append(Path(attributes["source"]).name)
-    paths = (configuration.data_folder / name for name in names)
-    return next((path for path in paths if path.exists()), None)
+    try:
+        return next((path for name in names if (path := configuration.data_folder / name).exists()), None)
+    except OSError as error:
+        raise TomogramError(
+            "data_folder must be a folder that can be looked into",
+            place=configuration.data_folder,
+            value=error.strerror,
+            remedy="Change its permissions",
+        ) from None
 
 
 def _require_shape(prediction: Path, labels: tuple[int, ...], source: Path, tomogram: tuple[int, ...]) -> None:

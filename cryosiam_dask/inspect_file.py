@@ -23,9 +23,10 @@ import zarr
 
 from cryosiam_dask.diagnosis import percent
 from cryosiam_dask.errors import CryosiamDaskError, OutputError, TomogramError
+from cryosiam_dask.folders import unusable
 from cryosiam_dask.intensities import Intensities, intensities, sample_file
 from cryosiam_dask.json_values import as_json
-from cryosiam_dask.labels_to_hdf5 import INSTANCES, LABELS, PROBABILITIES, read_attributes
+from cryosiam_dask.labels_to_hdf5 import INSTANCES, LABELS, PROBABILITIES, open_hdf5, read_attributes
 from cryosiam_dask.mrc_to_zarr import MRC_ENDINGS, MrcHeader, read_header
 from cryosiam_dask.tomogram_files import HDF5_ENDINGS, TomogramHeader
 
@@ -40,6 +41,7 @@ _MAGIC: tuple[tuple[bytes, str, Kind | None], ...] = (
     (b"PK\x03\x04", "a zip archive, as torch writes checkpoints", "checkpoint"),
     (b"\x80\x02", "a pickle, as old versions of torch write checkpoints", "checkpoint"),
     (b"\x1f\x8b", "a gzip file", "tomogram"),
+    (b"\0\5\x16\7", "what macOS puts beside another file, its name without ._", None),
     (b"II*\0", "a TIFF image", None),
     (b"MM\0*", "a TIFF image", None),
     (b"II+\0", "a TIFF image", None),
@@ -161,8 +163,9 @@ def _kind(path: Path) -> Kind:
         with path.open("rb") as file:
             beginning = file.read(212)
     except OSError as error:
+        why = unusable(path) if path.is_symlink() else error.strerror
         raise TomogramError(
-            "must be a file that can be read", place=path, value=error.strerror, remedy="Check path and permissions"
+            "must be a file that can be read", place=path, value=why, remedy="Check path and permissions"
         ) from None
     if not beginning:
         raise TomogramError("a file must hold something", place=path, value="0 bytes", remedy="Copy or make it again")
@@ -334,7 +337,7 @@ def _foreseen(path: Path, rule: str) -> Iterator[None]:
 
 def _hdf5(path: Path) -> Information:
     with _foreseen(path, "must be readable HDF5"):
-        with h5py.File(path, "r", locking="best-effort") as file:
+        with open_hdf5(path) as file:
             parts: list[Part] = []
             file.visititems(lambda name, item: parts.append(_hdf5_part(name, item)) if _is_dataset(item) else None)
         attributes = read_attributes(path)

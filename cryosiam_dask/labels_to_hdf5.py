@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
 from cryosiam_dask.errors import OutputError, not_written
+from cryosiam_dask.folders import real
 from cryosiam_dask.ledger import part_name
 
 LABELS, PROBABILITIES, DISTANCES = "labels", "probs", "distances"  # the names that viewers open
@@ -91,6 +92,24 @@ class StoredDataset:
             ) from error
 
 
+def open_hdf5(path: str | Path, **options: Any) -> Any:
+    """Open an HDF5 file to read it, also on a disk that knows no locks.
+
+    Parameters
+    ----------
+    path
+        The file.
+    options
+        Others of `h5py.File`.
+
+    Raises
+    ------
+    OSError
+        If it is no readable HDF5 file.
+    """
+    return h5py.File(path, "r", locking="best-effort", **options)
+
+
 def open_dataset(path: str | Path, name: str) -> StoredDataset:
     """Look at a dataset of a predictions file.
 
@@ -102,7 +121,7 @@ def open_dataset(path: str | Path, name: str) -> StoredDataset:
     """
     path = Path(path)
     try:
-        with h5py.File(path, "r", locking="best-effort") as file:
+        with open_hdf5(path) as file:
             stored = file[name]
             dataset = StoredDataset(path, name, tuple(map(int, stored.shape)), stored.dtype, stored.chunks)
             removed = file[REMOVED].dtype if REMOVED in file else np.dtype(np.uint8)
@@ -456,6 +475,7 @@ def replacing(path: Path, *, alone: bool = False) -> Iterator[_Sink]:
     OutputError
         If it cannot be written; an earlier file is then untouched.
     """
+    path = real(path)
     before = _identity(path)
     part = path.with_name(part_name(path.name))
     try:
@@ -497,7 +517,7 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
 @contextmanager
 def _reading(path: Path) -> Iterator[Any]:
     try:
-        file = h5py.File(path, "r", locking="best-effort")
+        file = open_hdf5(path)
     except OSError as error:
         raise OutputError(
             "an existing predictions file must be readable HDF5",

@@ -140,7 +140,7 @@ def read_outcomes(prediction_folder: Path) -> dict[str, dict[str, Any]]:
         ``run``, ``began`` and ``ended`` (seconds since the epoch).
     """
     found = {}
-    for path in sorted((prediction_folder / FOLDER).glob("*.jsonl")):
+    for path in sorted((prediction_folder / FOLDER).glob("[!.]*.jsonl")):
         entries, fault = read_entries(prediction_folder, path.name.removesuffix(".jsonl"))
         if not fault and entries and entries[-1]["what"] == "outcome":
             found[path.name.removesuffix(".jsonl")] = {k: v for k, v in entries[-1].items() if k != "what"}

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from cryosiam_dask.errors import MaskError
+from cryosiam_dask.labels_to_hdf5 import open_hdf5
 
 WORKING_BYTES = 64 * 2**20  # for one part of a block
 DATASET = "labels"
@@ -235,7 +236,7 @@ def read_stored(
 def _open(path: Path) -> Iterator[Any]:
     """Open the dataset of a mask; whatever goes wrong in HDF5 until it is closed becomes a `MaskError`."""
     try:
-        with h5py.File(path, "r", locking="best-effort", rdcc_nbytes=WORKING_BYTES) as file:
+        with open_hdf5(path, rdcc_nbytes=WORKING_BYTES) as file:
             labels = file.get(DATASET)
             if not isinstance(labels, h5py.Dataset):
                 raise MaskError(

@@ -40,11 +40,22 @@ from cryosiam_dask.components import (
 )
 from cryosiam_dask.errors import LabelsError, OutputError
 from cryosiam_dask.executor import SERIAL, Executor
-from cryosiam_dask.labels_to_hdf5 import read_attributes, replacing, require_voxels, write_bytes, write_instances_hdf5
+from cryosiam_dask.folders import visible
+from cryosiam_dask.labels_to_hdf5 import (
+    INSTANCES,
+    dataset_names,
+    read_attributes,
+    replacing,
+    require_voxels,
+    write_bytes,
+    write_instances_hdf5,
+)
 from cryosiam_dask.ledger import collection_claim, open_claims
 
 CONNECTIVITY = 26
 COLLECTION = "components"  # name of the tables of all tomograms
+STAR_MARK = "# cryosiam_dask"  # how a STAR file of this program begins
+_OF_EVERY_TABLE = {"tomogram", "class", "voxels"}  # columns
 
 
 def component_files(folder: Path, stem: str) -> tuple[Path, Path, Path]:
@@ -95,6 +106,7 @@ def write_components(
         If there are no voxels, or a file cannot be written.
     """
     hdf5, *tables = component_files(folder, stem)
+    require_own(hdf5, *tables)
     require_voxels(hdf5, labels)
     components = find_components(
         labels,
@@ -127,6 +139,8 @@ def write_components(
 def remove_outdated(folder: Path, stem: str, fingerprint: str | None) -> bool:
     """Remove the components of a tomogram unless they were made from the labels of this fingerprint.
 
+    A file of that name that this program did not make stays.
+
     Returns
     -------
     bool
@@ -138,10 +152,48 @@ def remove_outdated(folder: Path, stem: str, fingerprint: str | None) -> bool:
             return False
     except OutputError:
         pass  # missing or damaged
-    found = [path for path in files if path.exists()]
+    found = [path for path in files if made_here(path)]
     for path in found:
         path.unlink()
     return bool(found)
+
+
+def made_here(path: Path) -> bool:
+    """Whether this program made a table, a list or a file of components, as far as its content tells."""
+    try:
+        if path.suffix == ".h5":
+            return INSTANCES in dataset_names(path)
+        if path.suffix == ".parquet":
+            from pyarrow import parquet  # type: ignore[import-untyped]
+
+            return set(parquet.read_schema(path).names) >= _OF_EVERY_TABLE
+        with path.open(encoding="utf-8", errors="replace") as file:
+            beginning = file.read(4096)
+    except (OSError, ValueError, OutputError):
+        return False
+    if path.suffix == ".csv":
+        return set(beginning.partition("\n")[0].split(",")) >= _OF_EVERY_TABLE
+    # Before lists were marked, the tomogram stood first in them.
+    return beginning.startswith(STAR_MARK) or (
+        beginning.startswith("# Created by") and "_rlnTomoName #1\n" in beginning
+    )
+
+
+def require_own(*paths: Path) -> None:
+    """Refuse to replace files that this program did not make.
+
+    Raises
+    ------
+    OutputError
+        If there is one.
+    """
+    for path in paths:
+        if path.exists() and not made_here(path):
+            raise OutputError(
+                "an output must not replace a file that this program did not make",
+                place=path,
+                remedy="Move it away, or rename it",
+            )
 
 
 def component_table(
@@ -248,28 +300,41 @@ def component_sizes(folder: Path, stem: str) -> dict[int, Sizes] | None:
         ) from None
 
 
-def collect_tables(folder: Path) -> None:
+def collect_tables(folder: Path, is_there: Callable[[str], bool] = lambda stem: True) -> None:
     """Put the tables of all tomograms of a folder together, ``components.csv`` and ``components.parquet``.
 
     Without any table both are removed.
+
+    Parameters
+    ----------
+    folder
+        Which one.
+    is_there
+        Whether a tomogram (stem) still has a prediction there; tables of others stay and are left out.
 
     Raises
     ------
     OutputError
         If a table cannot be read, or the result cannot be written.
     """
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
     from pyarrow import parquet
 
+    ending = "_components.parquet"
     text_file, table_file = (folder / f"{COLLECTION}{ending}" for ending in (".csv", ".parquet"))
     with holding(folder):
-        paths = sorted(folder.glob("*_components.parquet"))
+        schemas = {
+            path: _of_table(path, parquet.read_schema)
+            for path in visible(folder, ending)
+            if is_there(path.name.removesuffix(ending))
+        }
+        paths = [path for path, found in schemas.items() if set(found.names) >= _OF_EVERY_TABLE]
         if not paths:
-            text_file.unlink(missing_ok=True)
-            table_file.unlink(missing_ok=True)
+            for path in filter(made_here, (text_file, table_file)):
+                path.unlink()
             return
-        schemas = [_of_table(path, parquet.read_schema) for path in paths]
-        schema = pyarrow.unify_schemas(schemas, promote_options="permissive")
+        require_own(text_file, table_file)
+        schema = pyarrow.unify_schemas([schemas[path] for path in paths], promote_options="permissive")
         # One table after the other: a collection has millions of components.
         with replacing(text_file) as text, replacing(table_file) as sink, parquet.ParquetWriter(sink, schema) as writer:
             for path in paths:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from cryosiam_dask.config import Configuration, read_pipeline_or_configuration
 from cryosiam_dask.ledger import claim_path, process_is_gone, read_entries
-from cryosiam_dask.plan import find_sources, refused_names, shown
+from cryosiam_dask.plan import find_sources, left_out_tomograms, refused_names, shown, unreadable_folder
 from cryosiam_dask.run_log import latest_log
 
 
@@ -143,16 +143,20 @@ def print_overview(config_file: Path, console: Console, *, as_json: bool = False
     as_json
         Whether to print JSON instead of a table.
     """
-    found, logs = list[State](), list[Path]()
+    found, logs, notes = list[State](), list[Path](), list[str]()
     for stage, configuration in read_pipeline_or_configuration(config_file).items():
-        found += states(configuration, stage)
-        log = latest_log(configuration.prediction_folder)
+        try:
+            found += states(configuration, stage)
+            log = latest_log(configuration.prediction_folder)
+        except OSError as error:
+            raise unreadable_folder("prediction_folder", configuration.prediction_folder, error) from None
+        notes += [note for note in left_out_tomograms(configuration) if note not in notes]
         logs += [log] if log else []
     counts, left = Counter(state.state for state in found), seconds_left(found)
     if as_json:
         document: dict[str, Any] = {
             "counts": counts, "seconds_left": left, "tomograms": [asdict(state) for state in found],
-            "logs": [str(log) for log in logs],
+            "logs": [str(log) for log in logs], "notes": notes,
         }  # fmt: skip
         console.file.write(json.dumps(document, indent=2) + "\n")
         return
@@ -173,5 +177,9 @@ def print_overview(config_file: Path, console: Console, *, as_json: bool = False
         if left >= 86400:
             line += f", and {left // 86400:.0f} days"
     # Where all is done, nobody need read on.
-    for text in (line, *(f"log of the latest run: {log}" for log in logs if shown)):
+    for text in (
+        line,
+        *(f"note: {note}" for note in notes),
+        *(f"log of the latest run: {log}" for log in logs if shown),
+    ):
         console.print(text, markup=False, highlight=False, soft_wrap=True)

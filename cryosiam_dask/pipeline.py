@@ -32,13 +32,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import h5py
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
 from cryosiam_dask._version import __version__
-from cryosiam_dask.centers import collect_centers, write_centers
+from cryosiam_dask.centers import collect_centers, labels_of, remove_outdated_centers, write_centers
 from cryosiam_dask.components import ArrayModule, Blocks, ChunkedArray, remove_small, require_channel
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.diagnosis import blank as why_blank
@@ -68,6 +67,7 @@ from cryosiam_dask.executor import (
     patiently,
     wait,
 )
+from cryosiam_dask.folders import visible
 from cryosiam_dask.formats import (
     MRC_LABEL,
     Placed,
@@ -76,6 +76,7 @@ from cryosiam_dask.formats import (
     other_formats,
     remove_outdated_formats,
     write_other_formats,
+    written_attributes,
 )
 from cryosiam_dask.grid import Grid, make_grid
 from cryosiam_dask.intensities import Intensities, Sample, intensities, sample_array, sample_file
@@ -84,6 +85,7 @@ from cryosiam_dask.labels_to_hdf5 import (
     dataset_names,
     exportable_array,
     open_dataset,
+    open_hdf5,
     read_attributes,
     replace_labels,
     write_hdf5,
@@ -95,9 +97,20 @@ from cryosiam_dask.local_store import AnyDiskStore
 from cryosiam_dask.mask import open_mask
 from cryosiam_dask.measurements import COLLECTION, collect_tables, remove_outdated, write_components
 from cryosiam_dask.mrc_to_zarr import IngestReport, Statistics, ingest, read_header
-from cryosiam_dask.plan import Job, RunPlan, components_done, known_identity, preview_done, removal_sizes, with_sizes
+from cryosiam_dask.plan import (
+    Job,
+    RunPlan,
+    components_done,
+    known_identity,
+    name_in_data_folder,
+    preview_done,
+    removal_sizes,
+    unreadable_folder,
+    with_sizes,
+)
 from cryosiam_dask.preview import Sliceable, preview_file, read_fingerprint, write_preview
 from cryosiam_dask.progress import Reporter
+from cryosiam_dask.report import remember
 from cryosiam_dask.run_log import LOG, TOLD
 from cryosiam_dask.timeline import write_timeline
 from cryosiam_dask.tomogram_files import TomogramHeader, Voxels, ZarrHeader, source_content, source_identity
@@ -508,6 +521,7 @@ def _segment(
     warnings += _update_components(
         configuration, job.stem, labels, probabilities, attributes, work, executor, array_module
     )
+    _keep_for_the_report(configuration, job.stem)
     return voxels, tuple(warnings)
 
 
@@ -850,6 +864,7 @@ def _postprocess_one(
     warnings = _update_components(configuration, stem, labels, _probabilities(path), attributes, work, executor)
     warnings += _draw_again(configuration, stem, labels, attributes, work, executor)
     warnings += _update_formats(configuration, path, work, executor)
+    _keep_for_the_report(configuration, stem)
     return unfiltered.shape, voxels, tuple(warnings)
 
 
@@ -934,7 +949,8 @@ def list_centers(
     smallest = configuration.parameters.network.min_voxels if min_voxels is None else min_voxels
 
     def act(path: Path, executor: Executor) -> Result:
-        labels, probabilities, attributes = _written_labels(path), _probabilities(path), read_attributes(path)
+        labels, probabilities = _written_labels(path), _probabilities(path)
+        attributes = _written_attributes(configuration, path)
         counts = write_centers(
             folder,
             _stem(path),
@@ -943,17 +959,40 @@ def list_centers(
             erode=erode,
             classes=range(1, max(2, probabilities.shape[0] if probabilities else 2)),
             voxel_size_angstrom=attributes.get("voxel_size_angstrom"),
+            made_from=labels_of(path, attributes),
+            tilt_series_pattern=configuration.tilt_series_pattern,
             executor=executor,
         )
         reporter.say(f"particles: {', '.join(f'{n} of class {label}' for label, n in counts.items())}")
         return labels.shape, (), tuple(_unknown_voxel_size(attributes))
 
     outcomes = _each(predictions, reporter, act, executor)
+    _collect_centers(configuration, outcomes, reporter.say)
+    return outcomes
+
+
+def _collect_centers(configuration: Configuration, outcomes: list[Outcome], say: Callable[[str], None]) -> None:
+    """Bring the lists of all tomograms up to date."""
+    folder = configuration.prediction_folder
+
+    def labels_now(stem: str) -> str | None:
+        path = folder / f"{stem}_preds.h5"
+        try:
+            return labels_of(path, read_attributes(path))
+        except (OSError, OutputError):
+            return None
+
     try:
-        collect_centers(folder)
+        for stem in collect_centers(folder, labels_now, tilt_series_pattern=configuration.tilt_series_pattern):
+            say(f"{stem}: {_OUTDATED_LISTS}")
     except Exception as error:
         outcomes.append(_failed("class…_centers.csv", (), time.time(), error, folder))
-    return outcomes
+
+
+_OUTDATED_LISTS = (
+    "its particle lists were those of other labels and do not count any more; 'cryosiam-dask semantic-to-centers' "
+    "makes them again"
+)
 
 
 Result: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]  # shape, voxels of each label, warnings
@@ -1033,6 +1072,9 @@ def measure_one(configuration: Configuration, path: Path, executor: Executor) ->
     with _work_group(configuration, stem) as work:
         attributes, probabilities = _written_attributes(configuration, path), _probabilities(path)
         warnings = _update_components(configuration, stem, labels, probabilities, attributes, work, executor)
+        if not attributes.get("fingerprint"):
+            warnings += _draw_again(configuration, stem, labels, attributes, work, executor)
+    _keep_for_the_report(configuration, stem)
     return labels.shape, (), tuple(warnings)
 
 
@@ -1078,12 +1120,18 @@ def _complete(plan: RunPlan, job: Job, executor: Executor) -> Outcome:
     before = ledger.last("outcome")
     if before and before["status"] == "failed":
         ledger.close(**{name: value for name, value in before.items() if name != "what"} | _DONE)
+    _keep_for_the_report(configuration, job.stem)
     shape = _written_labels(job.output).shape
     seconds = time.time() - began
     return _log_warnings(Outcome(job.stem, "done", shape, seconds, (), tuple(warnings), stage=plan.name))
 
 
 _DONE = {"status": "done", "error": "", "kind": ""}
+
+
+def _keep_for_the_report(configuration: Configuration, stem: str) -> None:
+    with suppress(Exception):  # the report looks at it again
+        remember(configuration, 0, stem)
 
 
 def _update_formats(configuration: Configuration, path: Path, work: zarr.Group, executor: Executor) -> list[str]:
@@ -1102,7 +1150,7 @@ def _update_formats(configuration: Configuration, path: Path, work: zarr.Group, 
 
 def _written_attributes(configuration: Configuration, path: Path) -> dict[str, Any]:
     """Attributes of a written prediction, with the names that its classes have now."""
-    attributes = read_attributes(path)
+    attributes = written_attributes(configuration, path)
     return attributes | ({"class_names": list(configuration.class_names)} if configuration.class_names else {})
 
 
@@ -1122,14 +1170,17 @@ def _update_components(
 ) -> list[str]:
     """Write the components of new labels, or remove those of earlier ones; returns what needs attention."""
     folder = configuration.prediction_folder
-    outdated = remove_outdated(folder, stem, attributes.get("fingerprint"))
+    outdated, warnings = remove_outdated(folder, stem, attributes.get("fingerprint")), list[str]()
+    prediction = folder / f"{stem}_preds.h5"
+    if prediction.exists() and remove_outdated_centers(folder, stem, labels_of(prediction, attributes)):
+        warnings.append(_OUTDATED_LISTS)
     if not configuration.components:
-        if not outdated:
-            return []
-        return [
-            "its components were those of other labels and have been removed. Set components: True, or run "
-            "'cryosiam-dask components', to make them again"
-        ]
+        if outdated:
+            warnings.append(
+                "its components were those of other labels and have been removed. Set components: True, or run "
+                "'cryosiam-dask components', to make them again"
+            )
+        return warnings
     inherited = {name: attributes[name] for name in _INHERITED if attributes.get(name) is not None}
     inherited["software"] = f"cryosiam_dask {__version__}"
     write_components(
@@ -1142,7 +1193,7 @@ def _update_components(
         executor=executor,
         array_module=array_module,
     )
-    return _unknown_voxel_size(inherited)
+    return warnings + _unknown_voxel_size(inherited)
 
 
 def _draw(
@@ -1193,17 +1244,21 @@ def _draw_again(
     """Draw written labels over the tomogram that they were made from, where it is still there; returns warnings.
 
     A picture that shows these labels is left alone, and so is one that is not there, unless `missing` ones are wanted.
+    They are of labels of another program, which draws none, where their tomogram is there.
     """
     path = preview_file(configuration.prediction_folder, stem)
-    wanted = configuration.preview if missing else path.exists()
-    if not wanted or read_fingerprint(path) == attributes.get("fingerprint"):
+    missing = missing or ("source" in attributes and not attributes.get("fingerprint"))
+    wanted = (missing and configuration.preview) or path.exists()
+    shows = labels_of(configuration.prediction_folder / f"{stem}_preds.h5", attributes)
+    if not wanted or read_fingerprint(path) == shows:
         return []
+    attributes = {**attributes, "fingerprint": shows}
     try:
         source = (
             configuration.data_folder / Path(str(attributes["source"])).name
         )  # of a file that anybody may have made
         mask_file = configuration.mask_folder and configuration.mask_folder / f"{stem}_preds.h5"
-        mask = open_mask(mask_file, labels.shape) if mask_file else None
+        mask = open_mask(mask_file, labels.shape) if mask_file and mask_file.exists() else None
         tomogram, _ = ingest(source, work.store, executor=executor, **configuration.reading)
         if tuple(tomogram.shape) != tuple(labels.shape):
             raise OutputError("the tomogram must have the shape of its labels", place=source, value=tomogram.shape)
@@ -1223,13 +1278,25 @@ def _unknown_voxel_size(attributes: Mapping[str, Any]) -> list[str]:
 
 
 def collect(configuration: Configuration, outcomes: list[Outcome]) -> None:
-    """Bring the tables of all tomograms up to date, if there are any."""
-    path = configuration.prediction_folder / f"{COLLECTION}.csv"
+    """Bring the tables and the particle lists of all tomograms up to date, if there are any."""
+    folder = configuration.prediction_folder
+    path = folder / f"{COLLECTION}.csv"
+
+    def is_there(stem: str) -> bool:
+        names = (f"{stem}_preds.h5", f"{stem}{configuration.file_extension.removesuffix('.gz')}", f"{stem}.mrc")
+        return any((folder / name).exists() for name in names[: 3 if configuration.save_original_file_extension else 1])
+
     if configuration.components or path.exists():
         try:
-            collect_tables(path.parent)
+            collect_tables(folder, is_there)
         except Exception as error:
             outcomes.append(_failed(path.name, (), time.time(), error, path))
+    try:
+        listed = any(folder.glob("class*_centers.csv"))
+    except OSError:
+        return
+    if listed:
+        _collect_centers(configuration, outcomes, lambda message: LOG.info("%s", message))
 
 
 def find_predictions(configuration: Configuration, filename: str | None = None, *, sizes: bool = False) -> list[Path]:
@@ -1248,12 +1315,23 @@ def find_predictions(configuration: Configuration, filename: str | None = None, 
     ------
     Problems
         If one is missing, or there are none, or the configuration lacks ``postprocessing_sizes``.
+    ConfigurationError
+        If the folder cannot be looked into.
     """
+    try:
+        return _find_predictions(configuration, filename, sizes)
+    except OSError as error:
+        raise unreadable_folder("prediction_folder", configuration.prediction_folder, error) from None
+
+
+def _find_predictions(configuration: Configuration, filename: str | None, sizes: bool) -> list[Path]:
     folder, extension = configuration.prediction_folder, configuration.file_extension
     names = (filename,) if filename is not None else configuration.test_files
     if names is None:
-        predictions = sorted(folder.glob("*_preds.h5"))
+        predictions = visible(folder, "_preds.h5") if folder.is_dir() else []
     else:
+        place = "--filename" if filename is not None else "key test_files"
+        names = tuple(name_in_data_folder(configuration, name, place) for name in names)
         predictions = [folder / f"{name.removesuffix(extension)}_preds.h5" for name in names]
     problems: list[CryosiamDaskError] = [
         OutputError(
@@ -1305,7 +1383,7 @@ def _read_unfiltered(path: Path, work: zarr.Group, executor: Executor) -> zarr.A
 
 def _read_unfiltered_chunk(path: Path, labels: zarr.Array[Any], corner: tuple[int, ...]) -> None:
     region = _chunk_region(labels, corner)
-    with h5py.File(path, "r") as file:
+    with open_hdf5(path) as file:
         chunk = file["labels"][region]
         if "removed" in file:
             # In 64 bits, where no sum wraps around to a label that looks right.

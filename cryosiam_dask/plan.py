@@ -14,6 +14,7 @@ import socket
 import time
 import unicodedata
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any, Literal
 
 from cryosiam_dask.checkpoint import Checkpoint, read_checkpoint
 from cryosiam_dask.classes import class_names, named
-from cryosiam_dask.config import Configuration
+from cryosiam_dask.config import STAGES, Configuration
 from cryosiam_dask.diagnosis import beyond_lamella, scaling
 from cryosiam_dask.errors import (
     CheckpointError,
@@ -34,6 +35,7 @@ from cryosiam_dask.errors import (
     may_pass,
 )
 from cryosiam_dask.executor import patiently
+from cryosiam_dask.folders import left_out, unusable
 from cryosiam_dask.formats import foreign_formats, format_path, formats_done, other_formats, read_mrc_fingerprint
 from cryosiam_dask.grid import DEFAULT_BLOCK_SIZE, Grid, block_size_for, make_grid
 from cryosiam_dask.intensities import Intensities
@@ -497,7 +499,7 @@ def plan_run(
     run = f"{time.strftime('%Y-%m-%dT%H:%M:%S')}-{socket.gethostname()}-{os.getpid()}"
     try:
         overwrite |= overwrite_all
-        plan = patiently(partial(_plan_run, configuration, filename, overwrite, overwrite_all, masks_to_come))
+        plan = patiently(partial(_plan_run, configuration, filename, overwrite, overwrite_all, name, masks_to_come))
         return replace(plan, overwrite=overwrite, overwrite_all=overwrite_all, name=name, run=run)
     except OSError as error:
         raise ConfigurationError(
@@ -513,6 +515,7 @@ def _plan_run(
     filename: str | None,
     overwrite: bool,
     overwrite_all: bool,
+    name: str,
     masks_to_come: Collection[str],
 ) -> RunPlan:
     problems: list[CryosiamDaskError] = []
@@ -524,6 +527,8 @@ def _plan_run(
     masks = _find_masks(configuration, sources, masks_to_come, problems)
     _check_prediction_folder(configuration, problems)
     notes = [f"the key {key} has no effect here" for key in configuration.unused]
+    if filename is None and name in ("", STAGES[0]):  # models of a pipeline have their tomograms in common
+        notes += left_out_tomograms(configuration)
     checkpoint: Checkpoint | None = None
     patch: tuple[int, ...] = ()
     threshold = 0.0
@@ -703,6 +708,45 @@ def find_tomograms(configuration: Configuration, filename: str | None = None) ->
 def _find_tomograms(
     configuration: Configuration, filename: str | None, problems: list[CryosiamDaskError]
 ) -> list[Path]:
+    try:
+        return _tomograms(configuration, filename, problems)
+    except OSError as error:
+        if may_pass(error):
+            raise
+        problems.append(unreadable_folder("data_folder", configuration.data_folder, error))
+        return []
+
+
+def name_in_data_folder(configuration: Configuration, name: str, place: str) -> str:
+    """The name in `data_folder` of what a user calls a tomogram, which may be the path of a file there.
+
+    Raises
+    ------
+    ConfigurationError
+        If it is the path of something elsewhere.
+    """
+    folder, path = configuration.data_folder, Path(name)
+    if path.name == name or any((base / path).parent.resolve() == folder.resolve() for base in (folder, Path())):
+        return path.name
+    raise ConfigurationError(
+        f"the tomogram must be a file in data_folder, which is {folder}",
+        place=place,
+        value=name,
+        remedy="Name a file there, or change data_folder",
+    )
+
+
+def unreadable_folder(key: str, folder: Path, error: OSError) -> ConfigurationError:
+    """The error to raise where the kernel did not let a folder be looked into."""
+    return ConfigurationError(
+        "must be a folder that can be looked into",
+        place=f"key {key}",
+        value=f"{error.filename or folder}: {error.strerror}",
+        remedy=f"Change the permissions of the folder, or {key}",
+    )
+
+
+def _tomograms(configuration: Configuration, filename: str | None, problems: list[CryosiamDaskError]) -> list[Path]:
     folder, extension = configuration.data_folder, configuration.file_extension
     if not folder.is_dir():
         problems.append(_missing("data_folder", folder, "folder"))
@@ -712,6 +756,11 @@ def _find_tomograms(
         names = (filename,) if filename is not None else configuration.test_files or ()
         sources = []
         for name in names:
+            try:
+                name = name_in_data_folder(configuration, name, place)
+            except ConfigurationError as error:
+                problems.append(error)
+                continue
             if not _is_tomogram(folder / name) and _is_tomogram(folder / f"{name}{extension}"):
                 name += extension
             if not name.endswith(extension):
@@ -723,12 +772,12 @@ def _find_tomograms(
                         remedy="Change the name or file_extension",
                     )
                 )
-            elif not _is_tomogram(folder / name):
+            elif why := _why_no_tomogram(folder / name):
                 problems.append(
                     ConfigurationError(
                         f"the tomogram must be a file in data_folder, which is {folder}",
                         place=place,
-                        value=name,
+                        value=f"{name} ({why})",
                         remedy="Check the name",
                     )
                 )
@@ -744,22 +793,39 @@ def _find_tomograms(
         sources = [path for path in sources if not _is_output(path)]
     if not sources:
         found = sorted({"".join(path.suffixes[-1:]) for path in folder.iterdir() if _is_tomogram(path)} - {""})
+        others = "; ".join(left_out_tomograms(configuration))
         problems.append(
             ConfigurationError(
                 f"there must be at least one file whose name ends with file_extension, which is {extension}",
                 place=f"key data_folder, {folder}",
-                value=f"files ending with {', '.join(found[:8])}" if found else "no file at all",
+                value=others or (f"files ending with {', '.join(found[:8])}" if found else "no file at all"),
                 remedy="Check data_folder and file_extension",
             )
         )
     return sources
 
 
+def left_out_tomograms(configuration: Configuration) -> list[str]:
+    """What `data_folder` holds that could be taken for a tomogram and is none, as a sentence, if there is anything."""
+    folder = configuration.data_folder
+    with suppress(OSError):
+        if configuration.test_files is None and folder.is_dir():
+            found = left_out(folder, configuration.file_extension, _why_no_tomogram)
+            return [found] if found else []
+    return []
+
+
 def _is_tomogram(path: Path) -> bool:
-    """Whether this can be a tomogram: any file, or the folder of a zarr. One that lacks its metadata fails later, with
-    its name; hidden ones are still growing."""
-    folder = path.is_dir() and not path.name.startswith(".")
-    return path.is_file() or (folder and (path.suffix == ".zarr" or is_zarr(path)))
+    return not _why_no_tomogram(path)
+
+
+def _why_no_tomogram(path: Path) -> str:
+    """Why this can be no tomogram, which any file can, and the folder of a zarr; empty if it can. One that lacks its
+    metadata fails later, with its name."""
+    why = unusable(path)
+    if why or path.is_file():
+        return why
+    return "" if path.is_dir() and (path.suffix == ".zarr" or is_zarr(path)) else "no file"
 
 
 def _is_output(path: Path) -> bool:

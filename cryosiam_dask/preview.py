@@ -36,6 +36,7 @@ from scipy import ndimage
 from cryosiam_dask.classes import COLOURS, named
 from cryosiam_dask.components import Blocks, Index
 from cryosiam_dask.executor import SERIAL, Executor
+from cryosiam_dask.folders import real
 from cryosiam_dask.ledger import part_name
 
 PALETTE = COLOURS  # label 1 has the first
@@ -267,6 +268,7 @@ def write_preview(
     for number, part in enumerate(parts):
         together.paste(part, (number * part.width, 0))
     texts.add_text(_THUMBNAIL, base64.b64encode(_small(together, _THUMBNAIL_BYTES)).decode())
+    path = real(path)
     partial_file = path.with_name(part_name(path.name))
     try:
         # A sixth larger than by default, in half the time.
@@ -300,24 +302,45 @@ def thumbnail(path: Path, most_bytes: int) -> bytes | None:
     bytes or None
         ``None`` where there is no readable preview.
     """
+    found = thumbnails(path)
+    return next((each for each in found if len(each) <= most_bytes), found[-1] if found else None)
+
+
+def thumbnails(path: Path) -> tuple[bytes, ...]:
+    """Return the thumbnail of a preview in all its sizes, the largest first; none of one that cannot be read.
+
+    Parameters
+    ----------
+    path
+        From `write_preview`.
+    """
     try:
         with Image.open(path, formats=["PNG"]) as picture:  # its texts stand before its pixels, which are not read
             content = base64.b64decode(str(picture.info[_THUMBNAIL]), validate=True)
         with Image.open(BytesIO(content), formats=["WEBP"]) as small:
-            return content if len(content) <= most_bytes else _small(small.convert("RGB"), most_bytes)
+            image = small.convert("RGB")
     except (*_UNREADABLE, KeyError):
-        return None
+        return ()
+    return (content, *(_as_webp(image, height) for height in _HEIGHTS if height < image.height))
+
+
+_HEIGHTS = (220, 180, 140, 100, 70, 48)  # of thumbnails, in pixels
 
 
 def _small(picture: Image.Image, most_bytes: int) -> bytes:
     """A picture as WebP, made smaller until it takes no more than so many bytes, as far as 48 pixels."""
-    for height in (220, 180, 140, 100, 70, 48):
-        smaller = picture.copy()
-        smaller.thumbnail((4 * height, height), Image.Resampling.BOX)
-        sink = BytesIO()
-        smaller.save(sink, format="WEBP", quality=60)
-        if sink.tell() <= most_bytes:
+    for height in _HEIGHTS:
+        content = _as_webp(picture, height)
+        if len(content) <= most_bytes:
             break
+    return content
+
+
+def _as_webp(picture: Image.Image, height: int) -> bytes:
+    smaller = picture.copy()
+    smaller.thumbnail((4 * height, height), Image.Resampling.BOX)
+    sink = BytesIO()
+    smaller.save(sink, format="WEBP", quality=60)
     return sink.getvalue()
 
 

@@ -1,6 +1,7 @@
 """The collection on one page: `report.html`, which needs no network, no server and nothing but itself.
 
-1. One task a tomogram reads what its outputs hold: attributes, sizes of components, a thumbnail of its preview.
+1. What the outputs of a tomogram hold is read: attributes, sizes of components, a thumbnail of its preview. It is kept
+   in the folder ``.ledger/report`` (`remember`), and read from there until an output changes.
 2. What the run knows besides (seconds, warnings, failures) is put to it.
 3. The share of lamella and of each class is compared with that of the other tomograms. An outlier lies more than 3.5
    robust standard deviations (1.4826 times the median absolute deviation) from the median.
@@ -12,10 +13,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -33,10 +37,14 @@ from cryosiam_dask.components import Blocks
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.errors import CryosiamDaskError, OutputError
 from cryosiam_dask.executor import SERIAL, Executor
+from cryosiam_dask.folders import visible
+from cryosiam_dask.formats import written_attributes
 from cryosiam_dask.labels_to_hdf5 import open_dataset, read_attributes, write_bytes
-from cryosiam_dask.measurements import Sizes, component_sizes, holding
+from cryosiam_dask.ledger import FOLDER
+from cryosiam_dask.measurements import Sizes, component_files, component_sizes, holding
 from cryosiam_dask.mrc_to_zarr import MRC_ENDINGS, read_header
-from cryosiam_dask.preview import percentage, preview_file, read_fingerprint, thumbnail
+from cryosiam_dask.preview import percentage, preview_file, read_fingerprint, thumbnails
+from cryosiam_dask.run_log import FOLDER as LOGS
 from cryosiam_dask.run_log import latest_log
 
 REPORT = "report.html"
@@ -74,6 +82,7 @@ def write_report(
         If there is nothing to report, or the page cannot be written.
     """
     folder, outcomes = configuration.prediction_folder, outcomes or {}
+    path, state = folder / REPORT, _state(configuration)
     names = sorted(_names(configuration) | set(outcomes), key=_natural)
     if not names:
         raise OutputError(
@@ -82,15 +91,43 @@ def write_report(
             value=f"no file {folder / '*_preds.h5'}",
             remedy="Run semantic-predict first",
         )
-    look_at = partial(_look_at, configuration, PICTURES_BYTES // len(names))
-    path = folder / REPORT
+    look_at = partial(remember, configuration, PICTURES_BYTES // len(names))
     with holding(folder):  # jobs of a tomogram each may end at the same time
         tomograms = [
             _with_outcome(tomogram, outcomes.get(tomogram.name, {}))
             for tomogram in executor.map(look_at, names, name="report")
         ]
-        write_bytes(path, _page(configuration, tomograms).encode("utf-8", "replace"))
+        write_bytes(path, _page(configuration, tomograms, state).encode("utf-8", "replace"))
     return path
+
+
+def _state(configuration: Configuration) -> str:
+    """Changes whenever anything does that the page is made of: settings, and names, sizes and times of files."""
+    found = hashlib.sha256(f"{__version__} {configuration.model_dump_json()}".encode("utf-8", "surrogateescape"))
+    folder = configuration.prediction_folder
+    for each in (folder, folder / FOLDER, configuration.mask_folder, configuration.data_folder):
+        with suppress(OSError):  # one that is not there
+            for name, size, modified in sorted(_entries(each)) if each is not None else []:
+                if each != folder or not (name.startswith(".") or name in (REPORT, LOGS)):
+                    found.update(os.fsencode(name) + b"\0%d %d\0" % (size, modified))
+    return found.hexdigest()
+
+
+def _entries(folder: Path) -> Iterator[tuple[str, int, int]]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_file():
+                status = entry.stat()
+                yield entry.name, status.st_size, status.st_mtime_ns
+
+
+def is_current(configuration: Configuration) -> bool:
+    """Whether the page of a prediction folder was written with these settings, when the same files were there."""
+    try:
+        with (configuration.prediction_folder / REPORT).open("rb") as file:
+            return f'<meta name="state" content="{_state(configuration)}">'.encode() in file.read(2000)
+    except OSError:
+        return False
 
 
 # -------------------------------------------------------------------------------------------------------- what is known
@@ -122,8 +159,8 @@ class _Tomogram:
         What needs attention, and why it failed.
     class_names
         Of the labels from 1 on, as its output has them.
-    picture
-        Thumbnail, WebP.
+    pictures
+        Thumbnail, WebP, in all its sizes, the largest first.
     """
 
     name: str
@@ -137,7 +174,7 @@ class _Tomogram:
     warnings: tuple[str, ...] = ()
     error: str = ""
     class_names: tuple[str, ...] = ()
-    picture: bytes | None = field(default=None, repr=False)
+    pictures: tuple[bytes, ...] = field(default=(), repr=False)
 
     def share(self, label: int) -> float | None:
         """Of the volume that has a label."""
@@ -153,11 +190,13 @@ class _Tomogram:
 def _names(configuration: Configuration) -> set[str]:
     """Names of the tomograms that a prediction folder has outputs of."""
     folder = configuration.prediction_folder
-    names = {path.name.removesuffix("_preds.h5") for path in folder.glob("*_preds.h5")}
+    if not folder.is_dir():
+        return set()
+    names = {path.name.removesuffix("_preds.h5") for path in visible(folder, "_preds.h5")}
     if configuration.save_original_file_extension:
-        found = {path.stem for path in folder.glob(f"*{_mrc_extension(configuration)}")}
+        found = {path.stem for path in visible(folder, _mrc_extension(configuration))}
         names |= {name for name in found if name.removesuffix("_labels") not in found - {name}}  # another format
-    return {name for name in names if not name.startswith(".")}
+    return names
 
 
 def _mrc_extension(configuration: Configuration) -> str:
@@ -166,7 +205,83 @@ def _mrc_extension(configuration: Configuration) -> str:
     return extension if Path(extension).suffix in MRC_ENDINGS or extension in MRC_ENDINGS else ".mrc"
 
 
-def _look_at(configuration: Configuration, picture_bytes: int, name: str) -> _Tomogram:
+def remember(configuration: Configuration, picture_bytes: int, name: str) -> _Tomogram:
+    """What the outputs of a tomogram tell of it: as it was kept, or else read and kept.
+
+    Parameters
+    ----------
+    configuration
+        As of `write_report`.
+    picture_bytes
+        The thumbnail is the largest that takes no more, or the smallest.
+    name
+        The tomogram's.
+    """
+    note = configuration.prediction_folder / FOLDER / KEPT / f"{name}.json"
+    made_of = json.dumps([_KEPT_VERSION, configuration.model_dump_json(include=_READ), _files(configuration, name)])
+    with suppress(OSError, ValueError, TypeError, KeyError), note.open("rb") as file:
+        facts = json.loads(file.readline())
+        if facts.pop("made_of") == made_of:
+            lengths = facts.pop("pictures")  # the smallest first, so that the others need not be read
+            if facts["sizes"] is not None:
+                facts["sizes"] = {int(label): Sizes(*sizes) for label, sizes in facts["sizes"].items()}
+            tomogram = _Tomogram(name, "done", **facts)
+            number = max(1, sum(length <= picture_bytes for length in lengths))
+            content = file.read(sum(lengths[:number]))
+            tomogram.pictures = (content[-lengths[number - 1] :],) if lengths else ()
+            return tomogram
+    tomogram = _look_at(configuration, name)
+    if tomogram.status == "done":
+        facts = {field: getattr(tomogram, field) for field in _FACTS}
+        if tomogram.sizes is not None:
+            facts["sizes"] = {label: [s.count, s.median, s.largest] for label, s in tomogram.sizes.items()}
+        pictures = tomogram.pictures[::-1]
+        facts |= {"made_of": made_of, "pictures": [len(picture) for picture in pictures]}
+        part = note.with_name(f".{uuid.uuid4().hex}")
+        with suppress(OSError):  # a disk that is full, or a folder of somebody else's
+            note.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                part.write_bytes(b"\n".join((json.dumps(facts).encode(), b"".join(pictures))))
+                part.replace(note)
+            finally:
+                part.unlink(missing_ok=True)
+    fitting = [picture for picture in tomogram.pictures if len(picture) <= picture_bytes]
+    tomogram.pictures = tuple(fitting[:1] or tomogram.pictures[-1:])
+    return tomogram
+
+
+KEPT = "report"  # folder in that of the ledgers
+_KEPT_VERSION = 1
+_FACTS = ("shape", "voxel_size_angstrom", "voxels", "lamella", "sizes", "warnings", "class_names")
+#: What decides where the facts of a tomogram are read.
+_READ = {
+    "data_folder", "mask_folder", "file_extension", "ome_zarr_level", "hdf5_dataset", "save_original_file_extension",
+}  # fmt: skip
+
+
+def _files(configuration: Configuration, name: str) -> list[tuple[int, int] | None]:
+    """Sizes and times of the files that tell of a tomogram."""
+    folder, masks = configuration.prediction_folder, configuration.mask_folder
+    paths = [
+        folder / f"{name}_preds.h5",
+        component_files(folder, name)[2],
+        preview_file(folder, name),
+        configuration.data_folder / f"{name}{configuration.file_extension}",
+        *([masks / f"{name}_preds.h5"] if masks else []),
+        *([folder / f"{name}{_mrc_extension(configuration)}"] if configuration.save_original_file_extension else []),
+    ]
+    return list(map(_size_and_time, paths))
+
+
+def _size_and_time(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _look_at(configuration: Configuration, name: str) -> _Tomogram:
     """Read what the outputs of a tomogram tell of it."""
     folder, tomogram = configuration.prediction_folder, _Tomogram(name)
     path = folder / f"{name}_preds.h5"
@@ -177,7 +292,7 @@ def _look_at(configuration: Configuration, picture_bytes: int, name: str) -> _To
         return tomogram
     try:
         if path.exists():
-            attributes = read_attributes(path)
+            attributes = written_attributes(configuration, path)
             fingerprint = attributes.get("fingerprint")
             tomogram.shape = open_dataset(path, "labels").shape
             tomogram.voxels = _voxels(path, attributes)
@@ -197,7 +312,7 @@ def _look_at(configuration: Configuration, picture_bytes: int, name: str) -> _To
     tomogram.lamella = _lamella(configuration, name)
     preview = preview_file(folder, name)
     if fingerprint is None or read_fingerprint(preview) == fingerprint:  # otherwise it shows other labels
-        tomogram.picture = thumbnail(preview, picture_bytes)
+        tomogram.pictures = thumbnails(preview)
     return tomogram
 
 
@@ -228,11 +343,11 @@ def _voxels(path: Path, attributes: Mapping[str, Any]) -> tuple[int, ...]:
 def _lamella(configuration: Configuration, name: str) -> float | None:
     """Share of a tomogram that lies within its mask."""
     path = configuration.mask_folder and configuration.mask_folder / f"{name}_preds.h5"
-    if not path or not path.exists():
-        return None
     try:
+        if not path or not path.exists():
+            return None
         outside, *inside = _voxels(path, read_attributes(path))
-    except CryosiamDaskError:
+    except (OSError, CryosiamDaskError):
         return None  # a mask that cannot be read has failed its tomogram
     return sum(inside) / max(1, outside + sum(inside))
 
@@ -285,7 +400,7 @@ class _Column:
     detail: bool = False
 
 
-def _page(configuration: Configuration, tomograms: Sequence[_Tomogram]) -> str:
+def _page(configuration: Configuration, tomograms: Sequence[_Tomogram], state: str) -> str:
     count = max((len(t.voxels) for t in tomograms), default=0) - 1
     count = max(count, len(configuration.class_names or ()), max((max(t.sizes or [0]) for t in tomograms), default=0))
     given = configuration.class_names or next((t.class_names for t in tomograms if t.class_names), ())
@@ -309,6 +424,7 @@ def _page(configuration: Configuration, tomograms: Sequence[_Tomogram]) -> str:
         software=f"cryosiam-dask {__version__}",
         log=None if log is None else quote(os.fsencode(f"{log.parent.name}/{log.name}")),
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
+        state=state,
         style=style,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -418,7 +534,7 @@ def _row(number: int, tomogram: _Tomogram, columns: Sequence[_Column], configura
         if cell.outlier
     ]
     preview = preview_file(configuration.prediction_folder, tomogram.name).name
-    picture = tomogram.picture
+    picture = next(iter(tomogram.pictures), None)
     return {
         "id": f"t{number + 1}",
         "name": tomogram.name,

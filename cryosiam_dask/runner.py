@@ -46,6 +46,7 @@ from cryosiam_dask.errors import (
     OutputError,
     Problems,
 )
+from cryosiam_dask.folders import left_out
 from cryosiam_dask.formats import convert_to_ome_zarr, other_formats
 from cryosiam_dask.ledger import read_outcomes
 from cryosiam_dask.metrics import Meter
@@ -58,7 +59,7 @@ from cryosiam_dask.pipeline import (
     measure,
     postprocess,
 )
-from cryosiam_dask.plan import USABLE, RunPlan, masks_of, plan_run
+from cryosiam_dask.plan import USABLE, RunPlan, find_tomograms, masks_of, plan_run, unreadable_folder
 from cryosiam_dask.predictor import (
     largest_patch,
     load_predictor,
@@ -68,7 +69,7 @@ from cryosiam_dask.predictor import (
     resolve_device,
 )
 from cryosiam_dask.progress import FileReporter, Reporters, make_reporter
-from cryosiam_dask.report import write_report
+from cryosiam_dask.report import REPORT, is_current, write_report
 from cryosiam_dask.run_log import LOG, TOLD, begin_logs, logged
 from cryosiam_dask.slurm import open_slurm, read_jobs
 
@@ -406,6 +407,7 @@ def postprocess_again(
     configuration = read_configuration(config_file)
     predictions = find_predictions(configuration, filename, sizes=True)
     _begin_logs("semantic-postprocess", config_file, [configuration], console)
+    _say_left_out(configuration, filename, console)
     outcomes = _with_predictions(partial(postprocess, configuration, predictions), len(predictions), console, workers)
     report_on(configuration, outcomes, console)
     return outcomes
@@ -425,6 +427,7 @@ def measure_predictions(
     configuration = read_configuration(config_file)
     predictions = find_predictions(configuration, filename)
     _begin_logs("components", config_file, [configuration], console)
+    _say_left_out(configuration, filename, console)
     outcomes = _with_predictions(partial(measure, configuration, predictions), len(predictions), console, workers)
     report_on(configuration, outcomes, console)
     return outcomes
@@ -464,6 +467,7 @@ def export_predictions(
         )
     predictions = find_predictions(configuration, filename)
     _begin_logs("export", config_file, [configuration], console)
+    _say_left_out(configuration, filename, console)
     action = partial(export, configuration, predictions, formats=formats)
     return _with_predictions(action, len(predictions), console, workers)
 
@@ -490,8 +494,17 @@ def list_particles(
     configuration = read_configuration(config_file)
     predictions = find_predictions(configuration, filename)
     _begin_logs("semantic-to-centers", config_file, [configuration], console)
+    _say_left_out(configuration, filename, console)
     action = partial(list_centers, configuration, predictions, min_voxels=min_voxels, erode=erode)
     return _with_predictions(action, len(predictions), console, workers)
+
+
+def _say_left_out(configuration: Configuration, filename: str | None, console: Console) -> None:
+    """Say which predictions are none, where all are asked for."""
+    if filename is None and configuration.test_files is None:
+        found = left_out(configuration.prediction_folder, "_preds.h5")
+        if found:
+            say(console, f"note: {found}")
 
 
 def report_again(config_file: Path, console: Console) -> None:
@@ -503,29 +516,56 @@ def report_again(config_file: Path, console: Console) -> None:
         See `segment`.
     """
     configuration = read_configuration(config_file)
-    path = write_report(configuration, _recorded(configuration))
+    try:
+        path = write_report(configuration, _recorded(configuration))
+        _say_left_out(configuration, None, console)
+    except OSError as error:
+        raise unreadable_folder("prediction_folder", configuration.prediction_folder, error) from None
     say(console, f"report: {path}")
 
 
 def _recorded(configuration: Configuration) -> dict[str, dict[str, Any]]:
     """What earlier runs recorded of tomograms, less what the outputs themselves tell better."""
-    folder = configuration.prediction_folder
+    folder, masks = configuration.prediction_folder, configuration.mask_folder
 
     def told(stem: str, outcome: Mapping[str, Any]) -> set[str]:
         known = {"status"} if outcome.get("status") == "done" else set()
         return known | ({"voxels"} if (folder / f"{stem}_preds.h5").exists() else set())
 
-    return {
-        stem: {name: value for name, value in outcome.items() if name not in told(stem, outcome)}
-        for stem, outcome in read_outcomes(folder).items()
-    }
+    recorded = read_outcomes(folder)
+    if masks is not None:  # what had no mask never came to this model
+        names = {path.name.removesuffix(configuration.file_extension) for path in find_tomograms(configuration)}
+        try:
+            of_masks = read_outcomes(masks)
+        except OSError:  # whoever may not look into it, has no outcomes of it
+            of_masks = {}
+        for stem, outcome in of_masks.items():
+            if outcome.get("status") == "failed" and stem in names and not (masks / f"{stem}_preds.h5").exists():
+                if (folder / f"{stem}_preds.h5").exists():
+                    continue
+                error = f"it has no lamella mask: {outcome.get('error')}"
+                recorded.setdefault(stem, {"status": "failed", "shape": outcome.get("shape"), "error": error})
+    result = {}
+    for stem, outcome in recorded.items():
+        known = told(stem, outcome)
+        result[stem] = {name: value for name, value in outcome.items() if name not in known}
+    return result
 
 
 def report_on(configuration: Configuration, outcomes: Sequence[Outcome], console: Console) -> None:
     """Write the page of a collection after a run, and say where it is; a page is no reason for a run to fail."""
     try:
-        now = {outcome.stem: asdict(outcome) for outcome in outcomes if outcome.status != "skipped"}
-        path = write_report(configuration, {**_recorded(configuration), **now})
+        if all(each.status == "skipped" for each in outcomes) and is_current(configuration):
+            say(console, f"report: {configuration.prediction_folder / REPORT}")
+            return
+        recorded = _recorded(configuration)
+        now = {
+            # The seconds are those of the prediction, which are recorded, and not of what was made of it since.
+            each.stem: {**asdict(each), "seconds": recorded.get(each.stem, {}).get("seconds")}
+            for each in outcomes
+            if each.status != "skipped"
+        }
+        path = write_report(configuration, {**recorded, **now})
         say(console, f"report: {path}")
     except Exception as error:
         attend(console, f"the report could not be written: {error}")

@@ -31,6 +31,7 @@ import numpy as np
 import zarr
 
 from cryosiam_dask.errors import TomogramError
+from cryosiam_dask.labels_to_hdf5 import open_hdf5
 
 HDF5_ENDINGS = (".h5", ".hdf5", ".hdf", ".he5")
 ZARR_METADATA = ("zarr.json", ".zarray", ".zgroup", ".zattrs")
@@ -292,7 +293,7 @@ class Hdf5Header(TomogramHeader):
         for axis, part in zip(self.axes, region, strict=True):
             index[axis] = part
         try:
-            with h5py.File(self.path, "r", locking="best-effort") as file:
+            with open_hdf5(self.path) as file:
                 voxels = np.asarray(file[self.dataset][tuple(index)])
                 return voxels.transpose([sorted(self.axes).index(axis) for axis in self.axes])
         except (OSError, KeyError) as error:
@@ -745,7 +746,7 @@ def read_hdf5_header(path: Path, *, dataset: str | None = None) -> Hdf5Header:
     """
     status = path.stat()
     try:
-        with h5py.File(path, "r", locking="best-effort") as file:
+        with open_hdf5(path) as file:
             name = _find_dataset(file, dataset, path)
             found = file[name]
             attributes = {**dict(file.attrs), **_eman(found.parent.attrs), **dict(found.attrs)}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import mrcfile
 import numpy as np
 import pandas
 import pytest
@@ -15,7 +16,8 @@ import yaml
 from scipy import ndimage
 
 from cryosiam_dask.config import Configuration, read_configuration
-from cryosiam_dask.pipeline import Outcome, find_predictions, list_centers, measure, postprocess
+from cryosiam_dask.pipeline import Outcome, export, find_predictions, list_centers, measure, postprocess
+from cryosiam_dask.report import write_report
 
 SHAPE = (6, 7, 8)
 
@@ -206,3 +208,33 @@ def test_a_tomogram_that_has_been_replaced_is_not_looked_at(
         for label, row in rows.iterrows():
             inside = np.argwhere(two_classes() == label)
             assert row["voxels"] == len(inside) and row[["z", "y", "x"]].tolist() == inside.mean(axis=0).tolist()
+
+
+def test_what_other_programs_leave_out_is_read_from_the_tomogram(tmp_path: Path) -> None:
+    """Of CryoSiam's own predictions, which hold labels and nothing else, everywhere; and only if the shapes agree."""
+    out, data = tmp_path / "out", tmp_path / "data"
+    out.mkdir(), data.mkdir()
+    for stem, shape in (("TS", SHAPE), ("other", (3, 4, 5))):
+        with mrcfile.new(data / f"{stem}.mrc") as mrc:
+            mrc.set_data(np.random.default_rng(0).random(shape, np.float32))
+            mrc.voxel_size, mrc.header.origin = 9.96, (50.0, 60.0, 70.0)
+        with h5py.File(out / f"{stem}_preds.h5", "w") as file:
+            file["labels"] = two_classes()
+    configuration = configure(tmp_path, [-1, -1, -1]).model_copy(update={"prediction_folder": out})
+    predictions = find_predictions(configuration)
+    for command in (measure, list_centers, postprocess):
+        ours, other = command(configuration, predictions, Silent())
+        assert ours.status == other.status == "done"
+        assert not re.search("voxel size|picture", " ".join(ours.warnings))
+        assert ("voxel size is unknown" in " ".join(other.warnings)) == (command is not postprocess)
+    measure(configuration, predictions, Silent())
+    table = pandas.read_csv(out / "components.csv").set_index("tomogram")
+    np.testing.assert_allclose(table.loc["TS", "x_angstrom"], table.loc["TS", "x"] * 9.96, rtol=1e-6)
+    assert table.loc["other", "x_angstrom"].isna().all()
+    list_centers(configuration, predictions, Silent())  # of the labels that were written again
+    assert "TS" in (out / "class1_relion_import.star").read_text()
+    assert [path.name for path in out.glob("*_preview.png")] == ["TS_preview.png"]
+    export(configuration, predictions[:1], Silent(), formats=["mrc"])
+    with mrcfile.open(out / "TS_labels.mrc") as mrc:
+        assert mrc.voxel_size.x == pytest.approx(9.96) and mrc.header.origin.z == 70.0
+    assert re.search(r"<td[^>]*>\s*0.996\s*<", write_report(configuration).read_text())

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from skimage import measure
 
-from cryosiam_dask.centers import Eroded, center_table, collect_centers, write_centers
+from cryosiam_dask.centers import Eroded, center_table, collect_centers, remove_outdated_centers, write_centers
 from cryosiam_dask.components import find_components
 from cryosiam_dask.errors import LabelsError, OutputError
 
@@ -161,7 +161,7 @@ def test_relion_finds_each_tomograms_list(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(folder.parent.parent)
     for label, stems in ((1, ["001", "TS_2_9.96Apx"]), (2, ["TS_2_9.96Apx"])):
         index = star_of(folder / f"class{label}_relion_import.star")
-        assert list(index) == ["rlnTomoName", "rlnTomoImportParticleFile"]
+        assert list(index) == ["rlnTomoImportParticleFile", "rlnTomoName"]
         assert index["rlnTomoName"].astype(str).str.zfill(3).tolist() == stems
         columns = set()
         for stem, path in zip(stems, index["rlnTomoImportParticleFile"], strict=True):
@@ -177,13 +177,90 @@ def test_without_voxel_size_there_are_voxels_only(tmp_path: Path) -> None:
     write(tmp_path, "TS_2", dots(1), size=(10.0, None, 10.0))
     write(tmp_path, "TS_3", dots(1))
     collect_centers(tmp_path)
-    voxels = ["rlnTomoName", "rlnMicrographName", "rlnCoordinateX", "rlnCoordinateY", "rlnCoordinateZ"]
+    voxels = ["rlnCoordinateX", "rlnCoordinateY", "rlnCoordinateZ", "rlnTomoName", "rlnMicrographName"]
     for name in ("TS_1_class1", "TS_2_class1", "class1"):
         assert list(star_of(tmp_path / f"{name}_centers.star")) == voxels
     assert len(list(star_of(tmp_path / "TS_3_class1_centers.star"))) == 9
     table = pandas.read_csv(tmp_path / "class1_centers.csv")
     assert table["y_angstrom"].isna().tolist() == [True, True, False]
     assert table["x"].tolist() == [1, 1, 1]
+
+
+def test_lists_of_other_labels_and_of_deleted_predictions_are_not_collected(tmp_path: Path) -> None:
+    for name in ("same", "other", "deleted", "unknown"):
+        write(tmp_path, name, dots(1, 2), made_from="" if name == "unknown" else "old")
+    now = {"same": "old", "other": "new", "unknown": "new"}.get
+    assert collect_centers(tmp_path, now) == ["other", "unknown"]
+    for label in (1, 2):
+        assert set(pandas.read_csv(tmp_path / f"class{label}_centers.csv")["tomogram"]) == {"same"}
+        assert star_of(tmp_path / f"class{label}_relion_import.star")["rlnTomoName"].tolist() == ["same"]
+    left = both(*(f"{name}_class{label}" for name in ("same", "deleted", "unknown") for label in (1, 2)))
+    assert names(tmp_path) == sorted(left + both("class1", "class2"))
+    assert not remove_outdated_centers(tmp_path, "same", "old") and not remove_outdated_centers(tmp_path, "none", "old")
+    assert remove_outdated_centers(tmp_path, "same", "new") and collect_centers(tmp_path, now) == ["unknown"]
+    assert names(tmp_path) == [name for name in left if not name.startswith("same")]  # and none of all of them
+
+
+def test_files_of_others_stay(tmp_path: Path) -> None:
+    """A user's own lists, whatever they are called, and what macOS puts beside ours."""
+    write(tmp_path, "TS_1", dots(1))
+    own = ("TS_1_class2_centers.csv", "TS_1_class9_centers.star", "class7_centers.csv", "class1_relion_import.star")
+    for name in own:
+        (tmp_path / name).write_text("label,tomo\n1,mine\n")
+    hidden = tmp_path / "._TS_1_class1_centers.csv"
+    hidden.write_bytes(b"\0\5\x16\7")
+    with pytest.raises(OutputError, match=r"class1_relion_import.star: an output must not replace .* Move it away"):
+        collect_centers(tmp_path)
+    (tmp_path / own[-1]).unlink()
+    collect_centers(tmp_path)
+    assert len(pandas.read_csv(tmp_path / "class1_centers.csv")) == 1
+    write(tmp_path, "TS_1", dots(1, 3))
+    with pytest.raises(OutputError, match=r"TS_1_class2_centers.csv: an output must not replace"):
+        write(tmp_path, "TS_1", dots(1, 2))
+    assert remove_outdated_centers(tmp_path, "TS_1", "other")
+    collect_centers(tmp_path)
+    assert names(tmp_path) == sorted([*own[:-1], hidden.name])
+
+
+ODD_NAMES = (
+    "_TS", "data_1", "DATA_1", "#3", "TS#3", "loop_", "save_a", ";x", "$y", "[a]", "a b", " a", "a ", "a  b", "#a b",
+    "_a b", "data_ x", "?", "-x", "a,b", "ü",
+)  # fmt: skip
+
+
+def test_names_that_mean_something_in_a_star_file_are_read_back(tmp_path: Path) -> None:
+    (tmp_path / "data_ #1").mkdir()
+    folder = tmp_path / "data_ #1"
+    for name in ODD_NAMES:
+        write(folder, name, dots(1, 1))
+    collect_centers(folder)
+    for name in ODD_NAMES:
+        star = star_of(folder / f"{name}_class1_centers.star")
+        assert star["rlnTomoName"].tolist() == [name] * 2 and star["rlnCoordinateX"].tolist() == [1, 3]
+        assert star["rlnMicrographName"].tolist() == [f"{name}.tomostar"] * 2
+    assert sorted(star_of(folder / "class1_centers.star")["rlnTomoName"]) == sorted(ODD_NAMES * 2)
+    index = star_of(folder / "class1_relion_import.star")
+    found = dict(zip(index["rlnTomoName"], index["rlnTomoImportParticleFile"], strict=True))
+    assert found == {name: str(folder / f"{name}_class1_centers.star") for name in ODD_NAMES}
+
+
+@pytest.mark.parametrize("name", ["it's", '"TS"', "a\nb", "a\tb", "b\udcff"])
+def test_names_that_no_star_file_holds_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(OutputError, match="must have a name of printable letters without quotation marks"):
+        write(tmp_path, name, dots(1))
+    assert not names(tmp_path)
+
+
+@pytest.mark.parametrize("pattern", [r"^TS_\d+", r"^(.+?)_9", r"(TS_\d+)(?:_9)"])
+def test_a_pattern_names_the_tilt_series(tmp_path: Path, pattern: str) -> None:
+    write(tmp_path, "TS_18_9.96Apx_denoised", dots(1, 1), tilt_series_pattern=pattern)
+    collect_centers(tmp_path, tilt_series_pattern=pattern)
+    for name in ("TS_18_9.96Apx_denoised_class1", "class1"):
+        star = star_of(tmp_path / f"{name}_centers.star")
+        assert star["rlnMicrographName"].tolist() == ["TS_18.tomostar"] * 2
+        assert set(star["rlnTomoName"]) == {"TS_18_9.96Apx_denoised"}
+    with pytest.raises(OutputError, match="tilt_series_pattern must match the name of every tomogram"):
+        write(tmp_path, "other", dots(1), tilt_series_pattern=pattern)
 
 
 def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:

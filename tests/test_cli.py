@@ -289,7 +289,7 @@ def test_a_stopped_run_leaves_nothing_half_written_and_goes_on(predicted: Path, 
     left = sorted(path.name for path in (folder / "out").iterdir())
     report = ["report.html"] * (number != signal.SIGINT)
     assert left == [".ledger", *(path.name for path in sorted(others)), "TS_2.work.zarr", "logs", *report]
-    ledgers = [f"TS_{i}.jsonl" for i in range(3)]
+    ledgers = [*(f"TS_{i}.jsonl" for i in range(3)), "report"]
     assert sorted(path.name for path in (folder / "out" / ".ledger").iterdir()) == ledgers
     done = ledger.read_bytes().count(b'"what":"block"')
     output = call("semantic-predict", "--config-file", "config.yaml", folder=folder)

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from cryosiam_dask.config import Configuration, Data, HyperParameters, Network, Parameters, read_configuration
@@ -172,3 +173,13 @@ def test_class_names_and_formats(tmp_path: Path) -> None:
     assert "key output_formats.1: must be 'hdf5', 'ome-zarr' or 'mrc'; found 'tiff'" in problem
     (problem,) = problems(tmp_path, MINIMAL + "output_formats: mrc\n")
     assert "key output_formats: must be a list" in problem
+
+
+@pytest.mark.parametrize("pattern", ["[", "(a+)+$", "(a|aa)*b", "(x*)*", "(a+)\\1*", ".*.*.*.*x"])
+def test_a_pattern_that_takes_for_ever_is_refused(tmp_path: Path, pattern: str) -> None:
+    keys = {"data_folder": "d", "prediction_folder": "p", "trained_model": "m.ckpt"}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({**keys, "tilt_series_pattern": pattern}))
+    with pytest.raises(Problems, match=r"key tilt_series_pattern: must (be a regular expression|not repeat)"):
+        read_configuration(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({**keys, "tilt_series_pattern": r"^(TS_\d+|Pos_\d+)"}))
+    assert read_configuration(tmp_path / "c.yaml").tilt_series_pattern

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,12 @@ import numpy as np
 import pytest
 from test_cli import COMMAND, call, write_tomogram, write_yaml
 from test_resume import contents
+
+from cryosiam_dask.errors import OutputError
+from cryosiam_dask.formats import remove_outdated_formats
+from cryosiam_dask.labels_to_hdf5 import write_hdf5, write_mrc
+from cryosiam_dask.ome_zarr import write_ome_zarr
+from cryosiam_dask.preview import write_preview
 
 STEMS = ("TS_0", "TS_1", "TS_2")
 RUN = ("semantic-predict", "--config-file", "config.yaml", "--device", "cpu", "--workers", "1")
@@ -143,3 +150,83 @@ def test_a_work_folder_on_another_disk(whole: Path, mounts: Mounts) -> None:
             assert set(one) == set(other) >= {"labels", "probs"}
             assert all(np.array_equal(one[name][:], other[name][:]) for name in other)
     assert found == expected
+
+
+def test_outputs_that_are_links_are_followed(tmp_path: Path) -> None:
+    """To a larger disk: what they lead to is replaced, and the links stay."""
+    out, big = tmp_path / "out", tmp_path / "big"
+    out.mkdir(), big.mkdir()
+    labels = np.ones((4, 5, 6), np.uint8)
+    (big / "a.ome.zarr").mkdir()
+    for name in ("a.ome.zarr", "a_preds.h5", "a_preview.png", "a_labels.mrc"):
+        (out / name).symlink_to(big / name)
+    for _ in range(2):
+        write_ome_zarr(out / "a.ome.zarr", labels.astype(np.float32), labels, attributes={"fingerprint": "f"})
+        write_hdf5(out / "a_preds.h5", labels, attributes={})
+        write_mrc(out / "a_labels.mrc", labels)
+        write_preview(out / "a_preview.png", labels, labels)
+        assert sorted(path.name for path in out.iterdir() if not path.is_symlink()) == []
+        names = ["a.ome.zarr", "a_labels.mrc", "a_preds.h5", "a_preview.png"]
+        assert sorted(path.name for path in big.iterdir()) == names
+        assert (big / "a.ome.zarr" / "labels").is_dir() and (big / "a_preds.h5").stat().st_size
+    assert "ome-zarr" in remove_outdated_formats(out, "a", "other")[0]
+    assert not (big / "a.ome.zarr").exists() and (out / "a.ome.zarr").is_symlink() and big.is_dir()
+    for name in ("b.ome.zarr", "b_preds.h5"):
+        (out / name).symlink_to(tmp_path / "not_mounted" / name)
+    with pytest.raises(
+        OutputError, match=r"b_preds.h5: an output must not be a link that leads nowhere; found .*not_mo"
+    ):
+        write_hdf5(out / "b_preds.h5", labels, attributes={})
+    with pytest.raises(OutputError, match=r"b.ome.zarr: an output must not be a link that leads nowhere"):
+        write_ome_zarr(out / "b.ome.zarr", labels, labels)
+    assert not (tmp_path / "not_mounted").exists()
+
+
+def test_folders_that_may_not_be_looked_into_are_named(tmp_path: Path) -> None:
+    """By each command, with status 2 and the key; the superuser gives the right away that he has."""
+    (tmp_path / "data").mkdir(), (tmp_path / "out").mkdir(), (tmp_path / "masks").mkdir()
+    write_tomogram(tmp_path / "data" / "TS_0.mrc")
+    (tmp_path / "out" / "TS_0_preds.h5").touch()
+    checkpoints.write(tmp_path / "model.ckpt")
+    keys = {"prediction_folder": "out", "trained_model": "model.ckpt"}
+    write_yaml(tmp_path / "c.yaml", {"data_folder": "data", "mask_folder": "masks", **keys})
+    write_yaml(tmp_path / "home.yaml", {"data_folder": "~nobody_has_this_name/data", **keys})
+    script = (
+        "import io, sys; from pathlib import Path; from rich.console import Console\n"
+        "from cryosiam_dask.errors import CryosiamDaskError\n"
+        "from cryosiam_dask import config, look, overview, pipeline, runner\n"
+        "console = Console(file=io.StringIO())\n"
+        "for name, file, act in (\n"
+        "    ('plan', 'c.yaml', lambda f: look.show_plan(f, console)),\n"
+        "    ('status', 'c.yaml', lambda f: overview.print_overview(f, console)),\n"
+        "    ('report', 'c.yaml', lambda f: runner.report_again(f, console)),\n"
+        "    ('components', 'c.yaml', lambda f: pipeline.find_predictions(config.read_configuration(f))),\n"
+        "    ('home', 'home.yaml', config.read_configuration),\n"
+        "):\n"
+        "    try: act(Path(file)); print(name, 'fine')\n"
+        "    except CryosiamDaskError as error: print(name, str(error).replace('\\n', ' '))\n"
+    )
+    without = "--bounding-set=-dac_override,-dac_read_search"
+    prefix = ["setpriv", without] if os.getuid() == 0 else []
+
+    def found(closed: str) -> dict[str, str]:
+        (tmp_path / closed).chmod(0)
+        try:
+            done = subprocess.run(
+                [*prefix, sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+            )
+        finally:
+            (tmp_path / closed).chmod(0o755)
+        return dict(line.split(" ", 1) for line in done.stdout.splitlines())
+
+    home = "key data_folder: must be a path below a home folder that is known, and ~nobody_has_this_name is not"
+    of_data, of_out = found("data"), found("out")
+    for said, key, names in (
+        (of_data, "data_folder", ("plan", "status")),
+        (of_out, "prediction_folder", ("status", "report", "components")),
+    ):
+        assert home in said["home"]
+        for name in names:
+            assert f"key {key}: must be a folder that can be looked into" in said[name], said[name]
+    assert "key prediction_folder: must be a folder that can be written to" in of_out["plan"]
+    assert "masks" in (said := found("masks"))["plan"] and said["report"] == "fine"

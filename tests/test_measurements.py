@@ -159,7 +159,9 @@ def test_tables_are_collected_one_after_the_other(tmp_path: Path) -> None:
         tracemalloc.stop()
         return highest + pyarrow.total_allocated_bytes() - before
 
-    table = pandas.DataFrame({f"c{i}": np.random.default_rng(i).random(3000) for i in range(3)})
+    table = pandas.DataFrame(
+        {name: np.random.default_rng(i).random(3000) for i, name in enumerate(("tomogram", "class", "voxels"))}
+    )
     peak(1)  # imports
     few = peak(2)
     assert peak(24) < 1.5 * few
@@ -183,6 +185,24 @@ def test_components_of_the_same_labels_stay(tmp_path: Path) -> None:
     write(tmp_path, "TS", volume((5, 6, 7), 2, 0.2, 0), fingerprint="same")
     assert not remove_outdated(tmp_path, "TS", "same") and component_files(tmp_path, "TS")[0].exists()
     assert remove_outdated(tmp_path, "TS", None)
+
+
+def test_tables_of_deleted_predictions_are_not_collected_and_files_of_others_stay(tmp_path: Path) -> None:
+    for stem in ("here", "deleted"):
+        write(tmp_path, stem, volume((5, 6, 7), 2, 0.2, 0))
+    (tmp_path / "._here_components.parquet").write_bytes(b"\0\5\x16\7")
+    collect_tables(tmp_path, {"here"}.__contains__)
+    assert set(pandas.read_csv(tmp_path / "components.csv")["tomogram"]) == {"here"}
+    collect_tables(tmp_path, set[str]().__contains__)
+    assert not list(tmp_path.glob("components.*")) and component_files(tmp_path, "deleted")[0].exists()
+    for name in ("components.csv", "TS_components.csv"):
+        (tmp_path / name).write_text("mine\n")
+    collect_tables(tmp_path, set[str]().__contains__)
+    assert not remove_outdated(tmp_path, "TS", None) and (tmp_path / "TS_components.csv").exists()
+    for work in (lambda: collect_tables(tmp_path), lambda: write(tmp_path, "TS", volume((5, 6, 7), 2, 0.2, 0))):
+        with pytest.raises(OutputError, match=r"components.csv: an output must not replace a file that this program"):
+            work()
+    assert (tmp_path / "components.csv").read_text() == "mine\n"
 
 
 def test_a_damaged_table_is_named(tmp_path: Path) -> None:

@@ -103,7 +103,9 @@ def labels(folder: Path, stem: str = "TS_1") -> np.ndarray:
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    """All but what is kept for the report."""
+    found = [str(path.relative_to(folder)) for path in folder.rglob("*")]
+    return sorted(name for name in found if not name.startswith(".ledger/report"))
 
 
 def test_outputs_as_the_viewer_opens_them(folder: Path) -> None:
@@ -708,6 +710,23 @@ def test_particle_lists_of_written_predictions(folder: Path) -> None:
         path.unlink()
     list_centers(configuration, find_predictions(configuration, "TS_1.mrc"), Listener(), erode=True)
     assert {path.name.partition("class")[0] for path in (folder / "out").glob("*centers*")} == {"TS_1_", ""}
+
+
+def test_particle_lists_follow_the_labels(folder: Path) -> None:
+    """New labels and deleted predictions: what is listed is what is there."""
+    out, sizes = folder / "out", {"postprocessing_sizes": [-1, 10**6, -1]}
+    segment(configure(folder))
+    configuration = configure(folder, sizes)
+    list_centers(configuration, find_predictions(configuration), Listener())
+    first, *others = STEMS
+    outcomes = postprocess(configuration, f"{first}.mrc")
+    assert "its particle lists were those of other labels" in outcomes[0].warnings[0]
+    assert not list(out.glob(f"{first}_class*"))
+    assert set(starfile.read(out / "class1_centers.star")["rlnTomoName"]) == set(others)
+    (out / f"{others[0]}_preds.h5").unlink()
+    measure(configuration, find_predictions(configuration, f"{first}.mrc"), Listener())
+    assert set(starfile.read(out / "class1_centers.star")["rlnTomoName"]) == set(others[1:])
+    assert not list(out.glob(f"{first}_class*")) and list(out.glob(f"{others[0]}_class*"))
 
 
 def test_particle_lists_of_broken_predictions_fail_alone(folder: Path) -> None:

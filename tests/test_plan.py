@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -16,10 +18,15 @@ import mrcfile
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 
 from cryosiam_dask.config import Configuration, read_configuration
-from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, Problems
-from cryosiam_dask.plan import RunPlan, plan_run, removal_sizes, with_sizes
+from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, Problems, TomogramError
+from cryosiam_dask.folders import left_out
+from cryosiam_dask.inspect_file import inspect
+from cryosiam_dask.overview import print_overview
+from cryosiam_dask.pipeline import find_predictions
+from cryosiam_dask.plan import RunPlan, find_tomograms, plan_run, removal_sizes, with_sizes
 
 
 @pytest.fixture
@@ -388,3 +395,68 @@ def test_another_patch_than_the_model_was_trained_with_is_said(folder: Path) -> 
             "trained with" in w
             for w in plan_run(configure(folder, parameters__data__patch_size=same)).warnings(1, None)
         )
+
+
+def test_what_is_left_out_is_said_once(folder: Path) -> None:
+    """Links that lead nowhere, names in capitals, and what macOS puts beside every file."""
+    data = folder / "data"
+    (data / "TS_3.mrc").symlink_to(folder / "not_mounted.mrc")
+    (data / "TS_4.mrc").symlink_to(data / "TS_4.mrc")
+    (data / "TS_5.MRC").touch()
+    (data / "TS_6.mrc").mkdir()
+    for name in ("._TS_1.mrc", ".TS_1.mrc"):
+        (data / name).write_bytes(b"\0\5\x16\7")
+    (data / "notes.txt").touch()
+    configuration = configure(folder)
+    plan = plan_run(configuration)
+    assert [job.stem for job in plan.jobs] == ["TS_018_9.96Apx", "TS_1"]
+    assert plan.notes == (
+        f"left out of {data}: .TS_1.mrc (a hidden name), ._TS_1.mrc (which macOS puts beside another file), "
+        f"TS_3.mrc (a link that leads nowhere: {folder}/not_mounted.mrc), "
+        f"TS_4.mrc (a link that leads nowhere: {data}/TS_4.mrc), TS_5.MRC (it must end with .mrc), TS_6.mrc (no file)",
+    )
+    assert plan_run(configuration, name="semantic").notes == ()  # the lamella's plan says it
+    assert plan_run(configuration, filename="TS_1").notes == ()
+    (found,) = problems(configuration, filename="TS_3.mrc")
+    assert f"found TS_3.mrc (a link that leads nowhere: {folder}/not_mounted.mrc)" in found
+    console = Console(file=io.StringIO())
+    print_overview(folder / "config.yaml", console, as_json=True)
+    document = json.loads(console.file.getvalue())
+    assert len(document["tomograms"]) == 2 and document["notes"] == list(plan.notes)
+    for name in ("TS_1.mrc", "TS_018_9.96Apx.mrc"):
+        (data / name).unlink()
+    (found,) = problems(configuration)
+    assert "found left out of" in found and "TS_5.MRC (it must end with .mrc)" in found
+
+
+def test_filename_means_the_same_for_all_commands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configuration = configure(folder)
+    (folder / "out").mkdir()
+    prediction = folder / "out" / "TS_1_preds.h5"
+    prediction.touch()
+    monkeypatch.chdir(folder)
+    for name in ("TS_1", "TS_1.mrc", "data/TS_1.mrc", str(folder / "data" / "TS_1.mrc"), "../data/TS_1.mrc"):
+        assert [source.name for source in find_tomograms(configuration, name)] == ["TS_1.mrc"]
+        assert find_predictions(configuration, name) == [prediction]
+    for name in ("elsewhere/TS_1.mrc", "out/TS_1", str(folder / "TS_1.mrc")):
+        (found,) = problems(configuration, filename=name)
+        assert "--filename: the tomogram must be a file in data_folder" in found
+        with pytest.raises(ConfigurationError, match="--filename: the tomogram must be a file in data_folder"):
+            find_predictions(configuration, name)
+
+
+def test_hidden_predictions_are_none(folder: Path) -> None:
+    configuration = configure(folder)
+    (folder / "out").mkdir()
+    for name in ("._TS_1_preds.h5", "TS_1_preds.h5"):
+        (folder / "out" / name).touch()
+    (folder / "out" / "TS_2_preds.h5").symlink_to(folder / "nowhere")
+    assert find_predictions(configuration) == [folder / "out" / "TS_1_preds.h5"]
+    assert left_out(folder / "out", "_preds.h5").endswith(
+        f"TS_2_preds.h5 (a link that leads nowhere: {folder}/nowhere)"
+    )
+    with pytest.raises(TomogramError, match=r"a link that leads nowhere: .*nowhere"):
+        inspect(folder / "out" / "TS_2_preds.h5")
+    (folder / "._TS_1.mrc").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X" + bytes(300))
+    with pytest.raises(TomogramError, match=r"found what macOS puts beside another file"):
+        inspect(folder / "._TS_1.mrc")

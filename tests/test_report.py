@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import os
 import re
 import shutil
@@ -22,14 +23,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
+from rich.console import Console
 from scipy.stats import median_abs_deviation
 
 from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.errors import OutputError
 from cryosiam_dask.labels_to_hdf5 import write_hdf5, write_mrc
+from cryosiam_dask.ledger import Ledger
 from cryosiam_dask.measurements import write_components
+from cryosiam_dask.pipeline import Outcome
 from cryosiam_dask.preview import preview_file, write_preview
-from cryosiam_dask.report import outliers, write_report
+from cryosiam_dask.report import is_current, outliers, write_report
+from cryosiam_dask.runner import report_again, report_on
 
 SHAPE = (6, 16, 18)
 
@@ -243,6 +248,66 @@ def test_pictures_are_those_of_the_labels(tmp_path: Path) -> None:
     (tmp_path / "out" / "picture.webp").write_bytes(page.pictures["drawn"])
     with Image.open(tmp_path / "out" / "picture.webp") as picture:
         assert picture.format == "WEBP" and picture.width == pytest.approx(2 * picture.height * 18 / 16, abs=3)
+
+
+def test_what_was_read_once_is_kept_until_an_output_changes(tmp_path: Path) -> None:
+    configuration, labels = configure(tmp_path, class_names=["membrane", "actin"]), make_labels(0)
+    for name in ("a", "b", "c"):
+        write(tmp_path, name, labels, components=name != "c", warnings="look")
+    draw(tmp_path, "a", labels)
+    before = Page(write_report(configuration))
+    for name in ("a", "b"):  # nobody looks into them again
+        path = tmp_path / "out" / f"{name}_preds.h5"
+        status = path.stat()
+        path.write_bytes(bytes(status.st_size))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    after = Page(write_report(configuration))
+    assert (after.rows, after.pictures) == (before.rows, before.pictures) and before.pictures
+    (tmp_path / "out" / "b_preds.h5").touch()
+    (tmp_path / "out" / ".ledger" / "report" / "a.json").write_bytes(b"damaged")
+    write(tmp_path, "c", labels, warnings="other")
+    page = Page(write_report(configuration))
+    assert [page.rows[name][2].split()[0] for name in "abc"] == ["failed", "failed", "done"]
+    assert "other" in page.rows["c"][2]
+
+
+def test_a_page_of_what_is_there_is_left_alone(tmp_path: Path) -> None:
+    configuration = configure(tmp_path)
+    for name in ("a", "b"):
+        write(tmp_path, name, make_labels(0))
+
+    def is_written(configuration: Configuration = configuration) -> bool:
+        current = is_current(configuration)
+        if not current:
+            write_report(configuration)
+        return not current
+
+    assert [is_written(), is_written()] == [True, False]
+    (tmp_path / "out" / "a_preds.h5").touch()
+    assert [is_written(), is_written()] == [True, False]
+    (tmp_path / "out" / "b_preds.h5").unlink()
+    assert [is_written(), is_written()] == [True, False]
+    assert is_written(configure(tmp_path, class_names=["x", "y"]))
+
+
+def test_a_page_tells_of_tomograms_without_a_mask_and_of_the_time_of_the_prediction(tmp_path: Path) -> None:
+    masks = tmp_path / "masks"
+    configuration = configure(tmp_path, mask_folder=str(masks))
+    (tmp_path / "data").mkdir()
+    for name in ("a", "b", "c"):
+        (tmp_path / "data" / f"{name}.mrc").touch()
+    write(tmp_path, "a", make_labels(0))
+    Ledger(tmp_path / "out", "a").close(status="done", seconds=3725.0, shape=SHAPE)
+    for name in ("b", "elsewhere"):
+        Ledger(masks, name).close(status="failed", error=f"{name}.mrc is damaged", seconds=1.0, shape=())
+    console = Console(file=io.StringIO())
+    report_on(configuration, [Outcome("a", "done", SHAPE, 1.5)], console)  # of semantic-postprocess
+    page = Page(tmp_path / "out" / "report.html")
+    assert page.rows["a"][-1] == "1 h 02 min"
+    assert page.rows["b"][2] == "failed it has no lamella mask: b.mrc is damaged" and set(page.rows) == {"a", "b"}
+    (tmp_path / "out" / "report.html").unlink()
+    report_again(tmp_path / "config.yaml", console)
+    assert Page(tmp_path / "out" / "report.html").rows == page.rows
 
 
 def test_a_page_of_500_tomograms_is_below_20_megabytes(tmp_path: Path) -> None:
