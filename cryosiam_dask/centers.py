@@ -186,10 +186,12 @@ def write_centers(
 
 def _remove(folder: Path, stem: str, keep: Mapping[int, Any]) -> None:
     """Remove the lists of a tomogram, but those of some classes."""
-    for path in visible(folder):
-        match = _OF_A_TOMOGRAM.fullmatch(path.name)
-        if match and match[1] == stem and int(match[2]) not in keep and made_here(path):
-            path.unlink()
+    # By their names: a folder may hold those of ten thousand other tomograms.
+    for label in set(range(1, _LARGEST_CLASS + 1)).difference(keep):
+        for ending in (".csv", ".star"):
+            path = folder / f"{stem}_class{label}_centers{ending}"
+            if path.is_file() and made_here(path):
+                path.unlink()
 
 
 def labels_of(prediction: Path, attributes: Mapping[str, Any]) -> str:
@@ -227,8 +229,7 @@ def remove_outdated_centers(folder: Path, stem: str, made_from: str) -> bool:
     bool
         Whether there were any.
     """
-    # Every tomogram with lists has those of the first class, so that the others, of which the whole folder must be
-    # looked through, are looked for in need alone.
+    # Every tomogram with lists has those of the first class, so that the others are looked for in need alone.
     first = folder / f"{stem}_class1_centers.star"
     if not made_here(first) or _made_from(first) == made_from:
         return False
