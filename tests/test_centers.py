@@ -116,7 +116,7 @@ def dots(*classes: int) -> np.ndarray:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != ".ledger")
 
 
 def both(*stems: str) -> list[str]:
