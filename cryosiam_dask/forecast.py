@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise, product
@@ -374,6 +375,30 @@ def _stage(plan: RunPlan, workers: int, memory_bytes: int | None, converted: Col
     )
 
 
+def disk_warnings(plans: Sequence[RunPlan]) -> tuple[str, ...]:
+    """What needs attention on the disks: the same in a run as before it.
+
+    Parameters
+    ----------
+    plans
+        Of the models of the run, in their order.
+    """
+    needs: list[_Need] = []
+    last = {job.stem for job in plans[-1].jobs}
+    for plan in plans:
+        tomograms = []
+        for job in plan.jobs:
+            with suppress(CryosiamDaskError):  # such a tomogram fails alone
+                header = read_header(job.source, **plan.configuration.reading)
+                kept = plan is not plans[-1] and job.stem in last
+                room: dict[str, Any] = dict(_disk_bytes(plan.configuration, plan, job, header, kept))
+                tomograms.append(TomogramForecast(job.stem, job.source, "segment", **room))
+        tomograms += [_measured(plan.configuration, plan, job) for job in plan.unmeasured]
+        needs += _needs(plan.configuration, tomograms, USUALLY_AT_ONCE)
+    warnings, problems = _judged(_disks(needs))
+    return (*problems, *warnings)
+
+
 def _judged(disks: Iterable[Disk]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Warnings and problems of disks."""
     warnings, problems = list[str](), list[str]()
@@ -574,6 +599,10 @@ def _disk_bytes(
         "certain_output_bytes": voxels * (is_mrc + ("mrc" in other_formats(configuration))),
     }
 
+
+#: Tomograms that have a work store at the same time: one computes, one is finished, one is read. Where they are small
+#: it may be more for a while; see `cryosiam_dask.collection`.
+USUALLY_AT_ONCE = 3
 
 _Need: TypeAlias = tuple[Path, int, int]  # folder, bytes needed in it at most, and certainly
 

@@ -19,10 +19,6 @@ if TYPE_CHECKING:  # imported where they are used: the network's libraries take 
     from cryosiam_dask.forecast import Disk, Forecast, PipelineForecast, TomogramForecast
     from cryosiam_dask.inspect_file import Information, Part
 
-#: Tomograms that have a work store at the same time: one computes, one is finished, one is read. Where they are small
-#: it may be more for a while; see `cryosiam_dask.collection`.
-USUALLY_AT_ONCE = 3
-
 
 def show_plan(
     config_file: Path,
@@ -58,7 +54,7 @@ def show_plan(
         What stands in the way of any run, and what is wrong with the tomograms' headers; not with `as_json`.
     """
     from cryosiam_dask.config import read_pipeline_or_configuration
-    from cryosiam_dask.forecast import Forecast, forecast, forecast_pipeline, unreadable
+    from cryosiam_dask.forecast import USUALLY_AT_ONCE, Forecast, forecast, forecast_pipeline, unreadable
     from cryosiam_dask.plan import RunPlan, masks_of, plan_run
     from cryosiam_dask.predictor import resolve_device
     from cryosiam_dask.runner import memory_of_machine, on_this_machine

@@ -47,6 +47,7 @@ from cryosiam_dask.errors import (
     Problems,
 )
 from cryosiam_dask.folders import left_out
+from cryosiam_dask.forecast import disk_warnings
 from cryosiam_dask.formats import convert_to_ome_zarr, other_formats
 from cryosiam_dask.ledger import read_outcomes
 from cryosiam_dask.metrics import Meter
@@ -211,6 +212,10 @@ def segment(
             report_on(plan.configuration, _of_stage(outcomes, plan), console)
         return outcomes
     total = len({job.stem for plan in plans for job in (*plan.jobs, *plan.unmeasured)})
+    for sentence in disk_warnings(plans):
+        attend(console, sentence)
+        if warned is not None:
+            warned.append(sentence)
     if not is_loopback(dashboard_address):
         attend(console, f"whoever reaches {dashboard_address} can watch this run, without a password")
     try:
