@@ -1331,7 +1331,7 @@ def _find_predictions(configuration: Configuration, filename: str | None, sizes:
         predictions = visible(folder, "_preds.h5") if folder.is_dir() else []
     else:
         place = "--filename" if filename is not None else "key test_files"
-        names = tuple(name_in_data_folder(configuration, name, place) for name in names)
+        names = tuple(Path(name_in_data_folder(configuration, name, place)).name for name in names)
         predictions = [folder / f"{name.removesuffix(extension)}_preds.h5" for name in names]
     problems: list[CryosiamDaskError] = [
         OutputError(

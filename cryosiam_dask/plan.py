@@ -718,7 +718,7 @@ def _find_tomograms(
 
 
 def name_in_data_folder(configuration: Configuration, name: str, place: str) -> str:
-    """The name in `data_folder` of what a user calls a tomogram, which may be the path of a file there.
+    """The name in `data_folder` of what a user calls a tomogram: its path from there, or from the current folder.
 
     Raises
     ------
@@ -726,8 +726,11 @@ def name_in_data_folder(configuration: Configuration, name: str, place: str) -> 
         If it is the path of something elsewhere.
     """
     folder, path = configuration.data_folder, Path(name)
-    if path.name == name or any((base / path).parent.resolve() == folder.resolve() for base in (folder, Path())):
-        return path.name
+    if path.name == name:
+        return name
+    for parent in ((folder / path).parent, path.parent):
+        if parent.is_dir() and parent.resolve().is_relative_to(folder.resolve()):
+            return str(parent.resolve().relative_to(folder.resolve()) / path.name)
     raise ConfigurationError(
         f"the tomogram must be a file in data_folder, which is {folder}",
         place=place,

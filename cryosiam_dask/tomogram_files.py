@@ -814,9 +814,9 @@ def _missing_in_hdf5(found: Any, path: Path) -> tuple[list[str], str]:
 
 def _is_there(path: Path, file_name: str, dataset: str) -> bool:
     if file_name == ".":
-        with h5py.File(path, "r", locking="best-effort") as file:
+        with open_hdf5(path) as file:
             return dataset in file
-    with suppress(OSError, RuntimeError), h5py.File(path.parent / file_name, "r", locking="best-effort") as file:
+    with suppress(OSError, RuntimeError), open_hdf5(path.parent / file_name) as file:
         return dataset in file
     return False
 

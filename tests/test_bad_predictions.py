@@ -103,7 +103,7 @@ def test_a_file_that_does_not_fit_together_is_refused_and_kept(
     assert outcome.error.startswith(str(folder / "TS_preds.h5")) and outcome.error.endswith(
         "Run semantic-predict again."
     )
-    assert sorted(path.name for path in folder.iterdir()) == ["TS_preds.h5", "config.yaml"]
+    assert sorted(path.name for path in folder.glob("[!.]*")) == ["TS_preds.h5", "config.yaml"]
     with h5py.File(folder / "TS_preds.h5") as file:
         assert set(file) == {"labels", *datasets}
 
@@ -149,7 +149,7 @@ def test_labels_are_not_replaced_where_their_components_cannot_be_measured(tmp_p
     outcome = run(with_components, tmp_path, -1, 10, 0, **datasets)  # these sizes would remove label 1
     assert outcome.status == "failed" and not outcome.details and "found label 2 and 2 channels" in outcome.error
     np.testing.assert_array_equal(written(tmp_path), two_classes())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["TS_preds.h5", "config.yaml"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["TS_preds.h5", "config.yaml"]
     # Without label 2 there is nothing to measure with a channel that is missing.
     assert run(with_components, tmp_path, -1, 3, 5, **datasets).status == "done"
     assert set(pandas.read_csv(tmp_path / "TS_components.csv")["class"]) == {1}
@@ -161,7 +161,7 @@ def test_instances_get_no_particle_list_for_each_number(tmp_path: Path) -> None:
     outcome = run(list_centers, tmp_path, labels=instances)
     assert outcome.status == "failed" and not outcome.details
     assert "labels that are classes, from 0 to 255; found 125 different labels, up to 324" in outcome.error
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["TS_preds.h5", "config.yaml"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["TS_preds.h5", "config.yaml"]
     # A wide dtype alone is no fault: other programs write classes so.
     assert run(list_centers, tmp_path, labels=two_classes().astype(np.int64)).status == "done"
     assert len(list(tmp_path.glob("TS_class*.star"))) == 2

@@ -438,6 +438,10 @@ def test_filename_means_the_same_for_all_commands(folder: Path, monkeypatch: pyt
     for name in ("TS_1", "TS_1.mrc", "data/TS_1.mrc", str(folder / "data" / "TS_1.mrc"), "../data/TS_1.mrc"):
         assert [source.name for source in find_tomograms(configuration, name)] == ["TS_1.mrc"]
         assert find_predictions(configuration, name) == [prediction]
+    (folder / "data" / "sub").mkdir()
+    shutil.copy(folder / "data" / "TS_1.mrc", folder / "data" / "sub")
+    assert find_tomograms(configuration, "sub/TS_1.mrc") == [folder / "data" / "sub" / "TS_1.mrc"]
+    assert find_predictions(configuration, "sub/TS_1") == [prediction]
     for name in ("elsewhere/TS_1.mrc", "out/TS_1", str(folder / "TS_1.mrc")):
         (found,) = problems(configuration, filename=name)
         assert "--filename: the tomogram must be a file in data_folder" in found
