@@ -28,7 +28,7 @@ from cryosiam_dask.intensities import Intensities, intensities, sample_file
 from cryosiam_dask.json_values import as_json
 from cryosiam_dask.labels_to_hdf5 import INSTANCES, LABELS, PROBABILITIES, open_hdf5, read_attributes
 from cryosiam_dask.mrc_to_zarr import MRC_ENDINGS, MrcHeader, read_header
-from cryosiam_dask.tomogram_files import HDF5_ENDINGS, TomogramHeader
+from cryosiam_dask.tomogram_files import HDF5_ENDINGS, TomogramHeader, hdf5_datasets
 
 Kind: TypeAlias = Literal["tomogram", "zarr", "HDF5", "checkpoint"]
 
@@ -338,8 +338,7 @@ def _foreseen(path: Path, rule: str) -> Iterator[None]:
 def _hdf5(path: Path) -> Information:
     with _foreseen(path, "must be readable HDF5"):
         with open_hdf5(path) as file:
-            parts: list[Part] = []
-            file.visititems(lambda name, item: parts.append(_hdf5_part(name, item)) if _is_dataset(item) else None)
+            parts = [_hdf5_part(name, dataset) for name, dataset in hdf5_datasets(file)]
         attributes = read_attributes(path)
     unpacked = {name: _unpacked(value) for name, value in attributes.items()}
     # What is short and asked for most comes first, the configuration last.
@@ -370,10 +369,6 @@ def _hdf5_tomogram(path: Path) -> TomogramHeader | None:
         return read_header(path)
     except TomogramError:
         return None
-
-
-def _is_dataset(item: Any) -> bool:
-    return isinstance(item, h5py.Dataset)
 
 
 def _hdf5_part(name: str, dataset: Any) -> Part:

@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -489,12 +490,17 @@ def _read_level(path: Path, group: Path, image: Mapping[str, Any], level: int) -
             remedy="Copy the missing level" + (", or set ome_zarr_level to one that is there" if there else ""),
         )
     ndim = len(_metadata(folder)["shape"])
-    names, units = _ome_axes(image.get("axes"), ndim, path)
+    of_level, of_image = (each.get("coordinateTransformations") for each in (listed[level], image))
+    axes = image.get("axes")
+    if isinstance(image.get("coordinateSystems"), list):
+        # From 0.6 on those of the image lead on to other coordinate systems than its own, in which it lies.
+        axes, of_image = _axes_of_system(image["coordinateSystems"], of_level) or axes, None
+    names, units = _ome_axes(axes, ndim, path)
     scale, translation = np.ones(ndim), np.zeros(ndim)
     warnings: list[str] = []
     scaled = False
-    for transforms in (listed[level].get("coordinateTransformations"), image.get("coordinateTransformations")):
-        for transform in transforms if isinstance(transforms, list) else ():
+    for transforms in (of_level, of_image):
+        for transform in _single_transforms(transforms):
             factor, shift = _transform(transform, ndim)
             if factor is None or shift is None:
                 warnings.append(f"a coordinate transformation is not understood: {transform}")
@@ -502,6 +508,7 @@ def _read_level(path: Path, group: Path, image: Mapping[str, Any], level: int) -
                 break
             scaled |= isinstance(transform, dict) and transform.get("type") == "scale"
             scale, translation = scale * factor, translation * factor + shift
+            units = [unit or own for unit, own in zip(units, _units_of(transform, ndim), strict=True)]
     angstrom = np.array([ANGSTROM.get(unit.lower(), math.nan) if unit else math.nan for unit in units])
     version = image.get("version") or "of unknown version"
     header = _array_header(
@@ -540,6 +547,32 @@ def _ome_axes(axes: Any, ndim: int, path: Path) -> tuple[list[str], list[str | N
             remedy="Write its metadata again",
         )
     return names, units
+
+
+def _axes_of_system(systems: list[Any], transforms: Any) -> Any:
+    """The axes of the coordinate system that a level's transformations lead to (NGFF 0.6), or else of the first one."""
+    last = transforms[-1] if isinstance(transforms, list) and transforms else None
+    wanted = last.get("output") if isinstance(last, dict) else None
+    wanted = wanted.get("name") if isinstance(wanted, dict) else wanted
+    known = [system for system in systems if isinstance(system, dict)]
+    found = next((system for system in known if system.get("name") == wanted), next(iter(known), {}))
+    return found.get("axes")
+
+
+def _single_transforms(transforms: Any) -> Iterator[Any]:
+    """The transformations of a list, those of sequences (NGFF 0.6) one after the other."""
+    for transform in transforms if isinstance(transforms, list) else ():
+        if isinstance(transform, dict) and transform.get("type") == "sequence":
+            yield from _single_transforms(transform.get("transformations"))
+        else:
+            yield transform
+
+
+def _units_of(transform: Any, ndim: int) -> list[str | None]:
+    """Units that some writers put into a transformation instead of the axes: one, or one for each axis."""
+    given = transform.get("unit", transform.get("units")) if isinstance(transform, dict) else None
+    listed = given if isinstance(given, list) and len(given) == ndim else [given] * ndim
+    return [unit if isinstance(unit, str) else None for unit in listed]
 
 
 def _transform(transform: Any, ndim: int) -> tuple[Any, Any]:
@@ -752,11 +785,12 @@ def read_hdf5_header(path: Path, *, dataset: str | None = None) -> Hdf5Header:
             attributes = {**dict(file.attrs), **_eman(found.parent.attrs), **dict(found.attrs)}
             shape, dtype, chunks = tuple(map(int, found.shape)), found.dtype, found.chunks
             names = _hdf5_axes(found)
-            missing, incomplete = _missing_in_hdf5(found, path)
+            missing, incomplete = _missing_in_hdf5(found, Path(found.file.filename))
+            linked = found.file.filename if found.file.filename != file.filename else ""
     except (OSError, RuntimeError, TypeError) as error:
         raise _no_hdf5(path, error) from error
     axes = _space_axes(shape, names, path)
-    notes = [f"dataset {name}"]
+    notes = [f"dataset {name}" + (f" of {linked}" if linked else "")]
     if names is not None and list(axes) != sorted(axes):
         notes.append(f"stored with the axes {', '.join(names)}: transposed to {', '.join('zyx'[-len(axes) :])}")
     size, position, nstart = _own_attributes(attributes, len(axes))
@@ -828,6 +862,9 @@ def _hdf5_axes(found: Any) -> list[str] | None:
         tagged = [str(axis["key"]).lower() for axis in tags["axes"]]
         if len(tagged) == found.ndim:
             return _if_space(tagged)
+    # Velox puts the frames of an image last (HyperSpy's reader says so).
+    if found.ndim == 3 and re.fullmatch(r"/Data/Image/[0-9a-f]+/Data", found.name or ""):
+        return ["y", "x", "z" if found.shape[2] > 1 else "t"]
     names = []
     for dimension in found.dims:
         name = str(dimension.label)
@@ -848,28 +885,75 @@ def _eman(attributes: Any) -> dict[str, Any]:
     return {"voxel_size_angstrom": [float(np.ravel(v)[0]) for v in size]} if None not in size else {}
 
 
+def hdf5_datasets(group: Any) -> Iterator[tuple[str, Any]]:
+    """The datasets of an HDF5 file with their names, each once, whatever links lead to it.
+
+    Soft links and those to other files are followed; one that leads nowhere is passed over.
+
+    Parameters
+    ----------
+    group
+        The open file.
+
+    Yields
+    ------
+    tuple of str and h5py.Dataset
+    """
+    seen = set[Any]()
+
+    def walk(group: Any, within: str) -> Iterator[tuple[str, Any]]:
+        # What lies here comes before what is linked to, so that a dataset has its own name.
+        hard = [name for name in group if isinstance(group.get(name, getlink=True), h5py.HardLink)]
+        for name in (*hard, *(name for name in group if name not in set(hard))):
+            try:
+                node = group[name]
+            except (KeyError, OSError):
+                continue
+            information = h5py.h5o.get_info(node.id)
+            key = (node.file.filename, information.fileno, information.addr)
+            if key in seen:
+                continue
+            seen.add(key)
+            if isinstance(node, h5py.Dataset):
+                yield f"{within}{name}", node
+            elif isinstance(node, h5py.Group):
+                yield from walk(node, f"{within}{name}/")
+
+    return walk(group, "")
+
+
+def _is_volume(node: Any) -> bool:
+    """Whether this is a dataset that can be a tomogram: numbers along two or three axes in space."""
+    return bool(
+        isinstance(node, h5py.Dataset)
+        and node.dtype.kind in "iuf"
+        and node.shape
+        and 0 not in node.shape
+        and _space(node.shape) in (2, 3)
+    )
+
+
 def _find_dataset(file: Any, wanted: str | None, path: Path) -> str:
     volumes: dict[int, list[str]] = {2: [], 3: []}
     described: list[str] = []
-
-    def visit(name: str, node: Any) -> None:
-        if isinstance(node, h5py.Dataset):
-            described.append(f"{name} ({node.dtype}, {' × '.join(map(str, node.shape or ()))})")
-            if node.dtype.kind in "iuf" and node.shape and 0 not in node.shape:
-                volumes.get(_space(node.shape), []).append(name)
-
-    file.visititems(visit)
+    if wanted is not None and wanted.strip("/"):
+        with suppress(KeyError, OSError):  # of a link that leads nowhere
+            if _is_volume(file[wanted.strip("/")]):
+                return wanted.strip("/")
+    for name, node in hdf5_datasets(file):
+        described.append(f"{name} ({node.dtype}, {' × '.join(map(str, node.shape or ()))})")
+        # Velox writes the metadata of an image beside it, as bytes of JSON in columns.
+        of_velox = name.endswith("/Metadata") and "Data" in node.parent
+        if _is_volume(node) and not of_velox:
+            volumes[_space(node.shape)].append(name)
     listed = ", ".join(described[:8]) + (" …" if len(described) > 8 else "") or "no dataset"
     if wanted is not None:
-        name = wanted.strip("/")
-        if name not in volumes[2] + volumes[3]:
-            raise TomogramError(
-                f"the dataset '{wanted}', which hdf5_dataset asks for, must be a volume of numbers",
-                place=path,
-                value=listed,
-                remedy="Correct hdf5_dataset",
-            )
-        return name
+        raise TomogramError(
+            f"the dataset '{wanted}', which hdf5_dataset asks for, must be a volume of numbers",
+            place=path,
+            value=listed,
+            remedy="Correct hdf5_dataset",
+        )
     candidates = volumes[3] or volumes[2]
     if len(candidates) != 1:
         raise TomogramError(

@@ -443,6 +443,81 @@ def test_the_content_tells_what_a_file_is(tmp_path: Path) -> None:
             read_header(tmp_path / name)
 
 
+def test_datasets_behind_links_are_found_once(tmp_path: Path) -> None:
+    """Soft links, second names, those to another file, and circles; one that leads nowhere is passed over."""
+    with h5py.File(tmp_path / "real.h5", "w") as file:
+        file["entry/instrument/data"] = volume()
+        file["a_hard"] = file["entry/instrument/data"]
+        file["soft"] = h5py.SoftLink("/entry/instrument/data")
+        file["nowhere"] = h5py.SoftLink("/gone")
+        file["entry/circle"] = file["entry"]
+        file["another/circle"] = h5py.SoftLink("/entry")
+    with h5py.File(tmp_path / "master.h5", "w") as file:
+        file["data_000001"] = h5py.ExternalLink("real.h5", "/entry/instrument/data")
+        file["elsewhere"] = h5py.ExternalLink("gone.h5", "/x")
+    for path, datasets in (
+        (
+            tmp_path / "real.h5",
+            (None, "soft", "/soft", "a_hard", "entry/circle/instrument/data", "another/circle/instrument/data"),
+        ),
+        (tmp_path / "master.h5", (None, "data_000001")),
+    ):
+        for dataset in datasets:
+            header = read_header(path, dataset=dataset)
+            np.testing.assert_array_equal(header.read((slice(None),) * 3), volume())
+    assert read_header(tmp_path / "master.h5").notes == (f"dataset data_000001 of {tmp_path / 'real.h5'}",)
+    for dataset in ("nowhere", "elsewhere", "entry", "/"):
+        with pytest.raises(TomogramError, match="must be a volume of numbers"):
+            read_header(tmp_path / "real.h5", dataset=dataset)
+
+
+def test_images_of_velox_are_told_from_their_metadata(tmp_path: Path) -> None:
+    frames = volume()
+    with h5py.File(tmp_path / "x.emd", "w") as file:
+        image = file.create_group("Data/Image/0f3a")
+        image["Data"] = np.moveaxis(frames, 0, -1)
+        image["Metadata"] = np.zeros((30000, len(frames)), np.uint8)
+        image["FrameLookupTable"] = np.zeros(len(frames), np.int32)
+    header = read_header(tmp_path / "x.emd")
+    assert header.shape == frames.shape and header.dataset == "Data/Image/0f3a/Data"  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(header.read((slice(None),) * 3), frames)
+    with h5py.File(tmp_path / "y.emd", "w") as file:
+        image = file.create_group("Data/Image/0f3a")
+        image["Data"], image["Metadata"] = frames[0][..., None], np.zeros((30000, 1), np.uint8)
+    assert read_header(tmp_path / "y.emd").shape == frames.shape[1:]
+
+
+@pytest.mark.parametrize("given", ["nanometer", ["nanometer"] * 3])
+@pytest.mark.parametrize("key", ["unit", "units"])
+def test_units_may_stand_in_the_transformation(tmp_path: Path, key: str, given: Any) -> None:
+    transform = {"type": "scale", "scale": [2, 3, 4], key: given}
+    path = ome(tmp_path / "x.zarr", [volume()], axes=[axis(name, None) for name in "zyx"], transforms=[[transform]])
+    assert read_header(path).voxel_size_angstrom == pytest.approx((20, 30, 40))
+    path = ome(
+        tmp_path / "y.zarr", [volume()], axes=[axis(name, "angstrom") for name in "zyx"], transforms=[[transform]]
+    )
+    assert read_header(path).voxel_size_angstrom == pytest.approx((2, 3, 4))  # those of the axes come first
+
+
+def test_coordinate_systems_of_ngff_0_6(tmp_path: Path) -> None:
+    steps = [{"type": "scale", "scale": [1, 2, 3]}, {"type": "translation", "translation": [4, 5, 6]}]
+    transform = {"type": "sequence", "transformations": steps, "input": "0", "output": "physical"}
+    systems = [
+        {"name": "world", "axes": [axis(name, "meter") for name in "zyx"]},
+        {"name": "physical", "axes": [axis(name, "nanometer") for name in "zyx"]},
+    ]
+    to_world = {"type": "scale", "scale": [9, 9, 9], "input": "physical", "output": "world"}
+    path = ome(tmp_path / "x.zarr", [volume()], version="0.6", transforms=[[transform]], coordinateSystems=systems,
+               coordinateTransformations=[to_world])  # fmt: skip
+    group = zarr.open_group(path)
+    image = group.attrs["ome"]["multiscales"][0]  # type: ignore[index, call-overload]
+    del image["axes"]
+    group.attrs["ome"] = {"version": "0.6", "multiscales": [image]}
+    header = read_header(path)
+    assert header.voxel_size_angstrom == pytest.approx((10, 20, 30)) and not header.warnings
+    assert header.origin_angstrom == pytest.approx((40, 50, 60))
+
+
 @pytest.mark.parametrize("name", ["Tomographié №5.ome.zarr", "TS 01 bin4.v2.zarr", "TS_018_9.96Apx.zarr", "トモ.zarr"])
 def test_names_of_any_kind(tmp_path: Path, name: str) -> None:
     path = ome(tmp_path / name, [volume()])
