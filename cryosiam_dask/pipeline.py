@@ -638,9 +638,8 @@ def _work_names(configuration: Configuration, stem: str) -> tuple[str, str]:
 
 def _is_own_store(configuration: Configuration, folder: Path) -> bool:
     """Whether a work store is this prediction folder's, or not there."""
-    if folder.parent == configuration.prediction_folder or folder.name.endswith(
-        f"{_own_name(configuration, '')}{_WORK}"
-    ):
+    own = _own_name(configuration, "")
+    if folder.parent == configuration.prediction_folder or folder.name.endswith((own + _WORK, own + _SCRATCH)):
         return True
     try:
         told = json.loads((folder / "zarr.json").read_bytes())["attributes"]["prediction_folder"]

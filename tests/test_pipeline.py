@@ -28,7 +28,7 @@ from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.errors import Problems
 from cryosiam_dask.executor import Interrupted, SerialExecutor
 from cryosiam_dask.ledger import Claims, claim_path, open_claims
-from cryosiam_dask.pipeline import Outcome, export, find_predictions, list_centers, measure
+from cryosiam_dask.pipeline import Outcome, _work_group, export, find_predictions, list_centers, measure
 from cryosiam_dask.pipeline import postprocess as postprocess_files
 from cryosiam_dask.pipeline import segment as segment_one
 from cryosiam_dask.plan import plan_run
@@ -382,6 +382,17 @@ def test_a_kept_work_store_outlives_commands_and_other_data_sets(folder: Path) -
     # Its own store is found again, and replaced where the settings are others.
     assert segment(configure(other, {"threshold": 0.4}, **where), overwrite=True)["TS_1"].status == "done"
     assert set((folder / "work").glob("TS_1.*.work.zarr")) == {others} and sorted(store.rglob("*")) == before
+
+
+@pytest.mark.parametrize("work", [None, "work"])
+def test_what_a_command_left_that_was_killed_is_removed(folder: Path, work: str | None) -> None:
+    configuration = configure(folder, **({"work_folder": str(folder / work)} if work else {}))
+    segment(configuration)
+    group = _work_group(configuration, "TS_1")
+    group.__enter__()  # and nothing more of it
+    left = list((folder / (work or "out")).glob("TS_1.*.scratch.zarr"))
+    assert len(left) == 1
+    assert segment(configuration)["TS_1"].status == "skipped" and not left[0].exists()
 
 
 def test_blocks_of_a_stopped_run_outlive_an_export(folder: Path) -> None:
