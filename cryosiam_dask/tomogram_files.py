@@ -79,6 +79,8 @@ class TomogramHeader(ABC):
         Whether the file can only be read from its beginning to its end.
     incomplete
         Why so much of it is missing that it is not to be segmented; empty if it is not.
+    decided
+        How its voxels are read, in words, where versions of before read them otherwise: outputs of those are not of it.
     """
 
     path: Path
@@ -93,6 +95,7 @@ class TomogramHeader(ABC):
     warnings: tuple[str, ...]
     compressed: bool = False
     incomplete: str = ""
+    decided: str = ""
 
     def require_complete(self) -> None:
         """Refuse what lacks too much: see `incomplete`.
@@ -336,7 +339,7 @@ def source_identity(path: str | Path) -> list[Any]:
 
 
 #: Places at which a tomogram is looked at to tell whether it is the same, and bytes that are read at each.
-_SAMPLES, _SAMPLE_BYTES = 256, 4096
+_SAMPLES, _SAMPLE_BYTES = 256, 2**16
 
 
 def source_content(path: str | Path) -> str:
@@ -345,18 +348,15 @@ def source_content(path: str | Path) -> str:
     Parameters
     ----------
     path
-        A file: its size and 4 KiB at each of 256 places, the first and the last included. A folder: the names and sizes
-        of all files, its metadata, and the beginnings of 256 of the others.
+        A file: its size and 64 KiB at each of 256 places, the first and the last included, or the whole where that is
+        no more. A folder: the names and sizes of all files, its metadata, and as much of 256 of the others, or of all
+        where these are fewer.
     """
     path, found = Path(path), hashlib.sha256()
     if not path.is_dir():
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            found.update(str(size).encode())
-            last = max(0, size - _SAMPLE_BYTES)
-            for place in sorted({last * i // (_SAMPLES - 1) for i in range(_SAMPLES)}):
-                file.seek(place)
-                found.update(file.read(_SAMPLE_BYTES))
+        found.update(str(path.stat().st_size).encode())
+        for piece in _pieces(path, _SAMPLES):
+            found.update(piece)
         return found.hexdigest()
     files = list(_files(path))
     others = [within for within, entry in files if entry.name not in ZARR_METADATA]
@@ -366,9 +366,39 @@ def source_content(path: str | Path) -> str:
         if entry.name in ZARR_METADATA:
             found.update(Path(entry).read_bytes())
         elif within in sampled:
-            with Path(entry).open("rb") as file:
-                found.update(file.read(_SAMPLE_BYTES))
+            for piece in _pieces(Path(entry), _SAMPLES // len(sampled)):
+                found.update(piece)
     return found.hexdigest()
+
+
+def _pieces(path: Path, places: int) -> Iterator[bytes]:
+    """What a file holds at so many places, evenly spread, or the whole where that is no more."""
+    with path.open("rb") as file:
+        last = file.seek(0, os.SEEK_END) - _SAMPLE_BYTES
+        many = min(places, -(-last // _SAMPLE_BYTES) + 1)
+        for i in range(max(1, many)):
+            file.seek(max(0, last) * i // max(1, many - 1))
+            yield file.read(_SAMPLE_BYTES)
+
+
+def newest_chunk(path: str | Path) -> int:
+    """When the last chunk of a zarr was written, in nanoseconds since the epoch; 0 of a file, or without chunks."""
+    return max(_times(path), default=0)
+
+
+def is_newer_in_part(path: str | Path, since: int) -> bool:
+    """Whether some chunks of a zarr were written after a time and others not: it was changed in place.
+
+    All those of a copy are newer, or none where the times were kept, whole seconds of them or better.
+    """
+    times = _times(path)
+    return bool(times) and min(times) <= since < max(times)
+
+
+def _times(path: str | Path) -> list[int]:
+    if not Path(path).is_dir():
+        return []
+    return [entry.stat().st_mtime_ns for _, entry in _files(Path(path)) if entry.name not in ZARR_METADATA]
 
 
 def _files(folder: Path, within: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
@@ -756,9 +786,10 @@ def read_hdf5_header(path: Path, *, dataset: str | None = None) -> Hdf5Header:
     except (OSError, RuntimeError, TypeError) as error:
         raise _no_hdf5(path, error) from error
     axes = _space_axes(shape, names, path)
-    notes = [f"dataset {name}"]
+    notes, decided = [f"dataset {name}"], ""
     if names is not None and list(axes) != sorted(axes):
         notes.append(f"stored with the axes {', '.join(names)}: transposed to {', '.join('zyx'[-len(axes) :])}")
+        decided = f"axes {', '.join(names)}"
     size, position, nstart = _own_attributes(attributes, len(axes))
     # As Fiji's HDF5 plugin and ilastik write it, (z, y, x).
     micrometres = np.ravel(attributes.get("element_size_um", ()))
@@ -777,6 +808,7 @@ def read_hdf5_header(path: Path, *, dataset: str | None = None) -> Hdf5Header:
         notes=tuple(notes),
         warnings=(*missing, *doubts, *unknown_sizes(sizes)),
         incomplete=incomplete,
+        decided=decided,
         dataset=name,
         axes=axes,
         stored_shape=shape,

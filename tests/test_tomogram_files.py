@@ -23,7 +23,7 @@ from zarr.storage import MemoryStore
 
 from cryosiam_dask.errors import TomogramError
 from cryosiam_dask.mrc_to_zarr import Statistics, convert, ingest, read_header
-from cryosiam_dask.tomogram_files import ArrayView, source_content, source_identity
+from cryosiam_dask.tomogram_files import ArrayView, is_newer_in_part, newest_chunk, source_content, source_identity
 
 NGFF = [("0.4", 2), ("0.5", 3)]
 SHAPE = (12, 15, 17)
@@ -499,7 +499,14 @@ def test_content_is_that_of_a_copy_and_of_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(whole)
     (tmp_path / "b").write_bytes(whole)
     assert source_content(tmp_path / "a") == source_content(tmp_path / "b")
-    for other in (whole[:-1], whole + b"1", b"x" + whole[1:], whole[:-1] + b"x", b""):
+    for other in (
+        whole[:-1],
+        whole + b"1",
+        b"x" + whole[1:],
+        whole[:-1] + b"x",
+        b"",
+        whole[:9999] + b"xy" + whole[10001:],
+    ):
         (tmp_path / "b").write_bytes(other)
         assert source_content(tmp_path / "a") != source_content(tmp_path / "b")
     path = ome(tmp_path / "x.zarr", [volume()])
@@ -507,6 +514,12 @@ def test_content_is_that_of_a_copy_and_of_nothing_else(tmp_path: Path) -> None:
     assert source_content(path) == source_content(tmp_path / "y.zarr")
     zarr.open_array(tmp_path / "y.zarr" / "0")[:5, :5, :5] = 1
     assert source_content(path) != source_content(tmp_path / "y.zarr")
+    assert not is_newer_in_part(path, newest_chunk(path)) and not is_newer_in_part(path, newest_chunk(path) - 10**12)
+    now = newest_chunk(path) + 1
+    os.utime(path / "0" / ".zarray", ns=(now, now))  # what it holds is compared as a whole
+    assert not is_newer_in_part(path, now - 1) and newest_chunk(path) == now - 1
+    os.utime(path / "0" / "0.0.0", ns=(now, now))
+    assert is_newer_in_part(path, now - 1) and newest_chunk(path) == now
 
 
 def test_identity_of_a_file_is_what_it_was(tmp_path: Path) -> None:
