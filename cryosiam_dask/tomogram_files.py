@@ -674,7 +674,7 @@ def _missing_chunks(array: zarr.Array[Any], folder: Path) -> tuple[list[str], st
     if not missing:
         return [], ""
     share = len(missing) / len(all_of_them)
-    abrupt = any(_ends_abruptly(array, piece, counts, missing))
+    abrupt = any(_ends_abruptly(array, array.fill_value, piece, counts, missing))
     what = (
         f"{len(missing)} of {len(all_of_them)} {'shards' if array.shards else 'chunks'} ({100 * share:.1f} %) are not "
         f"there and read as {array.fill_value}"
@@ -694,12 +694,12 @@ _LOOK_BESIDE = 8  # chunks, evenly spread
 
 
 def _ends_abruptly(
-    array: zarr.Array[Any], piece: Sequence[int], counts: Sequence[int], missing: set[tuple[int, ...]]
+    array: Any, fill_value: Any, piece: Sequence[int], counts: Sequence[int], missing: set[tuple[int, ...]]
 ) -> Iterator[bool]:
     """Of some missing chunks whether the voxels next to them, of one that is there, are other than the fill value."""
     beside = []
     for index in sorted(missing):
-        for axis, step in product(range(array.ndim), (-1, 1)):
+        for axis, step in product(range(len(counts)), (-1, 1)):
             other = tuple(n + step * (i == axis) for i, n in enumerate(index))
             if 0 <= other[axis] < counts[axis] and other not in missing:
                 beside.append((other, axis, step))
@@ -710,7 +710,7 @@ def _ends_abruptly(
         region[axis] = slice(face, face + 1)
         with suppress(Exception):  # damaged chunks are told of when all are read
             voxels = np.asarray(array[tuple(region)])
-            fill = np.asarray(array.fill_value, voxels.dtype)
+            fill = np.asarray(fill_value, voxels.dtype)
             yield not bool(np.all((voxels == fill) | ((voxels != voxels) & (fill != fill))))
 
 
@@ -818,38 +818,50 @@ def read_hdf5_header(path: Path, *, dataset: str | None = None) -> Hdf5Header:
 
 
 def _missing_in_hdf5(found: Any, path: Path) -> tuple[list[str], str]:
-    """A warning where a dataset has parts that HDF5 reads as the fill value: chunks and sources that are not there; and
-    what is missing if that is all of it, or more than `MOST_MISSING` because of sources.
-    """
-    total = math.prod(found.shape)
+    """As `_missing_chunks`, of an HDF5 dataset: of chunks, and of voxels and sources that are not there."""
+    lost, total = False, math.prod(found.shape)
     if found.is_virtual:
-        there = 0
-        gone = set()
+        there, gone = 0, set()
         for source in found.virtual_sources():
             if _is_there(path, source.file_name, source.dset_name):
-                there += source.vspace.get_select_npoints()
+                try:
+                    there += source.vspace.get_select_npoints()
+                except RuntimeError:  # as many as its source has
+                    there = total
             else:
                 gone.add(f"{source.file_name}, {source.dset_name}")
-        share, many = 1 - there / total, f"{len(gone)} sources of a virtual dataset ({', '.join(sorted(gone)[:3])})"
-        lost = bool(gone)
+        share, lost = 1 - there / total, bool(gone)
+        many = f"sources of a virtual dataset ({'; '.join(sorted(gone)[:3])})" if gone else "parts of a virtual dataset"
     elif found.chunks:
-        counted = math.prod(-(-n // c) for n, c in zip(found.shape, found.chunks, strict=True))
-        absent = counted - found.id.get_num_chunks()
-        share, many, lost = absent / counted, f"{absent} of {counted} chunks", False
+        counts = [-(-n // c) for n, c in zip(found.shape, found.chunks, strict=True)]
+        stored = set[tuple[int, ...]]()
+        # HDF5 goes on as long as the call returns nothing.
+        found.id.chunk_iter(
+            lambda chunk: stored.add(tuple(o // c for o, c in zip(chunk.chunk_offset, found.chunks, strict=True)))
+        )
+        missing = set(np.ndindex(*counts)) - stored
+        share, many = len(missing) / math.prod(counts), f"{len(missing)} of {math.prod(counts)} chunks"
+        if missing and stored:
+            lost = any(_ends_abruptly(found, found.fillvalue, found.chunks, counts, missing))
+    elif found.external:
+        there = 0
+        for name, offset, size in found.external:
+            with suppress(OSError):
+                there += max(0, min(Path(name).stat().st_size - offset, size))
+        share, lost, many = 1 - there / (total * found.dtype.itemsize), True, "voxels in other files"
     else:
-        return [], ""
+        share, many = float(not found.id.get_storage_size()), "voxels"
     if share <= 0:
         return [], ""
-    what = f"{many}, {100 * share:.1f} % of the voxels, are not there and read as {found.fillvalue}"
+    what = f"{many}, {100 * share:.1f} % of the whole, are not there and read as {found.fillvalue}"
     return [what], what if share >= 1 or (lost and share > MOST_MISSING) else ""
 
 
 def _is_there(path: Path, file_name: str, dataset: str) -> bool:
-    if file_name == ".":
-        with h5py.File(path, "r", locking="best-effort") as file:
-            return dataset in file
-    with suppress(OSError, RuntimeError), h5py.File(path.parent / file_name, "r", locking="best-effort") as file:
-        return dataset in file
+    # HDF5 looks beside the file first.
+    for file in [path] if file_name == "." else [path.parent / file_name, Path(file_name)]:
+        with suppress(OSError, RuntimeError), open_hdf5(file) as source:
+            return dataset in source
     return False
 
 
