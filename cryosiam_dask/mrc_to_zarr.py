@@ -606,6 +606,8 @@ def _fill(
     compress: bool,
     executor: Executor,
 ) -> tuple[zarr.Array[Any], Statistics]:
+    if isinstance(store, str | Path):
+        store = AnyDiskStore(store)
     try:
         array = zarr.create_array(
             store,
@@ -632,7 +634,7 @@ def _fill(
             error,
             "the converted tomogram must be writable",
             place=getattr(store, "root", store),
-            remedy="Free space on the disk or choose another place",
+            remedy="Free space on the disk, check the permissions, or choose another place",
         ) from error
     return array, statistics
 
@@ -699,7 +701,7 @@ def convert(
     require_free(target, overwrite=overwrite)
     try:
         with replacing_folder(target) as part:
-            _, statistics = _fill(header, AnyDiskStore(part), None, chunks, True, executor)
+            _, statistics = _fill(header, part, None, chunks, True, executor)
     except OutputError as error:
         raise type(error)(error.rule, place=target, value=error.value, remedy=error.remedy) from error
     except OSError as error:
