@@ -636,13 +636,13 @@ def refused_names(configuration: Configuration, sources: Sequence[Path]) -> dict
         stem, rule = source.name.removesuffix(configuration.file_extension), ""
         same = taken.setdefault(unicodedata.normalize("NFC", stem).casefold(), source) if ignores_case else source
         if shown(stem) != stem:
-            rule = "its name must be UTF-8 without control characters such as tabs, as lists and tables hold it"
+            rule = "its name must be UTF-8 text without tabs or other control characters: lists and tables contain it"
         elif len(os.fsencode(stem)) > longest:
             rule = (
-                f"its name must have {longest} bytes at most, its extension apart, as those of its outputs are longer"
+                f"its name must have at most {longest} bytes without its extension: the names of its outputs are longer"
             )
         elif same != source:
-            rule = f"its outputs would be those of {same.name}, as {folder} takes upper and lower case for the same"
+            rule = f"its outputs would be those of {same.name}: {folder} takes upper and lower case for the same"
         if rule:
             found[source] = TomogramError(rule, place=shown(str(source)), remedy="Rename it, or make a link to it")
     return found
@@ -892,14 +892,15 @@ def _check_prediction_folder(configuration: Configuration, problems: list[Cryosi
         path = getattr(configuration, key)
         if path is None:
             continue
-        existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+        existing = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            what = "read-only" if existing.is_dir() else "a file" if existing.exists() else "a link that leads nowhere"
             problems.append(
                 OutputError(
                     "must be a folder that can be written to, or one that can be made",
                     place=f"key {key}",
-                    value=f"{path} ({existing} is {'read-only' if existing.is_dir() else 'a file'})",
-                    remedy=f"Set {key} to another folder or change its permissions",
+                    value=f"{path} ({existing} is {what})",
+                    remedy=f"Set {key} to another folder, change its permissions, or mount the disk that it is on",
                 )
             )
 

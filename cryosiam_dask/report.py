@@ -288,8 +288,8 @@ def _look_at(configuration: Configuration, name: str) -> _Tomogram:
     path = folder / f"{name}_preds.h5"
     fingerprint = None
     try:
-        path.exists()
-    except OSError:  # the name is too long for the disk, and the tomogram has failed of it
+        component_files(folder, name)[2].exists()  # the longest name
+    except OSError:  # it is too long for the disk, and the tomogram has failed of it
         return tomogram
     try:
         if path.exists():

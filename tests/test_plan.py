@@ -128,6 +128,8 @@ FAULTS: dict[str, tuple[dict[str, Any], Callable[[Path], object], str]] = {
         r"key prediction_folder: must be a folder that can be written to.*is a file\)"),
     "prediction folder below a file": ({"prediction_folder": "model.ckpt/out"}, lambda f: None,
         "key prediction_folder: must be a folder"),
+    "prediction folder below a lost disk": ({"prediction_folder": "gone/out"},
+        lambda f: (f / "gone").symlink_to(f / "disk"), r"gone is a link that leads nowhere\).*mount the disk"),
     "work folder is a file": ({"work_folder": "model.ckpt"}, lambda f: None, "key work_folder: must be a folder"),
     "missing test file": ({"test_files": ["TS_9.mrc"]}, lambda f: None,
         r"key test_files: the tomogram must be a file in data_folder.*found TS_9.mrc"),

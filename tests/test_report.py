@@ -220,6 +220,11 @@ def test_what_the_run_knows_is_put_to_what_the_files_tell(tmp_path: Path) -> Non
     assert "5 tomograms" in " ".join(page.text.split()) and "2 failed" in " ".join(page.text.split())
 
 
+def test_names_that_are_too_long_for_the_disk_spoil_no_page(tmp_path: Path) -> None:
+    outcomes = {"x" * length: {"status": "failed", "error": "its name is too long"} for length in (220, 240, 260)}
+    assert set(Page(write_report(configure(tmp_path), outcomes)).rows) == set(outcomes)
+
+
 def test_mrc_outputs(tmp_path: Path) -> None:
     configuration = configure(tmp_path, save_original_file_extension=True, file_extension=".mrc.gz")
     write_mrc(tmp_path / "out" / "TS_1.mrc", make_labels(0), voxel_size_angstrom=(10.0,) * 3)
