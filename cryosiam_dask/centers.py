@@ -58,6 +58,8 @@ _OF_A_TOMOGRAM = re.compile(r"(.+)_class(\d+)_centers\.(?:csv|star)")
 _OF_ALL = re.compile(r"class(\d+)_(?:centers\.(?:csv|star)|relion_import\.star)")
 #: Values that would be taken for something else in a STAR file. Those with spaces `starfile` quotes by itself.
 _TO_QUOTE = re.compile(r"(?!.* )(?:[_#$;\[\]]|(?:data|loop|save|stop|global)_|.*#|[.?]$)", re.IGNORECASE)
+#: Letters that no name holds, for the bytes of a path that are no text, which tables of pandas do not take.
+_STAND_INS = {0xDC00 + byte: 0x10FF00 + byte for byte in range(0x80, 0x100)}
 _WARPS_PIXEL_SIZE = re.compile(r"_\d+(\.\d+)?Apx$")  # which Warp appends to the name of a tilt series' tomogram
 
 
@@ -348,7 +350,7 @@ def collect_centers(
                     parts.setdefault(int(match[2]), []).append(table)
                     series |= {name: _tilt_series(name, tilt_series_pattern) for name in table["tomogram"][:1]}
                     if len(table) and "rlnCenteredCoordinateZAngst" in _star(table, series):
-                        row = str(path.resolve().with_suffix(".star")), table["tomogram"][0]
+                        row = str(path.resolve().with_suffix(".star")).translate(_STAND_INS), table["tomogram"][0]
                         of_relion.setdefault(int(match[2]), []).append(row)
                 except (OSError, ValueError, KeyError) as error:
                     raise OutputError(
@@ -383,7 +385,8 @@ def _write_star(path: Path, table: Any, made_from: str = "") -> None:
     import starfile
 
     quoted = table.map(lambda value: f'"{value}"' if isinstance(value, str) and _TO_QUOTE.match(value) else value)
-    write_bytes(path, f"{f'{STAR_MARK} {made_from}'.rstrip()}\n{starfile.to_string(quoted)}".encode())
+    text = f"{f'{STAR_MARK} {made_from}'.rstrip()}\n{starfile.to_string(quoted)}"
+    write_bytes(path, text.translate({new: old for old, new in _STAND_INS.items()}).encode(errors="surrogateescape"))
 
 
 def _star(table: Any, series: Mapping[str, str]) -> Any:

@@ -254,7 +254,7 @@ def _read_mrc_header(path: Path, unsigned: bool | None) -> MrcHeader:
     warnings: list[str] = []
     header, byte_order = _in_byte_order(raw, path, status.st_size, warnings)
     offset = HEADER_DTYPE.itemsize + _extended_bytes(header, path, compressed, status.st_size, warnings)
-    file_dtype = _voxel_dtype(header, byte_order, path, offset, compressed, unsigned, notes, warnings)
+    file_dtype, decided = _voxel_dtype(header, byte_order, path, offset, compressed, unsigned, notes, warnings)
     if mrcfile.utils.spacegroup_is_volume_stack(header["ispg"]):
         raise TomogramError(
             "must hold one volume, not a stack of volumes",
@@ -302,6 +302,7 @@ def _read_mrc_header(path: Path, unsigned: bool | None) -> MrcHeader:
         origin_angstrom=origin,
         nstart=nstart,
         notes=tuple(notes),
+        decided=decided,
         warnings=tuple(warnings),
     )
     missing = result.offset + result.voxel_bytes - status.st_size
@@ -396,8 +397,8 @@ def _voxel_dtype(
     unsigned: bool | None,
     notes: list[str],
     warnings: list[str],
-) -> np.dtype[Any]:
-    """Dtype of the voxels in the file; mode 0 is signed or unsigned."""
+) -> tuple[np.dtype[Any], str]:
+    """Dtype of the voxels in the file; mode 0 is signed or unsigned. Also `TomogramHeader.decided`."""
     mode = int(header["mode"])
     extra = np.frombuffer(header["extra2"].tobytes(), byte_order + "i4")
     stamp, flags = int(extra[10]), int(extra[11])  # bytes 152 and 156 of the file, after 112 bytes of header
@@ -416,7 +417,8 @@ def _voxel_dtype(
     if mode == 4:
         warnings.append("complex voxels: only their real part is used")
     if mode != 0:
-        return dtype
+        return dtype, ""
+    decided = ""
     lowest, highest = float(header["dmin"]), float(header["dmax"])
     if unsigned is not None:
         signed, why = not unsigned, f"as mrc_unsigned: {unsigned} says"
@@ -432,6 +434,7 @@ def _voxel_dtype(
         if (not lowest <= highest or lowest == highest == 0) and (found > 127).any():
             if looks_unsigned is not None:
                 signed, why = not looks_unsigned, "as its voxels look: the header has no statistics of them"
+                decided = "" if signed else "unsigned bytes"
             reading = "signed" if signed else "unsigned"
             look = "" if looks_unsigned is None else ", as its voxels look"
             warnings.append(
@@ -444,7 +447,7 @@ def _voxel_dtype(
                 "voxels look like unsigned ones: bright ones may be taken for dark ones. Set mrc_unsigned to True if so"
             )
     notes.append(f"mode 0 read as {'signed' if signed else 'unsigned'} bytes, {why}")
-    return np.dtype(np.int8 if signed else np.uint8)
+    return np.dtype(np.int8 if signed else np.uint8), decided
 
 
 def _some_bytes(path: Path, offset: int, compressed: bool) -> np.ndarray[Any, Any]:
@@ -603,6 +606,8 @@ def _fill(
     compress: bool,
     executor: Executor,
 ) -> tuple[zarr.Array[Any], Statistics]:
+    if isinstance(store, str | Path):
+        store = AnyDiskStore(store)
     try:
         array = zarr.create_array(
             store,
@@ -629,7 +634,7 @@ def _fill(
             error,
             "the converted tomogram must be writable",
             place=getattr(store, "root", store),
-            remedy="Free space on the disk or choose another place",
+            remedy="Free space on the disk, check the permissions, or choose another place",
         ) from error
     return array, statistics
 
@@ -696,7 +701,7 @@ def convert(
     require_free(target, overwrite=overwrite)
     try:
         with replacing_folder(target) as part:
-            _, statistics = _fill(header, AnyDiskStore(part), None, chunks, True, executor)
+            _, statistics = _fill(header, part, None, chunks, True, executor)
     except OutputError as error:
         raise type(error)(error.rule, place=target, value=error.value, remedy=error.remedy) from error
     except OSError as error:

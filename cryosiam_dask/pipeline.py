@@ -113,7 +113,15 @@ from cryosiam_dask.progress import Reporter
 from cryosiam_dask.report import remember
 from cryosiam_dask.run_log import LOG, TOLD
 from cryosiam_dask.timeline import write_timeline
-from cryosiam_dask.tomogram_files import TomogramHeader, Voxels, ZarrHeader, source_content, source_identity
+from cryosiam_dask.tomogram_files import (
+    TomogramHeader,
+    Voxels,
+    ZarrHeader,
+    is_newer_in_part,
+    newest_chunk,
+    source_content,
+    source_identity,
+)
 from cryosiam_dask.zarr_to_labels import BlockTimes, StoredPrediction, create_outputs, predict_store, tomogram_chunks
 
 
@@ -563,9 +571,9 @@ def _record_source(ledger: Ledger, source: Path) -> None:
     """Record which file the tomogram is made from, so that a copy of it is known for the same."""
     found, identity = ledger.last("source"), source_identity(source)
     if found is None or found["identity"] != identity:
-        content = source_content(source)
-        if found is None or found["content"] != content:
-            ledger.append("source", identity=identity, content=content)
+        content, newest = source_content(source), newest_chunk(source)
+        if found is None or found["content"] != content or is_newer_in_part(source, found.get("newest", 0)):
+            ledger.append("source", identity=identity, content=content, newest=newest)
 
 
 def _has_blocks(ledger: Ledger) -> bool:

@@ -47,7 +47,7 @@ from cryosiam_dask.network import peak_bytes, required_divisor, required_halo
 from cryosiam_dask.ome_zarr import SEGMENTATION, read_own_attributes
 from cryosiam_dask.predictor import PredictorSpec, default_threshold
 from cryosiam_dask.preview import preview_file, read_fingerprint
-from cryosiam_dask.tomogram_files import TomogramHeader, is_zarr, source_content, source_identity
+from cryosiam_dask.tomogram_files import TomogramHeader, is_newer_in_part, is_zarr, source_content, source_identity
 
 #: Raised whenever a change of the code changes a result, so that outputs of before are not taken for done.
 NUMBERS_VERSION = 2
@@ -409,7 +409,7 @@ class RunPlan:
     def with_fingerprint(self, job: Job) -> Job:
         """The job with its fingerprints, of the tomogram and the mask as they are now: a mask may have been to come."""
         settings = _settings(self.configuration, self.checkpoint, self.patch, self.threshold)
-        prediction = _fingerprint(known_identity(self.configuration, job.source, job.stem), job.mask, settings)
+        prediction = _fingerprint(self.configuration, job.source, job.stem, job.mask, settings)
         sizes = removal_sizes(self.configuration)
         return replace(job, prediction_fingerprint=prediction, fingerprint=with_sizes(prediction, sizes))
 
@@ -554,7 +554,7 @@ def _plan_run(
             if mask is not None and not to_come and not mask.is_file():
                 raise _missing_mask(source, mask)
             if not to_come:
-                prediction = _fingerprint(known_identity(configuration, source, stem), mask, settings)
+                prediction = _fingerprint(configuration, source, stem, mask, settings)
         except MaskError as error:
             problem = error
         except OSError as error:
@@ -636,13 +636,13 @@ def refused_names(configuration: Configuration, sources: Sequence[Path]) -> dict
         stem, rule = source.name.removesuffix(configuration.file_extension), ""
         same = taken.setdefault(unicodedata.normalize("NFC", stem).casefold(), source) if ignores_case else source
         if shown(stem) != stem:
-            rule = "its name must be UTF-8 without control characters such as tabs, as lists and tables hold it"
+            rule = "its name must be UTF-8 text without tabs or other control characters: lists and tables contain it"
         elif len(os.fsencode(stem)) > longest:
             rule = (
-                f"its name must have {longest} bytes at most, its extension apart, as those of its outputs are longer"
+                f"its name must have at most {longest} bytes without its extension: the names of its outputs are longer"
             )
         elif same != source:
-            rule = f"its outputs would be those of {same.name}, as {folder} takes upper and lower case for the same"
+            rule = f"its outputs would be those of {same.name}: {folder} takes upper and lower case for the same"
         if rule:
             found[source] = TomogramError(rule, place=shown(str(source)), remedy="Rename it, or make a link to it")
     return found
@@ -895,14 +895,15 @@ def _check_prediction_folder(configuration: Configuration, problems: list[Cryosi
         path = getattr(configuration, key)
         if path is None:
             continue
-        existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+        existing = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            what = "read-only" if existing.is_dir() else "a file" if existing.exists() else "a link that leads nowhere"
             problems.append(
                 OutputError(
                     "must be a folder that can be written to, or one that can be made",
                     place=f"key {key}",
-                    value=f"{path} ({existing} is {'read-only' if existing.is_dir() else 'a file'})",
-                    remedy=f"Set {key} to another folder or change its permissions",
+                    value=f"{path} ({existing} is {what})",
+                    remedy=f"Set {key} to another folder, change its permissions, or mount the disk that it is on",
                 )
             )
 
@@ -1036,13 +1037,29 @@ def known_identity(configuration: Configuration, source: Path, stem: str) -> lis
     identity = source_identity(source)
     entries, _ = read_entries(configuration.prediction_folder, stem)
     found = next((entry for entry in reversed(entries) if entry["what"] == "source"), None)
-    if found and found["identity"] != identity and found["content"] == source_content(source):
+    if (
+        found
+        and found["identity"] != identity
+        and not is_newer_in_part(source, found.get("newest", 0))
+        and found["content"] == source_content(source)
+    ):
         return list(found["identity"])
     return identity
 
 
-def _fingerprint(identity: list[Any], mask: Path | None, settings: Mapping[str, Any]) -> str:
-    files = [identity, _mask_identity(mask) if mask else None]
+def _fingerprint(
+    configuration: Configuration, source: Path, stem: str, mask: Path | None, settings: Mapping[str, Any]
+) -> str:
+    files = [known_identity(configuration, source, stem), _mask_identity(mask) if mask else None]
+    decided = ""
+    if not source.is_dir():
+        try:
+            decided = read_header(source, **configuration.reading).decided
+        except TomogramError as error:  # such a tomogram fails alone, later
+            if may_pass(error) and isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None
+    # Only where there is something, so that outputs of before stay what they are.
+    settings = {**settings, **({"decided": decided} if decided else {})}
     return hashlib.sha256(json.dumps([files, settings], sort_keys=True).encode()).hexdigest()
 
 

@@ -155,8 +155,8 @@ class _Tomogram:
         Of the components of each class, if they were measured.
     seconds
         Spent on it.
-    warnings, error
-        What needs attention, and why it failed.
+    warnings, notes, error
+        What needs attention, what was decided about the file, and why it failed.
     class_names
         Of the labels from 1 on, as its output has them.
     pictures
@@ -172,6 +172,7 @@ class _Tomogram:
     sizes: Mapping[int, Sizes] | None = None
     seconds: float | None = None
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     error: str = ""
     class_names: tuple[str, ...] = ()
     pictures: tuple[bytes, ...] = field(default=(), repr=False)
@@ -287,8 +288,8 @@ def _look_at(configuration: Configuration, name: str) -> _Tomogram:
     path = folder / f"{name}_preds.h5"
     fingerprint = None
     try:
-        path.exists()
-    except OSError:  # the name is too long for the disk, and the tomogram has failed of it
+        component_files(folder, name)[2].exists()  # the longest name
+    except OSError:  # it is too long for the disk, and the tomogram has failed of it
         return tomogram
     try:
         if path.exists():
@@ -359,6 +360,7 @@ def _with_outcome(tomogram: _Tomogram, outcome: Mapping[str, Any]) -> _Tomogram:
     tomogram.voxels = tuple(outcome.get("voxels") or tomogram.voxels)
     tomogram.seconds = outcome.get("seconds") or None
     tomogram.warnings = tuple(dict.fromkeys((*(outcome.get("warnings") or ()), *tomogram.warnings)))
+    tomogram.notes = tuple(outcome.get("notes") or ())
     tomogram.error = outcome.get("error") or tomogram.error
     return tomogram
 
@@ -541,7 +543,7 @@ def _row(number: int, tomogram: _Tomogram, columns: Sequence[_Column], configura
         "status": tomogram.status,
         "cells": list(zip(columns, cells, strict=True)),
         "outliers": far,
-        "warnings": tomogram.warnings,
+        "remarks": {"warning": tomogram.warnings, "note": tomogram.notes},
         "error": tomogram.error,
         "severity": len(far) + 100 * len(tomogram.warnings) + 10_000 * bool(tomogram.error),
         "look": bool(far or tomogram.warnings or tomogram.error or tomogram.status in ("failed", "missing")),

@@ -80,6 +80,8 @@ class TomogramHeader(ABC):
         Whether the file can only be read from its beginning to its end.
     incomplete
         Why so much of it is missing that it is not to be segmented; empty if it is not.
+    decided
+        How its voxels are read, in words, where versions of before read them otherwise: outputs of those are not of it.
     """
 
     path: Path
@@ -94,6 +96,7 @@ class TomogramHeader(ABC):
     warnings: tuple[str, ...]
     compressed: bool = False
     incomplete: str = ""
+    decided: str = ""
 
     def require_complete(self) -> None:
         """Refuse what lacks too much: see `incomplete`.
@@ -337,7 +340,7 @@ def source_identity(path: str | Path) -> list[Any]:
 
 
 #: Places at which a tomogram is looked at to tell whether it is the same, and bytes that are read at each.
-_SAMPLES, _SAMPLE_BYTES = 256, 4096
+_SAMPLES, _SAMPLE_BYTES = 256, 2**16
 
 
 def source_content(path: str | Path) -> str:
@@ -346,18 +349,15 @@ def source_content(path: str | Path) -> str:
     Parameters
     ----------
     path
-        A file: its size and 4 KiB at each of 256 places, the first and the last included. A folder: the names and sizes
-        of all files, its metadata, and the beginnings of 256 of the others.
+        A file: its size and 64 KiB at each of 256 places, the first and the last included, or the whole where that is
+        no more. A folder: the names and sizes of all files, its metadata, and as much of 256 of the others, or of all
+        where these are fewer.
     """
     path, found = Path(path), hashlib.sha256()
     if not path.is_dir():
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            found.update(str(size).encode())
-            last = max(0, size - _SAMPLE_BYTES)
-            for place in sorted({last * i // (_SAMPLES - 1) for i in range(_SAMPLES)}):
-                file.seek(place)
-                found.update(file.read(_SAMPLE_BYTES))
+        found.update(str(path.stat().st_size).encode())
+        for piece in _pieces(path, _SAMPLES):
+            found.update(piece)
         return found.hexdigest()
     files = list(_files(path))
     others = [within for within, entry in files if entry.name not in ZARR_METADATA]
@@ -367,9 +367,39 @@ def source_content(path: str | Path) -> str:
         if entry.name in ZARR_METADATA:
             found.update(Path(entry).read_bytes())
         elif within in sampled:
-            with Path(entry).open("rb") as file:
-                found.update(file.read(_SAMPLE_BYTES))
+            for piece in _pieces(Path(entry), _SAMPLES // len(sampled)):
+                found.update(piece)
     return found.hexdigest()
+
+
+def _pieces(path: Path, places: int) -> Iterator[bytes]:
+    """What a file holds at so many places, evenly spread, or the whole where that is no more."""
+    with path.open("rb") as file:
+        last = file.seek(0, os.SEEK_END) - _SAMPLE_BYTES
+        many = min(places, -(-last // _SAMPLE_BYTES) + 1)
+        for i in range(max(1, many)):
+            file.seek(max(0, last) * i // max(1, many - 1))
+            yield file.read(_SAMPLE_BYTES)
+
+
+def newest_chunk(path: str | Path) -> int:
+    """When the last chunk of a zarr was written, in nanoseconds since the epoch; 0 of a file, or without chunks."""
+    return max(_times(path), default=0)
+
+
+def is_newer_in_part(path: str | Path, since: int) -> bool:
+    """Whether some chunks of a zarr were written after a time and others not: it was changed in place.
+
+    All those of a copy are newer, or none where the times were kept, whole seconds of them or better.
+    """
+    times = _times(path)
+    return bool(times) and min(times) <= since < max(times)
+
+
+def _times(path: str | Path) -> list[int]:
+    if not Path(path).is_dir():
+        return []
+    return [entry.stat().st_mtime_ns for _, entry in _files(Path(path)) if entry.name not in ZARR_METADATA]
 
 
 def _files(folder: Path, within: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
@@ -677,7 +707,7 @@ def _missing_chunks(array: zarr.Array[Any], folder: Path) -> tuple[list[str], st
     if not missing:
         return [], ""
     share = len(missing) / len(all_of_them)
-    abrupt = any(_ends_abruptly(array, piece, counts, missing))
+    abrupt = any(_ends_abruptly(array, array.fill_value, piece, counts, missing))
     what = (
         f"{len(missing)} of {len(all_of_them)} {'shards' if array.shards else 'chunks'} ({100 * share:.1f} %) are not "
         f"there and read as {array.fill_value}"
@@ -697,12 +727,12 @@ _LOOK_BESIDE = 8  # chunks, evenly spread
 
 
 def _ends_abruptly(
-    array: zarr.Array[Any], piece: Sequence[int], counts: Sequence[int], missing: set[tuple[int, ...]]
+    array: Any, fill_value: Any, piece: Sequence[int], counts: Sequence[int], missing: set[tuple[int, ...]]
 ) -> Iterator[bool]:
     """Of some missing chunks whether the voxels next to them, of one that is there, are other than the fill value."""
     beside = []
     for index in sorted(missing):
-        for axis, step in product(range(array.ndim), (-1, 1)):
+        for axis, step in product(range(len(counts)), (-1, 1)):
             other = tuple(n + step * (i == axis) for i, n in enumerate(index))
             if 0 <= other[axis] < counts[axis] and other not in missing:
                 beside.append((other, axis, step))
@@ -713,7 +743,7 @@ def _ends_abruptly(
         region[axis] = slice(face, face + 1)
         with suppress(Exception):  # damaged chunks are told of when all are read
             voxels = np.asarray(array[tuple(region)])
-            fill = np.asarray(array.fill_value, voxels.dtype)
+            fill = np.asarray(fill_value, voxels.dtype)
             yield not bool(np.all((voxels == fill) | ((voxels != voxels) & (fill != fill))))
 
 
@@ -790,9 +820,10 @@ def read_hdf5_header(path: Path, *, dataset: str | None = None) -> Hdf5Header:
     except (OSError, RuntimeError, TypeError) as error:
         raise _no_hdf5(path, error) from error
     axes = _space_axes(shape, names, path)
-    notes = [f"dataset {name}" + (f" of {linked}" if linked else "")]
+    notes, decided = [f"dataset {name}" + (f" of {linked}" if linked else "")], ""
     if names is not None and list(axes) != sorted(axes):
         notes.append(f"stored with the axes {', '.join(names)}: transposed to {', '.join('zyx'[-len(axes) :])}")
+        decided = f"axes {', '.join(names)}"
     size, position, nstart = _own_attributes(attributes, len(axes))
     # As Fiji's HDF5 plugin and ilastik write it, (z, y, x).
     micrometres = np.ravel(attributes.get("element_size_um", ()))
@@ -811,6 +842,7 @@ def read_hdf5_header(path: Path, *, dataset: str | None = None) -> Hdf5Header:
         notes=tuple(notes),
         warnings=(*missing, *doubts, *unknown_sizes(sizes)),
         incomplete=incomplete,
+        decided=decided,
         dataset=name,
         axes=axes,
         stored_shape=shape,
@@ -820,38 +852,50 @@ def read_hdf5_header(path: Path, *, dataset: str | None = None) -> Hdf5Header:
 
 
 def _missing_in_hdf5(found: Any, path: Path) -> tuple[list[str], str]:
-    """A warning where a dataset has parts that HDF5 reads as the fill value: chunks and sources that are not there; and
-    what is missing if that is all of it, or more than `MOST_MISSING` because of sources.
-    """
-    total = math.prod(found.shape)
+    """As `_missing_chunks`, of an HDF5 dataset: of chunks, and of voxels and sources that are not there."""
+    lost, total = False, math.prod(found.shape)
     if found.is_virtual:
-        there = 0
-        gone = set()
+        there, gone = 0, set()
         for source in found.virtual_sources():
             if _is_there(path, source.file_name, source.dset_name):
-                there += source.vspace.get_select_npoints()
+                try:
+                    there += source.vspace.get_select_npoints()
+                except RuntimeError:  # as many as its source has
+                    there = total
             else:
                 gone.add(f"{source.file_name}, {source.dset_name}")
-        share, many = 1 - there / total, f"{len(gone)} sources of a virtual dataset ({', '.join(sorted(gone)[:3])})"
-        lost = bool(gone)
+        share, lost = 1 - there / total, bool(gone)
+        many = f"sources of a virtual dataset ({'; '.join(sorted(gone)[:3])})" if gone else "parts of a virtual dataset"
     elif found.chunks:
-        counted = math.prod(-(-n // c) for n, c in zip(found.shape, found.chunks, strict=True))
-        absent = counted - found.id.get_num_chunks()
-        share, many, lost = absent / counted, f"{absent} of {counted} chunks", False
+        counts = [-(-n // c) for n, c in zip(found.shape, found.chunks, strict=True)]
+        stored = set[tuple[int, ...]]()
+        # HDF5 goes on as long as the call returns nothing.
+        found.id.chunk_iter(
+            lambda chunk: stored.add(tuple(o // c for o, c in zip(chunk.chunk_offset, found.chunks, strict=True)))
+        )
+        missing = set(np.ndindex(*counts)) - stored
+        share, many = len(missing) / math.prod(counts), f"{len(missing)} of {math.prod(counts)} chunks"
+        if missing and stored:
+            lost = any(_ends_abruptly(found, found.fillvalue, found.chunks, counts, missing))
+    elif found.external:
+        there = 0
+        for name, offset, size in found.external:
+            with suppress(OSError):
+                there += max(0, min(Path(name).stat().st_size - offset, size))
+        share, lost, many = 1 - there / (total * found.dtype.itemsize), True, "voxels in other files"
     else:
-        return [], ""
+        share, many = float(not found.id.get_storage_size()), "voxels"
     if share <= 0:
         return [], ""
-    what = f"{many}, {100 * share:.1f} % of the voxels, are not there and read as {found.fillvalue}"
+    what = f"{many}, {100 * share:.1f} % of the whole, are not there and read as {found.fillvalue}"
     return [what], what if share >= 1 or (lost and share > MOST_MISSING) else ""
 
 
 def _is_there(path: Path, file_name: str, dataset: str) -> bool:
-    if file_name == ".":
-        with open_hdf5(path) as file:
-            return dataset in file
-    with suppress(OSError, RuntimeError), open_hdf5(path.parent / file_name) as file:
-        return dataset in file
+    # HDF5 looks beside the file first.
+    for file in [path] if file_name == "." else [path.parent / file_name, Path(file_name)]:
+        with suppress(OSError, RuntimeError), open_hdf5(file) as source:
+            return dataset in source
     return False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,15 @@ def test_relion_finds_each_tomograms_list(tmp_path: Path, monkeypatch: pytest.Mo
             assert set(particles["rlnTomoName"].astype(str).str.zfill(3)) == {stem}
             columns.add(tuple(particles))
         assert len(columns) == 1 and "rlnCenteredCoordinateZAngst" in columns.pop()
+
+
+def test_relion_finds_lists_below_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9 1")
+    folder.mkdir()
+    write(folder, "a", dots(1, 1))
+    collect_centers(folder)
+    path = os.fsencode(folder.resolve() / "a_class1_centers.star")
+    assert b'"%s"\ta\n' % path in (folder / "class1_relion_import.star").read_bytes()
 
 
 def test_without_voxel_size_there_are_voxels_only(tmp_path: Path) -> None:

@@ -27,9 +27,9 @@ from cryosiam_dask.cluster import DaskExecutor, open_cluster
 from cryosiam_dask.collection import run
 from cryosiam_dask.errors import OutputError, Problems, StorageError, TomogramError, may_pass
 from cryosiam_dask.executor import SerialExecutor, patiently
+from cryosiam_dask.formats import convert_to_ome_zarr
 from cryosiam_dask.grid import make_grid
 from cryosiam_dask.ledger import Ledger, claim_path, read_entries, read_outcomes
-from cryosiam_dask.ome_zarr import write_ome_zarr
 from cryosiam_dask.plan import plan_run
 from cryosiam_dask.run_log import LOG
 
@@ -325,7 +325,7 @@ def test_file_systems_without_hard_links_do(folder: Path, monkeypatch: pytest.Mo
     (outcome,) = run(plan_run(configure(folder, output_formats=["hdf5", "ome-zarr"])), Listener())
     assert outcome.status == "done", outcome.error
     mrc_to_zarr.convert(folder / "data" / f"{STEM}.mrc", folder / "x.zarr")
-    write_ome_zarr(folder / "x.ome.zarr", mrc_to_zarr.read_header(folder / "x.zarr").open())
+    convert_to_ome_zarr(folder / "data" / f"{STEM}.mrc", folder / "x.ome.zarr")
 
 
 # -------------------------------------------------------------------------------- a run that stops

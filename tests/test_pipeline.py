@@ -527,6 +527,22 @@ def test_sizes_can_be_changed_again_and_again(folder: Path) -> None:
     np.testing.assert_array_equal(results[-1, -1, -1], unfiltered)
 
 
+def test_a_chunk_that_was_changed_in_place_is_another_input_and_a_copy_is_not(folder: Path) -> None:
+    source, voxels = folder / "data" / "a.zarr", np.random.default_rng(0).random(SHAPE, np.float32)
+    zarr.create_array(source, data=voxels, chunks=(12, 20, 22), compressors=None)
+    configuration = configure(folder, file_extension=".zarr")
+    segment(configuration)
+    shutil.copytree(source, folder / "data" / "b.zarr", copy_function=shutil.copy)
+    shutil.rmtree(source)
+    (folder / "data" / "b.zarr").rename(source)
+    assert [job.stem for job in plan_run(configuration).skipped] == ["a"]
+    zarr.open_array(source)[4, 3, 3] = 9
+    with pytest.raises(Problems, match="made from another input"):
+        plan_run(configuration)
+    segment(configuration, overwrite=True)
+    assert [job.stem for job in plan_run(configuration).skipped] == ["a"]
+
+
 def test_sizes_in_the_run_and_after_it_are_the_same(folder: Path) -> None:
     configuration = configure(folder, sizes_of([-1, 5, 5]))
     segment(configuration)

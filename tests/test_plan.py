@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -26,7 +27,8 @@ from cryosiam_dask.folders import left_out
 from cryosiam_dask.inspect_file import inspect
 from cryosiam_dask.overview import print_overview
 from cryosiam_dask.pipeline import find_predictions
-from cryosiam_dask.plan import RunPlan, find_tomograms, plan_run, removal_sizes, with_sizes
+from cryosiam_dask.plan import RunPlan, _settings, find_tomograms, plan_run, removal_sizes, with_sizes
+from cryosiam_dask.tomogram_files import source_identity
 
 
 @pytest.fixture
@@ -126,6 +128,8 @@ FAULTS: dict[str, tuple[dict[str, Any], Callable[[Path], object], str]] = {
         r"key prediction_folder: must be a folder that can be written to.*is a file\)"),
     "prediction folder below a file": ({"prediction_folder": "model.ckpt/out"}, lambda f: None,
         "key prediction_folder: must be a folder"),
+    "prediction folder below a lost disk": ({"prediction_folder": "gone/out"},
+        lambda f: (f / "gone").symlink_to(f / "disk"), r"gone is a link that leads nowhere\).*mount the disk"),
     "work folder is a file": ({"work_folder": "model.ckpt"}, lambda f: None, "key work_folder: must be a folder"),
     "missing test file": ({"test_files": ["TS_9.mrc"]}, lambda f: None,
         r"key test_files: the tomogram must be a file in data_folder.*found TS_9.mrc"),
@@ -464,3 +468,29 @@ def test_hidden_predictions_are_none(folder: Path) -> None:
     (folder / "._TS_1.mrc").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X" + bytes(300))
     with pytest.raises(TomogramError, match=r"found what macOS puts beside another file"):
         inspect(folder / "._TS_1.mrc")
+
+
+def test_what_is_read_otherwise_than_before_is_another_input_and_nothing_else_is(folder: Path) -> None:
+    """Outputs of earlier versions count as up to date, but where those read other voxels."""
+
+    def same_as_before() -> bool:
+        plan = plan_run(configure(folder, file_extension=source.suffix), filename=source.name)
+        settings = _settings(plan.configuration, plan.checkpoint, plan.patch, plan.threshold)
+        made_of = [[source_identity(source), None], settings]
+        before = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+        return plan.jobs[0].prediction_fingerprint == before
+
+    data = np.random.default_rng(0).normal(128, 20, (8, 8, 8)).astype(np.uint8)
+    source = folder / "data" / "TS_1.mrc"
+    assert same_as_before()
+    for highest, same in ((-1, False), (200, True)):
+        with mrcfile.new(source, data.view(np.int8), overwrite=True) as mrc:
+            mrc.header.dmin, mrc.header.dmax = 0, highest
+        assert same_as_before() == same
+    source = folder / "data" / "a.h5"
+    for names, same in (("zyx", True), ("xyz", False)):
+        with h5py.File(source, "w") as file:
+            dataset = file.create_dataset("data", data=data)
+            for dimension, name in zip(dataset.dims, names, strict=True):
+                dimension.label = name
+        assert same_as_before() == same

@@ -204,13 +204,13 @@ def test_what_the_run_knows_is_put_to_what_the_files_tell(tmp_path: Path) -> Non
     write(tmp_path, "damaged", make_labels(1), components=True)
     (tmp_path / "out" / "damaged_components.parquet").write_bytes(b"damaged")
     outcomes = {
-        "warned": {"status": "done", "seconds": 4.25, "warnings": ("3 voxels are NaN", "another")},
+        "warned": {"status": "done", "seconds": 4.25, "warnings": ("3 voxels are NaN", "another"), "notes": ["<b>"]},
         "again": {"status": "skipped", "shape": (), "seconds": 0.0, "voxels": (), "warnings": (), "error": ""},
         "gone": {"status": "failed", "error": "gone.mrc: must be complete"},
         "odd": {},
     }
     page = Page(write_report(configuration, outcomes))
-    assert page.rows["warned"][2] == "done 3 warnings 3 voxels are NaNanotherlook here"
+    assert page.rows["warned"][2] == "done 3 warnings 3 voxels are NaNanotherlook here 1 note <b>"
     assert page.rows["warned"][-1] == "4.2 s" and page.rows["again"][2] == "up to date"
     assert page.rows["again"][5] == f"{100 * (make_labels(1) == 1).mean():.0f} %"
     assert page.rows["gone"][2] == "failed gone.mrc: must be complete" and page.rows["odd"][2] == "no output"
@@ -218,6 +218,11 @@ def test_what_the_run_knows_is_put_to_what_the_files_tell(tmp_path: Path) -> Non
     looks = [a.get("id") for tag, a in page.elements if tag == "tr" and "data-look" in a]
     assert len(looks) == 4  # all but "again"
     assert "5 tomograms" in " ".join(page.text.split()) and "2 failed" in " ".join(page.text.split())
+
+
+def test_names_that_are_too_long_for_the_disk_spoil_no_page(tmp_path: Path) -> None:
+    outcomes = {"x" * length: {"status": "failed", "error": "its name is too long"} for length in (220, 240, 260)}
+    assert set(Page(write_report(configure(tmp_path), outcomes)).rows) == set(outcomes)
 
 
 def test_mrc_outputs(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ import os
 import pickle
 import shutil
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from zarr.storage import MemoryStore
 
 from cryosiam_dask.errors import TomogramError
 from cryosiam_dask.mrc_to_zarr import Statistics, convert, ingest, read_header
-from cryosiam_dask.tomogram_files import ArrayView, source_content, source_identity
+from cryosiam_dask.tomogram_files import ArrayView, is_newer_in_part, newest_chunk, source_content, source_identity
 
 NGFF = [("0.4", 2), ("0.5", 3)]
 SHAPE = (12, 15, 17)
@@ -574,7 +576,14 @@ def test_content_is_that_of_a_copy_and_of_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(whole)
     (tmp_path / "b").write_bytes(whole)
     assert source_content(tmp_path / "a") == source_content(tmp_path / "b")
-    for other in (whole[:-1], whole + b"1", b"x" + whole[1:], whole[:-1] + b"x", b""):
+    for other in (
+        whole[:-1],
+        whole + b"1",
+        b"x" + whole[1:],
+        whole[:-1] + b"x",
+        b"",
+        whole[:9999] + b"xy" + whole[10001:],
+    ):
         (tmp_path / "b").write_bytes(other)
         assert source_content(tmp_path / "a") != source_content(tmp_path / "b")
     path = ome(tmp_path / "x.zarr", [volume()])
@@ -582,6 +591,12 @@ def test_content_is_that_of_a_copy_and_of_nothing_else(tmp_path: Path) -> None:
     assert source_content(path) == source_content(tmp_path / "y.zarr")
     zarr.open_array(tmp_path / "y.zarr" / "0")[:5, :5, :5] = 1
     assert source_content(path) != source_content(tmp_path / "y.zarr")
+    assert not is_newer_in_part(path, newest_chunk(path)) and not is_newer_in_part(path, newest_chunk(path) - 10**12)
+    now = newest_chunk(path) + 1
+    os.utime(path / "0" / ".zarray", ns=(now, now))  # what it holds is compared as a whole
+    assert not is_newer_in_part(path, now - 1) and newest_chunk(path) == now - 1
+    os.utime(path / "0" / "0.0.0", ns=(now, now))
+    assert is_newer_in_part(path, now - 1) and newest_chunk(path) == now
 
 
 def test_identity_of_a_file_is_what_it_was(tmp_path: Path) -> None:
@@ -690,11 +705,51 @@ def test_parts_of_hdf5_that_are_missing_are_counted(tmp_path: Path) -> None:
     assert not any("not there" in w for w in read_header(tmp_path / "a.h5").warnings)
     (tmp_path / "1.h5").unlink()
     (warning,) = [w for w in read_header(tmp_path / "a.h5").warnings if "not there" in w]
-    assert warning == "1 sources of a virtual dataset (1.h5, data), 25.0 % of the voxels, are not there and read as 0.0"
+    assert warning == "sources of a virtual dataset (1.h5, data), 25.0 % of the whole, are not there and read as 0.0"
     for number in (0, 2):
         (tmp_path / f"{number}.h5").unlink()
-    with pytest.raises(TomogramError, match=r"75.0 % of the voxels.*copy it again"):
+    with pytest.raises(TomogramError, match=r"75.0 % of the whole.*copy it again"):
         read_header(tmp_path / "a.h5").require_complete()
     with h5py.File(tmp_path / "b.h5", "w") as file:
         file.create_dataset("data", (16, 8, 8), "f4", chunks=(4, 8, 8))[:8] = 1
     assert any(w.startswith("2 of 4 chunks, 50.0 %") for w in read_header(tmp_path / "b.h5").warnings)
+
+
+def test_parts_of_hdf5_that_were_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(make: Callable[[h5py.File], Any]) -> tuple[list[str], bool]:
+        (tmp_path / "sub").mkdir(exist_ok=True)
+        with h5py.File(tmp_path / "sub" / "a.h5", "w") as file:
+            make(file)
+        header = read_header(tmp_path / "sub" / "a.h5")
+        return [w for w in header.warnings if "not there" in w], bool(header.incomplete)
+
+    def chunks(file: h5py.File, value: float) -> None:
+        file.create_dataset("data", (16, 8, 8), "f4", chunks=(2, 8, 8))[:4] = value
+
+    def virtual(file: h5py.File) -> None:
+        layout = h5py.VirtualLayout((16, 8, 8), "f4")
+        layout[:4] = h5py.VirtualSource("0.h5", "data", (4, 8, 8))
+        file.create_virtual_dataset("data", layout)
+
+    ending = "are not there and read as 0.0"
+    assert said(partial(chunks, value=1)) == ([f"6 of 8 chunks, 75.0 % of the whole, {ending}"], True)
+    assert said(partial(chunks, value=0)) == ([f"6 of 8 chunks, 75.0 % of the whole, {ending}"], False)
+    never = said(lambda file: file.create_dataset("data", (16, 8, 8), "f4"))
+    assert never == ([f"voxels, 100.0 % of the whole, {ending}"], True)
+
+    def unlimited(file: h5py.File) -> None:
+        layout = h5py.VirtualLayout((16, 8, 8), "f4", maxshape=(None, 8, 8))
+        source = h5py.VirtualSource("1.h5", "data", (16, 8, 8), maxshape=(None, 8, 8))
+        layout[: h5py.h5s.UNLIMITED] = source[: h5py.h5s.UNLIMITED]
+        file.create_virtual_dataset("data", layout)
+
+    def external(file: h5py.File) -> None:
+        file.create_dataset("data", (16, 8, 8), "f4", external=[("x.raw", 4, h5py.h5f.UNLIMITED)])
+
+    with h5py.File(tmp_path / "0.h5", "w") as file:
+        file["data"] = np.ones((4, 8, 8), np.float32)
+    monkeypatch.chdir(tmp_path)  # where HDF5 looks as well
+    with h5py.File(tmp_path / "1.h5", "w") as file:
+        file.create_dataset("data", (16, 8, 8), "f4", maxshape=(None, 8, 8))[:] = 1
+    (tmp_path / "x.raw").write_bytes(bytes(4 + 1024))
+    assert said(virtual) == ([f"parts of a virtual dataset, 75.0 % of the whole, {ending}"], False)
