@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cryosiam_dask.errors import OutputError
+from cryosiam_dask.errors import OutputError, may_pass
 from cryosiam_dask.ledger import part_name
 
 
@@ -26,7 +26,7 @@ def unusable(path: Path) -> str:
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP) and path.is_symlink():
             return f"a link that leads nowhere: {path.readlink()}"
-        return str(error.strerror)
+        return "" if may_pass(error) else str(error.strerror)  # then whoever reads it tries again
     return ""
 
 
