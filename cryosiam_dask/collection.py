@@ -19,11 +19,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from cryosiam_dask.errors import LostClusterError, OutputError, may_pass
-from cryosiam_dask.executor import GuardedExecutor, Interrupted, SerialExecutor, SharedExecutor, TakenOver
+from cryosiam_dask.executor import GuardedExecutor, Interrupted, SerialExecutor, SharedExecutor, TakenOver, patiently
 from cryosiam_dask.ledger import Claims, Ledger, claim_path, open_claims, sweep, sweep_parts
 from cryosiam_dask.pipeline import Outcome, collect, complete, failed, has_work_stores, segment, work_stores
 from cryosiam_dask.plan import Job, RunPlan
@@ -117,14 +118,14 @@ def make_folders(plan: RunPlan) -> None:
 
     Raises
     ------
-    OutputError
+    OutputError, StorageError
         If one cannot be made.
     """
     for key in ("prediction_folder", "work_folder"):
         folder: Path | None = getattr(plan.configuration, key)
         try:
             if folder:
-                folder.mkdir(parents=True, exist_ok=True)
+                patiently(partial(folder.mkdir, parents=True, exist_ok=True))
         except OSError as error:
             raise OutputError(
                 "must be a folder that can be made",
@@ -152,10 +153,11 @@ def _sweep_parts(plan: RunPlan, own: bool = False) -> None:
 
 def _tidy(plan: RunPlan, claims: Claims) -> None:
     """Remove the intermediate arrays of tomograms that were done just before a run was killed."""
-    if plan.configuration.keep_work or not has_work_stores(plan.configuration):
-        return
-    for job in plan.skipped:
-        _remove_work(plan, job, claims, only=lambda ledger: True)
+    with suppress(OSError):
+        if plan.configuration.keep_work or not has_work_stores(plan.configuration):
+            return
+        for job in plan.skipped:
+            _remove_work(plan, job, claims, only=lambda ledger: True)
 
 
 def _remove_work(plan: RunPlan, job: Job, claims: Claims, only: Callable[[Ledger], bool]) -> None:

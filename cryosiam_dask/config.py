@@ -14,6 +14,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -32,6 +33,7 @@ from pydantic import (
 )
 
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, Problems
+from cryosiam_dask.executor import patiently
 
 #: Keys of CryoSiam's files that have no meaning here: devices are chosen by ``--device`` and ``--workers``, the
 #: number of classes is read from the checkpoint, and training and evaluation are not part of this program.
@@ -456,7 +458,7 @@ def read_pipeline_or_configuration(path: Path | str) -> dict[str, Configuration]
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        values = yaml.load(patiently(partial(path.read_text, encoding="utf-8")), _UniqueKeys)
     except OSError as error:
         raise ConfigurationError(
             "the configuration file must be readable", place=path, value=error.strerror, remedy="Check --config-file"

@@ -176,6 +176,7 @@ class Problems(CryosiamDaskError):
     def __init__(self, problems: Iterable[CryosiamDaskError], outcomes: Iterable[Any] = ()) -> None:
         self.problems, self.outcomes = tuple(problems), tuple(outcomes)
         super().__init__(f"{len(self.problems)} problems")
+        self.passing = any(problem.passing for problem in self.problems)
 
     def __str__(self) -> str:
         return "\n".join(str(problem) for problem in self.problems)

@@ -23,7 +23,7 @@ import zarr
 
 from cryosiam_dask.classes import named
 from cryosiam_dask.config import Configuration
-from cryosiam_dask.errors import CryosiamDaskError, LabelsError, OutputError, TomogramError
+from cryosiam_dask.errors import CryosiamDaskError, LabelsError, OutputError, TomogramError, may_pass
 from cryosiam_dask.executor import SERIAL, Executor
 from cryosiam_dask.folders import real
 from cryosiam_dask.labels_to_hdf5 import Sliceable, StoredDataset, open_dataset, read_attributes, write_mrc
@@ -264,7 +264,7 @@ def export_prediction(
         raise OutputError(
             "an export must not replace what was not made from a prediction", place=path, remedy="Move it away"
         )
-    labels, attributes = _uint8_labels(prediction), written_attributes(configuration, prediction)
+    labels, attributes = _uint8_labels(prediction), written_attributes(configuration, prediction, patient=True)
     source = _find_source(configuration, stem, attributes)
     tomogram, warnings = None, list[str]()
     if source is not None and ("ome-zarr" in formats or not attributes.get("voxel_size_angstrom")):
@@ -290,7 +290,7 @@ def export_prediction(
     return tuple(warnings)
 
 
-def written_attributes(configuration: Configuration, prediction: Path) -> dict[str, Any]:
+def written_attributes(configuration: Configuration, prediction: Path, *, patient: bool = False) -> dict[str, Any]:
     """The attributes of a predictions file, and what it does not tell of its tomogram from the header of that.
 
     CryoSiam's own files tell nothing, and those of this program no voxel size where the header had none.
@@ -301,6 +301,8 @@ def written_attributes(configuration: Configuration, prediction: Path) -> dict[s
         Its ``data_folder`` and ``file_extension`` name the tomograms.
     prediction
         ``<stem>_preds.h5``.
+    patient
+        Whether to raise what may pass, instead of leaving out what the tomogram would tell.
 
     Returns
     -------
@@ -312,6 +314,8 @@ def written_attributes(configuration: Configuration, prediction: Path) -> dict[s
     ------
     OutputError
         If the predictions file cannot be read.
+    OSError, TomogramError
+        Where `patient`, if the disk of the tomogram does not answer.
     """
     attributes = read_attributes(prediction)
     shape = open_dataset(prediction, "labels").shape
@@ -330,7 +334,9 @@ def written_attributes(configuration: Configuration, prediction: Path) -> dict[s
         if source is None:
             return attributes
         header = read_header(source, **configuration.reading)
-    except (OSError, CryosiamDaskError):
+    except (OSError, CryosiamDaskError) as error:
+        if patient and may_pass(error):
+            raise
         return attributes
     if header.shape != shape:
         return attributes

@@ -278,7 +278,8 @@ class Claims:
         with self._lock:
             self._held.discard(path)
             if self.holds(path):
-                path.unlink(missing_ok=True)
+                with suppress(OSError):  # then it runs out, as that of a holder that is gone does
+                    path.unlink(missing_ok=True)
 
     def _content(self) -> bytes:
         return json.dumps(
@@ -307,7 +308,8 @@ class Claims:
                 except FileExistsError:
                     return False
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
         self._held.add(path)
         return True
 

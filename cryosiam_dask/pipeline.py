@@ -986,11 +986,14 @@ def _collect_centers(configuration: Configuration, outcomes: list[Outcome], say:
         path = folder / f"{stem}_preds.h5"
         try:
             return labels_of(path, read_attributes(path))
-        except (OSError, OutputError):
+        except (OSError, OutputError) as error:
+            if may_pass(error):
+                raise
             return None
 
+    pattern = configuration.tilt_series_pattern
     try:
-        for stem in collect_centers(folder, labels_now, tilt_series_pattern=configuration.tilt_series_pattern):
+        for stem in patiently(partial(collect_centers, folder, labels_now, tilt_series_pattern=pattern)):
             say(f"{stem}: {_OUTDATED_LISTS}")
     except Exception as error:
         outcomes.append(_failed("class…_centers.csv", (), time.time(), error, folder))
@@ -1157,7 +1160,7 @@ def _update_formats(configuration: Configuration, path: Path, work: zarr.Group, 
 
 def _written_attributes(configuration: Configuration, path: Path) -> dict[str, Any]:
     """Attributes of a written prediction, with the names that its classes have now."""
-    attributes = written_attributes(configuration, path)
+    attributes = written_attributes(configuration, path, patient=True)
     return attributes | ({"class_names": list(configuration.class_names)} if configuration.class_names else {})
 
 
@@ -1217,18 +1220,20 @@ def _draw(
     if not configuration.preview:
         path.unlink(missing_ok=True)  # what it shows are earlier labels
         return []
+    draw = partial(
+        write_preview,
+        path,
+        tomogram,
+        labels,
+        voxel_size_angstrom=attributes.get("voxel_size_angstrom"),
+        class_names=("", *(configuration.class_names or ())),
+        lamella=mask,
+        title=stem,
+        fingerprint=attributes.get("fingerprint") or "",
+        executor=executor,
+    )
     try:
-        write_preview(
-            path,
-            tomogram,
-            labels,
-            voxel_size_angstrom=attributes.get("voxel_size_angstrom"),
-            class_names=("", *(configuration.class_names or ())),
-            lamella=mask,
-            title=stem,
-            fingerprint=attributes.get("fingerprint") or "",
-            executor=executor,
-        )
+        patiently(draw)
     except _ENDING:
         raise
     except Exception as error:
@@ -1281,7 +1286,12 @@ def _unknown_voxel_size(attributes: Mapping[str, Any]) -> list[str]:
     size = attributes.get("voxel_size_angstrom")
     if size is not None and all(size):
         return []
-    return ["the voxel size is unknown: tables hold voxels alone, without Å and nm³. Set it in the tomogram's header"]
+    remedy = (
+        "Set it in the tomogram's header"
+        if attributes.get("source")
+        else "data_folder holds no tomogram of this name and shape that can be read: correct it or file_extension"
+    )
+    return [f"the voxel size is unknown: tables hold voxels alone, without Å and nm³. {remedy}"]
 
 
 def collect(configuration: Configuration, outcomes: list[Outcome]) -> None:
@@ -1293,14 +1303,17 @@ def collect(configuration: Configuration, outcomes: list[Outcome]) -> None:
         names = (f"{stem}_preds.h5", f"{stem}{configuration.file_extension.removesuffix('.gz')}", f"{stem}.mrc")
         return any((folder / name).exists() for name in names[: 3 if configuration.save_original_file_extension else 1])
 
-    if configuration.components or path.exists():
-        try:
+    def collect_these() -> None:
+        if configuration.components or path.exists():
             collect_tables(folder, is_there)
-        except Exception as error:
-            outcomes.append(_failed(path.name, (), time.time(), error, path))
+
     try:
-        listed = any(folder.glob("class*_centers.csv"))
-    except OSError:
+        patiently(collect_these)
+    except Exception as error:
+        outcomes.append(_failed(path.name, (), time.time(), error, path))
+    try:
+        listed = any(patiently(lambda: list(folder.glob("class*_centers.csv"))))
+    except (OSError, StorageError):
         return
     if listed:
         _collect_centers(configuration, outcomes, lambda message: LOG.info("%s", message))
@@ -1326,7 +1339,7 @@ def find_predictions(configuration: Configuration, filename: str | None = None, 
         If the folder cannot be looked into.
     """
     try:
-        return _find_predictions(configuration, filename, sizes)
+        return patiently(partial(_find_predictions, configuration, filename, sizes))
     except OSError as error:
         raise unreadable_folder("prediction_folder", configuration.prediction_folder, error) from None
 

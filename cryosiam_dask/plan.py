@@ -826,9 +826,12 @@ def _why_no_tomogram(path: Path) -> str:
     """Why this can be no tomogram, which any file can, and the folder of a zarr; empty if it can. One that lacks its
     metadata fails later, with its name."""
     why = unusable(path)
-    if why or path.is_file():
-        return why
-    return "" if path.is_dir() and (path.suffix == ".zarr" or is_zarr(path)) else "no file"
+    try:
+        if why or path.is_file():
+            return why
+        return "" if path.is_dir() and (path.suffix == ".zarr" or is_zarr(path)) else "no file"
+    except OSError as error:
+        return "" if may_pass(error) else str(error.strerror)
 
 
 def _is_output(path: Path) -> bool:

@@ -46,6 +46,7 @@ from cryosiam_dask.errors import (
     OutputError,
     Problems,
 )
+from cryosiam_dask.executor import patiently
 from cryosiam_dask.folders import left_out
 from cryosiam_dask.forecast import disk_warnings
 from cryosiam_dask.formats import convert_to_ome_zarr, other_formats
@@ -559,10 +560,10 @@ def _recorded(configuration: Configuration) -> dict[str, dict[str, Any]]:
 
 def report_on(configuration: Configuration, outcomes: Sequence[Outcome], console: Console) -> None:
     """Write the page of a collection after a run, and say where it is; a page is no reason for a run to fail."""
-    try:
+
+    def write() -> Path:
         if all(each.status == "skipped" for each in outcomes) and is_current(configuration):
-            say(console, f"report: {configuration.prediction_folder / REPORT}")
-            return
+            return configuration.prediction_folder / REPORT
         recorded = _recorded(configuration)
         now = {
             # The seconds are those of the prediction, which are recorded, and not of what was made of it since.
@@ -570,8 +571,10 @@ def report_on(configuration: Configuration, outcomes: Sequence[Outcome], console
             for each in outcomes
             if each.status != "skipped"
         }
-        path = write_report(configuration, {**recorded, **now})
-        say(console, f"report: {path}")
+        return write_report(configuration, {**recorded, **now})
+
+    try:
+        say(console, f"report: {patiently(write)}")
     except Exception as error:
         attend(console, f"the report could not be written: {error}")
         LOG.debug("the report could not be written", exc_info=error)

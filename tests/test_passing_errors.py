@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import pickle
@@ -17,7 +18,10 @@ from typing import Any
 
 import checkpoints
 import h5py
+import numpy as np
+import pandas
 import pytest
+from rich.console import Console
 from test_cli import write_yaml
 from test_collection import Acting
 from test_pipeline import Listener, configure, segment, write_tomogram
@@ -25,13 +29,16 @@ from test_pipeline import Listener, configure, segment, write_tomogram
 from cryosiam_dask import cluster, executor, ledger, mrc_to_zarr, pipeline
 from cryosiam_dask.cluster import DaskExecutor, open_cluster
 from cryosiam_dask.collection import run
+from cryosiam_dask.config import read_configuration
 from cryosiam_dask.errors import OutputError, Problems, StorageError, TomogramError, may_pass
 from cryosiam_dask.executor import SerialExecutor, patiently
 from cryosiam_dask.formats import convert_to_ome_zarr
 from cryosiam_dask.grid import make_grid
 from cryosiam_dask.ledger import Ledger, claim_path, read_entries, read_outcomes
+from cryosiam_dask.pipeline import find_predictions, list_centers
 from cryosiam_dask.plan import plan_run
 from cryosiam_dask.run_log import LOG
+from cryosiam_dask.runner import report_on
 
 STEM, SHAPE = "TS_1", (24, 32, 32)
 BLOCKS = len(make_grid(SHAPE, (16, 16, 16), 8).indices())
@@ -203,6 +210,72 @@ def test_one_failure_costs_nothing(
 def test_a_read_of_the_tomogram_that_fails_once_costs_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mrc_to_zarr, "_copy_row", failing(mrc_to_zarr._copy_row, range(1, 2), errno.EIO))
     assert segment(configure(folder))[STEM].status == "done"
+
+
+def ail(monkeypatch: pytest.MonkeyPatch, module: Any, function: str, name: str, times: int = 1) -> None:
+    """Let the first calls of a function of the system fail for a path with this in it; ``$`` is its end."""
+    working, left = getattr(module, function), [times]
+
+    def ailing(path: Any, *arguments: Any, **options: Any) -> Any:
+        if name in f"{path}$" and left[0]:
+            left[0] -= 1
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return working(path, *arguments, **options)
+
+    monkeypatch.setattr(module, function, ailing)
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "name"),
+    [
+        (io, "open", "config.yaml"),
+        (os, "stat", f"{STEM}.mrc"),
+        (io, "open", "model.ckpt"),
+        (os, "mkdir", "out"),
+        (os, "replace", "_preview.png."),
+        (os, "unlink", ".claim$"),
+        (os, "stat", "out/components.csv"),
+        (os, "scandir", "out/.ledger"),
+    ],
+)
+def test_wherever_a_disk_fails_once_a_run_is_done(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, module: Any, function: str, name: str
+) -> None:
+    configure(folder)
+    ail(monkeypatch, module, function, name)
+    plan = plan_run(read_configuration(folder / "config.yaml"))
+    outcomes = run(plan, Listener())
+    console = Console(file=io.StringIO(), width=500)
+    report_on(plan.configuration, outcomes, console)
+    assert [(outcome.stem, outcome.status, outcome.warnings) for outcome in outcomes] == [(STEM, "done", ())]
+    assert (folder / "out" / f"{STEM}_preview.png").exists()
+    assert (folder / "out" / "report.html").exists(), console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_tomogram_whose_disk_fails_for_good_is_not_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tomogram(folder / "data" / "TS_2.mrc", 2, SHAPE)
+    configuration = configure(folder)
+    ail(monkeypatch, os, "stat", f"{STEM}.mrc", times=9999)
+    ail(monkeypatch, io, "open", f"{STEM}.mrc", times=9999)
+    failed, done = run(plan_run(configuration), Listener())
+    assert (failed.stem, failed.kind, done.status) == (STEM, "TomogramError", "done")
+
+
+def test_a_disk_that_fails_once_leaves_no_number_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a prediction of CryoSiam itself, whose tomogram alone tells the voxel size."""
+    configuration = configure(folder)
+    (folder / "out").mkdir()
+    with h5py.File(folder / "out" / f"{STEM}_preds.h5", "w") as file:
+        file["labels"] = np.pad(np.ones((4, 4, 4), np.uint8), [(0, n - 4) for n in SHAPE])
+    predictions = find_predictions(configuration)
+    list_centers(configuration, predictions, Listener())
+    ail(monkeypatch, io, "open", f"{STEM}.mrc")
+    (outcome,) = list_centers(configuration, predictions, Listener())
+    assert (outcome.status, outcome.warnings) == ("done", ())
+    # Nor does it take a list out of the collection.
+    ail(monkeypatch, pipeline, "read_attributes", f"{STEM}_preds.h5")
+    pipeline.collect(configuration, [])
+    assert len(pandas.read_csv(folder / "out" / "class1_centers.csv")) == 1
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ESTALE, "Stale file handle"), RuntimeError("of nobody's doing")])

@@ -683,7 +683,7 @@ def test_unknown_voxel_sizes_and_mrc_outputs(folder: Path) -> None:
     with mrcfile.open(folder / "data" / "TS_1.mrc", "r+") as mrc:
         mrc.voxel_size = 0
     outcomes = segment(configure(folder, components=True, save_original_file_extension=True))
-    assert ["voxel size is unknown" in " ".join(outcomes[stem].warnings) for stem in STEMS] == [True, False, False]
+    assert ["in the tomogram's header" in " ".join(outcomes[stem].warnings) for stem in STEMS] == [True, False, False]
     table = pandas.read_parquet(folder / "out" / "components.parquet")
     assert (table["volume_nm3"].isna() == (table["tomogram"] == "TS_1")).all()
     outcomes = segment(configure(folder, components=True, save_original_file_extension=True))
@@ -767,7 +767,7 @@ def test_particle_lists_of_broken_predictions_fail_alone(folder: Path) -> None:
     configuration, listener = configure(folder), Listener()
     outcomes = list_centers(configuration, find_predictions(configuration), listener)
     assert [outcome.status for outcome in outcomes] == ["failed", "done", "done"]
-    assert "must be an HDF5 file" in outcomes[0].error and "voxel size is unknown" in outcomes[1].warnings[0]
+    assert "must be an HDF5 file" in outcomes[0].error and "data_folder holds no tomogram" in outcomes[1].warnings[0]
     assert "particles: 0 of class 1, 0 of class 2, 0 of class 3" in listener.messages
     written = sorted(path.name for path in (folder / "out").glob("*.star"))
     assert written == ["TS_2_class1_centers.star", *(f"TS_3_class{k}_centers.star" for k in (1, 2, 3)),
