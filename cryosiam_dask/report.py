@@ -57,6 +57,7 @@ def write_report(
     configuration: Configuration,
     outcomes: Mapping[str, Mapping[str, Any]] | None = None,
     *,
+    warnings: Sequence[str] | None = None,
     executor: Executor = SERIAL,
 ) -> Path:
     """Write the page of a prediction folder, replacing an earlier one at once when it is complete.
@@ -68,6 +69,8 @@ def write_report(
     outcomes
         What became of tomograms, by their names: any of the attributes of `cryosiam_dask.pipeline.Outcome`. Those of
         which the folder holds no output, because they failed, are listed too.
+    warnings
+        What needs attention in the run as a whole; ``None``: what did in the latest one that told any.
     executor
         Runs one task for each tomogram.
 
@@ -97,8 +100,20 @@ def write_report(
             _with_outcome(tomogram, outcomes.get(tomogram.name, {}))
             for tomogram in executor.map(look_at, names, name="report")
         ]
-        write_bytes(path, _page(configuration, tomograms, state).encode("utf-8", "replace"))
+        warnings = _kept_warnings(folder, warnings)
+        write_bytes(path, _page(configuration, tomograms, warnings, state).encode("utf-8", "replace"))
     return path
+
+
+def _kept_warnings(folder: Path, warnings: Sequence[str] | None) -> Sequence[str]:
+    """Keep what needs attention in a run as a whole, for pages that are written later; or take what was kept."""
+    note = folder / FOLDER / KEPT / ".run.json"  # no tomogram is called so
+    with suppress(OSError, ValueError):
+        if warnings is None:
+            return [str(sentence) for sentence in json.loads(note.read_bytes())]
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(warnings))
+    return warnings or ()
 
 
 def _state(configuration: Configuration) -> str:
@@ -402,7 +417,7 @@ class _Column:
     detail: bool = False
 
 
-def _page(configuration: Configuration, tomograms: Sequence[_Tomogram], state: str) -> str:
+def _page(configuration: Configuration, tomograms: Sequence[_Tomogram], warnings: Sequence[str], state: str) -> str:
     count = max((len(t.voxels) for t in tomograms), default=0) - 1
     count = max(count, len(configuration.class_names or ()), max((max(t.sizes or [0]) for t in tomograms), default=0))
     given = configuration.class_names or next((t.class_names for t in tomograms if t.class_names), ())
@@ -436,6 +451,7 @@ def _page(configuration: Configuration, tomograms: Sequence[_Tomogram], state: s
         details=any(column.detail for column in columns),
         rows=rows,
         counts=_counts(tomograms, rows),
+        warnings=warnings,
         histograms=[_histogram(column, rows) for column in columns if column.histogram],
         deviations=_DEVIATIONS,
         fewest=_FEWEST,

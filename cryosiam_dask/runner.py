@@ -290,11 +290,12 @@ def segment(
                 remove_left_overs(plan)
     print_table(console, outcomes)
     for plan in plans:
-        for sentence in plan.warnings(count or None, memory_of_machine()):
+        sentences = plan.warnings(count or None, memory_of_machine())
+        for sentence in sentences:
             attend(console, sentence)
             if warned is not None:
                 warned.append(sentence)
-        report_on(plan.configuration, _of_stage(outcomes, plan), console)
+        report_on(plan.configuration, _of_stage(outcomes, plan), console, sentences if plan.jobs else None)
     return outcomes
 
 
@@ -558,8 +559,18 @@ def _recorded(configuration: Configuration) -> dict[str, dict[str, Any]]:
     return result
 
 
-def report_on(configuration: Configuration, outcomes: Sequence[Outcome], console: Console) -> None:
-    """Write the page of a collection after a run, and say where it is; a page is no reason for a run to fail."""
+def report_on(
+    configuration: Configuration, outcomes: Sequence[Outcome], console: Console, warnings: Sequence[str] | None = None
+) -> None:
+    """Write the page of a collection after a run, and say where it is; a page is no reason for a run to fail.
+
+    Parameters
+    ----------
+    configuration, outcomes, console
+        Of the run.
+    warnings
+        See `cryosiam_dask.report.write_report`.
+    """
 
     def write() -> Path:
         if all(each.status == "skipped" for each in outcomes) and is_current(configuration):
@@ -571,7 +582,7 @@ def report_on(configuration: Configuration, outcomes: Sequence[Outcome], console
             for each in outcomes
             if each.status != "skipped"
         }
-        return write_report(configuration, {**recorded, **now})
+        return write_report(configuration, {**recorded, **now}, warnings=warnings)
 
     try:
         say(console, f"report: {patiently(write)}")

@@ -175,6 +175,7 @@ def test_run_skip_overwrite_and_postprocess(folder: Path) -> None:
     output = call("semantic-predict", *one, "--workers", 1, folder=folder)
     assert "dashboard http://127.0.0.1:" in output and "1 tomogram on " in output
     assert output.count("attention: no mask_folder is set: expect false positives outside the lamella") == 1
+    assert "expect false positives outside the lamella" in (folder / "out" / "report.html").read_text()
     of_one = {".ledger", "TS_1_preds.h5", "TS_1_preview.png", "TS_1_timeline.png", "logs", "report.html"}
     assert {path.name for path in (folder / "out").iterdir()} == of_one
     before = (folder / "out" / "TS_1_preds.h5").read_bytes()

@@ -225,6 +225,16 @@ def test_names_that_are_too_long_for_the_disk_spoil_no_page(tmp_path: Path) -> N
     assert set(Page(write_report(configure(tmp_path), outcomes)).rows) == set(outcomes)
 
 
+def test_what_needs_attention_in_a_whole_run_stands_on_this_page_and_later_ones(tmp_path: Path) -> None:
+    configuration = configure(tmp_path)
+    write(tmp_path, "run", make_labels(0))
+    sentence = "patch_size is [<b>32</b>], the model was trained with 16"
+    assert sentence in Page(write_report(configuration, warnings=[sentence])).text
+    assert sentence in Page(write_report(configuration)).text
+    assert sentence not in Page(write_report(configuration, warnings=[])).text
+    assert "trained" not in Page(write_report(configuration)).text
+
+
 def test_mrc_outputs(tmp_path: Path) -> None:
     configuration = configure(tmp_path, save_original_file_extension=True, file_extension=".mrc.gz")
     write_mrc(tmp_path / "out" / "TS_1.mrc", make_labels(0), voxel_size_angstrom=(10.0,) * 3)
