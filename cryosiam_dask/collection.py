@@ -25,8 +25,17 @@ from typing import Literal
 
 from cryosiam_dask.errors import LostClusterError, OutputError, may_pass
 from cryosiam_dask.executor import GuardedExecutor, Interrupted, SerialExecutor, SharedExecutor, TakenOver, patiently
-from cryosiam_dask.ledger import Claims, Ledger, claim_path, open_claims, sweep, sweep_parts
-from cryosiam_dask.pipeline import Outcome, collect, complete, failed, has_work_stores, segment, work_stores
+from cryosiam_dask.ledger import Claims, Ledger, claim_path, open_claims, read_entries, sweep, sweep_parts
+from cryosiam_dask.pipeline import (
+    Outcome,
+    collect,
+    complete,
+    failed,
+    forget_failure,
+    has_work_stores,
+    segment,
+    work_stores,
+)
 from cryosiam_dask.plan import Job, RunPlan
 from cryosiam_dask.progress import Reporter
 
@@ -111,6 +120,22 @@ def outcomes_before(plans: Sequence[RunPlan]) -> list[Outcome]:
         *refused.values(),
         *(Outcome(job.stem, "skipped", stage=plan.name) for plan in plans for job in plan.skipped),
     ]
+
+
+def forget_failures(plans: Sequence[RunPlan]) -> None:
+    """Record of tomograms all of whose outputs are there that they are done, where the last run of them failed."""
+    with open_claims() as claims:
+        for plan in plans:
+            folder = plan.configuration.prediction_folder
+            for job in plan.skipped:
+                entries, _ = read_entries(folder, job.stem)
+                claim = claim_path(folder, job.stem)
+                with suppress(OSError):  # a record is no reason for a run to fail
+                    if entries and entries[-1].get("status") == "failed" and claims.take(claim):
+                        try:
+                            forget_failure(Ledger(folder, job.stem))
+                        finally:
+                            claims.release(claim)
 
 
 def make_folders(plan: RunPlan) -> None:

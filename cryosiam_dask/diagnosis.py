@@ -93,8 +93,8 @@ def beyond_lamella(classes: int, coverage: float | None) -> tuple[str, ...]:
         )
     if coverage > 1 - UNMASKED:
         return (
-            f"the mask covers {percent(coverage)} of the tomogram: it keeps no false positives outside the lamella "
-            "away. Look at the lamella prediction, and raise its network.threshold if it took everything for lamella",
+            f"the mask covers {percent(coverage)} of the tomogram: it excludes no false positives outside the lamella. "
+            "Look at the lamella prediction, and raise its network.threshold if it took everything for lamella",
         )
     return ()
 

@@ -24,7 +24,7 @@ def unusable(path: Path) -> str:
     try:
         path.stat()
     except OSError as error:
-        if error.errno == errno.ENOENT and path.is_symlink():
+        if error.errno in (errno.ENOENT, errno.ELOOP) and path.is_symlink():
             return f"a link that leads nowhere: {path.readlink()}"
         return "" if may_pass(error) else str(error.strerror)  # whoever opens it tries again
     return ""

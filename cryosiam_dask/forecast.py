@@ -490,7 +490,8 @@ def _tomogram(
         known["block_shape"] = tuple(max(b - a for a, b in pairwise(axis.edges)) for axis in grid.axes)
         known |= _disk_bytes(configuration, plan, job, header, converted)
     except CryosiamDaskError as error:
-        problems.append(str(error))
+        if not isinstance(job.problem, TomogramError):  # which has been said
+            problems.append(str(error))
     try:
         if header is not None:
             known["intensities"] = intensities(sample_file(header), data.min, data.max)

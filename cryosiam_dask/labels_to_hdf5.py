@@ -126,7 +126,9 @@ def open_dataset(path: str | Path, name: str) -> StoredDataset:
             dataset = StoredDataset(path, name, tuple(map(int, stored.shape)), stored.dtype, stored.chunks)
             removed = file[REMOVED].dtype if REMOVED in file else np.dtype(np.uint8)
             shapes = {other: tuple(file[other].shape) for other in (LABELS, REMOVED, PROBABILITIES) if other in file}
-    except (OSError, KeyError, AttributeError):
+    except (OSError, KeyError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EACCES:
+            raise _not_permitted(path) from None
         raise OutputError(
             f"a prediction must be an HDF5 file with a dataset '{name}'", place=path, remedy=_AGAIN
         ) from None
@@ -514,11 +516,19 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
+def _not_permitted(path: Path) -> OutputError:
+    return OutputError(
+        "a prediction must be readable", place=path, value=os.strerror(errno.EACCES), remedy="Change its permissions"
+    )
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[Any]:
     try:
         file = open_hdf5(path)
     except OSError as error:
+        if error.errno == errno.EACCES:
+            raise _not_permitted(path) from error
         raise OutputError(
             "an existing predictions file must be readable HDF5",
             place=path,

@@ -504,7 +504,7 @@ def _voxel_size(header: Any, warnings: list[str]) -> tuple[float | None, ...]:
 
 
 def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
+    return os.strerror(error.errno) if error.errno else str(error)  # HDF5 and gzip have words of their own
 
 
 def _unreadable(path: Path, error: OSError) -> TomogramError:

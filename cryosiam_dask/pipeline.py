@@ -1126,17 +1126,18 @@ def _complete(plan: RunPlan, job: Job, executor: Executor) -> Outcome:
     # A run that failed after the labels had been written left its intermediate arrays and what it failed of.
     for folder in () if configuration.keep_work else work_stores(configuration, job.stem):
         shutil.rmtree(folder, ignore_errors=True)
-    ledger = Ledger(configuration.prediction_folder, job.stem)
-    before = ledger.last("outcome")
-    if before and before["status"] == "failed":
-        ledger.close(**{name: value for name, value in before.items() if name != "what"} | _DONE)
+    forget_failure(Ledger(configuration.prediction_folder, job.stem))
     _keep_for_the_report(configuration, job.stem)
     shape = _written_labels(job.output).shape
     seconds = time.time() - began
     return _log_warnings(Outcome(job.stem, "done", shape, seconds, (), tuple(warnings), stage=plan.name))
 
 
-_DONE = {"status": "done", "error": "", "kind": ""}
+def forget_failure(ledger: Ledger) -> None:
+    """Record that all outputs of a tomogram are there, where it was said to have failed."""
+    before = ledger.last("outcome")
+    if before and before["status"] == "failed":
+        ledger.append(**before | {"status": "done", "error": "", "kind": ""})
 
 
 def _keep_for_the_report(configuration: Configuration, stem: str) -> None:

@@ -6,6 +6,7 @@ fingerprint in the output tells. One made otherwise stands in the way until the 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -1067,6 +1068,13 @@ def _fingerprint(
 
 
 def _made_otherwise(output: Path) -> OutputError:
+    if not os.access(output, os.R_OK):
+        return OutputError(
+            "an output that is there must be readable",
+            place=output,
+            value=os.strerror(errno.EACCES),
+            remedy="Change its permissions, or set another prediction_folder",
+        )
     return OutputError(
         "this output was made from another input, checkpoint or other settings",
         place=output,

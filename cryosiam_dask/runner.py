@@ -36,7 +36,7 @@ from cryosiam_dask.cluster import (
     versions,
     who_else_enters,
 )
-from cryosiam_dask.collection import make_folders, outcomes_before, remove_left_overs, run
+from cryosiam_dask.collection import forget_failures, make_folders, outcomes_before, remove_left_overs, run
 from cryosiam_dask.config import STAGES, Configuration, read_configuration, read_pipeline
 from cryosiam_dask.errors import (
     ClusterError,
@@ -206,6 +206,7 @@ def segment(
             say(console, f"{job.stem}: skipped, {job.output} was made from the same input, checkpoint and settings")
         for job in plan.unmeasured:
             say(console, f"{job.stem}: {job.output} is up to date, {plan.outdated(job)}")
+    forget_failures(plans)
     if not any(plan.jobs or plan.unmeasured for plan in plans):
         outcomes = outcomes_before(plans)
         print_table(console, outcomes)

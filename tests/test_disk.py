@@ -232,3 +232,25 @@ def test_folders_that_may_not_be_looked_into_are_named(tmp_path: Path) -> None:
             assert f"key {key}: must be a folder that can be looked into" in said[name], said[name]
     assert "key prediction_folder: must be a folder that can be written to" in of_out["plan"]
     assert "masks" in (said := found("masks"))["plan"] and said["report"] == "fine"
+
+
+def test_an_output_that_may_not_be_read_is_said_to_be_so(tmp_path: Path) -> None:
+    path = tmp_path / "a_preds.h5"
+    write_hdf5(path, np.zeros((2, 3, 4), np.uint8), attributes={})
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from cryosiam_dask.errors import CryosiamDaskError\n"
+        "from cryosiam_dask import labels_to_hdf5, mrc_to_zarr\n"
+        "path = Path(sys.argv[1])\n"
+        "for act in (labels_to_hdf5.read_attributes, lambda path: labels_to_hdf5.open_dataset(path, 'labels'),\n"
+        "    mrc_to_zarr.read_header):\n"
+        "    try: act(path)\n"
+        "    except CryosiamDaskError as error: print(error)\n"
+    )
+    prefix = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.getuid() == 0 else []
+    path.chmod(0)
+    command = [*prefix, sys.executable, "-c", script, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    said = done.stdout.splitlines()
+    assert said[:2] == [f"{path}: a prediction must be readable; found Permission denied. Change its permissions."] * 2
+    assert said[2].endswith("must be a readable file; found Permission denied. Check path and permissions.")

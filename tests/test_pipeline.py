@@ -19,15 +19,16 @@ import starfile
 import yaml
 import zarr
 from PIL import Image
+from rich.console import Console
 from skimage.measure import label as label_whole
 from skimage.measure import regionprops
 
-from cryosiam_dask import __version__
+from cryosiam_dask import __version__, runner
 from cryosiam_dask.collection import make_folders, run
 from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.errors import Problems
 from cryosiam_dask.executor import Interrupted, SerialExecutor
-from cryosiam_dask.ledger import Claims, claim_path, open_claims
+from cryosiam_dask.ledger import Claims, Ledger, claim_path, open_claims, read_outcomes
 from cryosiam_dask.pipeline import Outcome, _work_group, export, find_predictions, list_centers, measure
 from cryosiam_dask.pipeline import postprocess as postprocess_files
 from cryosiam_dask.pipeline import segment as segment_one
@@ -541,6 +542,16 @@ def test_a_chunk_that_was_changed_in_place_is_another_input_and_a_copy_is_not(fo
         plan_run(configuration)
     segment(configuration, overwrite=True)
     assert [job.stem for job in plan_run(configuration).skipped] == ["a"]
+
+
+def test_what_failed_once_is_done_when_its_outputs_are_there(folder: Path) -> None:
+    """Such as a tomogram that could not be read for an hour, or one that was replaced and put back."""
+    configuration = configure(folder, test_files=["TS_1.mrc"])
+    segment(configuration)
+    before = read_outcomes(folder / "out")["TS_1"]
+    Ledger(folder / "out", "TS_1").append("outcome", **{**before, "status": "failed", "error": "x", "kind": "y"})
+    runner.segment(folder / "config.yaml", Console(quiet=True), device="cpu")
+    assert read_outcomes(folder / "out")["TS_1"] == before
 
 
 def test_sizes_in_the_run_and_after_it_are_the_same(folder: Path) -> None:
