@@ -7,6 +7,7 @@ executed, and of arrays little more than their descriptions is read.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import warnings as library_warnings
@@ -163,7 +164,7 @@ def _kind(path: Path) -> Kind:
         with path.open("rb") as file:
             beginning = file.read(212)
     except OSError as error:
-        why = unusable(path) if path.is_symlink() else error.strerror
+        why = unusable(path) if path.is_symlink() and error.errno == errno.ENOENT else error.strerror
         raise TomogramError(
             "must be a file that can be read", place=path, value=why, remedy="Check path and permissions"
         ) from None
