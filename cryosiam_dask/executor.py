@@ -86,8 +86,8 @@ def lasting(error: Exception) -> Exception:
             "the disk must answer",
             place=getattr(error, "filename", None) or "",
             value=f"{getattr(error, 'strerror', None) or error}, {len(PAUSES) + 1} times in {sum(PAUSES):.0f} s",
-            remedy="Look at the disk, then repeat the command: it goes on from the blocks that are done",
         )
+    error.remedy = "Look at the disk, then repeat the command: it goes on from the blocks that are done"
     error.passing = False
     return error
 

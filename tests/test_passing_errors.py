@@ -259,6 +259,7 @@ def test_a_tomogram_whose_disk_fails_for_good_is_not_left_out(folder: Path, monk
     ail(monkeypatch, io, "open", f"{STEM}.mrc", times=9999)
     failed, done = run(plan_run(configuration), Listener())
     assert (failed.stem, failed.kind, done.status) == (STEM, "TomogramError", "done")
+    assert "found Stale file handle. Look at the disk, then" in failed.error
 
 
 def test_a_disk_that_fails_once_leaves_no_number_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
