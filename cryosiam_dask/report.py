@@ -145,6 +145,22 @@ def is_current(configuration: Configuration) -> bool:
         return False
 
 
+def link_latest_log(configuration: Configuration) -> None:
+    """Let a page that `is_current` lead to the log of the latest run, which changed nothing else of it."""
+    path = configuration.prediction_folder / REPORT
+    page, link = path.read_bytes(), _latest_log(configuration)
+    if link is not None:
+        linked = re.sub(rb'<a href="logs/[^"]*">', lambda _: b'<a href="%s">' % link.encode(), page, count=1)
+        if linked != page:
+            write_bytes(path, linked)
+
+
+def _latest_log(configuration: Configuration) -> str | None:
+    """The address of the latest run's log, relative to the page."""
+    log = latest_log(configuration.prediction_folder)
+    return None if log is None else quote(os.fsencode(f"{log.parent.name}/{log.name}"))
+
+
 # -------------------------------------------------------------------------------------------------------- what is known
 
 
@@ -432,14 +448,13 @@ def _page(configuration: Configuration, tomograms: Sequence[_Tomogram], warnings
         lstrip_blocks=True,
     )
     templates = files("cryosiam_dask") / "templates"
-    log = latest_log(configuration.prediction_folder)
     style, script = (templates.joinpath(f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     return environment.get_template("report.html").render(
         title=configuration.prediction_folder.resolve().name,
         folder=str(configuration.prediction_folder),
         model=configuration.trained_model.name,
         software=f"cryosiam-dask {__version__}",
-        log=None if log is None else quote(os.fsencode(f"{log.parent.name}/{log.name}")),
+        log=_latest_log(configuration),
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         state=state,
         style=style,

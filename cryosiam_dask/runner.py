@@ -71,7 +71,7 @@ from cryosiam_dask.predictor import (
     resolve_device,
 )
 from cryosiam_dask.progress import FileReporter, Reporters, make_reporter
-from cryosiam_dask.report import REPORT, is_current, write_report
+from cryosiam_dask.report import REPORT, is_current, link_latest_log, write_report
 from cryosiam_dask.run_log import LOG, TOLD, begin_logs, logged
 from cryosiam_dask.slurm import open_slurm, read_jobs
 
@@ -575,6 +575,7 @@ def report_on(
 
     def write() -> Path:
         if all(each.status == "skipped" for each in outcomes) and is_current(configuration):
+            link_latest_log(configuration)
             return configuration.prediction_folder / REPORT
         recorded = _recorded(configuration)
         now = {
