@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import tracemalloc
+from functools import cache
 from pathlib import Path
 
 import h5py
@@ -16,8 +17,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cryosiam_dask.errors import TomogramError
-from cryosiam_dask.intensities import SAMPLE_VOXELS, Sample, evenly_spread, intensities, sample_array, sample_file
+from cryosiam_dask.intensities import (
+    SAMPLE_VOXELS,
+    Sample,
+    contrast,
+    evenly_spread,
+    intensities,
+    sample_array,
+    sample_file,
+)
 from cryosiam_dask.mrc_to_zarr import read_header
+from cryosiam_dask.phantom import make_phantom
 
 
 def write(path: Path, voxels: np.ndarray, order: tuple[int, int, int] = (1, 2, 3)) -> Path:
@@ -154,3 +164,84 @@ def test_samples_of_hdf5_and_zarr_tomograms_are_their_voxels(tmp_path: Path, chu
         few = sample_file(read_header(path), voxels=300)
         assert 0 < few.share < 1 or (path.suffix == ".zarr" and chunks is None)  # a single chunk
         assert few.values.size <= 300 and np.isin(few.values, voxels).all()
+
+
+@cache
+def bright_on_dark() -> np.ndarray:
+    """A phantom, the other way round if it is dark on bright."""
+    phantom = make_phantom(3)
+    inside = phantom.lamella.astype(bool)
+    dense, thin = (phantom.tomogram[inside & chosen].mean() for chosen in (phantom.truth > 0, phantom.truth == 0))
+    return phantom.tomogram if dense > thin else 1 - phantom.tomogram
+
+
+def changed(kind: str) -> np.ndarray:
+    voxels, rng = bright_on_dark(), np.random.default_rng(0)
+    spread = voxels.std()
+    if kind == "z-scored":
+        return (voxels - voxels.mean()) / spread
+    if kind == "int16":
+        return (30000 * voxels - 9000).astype(np.int16)
+    if kind == "uint8":
+        return (255 * voxels).astype(np.uint8)
+    if kind == "noisy":
+        return voxels + rng.normal(0, 2 * spread, voxels.shape).astype(np.float32)
+    if kind == "in a vacuum":
+        noise = rng.normal(voxels[:4].mean(), voxels[:4].std(), (300, *voxels.shape[1:])).astype(np.float32)
+        noise[110:190] = voxels
+        return noise
+    if kind == "without a vacuum":
+        return voxels[26:54]
+    if kind == "gold and hot pixels":
+        voxels = voxels.copy()
+        for z, y, x in rng.integers(4, np.array(voxels.shape) - 4, (8, 3)):
+            voxels[z - 3 : z + 3, y - 3 : y + 3, x - 3 : x + 3] += 10 * spread
+        voxels[tuple(rng.integers(0, voxels.shape, (100, 3)).T)] = -50 * spread
+        return voxels
+    if kind == "padded":
+        return np.pad(voxels, ((0, 0), (30, 20), (50, 7)))
+    if kind == "with NaN":
+        voxels = voxels.copy()
+        voxels[::9, ::50, ::50] = np.nan
+        return voxels
+    return voxels
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["", "z-scored", "int16", "uint8", "noisy", "in a vacuum", "without a vacuum", "gold and hot pixels", "padded",
+     "with NaN"],
+)  # fmt: skip
+def test_contrast_of_a_lamella(kind: str) -> None:
+    voxels = changed(kind)
+    inverted = voxels.max() - voxels if voxels.dtype == np.uint8 else -voxels
+    assert contrast(sample_array(voxels)) == "bright on dark"
+    assert contrast(sample_array(inverted)) == "dark on bright"
+
+
+@pytest.mark.parametrize("kind", ["noise", "hidden by noise", "slope", "constant", "labels", "small", "NaN"])
+def test_contrast_that_cannot_be_told(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    voxels = {
+        "noise": lambda: rng.normal(size=(40, 80, 80)),
+        "hidden by noise": lambda: bright_on_dark() + rng.normal(0, 5, bright_on_dark().shape),
+        "slope": lambda: np.broadcast_to(np.linspace(0, 1, 80), (40, 80, 80)),
+        "constant": lambda: np.full((40, 80, 80), 7),
+        "labels": lambda: rng.random((40, 80, 80)) < 0.02,
+        "small": lambda: bright_on_dark()[30:40, 40:60, 40:60],
+        "NaN": lambda: np.full((40, 80, 80), np.nan),
+    }[kind]()
+    assert contrast(sample_array(voxels.astype(np.float32))) is None
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
+def test_contrast_is_told_from_a_sample(tmp_path: Path, order: tuple[int, int, int]) -> None:
+    """Also where files hold other orders of the axes, are compressed or consist of chunks."""
+    voxels = -np.tile(bright_on_dark()[8:72], (1, 3, 3))
+    path = write(tmp_path / "a.mrc", voxels, order)
+    (tmp_path / "b.mrc.gz").write_bytes(gzip.compress(path.read_bytes(), 1))
+    zarr.create_array(tmp_path / "c.zarr", data=voxels, chunks=(64, 64, 64))
+    for each in (path, tmp_path / "b.mrc.gz", tmp_path / "c.zarr"):
+        sample = sample_file(read_header(each), voxels=10**6)
+        assert sample.values.size <= 10**6 and sum(part.size for part in sample.parts) == sample.values.size
+        assert intensities(sample, 0, 1).contrast == "dark on bright"
