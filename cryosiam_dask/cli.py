@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from cryosiam_dask._version import __version__
 from cryosiam_dask.errors import ClusterError, CryosiamDaskError
@@ -67,6 +67,23 @@ class _Commands(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
+class Configured(TyperCommand):
+    """A command whose first word may be its configuration file, without ``--config-file``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """See `click.Command`."""
+        given, words, _ = self.make_parser(ctx).parse_args(args=list(args))
+        if len(words) == 1 and "config_file" not in given:
+            args, ctx.allow_extra_args = [f"--config-file={words[0]}", *args], True
+        elif words and not ctx.resilient_parsing:
+            ctx.fail(f"one configuration file is taken, not also {' '.join(words['config_file' not in given :])}")
+        return super().parse_args(ctx, args)
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """See `click.Command`."""
+        return [*super().collect_usage_pieces(ctx), "CONFIG_FILE"]
+
+
 app = typer.Typer(
     name="cryosiam-dask",
     cls=_Commands,
@@ -101,7 +118,21 @@ class Format(StrEnum):
     mrc = "mrc"
 
 
-ConfigFile = Annotated[Path, typer.Option(help="CryoSiam's YAML file, for example configs/config_semantic.yaml.")]
+ConfigFile = Annotated[
+    Path,
+    typer.Option(
+        help="YAML file of one model, such as CryoSiam's, or of a pipeline, such as configs/pipeline.yaml; may also be "
+        "given without the name of this option."
+    ),
+]
+#: Of the commands that look at or run one model.
+Model = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Which model of a pipeline: lamella or semantic. Default: the last.")
+]
+#: Of those that take them all.
+OnlyModel = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The only model of a pipeline to take. Default: all of them.")
+]
 Filename = Annotated[str | None, typer.Option(help="Name of a single tomogram in data_folder.")]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Worker processes. Default: every GPU, or what cores and memory allow.")
@@ -170,9 +201,10 @@ PerformanceReport = Annotated[
 ]
 
 
-@app.command()
+@app.command(cls=Configured)
 def semantic_predict(
     config_file: ConfigFile,
+    model: Model = None,
     filename: Filename = None,
     device: DeviceOption = Device.auto,
     workers: Workers = None,
@@ -189,16 +221,17 @@ def semantic_predict(
     verbose: Verbose = False,
     as_json: OutcomesAsJson = False,
 ) -> None:
-    """Predict the lamella or the semantic classes of every tomogram.
+    """Predict the lamella or the semantic classes of every tomogram: with one model, of a pipeline the last.
 
     Example: cryosiam-dask semantic-predict --config-file configs/config_lamella.yaml
     """
-    _segment(**locals())
+    _segment(False, **locals())
 
 
-@app.command()
+@app.command(cls=Configured)
 def run(
-    config_file: Annotated[Path, typer.Option(help="YAML file of both models, for example configs/pipeline.yaml.")],
+    config_file: ConfigFile,
+    model: OnlyModel = None,
     filename: Filename = None,
     device: DeviceOption = Device.auto,
     workers: Workers = None,
@@ -215,21 +248,34 @@ def run(
     verbose: Verbose = False,
     as_json: OutcomesAsJson = False,
 ) -> None:
-    """Predict the lamella and, inside it, the semantic classes of every tomogram, in one pass.
+    """Predict with all models of a file: the lamella of every tomogram and, inside it, its semantic classes.
 
-    Example: cryosiam-dask run --config-file configs/pipeline.yaml
+    Example: cryosiam-dask run configs/pipeline.yaml
     """
-    _segment(pipeline=True, **locals())
+    _segment(True, **locals())
 
 
-def _segment(config_file: Path, device: Device, quiet: bool, verbose: bool, as_json: bool, **options: Any) -> None:
+def _segment(
+    every: bool,
+    config_file: Path,
+    model: str | None,
+    device: Device,
+    quiet: bool,
+    verbose: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
     with _plain_errors(drains=True) as stop:
-        from cryosiam_dask.runner import segment
+        from cryosiam_dask.config import read_model, read_models
 
         console = _console(quiet, verbose, as_json)
         warned: list[str] = []
         try:
-            outcomes = segment(config_file, console, device=device.value, stop=stop, warned=warned, **options)
+            # Before anything that takes long to load, so that a mistake is answered at once.
+            models = read_models(config_file, model) if every else {"": read_model(config_file, model)}
+            from cryosiam_dask.runner import segment
+
+            outcomes = segment(models, console, device=device.value, stop=stop, warned=warned, **options)
         except CryosiamDaskError as error:
             if as_json:
                 each = getattr(error, "problems", (error,))
@@ -238,9 +284,10 @@ def _segment(config_file: Path, device: Device, quiet: bool, verbose: bool, as_j
         _exit(outcomes, stop, as_json, warned)
 
 
-@app.command()
+@app.command(cls=Configured)
 def status(
-    config_file: Annotated[Path, typer.Option(help="The YAML file of semantic-predict or of run.")],
+    config_file: ConfigFile,
+    model: OnlyModel = None,
     as_json: AsJson = False,
 ) -> None:
     """Say which tomograms are done, in work, failed (and why) and left, and how long the rest will take.
@@ -252,12 +299,13 @@ def status(
     with _plain_errors():
         from cryosiam_dask.overview import print_overview
 
-        print_overview(config_file, Console(emoji=False), as_json=as_json)
+        print_overview(config_file, Console(emoji=False), model=model, as_json=as_json)
 
 
-@app.command()
+@app.command(cls=Configured)
 def semantic_postprocess(
     config_file: ConfigFile,
+    model: Model = None,
     filename: Filename = None,
     workers: Workers = None,
     quiet: Quiet = False,
@@ -269,15 +317,19 @@ def semantic_postprocess(
     Example: cryosiam-dask semantic-postprocess --config-file configs/config_semantic.yaml
     """
     with _plain_errors():
+        from cryosiam_dask.config import read_model
+
+        configuration = read_model(config_file, model)
         from cryosiam_dask.runner import postprocess_again
 
         console = _console(quiet, verbose, as_json)
-        _exit(postprocess_again(config_file, console, filename=filename, workers=workers), as_json=as_json)
+        _exit(postprocess_again(configuration, console, filename=filename, workers=workers), as_json=as_json)
 
 
-@app.command()
+@app.command(cls=Configured)
 def components(
     config_file: ConfigFile,
+    model: Model = None,
     filename: Filename = None,
     workers: Workers = None,
     quiet: Quiet = False,
@@ -289,15 +341,19 @@ def components(
     Example: cryosiam-dask components --config-file configs/config_semantic.yaml
     """
     with _plain_errors():
+        from cryosiam_dask.config import read_model
+
+        configuration = read_model(config_file, model)
         from cryosiam_dask.runner import measure_predictions
 
         console = _console(quiet, verbose, as_json)
-        _exit(measure_predictions(config_file, console, filename=filename, workers=workers), as_json=as_json)
+        _exit(measure_predictions(configuration, console, filename=filename, workers=workers), as_json=as_json)
 
 
-@app.command()
+@app.command(cls=Configured)
 def semantic_to_centers(
     config_file: ConfigFile,
+    model: Model = None,
     filename: Filename = None,
     min_voxels: Annotated[
         int | None,
@@ -316,30 +372,37 @@ def semantic_to_centers(
     Example: cryosiam-dask semantic-to-centers --config-file configs/config_semantic.yaml --min-voxels 10
     """
     with _plain_errors():
+        from cryosiam_dask.config import read_model
+
+        configuration = read_model(config_file, model)
         from cryosiam_dask.runner import list_particles
 
         console = _console(quiet, verbose, as_json)
         outcomes = list_particles(
-            config_file, console, filename=filename, min_voxels=min_voxels, erode=erode, workers=workers
+            configuration, console, filename=filename, min_voxels=min_voxels, erode=erode, workers=workers
         )
         _exit(outcomes, as_json=as_json)
 
 
-@app.command()
-def report(config_file: ConfigFile) -> None:
+@app.command(cls=Configured)
+def report(config_file: ConfigFile, model: Model = None) -> None:
     """Show the predictions of a configuration on one page, report.html beside them: pictures, numbers, outliers.
 
     Example: cryosiam-dask report --config-file configs/config_semantic.yaml
     """
     with _plain_errors():
+        from cryosiam_dask.config import read_model
+
+        configuration = read_model(config_file, model)
         from cryosiam_dask.runner import report_again
 
-        report_again(config_file, Console(emoji=False))
+        report_again(configuration, Console(emoji=False))
 
 
-@app.command()
+@app.command(cls=Configured)
 def export(
     config_file: ConfigFile,
+    model: Model = None,
     filename: Filename = None,
     formats: Annotated[
         list[Format] | None,
@@ -355,17 +418,21 @@ def export(
     Example: cryosiam-dask export --config-file configs/config_semantic.yaml --format ome-zarr --format mrc
     """
     with _plain_errors():
+        from cryosiam_dask.config import read_model
+
+        configuration = read_model(config_file, model)
         from cryosiam_dask.runner import export_predictions
 
         names = [each.value for each in formats or ()]
         console = _console(quiet, verbose, as_json)
-        outcomes = export_predictions(config_file, console, formats=names, filename=filename, workers=workers)
+        outcomes = export_predictions(configuration, console, formats=names, filename=filename, workers=workers)
         _exit(outcomes, as_json=as_json)
 
 
-@app.command()
+@app.command(cls=Configured)
 def plan(
-    config_file: Annotated[Path, typer.Option(help="The YAML file of semantic-predict or of run.")],
+    config_file: ConfigFile,
+    model: OnlyModel = None,
     filename: Filename = None,
     device: Annotated[
         Device, typer.Option(help="What the network is to run on; for cuda no GPU need be here.")
@@ -389,7 +456,7 @@ def plan(
         from cryosiam_dask.look import show_plan
 
         found = show_plan(
-            config_file, Console(emoji=False), filename=filename, workers=workers, overwrite=overwrite,
+            config_file, Console(emoji=False), model=model, filename=filename, workers=workers, overwrite=overwrite,
             overwrite_all=overwrite_all, as_json=as_json, device=device.value,
         )  # fmt: skip
         if found:
@@ -398,19 +465,21 @@ def plan(
 
 @app.command()
 def info(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="A tomogram, zarr store, prediction or checkpoint.")],
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Tomograms, zarr stores, predictions, checkpoints.")
+    ],
     as_json: AsJson = False,
 ) -> None:
-    """Say what is in a tomogram, a zarr store, a _preds.h5 or _components.h5 file, or a checkpoint.
+    """Say what is in tomograms, zarr stores, _preds.h5 and _components.h5 files, and checkpoints.
 
-    Example: cryosiam-dask info predictions/TS_01_preds.h5
+    Example: cryosiam-dask info TS_01.mrc predictions/TS_01_preds.h5
 
     Example: cryosiam-dask info TS_01.mrc --json
     """
     with _plain_errors():
-        from cryosiam_dask.look import show_file
+        from cryosiam_dask.look import show_files
 
-        show_file(path, Console(emoji=False), as_json=as_json)
+        show_files(paths, Console(emoji=False), as_json=as_json)
 
 
 @app.command()

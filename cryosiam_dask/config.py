@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -275,18 +275,22 @@ class Configuration(_Model):
     hyper_parameters: HyperParameters = HyperParameters()
 
     _unused: tuple[str, ...] = PrivateAttr(default=())
+    _place: str = PrivateAttr(default="")
 
     def absolute(self) -> Configuration:
         """The same with absolute paths, for processes that run in other folders."""
         paths = {name: value.absolute() for name, value in self if isinstance(value, Path)}
-        found = self.model_copy(update=paths)
-        found._unused = self._unused
-        return found
+        return self.model_copy(update=paths)
 
     @property
     def reading(self) -> dict[str, Any]:
         """Which part of a tomogram file is meant: keywords of `cryosiam_dask.mrc_to_zarr.read_header`."""
         return {"level": self.ome_zarr_level, "dataset": self.hdf5_dataset, "unsigned": self.mrc_unsigned}
+
+    @property
+    def place(self) -> str:
+        """The file that it was read from and, of several models in it, the name."""
+        return self._place
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -355,7 +359,7 @@ _SHARED_KEYS = ("data_folder", "file_extension", "test_files", "ome_zarr_level",
 
 
 def read_pipeline(path: Path | str) -> dict[str, Configuration]:
-    """Read a YAML file of two models for the same tomograms.
+    """Read a YAML file of two models for the same tomograms, or of one of them.
 
     Below each of the keys ``lamella`` and ``semantic`` stand the keys of that model's own file. A key above them is
     meant for both. The semantic model's ``mask_folder`` is the lamella's ``prediction_folder``. In a ``work_folder`` of
@@ -369,91 +373,139 @@ def read_pipeline(path: Path | str) -> dict[str, Configuration]:
     Returns
     -------
     dict
-        By the names of `STAGES`, in their order.
+        By the names of `STAGES`, in their order, as far as they are there.
 
     Raises
     ------
     ConfigurationError
-        If the file cannot be read or is not YAML.
+        If the file cannot be read or is not YAML, or names none of the models.
     Problems
         All keys and values that are wrong.
     """
     path = Path(path)
-    values = _read_yaml(path)
+    return _pipeline(_read_yaml(path), path)
+
+
+def _pipeline(values: dict[str, Any], path: Path) -> dict[str, Configuration]:
     common = {key: value for key, value in values.items() if key not in STAGES}
-    problems: list[CryosiamDaskError] = [
-        ConfigurationError(
-            "a pipeline needs the keys of this model, indented below its name",
-            place=f"{path}, key {name}",
-            value=None if name not in values else repr(values[name]),
-            remedy="Compare it with configs/pipeline.yaml, or run semantic-predict with the file of a single model",
+    names = [name for name in STAGES if name in values]
+    if not names:
+        raise ConfigurationError(
+            "a pipeline needs the keys of at least one model, indented below its name",
+            place=f"{path}, keys {' and '.join(STAGES)}",
+            remedy="Compare it with configs/pipeline.yaml",
         )
-        for name in STAGES
-        if not isinstance(values.get(name), dict)
-    ]
-    if problems:
-        raise Problems(problems)
+    problems: list[CryosiamDaskError] = []
     found: dict[str, Configuration] = {}
-    for name in STAGES:
+    for name in names:
+        if not isinstance(values[name], dict):
+            problems.append(
+                ConfigurationError(
+                    "a pipeline needs the keys of this model, indented below its name",
+                    place=f"{path}, key {name}",
+                    value=repr(values[name]),
+                    remedy="Compare it with configs/pipeline.yaml, or leave this model out",
+                )
+            )
+            continue
         own = {**common, **values[name]}
         if name == "semantic" and "lamella" in found:
             own.setdefault("mask_folder", str(found["lamella"].prediction_folder))
         try:
-            found[name] = _configuration(own, f"{path}, {name}")
+            found[name] = _configuration(own, f"{path}, {name}", str(path), common.keys() - values[name].keys())
         except Problems as error:
             problems += error.problems
-    if not problems:
-        lamella, semantic = (found[name] for name in STAGES)
-        for key, one, other in (
-            *((key, getattr(lamella, key), getattr(semantic, key)) for key in _SHARED_KEYS),
-            ("mask_folder", lamella.prediction_folder, semantic.mask_folder),
-        ):
-            if one != other:
-                problems.append(
-                    ConfigurationError(
-                        "must be the lamella's prediction_folder"
-                        if key == "mask_folder"
-                        else "must be the same for both models, which segment the same tomograms",
-                        place=f"{path}, key semantic.{key}",
-                        value=f"{other}, and not {one}",
-                        remedy="Leave it out" if key == "mask_folder" else "Write it once, above lamella and semantic",
-                    )
-                )
-        if lamella.prediction_folder == semantic.prediction_folder:
-            problems.append(
-                ConfigurationError(
-                    "must be another folder than the lamella's, whose files have the same names",
-                    place=f"{path}, key semantic.prediction_folder",
-                    value=semantic.prediction_folder,
-                    remedy="Set it to another folder",
-                )
-            )
-        if lamella.save_original_file_extension:
-            problems.append(
-                ConfigurationError(
-                    "must be False: the semantic model reads the mask from HDF5",
-                    place=f"{path}, key lamella.save_original_file_extension",
-                    remedy="Leave it out",
-                )
-            )
+    if not problems and len(found) == len(STAGES):
+        problems += _at_odds(path, *found.values())
     if problems:
-        raise Problems(problems)
-    if lamella.work_folder is not None and lamella.work_folder == semantic.work_folder:
+        raise Problems({str(problem): problem for problem in problems}.values())  # what stands above both is said once
+    folders = [one.work_folder for one in found.values()]
+    if len(folders) == len(STAGES) and folders[0] is not None and folders[0] == folders[1]:
         # Both models are at work on a tomogram at the same time, under its name.
-        return {name: one.model_copy(update={"work_folder": lamella.work_folder / name}) for name, one in found.items()}
+        return {name: one.model_copy(update={"work_folder": folders[0] / name}) for name, one in found.items()}
     return found
 
 
-def read_pipeline_or_configuration(path: Path | str) -> dict[str, Configuration]:
-    """Read a YAML file of either kind; a single model has the name ``""``.
+def _at_odds(path: Path, lamella: Configuration, semantic: Configuration) -> Iterator[ConfigurationError]:
+    """What does not fit between the models of a pipeline."""
+    for key, one, other in (
+        *((key, getattr(lamella, key), getattr(semantic, key)) for key in _SHARED_KEYS),
+        ("mask_folder", lamella.prediction_folder, semantic.mask_folder),
+    ):
+        if one != other:
+            yield ConfigurationError(
+                "must be the lamella's prediction_folder"
+                if key == "mask_folder"
+                else "must be the same for both models, which segment the same tomograms",
+                place=f"{path}, key semantic.{key}",
+                value=f"{other}, and not {one}",
+                remedy="Leave it out" if key == "mask_folder" else "Write it once, above lamella and semantic",
+            )
+    if lamella.prediction_folder == semantic.prediction_folder:
+        yield ConfigurationError(
+            "must be another folder than the lamella's, whose files have the same names",
+            place=f"{path}, key semantic.prediction_folder",
+            value=semantic.prediction_folder,
+            remedy="Set it to another folder",
+        )
+    if lamella.save_original_file_extension:
+        yield ConfigurationError(
+            "must be False: the semantic model reads the mask from HDF5",
+            place=f"{path}, key lamella.save_original_file_extension",
+            remedy="Leave it out",
+        )
+
+
+def read_models(path: Path | str, model: str | None = None) -> dict[str, Configuration]:
+    """Read a YAML file of either kind.
+
+    Parameters
+    ----------
+    path
+        The file.
+    model
+        The only model of a pipeline that is wanted; ``None``: all.
+
+    Returns
+    -------
+    dict
+        By their names, in the order in which every tomogram needs them; a single one has the name ``""``.
 
     Raises
     ------
     ConfigurationError, Problems
-        See `read_configuration`.
+        See `read_configuration`; also if there is no such model.
     """
-    values = _read_yaml(Path(path))
-    return read_pipeline(path) if any(name in values for name in STAGES) else {"": read_configuration(path)}
+    path = Path(path)
+    values = _read_yaml(path)
+    names = [name for name in STAGES if name in values]
+    if model is not None and model not in names:
+        near = difflib.get_close_matches(model.lower(), names, 1, 0.5)
+        raise ConfigurationError(
+            f"must name one of the models in {path}, {' or '.join(names)}"
+            if names
+            else f"is for files of several models, and {path} holds the keys of a single one",
+            place="option --model",
+            value=model,
+            remedy=f"Did you mean {near[0]}?" if near else "Correct it, or leave it out" if names else "Leave it out",
+        )
+    if not names:
+        return {"": _configuration(values, str(path))}
+    found = _pipeline(values, path)
+    return found if model is None and len(found) > 1 else {"": found[model or names[-1]]}
+
+
+def read_model(path: Path | str, model: str | None = None) -> Configuration:
+    """Read one model of a YAML file of either kind: the one that is named or else the last, which is about what the
+    models before it prepare.
+
+    Parameters
+    ----------
+    path, model
+        See `read_models`, also for what it raises.
+    """
+    *_, found = read_models(path, model).values()
+    return found
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -487,19 +539,25 @@ def _unread(error: Exception) -> str:
     return "lists within lists without end" if isinstance(error, RecursionError) else f"a date that is none ({error})"
 
 
-def _configuration(values: dict[str, Any], place: str) -> Configuration:
-    """The model of what a file, or a part of it that `place` names, says."""
+def _configuration(
+    values: dict[str, Any], place: str, above: str = "", of_above: Collection[str] = ()
+) -> Configuration:
+    """The model of what a file, or a part of it that `place` names, says; the keys `of_above` stand at `above`."""
     values, unused = _without_unused(values)
+
+    def where(key: object) -> str:
+        return above if key in of_above else place
+
     try:
         configuration = Configuration.model_validate(values)
     except ValidationError as error:
-        problems = [_explain(place, e) for e in error.errors(include_url=False)]
-        raise Problems([*problems, *_missing_paths(place, values)]) from None
-    configuration._unused = unused
+        problems = [_explain(where(next(iter(e["loc"]), "")), e) for e in error.errors(include_url=False)]
+        raise Problems([*problems, *_missing_paths(where, values)]) from None
+    configuration._unused, configuration._place = unused, place
     return configuration
 
 
-def _missing_paths(path: str, values: dict[str, Any]) -> Iterator[ConfigurationError]:
+def _missing_paths(where: Callable[[str], str], values: dict[str, Any]) -> Iterator[ConfigurationError]:
     """What the planning of a run would find next, so that a user mends it together with the rest."""
     for key in ("data_folder", "mask_folder", "trained_model"):
         value = values.get(key)
@@ -510,7 +568,9 @@ def _missing_paths(path: str, values: dict[str, Any]) -> Iterator[ConfigurationE
         except (OSError, RuntimeError):  # what is wrong with these is said elsewhere
             there = True
         if not there:
-            yield ConfigurationError("must exist", place=f"{path}, key {key}", value=value, remedy=f"Correct {key}")
+            yield ConfigurationError(
+                "must exist", place=f"{where(key)}, key {key}", value=value, remedy=f"Correct {key}"
+            )
 
 
 def _without_unused(values: dict[str, Any], section: str = "") -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -542,7 +602,8 @@ def _explain(path: str, error: Any) -> ConfigurationError:
     section, name = ".".join(location[:-1]), location[-1] if location else ""
     if kind in ("extra_forbidden", "invalid_key"):
         everywhere = {k: f"{s}.{k}" if s else k for s in _SECTIONS for k in _keys(s)}
-        near = difflib.get_close_matches(name, [*_keys(section)], 1, 0.5) or [
+        keys = [*_keys(section), *(STAGES if not section else ())]
+        near = difflib.get_close_matches(name.lower(), keys, 1, 0.5) or [
             everywhere[k] for k in difflib.get_close_matches(name, everywhere, 1, 0.7)
         ]
         known = ", ".join(_keys(section))

@@ -18,6 +18,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from cryosiam_dask.config import read_models
 from cryosiam_dask.errors import OutputError
 from cryosiam_dask.labels_to_hdf5 import open_hdf5
 from cryosiam_dask.phantom import CLASS_NAMES, dice, make_phantom, write_phantom
@@ -52,7 +53,7 @@ def run_demo(folder: Path, console: Console, *, device: Device = "auto", workers
     outcomes: list[Outcome] = []
     for config_file in prepare_demo(folder, console)[:2]:
         say(console, f"\ncryosiam-dask semantic-predict --config-file {config_file}")
-        outcomes += segment(config_file, console, device=device, workers=workers, overwrite=True)
+        outcomes += segment(read_models(config_file), console, device=device, workers=workers, overwrite=True)
     if all(outcome.status != "failed" for outcome in outcomes):
         _compare(folder, console)
     return outcomes

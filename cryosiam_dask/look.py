@@ -24,6 +24,7 @@ def show_plan(
     config_file: Path,
     console: Console,
     *,
+    model: str | None = None,
     filename: str | None = None,
     workers: int | None = None,
     overwrite: bool = False,
@@ -39,6 +40,8 @@ def show_plan(
         The YAML file, of one model or of a pipeline.
     console
         Where to print.
+    model
+        The only model of a pipeline to plan for; ``None``: all.
     filename, overwrite, overwrite_all
         See `cryosiam_dask.plan.plan_run`.
     workers
@@ -53,7 +56,7 @@ def show_plan(
     Problems
         What stands in the way of any run, and what is wrong with the tomograms' headers; not with `as_json`.
     """
-    from cryosiam_dask.config import read_pipeline_or_configuration
+    from cryosiam_dask.config import read_models
     from cryosiam_dask.forecast import USUALLY_AT_ONCE, Forecast, forecast, forecast_pipeline, unreadable
     from cryosiam_dask.plan import RunPlan, masks_of, plan_run
     from cryosiam_dask.predictor import resolve_device
@@ -62,7 +65,7 @@ def show_plan(
     problems: list[CryosiamDaskError] = []
     plans: list[RunPlan] = []
     try:
-        configurations = read_pipeline_or_configuration(config_file)
+        configurations = read_models(config_file, model)
         for name, configuration in configurations.items():
             to_come = masks_of(plans, configuration, filename) if name != next(iter(configurations)) else set()
             automatic = configuration.parameters.data.patch_size == "auto"
@@ -118,25 +121,41 @@ def _single(error: CryosiamDaskError) -> Sequence[CryosiamDaskError]:
     return error.problems if isinstance(error, Problems) else (error,)
 
 
-def show_file(path: Path, console: Console, *, as_json: bool = False) -> None:
-    """Print what is in a file.
+def show_files(paths: Sequence[Path], console: Console, *, as_json: bool = False) -> None:
+    """Print what is in files, also where others among them cannot be read.
 
     Parameters
     ----------
-    path
-        See `cryosiam_dask.inspect_file.inspect`, also for what it raises.
+    paths
+        See `cryosiam_dask.inspect_file.inspect`.
     console
         Where to print.
     as_json
-        Whether to print JSON and nothing else.
+        Whether to print JSON and nothing else: an object, or a list of them where there are several files.
+
+    Raises
+    ------
+    Problems
+        Of all files that cannot be read.
     """
     from cryosiam_dask.inspect_file import inspect
 
-    found = inspect(path)
-    if as_json:
-        _print_json(console, found.as_json())
-    else:
-        _print_information(console, found)
+    problems, values = list[CryosiamDaskError](), list[Any]()
+    for number, path in enumerate(paths):
+        try:
+            found = inspect(path)
+        except CryosiamDaskError as error:
+            problems += _single(error)
+            continue
+        values.append(found.as_json())
+        if not as_json:
+            if number:
+                console.print()
+            _print_information(console, found)
+    if as_json and values:
+        _print_json(console, values if len(paths) > 1 else values[0])
+    if problems:
+        raise Problems(problems)
 
 
 def _print_json(console: Console, values: Any) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cryosiam_dask.config import Configuration, read_pipeline_or_configuration
+from cryosiam_dask.config import Configuration, read_models
 from cryosiam_dask.ledger import claim_path, process_is_gone, read_entries
 from cryosiam_dask.plan import find_sources, left_out_tomograms, refused_names, shown, unreadable_folder
 from cryosiam_dask.run_log import latest_log
@@ -131,7 +131,7 @@ def seconds_left(found: Sequence[State]) -> float | None:
     return elapsed / len(done) * left
 
 
-def print_overview(config_file: Path, console: Console, *, as_json: bool = False) -> None:
+def print_overview(config_file: Path, console: Console, *, model: str | None = None, as_json: bool = False) -> None:
     """Print how far a collection is.
 
     Parameters
@@ -140,11 +140,13 @@ def print_overview(config_file: Path, console: Console, *, as_json: bool = False
         The YAML file of one model or of a pipeline.
     console
         Where to print.
+    model
+        The only model of a pipeline to tell of; ``None``: all.
     as_json
         Whether to print JSON instead of a table.
     """
     found, logs, notes = list[State](), list[Path](), list[str]()
-    for stage, configuration in read_pipeline_or_configuration(config_file).items():
+    for stage, configuration in read_models(config_file, model).items():
         try:
             found += states(configuration, stage)
             log = latest_log(configuration.prediction_folder)

@@ -37,7 +37,7 @@ from cryosiam_dask.cluster import (
     who_else_enters,
 )
 from cryosiam_dask.collection import forget_failures, make_folders, outcomes_before, remove_left_overs, run
-from cryosiam_dask.config import STAGES, Configuration, read_configuration, read_pipeline
+from cryosiam_dask.config import Configuration
 from cryosiam_dask.errors import (
     ClusterError,
     ConfigurationError,
@@ -80,10 +80,9 @@ Device = Literal["auto", "cpu", "cuda"]
 
 @logged
 def segment(
-    config_file: Path,
+    configurations: Mapping[str, Configuration],
     console: Console,
     *,
-    pipeline: bool = False,
     filename: str | None = None,
     device: Device = "auto",
     workers: int | None = None,
@@ -99,16 +98,14 @@ def segment(
     stop: threading.Event | None = None,
     warned: list[str] | None = None,
 ) -> list[Outcome]:
-    """Plan and run one configuration, or a pipeline of two, and print what becomes of it.
+    """Plan and run one model, or a pipeline of several, and print what becomes of it.
 
     Parameters
     ----------
-    config_file
-        The YAML file.
+    configurations
+        Of each model; see `cryosiam_dask.config.read_models`.
     console
         Where to print.
-    pipeline
-        Whether the file is one of two models (see `cryosiam_dask.config.read_pipeline`).
     filename, overwrite, overwrite_all
         See `cryosiam_dask.plan.plan_run`.
     device
@@ -162,10 +159,10 @@ def segment(
         except (ConfigurationError, ClusterError) as error:
             problems.append(error)
     try:
-        configurations = read_pipeline(config_file) if pipeline else {"": read_configuration(config_file)}
         for name, configuration in configurations.items():
             configuration = configuration.absolute() if elsewhere else configuration
-            before = masks_of(plans, configuration, filename) if name == STAGES[-1] else set[str]()
+            first = name == next(iter(configurations))
+            before = set[str]() if first else masks_of(plans, configuration, filename)
             try:
                 if not problems and not elsewhere:
                     require_precision(configuration.hyper_parameters.precision, chosen)
@@ -190,7 +187,7 @@ def segment(
     _require_any(plans)
     for plan in plans:
         make_folders(plan)
-    _begin_logs("run" if pipeline else "semantic-predict", config_file, [p.configuration for p in plans], console)
+    _begin_logs("run" if len(plans) > 1 else "semantic-predict", [plan.configuration for plan in plans], console)
     for plan in plans:
         LOG.debug(
             "model%s: %s (SHA-256 %s), patch %s, halo %d, threshold %g; %d to segment, %d to measure, %d skipped",
@@ -403,18 +400,17 @@ def _device_of(found: Literal["cpu", "cuda"], wanted: Device) -> Literal["cpu", 
 
 @logged
 def postprocess_again(
-    config_file: Path, console: Console, *, filename: str | None = None, workers: int | None = None
+    configuration: Configuration, console: Console, *, filename: str | None = None, workers: int | None = None
 ) -> list[Outcome]:
     """Apply ``postprocessing_sizes`` to written predictions, and print what becomes of it.
 
     Parameters
     ----------
-    config_file, console, filename, workers
+    configuration, console, filename, workers
         See `segment`.
     """
-    configuration = read_configuration(config_file)
     predictions = find_predictions(configuration, filename, sizes=True)
-    _begin_logs("semantic-postprocess", config_file, [configuration], console)
+    _begin_logs("semantic-postprocess", [configuration], console)
     _say_left_out(configuration, filename, console)
     outcomes = _with_predictions(partial(postprocess, configuration, predictions), len(predictions), console, workers)
     report_on(configuration, outcomes, console)
@@ -423,18 +419,17 @@ def postprocess_again(
 
 @logged
 def measure_predictions(
-    config_file: Path, console: Console, *, filename: str | None = None, workers: int | None = None
+    configuration: Configuration, console: Console, *, filename: str | None = None, workers: int | None = None
 ) -> list[Outcome]:
     """Number and measure the components of written predictions, and print what becomes of it.
 
     Parameters
     ----------
-    config_file, console, filename, workers
+    configuration, console, filename, workers
         See `segment`.
     """
-    configuration = read_configuration(config_file)
     predictions = find_predictions(configuration, filename)
-    _begin_logs("components", config_file, [configuration], console)
+    _begin_logs("components", [configuration], console)
     _say_left_out(configuration, filename, console)
     outcomes = _with_predictions(partial(measure, configuration, predictions), len(predictions), console, workers)
     report_on(configuration, outcomes, console)
@@ -443,7 +438,7 @@ def measure_predictions(
 
 @logged
 def export_predictions(
-    config_file: Path,
+    configuration: Configuration,
     console: Console,
     *,
     formats: Sequence[str] = (),
@@ -454,7 +449,7 @@ def export_predictions(
 
     Parameters
     ----------
-    config_file, console, filename, workers
+    configuration, console, filename, workers
         See `segment`.
     formats
         ``"ome-zarr"``, ``"mrc"``; none: those of the key ``output_formats``.
@@ -464,7 +459,6 @@ def export_predictions(
     ConfigurationError
         If neither names a format.
     """
-    configuration = read_configuration(config_file)
     formats = formats or other_formats(configuration)
     if not formats:
         raise ConfigurationError(
@@ -474,7 +468,7 @@ def export_predictions(
             remedy="Add 'ome-zarr' or 'mrc' to it, or give --format",
         )
     predictions = find_predictions(configuration, filename)
-    _begin_logs("export", config_file, [configuration], console)
+    _begin_logs("export", [configuration], console)
     _say_left_out(configuration, filename, console)
     action = partial(export, configuration, predictions, formats=formats)
     return _with_predictions(action, len(predictions), console, workers)
@@ -482,7 +476,7 @@ def export_predictions(
 
 @logged
 def list_particles(
-    config_file: Path,
+    configuration: Configuration,
     console: Console,
     *,
     filename: str | None = None,
@@ -494,14 +488,13 @@ def list_particles(
 
     Parameters
     ----------
-    config_file, console, filename, workers
+    configuration, console, filename, workers
         See `segment`.
     min_voxels, erode
         See `cryosiam_dask.pipeline.list_centers`.
     """
-    configuration = read_configuration(config_file)
     predictions = find_predictions(configuration, filename)
-    _begin_logs("semantic-to-centers", config_file, [configuration], console)
+    _begin_logs("semantic-to-centers", [configuration], console)
     _say_left_out(configuration, filename, console)
     action = partial(list_centers, configuration, predictions, min_voxels=min_voxels, erode=erode)
     return _with_predictions(action, len(predictions), console, workers)
@@ -515,15 +508,14 @@ def _say_left_out(configuration: Configuration, filename: str | None, console: C
             say(console, f"note: {found}")
 
 
-def report_again(config_file: Path, console: Console) -> None:
+def report_again(configuration: Configuration, console: Console) -> None:
     """Write the page of a collection from what its folder holds, and say where it is.
 
     Parameters
     ----------
-    config_file, console
+    configuration, console
         See `segment`.
     """
-    configuration = read_configuration(config_file)
     try:
         path = write_report(configuration, _recorded(configuration))
         _say_left_out(configuration, None, console)
@@ -715,7 +707,7 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-def _begin_logs(command: str, config_file: Path, configurations: Sequence[Configuration], console: Console) -> None:
+def _begin_logs(command: str, configurations: Sequence[Configuration], console: Console) -> None:
     """Begin the log files of a run, and write down what it is run with."""
     paths = begin_logs([configuration.prediction_folder for configuration in configurations], command)
     found = versions()
@@ -727,7 +719,7 @@ def _begin_logs(command: str, config_file: Path, configurations: Sequence[Config
     LOG.debug("versions: %s", ", ".join(f"{name} {number}" for name, number in found.items()))
     LOG.debug("machine: %s, %d cores, %.1f GB for the workers", platform.platform(), cores(), memory_of_machine() / 1e9)
     for configuration in configurations:
-        LOG.debug("settings of %s: %s", config_file, configuration.model_dump_json(by_alias=True, indent=1))
+        LOG.debug("settings of %s: %s", configuration.place, configuration.model_dump_json(by_alias=True, indent=1))
     for path in paths:
         say(console, f"log: {path}")
     if len(paths) < len(configurations):

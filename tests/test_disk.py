@@ -201,7 +201,7 @@ def test_folders_that_may_not_be_looked_into_are_named(tmp_path: Path) -> None:
         "for name, file, act in (\n"
         "    ('plan', 'c.yaml', lambda f: look.show_plan(f, console)),\n"
         "    ('status', 'c.yaml', lambda f: overview.print_overview(f, console)),\n"
-        "    ('report', 'c.yaml', lambda f: runner.report_again(f, console)),\n"
+        "    ('report', 'c.yaml', lambda f: runner.report_again(config.read_configuration(f), console)),\n"
         "    ('components', 'c.yaml', lambda f: pipeline.find_predictions(config.read_configuration(f))),\n"
         "    ('home', 'home.yaml', config.read_configuration),\n"
         "):\n"

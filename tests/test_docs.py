@@ -37,7 +37,7 @@ from markdown_it import MarkdownIt
 
 from cryosiam_dask.classes import COLOURS
 from cryosiam_dask.cli import app
-from cryosiam_dask.config import read_configuration, read_pipeline_or_configuration
+from cryosiam_dask.config import read_configuration, read_models
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -222,7 +222,7 @@ def test_configurations_can_be_read() -> None:
     ours = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if "data_folder:" in path.read_text()]
     assert len(ours) >= 4
     for path in ours:
-        assert read_pipeline_or_configuration(path)
+        assert read_models(path)
 
 
 def test_languages_and_reasons_are_given() -> None:

@@ -475,9 +475,8 @@ def test_names_must_fit_the_model(folder: Path, given: list[str], remedy: str) -
 
 def test_export_command(folder: Path) -> None:
     of_cryosiam(folder, np.ones(SHAPE, np.uint8))
-    configure(folder)
     with pytest.raises(ConfigurationError, match=r"a format other than HDF5; found \['hdf5'\]\. Add 'ome-zarr'"):
-        export_predictions(folder / "config.yaml", Console(quiet=True))
+        export_predictions(configure(folder), Console(quiet=True))
     call("export", "--config-file", "config.yaml", "--format", "mrc", "--format", "ome-zarr", folder=folder)
     assert names(folder / "out") == [".ledger", f"{STEM}.ome.zarr", f"{STEM}_labels.mrc", f"{STEM}_preds.h5", "logs"]
 

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from cryosiam_dask.config import STAGES
 from cryosiam_dask.errors import Problems
-from cryosiam_dask.look import show_file, show_plan
+from cryosiam_dask.look import show_files, show_plan
 
 COMMAND = Path(sys.executable).with_name("cryosiam-dask")
 SHAPE = (24, 20, 22)
@@ -61,7 +61,7 @@ def call(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str
     return done
 
 
-def printed(show: Any, path: Path, width: int | None = None, **options: Any) -> str:
+def printed(show: Any, path: Any, width: int | None = None, **options: Any) -> str:
     file = io.StringIO()
     terminal: dict[str, Any] = {"force_terminal": True, "width": width, "color_system": None} if width else {}
     show(path, Console(file=file, **terminal), **options)
@@ -158,12 +158,17 @@ def test_info_by_its_entry_point(folder: Path) -> None:
     values = json.loads(call("info", "model.ckpt", "--json").stdout)
     assert values["kind"] == "CryoSiam checkpoint"
     sha256 = values["facts"]["sha256"]
-    assert sha256 in printed(show_file, folder / "model.ckpt")
+    assert sha256 in printed(show_files, [folder / "model.ckpt"])
     done = call("info", "nowhere.mrc", status=2)
     assert done.stderr == (
         "error: nowhere.mrc: must be a file that can be read; found No such file or directory. Check path and "
         "permissions.\n"
     )
+    done = call("info", "data/TS_1.mrc", "nowhere.mrc", "model.ckpt", "--json", status=2)
+    assert [each["kind"] for each in json.loads(done.stdout)] == ["MRC tomogram", "CryoSiam checkpoint"]
+    assert done.stderr.startswith("error: nowhere.mrc: ")
+    text = printed(show_files, [folder / "data" / "TS_1.mrc", folder / "model.ckpt"])
+    assert text.index("TS_1.mrc: MRC tomogram") < text.index("model.ckpt: CryoSiam checkpoint")
 
 
 @pytest.mark.parametrize("width", [None, 30, 80, 200])
@@ -177,7 +182,7 @@ def test_no_value_is_cut_short(folder: Path, width: int | None) -> None:
         file["labels"] = np.zeros((9, 9, 9), np.uint8)
         file.attrs["source"] = LONG
         file.attrs["checkpoint_sha256"] = "0123456789abcdef" * 4
-    text = printed(show_file, folder / "a_preds.h5", width)
+    text = printed(show_files, [folder / "a_preds.h5"], width)
     plan = printed(show_plan, folder / "config.yaml", width, filename=f"{LONG}.mrc")
     assert "…" not in text + plan
     if width is None:
@@ -190,7 +195,7 @@ def test_no_value_is_cut_short(folder: Path, width: int | None) -> None:
 def test_a_file_that_says_nothing_of_itself_has_no_empty_box(folder: Path) -> None:
     with h5py.File(folder / "a_preds.h5", "w") as file:
         file["labels"] = np.zeros((9, 9, 9), np.uint8)
-    text = printed(show_file, folder / "a_preds.h5", None)
+    text = printed(show_files, [folder / "a_preds.h5"], None)
     assert "9 × 9 × 9" in text and max(map(len, text.splitlines())) < 200
 
 

@@ -550,7 +550,7 @@ def test_what_failed_once_is_done_when_its_outputs_are_there(folder: Path) -> No
     segment(configuration)
     before = read_outcomes(folder / "out")["TS_1"]
     Ledger(folder / "out", "TS_1").append("outcome", **{**before, "status": "failed", "error": "x", "kind": "y"})
-    runner.segment(folder / "config.yaml", Console(quiet=True), device="cpu")
+    runner.segment({"": configuration}, Console(quiet=True), device="cpu")
     assert read_outcomes(folder / "out")["TS_1"] == before
 
 

@@ -321,7 +321,7 @@ def test_a_page_tells_of_tomograms_without_a_mask_and_of_the_time_of_the_predict
     assert page.rows["a"][-1] == "1 h 02 min"
     assert page.rows["b"][2] == "failed it has no lamella mask: b.mrc is damaged" and set(page.rows) == {"a", "b"}
     (tmp_path / "out" / "report.html").unlink()
-    report_again(tmp_path / "config.yaml", console)
+    report_again(configuration, console)
     assert Page(tmp_path / "out" / "report.html").rows == page.rows
 
 

@@ -20,10 +20,13 @@ import h5py
 import mrcfile
 import numpy as np
 import pytest
+import typer
 import yaml
+from typer.testing import CliRunner
 
-from cryosiam_dask.config import read_configuration, read_pipeline
-from cryosiam_dask.errors import Problems
+from cryosiam_dask.cli import app
+from cryosiam_dask.config import STAGES, read_configuration, read_model, read_models, read_pipeline
+from cryosiam_dask.errors import ConfigurationError, Problems
 from cryosiam_dask.ledger import Ledger
 from cryosiam_dask.overview import seconds_left, states
 
@@ -163,7 +166,7 @@ def test_a_scheduler_that_goes_away_leaves_what_was_done(tmp_path: Path, cluster
 
 
 def test_every_fault_of_a_pipeline_at_once(tmp_path: Path) -> None:
-    (tmp_path / "p.yaml").write_text("lamella: {}\n")
+    (tmp_path / "p.yaml").write_text("lamella: {}\nsemantic:\n")
     with pytest.raises(Problems, match=r"key semantic: a pipeline needs the keys of this model"):
         read_pipeline(tmp_path / "p.yaml")
     one = {"prediction_folder": "a", "trained_model": "m.ckpt", "data_folder": "d"}
@@ -180,6 +183,16 @@ def test_every_fault_of_a_pipeline_at_once(tmp_path: Path) -> None:
         read_pipeline(tmp_path / "p.yaml")
     text = str(error.value)
     assert all(f"key semantic.{key}:" in text for key in ("data_folder", "mask_folder", "prediction_folder"))
+    above = {"data_folder": "d", "file_extension": "mrc", "lamela": {}}
+    models = {name: {"prediction_folder": name, "trained_model": f"{name}.ckpt"} for name in STAGES}
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump({**above, **models}))
+    with pytest.raises(Problems) as error:  # each once, where it stands
+        read_pipeline(tmp_path / "p.yaml")
+    assert [problem.place.removeprefix(f"{tmp_path}/p.yaml, ") for problem in error.value.problems] == [
+        "key file_extension", "key lamela", "key data_folder", "lamella, key trained_model",
+        "semantic, key trained_model",
+    ]  # fmt: skip
+    assert "Did you mean lamella?" in str(error.value)
 
 
 def test_the_example_is_read() -> None:
@@ -187,6 +200,70 @@ def test_the_example_is_read() -> None:
     assert list(found) == ["lamella", "semantic"]
     assert found["semantic"].mask_folder == found["lamella"].prediction_folder
     assert found["lamella"].parameters.network.postprocessing
+
+
+def test_a_model_of_a_file_of_either_kind(tmp_path: Path) -> None:
+    stages = {name: {"prediction_folder": name, "trained_model": "m", "work_folder": "w"} for name in STAGES}
+    file = tmp_path / "p.yaml"
+
+    def write(*names: str) -> None:
+        file.write_text(yaml.safe_dump({"data_folder": "d", **{name: stages[name] for name in names}}))
+
+    write(*STAGES)
+    assert list(read_models(file)) == list(STAGES) and list(read_models(file, "lamella")) == [""]
+    last = read_model(file)
+    assert last == read_model(file, "semantic") == read_pipeline(file)["semantic"]
+    assert (last.mask_folder, last.work_folder, last.place) == (
+        Path("lamella"),
+        Path("w/semantic"),
+        f"{file}, semantic",
+    )
+    for name, remedy in (
+        ("Lamela", "Did you mean lamella"),
+        ("SEMANTIC", "Did you mean semantic"),
+        ("x", "Correct it"),
+    ):
+        with pytest.raises(ConfigurationError, match=rf"p.yaml, lamella or semantic; found {name}\. {remedy}"):
+            read_model(file, name)
+    for name in STAGES:  # of which one has been left out
+        write(name)
+        assert list(read_models(file)) == [""]
+        assert read_model(file).prediction_folder == read_model(file, name).prediction_folder == Path(name)
+        assert read_model(file).mask_folder is None
+    with pytest.raises(
+        ConfigurationError, match=r"one of the models in .*p.yaml, semantic; found lamella\. Correct it"
+    ):
+        read_model(file, "lamella")
+    file.write_text(yaml.safe_dump({"data_folder": "d", **stages["lamella"]}))
+    assert read_model(file).work_folder == Path("w")
+    with pytest.raises(ConfigurationError, match=r"option --model: is for files of several .*found lamella\. Leave it"):
+        read_model(file, "lamella")
+
+
+WITH_CONFIGURATION = [
+    name for name, command in typer.main.get_command(app).commands.items()  # type: ignore[attr-defined]
+    if any(param.name == "config_file" for param in command.params)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITH_CONFIGURATION)
+def test_every_command_takes_the_file_of_a_pipeline(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = {each: {"prediction_folder": f"out/{each}", "trained_model": "m"} for each in STAGES}
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump({"data_folder": "nowhere", "output_formats": ["mrc"], **models}))
+    monkeypatch.chdir(tmp_path)
+
+    def fails(*arguments: str) -> str:
+        result = CliRunner().invoke(app, [name, *arguments])
+        assert result.exit_code == 2 and not result.stdout, result.output
+        return result.stderr
+
+    assert "Did you mean lamella?" in fails("p.yaml", "--model", "lamela")
+    assert fails("p.yaml") == fails("--config-file", "p.yaml") == fails("--config_file=p.yaml")
+    assert "nowhere" in fails("p.yaml") or "out/semantic" in fails("p.yaml")
+    assert "nowhere" in fails("p.yaml", "--model=lamella") or "out/lamella" in fails("p.yaml", "--model=lamella")
+    for arguments in (("p.yaml", "q.yaml"), ("p.yaml", "--config-file", "q.yaml")):
+        assert "one configuration file is taken, not also" in " ".join(fails(*arguments).split())
+    assert "--config-file" in fails()
 
 
 # ----------------------------------------------------------------------------------------------------------- the status
