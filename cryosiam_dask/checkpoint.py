@@ -27,6 +27,7 @@ from torch import Tensor
 
 from cryosiam_dask.errors import CheckpointError
 from cryosiam_dask.network import Architecture, build_network
+from cryosiam_dask.published import nearest
 
 #: The parts of the network that prediction uses, and the prefix of each in a checkpoint.
 _PREFIXES = {
@@ -52,12 +53,15 @@ class Checkpoint:
         Weights for `load_state_dict` of the network that `build_network` makes of the architecture; float32.
     sha256
         Hash of the file, hexadecimal.
+    path
+        The file.
     """
 
     architecture: Architecture
     patch_size: tuple[int, ...]
     state: Mapping[str, Tensor] = field(repr=False, compare=False)
     sha256: str
+    path: Path
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -88,7 +92,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     }
     architecture = _architecture(path, parameters, state)
     patch_size = parameters.integers("config", "data.patch_size", architecture.spatial_dims)
-    return Checkpoint(architecture, patch_size, _fit(path, architecture, state), sha256)
+    return Checkpoint(architecture, patch_size, _fit(path, architecture, state), sha256, Path(path))
 
 
 #: What torch puts into the names of weights where a network was compiled or wrapped for training.
@@ -203,8 +207,12 @@ def _load(path: str | Path) -> tuple[Any, str]:
             file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
+        model = nearest(str(path)) if isinstance(error, FileNotFoundError) else None
         raise CheckpointError(
-            "the checkpoint must be a file that can be read", place=path, value=error.strerror, remedy=_REMEDY_PATH
+            "the checkpoint must be a file that can be read",
+            place=path,
+            value=error.strerror,
+            remedy=_REMEDY_PATH + (f", or to {model}, which is fetched then" if model else ""),
         ) from None
     try:
         with _UNPICKLER, torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():

@@ -26,14 +26,17 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PlainSerializer,
     PrivateAttr,
     Tag,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, Problems
 from cryosiam_dask.executor import patiently
+from cryosiam_dask.published import HubFile, parse
 
 #: Keys of CryoSiam's files that have no meaning here: devices are chosen by ``--device`` and ``--workers``, the
 #: number of classes is read from the checkpoint, and training and evaluation are not part of this program.
@@ -53,6 +56,18 @@ def _expanded(path: Path) -> Path:
 
 
 _Path = Annotated[Path, Field(strict=False), AfterValidator(_expanded)]
+
+
+def _model(value: Any) -> Path | HubFile:
+    found = parse(value) if isinstance(value, str) else value
+    if not isinstance(found, Path | HubFile):
+        raise ValueError("must be a path, or the name of a published model, written as text")
+    return _expanded(found) if isinstance(found, Path) else found
+
+
+_TrainedModel = Annotated[
+    Path | HubFile, BeforeValidator(_model), PlainSerializer(str), WithJsonSchema({"type": "string", "format": "path"})
+]
 
 
 def _scientific(value: Any) -> Any:
@@ -219,8 +234,9 @@ class Configuration(_Model):
     """Folder of the tomograms, denoised as the models expect them."""
     prediction_folder: Annotated[_Path, About("/data/dataset1/semantic")]
     """Folder of the outputs; made if it is missing."""
-    trained_model: Annotated[_Path, About("/data/models/semantic.ckpt")]
-    """Checkpoint of CryoSiam (`.ckpt`)."""
+    trained_model: Annotated[_TrainedModel, About("/data/models/semantic.ckpt")]
+    """Checkpoint of CryoSiam: a path (`.ckpt`); the name of a published model, such as `cryosiam_lamella` (the command
+    `models` lists them); or `hf://owner/repository/file`. The latter two are fetched once from the Hugging Face Hub."""
     mask_folder: Annotated[
         _Path | None, BeforeValidator(lambda value: value or None), About("/data/dataset1/lamella", model="semantic")
     ] = None
@@ -564,8 +580,8 @@ def _missing_paths(where: Callable[[str], str], values: dict[str, Any]) -> Itera
         if not isinstance(value, str) or not value:
             continue
         try:
-            there = Path(value).expanduser().exists()
-        except (OSError, RuntimeError):  # what is wrong with these is said elsewhere
+            there = (key == "trained_model" and isinstance(parse(value), HubFile)) or Path(value).expanduser().exists()
+        except (OSError, RuntimeError, ValueError):  # what is wrong with these is said elsewhere
             there = True
         if not there:
             yield ConfigurationError(

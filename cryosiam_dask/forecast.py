@@ -354,7 +354,7 @@ def _stage(plan: RunPlan, workers: int, memory_bytes: int | None, converted: Col
             f"checkpoint's own, {list(plan.patch)}"
         )
     return Forecast(
-        checkpoint=configuration.trained_model,
+        checkpoint=plan.checkpoint.path,
         checkpoint_sha256=plan.checkpoint.sha256,
         classes=plan.checkpoint.architecture.out_channels,
         patch=plan.patch,

@@ -48,6 +48,7 @@ from cryosiam_dask.network import peak_bytes, required_divisor, required_halo
 from cryosiam_dask.ome_zarr import SEGMENTATION, read_own_attributes
 from cryosiam_dask.predictor import PredictorSpec, default_threshold
 from cryosiam_dask.preview import preview_file, read_fingerprint
+from cryosiam_dask.published import locate
 from cryosiam_dask.tomogram_files import TomogramHeader, is_newer_in_part, is_zarr, source_content, source_identity
 
 #: Raised whenever a change of the code changes a result, so that outputs of before are not taken for done.
@@ -448,7 +449,7 @@ class RunPlan:
         """How a worker is to run the network on `device`."""
         data = self.configuration.parameters.data
         return PredictorSpec(
-            checkpoint=str(self.configuration.trained_model),
+            checkpoint=str(self.checkpoint.path),
             sha256=self.checkpoint.sha256,
             device=device,
             patch=self.patch,
@@ -534,7 +535,7 @@ def _plan_run(
     patch: tuple[int, ...] = ()
     threshold = 0.0
     try:
-        checkpoint = read_checkpoint(configuration.trained_model)
+        checkpoint = read_checkpoint(locate(configuration.trained_model))
         patch = _check_network(configuration, checkpoint, problems, notes)
         given = configuration.parameters.network.threshold
         threshold = default_threshold(checkpoint.architecture.out_channels) if given is None else given

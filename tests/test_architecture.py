@@ -16,7 +16,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 #: Everybody may use these; they use nothing of the package but each other.
 FOUNDATION = {"_version", "errors", "executor", "grid", "config", "ledger", "diagnosis", "json_values", "classes",
-              "folders", "run_log", "local_store"}  # fmt: skip
+              "folders", "run_log", "local_store", "published"}  # fmt: skip
 STAGES = {"mrc_to_zarr", "zarr_to_labels", "lamella", "components", "measurements", "centers", "labels_to_hdf5", "mask",
           "preview", "phantom", "timeline", "intensities", "tomogram_files",
           "ome_zarr", "formats"}  # fmt: skip
@@ -44,6 +44,7 @@ ONLY_IN = {
     "pandas": {"measurements", "centers"},
     "jinja2": {"report"},
     "starfile": {"centers"},
+    "huggingface_hub": {"published"},
     "typer": {"cli"},
 }
 
