@@ -483,6 +483,33 @@ def info(
 
 
 @app.command()
+def models(
+    fetch: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Fetch this model into the cache, for machines without a network; may be repeated."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List CryoSiam's published models, which trained_model takes by their names, and which of them are in the cache.
+
+    Example: cryosiam-dask models
+
+    Example: cryosiam-dask models --fetch cryosiam_lamella --fetch cryosiam_semantic_segmentation
+    """
+    with _plain_errors():
+        from cryosiam_dask import published
+
+        for model in [published.find(name.replace("-", "_")) for name in fetch or ()]:
+            published.fetch(model.source)
+        if as_json:
+            print(json.dumps([published.describe(name) for name in published.PUBLISHED], default=str, indent=1))
+        else:
+            print("\n".join(published.in_words(name) for name in published.PUBLISHED))
+
+
+@app.command()
 def convert(
     source: Annotated[
         Path,

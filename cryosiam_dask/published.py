@@ -13,9 +13,9 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cryosiam_dask.errors import CheckpointError
 
@@ -106,7 +106,7 @@ PUBLISHED: Mapping[str, PublishedModel] = {
     "cryosiam_denoising": PublishedModel(
         "cryosiam_denoising.ckpt",
         "denoising",
-        "Denoises tomograms reconstructed by weighted back-projection.",
+        "Denoises tomograms reconstructed by weighted back-projection, with 'cryosiam denoise_predict'.",
         contrast="dark on bright",
     ),
     "cryosiam_lamella": PublishedModel(
@@ -124,6 +124,21 @@ PUBLISHED: Mapping[str, PublishedModel] = {
         "Candidates of 13 complexes, whose centres semantic-to-centers lists.",
     ),
 }
+
+
+def find(name: str) -> PublishedModel:
+    """The published model of this name.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none.
+    """
+    if name in PUBLISHED:
+        return PUBLISHED[name]
+    near = nearest(name)
+    remedy = f"Did you mean {near}?" if near else f"The published ones are {', '.join(PUBLISHED)}"
+    raise CheckpointError("no published model has this name", place=name, remedy=remedy)
 
 
 def parse(text: str) -> Path | HubFile:
@@ -259,3 +274,33 @@ def locate(model: Path | HubFile) -> Path:
         See `fetch`.
     """
     return fetch(model) if isinstance(model, HubFile) else model
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What is known of a published model as plain values; ``None`` is what CryoSiam's pages do not say.
+
+    Returns
+    -------
+    dict
+        The attributes of `PublishedModel`, `name`, `source` (for ``trained_model``), `url`, and `path` in the cache.
+    """
+    model = find(name)
+    where = {"source": str(model.source), "url": model.source.url, "path": cached(model.source)}
+    return {"name": name, **asdict(model), **where}
+
+
+def in_words(name: str) -> str:
+    """The same as lines of text."""
+    about = describe(name)
+    names, voxels = about["class_names"], " × ".join(map(str, about["patch"]))
+    lines = [f"{about['task']}: {about['about']}"]
+    made_for = f"voxels of about {about['voxel_size_angstrom']:g} Å, {about['contrast']}"
+    if about["task"] != "denoising":
+        lines.append(f"classes: {', '.join(names) if names else 'CryoSiam does not document which label is which'}")
+        made_for += ", intensities {:g} to {:g}".format(*about["scaling"])
+    lines += [
+        f"made for: {made_for}; patches of {voxels} voxels",
+        f"in the cache: {about['path'] or 'no'}",
+        f"download: {about['url']}",
+    ]
+    return "\n".join((name, *(f"    {line}" for line in lines)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -151,6 +152,25 @@ def test_the_nearest_name_is_offered(tmp_path: Path) -> None:
 
 def test_the_table_names_files_as_they_are_published() -> None:
     assert all(model.file == f"{name}.ckpt" for name, model in PUBLISHED.items())
+
+
+def test_the_command_lists_and_fetches(hub: Hub, tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
+    command = [Path(sys.executable).with_name("cryosiam-dask"), "models"]
+
+    def call(*options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *options], env=environment, capture_output=True, text=True, check=False)
+
+    assert call().stdout.count("in the cache: no") == len(PUBLISHED)
+    assert hub.asked == []
+    done = call("--fetch", "cryosiam_lamella", "--json")
+    found = {model["name"]: model for model in json.loads(done.stdout)}
+    assert [name for name, model in found.items() if model["path"]] == ["cryosiam_lamella"]
+    assert Path(found["cryosiam_lamella"]["path"]).read_bytes() == CONTENT
+    assert found["cryosiam_semantic_segmentation"]["class_names"] is None  # not documented
+    done = call("--fetch", "cryosiam_semantic")
+    assert done.returncode == 2 and "Did you mean cryosiam_semantic_segmentation?" in done.stderr
+    assert done.stdout == "" and "Traceback" not in done.stderr
 
 
 def test_a_plan_with_a_model_of_the_hub(hub: Hub, tmp_path: Path) -> None:
