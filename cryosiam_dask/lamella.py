@@ -49,6 +49,49 @@ Corners: TypeAlias = NDArray[np.int64]  # (n, axes): voxels whose convex hull is
 
 
 @dataclass(frozen=True, slots=True)
+class Thickness:
+    """How thick a lamella is along z, in voxels, of the columns (y, x) that hold any of it.
+
+    It is measured along z, not across the faces: of a lamella that is tilted by α it is 1 / cos α times the distance of
+    these.
+
+    Attributes
+    ----------
+    mean, lowest, highest
+        Voxels of the lamella in a column.
+    """
+
+    mean: float
+    lowest: int
+    highest: int
+
+    @classmethod
+    def of(cls, columns: Sequence[int] | NDArray[np.int64]) -> Thickness | None:
+        """From how many columns hold 0, 1, 2 … voxels of the lamella; ``None`` if no column holds any.
+
+        >>> Thickness.of([7, 0, 1, 3])
+        Thickness(mean=2.75, lowest=2, highest=3)
+        """
+        counts = np.asarray(columns, np.int64).copy()
+        counts[0] = 0
+        held = np.flatnonzero(counts)
+        if not held.size:
+            return None
+        return cls(float(held @ counts[held] / counts.sum()), int(held[0]), int(held[-1]))
+
+    def words(self, nm: float | None) -> str:
+        """Say it in nm, where the edge of a voxel along z is known.
+
+        >>> Thickness(50.04, 7, 57).words(1.4)
+        'mean thickness 70.1 nm (9.8 to 79.8)'
+        >>> Thickness(50.04, 7, 57).words(None)
+        'mean thickness 50 voxels (7 to 57)'
+        """
+        numbers = [f"{voxels * (nm or 1):.3g}" for voxels in (self.mean, self.lowest, self.highest)]
+        return f"mean thickness {numbers[0]} {'nm' if nm else 'voxels'} ({numbers[1]} to {numbers[2]})"
+
+
+@dataclass(frozen=True, slots=True)
 class HalfSpaces:
     """A convex body in doubled voxel coordinates: the points p with ``normals @ p <= offsets``, exactly.
 

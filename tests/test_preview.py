@@ -62,9 +62,10 @@ def test_each_label_covers_its_area_in_the_three_slices(tmp_path: Path, volume: 
     zoom = 10  # 640 pixels for the longest axis of 64 voxels
     assert count(image, over_grey(1, 0.5)) == zoom**2 * (32 * 20 + 10 * 32 + 10 * 20)
     assert count(image, over_grey(2, 0.5)) == 0  # in none of the central slices
-    greys = zoom**2 * (64 * 40 + 20 * 64 + 20 * 40) - count(image, over_grey(1, 0.5))
+    # Of the slices across z and y there is a bare one beside it.
+    greys = zoom**2 * (2 * 64 * 40 + 20 * 64 + 2 * 20 * 40) - count(image, over_grey(1, 0.5))
     # All other voxels are grey but for the scale bar and its caption.
-    assert 0 <= greys - count(image, np.array([128, 128, 128])) < 200 * 40
+    assert 0 <= greys - count(image, np.array([128, 128, 128])) < 2 * 200 * 40
 
 
 def test_the_panels_stand_side_by_side_at_one_scale(tmp_path: Path, volume: Any) -> None:
@@ -92,8 +93,9 @@ def test_the_slices_are_the_right_ones_and_not_mirrored(tmp_path: Path) -> None:
     labels[2, 3, 16] = 3  # only in y-z
     write_preview(tmp_path / "a.png", tomogram, labels, limits=(0, 1))
     image, zoom = picture(tmp_path / "a.png"), 20
-    grey_rows, grey_columns = np.nonzero((image == 128).all(axis=2))
-    top, left = grey_rows.min(), grey_columns.min()
+    grey_rows, _ = np.nonzero((image == 128).all(axis=2))
+    with Image.open(tmp_path / "a.png") as stored:
+        left, top, *_ = json.loads(stored.info["panels"])[0]
 
     def corner(label: int) -> tuple[int, int]:
         rows, columns = np.nonzero(np.abs(image - over_grey(label, 0.5)).max(axis=2) <= 1)
@@ -170,10 +172,10 @@ def test_legend_and_title_make_room_for_themselves(tmp_path: Path, volume: Any) 
 def test_scale_bar(tmp_path: Path, voxel_size: float | None) -> None:
     tomogram = np.full((64, 64, 64), 0.5, np.float32)
     write_preview(tmp_path / "a.png", tomogram, tomogram > 1, limits=(0, 1), voxel_size_angstrom=voxel_size)
-    image = picture(tmp_path / "a.png")[:, 28 : 28 + 640]  # the column of the x-y panel
-    # 64 voxels of 1 nm: the bar is 20 nm or 20 voxels, 200 pixels, 4 of them high, between black edges.
+    image = picture(tmp_path / "a.png")[:, 28 : 28 + 576]  # the column of the bare x-y panel
+    # 64 voxels of 1 nm: the bar is 20 nm or 20 voxels, 180 pixels, 4 of them high, between black edges.
     white = (image == 255).all(axis=2) & np.roll((image != 255).any(axis=2), 1, axis=0).cumsum(axis=0).astype(bool)
-    runs = [row for row in white[100:760] if row.sum() == 200]
+    runs = [row for row in white[100:700] if row.sum() == 180]
     assert len(runs) == 4
 
 
@@ -277,15 +279,105 @@ def test_thickness_is_that_of_the_whole_volume(data: st.DataObject) -> None:
     seed, highest = data.draw(st.integers(0, 99)), data.draw(st.sampled_from([1, 3, 200]))
     labels = np.random.default_rng(seed).integers(0, highest + 1, shape).astype(np.uint8)
     labels[labels % 3 == 2] = 0
-    found = preview._thickness(
-        labels, preview.Blocks.of(labels, chunks), preview._Scale(shape, pixels, (1, 1, 1)), preview.SERIAL
-    )
+    mask = labels > 1
+    blocks, scale = preview.Blocks.of(labels, chunks), preview._Scale(shape, pixels, (1, 1, 1))
+    along = preview._along_z(labels, mask, blocks, scale, preview.SERIAL)
+    found = along.of_label
     bins = [min(n, p) for n, p in zip(shape, pixels, strict=True)]
     _, y, x = np.indices(shape)
     for label in range(1, highest + 1):
         expected = np.zeros(bins[1:], int)
         np.add.at(expected, (y[labels == label] * bins[1] // shape[1], x[labels == label] * bins[2] // shape[2]), 1)
         np.testing.assert_array_equal(found.get(label, np.zeros(bins[1:])), expected)
+    for axis, profile in enumerate(along.profiles):
+        others = tuple({0, 1, 2} - {axis})
+        np.testing.assert_array_equal(profile, np.count_nonzero(labels, axis=others))
+    columns = np.count_nonzero(labels, axis=0)
+    np.testing.assert_array_equal(along.columns, np.bincount(columns.ravel(), minlength=shape[0] + 1))
+    assert along.inside == mask.sum()
+
+
+# ----------------------------------------------------------------------------------------------- bare, lamella, truth
+
+
+def test_a_bare_slice_stands_beside_the_labels_and_the_truth_beside_both(tmp_path: Path, volume: Any) -> None:
+    tomogram, labels = volume
+    truth = np.roll(labels, 4, axis=2)
+    write_preview(tmp_path / "a.png", tomogram, labels, truth=truth, limits=(0, 1))
+    of_xy, _, of_xz, bare_xy, bare_xz, truth_xy, truth_xz, _ = panels(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        boxes = json.loads(image.info["panels"])
+    assert [boxes[n][1] for n in (3, 5)] == [boxes[0][1]] * 2  # in one row, from left to right
+    assert boxes[3][0] < boxes[0][0] < boxes[5][0]
+    for bare, drawn, true, area in ((bare_xy, of_xy, truth_xy, 32 * 20), (bare_xz, of_xz, truth_xz, 10 * 20)):
+        assert bare.shape == drawn.shape == true.shape
+        assert count(bare, over_grey(1, 0.5)) == 0
+        zoom = drawn.shape[1] // 40
+        assert count(drawn, over_grey(1, 0.5)) == count(true, over_grey(1, 0.5)) == zoom**2 * area
+    np.testing.assert_array_equal(np.roll(of_xz, 4 * zoom, axis=1), truth_xz)
+
+
+def wedge() -> np.ndarray:
+    """A lamella of 20 to 51 voxels along z, of which a corner is missing."""
+    z, y, x = np.indices((64, 32, 48))
+    return ((z >= 8) & (z < 28 + y) & ~((y < 4) & (x < 4))).astype(np.uint8)
+
+
+def test_a_lamella_is_drawn_as_an_outline_and_a_map_of_its_thickness(tmp_path: Path) -> None:
+    labels = wedge()
+    grey = np.full(labels.shape, 0.5, np.float32)
+    write_preview(tmp_path / "a.png", grey, labels, limits=(0, 1), as_lamella=True, voxel_size_angstrom=10)
+    _, of_yz, _, _, bare_xz, thickness = panels(tmp_path / "a.png")
+    zoom = thickness.shape[0] // 32
+    orange = count(of_yz, np.array(PALETTE[0]))
+    assert 2 * 4 * 32 * zoom <= orange < 0.2 * of_yz.shape[0] * of_yz.shape[1]  # a line at either face, no area
+    assert count(of_yz, over_grey(1, 0.5)) == 0 and count(bare_xz, np.array(PALETTE[0])) == 0
+    columns = thickness.reshape(32, zoom, 48, zoom, 3)
+    assert (np.ptp(columns, axis=(1, 3)) == 0).all()
+    columns = columns[:, 0, :, 0]
+    assert (columns[:4, :4] == 18).any() and (columns[:4, :4].max() < 30)  # nothing there
+    assert (np.ptp(columns[4:], axis=1) == 0).all()  # equally thick along x
+    light = columns[4:, 0] @ np.array([0.21, 0.72, 0.07])
+    assert (np.diff(light)[1:-1] > 0).all()  # the lighter the thicker
+
+
+def test_a_flat_lamella_looks_flat(tmp_path: Path) -> None:
+    labels = np.zeros((60, 32, 32), np.uint8)
+    labels[5:55], labels[5, ::2] = 1, 0  # 49 or 50 voxels
+    write_preview(tmp_path / "a.png", labels, labels, as_lamella=True)
+    *_, thickness = panels(tmp_path / "a.png")
+    assert 0 < np.ptp(thickness, axis=(0, 1)).max() < 30
+
+
+def test_slices_go_where_the_labels_are(volume: Any) -> None:
+    """Through the middle, unless there is next to nothing there."""
+    _, labels = volume
+
+    def positions(labels: np.ndarray) -> list[int]:
+        profiles = tuple(np.count_nonzero(labels, axis=axes) for axes in ((1, 2), (0, 2), (0, 1)))
+        return [plane.position for plane in preview._planes(labels.shape, True, profiles)]
+
+    assert positions(labels) == positions(labels * 0) == [10, 20, 32]
+    moved = np.zeros_like(labels)
+    moved[13:18, 2:9, 30:] = 1
+    assert positions(moved) == [13, 30, 8]  # the nearest of equals
+
+
+def test_what_was_cut_out_of_a_tomogram_tells_its_slices(
+    tmp_path: Path, volume: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    monkeypatch.setattr(preview, "_write", lambda pen, at, text, *rest, **options: written.append(text))
+    write_preview(tmp_path / "a.png", *volume, first=(100, 200, 300), voxel_size_angstrom=14.2, lamella=volume[1])
+    assert {"x–y at z = 110", "y–z at x = 320", "x–z at y = 232", "share of the lamella"} <= set(written)
+    assert "20 × 64 × 40 voxels of 14.2 Å (1.42 nm), from voxel (100, 200, 300) on" in written
+    assert "100 %" in written and "0.5 %" in written  # of 6,432 voxels 6,400 and 32
+
+
+def test_our_own_font_has_the_signs_of_the_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preview, "_OTHER_FONTS", ())
+    for text in ("80 × 112 × 112 voxels of 14 Å", "x–y", "Träger µm ± α°"):
+        assert preview._printable(text, 20)[0] == text
 
 
 # ------------------------------------------------------------------------------------------------- volumes of any shape
@@ -334,9 +426,11 @@ def test_large_slices_are_averaged_and_their_labels_are_not(tmp_path: Path) -> N
 def test_voxels_longer_along_z_are_drawn_so(tmp_path: Path) -> None:
     labels = np.zeros((10, 32, 64), np.uint8)
     write_preview(tmp_path / "a.png", labels, labels, voxel_size_angstrom=(30.0, 10.0, 10.01))
-    assert [p.shape[:2] for p in panels(tmp_path / "a.png")] == [(320, 641), (320, 300), (300, 641), (320, 641)]
+    shapes = [p.shape[:2] for p in panels(tmp_path / "a.png")]
+    assert shapes == [(320, 641), (320, 300), (300, 641), (320, 641), (300, 641), (320, 641)]
     write_preview(tmp_path / "a.png", labels, labels, voxel_size_angstrom=(None, 10.0, 10.0))
-    assert [p.shape[:2] for p in panels(tmp_path / "a.png")] == [(320, 640), (320, 100), (100, 640), (320, 640)]
+    shapes = [p.shape[:2] for p in panels(tmp_path / "a.png")]
+    assert shapes == [(320, 640), (320, 100), (100, 640), (320, 640), (100, 640), (320, 640)]
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1), (1, 2500), (3, 1, 2500), (2500, 1, 3), (2, 2, 2), (1, 300, 300)])
@@ -345,8 +439,8 @@ def test_every_shape_has_a_picture(tmp_path: Path, shape: tuple[int, ...]) -> No
     write_preview(
         tmp_path / "a.png", labels, labels, lamella=labels, voxel_size_angstrom=10, title="t", class_names=["", "one"]
     )
-    assert 150 < max(picture(tmp_path / "a.png").shape) < 2300
-    assert len(panels(tmp_path / "a.png")) == (4 if len(shape) == 3 else 1)
+    assert 150 < max(picture(tmp_path / "a.png").shape) < 2800
+    assert len(panels(tmp_path / "a.png")) == (6 if len(shape) == 3 else 2)
 
 
 def test_labels_of_other_programs(tmp_path: Path) -> None:
