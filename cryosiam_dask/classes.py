@@ -46,11 +46,20 @@ def class_names(configuration: Configuration, count: int) -> tuple[str, ...]:
     Parameters
     ----------
     configuration
-        Its key ``class_names`` names them; without it they are called ``"class 1"``, ``"class 2"`` and so on.
+        See `given_names`; without any they are called ``"class 1"``, ``"class 2"`` and so on.
     count
         Number of labels, without the background.
     """
-    return named(configuration.class_names, count)
+    return named(given_names(configuration), count)
+
+
+def given_names(configuration: Configuration) -> tuple[str, ...]:
+    """The names that a configuration gives to the labels from 1 on: those of its key ``class_names``.
+
+    Without that key the only label of a lamella model (``network.postprocessing``) is ``"lamella"``, and others have no
+    names.
+    """
+    return tuple(configuration.class_names or (("lamella",) if configuration.parameters.network.postprocessing else ()))
 
 
 def named(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
@@ -61,6 +70,15 @@ def named(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
     """
     given = tuple(names or ())[:count]
     return (*given, *(f"class {label}" for label in range(len(given) + 1, count + 1)))
+
+
+def counted(name: str, number: str) -> str:
+    """A class with its number of something.
+
+    >>> counted("membrane", "4"), counted("class 2", "4")
+    ('membrane 4', 'class 2: 4')
+    """
+    return f"{name}{':' if name[-1:].isdigit() else ''} {number}"
 
 
 def hexadecimal(colour: RGB) -> str:

@@ -21,7 +21,7 @@ import mrcfile
 import numpy as np
 import zarr
 
-from cryosiam_dask.classes import named
+from cryosiam_dask.classes import given_names, named
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.errors import CryosiamDaskError, LabelsError, OutputError, TomogramError, may_pass
 from cryosiam_dask.executor import SERIAL, Executor
@@ -283,7 +283,7 @@ def export_prediction(
         warnings += report.warnings
     stored = attributes.get("class_names") or ()
     count = max(len(stored), _highest(labels, executor))
-    attributes["class_names"] = list(named(configuration.class_names or stored, count))
+    attributes["class_names"] = list(named(given_names(configuration) or stored, count))
     write_other_formats(
         prediction.parent, stem, formats, labels, tomogram=tomogram, attributes=attributes, executor=executor
     )

@@ -14,7 +14,7 @@ they and the half-spaces between them are integers too, and what lies on a surfa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -79,16 +79,73 @@ class Thickness:
             return None
         return cls(float(held @ counts[held] / counts.sum()), int(held[0]), int(held[-1]))
 
-    def words(self, nm: float | None) -> str:
-        """Say it in nm, where the edge of a voxel along z is known.
+    def described(self, voxel_size_angstrom: Sequence[float | None] | None) -> dict[str, float | str]:
+        """The same in nm, or in voxels where the edge of a voxel along z, the first of three, is unknown.
 
-        >>> Thickness(50.04, 7, 57).words(1.4)
-        'mean thickness 70.1 nm (9.8 to 79.8)'
-        >>> Thickness(50.04, 7, 57).words(None)
-        'mean thickness 50 voxels (7 to 57)'
+        >>> Thickness(50, 7, 57).described((14, 14, 14))
+        {'mean': 70.0, 'lowest': 9.8, 'highest': 79.8, 'unit': 'nm'}
         """
-        numbers = [f"{voxels * (nm or 1):.3g}" for voxels in (self.mean, self.lowest, self.highest)]
-        return f"mean thickness {numbers[0]} {'nm' if nm else 'voxels'} ({numbers[1]} to {numbers[2]})"
+        edge = voxel_size_angstrom[0] if voxel_size_angstrom else None
+        numbers = (voxels * edge / 10 if edge else voxels for voxels in (self.mean, self.lowest, self.highest))
+        return {**dict(zip(("mean", "lowest", "highest"), numbers, strict=True)), "unit": "nm" if edge else "voxels"}
+
+
+def thickness_words(described: Mapping[str, float | str]) -> str:
+    """A thickness, as `Thickness.described` gives it, in words.
+
+    >>> thickness_words(Thickness(50, 7, 57).described(None))
+    'mean thickness 50 voxels (7 to 57)'
+    """
+    mean, lowest, highest = (f"{described[key]:.3g}" for key in ("mean", "lowest", "highest"))
+    return f"mean thickness {mean} {described['unit']} ({lowest} to {highest})"
+
+
+def stored_thickness(attributes: Mapping[str, Any]) -> dict[str, float | str]:
+    """What the attributes of a prediction tell of its thickness, as `Thickness.described`; empty if nothing."""
+    stored, size = attributes.get("thickness_voxels"), attributes.get("voxel_size_angstrom")
+    if not isinstance(stored, list | tuple) or len(stored) != 3 or not all(isinstance(n, int | float) for n in stored):
+        return {}
+    known = isinstance(size, list | tuple) and len(size) == 3 and isinstance(size[0], int | float)
+    return Thickness(stored[0], int(stored[1]), int(stored[2])).described(size if known else None)
+
+
+def count_columns(labels: ChunkedArray, *, executor: Executor = SERIAL) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Count the voxels of each label, and the columns along z by how many voxels of any label they hold.
+
+    Parameters
+    ----------
+    labels
+        (z, y, x), whole numbers from 0 to 255, 0 is background. They are read once, a block at a time.
+    executor
+        Runs the pieces, one for all blocks above each other.
+
+    Returns
+    -------
+    voxels : (256,)
+        Of each label.
+    columns : (z + 1,)
+        How many columns (y, x) hold 0, 1, 2 … voxels that are not background; see `Thickness.of`.
+    """
+    blocks = Blocks.of(labels)
+    where = [(y, x) for z, y, x in blocks.indices if z == 0]
+    voxels, columns = np.zeros(256, np.int64), np.zeros(blocks.shape[0] + 1, np.int64)
+    for of_labels, of_columns in executor.map(partial(_count_in_columns, labels, blocks), where, name="count"):
+        voxels += of_labels
+        columns += of_columns
+    return voxels, columns
+
+
+def _count_in_columns(
+    labels: ChunkedArray, blocks: Blocks, column: tuple[int, int]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    _, y, x = blocks.extent((0, *column))
+    voxels, held = np.zeros(256, np.int64), np.zeros((y, x), np.int64)
+    for z in range(blocks.counts[0]):
+        block = blocks.read(labels, (z, *column))
+        for label in range(int(block.max()) + 1):
+            voxels[label] += np.count_nonzero(block == label)
+        held += np.count_nonzero(block, axis=0)
+    return voxels, np.bincount(held.reshape(-1), minlength=blocks.shape[0] + 1)
 
 
 @dataclass(frozen=True, slots=True)

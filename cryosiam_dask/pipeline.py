@@ -25,12 +25,12 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
 import zarr
@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 
 from cryosiam_dask._version import __version__
 from cryosiam_dask.centers import collect_centers, labels_of, remove_outdated_centers, write_centers
+from cryosiam_dask.classes import counted, given_names, named
 from cryosiam_dask.components import ArrayModule, Blocks, ChunkedArray, remove_small, require_channel
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.diagnosis import blank as why_blank
@@ -91,7 +92,7 @@ from cryosiam_dask.labels_to_hdf5 import (
     write_hdf5,
     write_mrc,
 )
-from cryosiam_dask.lamella import postprocess_lamella
+from cryosiam_dask.lamella import Thickness, count_columns, postprocess_lamella, stored_thickness, thickness_words
 from cryosiam_dask.ledger import Claims, Ledger, boot_id, claim_path, open_claims, part_name, sweep_parts
 from cryosiam_dask.local_store import AnyDiskStore
 from cryosiam_dask.mask import open_mask
@@ -108,7 +109,7 @@ from cryosiam_dask.plan import (
     unreadable_folder,
     with_sizes,
 )
-from cryosiam_dask.preview import Sliceable, preview_file, read_fingerprint, write_preview
+from cryosiam_dask.preview import Sliceable, percentage, preview_file, read_fingerprint, write_preview
 from cryosiam_dask.progress import Reporter
 from cryosiam_dask.report import remember
 from cryosiam_dask.run_log import LOG, TOLD
@@ -153,6 +154,15 @@ class Outcome:
         Which of several models, where there are several.
     notes
         What was decided about the file.
+    class_names
+        Of the labels from 1 on.
+    lamella_voxels
+        Voxels of the lamella that the labels were looked for in; ``None`` where they were in the whole volume.
+    thickness
+        Of a lamella along z: ``mean``, ``lowest`` and ``highest`` of all columns (y, x) that hold any of it, and the
+        ``unit``, nm or voxels. Empty for other labels.
+    components
+        How many each class has, by its name, where they were numbered.
     """
 
     stem: str
@@ -166,6 +176,24 @@ class Outcome:
     kind: str = ""
     stage: str = ""
     notes: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
+    lamella_voxels: int | None = None
+    thickness: Mapping[str, float | str] = field(default_factory=dict)
+    components: Mapping[str, int] = field(default_factory=dict)
+
+    def found(self) -> list[str]:
+        """What was found, in words: a line for each class, one for the thickness and one for the components."""
+        total, lines = math.prod(self.shape), []
+        for name, voxels in zip(named(self.class_names, len(self.voxels) - 1), self.voxels[1:], strict=True):
+            shares = [f"{percentage(voxels / total)} of the {'volume' if len(self.shape) == 3 else 'image'}"]
+            if self.lamella_voxels:
+                shares.append(f"{percentage(voxels / self.lamella_voxels)} of the lamella")
+            lines.append(counted(name, f"{voxels:,} ({', '.join(shares)})"))
+        if self.thickness:
+            lines.append(thickness_words(self.thickness))
+        if self.components:
+            lines.append(f"components: {', '.join(counted(name, f'{n:,}') for name, n in self.components.items())}")
+        return lines
 
 
 def segment(
@@ -277,22 +305,17 @@ def _segment_all(
                 if job.stem == last.stem and plan is last_plan
                 else _workspace(plan.configuration, job.stem, say, guard)
             )
-            named = NamedExecutor(executor, plan.name) if plan.name else executor
+            own_name = NamedExecutor(executor, plan.name) if plan.name else executor
             with own as space:
                 _record_source(space.ledger, job.source)
                 try:
-                    voxels, warnings = _segment(
-                        plan, job, tomogram, report, sample, space, device, named, timeline, say
-                    )
+                    result = _segment(plan, job, tomogram, report, sample, space, device, own_name, timeline, say)
                 except (OSError, CryosiamDaskError):
                     raise
                 except Exception:  # of what nobody foresaw, damaged intermediate arrays may be the reason
                     _forget_damaged(plan, header.shape, space)
                     raise
-                outcome = Outcome(
-                    job.stem, "done", header.shape, time.time() - began, voxels, warnings, stage=plan.name,
-                    notes=header.notes,
-                )  # fmt: skip
+                outcome = replace(result, seconds=time.time() - began, stage=plan.name, notes=header.notes)
                 if plan is not last_plan:
                     _log_warnings(outcome)
                     guard()
@@ -460,8 +483,8 @@ def _segment(
     executor: Executor,
     timeline: bool,
     say: Callable[[str], None],
-) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """One tomogram through one model to its files; returns the voxels of each label, and warnings."""
+) -> Outcome:
+    """One tomogram through one model to its files."""
     configuration, network, header = plan.configuration, plan.configuration.parameters.network, report.header
     array_module: ArrayModule = "cupy" if device == "cuda" else "numpy"
     work = space.group
@@ -485,13 +508,18 @@ def _segment(
                 "The labels were left as they are. Lower network.threshold, and check trained_model"
             )
         labels = filled
-    voxels, removed, sizes = _count_voxels(labels, plan.labels, executor), None, removal_sizes(configuration)
+    removed, sizes = None, removal_sizes(configuration)
+    thick = network.postprocessing and labels.ndim == 3
+    voxels, thickness = _count_voxels(labels, plan.labels, executor, thick and not sizes)
     found_voxels = sum(voxels[1:])
     if sizes:
         labels, removed, voxels = _without_small(labels, voxels, sizes, work, executor, array_module)
+        if thick:
+            thickness = _count_voxels(labels, plan.labels, executor, thick)[1]
     data, mask = configuration.parameters.data, plan.mask_of(job, header.shape)
     seen = intensities(sample, data.min, data.max)
-    coverage = None if mask is None else _coverage(blocks, header.shape)
+    inside = None if mask is None else sum(block["inside"] for block in blocks)
+    coverage = None if inside is None else float(inside / math.prod(header.shape))
     blank = voxels[0] == math.prod(header.shape)
     found_before = plan.attention(
         header, seen, non_finite=report.statistics.non_finite, mask=mask, coverage=None if blank else coverage
@@ -499,7 +527,7 @@ def _segment(
     warnings = [*found_before, *warnings]
     if blank:
         warnings.append(_why_blank(plan, report, seen, found_voxels, blocks, coverage))
-    attributes = _attributes(plan, job, report, warnings) | {"voxels": voxels}
+    attributes = _attributes(plan, job, report, warnings) | _numbers(voxels, inside, thickness)
     if job.output.suffix == ".h5":
         internal = outputs if configuration.save_internal_files else {}
         write = partial(
@@ -526,11 +554,41 @@ def _segment(
     beside = Placed.of(tomogram, report)
     write_other_formats(folder, job.stem, formats, labels, tomogram=beside, attributes=attributes, executor=executor)
     probabilities = outputs.get("probabilities")
-    warnings += _update_components(
+    more, components = _update_components(
         configuration, job.stem, labels, probabilities, attributes, work, executor, array_module
     )
     _keep_for_the_report(configuration, job.stem)
-    return voxels, tuple(warnings)
+    return _outcome(job.stem, attributes, labels.shape, voxels, [*warnings, *more], components)
+
+
+def _numbers(voxels: Sequence[int], inside: int | None, thickness: Thickness | None) -> dict[str, Any]:
+    """Attributes of a prediction: the voxels of each label, those of its lamella, and how thick a lamella is."""
+    thick = None if thickness is None else (thickness.mean, thickness.lowest, thickness.highest)
+    return {"voxels": voxels, "lamella_voxels": inside, "thickness_voxels": thick}
+
+
+def _outcome(
+    stem: str,
+    attributes: Mapping[str, Any],
+    shape: Sequence[int],
+    voxels: Sequence[int] = (),
+    warnings: Sequence[str] = (),
+    components: Mapping[str, int] | None = None,
+) -> Outcome:
+    """What became of a tomogram whose prediction has these attributes."""
+    inside = attributes.get("lamella_voxels")
+    names = attributes.get("class_names")
+    return Outcome(
+        stem,
+        "done",
+        tuple(shape),
+        voxels=tuple(voxels),
+        warnings=tuple(warnings),
+        class_names=tuple(names) if isinstance(names, list | tuple) else (),
+        lamella_voxels=inside if isinstance(inside, int) else None,
+        thickness=stored_thickness(attributes) if voxels else {},
+        components=components or {},
+    )
 
 
 #: Errors of no tomogram, after which the same command goes on.
@@ -741,11 +799,18 @@ def _without_small(
     return kept, removed, tuple(left.tolist())
 
 
-def _count_voxels(labels: zarr.Array[Any], count: int, executor: Executor) -> tuple[int, ...]:
-    """Voxels of each label, of at least `count` labels."""
-    blocks = Blocks.of(labels)
-    voxels = np.sum(executor.map(partial(_count_block, labels, blocks), blocks.indices, name="count"), axis=0)
-    return tuple(voxels[: max(count, int(np.flatnonzero(voxels)[-1]) + 1)].tolist())
+def _count_voxels(
+    labels: zarr.Array[Any], count: int, executor: Executor, thick: bool = False
+) -> tuple[tuple[int, ...], Thickness | None]:
+    """Voxels of each label, of at least `count` labels, and where it is `thick` the thickness of all together."""
+    thickness = None
+    if thick:
+        voxels, columns = count_columns(labels, executor=executor)
+        thickness = Thickness.of(columns)
+    else:
+        blocks = Blocks.of(labels)
+        voxels = np.sum(executor.map(partial(_count_block, labels, blocks), blocks.indices, name="count"), axis=0)
+    return tuple(voxels[: max(count, int(np.flatnonzero(voxels)[-1]) + 1)].tolist()), thickness
 
 
 def _count_block(labels: zarr.Array[Any], blocks: Blocks, index: tuple[int, int, int]) -> NDArray[np.int64]:
@@ -783,11 +848,6 @@ def _why_blank(
         masked=masked,
         removed_voxels=found,
     )
-
-
-def _coverage(blocks: Sequence[Mapping[str, Any]], shape: Sequence[int]) -> float:
-    """Share of a tomogram inside its mask."""
-    return float(sum(block["inside"] for block in blocks) / math.prod(shape))
 
 
 def _attributes(plan: RunPlan, job: Job, report: IngestReport, warnings: Sequence[str]) -> dict[str, Any]:
@@ -843,7 +903,7 @@ def postprocess(
     """
     sizes = removal_sizes(configuration)
 
-    def act(path: Path, executor: Executor) -> Result:
+    def act(path: Path, executor: Executor) -> Outcome:
         with _work_group(configuration, _stem(path)) as work:
             return _postprocess_one(configuration, path, sizes, work, executor)
 
@@ -854,25 +914,29 @@ def postprocess(
 
 def _postprocess_one(
     configuration: Configuration, path: Path, sizes: Sequence[int], work: zarr.Group, executor: Executor
-) -> Result:
+) -> Outcome:
     stem, unfiltered = _stem(path), _read_unfiltered(path, work, executor)
-    voxels = _count_voxels(unfiltered, max(2, len(sizes)), executor)
+    voxels, _ = _count_voxels(unfiltered, max(2, len(sizes)), executor)
     labels, removed, voxels = _without_small(unfiltered, voxels, sizes, work, executor, "numpy")
+    thick = configuration.parameters.network.postprocessing and labels.ndim == 3
+    thickness = _count_voxels(labels, len(voxels), executor, thick)[1] if thick else None
     probabilities = _probabilities(path) if configuration.components else None
     if probabilities is not None:  # what the components would fail of, before anything is replaced
         require_channel(int(np.flatnonzero(voxels)[-1]), probabilities.shape[0])
-    attributes: dict[str, Any] = {"postprocessing_sizes": sizes, "voxels": voxels}
+    attributes: dict[str, Any] = {"postprocessing_sizes": sizes, **_numbers(voxels, None, thickness)}
     prediction = read_attributes(path).get("prediction_fingerprint")
     if prediction:
         attributes["fingerprint"] = with_sizes(prediction, sizes)
     write = partial(replace_labels, labels=labels, removed=removed, attributes=attributes)
     executor.map(write, [path], name="export")
     attributes = _written_attributes(configuration, path)
-    warnings = _update_components(configuration, stem, labels, _probabilities(path), attributes, work, executor)
+    warnings, components = _update_components(
+        configuration, stem, labels, _probabilities(path), attributes, work, executor
+    )
     warnings += _draw_again(configuration, stem, labels, attributes, work, executor)
     warnings += _update_formats(configuration, path, work, executor)
     _keep_for_the_report(configuration, stem)
-    return unfiltered.shape, voxels, tuple(warnings)
+    return _outcome(stem, attributes, unfiltered.shape, voxels, warnings, components)
 
 
 def measure(
@@ -919,10 +983,10 @@ def export(
         One for each prediction.
     """
 
-    def act(path: Path, executor: Executor) -> Result:
+    def act(path: Path, executor: Executor) -> Outcome:
         with _work_group(configuration, _stem(path)) as work:
             warnings = export_prediction(configuration, path, formats, work=work, executor=executor)
-        return open_dataset(path, "labels").shape, (), warnings
+        return Outcome(_stem(path), "done", open_dataset(path, "labels").shape, warnings=warnings)
 
     return _each(predictions, reporter, act, executor)
 
@@ -955,7 +1019,7 @@ def list_centers(
     folder = configuration.prediction_folder
     smallest = configuration.parameters.network.min_voxels if min_voxels is None else min_voxels
 
-    def act(path: Path, executor: Executor) -> Result:
+    def act(path: Path, executor: Executor) -> Outcome:
         labels, probabilities = _written_labels(path), _probabilities(path)
         attributes = _written_attributes(configuration, path)
         counts = write_centers(
@@ -970,8 +1034,10 @@ def list_centers(
             tilt_series_pattern=configuration.tilt_series_pattern,
             executor=executor,
         )
-        reporter.say(f"particles: {', '.join(f'{n} of class {label}' for label, n in counts.items())}")
-        return labels.shape, (), tuple(_unknown_voxel_size(attributes))
+        names = named(attributes.get("class_names"), max(counts, default=0))
+        numbers = [counted(names[label - 1], f"{n:,}") for label, n in counts.items()]
+        reporter.say(f"particles: {', '.join(numbers)}")
+        return Outcome(_stem(path), "done", labels.shape, warnings=tuple(_unknown_voxel_size(attributes)))
 
     outcomes = _each(predictions, reporter, act, executor)
     _collect_centers(configuration, outcomes, reporter.say)
@@ -1005,13 +1071,10 @@ _OUTDATED_LISTS = (
 )
 
 
-Result: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]  # shape, voxels of each label, warnings
-
-
 def _each(
     predictions: Sequence[Path],
     reporter: Reporter,
-    act: Callable[[Path, Executor], Result],
+    act: Callable[[Path, Executor], Outcome],
     executor: SharedExecutor,
 ) -> list[Outcome]:
     """Do something with each written prediction; those that another run works on come later."""
@@ -1043,7 +1106,7 @@ _LOOK = 1.0
 
 
 def _attempt(
-    path: Path, reporter: Reporter, work: Callable[[Executor], Result], executor: SharedExecutor, claims: Claims
+    path: Path, reporter: Reporter, work: Callable[[Executor], Outcome], executor: SharedExecutor, claims: Claims
 ) -> Outcome | None:
     """What became of work on the written prediction `path`; ``None`` where another run works on it."""
     stem, began, claim = _stem(path), time.time(), claim_path(path.parent, _stem(path))
@@ -1059,8 +1122,8 @@ def _attempt(
         reporter.begin(stem)
         begun = True
         own = GuardedExecutor(executor.share(stem, 0, partial(reporter.step, stem)), guard)
-        shape, voxels, warnings = patiently(partial(work, own), guard)
-        outcome = _log_warnings(Outcome(stem, "done", shape, time.time() - began, voxels, warnings))
+        outcome = replace(patiently(partial(work, own), guard), seconds=time.time() - began)
+        _log_warnings(outcome)
         reporter.end(stem, f"done in {outcome.seconds:.0f} s, {path.parent}")
     except TakenOver:
         return None
@@ -1076,16 +1139,18 @@ def _attempt(
     return outcome
 
 
-def measure_one(configuration: Configuration, path: Path, executor: Executor) -> Result:
+def measure_one(configuration: Configuration, path: Path, executor: Executor) -> Outcome:
     """Number and measure the components of one written prediction."""
     stem, labels = _stem(path), _written_labels(path)
     with _work_group(configuration, stem) as work:
         attributes, probabilities = _written_attributes(configuration, path), _probabilities(path)
-        warnings = _update_components(configuration, stem, labels, probabilities, attributes, work, executor)
+        warnings, components = _update_components(
+            configuration, stem, labels, probabilities, attributes, work, executor
+        )
         if not attributes.get("fingerprint"):
             warnings += _draw_again(configuration, stem, labels, attributes, work, executor)
     _keep_for_the_report(configuration, stem)
-    return labels.shape, (), tuple(warnings)
+    return _outcome(stem, attributes, labels.shape, (), warnings, components)
 
 
 def complete(plan: RunPlan, job: Job, executor: Executor) -> Outcome:
@@ -1112,10 +1177,12 @@ def complete(plan: RunPlan, job: Job, executor: Executor) -> Outcome:
 
 def _complete(plan: RunPlan, job: Job, executor: Executor) -> Outcome:
     configuration, warnings, began = plan.configuration, list[str](), time.time()
+    components: Mapping[str, int] = {}
     if not plan.outdated(job):
         return Outcome(job.stem, "skipped", stage=plan.name)
     if not components_done(job.components, job.fingerprint, plan.class_names):
-        warnings += measure_one(configuration, job.output, executor)[2]
+        measured = measure_one(configuration, job.output, executor)
+        warnings, components = [*measured.warnings], measured.components
     if not preview_done(configuration, job):
         labels, attributes = _written_labels(job.output), _written_attributes(configuration, job.output)
         with _work_group(configuration, job.stem) as work:
@@ -1128,9 +1195,11 @@ def _complete(plan: RunPlan, job: Job, executor: Executor) -> Outcome:
         shutil.rmtree(folder, ignore_errors=True)
     forget_failure(Ledger(configuration.prediction_folder, job.stem))
     _keep_for_the_report(configuration, job.stem)
-    shape = _written_labels(job.output).shape
-    seconds = time.time() - began
-    return _log_warnings(Outcome(job.stem, "done", shape, seconds, (), tuple(warnings), stage=plan.name))
+    outcome = Outcome(
+        job.stem, "done", _written_labels(job.output).shape, time.time() - began, warnings=tuple(warnings),
+        stage=plan.name, components=components,
+    )  # fmt: skip
+    return _log_warnings(outcome)
 
 
 def forget_failure(ledger: Ledger) -> None:
@@ -1162,7 +1231,8 @@ def _update_formats(configuration: Configuration, path: Path, work: zarr.Group, 
 def _written_attributes(configuration: Configuration, path: Path) -> dict[str, Any]:
     """Attributes of a written prediction, with the names that its classes have now."""
     attributes = written_attributes(configuration, path, patient=True)
-    return attributes | ({"class_names": list(configuration.class_names)} if configuration.class_names else {})
+    names = given_names(configuration)
+    return attributes | ({"class_names": list(names)} if names else {})
 
 
 #: What the file of components says of its tomogram and of the labels that it was made from.
@@ -1178,8 +1248,11 @@ def _update_components(
     work: zarr.Group,
     executor: Executor,
     array_module: ArrayModule = "numpy",
-) -> list[str]:
-    """Write the components of new labels, or remove those of earlier ones; returns what needs attention."""
+) -> tuple[list[str], dict[str, int]]:
+    """Write the components of new labels, or remove those of earlier ones.
+
+    Returns what needs attention, and how many components each class has.
+    """
     folder = configuration.prediction_folder
     outdated, warnings = remove_outdated(folder, stem, attributes.get("fingerprint")), list[str]()
     prediction = folder / f"{stem}_preds.h5"
@@ -1191,10 +1264,10 @@ def _update_components(
                 "its components were those of other labels and have been removed. Set components: True, or run "
                 "'cryosiam-dask components', to make them again"
             )
-        return warnings
+        return warnings, {}
     inherited = {name: attributes[name] for name in _INHERITED if attributes.get(name) is not None}
     inherited["software"] = f"cryosiam_dask {__version__}"
-    write_components(
+    components = write_components(
         folder,
         stem,
         labels,
@@ -1204,7 +1277,9 @@ def _update_components(
         executor=executor,
         array_module=array_module,
     )
-    return warnings + _unknown_voxel_size(inherited)
+    counts = np.bincount(components.classes, minlength=1)[1:].tolist()
+    names = named(attributes.get("class_names"), len(counts))
+    return warnings + _unknown_voxel_size(inherited), {name: n for name, n in zip(names, counts, strict=True) if n}
 
 
 def _draw(
@@ -1227,8 +1302,10 @@ def _draw(
         tomogram,
         labels,
         voxel_size_angstrom=attributes.get("voxel_size_angstrom"),
-        class_names=("", *(configuration.class_names or ())),
+        class_names=("", *(attributes.get("class_names") or ())),
         lamella=mask,
+        lamella_voxels=attributes.get("lamella_voxels"),
+        as_lamella=configuration.parameters.network.postprocessing,
         title=stem,
         fingerprint=attributes.get("fingerprint") or "",
         executor=executor,

@@ -41,7 +41,7 @@ from cryosiam_dask.classes import COLOURS, named
 from cryosiam_dask.components import Blocks, Index
 from cryosiam_dask.executor import SERIAL, Executor
 from cryosiam_dask.folders import real
-from cryosiam_dask.lamella import Thickness
+from cryosiam_dask.lamella import Thickness, thickness_words
 from cryosiam_dask.ledger import part_name
 
 PALETTE = COLOURS  # label 1 has the first
@@ -289,11 +289,10 @@ def write_preview(
     panels = [*drawn, *bare, *right]
     if not volume and _stacked(shape):
         panels = [replace(panel, column=0, row=panel.column) for panel in panels]
-    of_z = size[0] / 10 if size and volume else None
     colour_bar = None
     if volume and as_lamella:
-        thickness, colour_bar = _thickness_map(along, scale, of_z)
-        caption = f"thickness along z, {'nm' if of_z else 'voxels'}" if colour_bar else "no lamella"
+        thickness, colour_bar = _thickness_map(along, scale, size[0] if size else None)
+        caption = f"thickness along z, {'nm' if size else 'voxels'}" if colour_bar else "no lamella"
         panels.append(_Panel(caption, drawn[1].column + 1, 0, thickness))
     elif volume:
         picture = Image.fromarray(_along_z_picture(along.of_label, scale))
@@ -604,7 +603,7 @@ def _along_column(
         block = blocks.read(labels, (z, *column))  # type: ignore[arg-type]
         of_z[blocks.slices((z, *column))[0]] = np.count_nonzero(block, axis=(1, 2))
         if lamella is not None:
-            inside += np.count_nonzero(blocks.read(lamella, (z, *column)))  # type: ignore[arg-type]
+            inside += int(np.count_nonzero(blocks.read(lamella, (z, *column))))  # type: ignore[arg-type]
         highest = int(block.max())
         for label in range(1, highest + 1) if highest <= 20 else np.unique(block[block > 0]).tolist():
             of_class = block == label
@@ -618,7 +617,7 @@ def _along_column(
     for label, voxels in counts.items():
         binned = np.add.reduceat(voxels, _bins(rows, 1, scale)[1], axis=0)
         counts[label] = np.add.reduceat(binned, _bins(cols, 2, scale)[1], axis=1)
-    return _Along(counts, (of_z, together.sum(axis=1), together.sum(axis=0)), columns, int(inside))
+    return _Along(counts, (of_z, together.sum(axis=1), together.sum(axis=0)), columns, inside)
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -681,8 +680,8 @@ class _ColourBar:
     words: str
 
 
-def _thickness_map(along: _Along, scale: _Scale, of_z: float | None) -> tuple[Image.Image, _ColourBar | None]:
-    """A map of how many voxels with a label lie along z, and what its colours mean; `of_z` is a voxel's edge in nm."""
+def _thickness_map(along: _Along, scale: _Scale, edge: float | None) -> tuple[Image.Image, _ColourBar | None]:
+    """A map of how many voxels with a label lie along z, and what its colours mean; `edge` is a voxel's in Å."""
     thickness = Thickness.of(along.columns)
     picture = np.full((scale.pixels[1], scale.pixels[2], 3), _DARK, np.float32)
     if thickness is None:
@@ -699,9 +698,9 @@ def _thickness_map(along: _Along, scale: _Scale, of_z: float | None) -> tuple[Im
     steps = np.linspace(0, 1, len(_THICKNESS))
     colours = np.stack([np.interp(level, steps, channel) for channel in np.array(_THICKNESS).T], axis=2)
     picture = np.where((shown > 0)[:, :, None], colours, picture)
-    unit = of_z or 1.0
-    ends = [f"{n * unit:.3g}" for n in (low, high)]
-    return Image.fromarray(picture.round().astype(np.uint8)), _ColourBar(*ends, thickness.words(of_z))
+    ends = [f"{n * edge / 10 if edge else n:.3g}" for n in (low, high)]
+    words = thickness_words(thickness.described((edge,)))
+    return Image.fromarray(picture.round().astype(np.uint8)), _ColourBar(ends[0], ends[1], words)
 
 
 def _subtitle(shape: Sequence[int], size: tuple[float, ...] | None, first: Sequence[int] | None) -> str:

@@ -332,7 +332,7 @@ def test_components_and_particle_lists(predicted: Path) -> None:
     with h5py.File(folder / "out" / "TS_1_components.h5") as file:
         assert file["instances"][:].max() == sum(row["tomogram"] == "TS_1" for row in rows)
     arguments = ("--config_file=config.yaml", "--min_voxels=2", "--erode", "--workers=1", "--filename=TS_1.mrc")
-    assert "of class 1" in call("semantic_to_centers", *arguments, folder=folder)
+    assert "particles: class 1: " in call("semantic_to_centers", *arguments, folder=folder)
     names = {path.name for path in (folder / "out").glob("*.star")}
     assert {"TS_1_class1_centers.star", "class1_centers.star"} <= names and not any("TS_0" in name for name in names)
     output = call("components", "--config-file", "config.yaml", "--filename", "TS_9.mrc", folder=folder, status=2)
