@@ -169,6 +169,7 @@ def _compare(folder: Path, console: Console) -> None:
                 voxel_size_angstrom=float(semantic.attrs["voxel_size_angstrom"][-1]),
                 class_names=CLASS_NAMES,
                 lamella=lamella["labels"],
+                truth=truth["labels"],
                 title=stem,
             )
     (folder / "dice.json").write_text(json.dumps(scores, indent=2) + "\n")

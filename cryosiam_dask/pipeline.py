@@ -181,14 +181,17 @@ class Outcome:
     thickness: Mapping[str, float | str] = field(default_factory=dict)
     components: Mapping[str, int] = field(default_factory=dict)
 
-    def found(self) -> list[str]:
-        """What was found, in words: a line for each class, one for the thickness and one for the components."""
+    def found(self, brief: bool = False) -> list[str]:
+        """What was found, in words: a line for each class, one for the thickness and one for the components.
+
+        `brief` lines tell one share of each class, of the lamella where there is one, and no voxels.
+        """
         total, lines = math.prod(self.shape), []
         for name, voxels in zip(named(self.class_names, len(self.voxels) - 1), self.voxels[1:], strict=True):
             shares = [f"{percentage(voxels / total)} of the {'volume' if len(self.shape) == 3 else 'image'}"]
             if self.lamella_voxels:
                 shares.append(f"{percentage(voxels / self.lamella_voxels)} of the lamella")
-            lines.append(counted(name, f"{voxels:,} ({', '.join(shares)})"))
+            lines.append(counted(name, shares[-1] if brief else f"{voxels:,} ({', '.join(shares)})"))
         if self.thickness:
             lines.append(thickness_words(self.thickness))
         if self.components:

@@ -738,21 +738,25 @@ def _number(count: int, thing: str) -> str:
     return f"{count} {thing}{'s' * (count != 1)}"
 
 
+_FOR_ALL = 125  # columns of a terminal that hold a table with all that is known
+
+
 def print_table(console: Console, outcomes: Sequence[Outcome]) -> None:
     """Print what became of every tomogram, and after it what needs attention."""
     several = any(outcome.stage for outcome in outcomes)
-    model = ("model",) if several else ()
-    table = Table("tomogram", *model, "status", "shape (z, y, x)", "seconds", "voxels of each label, from 0")
+    wide = console if console.is_terminal else Console(emoji=False, file=console.file, width=160, quiet=console.quiet)
+    brief = wide.width < _FOR_ALL
+    model, shape = ("model",) if several else (), () if brief else ("shape (z, y, x)",)
+    table = Table("tomogram", *model, "status", *shape, "seconds", "found")
     for outcome in outcomes:
         table.add_row(
             escape(outcome.stem),
             *((outcome.stage,) if several else ()),
             outcome.status,
-            " × ".join(map(str, outcome.shape)),
+            *(() if brief else (" × ".join(map(str, outcome.shape)),)),
             f"{outcome.seconds:.1f}" if outcome.seconds else "",
-            "  ".join(f"{n:,}" for n in outcome.voxels),
+            escape("\n".join(outcome.found(brief))),
         )
-    wide = console if console.is_terminal else Console(emoji=False, file=console.file, width=160, quiet=console.quiet)
     wide.print(table)
     for outcome in outcomes:
         for warning in outcome.warnings:

@@ -19,7 +19,14 @@ from cryosiam_dask import lamella as module
 from cryosiam_dask.components import Blocks
 from cryosiam_dask.errors import LabelsError
 from cryosiam_dask.executor import SERIAL
-from cryosiam_dask.lamella import half_spaces, postprocess_lamella
+from cryosiam_dask.lamella import (
+    Thickness,
+    count_columns,
+    half_spaces,
+    postprocess_lamella,
+    stored_thickness,
+    thickness_words,
+)
 
 
 @pytest.fixture
@@ -248,3 +255,39 @@ def test_a_gpu_gives_the_golden_mask(small_blocks):
 
 def test_the_examples_in_the_docstrings():
     assert doctest.testmod(module).failed == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ thickness
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(*[st.integers(1, 20)] * 3), chunks=st.tuples(*[st.integers(1, 9)] * 3), seed=st.integers(0, 99),
+    density=st.floats(0, 1),
+)  # fmt: skip
+def test_the_thickness_is_that_of_the_whole_volume(
+    shape: tuple[int, int, int], chunks: tuple[int, int, int], seed: int, density: float
+) -> None:
+    labels = (np.random.default_rng(seed).random(shape) < density).astype(np.uint8)
+    stored = zarr.create_array({}, shape=shape, chunks=chunks, dtype="u1")
+    stored[:] = labels
+    voxels, columns = count_columns(stored)
+    assert voxels.tolist() == np.bincount(labels.ravel(), minlength=256).tolist()
+    held = np.count_nonzero(labels, axis=0)
+    held = held[held > 0]
+    found = Thickness.of(columns)
+    if not held.size:
+        assert found is None
+    else:
+        assert found == Thickness(pytest.approx(held.mean()), held.min(), held.max())
+
+
+def test_thickness_in_attributes() -> None:
+    assert stored_thickness({"thickness_voxels": [50.0, 7, 57], "voxel_size_angstrom": [20, 10, 10]}) == {
+        "mean": 100.0, "lowest": 14.0, "highest": 114.0, "unit": "nm",
+    }  # fmt: skip
+    for size in (None, [None, 10, 10], "ten", 10.0):
+        found = stored_thickness({"thickness_voxels": [50.5, 7, 57], "voxel_size_angstrom": size})
+        assert thickness_words(found) == "mean thickness 50.5 voxels (7 to 57)"
+    for odd in (None, 5, [1, 2], ["a", "b", "c"]):
+        assert stored_thickness({"thickness_voxels": odd}) == {}

@@ -33,7 +33,7 @@ from cryosiam_dask.pipeline import Outcome, _work_group, export, find_prediction
 from cryosiam_dask.pipeline import postprocess as postprocess_files
 from cryosiam_dask.pipeline import segment as segment_one
 from cryosiam_dask.plan import plan_run
-from cryosiam_dask.preview import preview_file, read_fingerprint, write_preview
+from cryosiam_dask.preview import percentage, preview_file, read_fingerprint, write_preview
 
 SHAPE = (24, 20, 22)
 LEDGER = [".ledger", *(f".ledger/{stem}.jsonl" for stem in ("TS_1", "TS_2_9.96Apx", "TS_3"))]
@@ -316,6 +316,20 @@ def test_no_lamella_keeps_the_thresholded_labels_and_warns(folder: Path) -> None
     np.testing.assert_array_equal(labels(folder), thresholded)
 
 
+def test_a_lamella_is_called_so_and_its_thickness_is_told(folder: Path) -> None:
+    outcomes = segment(configure(folder, {"threshold": 0.3, "postprocessing": True}))
+    outcome, found = outcomes["TS_2_9.96Apx"], labels(folder, "TS_2_9.96Apx")
+    assert outcome.class_names[0] == "lamella"
+    held = np.count_nonzero(found, axis=0)
+    held = held[held > 0]
+    assert [outcome.thickness[key] for key in ("mean", "lowest", "highest")] == pytest.approx(
+        [0.996 * n for n in (held.mean(), held.min(), held.max())], rel=1e-5
+    )
+    assert outcome.thickness["unit"] == "nm" and "mean thickness" in " ".join(outcome.found())
+    with h5py.File(folder / "out" / "TS_2_9.96Apx_preds.h5") as file:
+        np.testing.assert_allclose(file.attrs["thickness_voxels"], [held.mean(), held.min(), held.max()])
+
+
 @pytest.mark.parametrize("work", [None, "work"])
 def test_work_store_is_removed_or_kept(folder: Path, work: str | None) -> None:
     place = folder / (work or "out")
@@ -432,7 +446,14 @@ def test_pictures_show_tomogram_labels_and_mask(folder: Path) -> None:
     for stem in STEMS:
         with h5py.File(folder / "masks" / f"{stem}_preds.h5", "w") as file:
             file["labels"] = mask
-    segment(configure(folder, mask_folder=str(folder / "masks"), class_names=["membrane", "actin"]))
+    outcome = segment(configure(folder, mask_folder=str(folder / "masks"), class_names=["membrane", "actin"]))["TS_1"]
+    membrane = np.count_nonzero(labels(folder) == 1)
+    assert outcome.lamella_voxels == mask.sum() and outcome.class_names == ("membrane", "actin")
+    shares = [
+        f"{percentage(membrane / n)} of the {what}" for n, what in ((mask.size, "volume"), (mask.sum(), "lamella"))
+    ]
+    assert outcome.found()[0] == f"membrane {membrane:,} ({', '.join(shares)})"
+    assert outcome.found(brief=True)[0] == f"membrane {shares[1]}"
     with mrcfile.open(folder / "data" / "TS_2_9.96Apx.mrc") as mrc:
         write_preview(
             folder / "expected.png",
@@ -450,6 +471,7 @@ def test_pictures_show_tomogram_labels_and_mask(folder: Path) -> None:
         np.testing.assert_array_equal(np.asarray(expected), np.asarray(found))
     with h5py.File(folder / "out" / "TS_2_9.96Apx_preds.h5") as file:
         assert file.attrs["voxels"].tolist() == np.bincount(file["labels"][:].ravel(), minlength=3).tolist()
+        assert file.attrs["lamella_voxels"] == mask.sum() and "thickness_voxels" not in file.attrs
     assert len(set(fingerprints(folder))) == 1
 
 
@@ -630,6 +652,8 @@ def test_components_in_the_run_and_after_it_are_the_same(folder: Path) -> None:
     ]
     found = instances(folder, "TS_2_9.96Apx")
     table = pandas.read_parquet(folder / "out" / "components.parquet")
+    counts = table[table["tomogram"] == "TS_1"]["class_name"].value_counts()
+    assert outcomes["TS_1"].components == counts.to_dict() and outcomes["TS_1"].found()[-1].startswith("components: ")
     own = table[table["tomogram"] == "TS_2_9.96Apx"]
     assert set(table["tomogram"]) == set(STEMS) and len(own) == found.max() and (own["voxels"] > 5).all()
     np.testing.assert_array_equal(found > 0, labels(folder, "TS_2_9.96Apx") > 0)
@@ -650,6 +674,7 @@ def test_components_in_the_run_and_after_it_are_the_same(folder: Path) -> None:
     configuration = configure(folder)
     outcomes = {o.stem: o for o in measure(configuration, find_predictions(configuration), Listener())}
     assert {o.status for o in outcomes.values()} == {"done"} and outcomes["TS_1"].shape == SHAPE
+    assert outcomes["TS_1"].components == counts.to_dict()
     assert {path: path.read_bytes() for path in before} == before
     np.testing.assert_array_equal(instances(folder, "TS_2_9.96Apx"), found)
 

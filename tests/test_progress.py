@@ -109,13 +109,42 @@ def test_reporter_fits_the_console() -> None:
 def test_table_names_what_needs_attention() -> None:
     file = io.StringIO()
     outcomes = [
-        Outcome("TS_1", "done", (464, 960, 928), 12.34, (413_000_000, 358_720), ("no lamella found",)),
+        Outcome(
+            "TS_1",
+            "done",
+            (464, 960, 928),
+            12.34,
+            (413_000_000, 358_720, 5),
+            ("no lamella found",),
+            class_names=("[b]membrane",),
+            lamella_voxels=400_000_000,
+            components={"[b]membrane": 1234, "class 2": 1},
+            thickness={"mean": 150.04, "lowest": 3, "highest": 180.5, "unit": "nm"},
+        ),
         Outcome("TS_2", "failed", error="TS_2.mrc: the file is cut short."),
         Outcome("TS_3[bin4]", "skipped"),
     ]
     print_table(Console(file=file), outcomes)
     text = file.getvalue()
-    assert re.search(r"TS_1\W+done\W+464 × 960 × 928\W+12\.3\W+413,000,000  358,720", text)
+    lines = text.splitlines()
+    first = next(n for n, line in enumerate(lines) if "TS_1" in line)
+    assert re.search(r"TS_1\W+done\W+464 × 960 × 928\W+12\.3\W+\[b\]membrane", lines[first])
+    for line, found in zip(
+        lines[first:],
+        (
+            "[b]membrane 358,720 (0.087 % of the volume, 0.09 % of the lamella)",
+            "class 2: 5 (<0.01 % of the volume, <0.01 % of the lamella)",
+            "mean thickness 150 nm (3 to 180)",
+            "components: [b]membrane 1,234, class 2: 1",
+        ),
+        strict=False,
+    ):
+        assert found in line
     assert "attention, TS_1: no lamella found" in text
     assert "failed, TS_2: TS_2.mrc: the file is cut short." in text
     assert "TS_3[bin4]" in text and "skipped" in text
+    file = io.StringIO()
+    print_table(Console(file=file, force_terminal=True, width=80, emoji=False), outcomes)
+    narrow = file.getvalue()
+    assert "[b]membrane 0.09 % of the lamella" in narrow and "358,720" not in narrow
+    assert max(map(len, re.sub(r"\x1b\[[0-9;]*m", "", narrow).splitlines()[:8])) <= 80
