@@ -187,7 +187,7 @@ class Outcome:
         `brief` lines tell one share of each class, of the lamella where there is one, and no voxels.
         """
         total, lines = math.prod(self.shape), []
-        for name, voxels in zip(named(self.class_names, len(self.voxels) - 1), self.voxels[1:], strict=True):
+        for name, voxels in zip(named(self.class_names, len(self.voxels[1:])), self.voxels[1:], strict=True):
             shares = [f"{percentage(voxels / total)} of the {'volume' if len(self.shape) == 3 else 'image'}"]
             if self.lamella_voxels:
                 shares.append(f"{percentage(voxels / self.lamella_voxels)} of the lamella")

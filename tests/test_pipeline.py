@@ -675,6 +675,7 @@ def test_components_in_the_run_and_after_it_are_the_same(folder: Path) -> None:
     outcomes = {o.stem: o for o in measure(configuration, find_predictions(configuration), Listener())}
     assert {o.status for o in outcomes.values()} == {"done"} and outcomes["TS_1"].shape == SHAPE
     assert outcomes["TS_1"].components == counts.to_dict()
+    assert [line.split()[0] for line in outcomes["TS_1"].found()] == ["components:"]
     assert {path: path.read_bytes() for path in before} == before
     np.testing.assert_array_equal(instances(folder, "TS_2_9.96Apx"), found)
 
