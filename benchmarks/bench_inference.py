@@ -9,6 +9,7 @@ All of it predicts the labels of one volume in memory with one network, CryoSiam
 * `plain loop`: the procedure of CryoSiam written down as it stands, one patch after the other through the whole network
   with both heads;
 * `MONAI`: `sliding_window_inference` of the same network without its distance head, overlap 0.5, constant and gaussian;
+  left out where it is not installed (extra `bench`);
 * `exact`: this package, zarr to zarr on one worker a core, which gives the labels of the plain loop;
 * `fast`: the same with a larger patch and a smaller halo.
 
@@ -29,6 +30,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,6 @@ import numpy as np
 import psutil
 import torch
 import zarr
-from monai.inferers import sliding_window_inference
 from PIL import Image, ImageDraw
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -102,6 +103,8 @@ def plain_loop(network: Network, volume: np.ndarray, patch: int) -> np.ndarray:
 
 
 def monai(network: Network, volume: np.ndarray, patch: int, mode: str) -> np.ndarray:
+    from monai.inferers import sliding_window_inference
+
     with torch.inference_mode():
         scores = sliding_window_inference(
             torch.from_numpy(volume)[None, None], (patch,) * 3, 1, lambda x: network(x)[0], overlap=0.5, mode=mode
@@ -227,7 +230,7 @@ def bench(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         on_meta(whole)
     row("plain loop", lambda: plain_loop(network, volume, options.patch), count * both.get_total_flops())
     windows = int(np.prod([-(-(n - options.patch) // (options.patch // 2)) + 1 for n in shape]))
-    for mode in ("constant", "gaussian"):
+    for mode in ("constant", "gaussian") if find_spec("monai") else ():
         row(
             f"MONAI, {mode}",
             lambda mode=mode: monai(network, volume, options.patch, mode),

@@ -1,6 +1,6 @@
 """CryoSiam's network at prediction: voxels of patches in, class scores and distances out.
 
-1. **Encoder**, MONAI's ResNet without pooling in its stem: four levels at strides 1, 2, 4 and 8.
+1. **Encoder**, a `ResNet` without pooling in its stem: four levels at strides 1, 2, 4 and 8.
 2. **Decoder**, a feature pyramid (`FPN`) or a bidirectional one (`BiFPN`): the four levels merged into one at stride 1.
 3. **Projector**, three pointwise convolutions: a dense embedding of `dense_dim` channels.
 4. **Heads** on the embedding: class scores (`semantic_head`) and distances (`distance_head`).
@@ -98,30 +98,86 @@ class Architecture:
         return self.distance_widths is not None
 
 
-def _encoder(architecture: Architecture) -> Any:
-    """MONAI's ResNet, of which the classification is not used."""
-    # MONAI takes seconds to import, more than torch: commands that build no network need not wait for it.
-    from monai.networks.nets.resnet import ResNet
+class ResNet(nn.Module):
+    """Encoder: a residual network without pooling and classification.
 
-    return ResNet(
-        block=architecture.block_type,
-        layers=list(architecture.num_layers),
-        block_inplanes=list(architecture.num_filters),
-        spatial_dims=architecture.spatial_dims,
-        n_input_channels=architecture.in_channels,
-        no_max_pool=True,
-        feed_forward=False,
-    )
+    As in He et al., Deep Residual Learning for Image Recognition (2015), with the settings of MONAI's class of this
+    name that CryoSiam's checkpoints were made with: a stem of kernel 7 at stride 1, and shortcuts with a bias.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        dims, stem = architecture.spatial_dims, architecture.num_filters[0]
+        self.conv1 = _CONVOLUTION[dims](architecture.in_channels, stem, 7, padding=3, bias=False)
+        self.bn1 = _BATCH_NORM[dims](stem)
+        block = _BottleneckBlock if architecture.block_type == "bottleneck" else _BasicBlock
+        channels = stem
+        for number, (count, width) in enumerate(zip(architecture.num_layers, architecture.num_filters, strict=True), 1):
+            blocks = []
+            for n in range(count):
+                blocks.append(block(dims, channels, width, 2 if number > 1 and n == 0 else 1))
+                channels = width * _EXPANSION[architecture.block_type]
+            self.add_module(f"layer{number}", nn.Sequential(*blocks))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Levels of `x` (n, c, *spatial) at strides 1, 2, 4 and 8, finest first."""
+        x = functional.relu_(self.bn1(self.conv1(x)))
+        levels = []
+        for number in (1, 2, 3, 4):
+            x = self.get_submodule(f"layer{number}")(x)
+            levels.append(x)
+        return levels
 
 
-def _levels(encoder: Any, x: Tensor) -> list[Tensor]:
-    """Levels of `x` (n, c, *spatial) at strides 1, 2, 4 and 8, finest first."""
-    x = encoder.act(encoder.bn1(encoder.conv1(x)))
-    levels = []
-    for layer in (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4):
-        x = layer(x)
-        levels.append(x)
-    return levels
+def _shortcut(dims: int, channels: int, width: int, stride: int) -> nn.Sequential | None:
+    """What brings a block's input to the shape of its output; nothing where it has that already."""
+    if stride == 1 and channels == width:
+        return None
+    return nn.Sequential(_CONVOLUTION[dims](channels, width, 1, stride=stride), _BATCH_NORM[dims](width))
+
+
+class _BasicBlock(nn.Module):
+    """Two convolutions of kernel 3 beside a shortcut."""
+
+    def __init__(self, dims: int, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        shortcut = _shortcut(dims, channels, width, stride)
+        self.conv1 = _CONVOLUTION[dims](channels, width, 3, padding=1, stride=stride, bias=False)
+        self.bn1 = _BATCH_NORM[dims](width)
+        self.conv2 = _CONVOLUTION[dims](width, width, 3, padding=1, bias=False)
+        self.bn2 = _BATCH_NORM[dims](width)
+        self.downsample = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.bn2(self.conv2(functional.relu_(self.bn1(self.conv1(x)))))
+        y += x if self.downsample is None else self.downsample(x)
+        return functional.relu_(y)
+
+
+class _BottleneckBlock(nn.Module):
+    """Convolutions of kernel 1, 3 and 1 beside a shortcut; the middle one has a quarter of the channels."""
+
+    def __init__(self, dims: int, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        whole = width * _EXPANSION["bottleneck"]
+        shortcut = _shortcut(dims, channels, whole, stride)
+        self.conv1 = _CONVOLUTION[dims](channels, width, 1, bias=False)
+        self.bn1 = _BATCH_NORM[dims](width)
+        self.conv2 = _CONVOLUTION[dims](width, width, 3, padding=1, stride=stride, bias=False)
+        self.bn2 = _BATCH_NORM[dims](width)
+        self.conv3 = _CONVOLUTION[dims](width, whole, 1, bias=False)
+        self.bn3 = _BATCH_NORM[dims](whole)
+        self.downsample = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = functional.relu_(self.bn1(self.conv1(x)))
+        y = functional.relu_(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        y += x if self.downsample is None else self.downsample(x)
+        return functional.relu_(y)
 
 
 class FPN(nn.Module):
@@ -245,7 +301,7 @@ class Network(nn.Module):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         dims, width, dense = architecture.spatial_dims, architecture.fpn_channels, architecture.dense_dim
-        self.encoder = _encoder(architecture)
+        self.encoder = ResNet(architecture)
         self.decoder = FPN(architecture) if architecture.decoder == "fpn" else BiFPN(architecture)
         self.projector = nn.Sequential(
             _CONVOLUTION[dims](width, width, 1, bias=False),
@@ -285,7 +341,7 @@ class Network(nn.Module):
         size = x.shape[2:]
         core = tuple(slice(0, n) for n in size) if core is None else core
         seen = _grown(core, self.margin, size)
-        embedding = self.projector(self.decoder(_levels(self.encoder, x), seen))
+        embedding = self.projector(self.decoder(self.encoder(x), seen))
         inner = _within(core, seen)
         scores = _part(self.semantic_head(embedding), inner)
         return scores, _part(self.distance_head(embedding), inner) if distances else None

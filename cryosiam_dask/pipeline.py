@@ -855,7 +855,7 @@ def _why_blank(
 
 def _attributes(plan: RunPlan, job: Job, report: IngestReport, warnings: Sequence[str]) -> dict[str, Any]:
     header = report.header
-    packages = ("dask", "h5py", "monai", "numpy", "scikit-image", "torch", "zarr")
+    packages = ("dask", "h5py", "numpy", "scikit-image", "torch", "zarr")
     return {
         "software": f"cryosiam_dask {__version__}",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},

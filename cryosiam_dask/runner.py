@@ -702,7 +702,7 @@ def _print_aloud(console: Console, message: str) -> None:
 
 #: Of what is installed, the versions that results, speed or files depend on.
 _PACKAGES = (
-    "connected-components-3d", "cucim-cu12", "cucim-cu13", "cupy-cuda12x", "cupy-cuda13x", "dask-cuda", "h5py", "monai",
+    "connected-components-3d", "cucim-cu12", "cucim-cu13", "cupy-cuda12x", "cupy-cuda13x", "dask-cuda", "h5py",
     "mrcfile", "numcodecs", "pillow", "scikit-image", "scipy",
 )  # fmt: skip
 

@@ -36,7 +36,7 @@ BETWEEN_STAGES = {("mrc_to_zarr", "tomogram_files"), ("zarr_to_labels", "tomogra
 
 ONLY_IN = {
     "torch": {"network", "checkpoint", "predictor"},
-    "monai": {"network"},
+    "monai": set(),
     "dask": {"zarr_to_labels", "cluster", "slurm"},
     "distributed": {"cluster", "runner", "slurm", "metrics", "zarr_to_labels"},
     "dask_jobqueue": {"slurm"},

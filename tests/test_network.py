@@ -115,8 +115,8 @@ def test_what_prediction_does_not_use_is_not_evaluated(name):
         module.register_forward_hook(lambda *_, path=path: evaluated.add(path))
     run(network, torch.rand(1, 1, 16, 16, 16))
     unused = {path for path, module in network.named_modules() if not any(module.children())} - evaluated
-    # MONAI's own pooling, the other head, and what feeds only coarser levels of the result.
-    expected = {"encoder.maxpool", "encoder.avgpool"} | {path for path in unused if path.startswith("distance_head.")}
+    # The other head, and what feeds only coarser levels of the result.
+    expected = {path for path in unused if path.startswith("distance_head.")}
     if name == "bifpn":
         expected |= {path for path in unused if path.startswith("decoder.bifpn.1.p") and "_out." in path}
     else:
