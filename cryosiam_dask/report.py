@@ -3,8 +3,9 @@
 1. What the outputs of a tomogram hold is read: attributes, sizes of components, a thumbnail of its preview. It is kept
    in the folder ``.ledger/report`` (`remember`), and read from there until an output changes.
 2. What the run knows besides (seconds, warnings, failures) is put to it.
-3. The share of lamella and of each class is compared with that of the other tomograms. An outlier lies more than 3.5
-   robust standard deviations (1.4826 times the median absolute deviation) from the median.
+3. The share and the thickness of the lamella and the share of each class are compared with those of the other
+   tomograms. An outlier lies more than 3.5 robust standard deviations (1.4826 times the median absolute deviation) from
+   the median, and by more than a quarter of it. Shares of classes are those of the lamella, if all tomograms have one.
 4. A template makes the page. Names, warnings and errors come from strangers: the template escapes whatever it is given,
    and the page allows no script but its own, by its hash.
 """
@@ -18,7 +19,7 @@ import math
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -32,14 +33,15 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cryosiam_dask._version import __version__
-from cryosiam_dask.classes import COLOURS, hexadecimal, named
+from cryosiam_dask.classes import COLOURS, given_names, hexadecimal, named
 from cryosiam_dask.components import Blocks
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.errors import CryosiamDaskError, OutputError
 from cryosiam_dask.executor import SERIAL, Executor
 from cryosiam_dask.folders import visible
 from cryosiam_dask.formats import written_attributes
-from cryosiam_dask.labels_to_hdf5 import open_dataset, read_attributes, write_bytes
+from cryosiam_dask.labels_to_hdf5 import StoredDataset, open_dataset, read_attributes, write_bytes
+from cryosiam_dask.lamella import Thickness, count_columns, stored_thickness
 from cryosiam_dask.ledger import FOLDER
 from cryosiam_dask.measurements import Sizes, component_files, component_sizes, holding
 from cryosiam_dask.mrc_to_zarr import MRC_ENDINGS, read_header
@@ -49,7 +51,7 @@ from cryosiam_dask.run_log import latest_log
 
 REPORT = "report.html"
 PICTURES_BYTES = 11 * 10**6  # of all thumbnails together, so that a page remains below 20 MB
-_DEVIATIONS, _FEWEST = 3.5, 5  # what makes an outlier, and how many tomograms a median takes
+_DEVIATIONS, _EFFECT, _FEWEST = 3.5, 0.25, 5  # what makes an outlier, and how many tomograms a median takes
 _BARS, _WIDTH, _HEIGHT, _BELOW = 24, 264, 76, 30  # of a histogram; bars at most
 
 
@@ -182,6 +184,8 @@ class _Tomogram:
         Of each label, from 0; empty if unknown.
     lamella
         Share of the volume within the mask.
+    thickness
+        Of the lamella, see `cryosiam_dask.lamella.Thickness.described`; empty if unknown.
     sizes
         Of the components of each class, if they were measured.
     seconds
@@ -200,6 +204,7 @@ class _Tomogram:
     voxel_size_angstrom: tuple[float | None, ...] = ()
     voxels: tuple[int, ...] = ()
     lamella: float | None = None
+    thickness: Mapping[str, Any] = field(default_factory=dict)
     sizes: Mapping[int, Sizes] | None = None
     seconds: float | None = None
     warnings: tuple[str, ...] = ()
@@ -208,9 +213,9 @@ class _Tomogram:
     class_names: tuple[str, ...] = ()
     pictures: tuple[bytes, ...] = field(default=(), repr=False)
 
-    def share(self, label: int) -> float | None:
-        """Of the volume that has a label."""
-        total = sum(self.voxels)
+    def share(self, label: int, of_lamella: bool) -> float | None:
+        """Of the volume, or of the lamella, that has a label."""
+        total = sum(self.voxels) * (self.lamella or 0 if of_lamella else 1)
         return self.voxels[label] / total if total and label < len(self.voxels) else 0.0 if total else None
 
     def voxel_nm3(self) -> float | None:
@@ -283,8 +288,8 @@ def remember(configuration: Configuration, picture_bytes: int, name: str) -> _To
 
 
 KEPT = "report"  # folder in that of the ledgers
-_KEPT_VERSION = 1
-_FACTS = ("shape", "voxel_size_angstrom", "voxels", "lamella", "sizes", "warnings", "class_names")
+_KEPT_VERSION = 2
+_FACTS = ("shape", "voxel_size_angstrom", "voxels", "lamella", "thickness", "sizes", "warnings", "class_names")
 #: What decides where the facts of a tomogram are read.
 _READ = {
     "data_folder", "mask_folder", "file_extension", "ome_zarr_level", "hdf5_dataset", "save_original_file_extension",
@@ -317,7 +322,7 @@ def _look_at(configuration: Configuration, name: str) -> _Tomogram:
     """Read what the outputs of a tomogram tell of it."""
     folder, tomogram = configuration.prediction_folder, _Tomogram(name)
     path = folder / f"{name}_preds.h5"
-    fingerprint = None
+    fingerprint, thickness = None, dict[str, Any]()
     try:
         component_files(folder, name)[2].exists()  # the longest name
     except OSError:  # it is too long for the disk, and the tomogram has failed of it
@@ -327,7 +332,7 @@ def _look_at(configuration: Configuration, name: str) -> _Tomogram:
             attributes = written_attributes(configuration, path)
             fingerprint = attributes.get("fingerprint")
             tomogram.shape = open_dataset(path, "labels").shape
-            tomogram.voxels = _voxels(path, attributes)
+            tomogram.voxels, thickness = _voxels(path, attributes, configuration.parameters.network.postprocessing)
             tomogram.voxel_size_angstrom = _sizes(attributes.get("voxel_size_angstrom"), len(tomogram.shape))
             tomogram.warnings = tuple(str(attributes.get("warnings") or "").splitlines())
             names = attributes.get("class_names")
@@ -341,7 +346,8 @@ def _look_at(configuration: Configuration, name: str) -> _Tomogram:
     except CryosiamDaskError as error:
         if path.exists():
             tomogram.status, tomogram.error = "failed", str(error)
-    tomogram.lamella = _lamella(configuration, name)
+    tomogram.lamella, of_mask = _lamella(configuration, name)
+    tomogram.thickness = thickness or of_mask
     preview = preview_file(folder, name)
     if fingerprint is None or read_fingerprint(preview) == fingerprint:  # otherwise it shows other labels
         tomogram.pictures = thumbnails(preview)
@@ -355,33 +361,65 @@ def _sizes(value: object, ndim: int) -> tuple[float | None, ...]:
     return tuple(value) if all(v is None or isinstance(v, int | float) for v in value) else ()
 
 
-def _voxels(path: Path, attributes: Mapping[str, Any]) -> tuple[int, ...]:
-    """Voxels of each label of a prediction, counted block by block where the file does not tell."""
-    known = attributes.get("voxels")
-    if isinstance(known, list) and all(isinstance(n, int) for n in known):
-        return tuple(known)
+def _voxels(
+    path: Path, attributes: Mapping[str, Any], as_lamella: bool
+) -> tuple[tuple[int, ...], dict[str, float | str]]:
+    """Voxels of each label of a prediction, and how thick a lamella is; counted where the file does not tell."""
+    known, thickness = attributes.get("voxels"), stored_thickness(attributes)
+    as_lamella = as_lamella and len(open_dataset(path, "labels").shape) == 3
+    if isinstance(known, list) and all(isinstance(n, int) for n in known) and (thickness or not as_lamella):
+        return tuple(known), thickness if as_lamella else {}
     labels = open_dataset(path, "labels")
     if labels.dtype.kind not in "biu":
         raise OutputError("labels must be whole numbers", place=path, value=labels.dtype, remedy="Predict again")
-    blocks, counts = Blocks.of(labels), np.zeros(256, np.int64)
-    for index in blocks.indices:
-        block = blocks.read(labels, index)
+    checked = _Checked(labels)
+    if as_lamella:
+        counts, columns = count_columns(checked)
+        found = Thickness.of(columns)
+        size = attributes.get("voxel_size_angstrom")
+        thickness = found.described(size if isinstance(size, list) and len(size) == 3 else None) if found else {}
+    else:
+        blocks, counts = Blocks.of(checked), np.zeros(256, np.int64)
+        for index in blocks.indices:
+            counts += np.bincount(blocks.read(checked, index).reshape(-1), minlength=256)
+    return tuple(counts[: int(np.flatnonzero(counts)[-1]) + 1].tolist()), thickness
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """Labels that are refused where they are read unless they lie between 0 and 255."""
+
+    stored: StoredDataset
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def chunks(self) -> tuple[int, ...] | None:
+        return self.stored.chunks
+
+    @property
+    def dtype(self) -> Any:
+        return self.stored.dtype
+
+    def __getitem__(self, region: Any, /) -> Any:
+        block = self.stored[region]
         if block.min() < 0 or block.max() > 255:
-            raise OutputError("labels must lie between 0 and 255", place=path, remedy="Predict again")
-        counts += np.bincount(block.reshape(-1), minlength=256)
-    return tuple(counts[: int(np.flatnonzero(counts)[-1]) + 1].tolist())
+            raise OutputError("labels must lie between 0 and 255", place=self.stored.path, remedy="Predict again")
+        return block
 
 
-def _lamella(configuration: Configuration, name: str) -> float | None:
-    """Share of a tomogram that lies within its mask."""
+def _lamella(configuration: Configuration, name: str) -> tuple[float | None, dict[str, float | str]]:
+    """Share of a tomogram that lies within its mask, and how thick that is."""
     path = configuration.mask_folder and configuration.mask_folder / f"{name}_preds.h5"
     try:
         if not path or not path.exists():
-            return None
-        outside, *inside = _voxels(path, read_attributes(path))
+            return None, {}
+        (outside, *inside), thickness = _voxels(path, read_attributes(path), True)
     except (OSError, CryosiamDaskError):
-        return None  # a mask that cannot be read has failed its tomogram
-    return sum(inside) / max(1, outside + sum(inside))
+        return None, {}  # a mask that cannot be read has failed its tomogram
+    return sum(inside) / max(1, outside + sum(inside)), thickness
 
 
 def _with_outcome(tomogram: _Tomogram, outcome: Mapping[str, Any]) -> _Tomogram:
@@ -421,9 +459,11 @@ class _Column:
     cells
         One for each tomogram.
     histogram
-        What it is called above a histogram; none if it is empty.
+        What it is called above a histogram and as an outlier; neither if it is empty.
     detail
         Whether it can be hidden.
+    words
+        Says one of its values.
     """
 
     title: str
@@ -431,14 +471,21 @@ class _Column:
     cells: Sequence[_Cell]
     histogram: str = ""
     detail: bool = False
+    words: Callable[[float], str] = percentage
+
+    @property
+    def median(self) -> float | None:
+        values = [cell.value for cell in self.cells if cell.value is not None]
+        return float(np.median(values)) if values else None
 
 
 def _page(configuration: Configuration, tomograms: Sequence[_Tomogram], warnings: Sequence[str], state: str) -> str:
     count = max((len(t.voxels) for t in tomograms), default=0) - 1
     count = max(count, len(configuration.class_names or ()), max((max(t.sizes or [0]) for t in tomograms), default=0))
-    given = configuration.class_names or next((t.class_names for t in tomograms if t.class_names), ())
+    given = given_names(configuration) or next((t.class_names for t in tomograms if t.class_names), ())
     names = named(given, count)
-    columns = _columns(tomograms, names)
+    of_lamella = all(t.lamella for t in tomograms if t.voxels) and any(t.lamella for t in tomograms)
+    columns = _columns(tomograms, names, of_lamella)
     rows = [_row(number, tomogram, columns, configuration) for number, tomogram in enumerate(tomograms)]
     environment = Environment(
         loader=PackageLoader("cryosiam_dask"),
@@ -450,9 +497,9 @@ def _page(configuration: Configuration, tomograms: Sequence[_Tomogram], warnings
     templates = files("cryosiam_dask") / "templates"
     style, script = (templates.joinpath(f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     return environment.get_template("report.html").render(
-        title=configuration.prediction_folder.resolve().name,
+        title="/".join(configuration.data_folder.resolve().parts[-2:]).lstrip("/"),
         folder=str(configuration.prediction_folder),
-        model=configuration.trained_model.name,
+        model=configuration.trained_model.name.removesuffix(".ckpt"),
         software=f"cryosiam-dask {__version__}",
         log=_latest_log(configuration),
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
@@ -467,25 +514,33 @@ def _page(configuration: Configuration, tomograms: Sequence[_Tomogram], warnings
         rows=rows,
         counts=_counts(tomograms, rows),
         warnings=warnings,
-        histograms=[_histogram(column, rows) for column in columns if column.histogram],
+        histograms=[_histogram(column, rows) for column in columns if column.histogram and _is_told(column)],
         deviations=_DEVIATIONS,
-        fewest=_FEWEST,
+        of_lamella=of_lamella,
     )
 
 
-def _columns(tomograms: Sequence[_Tomogram], names: Sequence[str]) -> list[_Column]:
+def _is_told(column: _Column) -> bool:
+    """Whether there are enough values for a histogram, and not all of them 0."""
+    values = [cell.value for cell in column.cells if cell.value is not None]
+    return len(values) >= _FEWEST and any(values)
+
+
+def _columns(tomograms: Sequence[_Tomogram], names: Sequence[str], of_lamella: bool) -> list[_Column]:
     shapes = [_Cell(" × ".join(map(str, t.shape)), math.prod(t.shape) if t.shape else None) for t in tomograms]
     columns = [
         _Column("shape (z, y, x)", 0, shapes),
-        _Column("voxel, nm", 0, [_voxel_size(t) for t in tomograms]),
+        _Column("voxel, Å (nm)", 0, [_voxel_size(t) for t in tomograms]),
     ]
     if any(t.lamella is not None for t in tomograms):
         columns.append(_Column("lamella", 0, _shares([t.lamella for t in tomograms]), histogram="lamella"))
+    if any(t.thickness for t in tomograms):
+        columns.append(_thicknesses(tomograms))
     measured = any(t.sizes is not None for t in tomograms)
     # One unit for the whole column: it could not be sorted otherwise.
     physical = all(t.voxel_nm3() for t in tomograms if t.sizes is not None)
     for label, name in enumerate(names, 1):
-        shares = _shares([t.share(label) for t in tomograms])
+        shares = _shares([t.share(label, of_lamella) for t in tomograms])
         columns.append(_Column("share", label, shares, histogram=name))
         if measured:
             columns.append(_Column("number", label, [_number_of(t, label) for t in tomograms], detail=True))
@@ -502,9 +557,30 @@ def _voxel_size(tomogram: _Tomogram) -> _Cell:
     sizes = tomogram.voxel_size_angstrom
     if not sizes:
         return _Cell("", None)
-    texts = [f"{size / 10:.4g}" if size else "?" for size in sizes]
-    known = [size for size in sizes if size]
-    return _Cell(" × ".join(texts if len(set(texts)) > 1 else texts[:1]), min(known, default=None))
+    angstrom, nm = ([f"{size / by:.4g}" if size else "?" for size in sizes] for by in (1, 10))
+    if len(set(angstrom)) == 1:
+        angstrom, nm = angstrom[:1], nm[:1]
+    text = f"{' × '.join(angstrom)} ({' × '.join(nm)})" if any(sizes) else "?"
+    return _Cell(text, min((size for size in sizes if size), default=None))
+
+
+def _thicknesses(tomograms: Sequence[_Tomogram]) -> _Column:
+    """Mean and range of each; in one unit, in which they can be compared."""
+    units = [t.thickness.get("unit") for t in tomograms]
+    unit = "nm" if "nm" in units else "voxels"
+    means = [t.thickness["mean"] if u == unit else None for t, u in zip(tomograms, units, strict=True)]
+    cells = [
+        _Cell(
+            f"{t.thickness['mean']:.3g} ({t.thickness['lowest']:.3g}\u00a0to\u00a0{t.thickness['highest']:.3g})"
+            + ("" if mean is not None else " voxels")
+            if t.thickness
+            else "",
+            mean,
+            outlier,
+        )
+        for t, mean, outlier in zip(tomograms, means, outliers(means), strict=True)
+    ]
+    return _Column(f"thickness, {unit}", 0, cells, histogram="thickness", words=lambda value: f"{value:.3g} {unit}")
 
 
 def _shares(shares: Sequence[float | None]) -> list[_Cell]:
@@ -541,8 +617,9 @@ def _duration(seconds: float | None) -> str:
 def outliers(values: Sequence[float | None]) -> list[str]:
     """Tell which values lie far from the others: ``"high"``, ``"low"`` or nothing for each.
 
-    Far is more than 3.5 times 1.4826 times the median absolute deviation from the median. Where more than half of the
-    values are equal, 1.2533 times the mean absolute deviation takes its place. Less than 5 values have no outliers.
+    Far is more than 3.5 times 1.4826 times the median absolute deviation from the median, and more than a quarter of
+    the median: where all are nearly the same, 4 % is not far from 4.2 %. Where more than half of the values are equal,
+    1.2533 times the mean absolute deviation takes its place. Less than 5 values have no outliers.
 
     >>> outliers([1, 1.1, 0.9, 1.05, 0.95, 8, None])
     ['', '', '', '', '', 'high', '']
@@ -554,7 +631,7 @@ def outliers(values: Sequence[float | None]) -> list[str]:
     distances = np.abs(known - median)
     # Both are the standard deviation of what is normally distributed.
     deviation = 1.4826 * float(np.median(distances)) or 1.2533 * float(distances.mean())
-    far = _DEVIATIONS * deviation * (1 + 1e-9)
+    far = max(_DEVIATIONS * deviation, _EFFECT * abs(median)) * (1 + 1e-9)
     return ["" if v is None or abs(v - median) <= far else "high" if v > median else "low" for v in values]
 
 
@@ -562,9 +639,10 @@ def _row(number: int, tomogram: _Tomogram, columns: Sequence[_Column], configura
     """What the template says of a tomogram."""
     cells = [column.cells[number] for column in columns]
     far = [
-        f"{'much' if cell.outlier == 'high' else 'little'} {column.histogram}: {cell.text}".replace(" %", "\u00a0%")
+        f"{column.histogram} unusually {cell.outlier}: {column.words(cell.value)} "
+        f"(median {column.words(column.median)})".replace(" %", "\u00a0%")
         for column, cell in zip(columns, cells, strict=True)
-        if cell.outlier
+        if cell.outlier and cell.value is not None and column.median is not None
     ]
     preview = preview_file(configuration.prediction_folder, tomogram.name).name
     picture = next(iter(tomogram.pictures), None)
@@ -621,17 +699,17 @@ def _histogram(column: _Column, rows: Sequence[Mapping[str, Any]]) -> dict[str, 
     counts, edges = np.histogram(values, count, (low, high))
     inside = [cell for cell in column.cells if cell.value is not None and not cell.outlier]
     far = [
-        (_across(cell.value, low, high), row["id"], row["name"], cell.text)
+        (_across(cell.value, low, high), row["id"], row["name"], column.words(cell.value))
         for row, cell in zip(rows, column.cells, strict=True)
         if cell.outlier and cell.value is not None
     ]
-    median = float(np.median(values)) if len(values) else None
+    median = column.median
     step = _WIDTH / count
     usual = (min(c.value or 0 for c in inside), max(c.value or 0 for c in inside)) if inside else None
     words = f"{column.histogram}: {len(values)} tomograms"
     if median is not None and usual:
-        words += f", median {percentage(median)}, without outliers from {percentage(usual[0])} to "
-        words += f"{percentage(usual[1])}, {len(far)} outlier{'' if len(far) == 1 else 's'}"
+        words += f", median {column.words(median)}, without outliers from {column.words(usual[0])} to "
+        words += f"{column.words(usual[1])}, {len(far)} outlier{'' if len(far) == 1 else 's'}"
     return {
         "title": column.histogram,
         "group": column.group,
@@ -642,15 +720,15 @@ def _histogram(column: _Column, rows: Sequence[Mapping[str, Any]]) -> dict[str, 
                 "width": f"{step - 1.5:.2f}",
                 "height": f"{max(2.0, _HEIGHT * n / counts.max()):.2f}",
                 "y": f"{_HEIGHT - max(2.0, _HEIGHT * n / counts.max()):.2f}",
-                "words": f"{percentage(float(edges[i]))} to {percentage(float(edges[i + 1]))}: {n}",
+                "words": f"{column.words(float(edges[i]))} to {column.words(float(edges[i + 1]))}: {n}",
             }
             for i, n in enumerate(counts.tolist())
             if n
         ],
         "outliers": [(f"{x:.2f}", row, name, text) for x, row, name, text in far],
-        "median": None if median is None else (f"{_across(median, low, high):.2f}", percentage(median)),
-        "low": percentage(low),
-        "high": percentage(high),
+        "median": None if median is None else (f"{_across(median, low, high):.2f}", column.words(median)),
+        "low": column.words(low),
+        "high": column.words(high),
         "width": _WIDTH,
         "height": _HEIGHT,
         "total": _HEIGHT + _BELOW,

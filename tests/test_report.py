@@ -130,18 +130,23 @@ def test_numbers_are_those_of_the_files(tmp_path: Path) -> None:
         write(tmp_path, name, labels, components=True)
         mask = np.zeros((3, 8, 9), np.uint8)
         mask[: int(name[3:]) % 4] = 1
-        counts = {} if name == "TS_2" else {"voxels": np.bincount(mask.ravel(), minlength=2).tolist()}
+        thick = mask.sum(axis=0).max()
+        counts = {"voxels": np.bincount(mask.ravel(), minlength=2).tolist(), "thickness_voxels": [thick] * 3}
+        counts = {"voxel_size_angstrom": (10.0,) * 3} | ({} if name == "TS_2" else counts)  # or they are counted
         write_hdf5(tmp_path / "masks" / f"{name}_preds.h5", mask, attributes=counts)
     page = Page(write_report(configuration, {"TS_2": {"status": "done", "seconds": 3725.0}}))
     assert list(page.rows) == ["TS_1", "TS_2", "TS_10"]  # as people count
     assert [page.rows[name][5] for name in stored] == ["33 %", "67 %", "67 %"]
+    assert page.heads[page.heads.index("lamella") + 1] == "thickness, nm"
+    assert [page.rows[name][6] for name in stored] == ["1 (1 to 1)", "2 (2 to 2)", "2 (2 to 2)"]
     table = pandas.concat(pandas.read_csv(path) for path in (tmp_path / "out").glob("*_components.csv"))
     for name, labels in stored.items():
         cells = page.rows[name]
-        assert cells[1:5] == [name, "done", "6 × 16 × 18", "1"]
-        for label, first in ((1, 6), (2, 10)):
+        assert cells[1:5] == [name, "done", "6 × 16 × 18", "10 (1)"]
+        for label, first in ((1, 7), (2, 11)):
             own = table[(table["tomogram"] == name) & (table["class"] == label)]
-            assert cells[first] == f"{100 * (labels == label).mean():.0f} %"
+            of_lamella = (labels == label).mean() / (1 / 3 if name == "TS_1" else 2 / 3)
+            assert cells[first] == f"{100 * of_lamella:.0f} %"
             assert int(cells[first + 1]) == len(own) > 3
             assert float(cells[first + 2]) == pytest.approx(own["volume_nm3"].median(), rel=0.005)
             assert float(cells[first + 3].replace(",", "")) == pytest.approx(own["volume_nm3"].max(), rel=0.005)
@@ -156,7 +161,7 @@ def test_sizes_are_in_voxels_where_a_voxel_size_is_unknown(tmp_path: Path) -> No
     write(tmp_path, "b", labels, components=True, voxel_size_angstrom=(None, 10.0, 10.0), class_names=["ribosome"])
     page = Page(write_report(configuration))
     assert "median size, voxels" in page.heads and page.rows["a"][5:] == page.rows["b"][5:]
-    assert page.rows["b"][4] == "? × 1 × 1" and "ribosome" in page.heads and "class 2" in page.heads
+    assert page.rows["b"][4] == "? × 10 × 10 (? × 1 × 1)" and "ribosome" in page.heads and "class 2" in page.heads
 
 
 def test_predictions_of_other_programs_are_counted(tmp_path: Path) -> None:
@@ -235,11 +240,46 @@ def test_what_needs_attention_in_a_whole_run_stands_on_this_page_and_later_ones(
     assert "trained" not in Page(write_report(configuration)).text
 
 
+def test_title_outliers_and_histograms(tmp_path: Path) -> None:
+    """Of a data set and a model; an outlier says how far it lies from the others; few tomograms make no histogram."""
+    names = ["membrane", "actin", "ribosome", "filament", "microtubule"]
+    configuration = configure(tmp_path, class_names=names, data_folder=str(tmp_path / "EMPIAR-1" / "denoised"))
+    for n in range(4):
+        labels = np.zeros((10, 10, 10), np.uint8)
+        labels[0, : 8 if n else 4] = 1  # 8 % of the volume
+        write(tmp_path, f"t{n}", labels, voxels=np.bincount(labels.ravel(), minlength=6).tolist())
+    few = write_report(configuration)
+    assert "<title>EMPIAR-1/denoised, model: 4 tomograms</title>" in few.read_text()
+    page = Page(few)
+    assert "EMPIAR-1/denoised, model" in page.text and "svg" not in {tag for tag, _ in page.elements}
+    for n, share in enumerate((8, 8, 76), 4):
+        labels = np.zeros((10, 10, 20), np.uint8)
+        labels[0 : 10 if share > 10 else 1, :8] = 1
+        write(tmp_path, f"t{n}", labels, voxels=np.bincount(labels.ravel(), minlength=6).tolist())
+    page = Page(write_report(configuration))
+    assert page.rows["t6"][2] == "done membrane unusually high: 80 % (median 8 %)"
+    assert sum(tag == "svg" for tag, _ in page.elements) == 1  # there is nothing of the other classes
+
+
+def test_a_lamella_model_tells_the_thickness(tmp_path: Path) -> None:
+    parameters = {"network": {"postprocessing": True}}
+    configuration = configure(tmp_path, parameters=parameters)
+    labels = np.zeros((10, 10, 20), np.uint8)
+    labels[2:8, :5], labels[3:5, 5:] = 1, 1
+    for name, attributes in {"counted": {}, "told": {"thickness_voxels": (4.0, 2, 6)}}.items():
+        write(tmp_path, name, labels, **attributes)
+    write(tmp_path, "unknown", labels, voxel_size_angstrom=(None, 10.0, 10.0))
+    page = Page(write_report(configuration))
+    assert "thickness, nm" in page.heads and "lamella" in page.heads
+    assert page.rows["counted"][5:7] == page.rows["told"][5:7] == ["4 (2 to 6)", "40 %"]
+    assert page.rows["unknown"][5:7] == ["4 (2 to 6) voxels", "40 %"]
+
+
 def test_mrc_outputs(tmp_path: Path) -> None:
     configuration = configure(tmp_path, save_original_file_extension=True, file_extension=".mrc.gz")
     write_mrc(tmp_path / "out" / "TS_1.mrc", make_labels(0), voxel_size_angstrom=(10.0,) * 3)
     page = Page(write_report(configuration, {"TS_1": {"status": "done", "voxels": (75, 25), "seconds": 90.0}}))
-    assert page.rows["TS_1"][2:] == ["done", "6 × 16 × 18", "1", "25 %", "2 min"]
+    assert page.rows["TS_1"][2:] == ["done", "6 × 16 × 18", "10 (1)", "25 %", "2 min"]
 
 
 def test_nothing_to_report(tmp_path: Path) -> None:
@@ -339,7 +379,8 @@ def test_a_page_of_500_tomograms_is_below_20_megabytes(tmp_path: Path) -> None:
 
 
 def test_outliers_are_far_from_the_median() -> None:
-    assert outliers([1.0] * 9 + [1.2]) == [""] * 9 + ["high"]  # the median deviation is 0
+    assert outliers([1.0] * 9 + [1.3]) == [""] * 9 + ["high"]  # the median deviation is 0
+    assert outliers([0.042] * 9 + [0.04]) == [""] * 10  # all are nearly the same
     assert outliers([0.5] * 6) == [""] * 6 and outliers([]) == [] and outliers([0, 0, 0, 9]) == [""] * 4
     assert outliers([None, 5, 5.1, 4.9, 5, 0.1, 5.2, None]) == ["", "", "", "", "", "low", "", ""]
 
@@ -349,9 +390,10 @@ def test_outliers_are_those_of_scipy(values: np.ndarray) -> None:
     deviation = median_abs_deviation(values, scale="normal")
     found = np.array([bool(outlier) for outlier in outliers(values.tolist())])
     if deviation:
-        distance = np.abs(values - np.median(values)) / deviation
-        clear = np.abs(distance - 3.5) > 1e-3
-        np.testing.assert_array_equal(found[clear], (distance > 3.5)[clear])
+        median = np.median(values)
+        distance, effect = np.abs(values - median) / deviation, np.abs(values - median) - median / 4
+        clear = (np.abs(distance - 3.5) > 1e-3) & (np.abs(effect) > 1e-6)
+        np.testing.assert_array_equal(found[clear], ((distance > 3.5) & (effect > 0))[clear])
     assert found.sum() < len(values) / 2
 
 
@@ -522,7 +564,8 @@ def test_browser_shows_the_previews(page: Any) -> None:
     assert page.get_by_role("dialog", name="TS_4").is_visible()  # after the last comes the first
     page.keyboard.press("Escape")
     assert not page.get_by_role("dialog").is_visible()
-    assert "TS_4" in page.evaluate("document.activeElement.firstElementChild.alt")
+    # The focus goes back to the picture that was opened.
+    assert "TS_2:" in page.evaluate("document.activeElement.firstElementChild.alt")
 
 
 def test_browser_layouts(page: Any) -> None:
@@ -539,6 +582,86 @@ def test_browser_layouts(page: Any) -> None:
     page.get_by_label("contact sheet").uncheck()
     page.set_viewport_size({"width": 360, "height": 700})
     assert page.evaluate("document.documentElement.scrollWidth") <= 360  # only the table itself scrolls
+
+
+@pytest.fixture(scope="module")
+def wide_collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of five classes and a lamella, with long names and a tall picture."""
+    folder = tmp_path_factory.mktemp("wide")
+    names = ["membrane", "ribosome", "actin filament", "microtubule", "energy-rich particle"]
+    configuration = configure(folder, class_names=names, mask_folder=str(folder / "masks"))
+    (folder / "masks").mkdir()
+    outcomes: dict[str, Any] = {"Position_02_TS_099": {"status": "failed", "error": "its header is damaged " * 9}}
+    for n in range(1, 8):
+        name = f"Position_01_lamella3_TS_{n:03d}_9.96Apx_denoised"
+        labels = make_labels(n, classes=5)
+        write(
+            folder,
+            name,
+            labels,
+            warnings="look at this tomogram\n" * 9 if n == 2 else "",
+            voxel_size_angstrom=(9.96,) * 3,
+        )
+        told = {"voxels": [50, 50], "thickness_voxels": (101.5, 90, 123), "voxel_size_angstrom": (9.96,) * 3}
+        write_hdf5(folder / "masks" / f"{name}_preds.h5", labels, attributes=told)
+        outcomes[name] = {"status": "done", "seconds": 3725.0, "shape": (400, 1024, 1440)}
+        if n < 3:
+            draw(folder, name, make_labels(n, shape=(90, 40, 16)), fingerprint=name)
+    return write_report(configuration, outcomes)
+
+
+@pytest.fixture
+def wide(browser: Any, wide_collection: Path) -> Iterator[Any]:
+    context = browser.new_context(viewport={"width": 1440, "height": 900})
+    page = context.new_page()
+    page.goto(wide_collection.as_uri())
+    yield page
+    context.close()
+
+
+SCROLLS = "(({scrollWidth, clientWidth}) => scrollWidth - clientWidth)(document.querySelector('.scroller'))"
+
+
+def test_browser_shows_all_columns_of_five_classes(wide: Any) -> None:
+    assert wide.locator("thead th.group").count() == 5 and wide.evaluate(SCROLLS) == 0
+
+
+def test_browser_keeps_name_and_status_on_a_narrow_screen(wide: Any) -> None:
+    wide.set_viewport_size({"width": 420, "height": 800})
+    wide.evaluate("document.querySelector('.scroller').scrollLeft = 9999")
+    assert wide.evaluate(SCROLLS) > 300
+    box = wide.get_by_role("rowheader", name="Position_02_TS_099").bounding_box()
+    assert box["x"] < 20 and box["x"] + box["width"] < 250
+    assert wide.evaluate("getComputedStyle(document.querySelector('.name.failed'), '::after').display") == "block"
+
+
+@pytest.mark.parametrize(("width", "height"), [(1440, 900), (420, 800)])
+def test_browser_fits_the_dialog_to_the_window(wide: Any, width: int, height: int) -> None:
+    wide.set_viewport_size({"width": width, "height": height})
+    wide.get_by_role("link", name=re.compile("TS_002")).click()
+    dialog = wide.get_by_role("dialog", name=re.compile("TS_002"))
+    until(wide, "document.getElementById('large').naturalWidth > 500")
+    assert dialog.get_by_text("look at this tomogram").first.is_visible()  # without another click
+    window, bar, picture = (each.bounding_box() for each in (dialog, dialog.locator(".bar"), dialog.locator("img")))
+    assert 0 <= window["y"] and window["y"] + window["height"] <= height and window["width"] <= width
+    assert picture["y"] >= bar["y"] + bar["height"] and picture["height"] > 150
+    assert picture["y"] + picture["height"] <= window["y"] + window["height"] + 1
+    assert wide.evaluate(
+        "(({scrollHeight, clientHeight}) => scrollHeight <= clientHeight)(document.getElementById('viewer'))"
+    )
+
+
+def test_browser_prints_the_whole_page(wide: Any) -> None:
+    """In dark colours as well, with warnings opened, and each row on one page of A4."""
+    wide.emulate_media(color_scheme="dark", media="print")
+    wide.set_viewport_size({"width": 1047, "height": 700})  # 277 mm
+    assert wide.evaluate("document.documentElement.scrollWidth") <= 1047 and wide.evaluate(SCROLLS) <= 0
+    assert wide.evaluate("getComputedStyle(document.body).color") == "rgb(28, 29, 34)"
+    assert wide.evaluate("getComputedStyle(document.querySelector('.scroller')).maxHeight") == "none"
+    wide.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert wide.locator("tbody details:not([open])").count() == 0
+    wide.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert wide.locator("tbody details[open]").count() == 0
 
 
 CONTRAST = """

@@ -64,13 +64,16 @@
   addEventListener("hashchange", reveal);
 
   // ---------------------------------------------------------------------------------------------------------- viewer
-  let current;
+  let current, opener;
   const linked = () => rows.filter((row) => !row.hidden && row.querySelector(".picture a"));
   const show = (row) => {
     current = row;
     const link = row.querySelector(".picture a");
     get("viewing").textContent = row.querySelector(".name").textContent;
-    get("about").replaceChildren(...[...row.querySelectorAll(".notes > :is(p, details)")].map((child) => child.cloneNode(true)));
+    const about = [...row.querySelectorAll(".notes > :is(p, details)")].map((child) => child.cloneNode(true));
+    about.forEach((child) => (child.open = child.localName === "details"));
+    get("about").replaceChildren(...about);
+    get("about").scrollTop = 0;
     get("alone").href = get("large").src = link.href;
     get("large").alt = link.querySelector("img").alt;
   };
@@ -82,6 +85,7 @@
     const link = event.target.closest(".picture a");
     if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
     event.preventDefault();
+    opener = link;
     show(link.closest("tr"));
     viewer.showModal();
   });
@@ -93,5 +97,22 @@
     if (event.key === "ArrowLeft") step(-1);
     if (event.key === "ArrowRight") step(1);
   });
-  viewer.addEventListener("close", () => current.querySelector(".picture a").focus());
+  viewer.addEventListener("close", () => opener.focus());
+
+  // ----------------------------------------------------------------------------------------------------------- paper
+  let closed = [];
+  addEventListener("beforeprint", () => {
+    closed = [...table.querySelectorAll("details:not([open])")];
+    closed.forEach((each) => (each.open = true));
+    document.querySelectorAll("img[loading]").forEach((each) => (each.loading = "eager"));
+    if (details?.checked) {
+      details.checked = false;
+      narrow();
+      closed.push(details);
+    }
+  });
+  addEventListener("afterprint", () => {
+    closed.forEach((each) => (each === details ? (each.checked = true) : (each.open = false)));
+    if (details) narrow();
+  });
 }
