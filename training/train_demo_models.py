@@ -149,13 +149,13 @@ def train(task: Task) -> Network:
         x, labels = patches.draw(BATCH, TRAINING_PATCH)
         classes = [1] if len(weights) == 1 else list(range(len(weights)))
         with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                embedding = network.projector(network.decoder(network.encoder(x)))
-            distances = network.distance_head(embedding)
+            _, distances = network(x, distances=True)
         return functional.mse_loss(distances.float(), depths(labels, classes))
 
     learns_first = (p for name, p in network.named_parameters() if not name.startswith("distance_head."))
     optimise(learns_first, task.steps, semantic_step, task.name)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name.startswith("distance_head."))
     optimise(network.distance_head.parameters(), DISTANCE_STEPS, distance_step, f"{task.name} distances")
     for module in network.modules():
         if isinstance(module, nn.BatchNorm3d):
