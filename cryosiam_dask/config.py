@@ -175,6 +175,9 @@ class Data(_Model):
     """Intensity that becomes 0; lower ones are clipped to it."""
     max: Annotated[_Number, About(unit="intensity")] = 1.0
     """Intensity that becomes 1; higher ones are clipped to it."""
+    invert: Annotated[bool | None, About("true", own=True)] = None
+    """Tomograms that are dark on bright: `max` becomes 0 and `min` becomes 1, so that each intensity v counts as
+    min + max - v. `mean` and `std` come after it. `null`: no, and a run says where it looks needed; `false`: no."""
     mean: Annotated[_Number, About(unit="scaled intensity")] = 0.0
     """Subtracted from the scaled intensities."""
     std: Annotated[_Number, Field(gt=0), About(unit="scaled intensity")] = 1.0

@@ -5,6 +5,7 @@ The rules are CryoSiam's table of troubles, with the numbers that tell one cause
 =============================== ====================================================================================
 A segmentation is blank         Intensities outside [min, max] are clipped, so that a wrong scaling shows the network
                                 nothing; or no probability reaches the threshold; or the model is another one.
+It finds the wrong things       The models want dense matter bright on dark; many programs write it dark on bright.
 It finds things beyond the      The models were not trained on what surrounds a lamella: no mask, or one that covers
 lamella                         everything.
 A GPU's memory does not suffice A batch of patches is what takes it.
@@ -14,7 +15,12 @@ A GPU's memory does not suffice A batch of patches is what takes it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cryosiam_dask.intensities import Intensities
 
 #: More voxels than this share outside [min, max] are worth a warning: the tails of a scaled tomogram are thinner.
 CLIPPED = 0.05
@@ -22,10 +28,16 @@ CLIPPED = 0.05
 SLIVER = 0.05
 #: A mask that leaves out less than this share of the tomogram keeps nothing from the model.
 UNMASKED = 0.001
+_NUMBER = re.compile(r"[-+]?\d[\d.,]*(?:e[-+]?\d+)?")
 
 
 def scaling(
-    below: float, above: float, central: tuple[float, float] | None, minimum: float, maximum: float
+    below: float,
+    above: float,
+    central: tuple[float, float] | None,
+    minimum: float,
+    maximum: float,
+    whose: str = "its",
 ) -> tuple[str, ...]:
     """Say what is wrong with how intensities fall into [min, max].
 
@@ -37,6 +49,8 @@ def scaling(
         Between which intensities the central 99 % of the voxels lie; ``None`` without finite voxels.
     minimum, maximum
         ``parameters.data.min`` and ``max``.
+    whose
+        ``"their"`` where the numbers are of several tomograms.
 
     Returns
     -------
@@ -49,29 +63,159 @@ def scaling(
     ()
     >>> print(*scaling(0.0, 0.0, (0.48, 0.51), 0, 1))
     the central 99 % of its intensities lie between 0.48 and 0.51, 3.0 % of the range from min 0 to max 1: the network \
-sees next to no contrast. Set parameters.data.min and max to about 0.48 and 0.51
+sees next to no contrast. Write below parameters.data 'min: 0.48' and 'max: 0.51'
     """
     if central is None:
         return ("no voxel is a finite number: every one counts as the minimum",)
     low, high = central
     if low == high:
         return (f"almost all voxels are {low:g}: there is nothing to see. Check the file",)
-    # As many digits as tell both apart.
-    digits = max(3, 2 - math.floor(math.log10((high - low) / max(abs(low), abs(high)))))
-    between = f"{low:.{digits}g} and {high:.{digits}g}"
-    remedy = f"Set parameters.data.min and max to about {between}"
+    between = " and ".join(_told_apart(low, high))
+    remedy = "Write below parameters.data " + " and ".join(f"'{line}'" for line in to_write(central, None))
     if below + above > CLIPPED:
         return (
-            f"{percent(below)} of its voxels lie below min {minimum:g} and {percent(above)} above max {maximum:g}, "
+            f"{percent(below)} of {whose} voxels lie below min {minimum:g} and {percent(above)} above max {maximum:g}, "
             f"where they are clipped; the central 99 % lie between {between}. {remedy}",
         )
     share = (min(high, maximum) - max(low, minimum)) / (maximum - minimum)
     if share < SLIVER:
         return (
-            f"the central 99 % of its intensities lie between {between}, {percent(share)} of the range "
+            f"the central 99 % of {whose} intensities lie between {between}, {percent(share)} of the range "
             f"from min {minimum:g} to max {maximum:g}: the network sees next to no contrast. {remedy}",
         )
     return ()
+
+
+def contrast(found: str | None, invert: bool | None) -> tuple[str, ...]:
+    """Say where a tomogram is not bright on dark, as CryoSiam's models want it.
+
+    Parameters
+    ----------
+    found
+        See `cryosiam_dask.intensities.contrast`.
+    invert
+        ``parameters.data.invert``. ``False``: whoever wrote that knows it, for another model.
+
+    Examples
+    --------
+    >>> contrast("dark on bright", False)
+    ()
+    >>> print(*contrast("dark on bright", None))
+    dense matter looks dark on bright, and CryoSiam's models want it bright on dark: write below parameters.data \
+'invert: true', or 'invert: false' if this model was trained on such tomograms
+    """
+    if found == "dark on bright" and invert is None:
+        return (
+            "dense matter looks dark on bright, and CryoSiam's models want it bright on dark: write below "
+            "parameters.data 'invert: true', or 'invert: false' if this model was trained on such tomograms",
+        )
+    if found == "bright on dark" and invert:
+        return (
+            "dense matter looks bright on dark, as CryoSiam's models want it, and 'invert: true' turns that round: "
+            "leave it out unless this model was trained on tomograms that are dark on bright",
+        )
+    return ()
+
+
+def to_write(central: tuple[float, float] | None, found: str | None) -> tuple[str, ...]:
+    """The lines below ``parameters.data`` that suit a tomogram to a model that wants [0, 1] and bright on dark.
+
+    Parameters
+    ----------
+    central
+        Between which intensities the central 99 % of the voxels lie; ``None`` without finite voxels.
+    found
+        See `cryosiam_dask.intensities.contrast`.
+
+    Examples
+    --------
+    >>> to_write((-3.1234, 41.5), "dark on bright")
+    ('min: -3.12', 'max: 41.5', 'invert: true')
+    """
+    lines: tuple[str, ...] = ()
+    if central is not None and central[0] < central[1]:
+        low, high = _told_apart(*central)
+        lines = (f"min: {low}", f"max: {high}")
+    return (*lines, "invert: true") if found == "dark on bright" else lines
+
+
+def _told_apart(low: float, high: float) -> tuple[str, str]:
+    """Two numbers with as many digits as tell them apart."""
+    digits = max(3, 2 - math.floor(math.log10((high - low) / max(abs(low), abs(high)))))
+    return f"{low:.{digits}g}", f"{high:.{digits}g}"
+
+
+def alike(
+    found: Sequence[Intensities], minimum: float, maximum: float, invert: bool | None
+) -> tuple[list[tuple[str, int]], set[str]]:
+    """Say once what is wrong with the intensities of all tomograms of a collection.
+
+    Parameters
+    ----------
+    found
+        Of each tomogram.
+    minimum, maximum, invert
+        The keys of ``parameters.data``.
+
+    Returns
+    -------
+    sentences
+        Each with the number of tomograms that it is about: all, or all those whose contrast can be told.
+    instead
+        The sentences of `scaling` and `contrast` on single ones that need not be said beside them.
+    """
+    sentences: list[tuple[str, int]] = []
+    instead: set[str] = set()
+    if len(found) < 2:
+        return sentences, instead
+    count = len(found)
+    single = [scaling(f.below, f.above, f.central, minimum, maximum) for f in found]
+    ranges = [f.central for f in found if f.central is not None]
+    if all(single) and len(ranges) == count:
+        low, high = min(a for a, _ in ranges), max(b for _, b in ranges)
+        if all(b - a > SLIVER * (high - low) for a, b in ranges):  # one range suits them all
+            below, above = sum(f.below for f in found) / count, sum(f.above for f in found) / count
+            together = scaling(below, above, (low, high), minimum, maximum, "their")
+            sentences += [(sentence, count) for sentence in together]
+            instead.update(*single if together else ())
+    told = [f.contrast for f in found if f.contrast is not None]
+    if len(set(told)) == 1 and 2 * len(told) >= count:
+        sentences += [(sentence, len(told)) for sentence in contrast(told[0], invert)]
+        instead.update(contrast(told[0], invert))
+    return sentences, instead
+
+
+def gathered(said: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Say once what is said of several tomograms, but for its numbers.
+
+    Parameters
+    ----------
+    said
+        Names of tomograms, and sentences about them.
+
+    Returns
+    -------
+    list of tuple of str
+        Whom a sentence is about, and the sentence.
+
+    Examples
+    --------
+    >>> gathered([("a", "3 voxels are NaN"), ("b", "no mask"), ("c", "7 voxels are NaN"), ("d", "no mask")])
+    [('a and c (the numbers are those of a)', '3 voxels are NaN'), ('b and d', 'no mask')]
+    """
+    groups: dict[str, dict[str, str]] = {}
+    for name, sentence in said:
+        groups.setdefault(_NUMBER.sub("0", sentence.replace(f"/{name}", "/")), {}).setdefault(name, sentence)
+    found = []
+    for group in groups.values():
+        names, sentence = list(group), next(iter(group.values()))
+        whom = ", ".join(names[:-1] if len(names) <= 4 else names[:3])
+        last = names[-1] if len(names) <= 4 else f"{len(names) - 3} others"
+        whom = f"{whom} and {last}" if whom else last
+        if len(set(group.values())) > 1:
+            whom += f" (the {'numbers' if '0' in _NUMBER.sub('0', sentence) else 'names'} are those of {names[0]})"
+        found.append((whom, sentence))
+    return found
 
 
 def beyond_lamella(classes: int, coverage: float | None) -> tuple[str, ...]:

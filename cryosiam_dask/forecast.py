@@ -179,7 +179,7 @@ class Forecast:
     threshold
         Probability threshold.
     scaling
-        Intensities that become 0 and 1.
+        Intensities that become 0 and 1, the first one larger where they are inverted.
     tomograms
         One forecast for each.
     workers
@@ -199,6 +199,8 @@ class Forecast:
     notes, warnings, problems
         What a user should know before the run, what needs attention, and why it could not succeed, other than those of
         single tomograms.
+    shared
+        How warnings of single tomograms begin that `warnings` says of all of them.
     """
 
     checkpoint: Path
@@ -220,6 +222,7 @@ class Forecast:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The same as JSON values; lengths in voxels and bytes as the attributes say."""
@@ -347,7 +350,11 @@ def _stage(plan: RunPlan, workers: int, memory_bytes: int | None, converted: Col
     ]
     tomograms.sort(key=lambda tomogram: tomogram.source)
     notes = list(plan.notes)
-    warnings = plan.warnings(workers, memory_bytes)
+    found = [t.intensities for t in tomograms if t.intensities is not None]
+    shared, instead = plan.attention_to_all(found)
+    of_all = [f"{count} of {len(found)} tomograms: {sentence}" for sentence, count in shared]
+    warnings = (*plan.warnings(workers, memory_bytes), *of_all)
+    data = configuration.parameters.data
     if configuration.parameters.data.patch_size == "auto":
         notes.append(
             "patch_size auto: the run tries which patch fits into the device's memory. What is said here holds for the "
@@ -361,7 +368,7 @@ def _stage(plan: RunPlan, workers: int, memory_bytes: int | None, converted: Col
         halo=plan.halo,
         precision=configuration.hyper_parameters.precision,
         threshold=plan.threshold,
-        scaling=(configuration.parameters.data.min, configuration.parameters.data.max),
+        scaling=(data.max, data.min) if data.invert else (data.min, data.max),
         tomograms=tuple(tomograms),
         workers=workers,
         bytes_per_worker=plan.bytes_per_worker,
@@ -372,6 +379,7 @@ def _stage(plan: RunPlan, workers: int, memory_bytes: int | None, converted: Col
         disks=(),
         notes=tuple(notes),
         warnings=warnings,
+        shared=tuple(sorted(instead)),
     )
 
 

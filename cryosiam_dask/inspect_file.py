@@ -12,7 +12,7 @@ import json
 import math
 import warnings as library_warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ import h5py
 import numpy as np
 import zarr
 
-from cryosiam_dask.diagnosis import percent
+from cryosiam_dask.diagnosis import percent, scaling, to_write
 from cryosiam_dask.errors import CryosiamDaskError, OutputError, TomogramError
 from cryosiam_dask.folders import unusable
 from cryosiam_dask.intensities import Intensities, intensities, sample_file
@@ -220,14 +220,14 @@ def _holds_a_pickle(path: Path) -> bool:
 
 def _tomogram(path: Path) -> Information:
     header = read_header(path)
-    facts, warnings = _tomogram_facts(header)
+    facts, notes, warnings = _tomogram_facts(header)
     kind = "MRC tomogram" if isinstance(header, MrcHeader) else f"tomogram, {header.kind}"
-    return Information(path, kind, facts, notes=header.notes, warnings=(*header.warnings, *warnings))
+    return Information(path, kind, facts, notes=(*header.notes, *notes), warnings=(*header.warnings, *warnings))
 
 
-def _tomogram_facts(header: TomogramHeader) -> tuple[dict[str, Any], list[str]]:
-    """What a header and a sample of its voxels tell, and what needs attention in the sample."""
-    found = intensities(sample_file(header), -math.inf, math.inf)
+def _tomogram_facts(header: TomogramHeader) -> tuple[dict[str, Any], list[str], list[str]]:
+    """What a header and a sample of its voxels tell, what suits it to the models, and what needs attention."""
+    found = intensities(sample_file(header), 0, 1)
     facts: dict[str, Any] = {
         "shape": list(header.shape),
         "axes": "zyx"[-len(header.shape) :],
@@ -246,7 +246,15 @@ def _tomogram_facts(header: TomogramHeader) -> tuple[dict[str, Any], list[str]]:
     warnings = []
     if found.non_finite:
         warnings.append(f"{percent(found.non_finite)} of the voxels that were looked at are NaN or infinite")
-    return facts, warnings
+    outside = scaling(found.below, found.above, found.central, 0, 1)
+    lines = to_write(found.central if outside else None, found.contrast)
+    notes = [f"for CryoSiam's models write below parameters.data {_listed(lines)}"] if lines else []
+    return facts, notes, warnings
+
+
+def _listed(lines: Sequence[str]) -> str:
+    *others, last = (f"'{line}'" for line in lines)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _intensity_facts(found: Intensities) -> dict[str, Any]:
@@ -256,6 +264,7 @@ def _intensity_facts(found: Intensities) -> dict[str, Any]:
         "highest_intensity": found.highest,
         "median_intensity": found.median,
         "central_99_percent": None if found.central is None else list(found.central),
+        "contrast": found.contrast,
     }
 
 
@@ -282,8 +291,9 @@ def _zarr(path: Path) -> Information:
     notes = tuple(map(str, facts.pop("notes", None) or ()))
     try:
         header = read_header(path)
-        of_tomogram, seen = _tomogram_facts(header)
+        of_tomogram, suits, seen = _tomogram_facts(header)
         facts, warnings = {**of_tomogram, **facts}, list(dict.fromkeys([*warnings, *header.warnings, *seen]))
+        notes += tuple(suits)
     except TomogramError as error:
         if "ngff_version" in facts or arrays == [opened]:  # other groups need not hold a tomogram
             warnings.append(f"cannot be read as a tomogram: {error}")
@@ -346,6 +356,7 @@ def _hdf5(path: Path) -> Information:
     facts = dict(sorted(unpacked.items(), key=lambda item: isinstance(item[1], Mapping)))
     said = facts.pop("warnings", None)
     warnings = said.splitlines() if isinstance(said, str) else []
+    notes: list[str] = []
     shapes = {part.name: part.shape for part in parts}
     kind = "HDF5 file"
     if LABELS in shapes:
@@ -358,11 +369,11 @@ def _hdf5(path: Path) -> Information:
     elif INSTANCES in shapes:
         kind = "components"
     elif (header := _hdf5_tomogram(path)) is not None:
-        of_tomogram, seen = _tomogram_facts(header)
+        of_tomogram, notes, seen = _tomogram_facts(header)
         facts, kind, warnings = {**of_tomogram, **facts}, "HDF5 tomogram", [*warnings, *header.warnings, *seen]
     else:
         warnings.append(f"holds neither '{LABELS}' nor '{INSTANCES}': it is no output of this program or CryoSiam")
-    return Information(path, kind, facts, tuple(parts), warnings=tuple(warnings))
+    return Information(path, kind, facts, tuple(parts), tuple(notes), tuple(warnings))
 
 
 def _hdf5_tomogram(path: Path) -> TomogramHeader | None:

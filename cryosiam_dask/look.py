@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Column, Table
 
-from cryosiam_dask.diagnosis import percent
+from cryosiam_dask.diagnosis import gathered, percent
 from cryosiam_dask.errors import CryosiamDaskError, Problems
 
 if TYPE_CHECKING:  # imported where they are used: the network's libraries take seconds
@@ -179,7 +179,7 @@ def _print_forecast(console: Console, found: Forecast) -> None:
         "model": f"{found.checkpoint}, {found.classes} {'classes' if found.classes > 1 else 'class'}",
         "patch": f"{_shape(found.patch)} voxels, halo {found.halo or 'a quarter of it'}, {found.precision}",
         "threshold": f"{found.threshold:g}",
-        "intensities": f"{low:g} to {high:g} become 0 to 1",
+        "intensities": f"{low:g} to {high:g} become 0 to 1" + (", inverted" if low > high else ""),
         "tomograms": ", ".join(
             f"{sum(t.action == action for t in found.tomograms)} {words}"
             for action, words in _ACTIONS.items()
@@ -207,9 +207,10 @@ def _print_forecast(console: Console, found: Forecast) -> None:
             _say(console, f"skipped, {tomogram.stem}: {tomogram.outputs[0]} was {tomogram.reason}")
     for warning in found.warnings:
         _say(console, f"attention: {warning}")
-    for tomogram in found.tomograms:
-        for warning in tomogram.warnings:
-            _say(console, f"attention, {tomogram.stem}: {warning}")
+    for whom, warning in gathered(
+        (t.stem, warning) for t in found.tomograms for warning in t.warnings if not warning.startswith(found.shared)
+    ):
+        _say(console, f"attention, {whom}: {warning}")
 
 
 def _of_disks(disks: Sequence[Disk]) -> list[tuple[str, str]]:
@@ -253,6 +254,7 @@ def _row(t: TomogramForecast) -> dict[str, str]:
         "shape (z, y, x)": _shape(t.shape),
         "voxel size (Å)": _voxel_size(t.voxel_size_angstrom) if t.shape else "",
         "central 99 %": "" if central is None else f"{central[0]:.4g} to {central[1]:.4g}",
+        "contrast": (t.intensities and t.intensities.contrast) or "",
         "clipped below, above": "",
         "blocks": f"{t.blocks} (≤ {_shape(t.block_shape)})" if t.blocks else "",
         "in the mask": "",
@@ -329,7 +331,7 @@ def _flat(facts: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, str]]
 
 def _text(name: str, value: Any) -> str:
     if value is None:
-        return "unknown" if name in ("", "voxel_size_angstrom") else "not set"
+        return "unknown" if name in ("", "voxel_size_angstrom", "contrast") else "not set"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if name.endswith("bytes") and isinstance(value, int):

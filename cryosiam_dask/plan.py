@@ -24,7 +24,7 @@ from typing import Any, Literal
 from cryosiam_dask.checkpoint import Checkpoint, read_checkpoint
 from cryosiam_dask.classes import class_names, named
 from cryosiam_dask.config import STAGES, Configuration
-from cryosiam_dask.diagnosis import beyond_lamella, scaling
+from cryosiam_dask.diagnosis import alike, beyond_lamella, contrast, scaling
 from cryosiam_dask.errors import (
     CheckpointError,
     ConfigurationError,
@@ -276,13 +276,9 @@ class RunPlan:
         coverage
             Share of the tomogram inside the mask, 0 to 1; ``None`` where it is not known.
         """
-        data, warnings = self.configuration.parameters.data, list(header.warnings)
+        warnings = list(header.warnings)
         if found is not None:
-            # What lies at the beginning need not be like the rest.
-            partly = header.compressed and found.share < 1
-            judged = f" (judged by {found.where}, which is read from its beginning only)" if partly else ""
-            sentences = scaling(found.below, found.above, found.central, data.min, data.max)
-            warnings += [f"{sentence}{judged}" for sentence in sentences]
+            warnings += self.attention_to_intensities(header, found)
             if non_finite or (non_finite is None and found.non_finite):
                 many = "some" if non_finite is None else str(non_finite)
                 warnings.append(f"{many} voxels are NaN or infinite; they are treated as the minimum")
@@ -294,6 +290,20 @@ class RunPlan:
         elif mask is not None and coverage is not None:
             warnings += beyond_lamella(self.checkpoint.architecture.out_channels, coverage)
         return tuple(warnings)
+
+    def attention_to_intensities(self, header: TomogramHeader, found: Intensities) -> list[str]:
+        """The part of `attention` that says whether the model can see anything, and rightly."""
+        data = self.configuration.parameters.data
+        # What lies at the beginning need not be like the rest.
+        partly = header.compressed and found.share < 1
+        judged = f" (judged by {found.where}, which is read from its beginning only)" if partly else ""
+        sentences = scaling(found.below, found.above, found.central, data.min, data.max)
+        return [f"{sentence}{judged}" for sentence in (*sentences, *contrast(found.contrast, data.invert))]
+
+    def attention_to_all(self, found: Sequence[Intensities]) -> tuple[list[tuple[str, int]], set[str]]:
+        """What needs attention in the intensities of several tomograms alike; see `cryosiam_dask.diagnosis.alike`."""
+        data = self.configuration.parameters.data
+        return alike(found, data.min, data.max, data.invert)
 
     def require_usable(self, header: TomogramHeader) -> None:
         """Refuse an image where the model is for tomograms, the other way round, and what is mostly missing.
@@ -455,8 +465,8 @@ class RunPlan:
             patch=self.patch,
             classes=self.checkpoint.architecture.out_channels,
             batch_size=self.configuration.hyper_parameters.batch_size,
-            minimum=data.min,
-            maximum=data.max,
+            minimum=data.max if data.invert else data.min,
+            maximum=data.min if data.invert else data.max,
             mean=data.mean,
             std=data.std,
             threshold=self.threshold,
@@ -1017,6 +1027,7 @@ def _settings(
         "hull": ("volume" if network.hull_3d else "slices") if network.postprocessing else None,
         "save_internal_files": configuration.save_internal_files,
         # Only where they are set, so that outputs of before stay what they are.
+        **({"invert": True} if data.invert else {}),
         **{name: value for name, value in configuration.reading.items() if value or value is False},
     }
 

@@ -61,7 +61,8 @@ class PredictorSpec:
     batch_size
         Patches evaluated at once on a GPU; never changes a result.
     minimum, maximum
-        Intensities that become 0 and 1; what lies outside is clipped.
+        Intensities that become 0 and 1; what lies outside is clipped. Where intensities are inverted, the minimum is
+        the larger one.
     mean, std
         Subtracted from the clipped intensities, and divided by.
     threshold
@@ -97,6 +98,7 @@ def predictor_spec(
     maximum: float = 1.0,
     mean: float = 0.0,
     std: float = 1.0,
+    invert: bool = False,
     threshold: float | None = None,
     halo: int = 0,
     precision: Precision = "fp32",
@@ -113,6 +115,8 @@ def predictor_spec(
         See `resolve_device`.
     batch_size, minimum, maximum, mean, std
         See `PredictorSpec`.
+    invert
+        Whether `maximum` becomes 0 and `minimum` 1, for tomograms that are dark on bright.
     threshold
         See `PredictorSpec` and `default_threshold`.
     halo, precision
@@ -132,8 +136,8 @@ def predictor_spec(
         patch=tuple(patch_size or found.patch_size),
         classes=classes,
         batch_size=batch_size,
-        minimum=minimum,
-        maximum=maximum,
+        minimum=maximum if invert else minimum,
+        maximum=minimum if invert else maximum,
         mean=mean,
         std=std,
         threshold=default_threshold(classes) if threshold is None else threshold,

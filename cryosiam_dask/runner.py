@@ -38,6 +38,7 @@ from cryosiam_dask.cluster import (
 )
 from cryosiam_dask.collection import forget_failures, make_folders, outcomes_before, remove_left_overs, run
 from cryosiam_dask.config import Configuration
+from cryosiam_dask.diagnosis import gathered
 from cryosiam_dask.errors import (
     ClusterError,
     ConfigurationError,
@@ -50,6 +51,7 @@ from cryosiam_dask.executor import patiently
 from cryosiam_dask.folders import left_out
 from cryosiam_dask.forecast import disk_warnings
 from cryosiam_dask.formats import convert_to_ome_zarr, other_formats
+from cryosiam_dask.intensities import Intensities, Sample, intensities, sample_file
 from cryosiam_dask.ledger import read_outcomes
 from cryosiam_dask.metrics import Meter
 from cryosiam_dask.mrc_to_zarr import convert, read_header, require_free
@@ -74,6 +76,7 @@ from cryosiam_dask.progress import FileReporter, Reporters, make_reporter
 from cryosiam_dask.report import REPORT, is_current, link_latest_log, write_report
 from cryosiam_dask.run_log import LOG, TOLD, begin_logs, logged
 from cryosiam_dask.slurm import open_slurm, read_jobs
+from cryosiam_dask.tomogram_files import TomogramHeader
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -215,6 +218,7 @@ def segment(
         attend(console, sentence)
         if warned is not None:
             warned.append(sentence)
+    told = _look_first(plans, console)
     if not is_loopback(dashboard_address):
         attend(console, f"whoever reaches {dashboard_address} can watch this run, without a password")
     try:
@@ -286,7 +290,7 @@ def segment(
         if not joins:  # tasks of a cluster that stays may still be at work there
             for plan in plans:
                 remove_left_overs(plan)
-    print_table(console, outcomes)
+    print_table(console, outcomes, told)
     for plan in plans:
         sentences = plan.warnings(count or None, memory_of_machine())
         for sentence in sentences:
@@ -585,6 +589,47 @@ def report_on(
         LOG.debug("the report could not be written", exc_info=error)
 
 
+#: Tomograms whose intensities are looked at before a run, which takes a second or so.
+_LOOKED_AT_FIRST = 3
+
+
+def _look_first(plans: Sequence[RunPlan], console: Console) -> set[tuple[str, str]]:
+    """Say before the hours of a run what the models cannot see in some of its tomograms.
+
+    Returns
+    -------
+    set of tuple of str
+        Names of tomograms, and what was said of each.
+    """
+    told: set[tuple[str, str]] = set()
+    models: dict[str, list[str]] = {}  # by what is said
+    samples: dict[Path, tuple[TomogramHeader, Sample]] = {}
+    for plan in plans:
+        data, found = plan.configuration.parameters.data, dict[str, Intensities]()
+        count, of_single = len(plan.jobs), list[tuple[str, str]]()
+        for i in sorted({0, count // 2, count - 1} if count else ())[:_LOOKED_AT_FIRST]:
+            job = plan.jobs[i]
+            with suppress(CryosiamDaskError):  # which the tomogram will say
+                if job.source not in samples:
+                    header = read_header(job.source, **plan.configuration.reading)
+                    samples[job.source] = header, sample_file(header)
+                header, sample = samples[job.source]
+                found[job.stem] = intensities(sample, data.min, data.max)
+                of_single += [(job.stem, s) for s in plan.attention_to_intensities(header, found[job.stem])]
+        told.update(of_single)
+        sentences, instead = plan.attention_to_all(list(found.values()))
+        where = "" if len(found) == count else ", looked at before the run"
+        lines = [f": {number} of {count} tomograms{where}: {sentence}" for sentence, number in sentences]
+        of_single = [(stem, sentence) for stem, sentence in of_single if not sentence.startswith(tuple(instead))]
+        for line in (*lines, *(f", {whom}: {sentence}" for whom, sentence in gathered(of_single))):
+            models.setdefault(line, []).append(plan.name)
+    for line, names in models.items():
+        line = f"attention{line}" if len(names) == len(plans) else f"attention, {' and '.join(names)}{line}"
+        LOG.warning("%s", line, extra=TOLD)
+        _print_aloud(console, line)
+    return told
+
+
 def _with_predictions(
     action: Callable[..., list[Outcome]], count: int, console: Console, workers: int | None
 ) -> list[Outcome]:
@@ -741,8 +786,8 @@ def _number(count: int, thing: str) -> str:
 _FOR_ALL = 125  # columns of a terminal that hold a table with all that is known
 
 
-def print_table(console: Console, outcomes: Sequence[Outcome]) -> None:
-    """Print what became of every tomogram, and after it what needs attention."""
+def print_table(console: Console, outcomes: Sequence[Outcome], told: Collection[tuple[str, str]] = ()) -> None:
+    """Print what became of every tomogram, and after it what needs attention but was not `told` of it before."""
     several = any(outcome.stage for outcome in outcomes)
     wide = console if console.is_terminal else Console(emoji=False, file=console.file, width=160, quiet=console.quiet)
     brief = wide.width < _FOR_ALL
@@ -758,9 +803,10 @@ def print_table(console: Console, outcomes: Sequence[Outcome]) -> None:
             escape("\n".join(outcome.found(brief))),
         )
     wide.print(table)
+    said = ((outcome.stem, warning) for outcome in outcomes for warning in outcome.warnings)
+    for whom, warning in gathered(pair for pair in said if pair not in told):
+        _print_aloud(console, f"attention, {whom}: {warning}")
     for outcome in outcomes:
-        for warning in outcome.warnings:
-            _print_aloud(console, f"attention, {outcome.stem}: {warning}")
         if outcome.error:
             _print_aloud(console, f"failed, {outcome.stem}: {outcome.error}")
             if outcome.details and os.environ.get("CRYOSIAM_DASK_DEBUG"):

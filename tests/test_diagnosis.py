@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from cryosiam_dask.diagnosis import CLIPPED, SLIVER, beyond_lamella, blank, out_of_memory, percent, scaling
+from cryosiam_dask.diagnosis import (
+    CLIPPED,
+    SLIVER,
+    alike,
+    beyond_lamella,
+    blank,
+    contrast,
+    gathered,
+    out_of_memory,
+    percent,
+    scaling,
+)
+from cryosiam_dask.intensities import Intensities
 
 
 @pytest.mark.parametrize(
@@ -28,7 +40,7 @@ def test_scaling(below: float, above: float, central: tuple[float, float] | None
 
 def test_scaling_says_what_to_set() -> None:
     (found,) = scaling(0.5, 0.4, (-120.4, 88.2), 0, 1)
-    assert found.endswith("Set parameters.data.min and max to about -120 and 88.2")
+    assert found.endswith("Write below parameters.data 'min: -120' and 'max: 88.2'")
     assert CLIPPED == 0.05
 
 
@@ -103,3 +115,60 @@ def test_shares_in_words_are_never_rounded_to_none_or_all() -> None:
     assert [percent(share) for share in (0, 1e-9, 0.0004, 0.5, 0.9996, 1)] == [
         "0 %", "less than 0.1 %", "less than 0.1 %", "50.0 %", "more than 99.9 %", "100 %",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("found", "invert", "words"),
+    [
+        ("dark on bright", None, "'invert: true'"),
+        ("dark on bright", True, None),
+        ("dark on bright", False, None),  # somebody knows it
+        ("bright on dark", None, None),
+        ("bright on dark", False, None),
+        ("bright on dark", True, "leave it out"),
+        (None, None, None),
+        (None, True, None),
+    ],
+)
+def test_contrast(found: str | None, invert: bool | None, words: str | None) -> None:
+    said = contrast(found, invert)
+    assert (words is None and not said) or (words is not None and len(said) == 1 and words in said[0])
+
+
+def looked(low: float, high: float, told: str | None, below: float = 0.5, above: float = 0.2) -> Intensities:
+    return Intensities(1, "all voxels", low, high, 0, (low, high), below, above, 0, told)  # type: ignore[arg-type]
+
+
+DARK, BRIGHT = "dark on bright", "bright on dark"
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ([looked(-3, 3, DARK), looked(-4, 3, None), looked(-3, 5, DARK)],  # one line for all, one range for all
+         [(3, "of their voxels"), (3, "'min: -4' and 'max: 5'"), (2, "'invert: true'")]),
+        ([looked(0, 1, DARK, 0, 0), looked(0, 1, DARK, 0, 0)], [(2, "'invert: true'")]),
+        ([looked(0, 1, BRIGHT, 0, 0), looked(-3, 3, DARK)], []),  # they do not agree
+        ([looked(0, 1, DARK, 0, 0), looked(0, 1, None, 0, 0), looked(0, 1, None, 0, 0)], []),  # too few can be told
+        ([looked(-3, 3, None), looked(-3000, 3000, None)], []),  # no one range suits both
+        ([looked(-3, 3, DARK)], []),
+        ([], []),
+    ],
+)  # fmt: skip
+def test_what_all_tomograms_share_is_said_once(found: list[Intensities], words: list[tuple[int, str]]) -> None:
+    sentences, instead = alike(found, 0, 1, None)
+    for count, word in words:
+        assert any(word in sentence and number == count for sentence, number in sentences), sentences
+    assert bool(sentences) == bool(words) == bool(instead)
+    singles = {s for f in found for s in (*scaling(f.below, f.above, f.central, 0, 1), *contrast(f.contrast, None))}
+    assert instead == (singles if words else set())
+
+
+def test_the_same_is_said_once_of_many() -> None:
+    said = [(f"TS_{i}", f"its mask /m/TS_{i}.h5 has {i} voxels") for i in range(1, 9)]
+    said += [("a", "no voxel size"), ("TS_1", "no voxel size"), ("a", "no voxel size"), ("b", "another thing")]
+    assert gathered(said) == [
+        ("TS_1, TS_2, TS_3 and 5 others (the numbers are those of TS_1)", "its mask /m/TS_1.h5 has 1 voxels"),
+        ("a and TS_1", "no voxel size"),
+        ("b", "another thing"),
+    ]

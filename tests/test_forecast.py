@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,38 @@ def test_how_intensities_fall_into_the_range(folder: Path, low: float, high: flo
     assert found.intensities is not None and found.intensities.share == 1
     assert found.intensities.below == np.mean(voxels < low) and found.intensities.above == np.mean(voxels > high)
     assert warned in " ".join(found.warnings) and bool(found.warnings) == bool(warned)
+
+
+def speckled(seed: int) -> np.ndarray:
+    """Dark grains on bright, in what a detector counts."""
+    rng = np.random.default_rng(seed)
+    voxels = rng.normal(0, 0.1, (32, 48, 48)) + (rng.random((32, 48, 48)) < 0.01) * 3
+    return (9000 - 2000 * voxels).astype(np.int16)
+
+
+def test_dark_tomograms_that_are_not_scaled_are_said_once(folder: Path) -> None:
+    for seed in (1, 2):
+        write_tomogram(folder / "data" / f"TS_{seed}.mrc", speckled(seed))
+    found = predicted(configure(folder))
+    assert all(t.intensities is not None and t.intensities.contrast == "dark on bright" for t in found.tomograms)
+    said = [warning for warning in found.warnings if "of 2 tomograms" in warning]
+    assert len(said) == 2 and all(warning.startswith("2 of 2 tomograms: ") for warning in said)
+    lines = re.findall("'([a-z]+: [^']+)'", " ".join(said))
+    assert [line.split(":")[0] for line in lines] == ["min", "max", "invert", "invert"]
+    assert all(warning.startswith(found.shared) for t in found.tomograms for warning in t.warnings)
+    pasted = yaml.safe_load("\n".join(lines[:3]))
+    again = predicted(configure(folder, data=pasted))
+    assert not any("of 2 tomograms" in warning for warning in again.warnings)
+    assert not any(t.warnings for t in again.tomograms) and again.scaling == (pasted["max"], pasted["min"])
+    known = predicted(configure(folder, data={**pasted, "invert": False}))  # by whoever has another model
+    assert not any("dense matter" in warning for warning in known.warnings)
+
+
+def test_a_single_dark_tomogram_is_said_to_be_one(folder: Path) -> None:
+    write_tomogram(folder / "data" / "TS_1.mrc", speckled(1))
+    write_tomogram(folder / "data" / "TS_2.mrc", 18000 - speckled(2))
+    found = predicted(configure(folder, data={"min": 0, "max": 18000}))
+    assert "'invert: true'" in " ".join(of(found).warnings) and not of(found, "TS_2").warnings
 
 
 def test_what_is_judged_by_the_beginning_of_a_compressed_file_says_so(

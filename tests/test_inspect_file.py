@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import pickle
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -60,6 +61,29 @@ def test_tomograms(tmp_path: Path, name: str) -> None:
     assert facts["compressed"] == name.endswith(".gz") and facts["intensities_of"] == "all voxels"
     assert (facts["lowest_intensity"], facts["highest_intensity"]) == (VOXELS.min(), VOXELS.max())
     assert facts["central_99_percent"] == pytest.approx(np.quantile(VOXELS, [0.005, 0.995]).tolist())
+
+
+@pytest.mark.parametrize("ending", [".mrc", ".zarr", ".h5"])
+def test_what_suits_a_tomogram_to_the_models(tmp_path: Path, ending: str) -> None:
+    rng = np.random.default_rng(0)
+    bright = rng.normal(0, 0.1, (32, 48, 48)) + (rng.random((32, 48, 48)) < 0.01)
+    for name, voxels, contrast, lines in (
+        ("bright", 0.4 + 0.3 * bright, "bright on dark", []),
+        ("dark", -bright, "dark on bright", ["min", "max", "invert"]),
+        ("noise", 40 * rng.normal(0, 1, bright.shape), None, ["min", "max"]),
+    ):
+        path = tmp_path / (name + ending)
+        if ending == ".mrc":
+            write_tomogram(path, voxels.astype(np.float32))
+        elif ending == ".zarr":
+            zarr.create_array(path, data=voxels.astype(np.float32), chunks=(32, 48, 48))
+        else:
+            with h5py.File(path, "w") as file:
+                file["volume"] = voxels.astype(np.float32)
+        found = plain(path)
+        assert found["facts"]["contrast"] == contrast
+        notes = " ".join(found["notes"])
+        assert [line.split(":")[0] for line in re.findall("'([^']+)'", notes)] == lines, notes
 
 
 def test_what_is_odd_about_a_tomogram(tmp_path: Path) -> None:

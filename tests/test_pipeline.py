@@ -162,6 +162,36 @@ def test_bytes_depend_on_no_block_size(folder: Path) -> None:
             np.testing.assert_array_equal(file[name][:], values)
 
 
+def test_inverted_tomograms_give_the_same_labels(folder: Path) -> None:
+    """With blocks of any size; and labels from before, or of the tomograms as they are, are not taken for theirs."""
+    rng = np.random.default_rng(0)
+    voxels = {stem: rng.integers(0, 256, SHAPE).astype(np.int16) for stem in ("TS_1", "TS_2_9.96Apx", "TS_3")}
+    for stem, values in voxels.items():
+        with mrcfile.new(folder / "data" / f"{stem}.mrc", overwrite=True) as mrc:
+            mrc.set_data(values)
+    scaled = {"min": 20, "max": 230}
+    segment(configure(folder, parameters={"data": scaled}, save_internal_files=True))
+    expected = {stem: labels(folder, stem) for stem in voxels}
+    with h5py.File(folder / "out" / "TS_1_preds.h5") as file:
+        probabilities = file["probs"][:]
+    assert len(np.unique(expected["TS_1"])) > 1
+    for stem, values in voxels.items():
+        with mrcfile.open(folder / "data" / f"{stem}.mrc", "r+") as mrc:
+            mrc.data[:] = 250 - values
+    for block_size in (16, None):
+        inverted = {"data": {**scaled, "invert": True}}
+        settings = configure(folder, parameters=inverted, save_internal_files=True, block_size=block_size)
+        outcomes = segment(settings, overwrite_all=True)
+        assert {outcome.status for outcome in outcomes.values()} == {"done"}
+        for stem, values in expected.items():
+            np.testing.assert_array_equal(labels(folder, stem), values)
+    with h5py.File(folder / "out" / "TS_1_preds.h5") as file:
+        np.testing.assert_array_equal(file["probs"][:], probabilities)
+    assert not plan_run(settings).jobs
+    with pytest.raises(Problems, match="overwrite"):
+        plan_run(configure(folder, parameters={"data": scaled}, save_internal_files=True))
+
+
 def test_mrc_output_has_the_inputs_name_place_and_size(folder: Path) -> None:
     segment(configure(folder))
     outcomes = segment(configure(folder, save_original_file_extension=True))

@@ -250,6 +250,7 @@ def test_fingerprint_changes_with_everything_that_changes_numbers(folder: Path) 
     seen = [
         fingerprint(),
         fingerprint(parameters__data__max=2),
+        fingerprint(parameters__data__invert=True),
         fingerprint(parameters__data__patch_size=[8, 16, 16]),
         fingerprint(parameters__data__patch_size=[32, 32, 32]),
         fingerprint(parameters__data__patch_size=[32, 32, 32], parameters__data__halo=12),

@@ -25,7 +25,7 @@ from cryosiam_dask.checkpoint import read_checkpoint
 from cryosiam_dask.errors import CheckpointError, DeviceError, LostDeviceError
 from cryosiam_dask.grid import Patch
 from cryosiam_dask.network import peak_bytes
-from cryosiam_dask.predictor import Predictor, PredictorSpec, largest_patch, load_predictor, normalise
+from cryosiam_dask.predictor import Predictor, PredictorSpec, largest_patch, load_predictor, normalise, predictor_spec
 
 EVERYTHING = ("labels", "probabilities", "distances")
 
@@ -188,6 +188,18 @@ def test_intensities_are_clipped_and_scaled(voxels, dtype, minimum, width, mean,
     np.testing.assert_allclose(scaled, (within - mean) / std, rtol=1e-5, atol=1e-5)
     assert scaled.dtype == np.float32
     np.testing.assert_array_equal(voxels, before)
+
+
+@pytest.mark.parametrize("dtype", ["i1", "u1", "i2", "u2", "f4"])
+def test_inverted_intensities_are_those_of_the_mirrored_tomogram(tmp_path, dtype):
+    """Mirrored at the middle of the range: v becomes min + max - v."""
+    voxels = np.arange(-20, 60, dtype=dtype) if dtype[0] != "u" else np.arange(80, dtype=dtype)
+    mirrored = (10 + 40 - voxels.astype(int)).astype("f4")
+    path = checkpoints.write(tmp_path / "model.ckpt", seed=1)
+    options = {"minimum": 10, "maximum": 40, "mean": 0.3, "std": 0.7, "device": "cpu"}
+    as_it_is, inverted = predictor_spec(path, **options), predictor_spec(path, **options, invert=True)
+    np.testing.assert_array_equal(normalise(voxels, inverted), normalise(mirrored, as_it_is))
+    np.testing.assert_array_equal(normalise(np.array([np.nan, 99]), inverted), normalise(np.zeros(2), as_it_is))
 
 
 def test_voxels_that_are_no_numbers_count_as_the_minimum():
