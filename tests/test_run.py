@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -22,13 +23,17 @@ import numpy as np
 import pytest
 import typer
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from cryosiam_dask.cli import app
-from cryosiam_dask.config import STAGES, read_configuration, read_model, read_models, read_pipeline
+from cryosiam_dask.config import STAGES, Configuration, read_configuration, read_model, read_models, read_pipeline
 from cryosiam_dask.errors import ConfigurationError, Problems
 from cryosiam_dask.ledger import Ledger
 from cryosiam_dask.overview import seconds_left, states
+from cryosiam_dask.pipeline import Outcome
+from cryosiam_dask.plan import plan_run
+from cryosiam_dask.runner import _look_first, print_table
 
 BIN = Path(sys.executable).parent
 CASE = "lamella_then_semantic"
@@ -303,3 +308,35 @@ def test_status_tells_states_and_time_left(tmp_path: Path) -> None:
     assert "c.mrc: is broken." in output and "process 12 on node7" in output
     document = json.loads(call("status", "--config-file", "c.yaml", "--json", folder=tmp_path))
     assert document["counts"]["done"] == 2 and len(document["tomograms"]) == len(names)
+
+
+def test_what_the_models_cannot_see_is_said_before_the_run(tmp_path: Path) -> None:
+    """Of three of many tomograms, and of a pipeline's models once; afterwards of those that nothing was said of."""
+    (tmp_path / "data").mkdir()
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        grains = rng.normal(0, 0.1, (32, 48, 48)) + 3 * (rng.random((32, 48, 48)) < 0.01)
+        with mrcfile.new(tmp_path / "data" / f"TS_{seed}.mrc") as mrc:
+            mrc.set_data((9000 - 2000 * grains).astype(np.int16))
+    checkpoints.write(tmp_path / "model.ckpt", seed=35)
+    common = {"data_folder": str(tmp_path / "data"), "trained_model": str(tmp_path / "model.ckpt")}
+    models = {name: {**common, "prediction_folder": str(tmp_path / name)} for name in ("lamella", "semantic")}
+    plans = [plan_run(Configuration.model_validate(values), name=name) for name, values in models.items()]
+    console = Console(file=io.StringIO(), width=80)
+    told = _look_first(plans, console)
+    said = console.file.getvalue().splitlines()
+    beginning = "attention: 3 of 5 tomograms, looked at before the run: "
+    assert len(said) == 2 and all(line.startswith(beginning) for line in said)
+    assert "'min: " in said[0] and "'invert: true'" in said[1]
+    assert {stem for stem, _ in told} == {"TS_0", "TS_2", "TS_4"}
+    (sentence,) = {sentence for _, sentence in told if "invert" in sentence}
+    outcomes = [Outcome(f"TS_{seed}", "done", warnings=(sentence,)) for seed in range(5)]
+    console = Console(file=io.StringIO(), width=80)
+    print_table(console, outcomes, told)
+    assert f"attention, TS_1 and TS_3: {sentence}\n" in console.file.getvalue()
+    assert console.file.getvalue().count("attention") == 1
+    plans[0] = plan_run(Configuration.model_validate(models["lamella"] | {"test_files": ["TS_1.mrc"]}), name="lamella")
+    console = Console(file=io.StringIO(), width=80)
+    _look_first(plans, console)
+    assert console.file.getvalue().count("attention, lamella, TS_1: ") == 2
+    assert console.file.getvalue().count("attention, semantic: 3 of 5 tomograms, ") == 2
