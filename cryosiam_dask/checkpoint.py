@@ -8,26 +8,31 @@ file with any other name in it is refused.
 The architecture comes from the file's own description (``hyper_parameters``), the widths of the heads from the weights.
 The weights must then fit that architecture exactly, in the parts that prediction uses; what else is in the file
 (optimizer, callbacks, projectors and predictors of the training) is ignored.
+
+torch takes seconds to load. `look_at_checkpoint`, for those who need no weights, therefore reads the file's pickle as
+a list of instructions and follows the few that build plain values; `read_checkpoint` judges whatever it cannot.
 """
 
 from __future__ import annotations
 
 import hashlib
+import pickletools
 import re
 import threading
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from cryosiam_dask.errors import CheckpointError
-from cryosiam_dask.network import Architecture, build_network
+from cryosiam_dask.architecture import Architecture
+from cryosiam_dask.errors import CheckpointError, unread
 from cryosiam_dask.published import nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: The parts of the network that prediction uses, and the prefix of each in a checkpoint.
 _PREFIXES = {
@@ -50,7 +55,8 @@ class Checkpoint:
     patch_size
         Patch that it was trained with, in voxels, (z, y, x) or (y, x).
     state
-        Weights for `load_state_dict` of the network that `build_network` makes of the architecture; float32.
+        Weights for `load_state_dict` of the network that `build_network` makes of the architecture; float32. Empty
+        where they were only looked at.
     sha256
         Hash of the file, hexadecimal.
     path
@@ -79,6 +85,32 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         cannot be used here, or its weights do not fit it.
     """
     content, sha256 = _load(path)
+    architecture, patch_size, state = _described(path, content)
+    return Checkpoint(architecture, patch_size, _fit(path, architecture, state), sha256, Path(path))
+
+
+def look_at_checkpoint(path: str | Path) -> Checkpoint:
+    """Read what a checkpoint is, and judge it as `read_checkpoint` does, without its weights and mostly without torch.
+
+    Parameters
+    ----------
+    path
+        See `read_checkpoint`, also for what it raises.
+    """
+    sha256 = _hash(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            content = _plain_content(archive)
+            architecture, patch_size, state = _described(path, content)
+            if _misfits(architecture, state) or not all(_is_finite(archive, state[name]) for name in state):
+                raise ValueError
+    except Exception:  # whatever it is, the other reader finds and says it
+        return replace(read_checkpoint(path), state={})
+    return Checkpoint(architecture, patch_size, {}, sha256, Path(path))
+
+
+def _described(path: str | Path, content: Any) -> tuple[Architecture, tuple[int, ...], dict[str, Any]]:
+    """Architecture, patch and weights of what a file holds, the latter by their names in the network."""
     weights = content.get("state_dict") if isinstance(content, Mapping) else None
     if not isinstance(weights, Mapping):
         _refuse_foreign(path, "no state_dict")
@@ -91,8 +123,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         if name.startswith(f"{prefix}{part}.") and not name.startswith("_model_backbone.encoder.fc.")
     }
     architecture = _architecture(path, parameters, state)
-    patch_size = parameters.integers("config", "data.patch_size", architecture.spatial_dims)
-    return Checkpoint(architecture, patch_size, _fit(path, architecture, state), sha256, Path(path))
+    return architecture, parameters.integers("config", "data.patch_size", architecture.spatial_dims), state
 
 
 #: What torch puts into the names of weights where a network was compiled or wrapped for training.
@@ -176,10 +207,12 @@ class _NumpyDtype:
 
 def _numpy_scalar(dtype: _NumpyDtype, data: bytes = b"") -> object:
     """A NumPy number as a Python number, and nothing else."""
+    import numpy as np
+
     return np.frombuffer(data, dtype.code)[0].item() if re.fullmatch("[<>|][biuf][1248]", dtype.code) else _Ignored()
 
 
-_STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+_NAMED: list[tuple[Callable[..., Any], str]] = [
     *((_Ignored, f"pathlib.{local}{name}") for local in ("", "_local.") for name in ("PosixPath", "WindowsPath")),
     *((_Ignored, f"pathlib.{local}Pure{name}") for local in ("", "_local.") for name in ("PosixPath", "WindowsPath")),
     (_Ignored, "argparse.Namespace"),
@@ -199,23 +232,41 @@ _STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 _UNPICKLER = threading.Lock()
 
 
+def open_checkpoint(path: str | Path) -> BufferedReader:
+    """Open the file of a checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be read.
+    """
+    try:
+        return Path(path).open("rb")
+    except OSError as error:
+        model = nearest(str(path)) if isinstance(error, FileNotFoundError) else None
+        rule, value = unread(error, "the checkpoint must be a file that can be read")
+        raise CheckpointError(
+            rule,
+            place=path,
+            value=value,
+            remedy=_REMEDY_PATH + (f", or to {model}, which is fetched then" if model else ""),
+        ) from None
+
+
+def _hash(path: str | Path) -> str:
+    with open_checkpoint(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _load(path: str | Path) -> tuple[Any, str]:
     """Content and hash of a file."""
+    import torch
+
+    sha256 = _hash(path)
     try:
         with Path(path).open("rb") as file:
             is_archive = file.read(4) == b"PK\x03\x04"
-            file.seek(0)
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        model = nearest(str(path)) if isinstance(error, FileNotFoundError) else None
-        raise CheckpointError(
-            "the checkpoint must be a file that can be read",
-            place=path,
-            value=error.strerror,
-            remedy=_REMEDY_PATH + (f", or to {model}, which is fetched then" if model else ""),
-        ) from None
-    try:
-        with _UNPICKLER, torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():
+        with _UNPICKLER, torch.serialization.safe_globals([*_NAMED]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # A training's optimizer state can be twice the weights: mapped, it is never read.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
@@ -345,38 +396,40 @@ def _architecture(path: str | Path, parameters: _Parameters, state: Mapping[str,
 def _hidden_widths(state: Mapping[str, Tensor], head: str) -> tuple[int, ...]:
     """Output channels of a head's convolutions but the last; batch norms lie between them."""
     widths, index = [], 0
-    while isinstance(weight := state.get(f"{head}.{3 * index}.weight"), Tensor) and weight.ndim > 0:
-        widths.append(weight.shape[0])
+    while shape := getattr(state.get(f"{head}.{3 * index}.weight"), "shape", None):
+        widths.append(shape[0])
         index += 1
     return tuple(widths[:-1])
 
 
-def _fit(path: str | Path, architecture: Architecture, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights as float32, if they are exactly those of the architecture."""
-    with torch.device("meta"):
-        expected: dict[str, Tensor] = build_network(architecture).state_dict()
-    # Counted in training alone, and left out by programs that convert weights.
-    uncounted = {
-        name: torch.zeros(tensor.shape, dtype=tensor.dtype)
-        for name, tensor in expected.items()
-        if name.endswith(".num_batches_tracked") and name not in state
-    }
-    state = {**state, **uncounted}
+#: Counted in training alone, and left out by programs that convert weights.
+_COUNTED = ".num_batches_tracked"
+
+
+def _misfits(architecture: Architecture, state: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the names and shapes of weights."""
+    expected = architecture.weights()
     problems = {
-        "missing": [_full(name) for name in expected if name not in state],
+        "missing": [_full(name) for name in expected if name not in state and not name.endswith(_COUNTED)],
         "left over": [_full(name) for name in state if name not in expected],
         "of another kind": [
-            f"{_full(name)} {_shape(state[name])} instead of {_shape(tensor)}"
-            for name, tensor in expected.items()
-            if name in state and _shape(state[name]) != _shape(tensor)
+            f"{_full(name)} {_shape(state[name])} instead of {shape}"
+            for name, shape in expected.items()
+            if name in state and _shape(state[name]) != str(shape)
         ],
     }
-    found = [
+    return [
         f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
         for kind, names in problems.items()
         if names
     ]
-    if found:
+
+
+def _fit(path: str | Path, architecture: Architecture, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights as float32, if they are exactly those of the architecture."""
+    import torch
+
+    if found := _misfits(architecture, state):
         raise CheckpointError(
             "the weights must be exactly those of the network that the checkpoint describes in its hyper_parameters",
             place=path,
@@ -385,8 +438,14 @@ def _fit(path: str | Path, architecture: Architecture, state: Mapping[str, Tenso
         )
     # A copy, so that nothing stays mapped to a file that somebody may replace.
     fitted = {
-        name: state[name].detach().to(tensor.dtype, copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in expected.items()
+        name: state.get(name, torch.tensor(0))
+        .detach()
+        .to(
+            torch.int64 if name.endswith(_COUNTED) else torch.float32,
+            copy=True,
+            memory_format=torch.contiguous_format,
+        )
+        for name in architecture.weights()
     }
     if broken := [_full(name) for name, tensor in fitted.items() if not tensor.isfinite().all()]:
         raise CheckpointError(
@@ -404,4 +463,129 @@ def _full(name: str) -> str:
 
 
 def _shape(value: object) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+    return str(tuple(value.shape)) if hasattr(value, "shape") else type(value).__name__
+
+
+# ------------------------------------------------------------------------------------------------------- without torch
+
+
+@dataclass(frozen=True, slots=True)
+class _Weight:
+    """A tensor as a file describes it.
+
+    Attributes
+    ----------
+    kind, key, count
+        Of the storage that holds its numbers: torch's name of their type, the file's of the storage, and how many.
+    shape
+        Of the tensor.
+    end
+        Place in the storage behind the tensor's last number.
+    """
+
+    kind: str
+    key: str
+    count: int
+    shape: tuple[int, ...]
+    end: int
+
+
+#: The types of numbers in torch's storages, as NumPy has them; it has none for bfloat16.
+_NUMBERS = {"Float": "<f4", "Double": "<f8", "Half": "<f2", "BFloat16": "<u2", "Long": "<i8", "Int": "<i4"}
+_TENSOR, _PARAMETER = "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"
+_MAPPINGS = {"collections OrderedDict", *(" ".join(name.rsplit(".", 1)) for kind, name in _NAMED if kind is dict)}
+_INERT = {"_codecs encode", *(" ".join(name.rsplit(".", 1)) for kind, name in _NAMED if kind is not dict)}
+_KNOWN = _MAPPINGS | _INERT | {_TENSOR, _PARAMETER} | {f"torch {number}Storage" for number in _NUMBERS}
+
+
+def _plain_content(archive: zipfile.ZipFile) -> Any:
+    """What a file holds, with a `_Weight` for each tensor.
+
+    Names in the pickle stay text: nothing is looked up and nothing called. A ``ValueError`` or another error is raised
+    for whatever is not known here.
+    """
+    (entry,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+    stack, marks, memo = list[Any](), list[int](), dict[Any, Any]()
+    for instruction, value, _ in pickletools.genops(archive.read(entry)):
+        match instruction.name:
+            case "PROTO":
+                pass
+            case "MARK":
+                marks.append(len(stack))
+            case "BINPUT" | "LONG_BINPUT":
+                memo[value] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[value])
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_LIST":
+                stack.append([])
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[instruction.name])
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE":
+                stack.append(value)
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(instruction.name[-1])
+                stack[-count:] = [tuple(stack[-count:])]
+            case "TUPLE" | "APPENDS" | "SETITEMS":
+                start = marks.pop()
+                items = stack[start:]
+                del stack[start:]
+                if instruction.name == "TUPLE":
+                    stack.append(tuple(items))
+                elif isinstance(stack[-1], list):
+                    stack[-1].extend(items)
+                elif isinstance(stack[-1], dict):
+                    stack[-1].update(zip(items[::2], items[1::2], strict=True))
+            case "APPEND":
+                item = stack.pop()
+                stack[-1].append(item)
+            case "SETITEM":
+                item, key = stack.pop(), stack.pop()
+                stack[-1][key] = item
+            case "GLOBAL":
+                if value not in _KNOWN:
+                    raise ValueError(value)
+                stack.append(value)
+            case "BINPERSID" | "BUILD":
+                if instruction.name == "BUILD":  # attributes, which no value here has
+                    stack.pop()
+            case "REDUCE" | "NEWOBJ":
+                arguments = stack.pop()
+                stack.append(_made(stack.pop(), arguments))
+            case "STOP":
+                return stack.pop()
+            case _:
+                raise ValueError(instruction.name)
+    raise ValueError("no end")
+
+
+def _made(name: str, arguments: tuple[Any, ...]) -> Any:
+    """What a pickle says is made by a function or class of this name."""
+    if name in _MAPPINGS:
+        return dict(*arguments)
+    if name == _PARAMETER:
+        return arguments[0]
+    if name != _TENSOR:
+        return _Ignored()
+    (_, kind, key, _, count), offset, shape, stride, *_ = arguments
+    end = offset + 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    return _Weight(kind.removeprefix("torch ").removesuffix("Storage"), key, count, shape, end)
+
+
+def _is_finite(archive: zipfile.ZipFile, weight: _Weight) -> bool:
+    """Whether all numbers of the storage of a weight are finite ones."""
+    import numpy as np
+
+    (root,) = (name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("/data.pkl"))
+    if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
+        return False
+    values = np.frombuffer(archive.read(f"{root}data/{weight.key}"), _NUMBERS[weight.kind])
+    if len(values) != weight.count or weight.end > weight.count:
+        return False
+    if weight.kind == "BFloat16":
+        return bool((values & 0x7F80 != 0x7F80).all())
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(values.astype(np.float32, copy=False)).all())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import math
 import os
 import select
 import signal
@@ -31,6 +32,7 @@ from cryosiam_dask._version import __version__
 from cryosiam_dask.errors import ClusterError, CryosiamDaskError
 
 if TYPE_CHECKING:
+    from cryosiam_dask.config import Configuration
     from cryosiam_dask.pipeline import Outcome
 
 #: Of CryoSiam's own commands that have another name here.
@@ -94,6 +96,7 @@ app = typer.Typer(
     },
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # half as long on a terminal of 80 columns, and there sooner
 )
 
 
@@ -101,6 +104,21 @@ app = typer.Typer(
 TEMPORARY = 75
 #: EX_SOFTWARE of sysexits.h: a fault of this program itself.
 _SOFTWARE = 70
+
+
+def _at_least(least: int, kind: type[int] | type[float] = int) -> dict[str, Any]:
+    """What makes an option take numbers from `least` on, for `typer.Option`."""
+
+    def parse(text: str) -> float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = kind(least - 1)
+        if not least <= number < math.inf:
+            raise typer.BadParameter(f"must be a {'whole ' * (kind is int)}number of at least {least}; found {text}")
+        return number
+
+    return {"parser": parse, "metavar": f"<{kind.__name__} ≥ {least}>"}
 
 
 class Device(StrEnum):
@@ -135,7 +153,8 @@ OnlyModel = Annotated[
 ]
 Filename = Annotated[str | None, typer.Option(help="Name of a single tomogram in data_folder.")]
 Workers = Annotated[
-    int | None, typer.Option(min=1, help="Worker processes. Default: every GPU, or what cores and memory allow.")
+    int | None,
+    typer.Option(help="Worker processes. Default: every GPU, or what cores and memory allow.", **_at_least(1)),
 ]
 DeviceOption = Annotated[Device, typer.Option(help="What to run the network on; auto takes GPUs where there are any.")]
 
@@ -193,7 +212,8 @@ Slurm = Annotated[
 WorkerTimeout = Annotated[
     float | None,
     typer.Option(
-        min=0, help="Minutes to wait for workers. Default: 2 with --scheduler, and 60 with --slurm for the first one."
+        help="Minutes to wait for workers. Default: 2 with --scheduler, and 60 with --slurm for the first one.",
+        **_at_least(0, float),
     ),
 ]
 PerformanceReport = Annotated[
@@ -266,13 +286,15 @@ def _segment(
     **options: Any,
 ) -> None:
     with _plain_errors(drains=True) as stop:
+        # What takes long to load comes after what a user may have mistyped.
         from cryosiam_dask.config import read_model, read_models
+        from cryosiam_dask.plan import require_paths
 
         console = _console(quiet, verbose, as_json)
         warned: list[str] = []
         try:
-            # Before anything that takes long to load, so that a mistake is answered at once.
             models = read_models(config_file, model) if every else {"": read_model(config_file, model)}
+            require_paths(models, options["filename"])
             from cryosiam_dask.runner import segment
 
             outcomes = segment(models, console, device=device.value, stop=stop, warned=warned, **options)
@@ -296,7 +318,7 @@ def status(
 
     Example: cryosiam-dask status --config-file configs/pipeline.yaml --json
     """
-    with _plain_errors():
+    with _plain_errors(writes=False):
         from cryosiam_dask.overview import print_overview
 
         print_overview(config_file, Console(emoji=False), model=model, as_json=as_json)
@@ -317,9 +339,7 @@ def semantic_postprocess(
     Example: cryosiam-dask semantic-postprocess --config-file configs/config_semantic.yaml
     """
     with _plain_errors():
-        from cryosiam_dask.config import read_model
-
-        configuration = read_model(config_file, model)
+        configuration = _predicted(config_file, model, filename, sizes=True)
         from cryosiam_dask.runner import postprocess_again
 
         console = _console(quiet, verbose, as_json)
@@ -341,9 +361,7 @@ def components(
     Example: cryosiam-dask components --config-file configs/config_semantic.yaml
     """
     with _plain_errors():
-        from cryosiam_dask.config import read_model
-
-        configuration = read_model(config_file, model)
+        configuration = _predicted(config_file, model, filename)
         from cryosiam_dask.runner import measure_predictions
 
         console = _console(quiet, verbose, as_json)
@@ -358,7 +376,7 @@ def semantic_to_centers(
     min_voxels: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Leave out components of so many voxels or fewer. Default: the key of this name, or 0."
+            help="Leave out components of so many voxels or fewer. Default: the key of this name, or 0.", **_at_least(0)
         ),
     ] = None,
     erode: Annotated[bool, typer.Option("--erode", help="Erode each class once before, to part what touches.")] = False,
@@ -372,9 +390,7 @@ def semantic_to_centers(
     Example: cryosiam-dask semantic-to-centers --config-file configs/config_semantic.yaml --min-voxels 10
     """
     with _plain_errors():
-        from cryosiam_dask.config import read_model
-
-        configuration = read_model(config_file, model)
+        configuration = _predicted(config_file, model, filename)
         from cryosiam_dask.runner import list_particles
 
         console = _console(quiet, verbose, as_json)
@@ -392,8 +408,11 @@ def report(config_file: ConfigFile, model: Model = None) -> None:
     """
     with _plain_errors():
         from cryosiam_dask.config import read_model
+        from cryosiam_dask.folders import without_predictions
 
         configuration = read_model(config_file, model)
+        if not configuration.prediction_folder.exists():
+            raise without_predictions(configuration.prediction_folder)
         from cryosiam_dask.runner import report_again
 
         report_again(configuration, Console(emoji=False))
@@ -418,9 +437,7 @@ def export(
     Example: cryosiam-dask export --config-file configs/config_semantic.yaml --format ome-zarr --format mrc
     """
     with _plain_errors():
-        from cryosiam_dask.config import read_model
-
-        configuration = read_model(config_file, model)
+        configuration = _predicted(config_file, model, filename)
         from cryosiam_dask.runner import export_predictions
 
         names = [each.value for each in formats or ()]
@@ -452,9 +469,13 @@ def plan(
 
     Example: cryosiam-dask plan --config-file configs/config_semantic.yaml --json > plan.json
     """
-    with _plain_errors():
+    with _plain_errors(writes=False):
+        from cryosiam_dask.config import read_models
         from cryosiam_dask.look import show_plan
+        from cryosiam_dask.plan import require_paths
 
+        if not as_json:  # where all problems are printed, whatever that takes
+            require_paths(read_models(config_file, model), filename)
         found = show_plan(
             config_file, Console(emoji=False), model=model, filename=filename, workers=workers, overwrite=overwrite,
             overwrite_all=overwrite_all, as_json=as_json, device=device.value,
@@ -476,7 +497,7 @@ def info(
 
     Example: cryosiam-dask info TS_01.mrc --json
     """
-    with _plain_errors():
+    with _plain_errors(writes=False):
         from cryosiam_dask.look import show_files
 
         show_files(paths, Console(emoji=False), as_json=as_json)
@@ -520,7 +541,7 @@ def convert(
     target: Annotated[
         Path, typer.Argument(metavar="OUT.zarr", help="The zarr v3 array to make; with .ome.zarr an OME-Zarr image.")
     ],
-    level: Annotated[int, typer.Option(min=0, help="Level of an OME-Zarr image; 0 is full resolution.")] = 0,
+    level: Annotated[int, typer.Option(help="Level of an OME-Zarr image; 0 is full resolution.", **_at_least(0))] = 0,
     dataset: Annotated[str | None, typer.Option(help="Dataset of an HDF5 file with more than one volume.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.zarr.")] = False,
     workers: Workers = None,
@@ -534,6 +555,9 @@ def convert(
     Example: cryosiam-dask convert run.ome.zarr TS_01.zarr --level 1 --json
     """
     with _plain_errors():
+        from cryosiam_dask.folders import require_there
+
+        require_there(source)
         from cryosiam_dask.runner import convert_file
 
         report = convert_file(
@@ -571,6 +595,16 @@ def demo(
             _exit(run_demo(output, console, device=device.value, workers=workers))
 
 
+def _predicted(config_file: Path, model: str | None, filename: str | None = None, **needed: bool) -> Configuration:
+    """The configuration of a command for written predictions, if there are any: asked before the rest is loaded."""
+    from cryosiam_dask.config import read_model
+    from cryosiam_dask.plan import find_predictions
+
+    configuration = read_model(config_file, model)
+    find_predictions(configuration, filename, **needed)
+    return configuration
+
+
 def _console(quiet: bool, verbose: bool, as_json: bool = False) -> Console:
     """Where a command prints what people read."""
     if quiet and verbose:
@@ -584,7 +618,7 @@ def _console(quiet: bool, verbose: bool, as_json: bool = False) -> Console:
 
 
 @contextmanager
-def _plain_errors(drains: bool = False) -> Iterator[threading.Event]:
+def _plain_errors(drains: bool = False, writes: bool = True) -> Iterator[threading.Event]:
     """What a user got wrong is printed as it is, with status 2; an interruption leaves with status 130.
 
     With `drains` the first signal only sets the event that is yielded, so that the command can bring its work to a good
@@ -621,7 +655,8 @@ def _plain_errors(drains: bool = False) -> Iterator[threading.Event]:
         )
         raise typer.Exit(_SOFTWARE) from None
     except KeyboardInterrupt:
-        _complain("interrupted: complete outputs were kept, nothing is half-written")
+        kept = ": complete outputs were kept, nothing is half-written; repeat the command to go on"
+        _complain(f"interrupted{kept if writes else ''}")
         raise typer.Exit(130) from None
 
 

@@ -34,7 +34,7 @@ from pydantic import (
     model_validator,
 )
 
-from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, Problems
+from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, Problems, not_there, unread
 from cryosiam_dask.executor import patiently
 from cryosiam_dask.published import HubFile, parse
 
@@ -528,28 +528,58 @@ def read_model(path: Path | str, model: str | None = None) -> Configuration:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    text = ""
     try:
-        values = yaml.load(patiently(partial(path.read_text, encoding="utf-8")), _UniqueKeys)
+        text = patiently(partial(path.read_text, encoding="utf-8"))
+        values = yaml.load(text, _UniqueKeys)
     except OSError as error:
-        raise ConfigurationError(
-            "the configuration file must be readable", place=path, value=error.strerror, remedy="Check --config-file"
-        ) from None
+        rule, value = unread(error, "the configuration file must be readable")
+        files = _yaml_files(path if path.is_dir() else path.parent)
+        near = files[:1] if path.is_dir() else difflib.get_close_matches(str(path), files, 1, 0.5)
+        remedy = f"Did you mean {near[0]}?" if near else "Check the name of the configuration file"
+        raise ConfigurationError(rule, place=path, value=value, remedy=remedy) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date such as 2024-13-45
-        mark = getattr(error, "problem_mark", None)
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        remedy = next((told for part, told in _YAML_REMEDIES.items() if part in (problem or "")), _COMPARE)
+        if mark and re.match(r" *\t", "".join(text.splitlines()[mark.line : mark.line + 1])):
+            remedy = "Indent with spaces, not tabs"
         raise ConfigurationError(
             "the configuration must be a YAML file",
             place=f"{path}, line {mark.line + 1}" if mark else path,
-            value=getattr(error, "problem", None) or _unread(error),
-            remedy="Compare it with configs/config_semantic.yaml",
+            value=problem.removeprefix("found ") if problem else _unread(error),
+            remedy=_OF_DATA if isinstance(error, UnicodeDecodeError) else remedy,
         ) from None
     if not isinstance(values, dict):
         raise ConfigurationError(
             "the configuration must be a mapping of keys to values",
             place=path,
             value="an empty file" if values is None else type(values).__name__,
-            remedy="Compare it with configs/config_semantic.yaml",
+            remedy="Write a space behind the colon of each key" if isinstance(values, str) else _COMPARE,
         )
     return values
+
+
+def _yaml_files(folder: Path) -> list[str]:
+    try:
+        return sorted(str(path) for path in folder.iterdir() if path.suffix in (".yaml", ".yml"))
+    except OSError:
+        return []
+
+
+_COMPARE = "Compare it with configs/config_semantic.yaml"
+_OF_DATA = "Give the YAML file of a model or a pipeline; 'cryosiam-dask info' says what is in files of data"
+#: What to do about the mistakes that are made most, by what the parser says of them.
+_YAML_REMEDIES: Mapping[str, str] = {
+    r"'\t'": "Indent with spaces, not tabs",
+    "mapping values are not allowed": "Indent the keys of a section alike, and put text that holds ': ' into quotes",
+    "unknown escape character": "Put paths with backslashes into single quotes",
+    "could not find expected ':'": "Write a colon and a space behind each key",
+    "expected <block end>": "Indent the keys of a section alike, and close what was opened before this line",
+    "expected ',' or": "Close the bracket of the list, and put commas between its entries",
+    "found unexpected end of stream": "Close the quotes or the bracket",
+    "cannot start any token": "Put this text into single quotes",
+    "undefined alias": "Put text that begins with * into single quotes",
+}
 
 
 def _unread(error: Exception) -> str:
@@ -587,9 +617,8 @@ def _missing_paths(where: Callable[[str], str], values: dict[str, Any]) -> Itera
         except (OSError, RuntimeError, ValueError):  # what is wrong with these is said elsewhere
             there = True
         if not there:
-            yield ConfigurationError(
-                "must exist", place=f"{where(key)}, key {key}", value=value, remedy=f"Correct {key}"
-            )
+            remedy = "Run the lamella prediction first, or correct it" if key == "mask_folder" else f"Correct {key}"
+            yield ConfigurationError(not_there(Path(value)), place=f"{where(key)}, key {key}", remedy=remedy)
 
 
 def _without_unused(values: dict[str, Any], section: str = "") -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -13,6 +13,7 @@ import errno
 import re
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 #: What the kernel says while the server of a network disk is away, restarts or is busy; the same call may succeed soon.
@@ -134,6 +135,16 @@ def not_written(error: OSError, rule: str, *, place: object, remedy: str) -> Out
     """
     kind = DiskError if error.errno in _OF_THE_DISK else OutputError
     return kind(rule, place=place, value=error.strerror or error, remedy=remedy)
+
+
+def not_there(path: Path) -> str:
+    """The rule that a path of a configuration breaks where nothing is there."""
+    return f"does not exist: {path}" + ("" if path.is_absolute() else f" (seen from {Path.cwd()})")
+
+
+def unread(error: OSError, rule: str) -> tuple[str, str | None]:
+    """Rule and value of the error to raise where a file could not be opened that must be there, as `rule` says."""
+    return ("does not exist", None) if isinstance(error, FileNotFoundError) else (rule, error.strerror or str(error))
 
 
 class DeviceError(CryosiamDaskError):

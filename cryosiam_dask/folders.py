@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cryosiam_dask.errors import OutputError, may_pass
+from cryosiam_dask.errors import OutputError, TomogramError, may_pass
 from cryosiam_dask.ledger import part_name
 
 
@@ -28,6 +28,18 @@ def unusable(path: Path) -> str:
             return f"a link that leads nowhere: {path.readlink()}"
         return "" if may_pass(error) else str(error.strerror)  # whoever opens it tries again
     return ""
+
+
+def require_there(path: Path) -> None:
+    """Refuse the path of a tomogram or another file at which nothing is, not even a link.
+
+    Raises
+    ------
+    TomogramError
+        If so.
+    """
+    if not path.exists() and not path.is_symlink():
+        raise TomogramError("does not exist", place=path, remedy="Check the path")
 
 
 def visible(folder: Path, ending: str = "") -> list[Path]:
@@ -102,3 +114,13 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def without_predictions(folder: Path) -> OutputError:
+    """The error to raise where there is nothing to report."""
+    return OutputError(
+        "there must be predictions to report",
+        place="key prediction_folder",
+        value=f"no file {folder / '*_preds.h5'}",
+        remedy="Run semantic-predict first",
+    )

@@ -24,7 +24,7 @@ import zarr
 
 from cryosiam_dask.diagnosis import percent, scaling, to_write
 from cryosiam_dask.errors import CryosiamDaskError, OutputError, TomogramError
-from cryosiam_dask.folders import unusable
+from cryosiam_dask.folders import require_there, unusable
 from cryosiam_dask.intensities import Intensities, intensities, sample_file
 from cryosiam_dask.json_values import as_json
 from cryosiam_dask.labels_to_hdf5 import INSTANCES, LABELS, PROBABILITIES, open_hdf5, read_attributes
@@ -164,6 +164,7 @@ def _kind(path: Path) -> Kind:
         with path.open("rb") as file:
             beginning = file.read(212)
     except OSError as error:
+        require_there(path)
         why = unusable(path) if path.is_symlink() and error.errno == errno.ENOENT else error.strerror
         raise TomogramError(
             "must be a file that can be read", place=path, value=why, remedy="Check path and permissions"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.table import Column, Table
 
 from cryosiam_dask.diagnosis import gathered, percent
 from cryosiam_dask.errors import CryosiamDaskError, Problems
+from cryosiam_dask.folders import require_there
 
 if TYPE_CHECKING:  # imported where they are used: the network's libraries take seconds
     from cryosiam_dask.forecast import Disk, Forecast, PipelineForecast, TomogramForecast
@@ -58,9 +60,7 @@ def show_plan(
     """
     from cryosiam_dask.config import read_models
     from cryosiam_dask.forecast import USUALLY_AT_ONCE, Forecast, forecast, forecast_pipeline, unreadable
-    from cryosiam_dask.plan import RunPlan, masks_of, plan_run
-    from cryosiam_dask.predictor import resolve_device
-    from cryosiam_dask.runner import memory_of_machine, on_this_machine
+    from cryosiam_dask.plan import RunPlan, masks_of, memory_of_machine, on_this_machine, plan_run
 
     problems: list[CryosiamDaskError] = []
     plans: list[RunPlan] = []
@@ -79,7 +79,7 @@ def show_plan(
             except CryosiamDaskError as error:
                 problems += [*_single(error), *unreadable(configuration, filename)]
         if not problems:
-            if device == "cpu" or (device == "auto" and resolve_device("auto") == "cpu"):
+            if device == "cpu" or (device == "auto" and not _has_gpu()):
                 plans, workers = on_this_machine(plans, workers)
             else:
                 plans = [plan.looked_into() for plan in plans]
@@ -117,6 +117,17 @@ def show_plan(
     return found.status
 
 
+def _has_gpu() -> bool:
+    """Whether the network would run on a GPU here; torch, which takes seconds, is asked where there may be one."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    from cryosiam_dask.predictor import resolve_device
+
+    return resolve_device("auto") == "cuda"
+
+
 def _single(error: CryosiamDaskError) -> Sequence[CryosiamDaskError]:
     return error.problems if isinstance(error, Problems) else (error,)
 
@@ -138,6 +149,8 @@ def show_files(paths: Sequence[Path], console: Console, *, as_json: bool = False
     Problems
         Of all files that cannot be read.
     """
+    if len(paths) == 1:
+        require_there(paths[0])  # before what takes longer
     from cryosiam_dask.inspect_file import inspect
 
     problems, values = list[CryosiamDaskError](), list[Any]()

@@ -248,7 +248,9 @@ def _open(path: Path) -> Iterator[Any]:
             yield labels
     except FileNotFoundError as error:
         raise MaskError(
-            "the lamella mask must exist", place=path, remedy="Run the lamella prediction first, or correct mask_folder"
+            "the lamella mask does not exist",
+            place=path,
+            remedy="Run the lamella prediction first, or correct mask_folder",
         ) from error
     except (OSError, RuntimeError) as error:
         raise MaskError(

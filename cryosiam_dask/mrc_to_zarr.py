@@ -508,6 +508,8 @@ def _reason(error: OSError) -> str:
 
 
 def _unreadable(path: Path, error: OSError) -> TomogramError:
+    if isinstance(error, FileNotFoundError) and not path.is_symlink():
+        return TomogramError("does not exist", place=path, remedy="Check the path")
     return TomogramError(
         "the tomogram must be a readable file", place=path, value=_reason(error), remedy="Check path and permissions"
     )

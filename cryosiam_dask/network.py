@@ -15,87 +15,22 @@ that.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from cryosiam_dask.architecture import EXPANSION, Architecture
+
 _CONVOLUTION: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 _BATCH_NORM: dict[int, type[nn.BatchNorm2d] | type[nn.BatchNorm3d]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _LINEAR = {2: "bilinear", 3: "trilinear"}
-_EXPANSION = {"basic": 1, "bottleneck": 4}
 
 Region = tuple[slice, ...]
 """Part of a patch, a slice with start and stop for each spatial axis."""
-
-
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """Everything that decides the shapes of the network's weights.
-
-    Attributes
-    ----------
-    spatial_dims
-        2 for images, 3 for tomograms.
-    in_channels
-        Channels of the input.
-    block_type
-        Residual block of the encoder.
-    num_layers, num_filters
-        Blocks and width of each of the encoder's four levels, finest first.
-    fpn_channels
-        Channels of the decoder.
-    decoder
-        Feature pyramid, or bidirectional feature pyramid.
-    later_convolutions
-        Whether the levels of the feature pyramid pass one more convolution.
-    bifpn_layers
-        Blocks of the bidirectional feature pyramid; 0 for the other decoder.
-    dense_dim
-        Channels of the dense embedding.
-    out_channels
-        Classes, and channels of the distances.
-    semantic_widths, distance_widths
-        Channels of the hidden convolutions of the heads; None without a distance head.
-    kernel_size
-        Kernel of the heads' convolutions, one odd number an axis.
-    """
-
-    spatial_dims: int
-    in_channels: int
-    block_type: Literal["basic", "bottleneck"]
-    num_layers: tuple[int, ...]
-    num_filters: tuple[int, ...]
-    fpn_channels: int
-    decoder: Literal["fpn", "bifpn"]
-    later_convolutions: bool
-    bifpn_layers: int
-    dense_dim: int
-    out_channels: int
-    semantic_widths: tuple[int, ...]
-    distance_widths: tuple[int, ...] | None
-    kernel_size: tuple[int, ...]
-
-    @property
-    def level_channels(self) -> tuple[int, ...]:
-        """Channels of the encoder's four levels, finest first."""
-        return tuple(width * _EXPANSION[self.block_type] for width in self.num_filters)
-
-    @property
-    def head_margin(self) -> tuple[int, ...]:
-        """Voxels along each axis that the heads' convolutions reach beyond what they are asked for."""
-        convolutions = 1 + max(len(self.semantic_widths), len(self.distance_widths or ()))
-        return tuple(convolutions * (kernel // 2) for kernel in self.kernel_size)
-
-    @property
-    def has_distance_head(self) -> bool:
-        """Whether distances can be predicted."""
-        return self.distance_widths is not None
 
 
 class ResNet(nn.Module):
@@ -116,7 +51,7 @@ class ResNet(nn.Module):
             blocks = []
             for n in range(count):
                 blocks.append(block(dims, channels, width, 2 if number > 1 and n == 0 else 1))
-                channels = width * _EXPANSION[architecture.block_type]
+                channels = width * EXPANSION[architecture.block_type]
             self.add_module(f"layer{number}", nn.Sequential(*blocks))
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Conv3d):
@@ -162,7 +97,7 @@ class _BottleneckBlock(nn.Module):
 
     def __init__(self, dims: int, channels: int, width: int, stride: int) -> None:
         super().__init__()
-        whole = width * _EXPANSION["bottleneck"]
+        whole = width * EXPANSION["bottleneck"]
         shortcut = _shortcut(dims, channels, whole, stride)
         self.conv1 = _CONVOLUTION[dims](channels, width, 1, bias=False)
         self.bn1 = _BATCH_NORM[dims](width)
@@ -427,48 +362,3 @@ def convolve_with_onednn(module: nn.Module) -> None:
             setattr(module, name, _OneDNNConvolution(child))
         else:
             convolve_with_onednn(child)
-
-
-def required_halo(architecture: Architecture) -> int:
-    """Voxels beyond a core without which its values are wrong, whatever the patch.
-
-    The heads' convolutions and the decoder's last one must not meet the padding at a patch's border, and neither may
-    the coarsest level's voxel that is next to the core.
-    """
-    return max(architecture.head_margin) + architecture.later_convolutions + required_divisor(architecture)
-
-
-def required_divisor(architecture: Architecture) -> int:
-    """Number that must divide every axis of a patch.
-
-    The stride of the coarsest level, so that no level is cut short: 16 for the bidirectional pyramid, 8 for the other.
-    """
-    return 16 if architecture.decoder == "bifpn" else 8
-
-
-def peak_bytes(architecture: Architecture, patch: tuple[int, ...], batch_size: int = 1) -> int:
-    """Rough upper estimate of the memory that evaluating one batch takes, weights included, in bytes.
-
-    Counts the float32 channels at stride 1 that are alive at once in the most demanding place. A margin of half of that
-    covers the coarser levels, which have at most a quarter of the voxels, and the libraries' work space.
-
-    Parameters
-    ----------
-    architecture
-        The network.
-    patch
-        Shape of a patch in voxels.
-    batch_size
-        Patches evaluated at once.
-    """
-    finest, width = architecture.level_channels[0], architecture.fpn_channels
-    heads = [architecture.semantic_widths, architecture.distance_widths or ()]
-    alive = max(
-        4 * finest + architecture.num_filters[0],  # a block's input, its branch and both steps of its shortcut
-        finest + 2 * architecture.num_filters[1] + width,  # the second level begins at stride 1
-        finest + 3 * width if architecture.decoder == "fpn" else 6 * width,
-        architecture.dense_dim + architecture.out_channels + max(3 * w for widths in heads for w in (0, *widths)),
-    )
-    with torch.device("meta"):
-        weights = sum(tensor.nbytes for tensor in build_network(architecture).state_dict().values())
-    return int(weights) + 6 * alive * math.prod(patch) * batch_size  # 4 bytes and the margin

@@ -44,13 +44,11 @@ from cryosiam_dask.config import Configuration
 from cryosiam_dask.diagnosis import blank as why_blank
 from cryosiam_dask.errors import (
     ClusterError,
-    ConfigurationError,
     CryosiamDaskError,
     DeviceError,
     DiskError,
     LostClusterError,
     OutputError,
-    Problems,
     StorageError,
     may_pass,
     not_written,
@@ -68,7 +66,6 @@ from cryosiam_dask.executor import (
     patiently,
     wait,
 )
-from cryosiam_dask.folders import visible
 from cryosiam_dask.formats import (
     MRC_LABEL,
     Placed,
@@ -103,12 +100,11 @@ from cryosiam_dask.plan import (
     RunPlan,
     components_done,
     known_identity,
-    name_in_data_folder,
     preview_done,
     removal_sizes,
-    unreadable_folder,
     with_sizes,
 )
+from cryosiam_dask.plan import find_predictions as find_predictions
 from cryosiam_dask.preview import Sliceable, percentage, preview_file, read_fingerprint, write_preview
 from cryosiam_dask.progress import Reporter
 from cryosiam_dask.report import remember
@@ -1398,63 +1394,6 @@ def collect(configuration: Configuration, outcomes: list[Outcome]) -> None:
         return
     if listed:
         _collect_centers(configuration, outcomes, lambda message: LOG.info("%s", message))
-
-
-def find_predictions(configuration: Configuration, filename: str | None = None, *, sizes: bool = False) -> list[Path]:
-    """The written predictions of a configuration.
-
-    Parameters
-    ----------
-    configuration
-        The YAML file.
-    filename
-        Name of a single tomogram; rules over ``test_files``.
-    sizes
-        Whether ``postprocessing_sizes`` are needed.
-
-    Raises
-    ------
-    Problems
-        If one is missing, or there are none, or the configuration lacks ``postprocessing_sizes``.
-    ConfigurationError
-        If the folder cannot be looked into.
-    """
-    try:
-        return patiently(partial(_find_predictions, configuration, filename, sizes))
-    except OSError as error:
-        raise unreadable_folder("prediction_folder", configuration.prediction_folder, error) from None
-
-
-def _find_predictions(configuration: Configuration, filename: str | None, sizes: bool) -> list[Path]:
-    folder, extension = configuration.prediction_folder, configuration.file_extension
-    names = (filename,) if filename is not None else configuration.test_files
-    if names is None:
-        predictions = visible(folder, "_preds.h5") if folder.is_dir() else []
-    else:
-        place = "--filename" if filename is not None else "key test_files"
-        names = tuple(Path(name_in_data_folder(configuration, name, place)).name for name in names)
-        predictions = [folder / f"{name.removesuffix(extension)}_preds.h5" for name in names]
-    problems: list[CryosiamDaskError] = [
-        OutputError(
-            "there must be a written prediction of this name",
-            place="key prediction_folder",
-            value=f"no file {path}",
-            remedy="Run semantic-predict first",
-        )
-        for path in predictions or [folder / "*_preds.h5"]
-        if not path.is_file()
-    ]
-    if sizes and configuration.parameters.network.postprocessing_sizes is None:
-        problems.append(
-            ConfigurationError(
-                "this key is required to remove small components",
-                place="key parameters.network.postprocessing_sizes",
-                remedy="Add a list with one entry per label, such as [ -1, 5000, -1, -1, -1 ]",
-            )
-        )
-    if problems:
-        raise Problems(problems)
-    return predictions
 
 
 def _stem(prediction: Path) -> str:

@@ -6,6 +6,7 @@ fingerprint in the output tells. One made otherwise stands in the way until the 
 
 from __future__ import annotations
 
+import difflib
 import errno
 import hashlib
 import json
@@ -19,9 +20,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from cryosiam_dask.checkpoint import Checkpoint, read_checkpoint
+from cryosiam_dask.architecture import default_threshold, peak_bytes, required_divisor, required_halo
 from cryosiam_dask.classes import class_names, named
 from cryosiam_dask.config import STAGES, Configuration
 from cryosiam_dask.diagnosis import alike, beyond_lamella, contrast, scaling
@@ -34,22 +35,21 @@ from cryosiam_dask.errors import (
     Problems,
     TomogramError,
     may_pass,
+    not_there,
 )
 from cryosiam_dask.executor import patiently
-from cryosiam_dask.folders import left_out, unusable
-from cryosiam_dask.formats import foreign_formats, format_path, formats_done, other_formats, read_mrc_fingerprint
+from cryosiam_dask.folders import left_out, unusable, visible
 from cryosiam_dask.grid import DEFAULT_BLOCK_SIZE, Grid, block_size_for, make_grid
-from cryosiam_dask.intensities import Intensities
-from cryosiam_dask.labels_to_hdf5 import read_attributes
 from cryosiam_dask.ledger import read_entries
-from cryosiam_dask.mask import Mask, look_at_mask, open_mask, require_aspect
-from cryosiam_dask.mrc_to_zarr import MRC_ENDINGS, read_header
-from cryosiam_dask.network import peak_bytes, required_divisor, required_halo
-from cryosiam_dask.ome_zarr import SEGMENTATION, read_own_attributes
-from cryosiam_dask.predictor import PredictorSpec, default_threshold
-from cryosiam_dask.preview import preview_file, read_fingerprint
 from cryosiam_dask.published import locate
-from cryosiam_dask.tomogram_files import TomogramHeader, is_newer_in_part, is_zarr, source_content, source_identity
+
+# What reads files is imported where it is used: a path that is wrong is to be told at once.
+if TYPE_CHECKING:
+    from cryosiam_dask.checkpoint import Checkpoint
+    from cryosiam_dask.intensities import Intensities
+    from cryosiam_dask.mask import Mask
+    from cryosiam_dask.predictor import PredictorSpec
+    from cryosiam_dask.tomogram_files import TomogramHeader
 
 #: Raised whenever a change of the code changes a result, so that outputs of before are not taken for done.
 NUMBERS_VERSION = 2
@@ -223,6 +223,9 @@ class RunPlan:
 
     def looked_into(self) -> RunPlan:
         """The plan with the shapes of its tomograms, and what stands in the way of single ones."""
+        from cryosiam_dask.mask import look_at_mask
+        from cryosiam_dask.mrc_to_zarr import read_header
+
         shapes, jobs = set(), []
         for job in self.jobs:
             problem = job.problem
@@ -246,6 +249,8 @@ class RunPlan:
         MaskError
             If it cannot be used.
         """
+        from cryosiam_dask.mask import open_mask, require_aspect
+
         if job.mask is None:
             return None
         mask = open_mask(job.mask, shape)
@@ -446,6 +451,8 @@ class RunPlan:
 
     def outdated(self, job: Job) -> str:
         """What is wanted beside the output of a job and was not made from it, as a sentence; empty if nothing."""
+        from cryosiam_dask.formats import formats_done
+
         names, missing = self.class_names, []
         if not components_done(job.components, job.fingerprint, names):
             missing.append("its components")
@@ -457,6 +464,8 @@ class RunPlan:
 
     def spec(self, device: Literal["cpu", "cuda"]) -> PredictorSpec:
         """How a worker is to run the network on `device`."""
+        from cryosiam_dask.predictor import PredictorSpec
+
         data = self.configuration.parameters.data
         return PredictorSpec(
             checkpoint=str(self.checkpoint.path),
@@ -473,6 +482,40 @@ class RunPlan:
             halo=self.halo,
             precision=self.configuration.hyper_parameters.precision,
         )
+
+
+def require_paths(configurations: Mapping[str, Configuration], filename: str | None = None) -> None:
+    """Refuse paths that are wrong, before anything is loaded that takes longer than looking at them.
+
+    Parameters
+    ----------
+    configurations
+        Of each model, in their order; see `cryosiam_dask.config.read_models`.
+    filename
+        See `plan_run`, which finds the same, and more.
+
+    Raises
+    ------
+    Problems
+        With all of them.
+    """
+    from cryosiam_dask.checkpoint import open_checkpoint
+
+    problems: list[CryosiamDaskError] = []
+    for number, configuration in enumerate(configurations.values()):
+        try:
+            sources = _find_tomograms(configuration, filename, problems)
+            if number == 0:  # later ones take the masks that the first makes
+                _find_masks(configuration, sources, (), problems)
+            _check_prediction_folder(configuration, problems)
+            if isinstance(configuration.trained_model, Path):
+                open_checkpoint(configuration.trained_model).close()
+        except CheckpointError as error:
+            problems.append(error)
+        except OSError:  # which may pass: `plan_run` is patient
+            pass
+    if problems:
+        raise Problems({str(problem): problem for problem in problems}.values())  # models share their tomograms
 
 
 def plan_run(
@@ -530,6 +573,9 @@ def _plan_run(
     name: str,
     masks_to_come: Collection[str],
 ) -> RunPlan:
+    from cryosiam_dask.checkpoint import look_at_checkpoint
+    from cryosiam_dask.formats import foreign_formats, format_path, formats_done, other_formats
+
     problems: list[CryosiamDaskError] = []
     sources = _find_tomograms(configuration, filename, problems)
     refused = refused_names(configuration, sources)
@@ -545,7 +591,7 @@ def _plan_run(
     patch: tuple[int, ...] = ()
     threshold = 0.0
     try:
-        checkpoint = read_checkpoint(locate(configuration.trained_model))
+        checkpoint = look_at_checkpoint(locate(configuration.trained_model))
         patch = _check_network(configuration, checkpoint, problems, notes)
         given = configuration.parameters.network.threshold
         threshold = default_threshold(checkpoint.architecture.out_channels) if given is None else given
@@ -680,6 +726,60 @@ def _ignores_case(folder: Path) -> bool:
     return False
 
 
+def on_this_machine(plans: Sequence[RunPlan], workers: int | None) -> tuple[list[RunPlan], int]:
+    """The plans for CPU workers of this machine, with its memory shared among them, and how many these are.
+
+    Parameters
+    ----------
+    plans
+        Of all models of a run.
+    workers
+        How many are wanted; ``None``: as many as cores and memory allow.
+
+    Raises
+    ------
+    Problems
+        If not even one worker has enough memory.
+    """
+    memory = memory_of_machine()
+    plans = [plan.looked_into() for plan in plans]
+    require_memory(plans, memory)
+    # Small blocks are little slower, an idle core is.
+    allowed = min(int(USABLE * memory / plan.least_bytes_per_worker) for plan in plans)
+    count = workers or max(1, min(cores(), allowed))
+    return [plan.with_memory(int(USABLE * memory / count)) for plan in plans], count
+
+
+def require_memory(plans: Sequence[RunPlan], host: int, device: int | None = None) -> None:
+    """Refuse what no worker has the memory for; see `RunPlan.require_memory`.
+
+    Raises
+    ------
+    Problems
+        Of every model.
+    """
+    problems = []
+    for plan in plans:
+        try:
+            plan.require_memory(host, device)
+        except ConfigurationError as error:
+            problems.append(error)
+    if problems:
+        raise Problems(problems)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_of_machine() -> int:
+    """Bytes of memory that all workers together may use."""
+    from distributed.system import MEMORY_LIMIT  # what control groups and limits leave
+
+    return int(MEMORY_LIMIT)
+
+
 def masks_of(plans: Sequence[RunPlan], configuration: Configuration, filename: str | None = None) -> set[str]:
     """The tomograms (stems) whose masks the model before makes in the same run, for `plan_run`.
 
@@ -751,6 +851,60 @@ def name_in_data_folder(configuration: Configuration, name: str, place: str) -> 
     )
 
 
+def find_predictions(configuration: Configuration, filename: str | None = None, *, sizes: bool = False) -> list[Path]:
+    """The written predictions of a configuration.
+
+    Parameters
+    ----------
+    configuration
+        The YAML file.
+    filename
+        Name of a single tomogram; rules over ``test_files``.
+    sizes
+        Whether ``postprocessing_sizes`` are needed.
+
+    Raises
+    ------
+    Problems
+        If one is missing, or there are none, or the configuration lacks ``postprocessing_sizes``.
+    ConfigurationError
+        If the folder cannot be looked into.
+    """
+    try:
+        return patiently(partial(_find_predictions, configuration, filename, sizes))
+    except OSError as error:
+        raise unreadable_folder("prediction_folder", configuration.prediction_folder, error) from None
+
+
+def _find_predictions(configuration: Configuration, filename: str | None, sizes: bool) -> list[Path]:
+    folder, extension = configuration.prediction_folder, configuration.file_extension
+    names = (filename,) if filename is not None else configuration.test_files
+    if names is None:
+        predictions = visible(folder, "_preds.h5") if folder.is_dir() else []
+    else:
+        place = "--filename" if filename is not None else "key test_files"
+        names = tuple(Path(name_in_data_folder(configuration, name, place)).name for name in names)
+        predictions = [folder / f"{name.removesuffix(extension)}_preds.h5" for name in names]
+    problems: list[CryosiamDaskError] = [
+        OutputError(
+            not_there(path), place="key prediction_folder", remedy="Run semantic-predict first, or correct the name"
+        )
+        for path in predictions or [folder / "*_preds.h5"]
+        if not path.is_file()
+    ]
+    if sizes and configuration.parameters.network.postprocessing_sizes is None:
+        problems.append(
+            ConfigurationError(
+                "this key is required to remove small components",
+                place="key parameters.network.postprocessing_sizes",
+                remedy="Add a list with one entry per label, such as [ -1, 5000, -1, -1, -1 ]",
+            )
+        )
+    if problems:
+        raise Problems(problems)
+    return predictions
+
+
 def unreadable_folder(key: str, folder: Path, error: OSError) -> ConfigurationError:
     """The error to raise where the kernel did not let a folder be looked into."""
     return ConfigurationError(
@@ -788,12 +942,13 @@ def _tomograms(configuration: Configuration, filename: str | None, problems: lis
                     )
                 )
             elif why := _why_no_tomogram(folder / name):
+                near = difflib.get_close_matches(name, [path.name for path in folder.iterdir()], 1, 0.7)
                 problems.append(
                     ConfigurationError(
                         f"the tomogram must be a file in data_folder, which is {folder}",
                         place=place,
                         value=f"{name} ({why})",
-                        remedy="Check the name",
+                        remedy=f"Did you mean {near[0]}?" if near and near[0] != name else "Check the name",
                     )
                 )
             else:
@@ -841,6 +996,8 @@ def _why_no_tomogram(path: Path) -> str:
     try:
         if why or path.is_file():
             return why
+        from cryosiam_dask.tomogram_files import is_zarr
+
         return "" if path.is_dir() and (path.suffix == ".zarr" or is_zarr(path)) else "no file"
     except OSError as error:
         return "" if may_pass(error) else str(error.strerror)
@@ -850,6 +1007,9 @@ def _is_output(path: Path) -> bool:
     """Whether this is one of the files that a run leaves in a folder that may also be that of the tomograms."""
     if path.name.endswith(("_preds.h5", "_components.h5", ".work.zarr")):
         return True
+    from cryosiam_dask.formats import read_mrc_fingerprint
+    from cryosiam_dask.ome_zarr import SEGMENTATION, read_own_attributes
+
     if path.name.endswith("_labels.mrc"):
         return read_mrc_fingerprint(path) is not None
     return (path / "labels" / SEGMENTATION).is_dir() and bool(read_own_attributes(path))
@@ -883,7 +1043,7 @@ def _missing_mask(source: Path, mask: Path) -> MaskError:
         f"there must be a lamella mask for {source.name}",
         place="key mask_folder",
         value=f"no file {mask}",
-        remedy="Run the lamella prediction for it, or leave it out with test_files",
+        remedy="Run the lamella prediction first, or leave it out with test_files",
     )
 
 
@@ -898,11 +1058,9 @@ def _not_readable(source: Path, mask: Path | None, error: OSError) -> CryosiamDa
 
 
 def _missing(key: str, path: Path, kind: str) -> ConfigurationError:
-    beside = f" (relative to {Path.cwd()})" if not path.is_absolute() else ""
-    return ConfigurationError(
-        f"there must be a {kind} of this name", place=f"key {key}", value=f"no {kind} {path}{beside}",
-        remedy=f"Correct {key}",
-    )  # fmt: skip
+    rule = f"must be a {kind}, and {path} is none" if path.exists() else not_there(path)
+    remedy = f"Run the lamella prediction first, or correct {key}" if key == "mask_folder" else f"Correct {key}"
+    return ConfigurationError(rule, place=f"key {key}", remedy=remedy)
 
 
 def _check_prediction_folder(configuration: Configuration, problems: list[CryosiamDaskError]) -> None:
@@ -1005,6 +1163,8 @@ def _check_network(
 
 
 def _output_path(configuration: Configuration, source: Path, stem: str) -> Path:
+    from cryosiam_dask.mrc_to_zarr import MRC_ENDINGS
+
     if configuration.save_original_file_extension and not configuration.save_internal_files:
         name = source.name.removesuffix(".gz")
         return configuration.prediction_folder / (name if Path(name).suffix in MRC_ENDINGS else f"{stem}.mrc")
@@ -1050,6 +1210,8 @@ def known_identity(configuration: Configuration, source: Path, stem: str) -> lis
     source, stem
         The tomogram and its name.
     """
+    from cryosiam_dask.tomogram_files import is_newer_in_part, source_content, source_identity
+
     identity = source_identity(source)
     entries, _ = read_entries(configuration.prediction_folder, stem)
     found = next((entry for entry in reversed(entries) if entry["what"] == "source"), None)
@@ -1066,6 +1228,8 @@ def known_identity(configuration: Configuration, source: Path, stem: str) -> lis
 def _fingerprint(
     configuration: Configuration, source: Path, stem: str, mask: Path | None, settings: Mapping[str, Any]
 ) -> str:
+    from cryosiam_dask.mrc_to_zarr import read_header
+
     files = [known_identity(configuration, source, stem), _mask_identity(mask) if mask else None]
     decided = ""
     if not source.is_dir():
@@ -1110,6 +1274,9 @@ def _mask_identity(path: Path) -> list[Any]:
 
 def _read_fingerprint(output: Path) -> str | None:
     """The fingerprint of an output; ``None`` for a file of another program or one that cannot be read."""
+    from cryosiam_dask.formats import read_mrc_fingerprint
+    from cryosiam_dask.labels_to_hdf5 import read_attributes
+
     try:
         if output.suffix == ".h5":
             return read_attributes(output).get("fingerprint")
@@ -1130,6 +1297,8 @@ def components_done(path: Path | None, fingerprint: str, names: Sequence[str]) -
     names
         Of the labels from 1 on.
     """
+    from cryosiam_dask.labels_to_hdf5 import read_attributes
+
     if path is None:
         return True
     tables = [path.with_suffix(ending) for ending in (".csv", ".parquet")]
@@ -1140,6 +1309,8 @@ def components_done(path: Path | None, fingerprint: str, names: Sequence[str]) -
 
 def preview_done(configuration: Configuration, job: Job) -> bool:
     """Whether a tomogram's picture, where it is wanted, shows its output; no network runs again for a picture alone."""
+    from cryosiam_dask.preview import preview_file, read_fingerprint
+
     if not configuration.preview or job.output.suffix != ".h5":
         return True
     return read_fingerprint(preview_file(configuration.prediction_folder, job.stem)) == job.fingerprint

@@ -31,11 +31,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cryosiam_dask.architecture import default_threshold, peak_bytes, required_divisor
 from cryosiam_dask.checkpoint import read_checkpoint
 from cryosiam_dask.diagnosis import out_of_memory
 from cryosiam_dask.errors import CheckpointError, DeviceError, LostDeviceError
 from cryosiam_dask.grid import Patch
-from cryosiam_dask.network import build_network, convolve_with_onednn, fold_batch_norms, peak_bytes, required_divisor
+from cryosiam_dask.network import build_network, convolve_with_onednn, fold_batch_norms
 
 _PIECE = 1 << 16  # voxels
 #: Who computes in this process: a worker of a pipeline has two networks, and the memory and the core for one at a time.
@@ -144,11 +145,6 @@ def predictor_spec(
         halo=halo,
         precision=precision,
     )
-
-
-def default_threshold(classes: int) -> float:
-    """CryoSiam's documented threshold: 0.9 for a lamella (one class), 0.1 for several classes."""
-    return 0.9 if classes == 1 else 0.1
 
 
 def normalise(voxels: npt.NDArray[Any], spec: PredictorSpec) -> npt.NDArray[np.float32]:

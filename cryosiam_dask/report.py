@@ -38,7 +38,7 @@ from cryosiam_dask.components import Blocks
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.errors import CryosiamDaskError, OutputError
 from cryosiam_dask.executor import SERIAL, Executor
-from cryosiam_dask.folders import visible
+from cryosiam_dask.folders import visible, without_predictions
 from cryosiam_dask.formats import written_attributes
 from cryosiam_dask.labels_to_hdf5 import StoredDataset, open_dataset, read_attributes, write_bytes
 from cryosiam_dask.lamella import Thickness, count_columns, stored_thickness
@@ -90,12 +90,7 @@ def write_report(
     path, state = folder / REPORT, _state(configuration)
     names = sorted(_names(configuration) | set(outcomes), key=_natural)
     if not names:
-        raise OutputError(
-            "there must be predictions to report",
-            place="key prediction_folder",
-            value=f"no file {folder / '*_preds.h5'}",
-            remedy="Run semantic-predict first",
-        )
+        raise without_predictions(folder)
     look_at = partial(remember, configuration, PICTURES_BYTES // len(names))
     with holding(folder):  # jobs of a tomogram each may end at the same time
         tomograms = [

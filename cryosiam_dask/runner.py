@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distributed import Client
-from distributed.system import MEMORY_LIMIT
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -58,12 +57,23 @@ from cryosiam_dask.mrc_to_zarr import convert, read_header, require_free
 from cryosiam_dask.pipeline import (
     Outcome,
     export,
-    find_predictions,
     list_centers,
     measure,
     postprocess,
 )
-from cryosiam_dask.plan import USABLE, RunPlan, find_tomograms, masks_of, plan_run, unreadable_folder
+from cryosiam_dask.plan import (
+    USABLE,
+    RunPlan,
+    cores,
+    find_predictions,
+    find_tomograms,
+    masks_of,
+    memory_of_machine,
+    on_this_machine,
+    plan_run,
+    require_memory,
+    unreadable_folder,
+)
 from cryosiam_dask.predictor import (
     largest_patch,
     load_predictor,
@@ -255,7 +265,7 @@ def segment(
                     ask(client, require_precision, plan.configuration.hyper_parameters.precision, chosen)
             if elsewhere or chosen == "cuda":
                 alone, shared, of_gpu = memory_of_workers(client, memory_of_gpu if chosen == "cuda" else None)
-                _require_memory(plans, alone, of_gpu)
+                require_memory(plans, alone, of_gpu)
                 plans = [plan.with_memory(int(USABLE * shared), of_gpu) for plan in plans]
             stack.enter_context(forwarded_warnings(client))
             _log_workers(client, found_device)
@@ -339,30 +349,6 @@ def _planned(
     return plan
 
 
-def on_this_machine(plans: Sequence[RunPlan], workers: int | None) -> tuple[list[RunPlan], int]:
-    """The plans for CPU workers of this machine, with its memory shared among them, and how many these are.
-
-    Parameters
-    ----------
-    plans
-        Of all models of a run.
-    workers
-        How many are wanted; ``None``: as many as cores and memory allow.
-
-    Raises
-    ------
-    Problems
-        If not even one worker has enough memory.
-    """
-    memory = memory_of_machine()
-    plans = [plan.looked_into() for plan in plans]
-    _require_memory(plans, memory)
-    # Small blocks are little slower, an idle core is.
-    allowed = min(int(USABLE * memory / plan.least_bytes_per_worker) for plan in plans)
-    count = workers or max(1, min(cores(), allowed))
-    return [plan.with_memory(int(USABLE * memory / count)) for plan in plans], count
-
-
 def _require_any(plans: Sequence[RunPlan]) -> None:
     """Refuse a run in which no tomogram can be done."""
     first: dict[str, tuple[str, CryosiamDaskError | None]] = {}
@@ -378,17 +364,6 @@ def _require_any(plans: Sequence[RunPlan]) -> None:
                 for stem, (name, problem) in found.items()
             ],
         )
-
-
-def _require_memory(plans: Sequence[RunPlan], host: int, device: int | None = None) -> None:
-    problems = []
-    for plan in plans:
-        try:
-            plan.require_memory(host, device)
-        except ConfigurationError as error:
-            problems.append(error)
-    if problems:
-        raise Problems(problems)
 
 
 def _device_of(found: Literal["cpu", "cuda"], wanted: Device) -> Literal["cpu", "cuda"]:
@@ -703,22 +678,12 @@ def convert_file(
     }
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def memory_of_machine() -> int:
-    """Bytes of memory that all workers together may use."""
-    return int(MEMORY_LIMIT)
-
-
 def _with_largest_patch(
     plan: RunPlan, device: Literal["cpu", "cuda"], workers: int | None, console: Console
 ) -> Configuration:
     """The configuration of a plan with the largest patch that the device can take for its tomograms."""
     extent = tuple(max(sizes) for sizes in zip(plan.patch, *plan.looked_into().shapes, strict=True))
-    memory = int(USABLE * MEMORY_LIMIT / (workers or cores()))
+    memory = int(USABLE * memory_of_machine() / (workers or cores()))
     patch = largest_patch(plan.spec(device), extent, memory)
     say(console, f"patch_size {list(patch)} is the largest that fits; results depend on it, so write it into the file")
     configuration = plan.configuration

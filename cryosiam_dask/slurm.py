@@ -41,7 +41,7 @@ from cryosiam_dask.cluster import (
     require_own_address,
     require_versions,
 )
-from cryosiam_dask.errors import ClusterError, ConfigurationError, LostClusterError
+from cryosiam_dask.errors import ClusterError, ConfigurationError, LostClusterError, unread
 
 #: Seconds between two looks at jobs that have ended.
 _LOOK = 15.0
@@ -271,9 +271,8 @@ def _given(jobs: str) -> tuple[dict[str, Any], str]:
             sections = content["jobqueue"]
             found = sections["slurm"] if "slurm" in sections else next(iter(sections.values()))
         except OSError as error:
-            raise ConfigurationError(
-                "must be readable", place=place, value=error.strerror, remedy="Check --slurm"
-            ) from None
+            rule, value = unread(error, "must be readable")
+            raise ConfigurationError(rule, place=place, value=value, remedy="Check --slurm") from None
         except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, AttributeError, StopIteration):
             found = None
         if not isinstance(found, Mapping):

@@ -216,8 +216,7 @@ def _prose(command: Any) -> Iterator[str]:
 
 
 def _row(option: str, meaning: str) -> str:
-    option = option.replace("int range", "int").replace("|", ", ")
-    return f"| `{option}` | {meaning.replace('|', ', ').replace('[', '(').replace(']', ')')} |"
+    return f"| `{option.replace('|', ', ')}` | {meaning.replace('|', ', ').replace('[', '(').replace(']', ')')} |"
 
 
 if __name__ == "__main__":

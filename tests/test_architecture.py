@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
+from rich.console import Console
 
 import cryosiam_dask
+from cryosiam_dask.cli import app
+from cryosiam_dask.demo import prepare_demo
 
 PACKAGE = Path(cryosiam_dask.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 #: Everybody may use these; they use nothing of the package but each other.
 FOUNDATION = {"_version", "errors", "executor", "grid", "config", "ledger", "diagnosis", "json_values", "classes",
-              "folders", "run_log", "local_store", "published"}  # fmt: skip
+              "folders", "run_log", "local_store", "architecture", "published"}  # fmt: skip
 STAGES = {"mrc_to_zarr", "zarr_to_labels", "lamella", "components", "measurements", "centers", "labels_to_hdf5", "mask",
           "preview", "phantom", "timeline", "intensities", "tomogram_files",
           "ome_zarr", "formats"}  # fmt: skip
@@ -38,7 +43,7 @@ ONLY_IN = {
     "torch": {"network", "checkpoint", "predictor"},
     "monai": set(),
     "dask": {"zarr_to_labels", "cluster", "slurm"},
-    "distributed": {"cluster", "runner", "slurm", "metrics", "zarr_to_labels"},
+    "distributed": {"cluster", "plan", "runner", "slurm", "metrics", "zarr_to_labels"},
     "dask_jobqueue": {"slurm"},
     "prometheus_client": {"metrics"},
     "pandas": {"measurements", "centers"},
@@ -89,11 +94,64 @@ def test_hdf5_files_are_read_in_one_way() -> None:
     assert found == ["labels_to_hdf5: h5py.File(path, 'r', locking='best-effort', **options)"]
 
 
-def test_geometry_and_the_command_line_load_nothing_heavy() -> None:
-    heavy = "{'torch', 'dask', 'zarr', 'numpy'}"
-    code = f"import sys, cryosiam_dask.cli, cryosiam_dask.grid; print(*{heavy} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
+HEAVY = {"torch", "monai", "dask", "distributed", "zarr", "h5py", "scipy", "numpy", "pandas"}
+LOADED = """
+import contextlib, io, json, sys
+from cryosiam_dask import cli, grid
+statuses = []
+for arguments in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            cli.app(arguments)
+        except SystemExit as error:
+            statuses.append(error.code)
+print(json.dumps([statuses, [name for name in sys.modules if "." not in name]]))
+"""
+
+
+def loaded(*commands: list[str], folder: Path) -> tuple[list[int], set[str]]:
+    """Exit statuses of commands, and the libraries that they load."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, json.dumps(commands)], capture_output=True, text=True, check=True, cwd=folder
+    )
+    statuses, names = json.loads(done.stdout)
+    return statuses, set(names)
+
+
+def test_what_was_mistyped_is_told_before_anything_heavy_is_loaded(tmp_path: Path) -> None:
+    """And helps, and how far a run is."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "TS_1.mrc").write_bytes(b"")
+    (tmp_path / "m.ckpt").write_bytes(b"")
+    keys = {"data_folder": "data", "prediction_folder": "out", "trained_model": "m.ckpt", "output_formats": ["mrc"]}
+    for name, changes in {
+        "fine": {}, "key": {"trained_modle": "x"}, "model": {"trained_model": "none"}, "data": {"data_folder": "dat"},
+        "mask": {"mask_folder": "none"}, "extension": {"file_extension": ".rec"}, "files": {"test_files": ["TS_2"]},
+    }.items():  # fmt: skip
+        (tmp_path / f"{name}.yaml").write_text(json.dumps({**keys, **changes}))
+    (tmp_path / "tab.yaml").write_text("data_folder:\n\t- a\n")
+    names = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    configured = [name for name, each in names.items() if any(param.name == "config_file" for param in each.params)]
+    of_runs = ("model", "data", "mask", "extension", "files")
+    wrong = [
+        *([name, f"{file}.yaml"] for name in configured for file in ("none", "tab", "key")),
+        *([name, f"{file}.yaml"] for name in ("run", "semantic-predict", "plan") for file in of_runs),
+        *([name, "fine.yaml", "--filename", "TS_2"] for name in ("run", "components", "export", "plan")),
+        *([name, "fine.yaml"] for name in ("report", "components", "export", "semantic-to-centers")),
+        ["info", "none.mrc"],
+        ["convert", "none.mrc", "x.zarr"],
+    ]
+    right = [["status", "fine.yaml"], *([name, "--help"] for name in names)]
+    statuses, libraries = loaded(*wrong, *right, folder=tmp_path)
+    assert statuses == [2] * len(wrong) + [0] * len(right)
+    assert not libraries & HEAVY
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_loads_nothing_that_runs_a_network(tmp_path: Path) -> None:
+    prepare_demo(tmp_path / "demo", Console(quiet=True))
+    statuses, libraries = loaded(["plan", "demo/pipeline.yaml", "--device", "cpu"], folder=tmp_path)
+    assert statuses == [0] and "h5py" in libraries and not libraries & {"torch", "monai"}
 
 
 def test_public_names_exist() -> None:

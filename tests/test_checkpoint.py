@@ -17,7 +17,8 @@ from golden import CASES, FOLDER, configuration
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cryosiam_dask.checkpoint import read_checkpoint
+from cryosiam_dask import checkpoint as module
+from cryosiam_dask.checkpoint import look_at_checkpoint, read_checkpoint
 from cryosiam_dask.errors import CheckpointError
 from cryosiam_dask.network import build_network
 
@@ -46,10 +47,13 @@ def networks(saved):
 
 
 def message(path: Path) -> str:
-    """What `read_checkpoint` says against a file; always names the file and a remedy."""
+    """What is said against a file, read or only looked at; always names the file and a remedy."""
     with pytest.raises(CheckpointError) as caught:
         read_checkpoint(path)
     assert caught.value.place == str(path) and caught.value.remedy
+    with pytest.raises(CheckpointError) as looked:
+        look_at_checkpoint(path)
+    assert str(looked.value) == str(caught.value)
     return str(caught.value)
 
 
@@ -61,15 +65,44 @@ def test_variants_are_read_as_they_were_written(tmp_path, name):
     assert checkpoint.architecture == architecture
     assert checkpoint.architecture.has_distance_head == (architecture.distance_widths is not None)
     assert checkpoint.patch_size == (32,) * architecture.spatial_dims
-    build_network(architecture).load_state_dict(checkpoint.state, strict=True)
+    network = build_network(architecture)
+    network.load_state_dict(checkpoint.state, strict=True)
+    assert {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()} == architecture.weights()
     saved = torch.load(path, weights_only=True)["state_dict"]
     for key, value in checkpoint.state.items():
         assert torch.equal(value, next(v for k, v in saved.items() if k.split(".", 1)[1] == key))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_are_looked_at_without_torch(tmp_path, name, dtype, monkeypatch):
+    def edit(saved):
+        saved["state_dict"] = {k: v.to(dtype) if v.is_floating_point() else v for k, v in saved["state_dict"].items()}
+        saved["callbacks"] = {"path": tmp_path, "best": np.float64(3.5), "arguments": argparse.Namespace(a=1)}
+
+    path = checkpoints.write(tmp_path / "model.ckpt", VARIANTS[name], edit, patch=32)
+    whole = read_checkpoint(path)
+    monkeypatch.setattr(module, "_load", None)
+    assert look_at_checkpoint(path) == whole
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"), [(torch.float32, torch.nan), (torch.bfloat16, torch.inf), (torch.float64, 1e300)]
+)
+def test_weights_that_are_no_numbers_are_seen_without_torch(tmp_path, dtype, value):
+    def edit(saved):
+        name = "_model.semantic_head.0.bias"
+        saved["state_dict"][name] = torch.full_like(saved["state_dict"][name], value, dtype=dtype)
+
+    path = checkpoints.write(tmp_path / "model.ckpt", edit=edit)
+    with pytest.raises(CheckpointError, match="must be finite"):
+        look_at_checkpoint(path)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_golden_checkpoints_are_read(case):
     checkpoint = read_checkpoint(FOLDER / case / "model.ckpt")
+    assert look_at_checkpoint(FOLDER / case / "model.ckpt") == checkpoint
     assert list(checkpoint.patch_size) == configuration(case)["parameters"]["data"]["patch_size"]
     assert checkpoint.architecture.semantic_widths == checkpoint.architecture.distance_widths == (32, 64)
     assert checkpoint.architecture.decoder == ("bifpn" if case == "bifpn" else "fpn")
@@ -195,7 +228,7 @@ def test_checkpoints_of_other_programs(tmp_path, saved, found):
 
 
 def test_paths_that_are_no_file(tmp_path):
-    assert "No such file" in message(tmp_path / "none.ckpt")
+    assert "does not exist" in message(tmp_path / "none.ckpt")
     assert "Is a directory" in message(tmp_path)
 
 
@@ -215,10 +248,11 @@ def test_a_damaged_file_is_refused_or_read_but_never_breaks_the_reader(tmp_path_
     else:
         start = data.draw(st.integers(0, 20_000))
         path.write_bytes(intact[:start] + data.draw(st.binary(min_size=1, max_size=40)) + intact[start + 40 :])
-        try:
-            read_checkpoint(path)
-        except CheckpointError as error:
-            assert error.remedy
+        for read in (read_checkpoint, look_at_checkpoint):
+            try:
+                read(path)
+            except CheckpointError as error:
+                assert error.remedy
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_numbers_as_everybody_writes_them(tmp_path: Path) -> None:
 def test_missing_paths_are_reported_with_the_rest(tmp_path: Path) -> None:
     found = problems(tmp_path, "data_folder: nowhere\nprediction_folder: p\ntrained_model: m.ckpt\nzebra: 1\n2: 3\n")
     assert len(found) == 4
-    assert any("key data_folder: must exist; found nowhere" in problem for problem in found)
+    assert any("key data_folder: does not exist: nowhere (seen from /" in problem for problem in found)
     assert any("key 2: this key is not known" in problem for problem in found)
 
 
@@ -152,8 +152,41 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str, expected: st
     assert re.search(expected, problem), problem
 
 
+@pytest.mark.parametrize(
+    ("text", "line", "remedy"),
+    [
+        ("a: x\nb:\n\tc: 0\n", 3, "Indent with spaces, not tabs"),
+        ("a: x\nb:\n  c: 0\n  \td: 1\n", 4, "Indent with spaces, not tabs"),
+        ("a: x\n b: y\n", 2, "Indent the keys of a section alike"),
+        ("b:\n  c: 0\n d: 1\n", 3, "Indent the keys of a section alike"),
+        ('a: "C:\\data"\n', 1, "Put paths with backslashes into single quotes"),
+        ("a: x\nb\nc: y\n", 3, "Write a colon and a space behind each key"),
+        ("a: [1, 2\nb: 3\n", 2, "Close the bracket"),
+        ("a: 'x\nb: 3\n", 3, "Close the quotes"),
+    ],
+)
+def test_mistakes_of_yaml_are_told_with_their_line_and_remedy(
+    tmp_path: Path, text: str, line: int, remedy: str
+) -> None:
+    (problem,) = problems(tmp_path, text)
+    assert f"config.yaml, line {line}: " in problem and remedy in problem and "found found" not in problem
+
+
+def test_another_file_in_the_place_of_a_configuration(tmp_path: Path) -> None:
+    write(tmp_path, MINIMAL)
+    with pytest.raises(ConfigurationError, match=r"confg.yml: does not exist\. Did you mean .*/config.yaml\?"):
+        read_configuration(tmp_path / "confg.yml")
+    with pytest.raises(ConfigurationError, match=r"found Is a directory\. Did you mean .*/config.yaml\?"):
+        read_configuration(tmp_path)
+    (tmp_path / "TS_1.mrc").write_bytes(b"\xff" * 100)
+    with pytest.raises(ConfigurationError, match=r"found bytes that are not UTF-8 text\. .*'cryosiam-dask info'"):
+        read_configuration(tmp_path / "TS_1.mrc")
+    (problem,) = problems(tmp_path, "data_folder:x\ntrained_model:y\n")
+    assert "Write a space behind the colon of each key" in problem
+
+
 def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"must be readable; found No such file.*Check --config-file"):
+    with pytest.raises(ConfigurationError, match=r"missing.yaml: does not exist\. Check the name"):
         read_configuration(tmp_path / "missing.yaml")
     with pytest.raises(ConfigurationError, match="must be readable; found Is a directory"):
         read_configuration(tmp_path)

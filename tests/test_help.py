@@ -71,6 +71,7 @@ def test_what_runs_can_be_quiet_and_what_tells_can_be_json() -> None:
     options = {name: {o for p in command.params for o in p.opts} for name, command in COMMANDS.items()}
     assert {name for name, found in options.items() if {"--quiet", "--verbose"} <= found} == RUNS | {"demo"}
     assert {name for name, found in options.items() if "--json" in found} == RUNS | {
+        "models",
         "plan",
         "status",
         "info",

@@ -265,7 +265,7 @@ def _numpy_archive() -> bytes:
 
 
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "missing": (lambda f: f / "nowhere.mrc", "must be a file that can be read; found No such file"),
+    "missing": (lambda f: f / "nowhere.mrc", "does not exist. Check the path"),
     "a folder": (lambda f: f, "a folder must be a zarr store; found none of zarr.json"),
     "empty": (lambda f: _written(f / "a.mrc", b""), "must hold something; found 0 bytes"),
     "text": (lambda f: _written(f / "notes.txt", b"some words"), "found bytes that begin with b'some wor'"),

@@ -137,7 +137,7 @@ def test_errors_name_the_file_and_a_remedy(tmp_path: Path) -> None:
     truncated = write(tmp_path / "cut.h5", np.zeros((64, 64, 64), np.uint8))
     truncated.write_bytes(truncated.read_bytes()[:5000])
     cases = {
-        "missing.h5": "must exist. Run the lamella prediction first",
+        "missing.h5": "does not exist. Run the lamella prediction first",
         "text.h5": "must be a readable HDF5 file; found",
         "cut.h5": "must be a readable HDF5 file; found",
         "other.h5": "must hold the dataset labels; found probs",
@@ -161,7 +161,7 @@ def test_foreign_arrays_are_refused(tmp_path: Path, labels: np.ndarray) -> None:
 def test_a_mask_that_vanishes_after_opening(tmp_path: Path) -> None:
     mask = open_mask(write(tmp_path / "m.h5", np.zeros((4, 4), np.uint8)), (4, 4))
     mask.path.unlink()
-    with pytest.raises(MaskError, match="must exist"):
+    with pytest.raises(MaskError, match="does not exist"):
         read_mask(mask, whole((4, 4)))
 
 

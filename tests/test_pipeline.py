@@ -635,7 +635,7 @@ def test_postprocessing_needs_predictions_and_sizes(folder: Path) -> None:
         postprocess(configure(folder, test_files=["TS_1.mrc", "TS_9.mrc"]))
     text = str(caught.value)
     assert "TS_9_preds.h5" in text and "Run semantic-predict first" in text and "postprocessing_sizes" in text
-    with pytest.raises(Problems, match=r"no file .*_preds.h5"):
+    with pytest.raises(Problems, match=r"does not exist: .*_preds.h5"):
         postprocess(configure(folder, sizes_of([-1, 1])), filename="TS_1.mrc")
 
 

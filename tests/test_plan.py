@@ -115,13 +115,13 @@ def test_keys_without_effect_and_labels_without_size_are_noted(folder: Path) -> 
 
 FAULTS: dict[str, tuple[dict[str, Any], Callable[[Path], object], str]] = {
     "no data folder": ({"data_folder": "nowhere"}, lambda f: None,
-        r"key data_folder: there must be a folder.*no folder nowhere \(relative to /.*\)\. Correct data_folder"),
-    "data folder is a file": ({"data_folder": "model.ckpt"}, lambda f: None, "key data_folder: there must be a folder"),
+        r"key data_folder: does not exist: nowhere \(seen from /.*\)\. Correct data_folder"),
+    "data folder is a file": ({"data_folder": "model.ckpt"}, lambda f: None, "key data_folder: must be a folder"),
     "empty data folder": ({}, lambda f: [p.unlink() for p in (f / "data").iterdir()],
         "key data_folder.*at least one file whose name ends with file_extension, which is .mrc; found no file at all"),
     "other files only": ({"file_extension": ".rec"}, lambda f: None, r"found files ending with \.mrc\. Check"),
     "no checkpoint": ({"trained_model": "nowhere.ckpt"}, lambda f: None, "nowhere.ckpt"),
-    "no mask folder": ({"mask_folder": "nowhere"}, lambda f: None, "key mask_folder: there must be a folder"),
+    "no mask folder": ({"mask_folder": "nowhere"}, lambda f: None, "mask_folder: does not exist.*Run the lamella"),
     "a mask is missing": ({"mask_folder": "masks"}, lambda f: [p.unlink() for p in (f / "masks").iterdir()],
         r"key mask_folder: there must be a lamella mask for TS_.*; found no file .*_preds.h5\. Run the lamella"),
     "prediction folder is a file": ({"prediction_folder": "model.ckpt"}, lambda f: None,

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from skimage.transform import resize
 
+from cryosiam_dask.architecture import peak_bytes
 from cryosiam_dask.checkpoint import read_checkpoint
 from cryosiam_dask.errors import CheckpointError, DeviceError, LostDeviceError
 from cryosiam_dask.grid import Patch
-from cryosiam_dask.network import peak_bytes
 from cryosiam_dask.predictor import Predictor, PredictorSpec, largest_patch, load_predictor, normalise, predictor_spec
 
 EVERYTHING = ("labels", "probabilities", "distances")

@@ -310,7 +310,7 @@ def test_what_is_wrong_with_a_file_is_said(fake: FakeSlurm, tmp_path: Path, monk
         (tmp_path / "x.yaml").write_text(content)
         with pytest.raises(ConfigurationError, match=r"x\.yaml: must be YAML with the keys of a job"):
             read_jobs(str(tmp_path / "x.yaml"))
-    with pytest.raises(ConfigurationError, match=r"none\.yaml: must be readable; found No such file"):
+    with pytest.raises(ConfigurationError, match=r"none\.yaml: does not exist"):
         read_jobs("none.yaml")
     with pytest.raises(ConfigurationError, match=r"or a section of jobqueue in Dask's configuration"):
         read_jobs("nothing")
