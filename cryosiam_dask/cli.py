@@ -427,6 +427,9 @@ def export(
         list[Format] | None,
         typer.Option("--format", help="May be given twice. Default: those of the key output_formats."),
     ] = None,
+    per_class: Annotated[
+        bool, typer.Option("--per-class", help="As MRC write a mask for each class, <stem>__<class>.mrc.")
+    ] = False,
     workers: Workers = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -435,6 +438,8 @@ def export(
     """Write predictions that are there already as OME-Zarr (with their tomograms) or MRC, without inference.
 
     Example: cryosiam-dask export --config-file configs/config_semantic.yaml --format ome-zarr --format mrc
+
+    Example: cryosiam-dask export --config-file configs/config_semantic.yaml --format mrc --per-class
     """
     with _plain_errors():
         configuration = _predicted(config_file, model, filename)
@@ -442,7 +447,9 @@ def export(
 
         names = [each.value for each in formats or ()]
         console = _console(quiet, verbose, as_json)
-        outcomes = export_predictions(configuration, console, formats=names, filename=filename, workers=workers)
+        outcomes = export_predictions(
+            configuration, console, formats=names, per_class=per_class, filename=filename, workers=workers
+        )
         _exit(outcomes, as_json=as_json)
 
 

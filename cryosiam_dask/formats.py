@@ -1,6 +1,7 @@
 """The other formats that labels are written in, beside the HDF5 file: OME-Zarr and MRC.
 
-``<stem>.ome.zarr`` (see `cryosiam_dask.ome_zarr`) holds the tomogram and its labels, ``<stem>_labels.mrc`` the labels.
+``<stem>.ome.zarr`` (see `cryosiam_dask.ome_zarr`) holds the tomogram and its labels, ``<stem>_labels.mrc`` the labels,
+and ``<stem>__<class>.mrc`` 1 where a voxel is of that class and 0 elsewhere.
 Each carries the fingerprint of the prediction that it was made from, so that one that is missing or outdated is made
 from the written prediction, without inference. Voxel size and position are those of the prediction:
 
@@ -10,6 +11,8 @@ position, its translation, which is set so that both lie at the same place.
 
 from __future__ import annotations
 
+import glob
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +33,8 @@ from cryosiam_dask.labels_to_hdf5 import Sliceable, StoredDataset, open_dataset,
 from cryosiam_dask.mrc_to_zarr import IngestReport, ingest, read_header, require_free
 from cryosiam_dask.ome_zarr import SEGMENTATION, read_own_attributes, write_ome_zarr
 
-MRC_LABEL = "cryosiam_dask "  # before the fingerprint, in the only place of an MRC header that takes text
+#: Before the fingerprint, in the only place of an MRC header that takes text: of labels, and of the mask of a class.
+MRC_LABEL, MASK_LABEL = "cryosiam_dask ", "cryosiam_dask mask "
 _ENDINGS = {"ome-zarr": ".ome.zarr", "mrc": "_labels.mrc"}
 #: What an OME-Zarr image says of the prediction that it was made from.
 _CARRIED = (
@@ -42,6 +46,28 @@ _CARRIED = (
 def format_path(folder: Path, stem: str, name: str) -> Path:
     """The file of a tomogram in one of the other formats."""
     return folder / f"{stem}{_ENDINGS[name]}"
+
+
+def mask_paths(folder: Path, stem: str, class_names: Sequence[str]) -> list[Path]:
+    """The files of a tomogram that hold a mask for each class, whatever is in the names of these.
+
+    >>> [path.name for path in mask_paths(Path(), "TS_1", ["membrane", "ER / Golgi", "er_golgi", "…"])]
+    ['TS_1__membrane.mrc', 'TS_1__ER_Golgi.mrc', 'TS_1__er_golgi_3.mrc', 'TS_1__class_4.mrc']
+    """
+    names: list[str] = []
+    for label, name in enumerate(class_names, 1):
+        safe = re.sub(r"[^\w.+-]+", "_", name)[:40].strip("._") or f"class_{label}"
+        # Some disks do not tell capital letters from small ones.
+        while safe.casefold() in map(str.casefold, names):
+            safe += f"_{label}"
+        names.append(safe)
+    return [folder / f"{stem}__{name}.mrc" for name in names]
+
+
+def _masks(folder: Path, stem: str) -> dict[Path, str]:
+    """The masks of classes that this program wrote for a tomogram, with their fingerprints."""
+    found = {path: read_mrc_fingerprint(path, MASK_LABEL) for path in folder.glob(f"{glob.escape(stem)}__*.mrc")}
+    return {path: fingerprint for path, fingerprint in found.items() if fingerprint is not None}
 
 
 def other_formats(configuration: Configuration) -> tuple[str, ...]:
@@ -132,6 +158,65 @@ def write_other_formats(
             )
 
 
+@dataclass(frozen=True, slots=True)
+class _OfClass:
+    """1 where labels are of a class and 0 elsewhere, told where they are read."""
+
+    labels: Sliceable
+    label: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.labels.shape
+
+    @property
+    def dtype(self) -> np.dtype[np.uint8]:
+        return np.dtype(np.uint8)
+
+    def __getitem__(self, region: Any, /) -> Any:
+        return (np.asarray(self.labels[region]) == self.label).astype(np.uint8)
+
+
+def write_masks(
+    folder: Path, stem: str, labels: Sliceable, *, attributes: Mapping[str, Any], executor: Executor = SERIAL
+) -> None:
+    """Write an MRC file for each class, 1 where there is any of it and 0 elsewhere, and remove those of other classes.
+
+    Parameters
+    ----------
+    folder, stem, labels, attributes, executor
+        As of `write_other_formats`; ``class_names`` must name all labels.
+
+    Raises
+    ------
+    OutputError
+        If one of them would replace a file that this program did not make, and then none is written, or if a file
+        cannot be written.
+    """
+    paths = mask_paths(folder, stem, attributes["class_names"])
+    for path in paths:
+        if path.exists() and read_mrc_fingerprint(path, MASK_LABEL) is None:
+            raise OutputError(
+                "an export must not replace what was not made from a prediction", place=path, remedy="Move it away"
+            )
+    write = partial(_write_mask, labels, attributes)
+    executor.map(write, list(enumerate(paths, 1)), name="export")
+    for path in set(_masks(folder, stem)).difference(paths):
+        path.unlink()
+
+
+def _write_mask(labels: Sliceable, attributes: Mapping[str, Any], each: tuple[int, Path]) -> None:
+    label, path = each
+    write_mrc(
+        path,
+        _OfClass(labels, label),
+        voxel_size_angstrom=attributes.get("voxel_size_angstrom"),
+        origin_angstrom=attributes.get("origin_angstrom"),
+        nstart=attributes.get("nstart"),
+        label=MASK_LABEL + attributes.get("fingerprint", ""),
+    )
+
+
 def position_angstrom(
     voxel_size: Sequence[float | None] | None, origin: Sequence[float] | None, nstart: Sequence[int] | None
 ) -> tuple[float, ...] | None:
@@ -182,14 +267,14 @@ def foreign_formats(folder: Path, stem: str, formats: Sequence[str]) -> list[Pat
     return [path for name, path in paths.items() if path.exists() and _fingerprint(name, path) is None]
 
 
-def read_mrc_fingerprint(path: Path) -> str | None:
-    """The fingerprint in an MRC file's header; ``None`` for a file of another program or one that cannot be read."""
+def read_mrc_fingerprint(path: Path, mark: str = MRC_LABEL) -> str | None:
+    """The fingerprint in an MRC file's header, after `mark`; ``None`` for other files and what cannot be read."""
     try:
         with mrcfile.open(path, header_only=True) as mrc:
             label = bytes(mrc.header.label[0]).decode("ascii", "replace")
     except (OSError, ValueError):
         return None
-    return label.removeprefix(MRC_LABEL).strip() if label.startswith(MRC_LABEL) else None
+    return label.removeprefix(mark).strip() if label.startswith(mark) else None
 
 
 def remove_outdated_formats(folder: Path, stem: str, fingerprint: str | None, keep: Sequence[str] = ()) -> list[str]:
@@ -215,6 +300,14 @@ def remove_outdated_formats(folder: Path, stem: str, fingerprint: str | None, ke
             removed.append(
                 f"{path.name} held other labels and has been removed; 'cryosiam-dask export --format {name}' makes it"
             )
+    masks = [path for path, found in _masks(folder, stem).items() if found != fingerprint]
+    for path in masks:
+        path.unlink()
+    if masks:
+        removed.append(
+            f"the masks {', '.join(sorted(path.name for path in masks))} were those of other labels and have been "
+            "removed; 'cryosiam-dask export --format mrc --per-class' makes them"
+        )
     return removed
 
 
@@ -226,6 +319,7 @@ def export_prediction(
     prediction: Path,
     formats: Sequence[str],
     *,
+    per_class: bool = False,
     work: zarr.Group,
     executor: Executor = SERIAL,
 ) -> tuple[str, ...]:
@@ -239,6 +333,8 @@ def export_prediction(
         ``<stem>_preds.h5``.
     formats
         ``"ome-zarr"``, ``"mrc"``.
+    per_class
+        Whether the MRC file is one for each class.
     work
         Holds a copy of the tomogram for the time being, unless that is zarr itself.
     executor
@@ -260,7 +356,8 @@ def export_prediction(
         If labels and tomogram differ in shape, or the labels are no whole numbers from 0 to 255.
     """
     stem = prediction.name.removesuffix("_preds.h5")
-    for path in foreign_formats(prediction.parent, stem, formats):
+    whole = [name for name in formats if name != "mrc" or not per_class]
+    for path in foreign_formats(prediction.parent, stem, whole):
         raise OutputError(
             "an export must not replace what was not made from a prediction", place=path, remedy="Move it away"
         )
@@ -284,9 +381,10 @@ def export_prediction(
     stored = attributes.get("class_names") or ()
     count = max(len(stored), _highest(labels, executor))
     attributes["class_names"] = list(named(given_names(configuration) or stored, count))
-    write_other_formats(
-        prediction.parent, stem, formats, labels, tomogram=tomogram, attributes=attributes, executor=executor
-    )
+    folder = prediction.parent
+    write_other_formats(folder, stem, whole, labels, tomogram=tomogram, attributes=attributes, executor=executor)
+    if len(whole) < len(formats):
+        write_masks(folder, stem, labels, attributes=attributes, executor=executor)
     return tuple(warnings)
 
 

@@ -11,7 +11,9 @@ One group holds both, side by side::
    lowest that is not background, so that thin structures do not vanish. Labels are never interpolated.
 2. A voxel's position is that of its centre: those of level n lie (2ⁿ − 1) / 2 voxels of level 0 further inwards, which
    the level's translation says, in Å along z, y and x.
-3. Arrays of more than one shard are sharded, 2 × 2 × 2 chunks of 128 voxels in a file: a volume of 4 gigavoxels is some
+3. Viewers are told to show the intensities between which the central 99 % of the voxels lie, as far as a sample tells,
+   from black to white (``omero``); otherwise they would take them for 0 to 1, or for all that there are.
+4. Arrays of more than one shard are sharded, 2 × 2 × 2 chunks of 128 voxels in a file: a volume of 4 gigavoxels is some
    hundred files instead of thousands. Sharding is what format 3 has and format 2 lacks. Every task writes whole shards.
 
 Nothing the size of a volume is ever in memory, and the folder appears complete or not at all.
@@ -36,6 +38,7 @@ from cryosiam_dask.classes import COLOURS
 from cryosiam_dask.errors import LabelsError, OutputError, not_written
 from cryosiam_dask.executor import SERIAL, Executor
 from cryosiam_dask.folders import replacing_folder
+from cryosiam_dask.intensities import intensities, sample_array
 from cryosiam_dask.local_store import AnyDiskStore
 
 NGFF = "0.5"
@@ -136,7 +139,12 @@ def write_ome_zarr(
                     "image-label": _image_label(class_names),
                 }
                 folder.attrs["ome"] = {"version": NGFF, "labels": [SEGMENTATION]}
-            image.attrs.update({"ome": {"version": NGFF, "multiscales": [multiscale]}, OWN: own})
+            ome: dict[str, Any] = {
+                "version": NGFF,
+                "multiscales": [multiscale],
+                "omero": _omero(tomogram, multiscale["name"]),
+            }
+            image.attrs.update({"ome": ome, OWN: own})
     except OSError as error:
         raise not_written(
             error,
@@ -193,6 +201,34 @@ def _multiscale(
         ]
         datasets.append({"path": str(level), "coordinateTransformations": transforms})
     return {"name": name, "type": reduction, "axes": axes, "datasets": datasets}
+
+
+def _omero(tomogram: Sliceable, name: str) -> dict[str, Any]:
+    """How viewers show the intensities: the only channel, in grey."""
+    low, high, lowest, highest = contrast_limits(tomogram)
+    window = {"min": lowest, "max": highest, "start": low, "end": high}
+    channel = {"label": name, "color": "FFFFFF", "active": True, "inverted": False, "window": window}
+    return {"channels": [channel], "rdefs": {"model": "greyscale"}}
+
+
+def contrast_limits(tomogram: Sliceable) -> tuple[float, float, float, float]:
+    """Intensities to show as black and white, and the lowest and the highest, as far as a sample tells.
+
+    Black and white differ, also where all voxels are equal or none is finite.
+
+    Parameters
+    ----------
+    tomogram : (z, y, x) or (y, x)
+        Real numbers.
+    """
+    seen = intensities(sample_array(tomogram), -np.inf, np.inf)
+    low, high = seen.central or (0.0, 1.0)
+    lowest, highest = (low, high) if seen.lowest is None or seen.highest is None else (seen.lowest, seen.highest)
+    if low >= high:  # most voxels are equal
+        low, high = lowest, highest
+    if low >= high:  # all are
+        low, high = low - 0.5, low + 0.5
+    return low, high, min(lowest, low), max(highest, high)
 
 
 def _image_label(class_names: Sequence[str]) -> dict[str, Any]:

@@ -965,6 +965,7 @@ def export(
     reporter: Reporter,
     *,
     formats: Sequence[str],
+    per_class: bool = False,
     executor: SharedExecutor = SERIAL,
 ) -> list[Outcome]:
     """Write predictions that are there already in other formats, without inference.
@@ -973,8 +974,8 @@ def export(
     ----------
     configuration, predictions, reporter, executor
         As of `postprocess`; ``data_folder`` and ``file_extension`` name the tomograms.
-    formats
-        ``"ome-zarr"``, ``"mrc"``.
+    formats, per_class
+        See `cryosiam_dask.formats.export_prediction`.
 
     Returns
     -------
@@ -984,7 +985,9 @@ def export(
 
     def act(path: Path, executor: Executor) -> Outcome:
         with _work_group(configuration, _stem(path)) as work:
-            warnings = export_prediction(configuration, path, formats, work=work, executor=executor)
+            warnings = export_prediction(
+                configuration, path, formats, per_class=per_class, work=work, executor=executor
+            )
         return Outcome(_stem(path), "done", open_dataset(path, "labels").shape, warnings=warnings)
 
     return _each(predictions, reporter, act, executor)

@@ -421,6 +421,7 @@ def export_predictions(
     console: Console,
     *,
     formats: Sequence[str] = (),
+    per_class: bool = False,
     filename: str | None = None,
     workers: int | None = None,
 ) -> list[Outcome]:
@@ -432,13 +433,20 @@ def export_predictions(
         See `segment`.
     formats
         ``"ome-zarr"``, ``"mrc"``; none: those of the key ``output_formats``.
+    per_class
+        Whether the MRC file is one for each class.
 
     Raises
     ------
     ConfigurationError
-        If neither names a format.
+        If neither names a format, or MRC is none of them though there is to be a file for each class.
     """
     formats = formats or other_formats(configuration)
+    if per_class and "mrc" not in formats:
+        raise ConfigurationError(
+            "masks of classes are MRC files", place="option --per-class", value=list(formats) or None,
+            remedy="Add --format mrc",
+        )  # fmt: skip
     if not formats:
         raise ConfigurationError(
             "must name a format other than HDF5",
@@ -449,7 +457,7 @@ def export_predictions(
     predictions = find_predictions(configuration, filename)
     _begin_logs("export", [configuration], console)
     _say_left_out(configuration, filename, console)
-    action = partial(export, configuration, predictions, formats=formats)
+    action = partial(export, configuration, predictions, formats=formats, per_class=per_class)
     return _with_predictions(action, len(predictions), console, workers)
 
 

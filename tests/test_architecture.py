@@ -33,7 +33,7 @@ LAYERS = [{"cli"}, {"demo", "look"}, {"runner", "overview"}, {"collection", "slu
 BETWEEN_STAGES = {("mrc_to_zarr", "tomogram_files"), ("zarr_to_labels", "tomogram_files"), ("lamella", "components"),
                   ("zarr_to_labels", "mask"), ("timeline", "zarr_to_labels"),
                   ("intensities", "mrc_to_zarr"), ("intensities", "tomogram_files"), ("measurements", "components"),
-                  ("preview", "components"), ("preview", "lamella"),
+                  ("ome_zarr", "intensities"), ("preview", "components"), ("preview", "lamella"),
                   ("measurements", "labels_to_hdf5"), ("centers", "components"), ("centers", "measurements"),
                   ("centers", "labels_to_hdf5"), ("formats", "labels_to_hdf5"), ("formats", "mrc_to_zarr"),
                   ("formats", "ome_zarr"), ("tomogram_files", "labels_to_hdf5"),

@@ -156,6 +156,48 @@ def test_labels_do_not_depend_on_the_format_of_the_tomogram(folder: Path, make: 
             plan_run(configuration.model_copy(update={"ome_zarr_level": 0}))
 
 
+def test_a_mask_for_each_class(folder: Path) -> None:
+    configuration = configure(folder, class_names=["membrane", "ER / Golgi"])
+    segment(configuration)
+    out, labels = folder / "out", stored_labels(folder)
+    predictions = find_predictions(configuration)
+    assert all(
+        o.status == "done" for o in export(configuration, predictions, Listener(), formats=["mrc"], per_class=True)
+    )
+    masks = [out / f"{STEM}__{name}.mrc" for name in ("membrane", "ER_Golgi")]
+    assert [path.name for path in out.glob("*.mrc")] and not (out / f"{STEM}_labels.mrc").exists()
+    for label, path in enumerate(masks, 1):
+        with mrcfile.open(path) as mask:
+            np.testing.assert_array_equal(mask.data, labels == label)
+            assert mask.data.dtype == np.int8 and mask.header.mode == 0
+            assert mask.voxel_size.tolist() == pytest.approx(SIZE[::-1])
+            assert mask.header.origin.tolist() == ORIGIN[::-1] and mask.nstart.tolist() == START[::-1]
+        assert mrcfile.validate(path)
+    # Renamed classes take their masks along; other labels have none.
+    configuration = configure(folder, class_names=["membrane", "actin"])
+    export(configuration, predictions, Listener(), formats=["mrc"], per_class=True)
+    assert sorted(path.name for path in out.glob("*.mrc")) == [f"{STEM}__actin.mrc", f"{STEM}__membrane.mrc"]
+    configuration = configure(
+        folder, class_names=["membrane", "actin"], parameters={"network": {"postprocessing_sizes": [-1, 40, -1]}}
+    )
+    (outcome,) = postprocess(configuration, predictions, Listener())
+    assert not list(out.glob("*.mrc")) and any("__actin.mrc" in warning for warning in outcome.warnings)
+
+
+def test_masks_are_written_all_or_none_and_replace_no_other_file(folder: Path) -> None:
+    configuration = configure(folder, class_names=["membrane", "actin"])
+    segment(configuration)
+    foreign = folder / "out" / f"{STEM}__actin.mrc"
+    with mrcfile.new(foreign) as mrc:
+        mrc.set_data(np.ones((2, 2, 2), np.int8))
+    before = foreign.read_bytes()
+    (outcome,) = export(configuration, find_predictions(configuration), Listener(), formats=["mrc"], per_class=True)
+    assert outcome.status == "failed" and "must not replace" in outcome.error
+    assert foreign.read_bytes() == before and len(list((folder / "out").glob("*.mrc"))) == 1
+    with pytest.raises(ConfigurationError, match="Add --format mrc"):
+        export_predictions(configuration, Console(file=None, quiet=True), formats=["ome-zarr"], per_class=True)
+
+
 def test_a_changed_chunk_is_another_input(folder: Path) -> None:
     as_zarr(folder / "data", folder / "data" / f"{STEM}.mrc", STEM)
     configuration = configure(folder, file_extension=".zarr")

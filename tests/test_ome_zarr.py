@@ -27,7 +27,7 @@ from cryosiam_dask import ome_zarr
 from cryosiam_dask.classes import COLOURS
 from cryosiam_dask.errors import LabelsError, OutputError
 from cryosiam_dask.mrc_to_zarr import read_header
-from cryosiam_dask.ome_zarr import mean_of_pairs, mode_of_pairs, read_own_attributes, write_ome_zarr
+from cryosiam_dask.ome_zarr import contrast_limits, mean_of_pairs, mode_of_pairs, read_own_attributes, write_ome_zarr
 
 NAMES = ("Membran µ", "actin")
 
@@ -129,6 +129,25 @@ def test_what_is_not_finite_becomes_the_minimum_and_does_not_spread(tmp_path: Pa
 
 
 # ---------------------------------------------------------------------------------------------- what viewers make of it
+
+
+@pytest.mark.parametrize("dtype", ["f4", "i2", "u1"])
+def test_viewers_are_told_what_to_show_as_black_and_white(tmp_path: Path, dtype: str) -> None:
+    tomogram = np.random.default_rng(0).normal(100, 10, (20, 40, 50)).astype(dtype)
+    tomogram[0, 0, :2] = 0, 127  # a few voxels far from all others
+    if dtype == "f4":
+        tomogram[1, 0, :2] = np.nan, -np.inf
+    write_ome_zarr(tmp_path / "x.ome.zarr", tomogram)
+    (channel,) = zarr.open_group(tmp_path / "x.ome.zarr", mode="r").attrs["ome"]["omero"]["channels"]
+    finite = tomogram[np.isfinite(tomogram)]
+    assert [channel["window"][end] for end in ("start", "end")] == pytest.approx(np.quantile(finite, (0.005, 0.995)))
+    assert [channel["window"][end] for end in ("min", "max")] == [0, finite.max()] and channel["color"] == "FFFFFF"
+
+
+@pytest.mark.parametrize("values", [np.full((4, 5, 6), 7.0), np.full((4, 5, 6), np.nan), np.zeros((5, 6), bool)])
+def test_black_and_white_always_differ(values: np.ndarray) -> None:
+    low, high, lowest, highest = contrast_limits(values)
+    assert lowest <= low < high <= highest
 
 
 @pytest.mark.usefixtures("small_chunks")
