@@ -454,6 +454,27 @@ def export(
 
 
 @app.command(cls=Configured)
+def view(
+    config_file: ConfigFile,
+    model: Model = None,
+    filename: Annotated[str | None, typer.Option(help="Name of the tomogram. Default: the first that is done.")] = None,
+) -> None:
+    """Open a tomogram with its labels in napari: names, colours and contrast set, everything at its place.
+
+    Needs a screen, and napari: pip install 'napari[pyqt6]'.
+
+    Example: cryosiam-dask view --config-file configs/config_semantic.yaml --filename TS_01.mrc
+    """
+    with _plain_errors():
+        from cryosiam_dask.config import read_model
+
+        configuration = read_model(config_file, model)
+        from cryosiam_dask.view import view
+
+        view(configuration, print, lambda message: _complain(f"attention: {message}"), filename=filename)
+
+
+@app.command(cls=Configured)
 def plan(
     config_file: ConfigFile,
     model: OnlyModel = None,

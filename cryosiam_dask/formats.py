@@ -51,12 +51,13 @@ def format_path(folder: Path, stem: str, name: str) -> Path:
 def mask_paths(folder: Path, stem: str, class_names: Sequence[str]) -> list[Path]:
     """The files of a tomogram that hold a mask for each class, whatever is in the names of these.
 
-    >>> [path.name for path in mask_paths(Path(), "TS_1", ["membrane", "ER / Golgi", "er_golgi", "…"])]
+    >>> [path.name for path in mask_paths(Path(), "TS_1", ["membrane", "ER / Golgi", "er__golgi", "…"])]
     ['TS_1__membrane.mrc', 'TS_1__ER_Golgi.mrc', 'TS_1__er_golgi_3.mrc', 'TS_1__class_4.mrc']
     """
     names: list[str] = []
     for label, name in enumerate(class_names, 1):
-        safe = re.sub(r"[^\w.+-]+", "_", name)[:40].strip("._") or f"class_{label}"
+        # No two underscores in a row: the last two stand before the name.
+        safe = re.sub(r"(?:[^\w.+-]|_)+", "_", name)[:40].strip("._") or f"class_{label}"
         # Some disks do not tell capital letters from small ones.
         while safe.casefold() in map(str.casefold, names):
             safe += f"_{label}"
@@ -66,7 +67,8 @@ def mask_paths(folder: Path, stem: str, class_names: Sequence[str]) -> list[Path
 
 def _masks(folder: Path, stem: str) -> dict[Path, str]:
     """The masks of classes that this program wrote for a tomogram, with their fingerprints."""
-    found = {path: read_mrc_fingerprint(path, MASK_LABEL) for path in folder.glob(f"{glob.escape(stem)}__*.mrc")}
+    paths = [path for path in folder.glob(f"{glob.escape(stem)}__*.mrc") if path.stem.rpartition("__")[0] == stem]
+    found = {path: read_mrc_fingerprint(path, MASK_LABEL) for path in paths}
     return {path: fingerprint for path, fingerprint in found.items() if fingerprint is not None}
 
 
@@ -361,12 +363,12 @@ def export_prediction(
         raise OutputError(
             "an export must not replace what was not made from a prediction", place=path, remedy="Move it away"
         )
-    labels, attributes = _uint8_labels(prediction), written_attributes(configuration, prediction, patient=True)
-    source = _find_source(configuration, stem, attributes)
+    labels, attributes = uint8_labels(prediction), written_attributes(configuration, prediction, patient=True)
+    source = find_source(configuration, stem, attributes)
     tomogram, warnings = None, list[str]()
     if source is not None and ("ome-zarr" in formats or not attributes.get("voxel_size_angstrom")):
         header = read_header(source, **configuration.reading)
-        _require_shape(prediction, labels.shape, source, header.shape)
+        require_shape(prediction, labels.shape, source, header.shape)
     if "ome-zarr" in formats:
         if source is None:
             raise OutputError(
@@ -428,7 +430,7 @@ def written_attributes(configuration: Configuration, prediction: Path, *, patien
         return attributes
     attributes = {name: value for name, value in attributes.items() if size or name != "voxel_size_angstrom"}
     try:
-        source = _find_source(configuration, prediction.name.removesuffix("_preds.h5"), attributes)
+        source = find_source(configuration, prediction.name.removesuffix("_preds.h5"), attributes)
         if source is None:
             return attributes
         header = read_header(source, **configuration.reading)
@@ -445,7 +447,14 @@ def written_attributes(configuration: Configuration, prediction: Path, *, patien
     return {**attributes, **{name: told[name] for name in names if name == names[0] or name not in attributes}}
 
 
-def _find_source(configuration: Configuration, stem: str, attributes: Mapping[str, Any]) -> Path | None:
+def find_source(configuration: Configuration, stem: str, attributes: Mapping[str, Any]) -> Path | None:
+    """The tomogram that a prediction with these attributes was made from; ``None`` where it is not there.
+
+    Raises
+    ------
+    TomogramError
+        If ``data_folder`` cannot be looked into.
+    """
     names = [f"{stem}{configuration.file_extension}"]
     if isinstance(attributes.get("source"), str):
         names.append(Path(attributes["source"]).name)
@@ -460,7 +469,14 @@ def _find_source(configuration: Configuration, stem: str, attributes: Mapping[st
         ) from None
 
 
-def _require_shape(prediction: Path, labels: tuple[int, ...], source: Path, tomogram: tuple[int, ...]) -> None:
+def require_shape(prediction: Path, labels: tuple[int, ...], source: Path, tomogram: tuple[int, ...]) -> None:
+    """Refuse labels of another shape than their tomogram.
+
+    Raises
+    ------
+    LabelsError
+        If they are.
+    """
     if labels != tomogram:
         raise LabelsError(
             f"the labels must have the shape of their tomogram {source}, {tomogram}",
@@ -496,7 +512,14 @@ class _Uint8:
         return values.astype(np.uint8)
 
 
-def _uint8_labels(prediction: Path) -> _Uint8:
+def uint8_labels(prediction: Path) -> _Uint8:
+    """The labels of a predictions file, whoever wrote it, as uint8.
+
+    Raises
+    ------
+    LabelsError
+        If they are no whole numbers, or, where a region is read, do not lie between 0 and 255.
+    """
     stored = open_dataset(prediction, "labels")
     if stored.dtype.kind not in "iu":
         raise LabelsError(

@@ -38,7 +38,7 @@ from cryosiam_dask.classes import COLOURS
 from cryosiam_dask.errors import LabelsError, OutputError, not_written
 from cryosiam_dask.executor import SERIAL, Executor
 from cryosiam_dask.folders import replacing_folder
-from cryosiam_dask.intensities import intensities, sample_array
+from cryosiam_dask.intensities import Sample, intensities, sample_array
 from cryosiam_dask.local_store import AnyDiskStore
 
 NGFF = "0.5"
@@ -205,23 +205,23 @@ def _multiscale(
 
 def _omero(tomogram: Sliceable, name: str) -> dict[str, Any]:
     """How viewers show the intensities: the only channel, in grey."""
-    low, high, lowest, highest = contrast_limits(tomogram)
+    low, high, lowest, highest = contrast_limits(sample_array(tomogram))
     window = {"min": lowest, "max": highest, "start": low, "end": high}
     channel = {"label": name, "color": "FFFFFF", "active": True, "inverted": False, "window": window}
     return {"channels": [channel], "rdefs": {"model": "greyscale"}}
 
 
-def contrast_limits(tomogram: Sliceable) -> tuple[float, float, float, float]:
-    """Intensities to show as black and white, and the lowest and the highest, as far as a sample tells.
+def contrast_limits(sample: Sample) -> tuple[float, float, float, float]:
+    """Intensities to show as black and white, and the lowest and the highest, as far as a sample of a tomogram tells.
 
     Black and white differ, also where all voxels are equal or none is finite.
 
     Parameters
     ----------
-    tomogram : (z, y, x) or (y, x)
-        Real numbers.
+    sample
+        From `cryosiam_dask.intensities.sample_array` or `sample_file`.
     """
-    seen = intensities(sample_array(tomogram), -np.inf, np.inf)
+    seen = intensities(sample, -np.inf, np.inf)
     low, high = seen.central or (0.0, 1.0)
     lowest, highest = (low, high) if seen.lowest is None or seen.highest is None else (seen.lowest, seen.highest)
     if low >= high:  # most voxels are equal

@@ -228,14 +228,9 @@ def _names(configuration: Configuration) -> set[str]:
     if configuration.save_original_file_extension:
         found = {path.stem for path in visible(folder, _mrc_extension(configuration))}
         # Not the masks of their classes.
-        found = {name for name in found if not any(name[:at] in found | names for at in _masks_of(name))}
+        found = {name for name in found if name.rpartition("__")[0] not in found | names}
         names |= {name for name in found if name.removesuffix("_labels") not in found - {name}}  # another format
     return names
-
-
-def _masks_of(name: str) -> list[int]:
-    """Where the name of a tomogram may end in that of a mask of one of its classes."""
-    return [match.start() for match in re.finditer("(?=__)", name)]
 
 
 def _mrc_extension(configuration: Configuration) -> str:

@@ -26,7 +26,7 @@ STAGES = {"mrc_to_zarr", "zarr_to_labels", "lamella", "components", "measurement
           "preview", "phantom", "timeline", "intensities", "tomogram_files",
           "ome_zarr", "formats"}  # fmt: skip
 #: From the command line down to the foundation; imports go one way.
-LAYERS = [{"cli"}, {"demo", "look"}, {"runner", "overview"}, {"collection", "slurm", "metrics"},
+LAYERS = [{"cli"}, {"demo", "look", "view"}, {"runner", "overview"}, {"collection", "slurm", "metrics"},
           {"pipeline", "forecast"}, {"plan", "progress", "cluster", "inspect_file", "report"}, STAGES, {"predictor"},
           {"checkpoint"}, {"network"}, FOUNDATION]  # fmt: skip
 #: What a stage may use of another: the lamella is the largest component, and a block is predicted inside its mask.
@@ -42,7 +42,8 @@ BETWEEN_STAGES = {("mrc_to_zarr", "tomogram_files"), ("zarr_to_labels", "tomogra
 ONLY_IN = {
     "torch": {"network", "checkpoint", "predictor"},
     "monai": set(),
-    "dask": {"zarr_to_labels", "cluster", "slurm"},
+    "dask": {"zarr_to_labels", "cluster", "slurm", "view"},
+    "napari": {"view"},
     "distributed": {"cluster", "plan", "runner", "slurm", "metrics", "zarr_to_labels"},
     "dask_jobqueue": {"slurm"},
     "prometheus_client": {"metrics"},

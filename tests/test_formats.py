@@ -161,11 +161,10 @@ def test_a_mask_for_each_class(folder: Path) -> None:
     segment(configuration)
     out, labels = folder / "out", stored_labels(folder)
     predictions = find_predictions(configuration)
-    assert all(
-        o.status == "done" for o in export(configuration, predictions, Listener(), formats=["mrc"], per_class=True)
-    )
+    (outcome,) = export(configuration, predictions, Listener(), formats=["mrc"], per_class=True)
+    assert outcome.status == "done"
     masks = [out / f"{STEM}__{name}.mrc" for name in ("membrane", "ER_Golgi")]
-    assert [path.name for path in out.glob("*.mrc")] and not (out / f"{STEM}_labels.mrc").exists()
+    assert sorted(out.glob("*.mrc")) == sorted(masks)
     for label, path in enumerate(masks, 1):
         with mrcfile.open(path) as mask:
             np.testing.assert_array_equal(mask.data, labels == label)
@@ -173,15 +172,17 @@ def test_a_mask_for_each_class(folder: Path) -> None:
             assert mask.voxel_size.tolist() == pytest.approx(SIZE[::-1])
             assert mask.header.origin.tolist() == ORIGIN[::-1] and mask.nstart.tolist() == START[::-1]
         assert mrcfile.validate(path)
+    other = out / f"{STEM}__2__membrane.mrc"  # of the tomogram TS 01 µ_9.96Apx__2
+    shutil.copy(masks[0], other)
     # Renamed classes take their masks along; other labels have none.
     configuration = configure(folder, class_names=["membrane", "actin"])
     export(configuration, predictions, Listener(), formats=["mrc"], per_class=True)
-    assert sorted(path.name for path in out.glob("*.mrc")) == [f"{STEM}__actin.mrc", f"{STEM}__membrane.mrc"]
+    assert sorted(out.glob("*.mrc")) == sorted([other, masks[0], out / f"{STEM}__actin.mrc"])
     configuration = configure(
         folder, class_names=["membrane", "actin"], parameters={"network": {"postprocessing_sizes": [-1, 40, -1]}}
     )
     (outcome,) = postprocess(configuration, predictions, Listener())
-    assert not list(out.glob("*.mrc")) and any("__actin.mrc" in warning for warning in outcome.warnings)
+    assert list(out.glob("*.mrc")) == [other] and any("__actin.mrc" in warning for warning in outcome.warnings)
 
 
 def test_masks_are_written_all_or_none_and_replace_no_other_file(folder: Path) -> None:
