@@ -5,7 +5,8 @@
    particles, worm-like filaments, microtubules. The lamella's faces cut them, as milling does.
 3. The detector adds white noise, the limited tilt range takes a wedge out of the Fourier transform, and a slight blur
    stands for the denoising that CryoSiam expects before it.
-4. Dense matter is dark. Intensities are brought to 0..1, so that the documented ``min: 0`` and ``max: 1`` fit.
+4. Dense matter is bright, as CryoSiam's models want it. Intensities are brought to 0..1, so that the documented
+   ``min: 0`` and ``max: 1`` fit.
 
 The margin keeps the Fourier transform's periodicity out of the part that is cut out at the end.
 """
@@ -48,7 +49,7 @@ class Phantom:
     Attributes
     ----------
     tomogram
-        (z, y, x), float32, 0..1; dense matter is dark.
+        (z, y, x), float32, 0..1; dense matter is bright.
     truth
         (z, y, x), uint8, index into `CLASS_NAMES`; 0 outside the lamella.
     lamella
@@ -268,5 +269,5 @@ def _image(canvas: _Canvas, lamella: NDArray[np.bool_]) -> NDArray[np.float32]:
 
 
 def _scale(density: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Dark where dense, mean 0.6, standard deviation 0.15, cut to 0..1."""
-    return np.asarray(np.clip(0.6 - 0.15 * (density - density.mean()) / density.std(), 0, 1), np.float32)
+    """Bright where dense, mean 0.4, standard deviation 0.15, cut to 0..1."""
+    return np.asarray(np.clip(0.4 + 0.15 * (density - density.mean()) / density.std(), 0, 1), np.float32)
