@@ -59,9 +59,9 @@ def test_lamella_is_a_tilted_slab_with_vacuum_on_both_sides(phantom: Phantom) ->
     assert (np.abs(fit[1:]) > 0.02).all() and (np.abs(fit[1:]) < 0.1).all()
 
 
-def test_structures_are_darker_than_what_surrounds_them(phantom: Phantom) -> None:
+def test_structures_are_brighter_than_what_surrounds_them(phantom: Phantom) -> None:
     means = [phantom.tomogram[(phantom.truth == n) & (phantom.lamella == 1)].mean() for n in range(len(CLASS_NAMES))]
-    assert all(mean < means[0] - 0.03 for mean in means[1:])
+    assert all(mean > means[0] + 0.03 for mean in means[1:])
     # What tells the lamella from the noise is its texture.
     background = phantom.truth == 0
     inside, outside = (phantom.tomogram[background & (phantom.lamella == n)].std() for n in (1, 0))
