@@ -487,13 +487,18 @@ def plan(
     overwrite_all: Annotated[
         bool, typer.Option("--overwrite-all", help="Plan for the same command with --overwrite-all.")
     ] = False,
+    trial: Annotated[
+        bool, typer.Option("--trial", help="Predict a little of a tomogram, to tell how long the run takes.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what semantic-predict or run would read, compute and write, and what it takes; use no GPU, write nothing.
+    """Say what semantic-predict or run would read, compute and write, and what it takes; write nothing.
 
     Its status is that of the run, as far as it is known: 1 if a tomogram could not be done, 2 if none could.
 
-    Example: cryosiam-dask plan --config-file configs/pipeline.yaml
+    How long it takes is told from the latest run with the same model on the same kind of device, or from a --trial.
+
+    Example: cryosiam-dask plan configs/pipeline.yaml
 
     Example: cryosiam-dask plan --config-file configs/config_semantic.yaml --json > plan.json
     """
@@ -506,7 +511,7 @@ def plan(
             require_paths(read_models(config_file, model), filename)
         found = show_plan(
             config_file, Console(emoji=False), model=model, filename=filename, workers=workers, overwrite=overwrite,
-            overwrite_all=overwrite_all, as_json=as_json, device=device.value,
+            overwrite_all=overwrite_all, as_json=as_json, device=device.value, trial=trial,
         )  # fmt: skip
         if found:
             raise typer.Exit(found)

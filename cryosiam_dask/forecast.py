@@ -14,25 +14,29 @@ No GPU is touched. What is wrong with a tomogram is kept as its problem, and the
 from __future__ import annotations
 
 import math
+import multiprocessing
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise, product
+from itertools import pairwise, product, zip_longest
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from cryosiam_dask.config import Configuration
-from cryosiam_dask.errors import CryosiamDaskError, TomogramError
+from cryosiam_dask.errors import CryosiamDaskError, DeviceError, TomogramError
 from cryosiam_dask.formats import format_path, other_formats
-from cryosiam_dask.grid import Grid
+from cryosiam_dask.grid import Grid, make_grid
 from cryosiam_dask.intensities import Intensities, evenly_spread, intensities, sample_file
 from cryosiam_dask.json_values import as_json
+from cryosiam_dask.ledger import read_outcomes
 from cryosiam_dask.mask import Mask, read_stored
-from cryosiam_dask.mrc_to_zarr import read_header
+from cryosiam_dask.mrc_to_zarr import read_header, read_part
 from cryosiam_dask.plan import Job, RunPlan, find_tomograms, removal_sizes
 from cryosiam_dask.preview import most_bytes, preview_file
 from cryosiam_dask.tomogram_files import TomogramHeader, ZarrHeader
@@ -201,6 +205,10 @@ class Forecast:
         single tomograms.
     shared
         How warnings of single tomograms begin that `warnings` says of all of them.
+    seconds
+        That the run takes, about; ``None`` where no pace is known.
+    pace
+        Where that is known from.
     """
 
     checkpoint: Path
@@ -223,6 +231,8 @@ class Forecast:
     warnings: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
+    seconds: float | None = None
+    pace: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """The same as JSON values; lengths in voxels and bytes as the attributes say."""
@@ -260,9 +270,15 @@ class PipelineForecast:
     warnings: tuple[str, ...]
     problems: tuple[str, ...]
 
+    @property
+    def seconds(self) -> float | None:
+        """That the run takes, about; ``None`` where the pace of one model is not known."""
+        each = [stage.seconds for stage in self.stages.values()]
+        return None if None in each else sum(seconds for seconds in each if seconds is not None)
+
     def as_json(self) -> dict[str, Any]:
         """The same as JSON values; see `Forecast`."""
-        values: dict[str, Any] = as_json(self)
+        values: dict[str, Any] = {**as_json(self), "seconds": self.seconds}
         stages = {name: stage.as_json() for name, stage in self.stages.items()}
         return {**values, "stages": stages, "problems": list(self.all_problems)}
 
@@ -279,8 +295,121 @@ class PipelineForecast:
         return tuple(dict.fromkeys((*self.problems, *of_stages)))
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast a model is.
+
+    Attributes
+    ----------
+    patches_per_second
+        Of all workers together.
+    source
+        Where it is known from, in words.
+    """
+
+    patches_per_second: float
+    source: str
+
+
+def pace_of_runs(plan: RunPlan, device: str, workers: int | None) -> Pace | None:
+    """How fast the model was in the latest run that finished a tomogram with it on such a device; ``None`` if none did.
+
+    Parameters
+    ----------
+    plan
+        For the model.
+    device
+        ``"cpu"`` or ``"cuda"``.
+    workers
+        Of the run that is planned; ``None``: as many as then.
+    """
+    done = [
+        outcome
+        for outcome in read_outcomes(plan.configuration.prediction_folder).values()
+        if outcome.get("status") == "done" and outcome.get("model") == plan.model and outcome.get("device") == device
+    ]
+    if not done:
+        return None
+    latest = [outcome for outcome in done if outcome["run"] == max(each["run"] for each in done)]
+    seconds, until = 0.0, -math.inf
+    for began, ended in sorted((outcome["began"], outcome["ended"]) for outcome in latest):  # which overlap
+        seconds += max(0.0, ended - max(began, until))
+        until = max(until, ended)
+    patches = sum(plan.blocks(tuple(outcome["shape"])).patch_count for outcome in latest)
+    had = max(1, *(outcome["workers"] for outcome in latest), 0)
+    return Pace(
+        patches / max(seconds, 1e-3) * (workers or had) / had,
+        f"as fast as in the latest run, {len(latest)} tomogram{'s' * (len(latest) != 1)} on {had} {device} "
+        f"worker{'s' * (had != 1)}",
+    )
+
+
+#: Seconds for which a trial is measured.
+TRIAL_SECONDS = 5.0
+
+
+def pace_of_trial(plan: RunPlan, device: Literal["cpu", "cuda"], workers: int | None) -> Pace | None:
+    """How fast the model is here and now: it predicts patches of one of the plan's tomograms, and writes nothing.
+
+    Parameters
+    ----------
+    plan
+        For the model; ``None`` is returned where it has no tomogram to segment.
+    device
+        Where to run the network.
+    workers
+        Processes, that compute at the same time; on GPUs one is tried, and ``None`` stands for all.
+
+    Raises
+    ------
+    DeviceError, CheckpointError
+        If the model cannot run there.
+    """
+    from cryosiam_dask.predictor import count_of_gpus, measured_pace
+    from cryosiam_dask.zarr_to_labels import read_window
+
+    job = next((job for job in plan.jobs if job.problem is None), None)
+    if job is None:
+        return None
+    spec = plan.spec(device)
+    header = read_header(job.source, **plan.configuration.reading)
+    grid = make_grid(header.shape, plan.patch, max(plan.patch), plan.halo)
+    block = grid.block(list(grid.indices())[len(grid.indices()) // 2])
+    if header.compressed:  # reading on to its middle would take longer than the trial
+        window = np.zeros(block.window_shape, np.float32)
+    else:
+        window = read_window(_Reading(header), block, grid, spec)
+    count = workers or 1 if device == "cpu" else 1
+    one = partial(measured_pace, spec, window, block.patches, block.shape)
+    try:
+        with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+            pace = sum(pool.map(one, [TRIAL_SECONDS] * count))
+    except BrokenProcessPool:
+        raise DeviceError(
+            "a process that predicts a block must stay alive", place="--trial", value="one that ended by itself",
+            remedy="Most likely the memory did not suffice: set fewer --workers, or a smaller patch_size",
+        ) from None  # fmt: skip
+    all_of = workers or count_of_gpus() if device == "cuda" else count
+    return Pace(pace / count * all_of, f"as fast as in a trial of {TRIAL_SECONDS:.0f} s on {device} just now")
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """Slices a file that is not compressed like an array."""
+
+    header: TomogramHeader
+
+    def __getitem__(self, region: tuple[slice, ...]) -> np.ndarray[Any, Any]:
+        return read_part(self.header, region)
+
+
 def forecast_pipeline(
-    plans: Sequence[RunPlan], *, workers: int = 1, concurrent: int = 1, memory_bytes: int | None = None
+    plans: Sequence[RunPlan],
+    *,
+    workers: int = 1,
+    concurrent: int = 1,
+    memory_bytes: int | None = None,
+    paces: Sequence[Pace | None] = (),
 ) -> PipelineForecast:
     """Say what a run of several models for the same tomograms will do and take.
 
@@ -290,13 +419,16 @@ def forecast_pipeline(
         From `cryosiam_dask.plan.plan_run`, with the name of its model each.
     workers, concurrent, memory_bytes
         See `forecast`.
+    paces
+        Of each model.
     """
+    sampled: dict[Any, Intensities] = {}
     stages: dict[str, Forecast] = {}
     needs: list[_Need] = []
     last = {job.stem for job in plans[-1].jobs}
-    for plan in plans:
+    for plan, pace in zip_longest(plans, paces):
         kept = last if plan is not plans[-1] else ()  # with the work of the last model, for all
-        stages[plan.name] = found = _stage(plan, workers, memory_bytes, kept)
+        stages[plan.name] = found = _stage(plan, workers, memory_bytes, pace, sampled, kept)
         needs += _needs(plan.configuration, found.tomograms, concurrent)
     disks = _disks(needs)
     return PipelineForecast(stages, disks, *_judged(disks))
@@ -309,6 +441,7 @@ def forecast(
     workers: int = 1,
     concurrent: int = 1,
     memory_bytes: int | None = None,
+    pace: Pace | None = None,
 ) -> Forecast:
     """Say what a run will do and take, reading as little as tells it.
 
@@ -322,19 +455,29 @@ def forecast(
         How many tomograms are worked on at the same time.
     memory_bytes
         What the machine has for the workers.
+    pace
+        How fast the model is, where that is known.
     """
-    found = _stage(replace(plan, configuration=configuration), workers, memory_bytes)
+    found = _stage(replace(plan, configuration=configuration), workers, memory_bytes, pace, {})
     disks = _disks(_needs(configuration, found.tomograms, concurrent))
     warnings, problems = _judged(disks)
     return replace(found, disks=disks, warnings=(*found.warnings, *warnings), problems=problems)
 
 
-def _stage(plan: RunPlan, workers: int, memory_bytes: int | None, converted: Collection[str] = ()) -> Forecast:
-    """The forecast of one model, without disks; of the tomograms `converted` another one keeps the voxels."""
+def _stage(
+    plan: RunPlan,
+    workers: int,
+    memory_bytes: int | None,
+    pace: Pace | None,
+    sampled: dict[Any, Intensities],
+    converted: Collection[str] = (),
+) -> Forecast:
+    """The forecast of one model, without disks; of the tomograms `converted` another one keeps the voxels. What was
+    `sampled` of a tomogram for one model, serves the others."""
     configuration = plan.configuration
     voxels = max(_LEAST_MASK_VOXELS, MASK_VOXELS // max(1, len(plan.jobs)))
     tomograms = [
-        *(_tomogram(configuration, plan, job, workers, voxels, job.stem in converted) for job in plan.jobs),
+        *(_tomogram(configuration, plan, job, workers, voxels, job.stem in converted, sampled) for job in plan.jobs),
         *(_measured(configuration, plan, job) for job in plan.unmeasured),
         *(
             TomogramForecast(
@@ -354,6 +497,7 @@ def _stage(plan: RunPlan, workers: int, memory_bytes: int | None, converted: Col
     shared, instead = plan.attention_to_all(found)
     of_all = [f"{count} of {len(found)} tomograms: {sentence}" for sentence, count in shared]
     warnings = (*plan.warnings(workers, memory_bytes), *of_all)
+    patches = sum(t.patches for t in tomograms if t.action == "segment")
     data = configuration.parameters.data
     if configuration.parameters.data.patch_size == "auto":
         notes.append(
@@ -380,6 +524,8 @@ def _stage(plan: RunPlan, workers: int, memory_bytes: int | None, converted: Col
         notes=tuple(notes),
         warnings=warnings,
         shared=tuple(sorted(instead)),
+        seconds=None if pace is None else patches / pace.patches_per_second,
+        pace="" if pace is None else pace.source,
     )
 
 
@@ -480,7 +626,13 @@ def _cut(part: slice, edges: list[int]) -> Iterable[tuple[int, slice]]:
 
 
 def _tomogram(
-    configuration: Configuration, plan: RunPlan, job: Job, workers: int, mask_voxels: int, converted: bool
+    configuration: Configuration,
+    plan: RunPlan,
+    job: Job,
+    workers: int,
+    mask_voxels: int,
+    converted: bool,
+    sampled: dict[Any, Intensities],
 ) -> TomogramForecast:
     header: TomogramHeader | None = None
     to_come = job.mask is not None and not job.fingerprint and job.problem is None
@@ -502,7 +654,9 @@ def _tomogram(
             problems.append(str(error))
     try:
         if header is not None:
-            known["intensities"] = intensities(sample_file(header), data.min, data.max)
+            key = (job.source, data.min, data.max)
+            known["intensities"] = sampled.get(key) or intensities(sample_file(header), data.min, data.max)
+            sampled[key] = known["intensities"]
     except CryosiamDaskError as error:
         problems.append(str(error))
     try:

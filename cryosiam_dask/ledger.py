@@ -137,7 +137,8 @@ def read_outcomes(prediction_folder: Path) -> dict[str, dict[str, Any]]:
     -------
     dict
         By stem: ``status``, ``shape`` (z, y, x), ``seconds``, ``voxels`` of each label, ``warnings``, ``error``,
-        ``run``, ``began`` and ``ended`` (seconds since the epoch).
+        ``run``, ``began`` and ``ended`` (seconds since the epoch), ``device``, number of ``workers``, and the ``model``
+        as in `cryosiam_dask.plan.RunPlan.model`.
     """
     found = {}
     for path in sorted((prediction_folder / FOLDER).glob("[!.]*.jsonl")):

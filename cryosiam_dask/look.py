@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +18,7 @@ from cryosiam_dask.errors import CryosiamDaskError, Problems
 from cryosiam_dask.folders import require_there
 
 if TYPE_CHECKING:  # imported where they are used: the network's libraries take seconds
-    from cryosiam_dask.forecast import Disk, Forecast, PipelineForecast, TomogramForecast
+    from cryosiam_dask.forecast import Disk, Forecast, TomogramForecast
     from cryosiam_dask.inspect_file import Information, Part
 
 
@@ -33,6 +33,7 @@ def show_plan(
     overwrite_all: bool = False,
     as_json: bool = False,
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    trial: bool = False,
 ) -> int:
     """Print what a run would do and take; returns its exit status, as far as it is known.
 
@@ -51,7 +52,9 @@ def show_plan(
     as_json
         Whether to print JSON, problems included, and nothing else.
     device
-        Where the network is to run; for ``"cuda"`` no GPU need be here.
+        Where the network is to run; for ``"cuda"`` no GPU need be here, but for a trial.
+    trial
+        Whether to predict a few patches with each model, to tell how long a run takes.
 
     Raises
     ------
@@ -59,11 +62,21 @@ def show_plan(
         What stands in the way of any run, and what is wrong with the tomograms' headers; not with `as_json`.
     """
     from cryosiam_dask.config import read_models
-    from cryosiam_dask.forecast import USUALLY_AT_ONCE, Forecast, forecast, forecast_pipeline, unreadable
+    from cryosiam_dask.forecast import (
+        USUALLY_AT_ONCE,
+        Pace,
+        PipelineForecast,
+        forecast,
+        forecast_pipeline,
+        pace_of_runs,
+        pace_of_trial,
+        unreadable,
+    )
     from cryosiam_dask.plan import RunPlan, masks_of, memory_of_machine, on_this_machine, plan_run
 
     problems: list[CryosiamDaskError] = []
     plans: list[RunPlan] = []
+    paces: list[Pace | None] = []
     try:
         configurations = read_models(config_file, model)
         for name, configuration in configurations.items():
@@ -79,10 +92,12 @@ def show_plan(
             except CryosiamDaskError as error:
                 problems += [*_single(error), *unreadable(configuration, filename)]
         if not problems:
-            if device == "cpu" or (device == "auto" and not _has_gpu()):
+            chosen: Literal["cpu", "cuda"] = "cuda" if device == "cuda" or (device == "auto" and _has_gpu()) else "cpu"
+            if chosen == "cpu":
                 plans, workers = on_this_machine(plans, workers)
             else:
                 plans = [plan.looked_into() for plan in plans]
+            paces = [(pace_of_trial if trial else pace_of_runs)(plan, chosen, workers) for plan in plans]
     except CryosiamDaskError as error:
         problems += _single(error)
     if problems:
@@ -98,22 +113,17 @@ def show_plan(
     }
     found: Forecast | PipelineForecast
     if len(plans) > 1:
-        found = forecast_pipeline(plans, **options)
+        found = forecast_pipeline(plans, paces=paces, **options)
     else:
-        found = forecast(plans[0].configuration, plans[0], **options)
+        found = forecast(plans[0].configuration, plans[0], pace=paces[0], **options)
     if as_json:
         _print_json(console, found.as_json())
-    elif isinstance(found, Forecast):
-        _print_forecast(console, found)
-        _print_problems(found.all_problems)
+        return found.status
+    if isinstance(found, PipelineForecast):
+        _print_plan(console, found.stages, found.disks, found.seconds, found.warnings)
     else:
-        for name, stage in found.stages.items():
-            _say(console, f"{name}:")
-            _print_forecast(console, stage)
-        _print_facts(_unbroken(console), _of_disks(found.disks))
-        for warning in found.warnings:
-            _say(console, f"attention: {warning}")
-        _print_problems(found.all_problems)
+        _print_plan(console, {"": found}, found.disks, found.seconds)
+    _print_problems(found.all_problems)
     return found.status
 
 
@@ -179,16 +189,69 @@ def _print_json(console: Console, values: Any) -> None:
 # ----------------------------------------------------------------------------------------------------------- forecasts
 
 
-def _print_forecast(console: Console, found: Forecast) -> None:
+def _print_plan(
+    console: Console,
+    stages: Mapping[str, Forecast],
+    disks: Sequence[Disk],
+    seconds: float | None,
+    warnings: Sequence[str] = (),
+) -> None:
+    """The forecasts of all models, what they have in common once: what needs attention before the list of outputs."""
     console = _unbroken(console)
+    facts = {name: _facts(found) for name, found in stages.items()}
+    shared = _in_common(facts.values())
+    pace = next((found.pace for found in stages.values() if found.pace), "")
+    if any(t.action == "segment" for found in stages.values() for t in found.tomograms):
+        shared["time"] = (
+            "not known before a run with the same model on such a device; --trial measures it"
+            if seconds is None
+            else f"about {_time(seconds)}, {pace}"
+        )
+    _print_facts(console, [*shared.items(), *_of_disks(disks)])
+    own = [name for name in facts[next(iter(facts))] if name not in shared]
+    if own:
+        table = _table("", *stages)
+        for name in own:
+            table.add_row(name, *(escape(each.get(name, "")) for each in facts.values()))
+        console.print(table)
+    _print_tomograms(console, stages)
+    notes = [(stage, f": {note}") for stage, found in stages.items() for note in found.notes]
+    notes += [
+        (stage, f", {t.stem}: {note}") for stage, found in stages.items() for t in found.tomograms for note in t.notes
+    ]
+    for note, of in _each_once(notes, stages):
+        _say(console, f"note{of}{note}")
+    told = [
+        *((stage, f": {warning}") for stage, found in stages.items() for warning in found.warnings),
+        *(
+            (stage, f", {whom}: {warning}")
+            for stage, found in stages.items()
+            for whom, warning in gathered(
+                (t.stem, warning)
+                for t in found.tomograms
+                for warning in t.warnings
+                if not warning.startswith(found.shared)
+            )
+        ),
+    ]
+    for sentence, of in [*_each_once(told, stages), *((f": {warning}", "") for warning in warnings)]:
+        _say(console, f"attention{of}{sentence}")
+    for line in _outputs([t for found in stages.values() for t in found.tomograms]):
+        _say(console, line)
+
+
+def _facts(found: Forecast) -> dict[str, str]:
     low, high = found.scaling
     todo = [t for t in found.tomograms if t.action == "segment"]
     masks = sorted({str(t.mask.path.parent) for t in found.tomograms if t.mask})
-    facts = {
+    return {
         "reads": f"{_bytes(sum(t.file_bytes for t in todo))} in "
-        + ", ".join(sorted({str(t.source.parent) for t in found.tomograms}))
-        + (f"; masks in {', '.join(masks)}" if masks else "")
-        + ("; masks that this run makes before" if any(t.mask_to_come for t in todo) else ""),
+        + ", ".join(sorted({str(t.source.parent) for t in found.tomograms})),
+        "lamella": "masks that this run makes before"
+        if any(t.mask_to_come for t in todo)
+        else f"masks in {', '.join(masks)}"
+        if masks
+        else "no masks",
         "model": f"{found.checkpoint}, {found.classes} {'classes' if found.classes > 1 else 'class'}",
         "patch": f"{_shape(found.patch)} voxels, halo {found.halo or 'a quarter of it'}, {found.precision}",
         "threshold": f"{found.threshold:g}",
@@ -205,25 +268,52 @@ def _print_forecast(console: Console, found: Forecast) -> None:
         "memory on GPUs": f"{_bytes(found.network_bytes)} on the GPU for each of {found.batch_size} patches, "
         f"{_bytes(found.block_bytes)} beside it",
     }
-    _print_facts(console, [*facts.items(), *_of_disks(found.disks)])
-    _print_tomograms(console, found.tomograms)
-    for note in found.notes:
-        _say(console, f"note: {note}")
-    for tomogram in found.tomograms:
-        for note in tomogram.notes:
-            _say(console, f"note, {tomogram.stem}: {note}")
-        if tomogram.action in ("segment", "measure"):
-            because = f" ({tomogram.reason})" if tomogram.reason else ""
-            outputs = [*tomogram.outputs, *([tomogram.preview] if tomogram.preview else [])]
-            _say(console, f"writes, {tomogram.stem}: {', '.join(map(str, outputs))}{because}")
-        elif tomogram.action == "skip":
-            _say(console, f"skipped, {tomogram.stem}: {tomogram.outputs[0]} was {tomogram.reason}")
-    for warning in found.warnings:
-        _say(console, f"attention: {warning}")
-    for whom, warning in gathered(
-        (t.stem, warning) for t in found.tomograms for warning in t.warnings if not warning.startswith(found.shared)
-    ):
-        _say(console, f"attention, {whom}: {warning}")
+
+
+def _in_common(each: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """The entries that all have."""
+    first, *others = each
+    return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
+
+
+def _each_once(said: Iterable[tuple[str, str]], stages: Collection[str]) -> list[tuple[str, str]]:
+    """Sentences that models say, and, of one that not all of them say, of which it is said."""
+    by: dict[str, list[str]] = {}
+    for stage, sentence in said:
+        by.setdefault(sentence, []).append(stage)
+    return [(sentence, "" if len(set(of)) == len(stages) else f", {of[0]}") for sentence, of in by.items()]
+
+
+#: Tomograms above which the names of their outputs are not listed for each.
+_LISTED = 20
+
+
+def _outputs(tomograms: Sequence[TomogramForecast]) -> list[str]:
+    """Which files are written, and which are there already; of many tomograms as patterns of their names."""
+    lines: dict[str, int] = {}
+    many = len({t.stem for t in tomograms}) > _LISTED
+    for t in tomograms:
+        files = [*t.outputs, *([t.preview] if t.preview else [])]
+        line = ""
+        if t.action in ("segment", "measure"):
+            line = f"writes, {t.stem}: {', '.join(map(str, files))}" + (f" ({t.reason})" if t.reason else "")
+        elif t.action == "skip":
+            line = f"skipped, {t.stem}: {t.outputs[0]} was {t.reason}"
+        if line:
+            line = line.replace(t.stem, "<name>") if many else line
+            lines[line] = lines.get(line, 0) + 1
+    return [f"{line} ({count} tomograms)" if many else line for line, count in lines.items()]
+
+
+def _time(seconds: float) -> str:
+    """In the units that one thinks in."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours / 24:.1f} days"
 
 
 def _of_disks(disks: Sequence[Disk]) -> list[tuple[str, str]]:
@@ -245,9 +335,24 @@ def _print_problems(problems: Sequence[str]) -> None:
 _ACTIONS = {"segment": "to segment", "measure": "to measure", "skip": "skipped", "refuse": "refused"}
 
 
-def _print_tomograms(console: Console, tomograms: Sequence[TomogramForecast]) -> None:
-    """As a table or, where it is too wide for the terminal, one tomogram below the other."""
-    rows = [_row(tomogram) for tomogram in tomograms]
+def _print_tomograms(console: Console, stages: Mapping[str, Forecast]) -> None:
+    """As a table or, where it is too wide for the terminal, one tomogram below the other; what models have in common,
+    once."""
+    by_stage = {stage: {t.stem: _row(t) for t in found.tomograms} for stage, found in stages.items()}
+    stems = list(dict.fromkeys(stem for rows in by_stage.values() for stem in rows))
+    names = list(next(iter(next(iter(by_stage.values())).values())))
+    several = [
+        name
+        for name in names
+        if any(len({rows.get(stem, {}).get(name, "") for rows in by_stage.values()}) > 1 for stem in stems)
+    ]
+    rows = []
+    for stem in stems:
+        row = {}
+        for name in names:
+            for stage, each in by_stage.items():
+                row[f"{name}, {stage}" if name in several else name] = each.get(stem, {}).get(name, "")
+        rows.append(row)
     used = [name for name in rows[0] if any(row[name] for row in rows)]
     table = _table(*used)
     for row in rows:

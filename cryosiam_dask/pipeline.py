@@ -248,7 +248,7 @@ def segment(
             guard()
             if pause is None or not may_pass(error):
                 outcome = _failed(at.job.stem, at.shape, at.began, lasting(error), at.job.output, at.plan.name)
-                yield record(at.plan, outcome, at.began, goes_on=isinstance(error, _RESUMABLE))
+                yield record(at.plan, outcome, at.began, device, executor, goes_on=isinstance(error, _RESUMABLE))
                 return
             say(f"{error}: tried again in {pause:g} s")
             wait(pause, guard)
@@ -318,24 +318,27 @@ def _segment_all(
                 if plan is not last_plan:
                     _log_warnings(outcome)
                     guard()
-                    yield record(plan, outcome, began)
+                    yield record(plan, outcome, began, device, executor)
     guard()
     if outcome.status == "done":
         _log_warnings(outcome)
-        record(last_plan, outcome, began)
+        record(last_plan, outcome, began, device, executor)
     else:  # what became of it when it was made
         before = shared.ledger.last("outcome") or {"status": "done"}
         shared.ledger.close(**{name: value for name, value in before.items() if name != "what"})
     yield outcome
 
 
-def record(plan: RunPlan, outcome: Outcome, began: float, *, goes_on: bool = False) -> Outcome:
-    """Write what became of a tomogram to its ledger, as far as the disk lets.
+def record(
+    plan: RunPlan, outcome: Outcome, began: float, device: str, executor: Executor, *, goes_on: bool = False
+) -> Outcome:
+    """Write what became of a tomogram to its ledger, with what its pace depends on, as far as the disk lets.
 
     It takes the place of what was recorded, unless the same command `goes_on` from that.
     """
     values = {name: value for name, value in asdict(outcome).items() if name not in ("stem", "details")}
     values |= {"run": plan.run, "began": began, "ended": time.time()}
+    values |= {"model": plan.model, "device": device, "workers": executor.workers}
     with suppress(OSError):
         ledger = Ledger(plan.configuration.prediction_folder, outcome.stem)
         if goes_on or (outcome.status == "failed" and _has_blocks(ledger)):

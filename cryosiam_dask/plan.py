@@ -160,6 +160,12 @@ class RunPlan:
         return class_names(self.configuration, self.labels - 1)
 
     @property
+    def model(self) -> list[Any]:
+        """What the time for a patch depends on, beside the device."""
+        precision = self.configuration.hyper_parameters.precision
+        return [self.checkpoint.sha256, list(self.patch), self.halo, precision]
+
+    @property
     def wanted(self) -> tuple[str, ...]:
         """What the network is asked for: keys of `cryosiam_dask.zarr_to_labels.OUTPUTS`."""
         internal = self.configuration.save_internal_files

@@ -24,6 +24,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -219,6 +220,11 @@ def name_of_gpu() -> str | None:
     return f"{properties.name} {getattr(properties, 'uuid', '')}".strip()
 
 
+def count_of_gpus() -> int:
+    """GPUs that this machine shows."""
+    return torch.cuda.device_count()
+
+
 def memory_of_gpu() -> int | None:
     """Bytes that this process may take of its GPU's memory; ``None`` where it has none."""
     if not torch.cuda.is_available():
@@ -307,6 +313,31 @@ def _try_patch(spec: PredictorSpec) -> None:
     core = tuple(slice(spec.halo or size // 4, size - (spec.halo or size // 4)) for size in spec.patch)
     window = np.zeros(spec.patch, np.float32)
     Predictor(spec).predict_block(window, [Patch(whole, core, core)], spec.patch, ["labels"])
+
+
+def measured_pace(
+    spec: PredictorSpec, window: npt.NDArray[np.float32], patches: Sequence[Patch], shape: tuple[int, ...], least: float
+) -> float:
+    """Patches that this process predicts in a second.
+
+    Parameters
+    ----------
+    spec
+        How to predict.
+    window, patches, shape
+        A block; see `Predictor.predict_block`.
+    least
+        Seconds that are measured, after a first batch.
+    """
+    predictor, size = load_predictor(spec), 1 if spec.device == "cpu" else spec.batch_size
+    batches = cycle([patches[first : first + size] for first in range(0, len(patches), size)])
+    predictor.predict_block(window, next(batches), shape, ["labels"])
+    began, count = time.perf_counter(), 0
+    while not count or time.perf_counter() - began < least:
+        batch = next(batches)
+        predictor.predict_block(window, batch, shape, ["labels"])
+        count += len(batch)
+    return count / (time.perf_counter() - began)
 
 
 class Predictor:

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 
 from cryosiam_dask.collection import run
 from cryosiam_dask.config import Configuration, read_configuration
-from cryosiam_dask.forecast import Forecast, TomogramForecast, forecast, masking, unreadable
+from cryosiam_dask.forecast import Forecast, TomogramForecast, forecast, masking, pace_of_runs, unreadable
 from cryosiam_dask.grid import make_grid
-from cryosiam_dask.ledger import read_outcomes
+from cryosiam_dask.ledger import Ledger, read_outcomes
 from cryosiam_dask.mask import open_mask, read_mask
 from cryosiam_dask.mrc_to_zarr import convert
 from cryosiam_dask.plan import plan_run
@@ -86,6 +86,38 @@ def predicted(configuration: Configuration, **options: Any) -> Forecast:
 
 def of(found: Forecast, stem: str = "TS_1") -> TomogramForecast:
     return next(tomogram for tomogram in found.tomograms if tomogram.stem == stem)
+
+
+def test_the_time_of_a_run_is_told_from_the_latest_like_it(folder: Path) -> None:
+    configuration = configure(folder)
+    plan = plan_run(configuration)
+    patches = make_grid(SHAPE, plan.patch).patch_count
+    assert pace_of_runs(plan, "cpu", 2) is None
+
+    def record(stem: str, began: float, ended: float, **changes: Any) -> None:
+        known = {"status": "done", "shape": SHAPE, "model": plan.model, "device": "cpu", "workers": 2, "run": "2"}
+        Ledger(folder / "out", stem).close(**{**known, "began": began, "ended": ended, **changes})
+
+    (folder / "out").mkdir()
+    record("a", 0, 1000, run="1")
+    record("b", 0, 60)
+    record("c", 50, 100)  # begun before the one before has ended
+    record("d", 300, 400)  # after a pause
+    record("e", 0, 1, status="failed")
+    record("f", 0, 1, device="cuda", run="3")
+    record("g", 0, 1, model=["another"], run="3")
+    pace = pace_of_runs(plan, "cpu", 2)
+    assert pace is not None and pace.patches_per_second == pytest.approx(3 * patches / 200)
+    assert pace.source == "as fast as in the latest run, 3 tomograms on 2 cpu workers"
+    twice = pace_of_runs(plan, "cpu", 4)
+    assert twice is not None and twice.patches_per_second == pytest.approx(2 * pace.patches_per_second)
+    assert pace_of_runs(plan, "cpu", None) == pace
+    found = forecast(configuration, plan, pace=pace)
+    assert found.seconds == pytest.approx(2 * patches / pace.patches_per_second) and found.pace == pace.source
+    assert forecast(configuration, plan).seconds is None
+    record("f", 0, 1, device="cuda", run="3", workers=8)
+    of_gpus = pace_of_runs(plan, "cuda", None)
+    assert of_gpus is not None and of_gpus.source.endswith("1 tomogram on 8 cuda workers")
 
 
 def test_what_a_biologist_wants_to_know(folder: Path) -> None:

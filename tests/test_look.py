@@ -6,6 +6,8 @@ import io
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,6 +24,7 @@ from rich.console import Console
 
 from cryosiam_dask.config import STAGES
 from cryosiam_dask.errors import Problems
+from cryosiam_dask.ledger import read_outcomes
 from cryosiam_dask.look import show_files, show_plan
 
 COMMAND = Path(sys.executable).with_name("cryosiam-dask")
@@ -136,6 +139,54 @@ def test_plan_of_a_pipeline(pipeline: Path) -> None:
         assert taken < t["output_bytes"] + 20_000  # attributes
     again = json.loads(printed(show_plan, pipeline / "pipeline.yaml", as_json=True))
     assert {t["action"] for stage in again["stages"].values() for t in stage["tomograms"]} == {"skip"}
+    # And how long it takes again, is what it took.
+    again = json.loads(printed(show_plan, pipeline / "pipeline.yaml", as_json=True, overwrite_all=True, workers=1))
+    outcomes = {name: read_outcomes(pipeline / "out" / name).values() for name in STAGES}
+    for name in STAGES:
+        took = sum(outcome["ended"] - outcome["began"] for outcome in outcomes[name])
+        assert 0 < again["stages"][name]["seconds"] <= took * 1.001
+    assert again["seconds"] == pytest.approx(sum(again["stages"][name]["seconds"] for name in STAGES))
+    text = printed(show_plan, pipeline / "pipeline.yaml", overwrite_all=True, workers=1)
+    assert re.search(r"time +│ about \d+ s, as fast as in the latest run, 2 tomograms on 1 cpu worker ", text)
+
+
+def test_plan_of_a_pipeline_says_nothing_twice(pipeline: Path) -> None:
+    text = printed(show_plan, pipeline / "pipeline.yaml")
+    lines = [line for line in text.splitlines() if line[:1].isalpha() or " │ " in line]
+    assert len(lines) == len(set(lines))
+    assert text.count("99.8 % above max 1") == 1 and text.count("24 × 20 × 22") == 2
+    kinds = [line.split(",")[0].split(":")[0] for line in lines if line[:1].isalpha()]
+    assert kinds == [*["attention"] * kinds.count("attention"), *["writes"] * 4]  # first what one has to read
+    assert "not known before a run with the same model on such a device" in text
+    # What only one model has to say, names it.
+    values = yaml.safe_load((pipeline / "pipeline.yaml").read_text())
+    values["semantic"]["parameters"] = {"data": {"patch_size": [32, 32, 32]}}
+    (pipeline / "pipeline.yaml").write_text(yaml.safe_dump(values))
+    assert "\nattention, semantic: patch_size is [32, 32, 32]" in printed(show_plan, pipeline / "pipeline.yaml")
+    text = printed(show_plan, pipeline / "pipeline.yaml", model="lamella", filename="TS_1")
+    assert "out/lamella/TS_1_preds.h5" in text and "semantic" not in text
+    with pytest.raises(Problems, match=r"does not exist: out/lamella .*Run the lamella prediction first"):
+        printed(show_plan, pipeline / "pipeline.yaml", model="semantic")
+
+
+def test_the_outputs_of_many_tomograms_are_told_as_patterns(folder: Path) -> None:
+    (folder / "data" / f"{LONG}.mrc").unlink()
+    for number in range(2, 23):
+        shutil.copy(folder / "data" / "TS_1.mrc", folder / "data" / f"TS_{number}.mrc")
+    text = printed(show_plan, folder / "config.yaml")
+    assert "\nwrites, <name>: out/<name>_preds.h5, out/<name>_preview.png (22 tomograms)\n" in text
+    assert text.count("writes") == 1
+
+
+def test_a_trial_tells_the_time_and_writes_nothing(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cryosiam_dask.forecast.TRIAL_SECONDS", 0.0)
+    before = sorted(pipeline.rglob("*"))
+    values = json.loads(
+        printed(show_plan, pipeline / "pipeline.yaml", as_json=True, trial=True, workers=1, device="cpu")
+    )
+    assert sorted(pipeline.rglob("*")) == before
+    assert all(values["stages"][name]["seconds"] > 0 for name in STAGES)
+    assert values["stages"]["lamella"]["pace"] == "as fast as in a trial of 0 s on cpu just now"
 
 
 def test_plan_of_a_pipeline_lists_all_that_stands_in_its_way_once(pipeline: Path) -> None:
