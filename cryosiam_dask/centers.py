@@ -1,9 +1,9 @@
 """Particle lists: the centres of each class's components, for RELION 5, Warp and spreadsheets.
 
 For each class of a tomogram ``<stem>_class<k>_centers.star`` and ``.csv``, and for each class of all tomograms of a
-folder ``class<k>_centers.star`` and ``.csv``, and ``class<k>_relion_import.star``. As in CryoSiam, the mask of a class
-may be eroded once, its components (26 neighbours) count if they have more than so many voxels, and the centre is the
-mean of the voxel indices.
+folder ``class<k>_centers.star`` and ``.csv``, and ``class<k>_relion_import.star``; where class 2 has a name, particle,
+they are called ``class2_particle``. As in CryoSiam, the mask of a class may be eroded once, its components (26
+neighbours) count if they have more than so many voxels, and the centre is the mean of the voxel indices.
 
 Coordinates count voxels of the segmented tomogram from 0, the centre of the first voxel: what CryoSiam's viewer, napari
 and Warp do, and RELION, whose tomogram of n voxels has its centre at n / 2. A STAR file has the columns
@@ -28,8 +28,9 @@ puts in the wrong places: those without particles, without voxel size, and of im
 
 from __future__ import annotations
 
+import glob
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cryosiam_dask.classes import file_names
 from cryosiam_dask.components import ChunkedArray, Components, find_components
 from cryosiam_dask.errors import LabelsError, OutputError
 from cryosiam_dask.executor import SERIAL, Executor
@@ -54,8 +56,10 @@ from cryosiam_dask.measurements import (
 )
 
 _LARGEST_CLASS = 255  # labels of classes are bytes
-_OF_A_TOMOGRAM = re.compile(r"(.+)_class(\d+)_centers\.(?:csv|star)")
-_OF_ALL = re.compile(r"class(\d+)_(?:centers\.(?:csv|star)|relion_import\.star)")
+#: Lists by their names, in which no class is called such as another's number: of a tomogram, and of all.
+_OF_A_TOMOGRAM = re.compile(r"(.+)_(class(\d+)(?:_.+)?)_centers\.(?:csv|star)")
+_OF_ALL = re.compile(r"class\d+(?:_(?!.*class\d).+)?_(?:centers\.(?:csv|star)|relion_import\.star)")
+_WORDS = ("tomogram", "class", "class_name", "voxels")  # columns that hold no coordinates
 #: Values that would be taken for something else in a STAR file. Those with spaces `starfile` quotes by itself.
 _TO_QUOTE = re.compile(r"(?!.* )(?:[_#$;\[\]]|(?:data|loop|save|stop|global)_|.*#|[.?]$)", re.IGNORECASE)
 #: Letters that no name holds, for the bytes of a path that are no text, which tables of pandas do not take.
@@ -114,6 +118,7 @@ def write_centers(
     min_voxels: int = 0,
     erode: bool = False,
     classes: Iterable[int] = (),
+    class_names: Sequence[str] = (),
     voxel_size_angstrom: Sequence[float | None] | None = None,
     made_from: str = "",
     tilt_series_pattern: str | None = None,
@@ -133,6 +138,8 @@ def write_centers(
         Whether to erode each class once.
     classes
         Classes that get a file even if there is nothing of them.
+    class_names
+        Of the classes from 1 on, as far as they have any: their lists are called so.
     voxel_size_angstrom
         Along z, y and x (or y and x); ``None`` where it is unknown.
     made_from
@@ -174,26 +181,45 @@ def write_centers(
             remedy="Take the file of labels that the instances were made from",
         )
     series = _tilt_series(stem, tilt_series_pattern)
-    table = center_table(components.select(components.voxels > min_voxels), stem, voxel_size_angstrom)
+    selected = components.select(components.voxels > min_voxels)
+    table = center_table(selected, stem, voxel_size_angstrom, class_names=class_names)
     counts = {}
-    wanted = sorted(found.union(classes))
-    require_own(*(folder / f"{stem}_class{label}_centers{ending}" for label in wanted for ending in (".csv", ".star")))
-    for label in wanted:
+    paths = {label: folder / f"{stem}_{_called(label, class_names)}_centers" for label in sorted(found.union(classes))}
+    require_own(*(path.with_name(path.name + ending) for path in paths.values() for ending in (".csv", ".star")))
+    for label, path in paths.items():
         own = table[table["class"] == label]
-        _write(folder / f"{stem}_class{label}_centers", own, {stem: series}, made_from)
+        _write(path, own, {stem: series}, made_from)
         counts[label] = len(own)
-    _remove(folder, stem, keep=counts)
+    _remove(folder, stem, keep={path.name for path in paths.values()})
     return counts
 
 
-def _remove(folder: Path, stem: str, keep: Mapping[int, Any]) -> None:
-    """Remove the lists of a tomogram, but those of some classes."""
-    # By their names: a folder may hold those of ten thousand other tomograms.
-    for label in set(range(1, _LARGEST_CLASS + 1)).difference(keep):
-        for ending in (".csv", ".star"):
-            path = folder / f"{stem}_class{label}_centers{ending}"
-            if path.is_file() and made_here(path):
-                path.unlink()
+def _called(label: int, class_names: Sequence[str]) -> str:
+    """What the lists of a class are called: by its number, and its name if it has one.
+
+    >>> _called(2, ["membrane", "ER / Golgi"]), _called(2, ["membrane", "class 2"]), _called(2, ["membrane"])
+    ('class2_ER_Golgi', 'class2', 'class2')
+    """
+    if label > len(class_names) or class_names[label - 1] == f"class {label}":
+        return f"class{label}"
+    name = re.sub(r"class(?=\d)", "class-", file_names(class_names)[label - 1], flags=re.IGNORECASE)
+    return f"class{label}_{name}"
+
+
+def _lists_of(folder: Path, stem: str) -> list[Path]:
+    """The lists of a tomogram, whatever its classes were called."""
+    return sorted(
+        path
+        for path in folder.glob(f"{glob.escape(stem)}_class*_centers.*")
+        if (match := _OF_A_TOMOGRAM.fullmatch(path.name)) and match[1] == stem
+    )
+
+
+def _remove(folder: Path, stem: str, keep: Collection[str]) -> None:
+    """Remove the lists of a tomogram, but those of these names without ending."""
+    for path in _lists_of(folder, stem):
+        if path.stem not in keep and path.is_file() and made_here(path):
+            path.unlink()
 
 
 def labels_of(prediction: Path, attributes: Mapping[str, Any]) -> str:
@@ -231,26 +257,30 @@ def remove_outdated_centers(folder: Path, stem: str, made_from: str) -> bool:
     bool
         Whether there were any.
     """
-    # Every tomogram with lists has those of the first class, so that the others are looked for in need alone.
-    first = folder / f"{stem}_class1_centers.star"
-    if not made_here(first) or _made_from(first) == made_from:
+    found = [path for path in _lists_of(folder, stem) if path.suffix == ".star" and made_here(path)]
+    if not found or _made_from(found[0]) == made_from:
         return False
-    _remove(folder, stem, keep={})
+    _remove(folder, stem, keep=())
     return True
 
 
 def center_table(
-    components: Components, tomogram: str, voxel_size_angstrom: Sequence[float | None] | None = None
+    components: Components,
+    tomogram: str,
+    voxel_size_angstrom: Sequence[float | None] | None = None,
+    *,
+    class_names: Sequence[str] = (),
 ) -> Any:
     """Return the centres of components as a pandas.DataFrame.
 
     Its columns are ``tomogram``, ``class``, ``voxels``, ``z``, ``y``, ``x`` (voxels from 0, without ``z`` for an image)
     and for each axis ``…_angstrom`` from the centre of the first voxel, ``…_centered_angstrom`` from the centre of the
-    tomogram, n / 2, and at the end ``pixel_size_angstrom`` (along x); NaN where the voxel size is unknown.
+    tomogram, n / 2, and at the end ``pixel_size_angstrom`` (along x), NaN where the voxel size is unknown, and
+    ``class_name``.
 
     Parameters
     ----------
-    components, tomogram, voxel_size_angstrom
+    components, tomogram, voxel_size_angstrom, class_names
         As of `cryosiam_dask.measurements.component_table`.
 
     Raises
@@ -258,7 +288,7 @@ def center_table(
     LabelsError
         If nothing was measured.
     """
-    measured = component_table(components, tomogram, voxel_size_angstrom)
+    measured = component_table(components, tomogram, voxel_size_angstrom, class_names=class_names)
     blocks = components.labelling.blocks
     axes = "zyx"[3 - blocks.ndim :]
     table = measured[["tomogram", "class", "voxels", *axes, *(f"{axis}_angstrom" for axis in axes)]].copy()
@@ -266,6 +296,7 @@ def center_table(
     for i, axis in enumerate(axes, start=3 - blocks.ndim):
         table[f"{axis}_centered_angstrom"] = (table[axis] - blocks.shape[i] / 2) * size[i]
     table["pixel_size_angstrom"] = size[2]
+    table["class_name"] = measured["class_name"]
     return table
 
 
@@ -327,6 +358,7 @@ def collect_centers(
         of_relion: dict[int, list[tuple[str, str]]] = {}
         now: dict[str, str | None] = {}
         series: dict[str, str] = {}
+        called: dict[int, str] = {}
         for path in visible(folder, "_centers.csv"):
             match = _OF_A_TOMOGRAM.fullmatch(path.name)
             star = path.with_suffix(".star")
@@ -345,13 +377,15 @@ def collect_centers(
                 try:
                     # As text, so that no digit changes on the way and no name is taken for a number or for nothing.
                     table = pandas.read_csv(path, dtype="str", keep_default_na=False)
-                    coordinates = [name for name in table if name not in ("tomogram", "class", "voxels")]
+                    coordinates = [name for name in table if name not in _WORDS]
                     table[coordinates].replace("", "nan").astype(float)
-                    parts.setdefault(int(match[2]), []).append(table)
+                    label = int(match[3])
+                    parts.setdefault(label, []).append(table)
+                    called[label] = max(called.get(label, ""), match[2], key=len)  # rather by a name than without one
                     series |= {name: _tilt_series(name, tilt_series_pattern) for name in table["tomogram"][:1]}
                     if len(table) and "rlnCenteredCoordinateZAngst" in _star(table, series):
                         row = str(path.resolve().with_suffix(".star")).translate(_STAND_INS), table["tomogram"][0]
-                        of_relion.setdefault(int(match[2]), []).append(row)
+                        of_relion.setdefault(label, []).append(row)
                 except (OSError, ValueError, KeyError) as error:
                     raise OutputError(
                         "the particle list must be readable to be collected",
@@ -360,16 +394,16 @@ def collect_centers(
                         remedy="Remove the file and run 'cryosiam-dask semantic-to-centers' again",
                     ) from None
         endings = ("centers.csv", "centers.star", "relion_import.star")
-        require_own(*(folder / f"class{label}_{ending}" for label in parts for ending in endings))
+        require_own(*(folder / f"{called[label]}_{ending}" for label in parts for ending in endings))
+        wanted = {f"{called[label]}_{ending}" for label in parts for ending in endings[:2]}
+        wanted |= {f"{called[label]}_{endings[2]}" for label in of_relion}
         for label, tables in parts.items():
-            _write(folder / f"class{label}_centers", pandas.concat(tables, ignore_index=True), series)
+            _write(folder / f"{called[label]}_centers", pandas.concat(tables, ignore_index=True), series)
         for label, rows in of_relion.items():
             index = pandas.DataFrame(rows, columns=["rlnTomoImportParticleFile", "rlnTomoName"])
-            _write_star(folder / f"class{label}_relion_import.star", index)
+            _write_star(folder / f"{called[label]}_relion_import.star", index)
         for path in folder.iterdir():
-            match = _OF_ALL.fullmatch(path.name)
-            wanted = of_relion if path.name.endswith("_relion_import.star") else parts
-            if match and int(match[1]) not in wanted and made_here(path):
+            if path.name not in wanted and _OF_ALL.fullmatch(path.name) and made_here(path):
                 path.unlink()
     return list(outdated)
 

@@ -6,6 +6,8 @@ Label 0 is the background; it has neither a name nor a colour.
 from __future__ import annotations
 
 import colorsys
+import math
+import re
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -72,6 +74,24 @@ def named(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
     return (*given, *(f"class {label}" for label in range(len(given) + 1, count + 1)))
 
 
+def file_names(names: Sequence[str]) -> list[str]:
+    """What classes are called in the names of files, each otherwise than all others.
+
+    Letters, digits and ``. + - _`` alone, never two underscores in a row.
+
+    >>> file_names(["membrane", "ER / Golgi", "er__golgi", "…"])
+    ['membrane', 'ER_Golgi', 'er_golgi_3', 'class_4']
+    """
+    found: list[str] = []
+    for label, name in enumerate(names, 1):
+        safe = re.sub(r"(?:[^\w.+-]|_)+", "_", name)[:40].strip("._") or f"class_{label}"
+        # Some disks do not tell capital letters from small ones.
+        while safe.casefold() in map(str.casefold, found):
+            safe += f"_{label}"
+        found.append(safe)
+    return found
+
+
 def counted(name: str, number: str) -> str:
     """A class with its number of something.
 
@@ -79,6 +99,52 @@ def counted(name: str, number: str) -> str:
     ('membrane 4', 'class 2: 4')
     """
     return f"{name}{':' if name[-1:].isdigit() else ''} {number}"
+
+
+def percentage(share: float) -> str:
+    """A share in per cent with as many digits as say something; a trace of something is never 0."""
+    if 0 < share < 5e-5:
+        return "<0.01 %"
+    return f"{100 * share:.0f} %" if share in (0, 1) or share >= 0.1 else f"{100 * share:.2g} %"
+
+
+def shares(
+    voxels: Sequence[int],
+    names: Sequence[str] | None,
+    shape: Sequence[int],
+    lamella_voxels: int | None = None,
+    *,
+    brief: bool = False,
+) -> list[str]:
+    """Say how much of each class was found.
+
+    Parameters
+    ----------
+    voxels
+        Of each label, from 0.
+    names
+        Of the labels from 1 on, as far as they have any.
+    shape
+        (z, y, x) or (y, x) in voxels.
+    lamella_voxels
+        Of the lamella that the labels lie in, if they lie in one.
+    brief
+        Whether to tell one share of each class, of the lamella where there is one, and no voxels.
+
+    Examples
+    --------
+    >>> shares([900, 84], ["membrane"], (10, 10, 10), 500)
+    ['membrane 84 (8.4 % of the volume, 17 % of the lamella)']
+    >>> shares([900, 100], ["membrane"], (10, 100), brief=True)
+    ['membrane 10 % of the image']
+    """
+    total, lines = math.prod(shape), []
+    for name, number in zip(named(names, len(voxels[1:])), voxels[1:], strict=True):
+        told = [f"{percentage(number / total)} of the {'volume' if len(shape) == 3 else 'image'}"]
+        if lamella_voxels:
+            told.append(f"{percentage(number / lamella_voxels)} of the lamella")
+        lines.append(counted(name, told[-1] if brief else f"{number:,} ({', '.join(told)})"))
+    return lines
 
 
 def hexadecimal(colour: RGB) -> str:

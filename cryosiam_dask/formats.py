@@ -12,7 +12,6 @@ position, its translation, which is set so that both lie at the same place.
 from __future__ import annotations
 
 import glob
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import mrcfile
 import numpy as np
 import zarr
 
-from cryosiam_dask.classes import given_names, named
+from cryosiam_dask.classes import file_names, given_names, named
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.errors import CryosiamDaskError, LabelsError, OutputError, TomogramError, may_pass
 from cryosiam_dask.executor import SERIAL, Executor
@@ -49,20 +48,8 @@ def format_path(folder: Path, stem: str, name: str) -> Path:
 
 
 def mask_paths(folder: Path, stem: str, class_names: Sequence[str]) -> list[Path]:
-    """The files of a tomogram that hold a mask for each class, whatever is in the names of these.
-
-    >>> [path.name for path in mask_paths(Path(), "TS_1", ["membrane", "ER / Golgi", "er__golgi", "…"])]
-    ['TS_1__membrane.mrc', 'TS_1__ER_Golgi.mrc', 'TS_1__er_golgi_3.mrc', 'TS_1__class_4.mrc']
-    """
-    names: list[str] = []
-    for label, name in enumerate(class_names, 1):
-        # No two underscores in a row: the last two stand before the name.
-        safe = re.sub(r"(?:[^\w.+-]|_)+", "_", name)[:40].strip("._") or f"class_{label}"
-        # Some disks do not tell capital letters from small ones.
-        while safe.casefold() in map(str.casefold, names):
-            safe += f"_{label}"
-        names.append(safe)
-    return [folder / f"{stem}__{name}.mrc" for name in names]
+    """The files of a tomogram that hold a mask for each class, as `cryosiam_dask.classes.file_names` calls these."""
+    return [folder / f"{stem}__{name}.mrc" for name in file_names(class_names)]
 
 
 def _masks(folder: Path, stem: str) -> dict[Path, str]:

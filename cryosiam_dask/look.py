@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Column, Table
 
+from cryosiam_dask.classes import shares
 from cryosiam_dask.diagnosis import gathered, percent
 from cryosiam_dask.errors import CryosiamDaskError, Problems
 from cryosiam_dask.folders import require_there
@@ -399,14 +400,16 @@ def _print_information(console: Console, found: Information) -> None:
     _say(console, f"{found.path}: {found.kind}")
     _print_facts(console, list(_flat(found.facts)))
     if found.parts:
-        _print_parts(console, found.parts)
+        _print_parts(console, found.parts, found.facts)
     for note in found.notes:
         _say(console, f"note: {note}")
     for warning in found.warnings:
         _say(console, f"attention: {warning}")
 
 
-def _print_parts(console: Console, parts: Sequence[Part]) -> None:
+def _print_parts(console: Console, parts: Sequence[Part], facts: Mapping[str, Any]) -> None:
+    names, inside = facts.get("class_names"), facts.get("lamella_voxels")
+    names, inside = names if isinstance(names, list) else (), inside if isinstance(inside, int) else None
     columns = {
         "dataset": [part.name for part in parts],
         "shape": [_shape(part.shape) or "one value" for part in parts],
@@ -414,7 +417,7 @@ def _print_parts(console: Console, parts: Sequence[Part]) -> None:
         "chunks": [_shape(part.chunks) for part in parts],
         "compression": [part.compression for part in parts],
         "stored": ["" if part.stored_bytes is None else _bytes(part.stored_bytes) for part in parts],
-        "voxels of each label, from 0": ["  ".join(f"{n:,}" for n in part.voxels) for part in parts],
+        "voxels of each class": ["\n".join(shares(part.voxels, names, part.shape, inside)) for part in parts],
     }
     filled = {name: values for name, values in columns.items() if any(values)}
     table = _table(*filled)

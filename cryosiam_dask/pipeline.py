@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 
 from cryosiam_dask._version import __version__
 from cryosiam_dask.centers import collect_centers, labels_of, remove_outdated_centers, write_centers
-from cryosiam_dask.classes import counted, given_names, named
+from cryosiam_dask.classes import counted, given_names, named, shares
 from cryosiam_dask.components import ArrayModule, Blocks, ChunkedArray, remove_small, require_channel
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.diagnosis import blank as why_blank
@@ -105,7 +105,7 @@ from cryosiam_dask.plan import (
     with_sizes,
 )
 from cryosiam_dask.plan import find_predictions as find_predictions
-from cryosiam_dask.preview import Sliceable, percentage, preview_file, read_fingerprint, write_preview
+from cryosiam_dask.preview import Sliceable, preview_file, read_fingerprint, write_preview
 from cryosiam_dask.progress import Reporter
 from cryosiam_dask.report import remember
 from cryosiam_dask.run_log import LOG, TOLD
@@ -182,12 +182,7 @@ class Outcome:
 
         `brief` lines tell one share of each class, of the lamella where there is one, and no voxels.
         """
-        total, lines = math.prod(self.shape), []
-        for name, voxels in zip(named(self.class_names, len(self.voxels[1:])), self.voxels[1:], strict=True):
-            shares = [f"{percentage(voxels / total)} of the {'volume' if len(self.shape) == 3 else 'image'}"]
-            if self.lamella_voxels:
-                shares.append(f"{percentage(voxels / self.lamella_voxels)} of the lamella")
-            lines.append(counted(name, shares[-1] if brief else f"{voxels:,} ({', '.join(shares)})"))
+        lines = shares(self.voxels, self.class_names, self.shape, self.lamella_voxels, brief=brief)
         if self.thickness:
             lines.append(thickness_words(self.thickness))
         if self.components:
@@ -579,18 +574,23 @@ def _outcome(
 ) -> Outcome:
     """What became of a tomogram whose prediction has these attributes."""
     inside = attributes.get("lamella_voxels")
-    names = attributes.get("class_names")
     return Outcome(
         stem,
         "done",
         tuple(shape),
         voxels=tuple(voxels),
         warnings=tuple(warnings),
-        class_names=tuple(names) if isinstance(names, list | tuple) else (),
+        class_names=_names_in(attributes),
         lamella_voxels=inside if isinstance(inside, int) else None,
         thickness=stored_thickness(attributes) if voxels else {},
         components=components or {},
     )
+
+
+def _names_in(attributes: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the classes that the attributes of a prediction tell."""
+    names = attributes.get("class_names")
+    return tuple(map(str, names)) if isinstance(names, list | tuple) else ()
 
 
 #: Errors of no tomogram, after which the same command goes on.
@@ -1034,12 +1034,13 @@ def list_centers(
             min_voxels=smallest,
             erode=erode,
             classes=range(1, max(2, probabilities.shape[0] if probabilities else 2)),
+            class_names=_names_in(attributes),
             voxel_size_angstrom=attributes.get("voxel_size_angstrom"),
             made_from=labels_of(path, attributes),
             tilt_series_pattern=configuration.tilt_series_pattern,
             executor=executor,
         )
-        names = named(attributes.get("class_names"), max(counts, default=0))
+        names = named(_names_in(attributes), max(counts, default=0))
         numbers = [counted(names[label - 1], f"{n:,}") for label, n in counts.items()]
         reporter.say(f"particles: {', '.join(numbers)}")
         return Outcome(_stem(path), "done", labels.shape, warnings=tuple(_unknown_voxel_size(attributes)))
@@ -1283,7 +1284,7 @@ def _update_components(
         array_module=array_module,
     )
     counts = np.bincount(components.classes, minlength=1)[1:].tolist()
-    names = named(attributes.get("class_names"), len(counts))
+    names = named(_names_in(attributes), len(counts))
     return warnings + _unknown_voxel_size(inherited), {name: n for name, n in zip(names, counts, strict=True) if n}
 
 

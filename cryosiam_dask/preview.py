@@ -37,7 +37,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from scipy import ndimage
 
-from cryosiam_dask.classes import COLOURS, named
+from cryosiam_dask.classes import COLOURS, named, percentage
 from cryosiam_dask.components import Blocks, Index
 from cryosiam_dask.executor import SERIAL, Executor
 from cryosiam_dask.folders import real
@@ -822,13 +822,6 @@ def round_length(longest: float) -> float:
     """The largest of 1, 2 and 5 times a power of ten that does not exceed `longest`."""
     power = 10.0 ** np.floor(np.log10(longest))
     return float(max(n for n in (1 * power, 2 * power, 5 * power) if n <= longest * (1 + 1e-9)))
-
-
-def percentage(share: float) -> str:
-    """A share in per cent with as many digits as say something; a trace of something is never 0."""
-    if 0 < share < 5e-5:
-        return "<0.01 %"
-    return f"{100 * share:.0f} %" if share in (0, 1) or share >= 0.1 else f"{100 * share:.2g} %"
 
 
 def _number(value: float) -> str:

@@ -33,7 +33,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cryosiam_dask._version import __version__
-from cryosiam_dask.classes import COLOURS, given_names, hexadecimal, named
+from cryosiam_dask.classes import COLOURS, given_names, hexadecimal, named, percentage
 from cryosiam_dask.components import Blocks
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.errors import CryosiamDaskError, OutputError
@@ -45,7 +45,7 @@ from cryosiam_dask.lamella import Thickness, count_columns, stored_thickness
 from cryosiam_dask.ledger import FOLDER
 from cryosiam_dask.measurements import Sizes, component_files, component_sizes, holding
 from cryosiam_dask.mrc_to_zarr import MRC_ENDINGS, read_header
-from cryosiam_dask.preview import percentage, preview_file, read_fingerprint, thumbnails
+from cryosiam_dask.preview import preview_file, read_fingerprint, thumbnails
 from cryosiam_dask.run_log import FOLDER as LOGS
 from cryosiam_dask.run_log import latest_log
 

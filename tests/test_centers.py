@@ -288,3 +288,29 @@ def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
     (tmp_path / "TS_class1_centers.csv").write_text("")
     with pytest.raises(OutputError, match="semantic-to-centers' again"):
         collect_centers(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------- names of classes
+
+
+def test_lists_have_the_names_of_their_classes(tmp_path: Path) -> None:
+    labels = np.zeros((8, 9, 9), np.uint8)
+    labels[1:3, 1:3, 1:3], labels[5:7, 5:7, 5:7], labels[5:7, 1, 1] = 1, 2, 3
+    given = ["membrane", "ER / class3 µ"]
+    for stem in ("TS", "TS_1", "TS_class1_x"):
+        write_centers(tmp_path, stem, labels, class_names=given, voxel_size_angstrom=(10.0,) * 3)
+    collect_centers(tmp_path)
+    of_classes = ("class1_membrane", "class2_ER_class-3_µ", "class3")
+    stems = ("TS", "TS_1", "TS_class1_x")
+    assert names(tmp_path) == both(*(f"{stem}_{name}" for stem in stems for name in of_classes), *of_classes)
+    table = pandas.read_csv(tmp_path / "class2_ER_class-3_µ_centers.csv")
+    assert set(table["class_name"]) == {"ER / class3 µ"} and set(table["tomogram"]) == set(stems)
+    assert set(table["class"]) == {2}
+    # The same lists under other names replace them.
+    for stem in stems:
+        write_centers(tmp_path, stem, labels, class_names=["a"], voxel_size_angstrom=(10.0,) * 3)
+    collect_centers(tmp_path)
+    of_classes = ("class1_a", "class2", "class3")
+    assert names(tmp_path) == both(*(f"{stem}_{name}" for stem in stems for name in of_classes), *of_classes)
+    assert remove_outdated_centers(tmp_path, "TS", "other") and not list(tmp_path.glob("TS_class1_a*"))
+    assert (tmp_path / "TS_class1_x_class2_centers.csv").exists()

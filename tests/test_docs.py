@@ -118,7 +118,12 @@ def runs(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
 
 
 def test_the_tutorial_leads_to_its_figure(finished: Path) -> None:
-    for name in ("semantic/report.html", "semantic/class2_centers.star", "semantic/components.csv", "figure.png"):
+    for name in (
+        "semantic/report.html",
+        "semantic/class2_particle_centers.star",
+        "semantic/components.csv",
+        "figure.png",
+    ):
         assert (finished / "tutorial" / name).stat().st_size > 1000
 
 

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cryosiam_dask import preview
+from cryosiam_dask.classes import percentage
 from cryosiam_dask.labels_to_hdf5 import open_dataset, write_hdf5
 from cryosiam_dask.mask import open_mask
 from cryosiam_dask.preview import (
     OPACITY,
     PALETTE,
-    percentage,
     preview_file,
     read_fingerprint,
     round_length,
