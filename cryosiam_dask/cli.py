@@ -537,6 +537,38 @@ def info(
 
 
 @app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Folder of the tomograms.")] = Path(),
+    output: Annotated[Path, typer.Option(help="The file to write; an existing one is not replaced.")] = Path(
+        "pipeline.yaml"
+    ),
+    lamella: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Lamella model. Default: one nearby, or CryoSiam's."),
+    ] = None,
+    semantic: Annotated[str | None, typer.Option(metavar="MODEL", help="Semantic model, likewise.")] = None,
+) -> None:
+    """Look at a folder of tomograms and write a pipeline.yaml for them, with comments.
+
+    Example: cryosiam-dask init /data/dataset1/denoised
+
+    Example: cryosiam-dask init /data/dataset1/denoised --semantic models/semantic.ckpt --output dataset1.yaml
+    """
+    with _plain_errors():
+        from cryosiam_dask.init import MARK, summary, write_pipeline
+
+        found, text = write_pipeline(folder, output, lamella=lamella, semantic=semantic)
+        marks = text.count(MARK)
+        lines = (
+            *summary(found),
+            f"wrote {output}: {marks} lines are marked {MARK}, since only you know what they ask for",
+            f"next: cryosiam-dask plan {output}",
+        )
+        for line in lines:
+            Console(emoji=False).print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def models(
     fetch: Annotated[
         list[str] | None,

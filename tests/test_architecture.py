@@ -26,7 +26,7 @@ STAGES = {"mrc_to_zarr", "zarr_to_labels", "lamella", "components", "measurement
           "preview", "phantom", "timeline", "intensities", "tomogram_files",
           "ome_zarr", "formats"}  # fmt: skip
 #: From the command line down to the foundation; imports go one way.
-LAYERS = [{"cli"}, {"demo", "look", "view"}, {"runner", "overview"}, {"collection", "slurm", "metrics"},
+LAYERS = [{"cli"}, {"demo", "look", "init", "view"}, {"runner", "overview"}, {"collection", "slurm", "metrics"},
           {"pipeline", "forecast"}, {"plan", "progress", "cluster", "inspect_file", "report"}, STAGES, {"predictor"},
           {"checkpoint"}, {"network"}, FOUNDATION]  # fmt: skip
 #: What a stage may use of another: the lamella is the largest component, and a block is predicted inside its mask.

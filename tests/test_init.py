@@ -1,0 +1,132 @@
+"""A folder of tomograms becomes a pipeline that the program takes; what is no such folder leaves nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import checkpoints
+import mrcfile
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from cryosiam_dask.cli import app
+from cryosiam_dask.config import read_pipeline
+from cryosiam_dask.errors import ConfigurationError, OutputError, Problems
+from cryosiam_dask.init import MARK, look_at_folder, write_pipeline
+from cryosiam_dask.network import Architecture
+from cryosiam_dask.phantom import make_phantom
+from cryosiam_dask.plan import plan_run
+from cryosiam_dask.published import PUBLISHED
+
+BRIGHT = make_phantom(7, (60, 72, 72)).tomogram
+
+
+def write(path: Path, volume: np.ndarray, voxel_size: float = 6.8) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with mrcfile.new(path) as mrc:
+        mrc.set_data(volume)
+        mrc.voxel_size = voxel_size
+
+
+@pytest.mark.parametrize(
+    ("volume", "scaling", "invert"),
+    [
+        (BRIGHT, (0, 1), False),
+        (1 - BRIGHT, (0, 1), True),
+        ((BRIGHT - BRIGHT.mean()) / BRIGHT.std(), None, False),
+        (np.round(2000 - 1500 * BRIGHT).astype(np.int16), None, True),
+        (300 * BRIGHT, None, False),
+    ],
+    ids=["as wanted", "inverted", "z-scored", "int16", "0 to 300"],
+)
+def test_range_and_contrast_are_those_of_the_tomograms(
+    tmp_path: Path, volume: np.ndarray, scaling: tuple[float, float] | None, invert: bool
+) -> None:
+    for name in ("TS_1.mrc", "TS_2.mrc"):
+        write(tmp_path / "data" / name, volume)
+    found, text = write_pipeline(tmp_path / "data", tmp_path / "pipeline.yaml")
+    for configuration in read_pipeline(tmp_path / "pipeline.yaml").values():
+        data = configuration.parameters.data
+        if scaling is None:
+            scaling = tuple(np.quantile(volume, (0.001, 0.999)))  # type: ignore[assignment]
+        assert (data.min, data.max) == pytest.approx(scaling, rel=0.01, abs=0.01)
+        assert data.invert is invert
+    assert (len(found.headers), found.ending, found.doubts) == (2, ".mrc", ())
+    assert text == (tmp_path / "pipeline.yaml").read_text()
+    assert "the voxel size" not in text
+
+
+def test_models_nearby_are_taken_and_the_plan_accepts_the_file(tmp_path: Path) -> None:
+    write(tmp_path / "data" / "it's TS 1.mrc", BRIGHT, voxel_size=14)
+    one = Architecture(**{**{n: getattr(checkpoints.SMALL, n) for n in checkpoints.SMALL.__slots__}, "out_channels": 1})
+    (tmp_path / "models").mkdir()
+    checkpoints.write(tmp_path / "models" / "a.ckpt", one)
+    checkpoints.write(tmp_path / "models" / "b.ckpt")
+    (tmp_path / "models" / "damaged.ckpt").write_bytes(b"PK")
+    _, text = write_pipeline(tmp_path / "data", tmp_path / "pipeline.yaml")
+    pipeline = read_pipeline(tmp_path / "pipeline.yaml")
+    assert [c.trained_model for c in pipeline.values()] == [tmp_path / "models" / f"{name}.ckpt" for name in "ab"]
+    plan = plan_run(pipeline["lamella"], name="lamella")
+    assert [job.source.name for job in plan.jobs] == ["it's TS 1.mrc"]
+    assert f"{MARK} the voxel size, 14 Å: the published models were made for about 6.8 Å" in text
+    # Which of two is meant, nobody can tell.
+    checkpoints.write(tmp_path / "models" / "c.ckpt")
+    _, text = write_pipeline(tmp_path / "data", tmp_path / "other.yaml")
+    assert f"{MARK} which model is meant for semantic: " in text
+    assert read_pipeline(tmp_path / "other.yaml")["semantic"].trained_model == (
+        PUBLISHED["cryosiam_semantic_segmentation"].source
+    )
+
+
+def test_what_differs_or_is_not_known_is_marked(tmp_path: Path) -> None:
+    write(tmp_path / "TS_1.mrc", BRIGHT, 0)
+    write(tmp_path / "TS_2.mrc", 1 - BRIGHT, 0)
+    write(tmp_path / "TS_3.mrc", 1000 * BRIGHT[:, :-2], 0)
+    write(tmp_path / "TS_3.rec", BRIGHT, 0)
+    (tmp_path / "TS_4.mrc").write_bytes(b"no tomogram")
+    found, text = write_pipeline(tmp_path, tmp_path / "pipeline.yaml")
+    assert found.contrast is None and len(found.headers) == 3 and found.others == {".rec": 1}
+    for doubt in ("dark on bright and some bright on dark", "differ in the range", "which no header knows"):
+        assert any(line.startswith(f"# {MARK}") and doubt in line for line in text.splitlines())
+    assert "cannot be read: 1, such as" in text and "2 other" not in text and "1 other shape" in text
+    read_pipeline(tmp_path / "pipeline.yaml")
+
+
+def test_a_folder_without_tomograms(tmp_path: Path) -> None:
+    for made in (tmp_path / "missing", tmp_path, tmp_path / "file"):
+        if made.name == "file":
+            made.touch()
+        with pytest.raises(ConfigurationError, match="Give the folder that holds the tomograms"):
+            write_pipeline(made, tmp_path / "pipeline.yaml")
+    write(tmp_path / "below" / "TS_1.mrc", BRIGHT)
+    with pytest.raises(ConfigurationError, match=r"none, but some in .*below"):
+        look_at_folder(tmp_path)
+    (tmp_path / "TS_1.mrc").write_bytes(b"no tomogram")
+    with pytest.raises(Problems):
+        look_at_folder(tmp_path)
+    assert not (tmp_path / "pipeline.yaml").exists()
+
+
+def test_nothing_is_replaced_and_nothing_half_made(tmp_path: Path) -> None:
+    write(tmp_path / "TS_1.mrc", BRIGHT)
+    (tmp_path / "mine.yaml").write_text("mine")
+    with pytest.raises(OutputError, match="an existing file is not replaced"):
+        write_pipeline(tmp_path, tmp_path / "mine.yaml")
+    assert (tmp_path / "mine.yaml").read_text() == "mine"
+    with pytest.raises(OutputError, match="must be written; found No such file"):
+        write_pipeline(tmp_path, tmp_path / "nowhere" / "pipeline.yaml")
+    with pytest.raises(Problems, match="cryosiam_lamella"):
+        write_pipeline(tmp_path, tmp_path / "pipeline.yaml", lamella="cryosiam_lamela")
+    assert not (tmp_path / "pipeline.yaml").exists()
+
+
+def test_the_command_says_what_it_found_and_what_is_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "TS_1.mrc", 1 - BRIGHT)
+    result = CliRunner().invoke(app, ["init"])
+    assert result.exit_code == 0, result.output
+    assert f"1 tomogram .mrc in {tmp_path}" in result.output and "contrast: dark on bright" in result.output
+    assert "next: cryosiam-dask plan pipeline.yaml" in result.output
+    result = CliRunner().invoke(app, ["init"])
+    assert result.exit_code == 2 and "error: pipeline.yaml: an existing file is not replaced" in result.stderr
