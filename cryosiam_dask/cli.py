@@ -633,6 +633,74 @@ def convert(
             print(json.dumps(report, indent=2, allow_nan=False))
 
 
+InputPath = Annotated[Path, typer.Option(help="Tomogram of any format that is read here, or a folder of them.")]
+OutputPath = Annotated[Path, typer.Option(help="MRC file to write, or folder for files of the same names.")]
+
+
+@app.command()
+def processing_invert_scale(
+    input_path: InputPath,
+    output_path: OutputPath,
+    invert: Annotated[bool, typer.Option("--invert", help="Change the sign: dark becomes bright.")] = False,
+    lower_end_percentage: Annotated[
+        float | None, typer.Option(min=0, max=100, help="Percentile of the (inverted) intensities that becomes 0.")
+    ] = None,
+    upper_end_percentage: Annotated[
+        float | None, typer.Option(min=0, max=100, help="Percentile of the (inverted) intensities that becomes 1.")
+    ] = None,
+) -> None:
+    """Invert the intensities of tomograms and scale them to 0 to 1, as float32 MRC files.
+
+    Example: cryosiam-dask processing-invert-scale --input-path raw --output-path scaled --invert
+    --lower-end-percentage 0.1 --upper-end-percentage 99.9
+    """
+    with _plain_errors():
+        from cryosiam_dask.processing import files, invert_scale
+
+        console = Console(emoji=False)
+        for source, target in files(input_path, output_path):
+            bounds = invert_scale(source, target, invert=invert, lower=lower_end_percentage, upper=upper_end_percentage)
+            scaled = f", {bounds[0]:g} became 0 and {bounds[1]:g} became 1" if bounds else ""
+            _say(console, f"{target}: {'inverted' if invert else 'not inverted'}{scaled}")
+
+
+@app.command()
+def match_pixel_size(
+    input_path: Annotated[Path, typer.Argument(metavar="IN", help="Tomogram, or folder of tomograms.")],
+    output_path: Annotated[Path, typer.Argument(metavar="OUT", help="MRC file to write, or folder for them.")],
+    pixel_size: Annotated[float, typer.Option(min=0.01, help="Voxel size of the result in Å.")],
+    input_pixel_size: Annotated[
+        float | None, typer.Option(min=0.01, help="Voxel size of the input in Å. Default: as its header says.")
+    ] = None,
+) -> None:
+    """Bring tomograms to another voxel size by cropping or padding their Fourier transforms; values keep their scale.
+
+    Example: cryosiam-dask match-pixel-size raw/TS_01.mrc TS_01_10A.mrc --pixel-size 10
+    """
+    with _plain_errors():
+        from cryosiam_dask.processing import files, match_pixel_size, plan_resampling
+
+        console = Console(emoji=False)
+        # Whatever is wrong with one of them is said before the first is begun.
+        plans = [
+            (plan_resampling(source, pixel_size, input_pixel_size), target)
+            for source, target in files(input_path, output_path)
+        ]
+        for found, target in plans:
+            shapes = " to ".join(" × ".join(map(str, shape)) for shape in (found.header.shape, found.shape))
+            _say(
+                console,
+                f"{found.header.path}: {shapes} voxels, takes about {found.memory_bytes / 1e9:.1f} GB of memory and "
+                f"{found.disk_bytes / 1e9:.1f} GB beside the output",
+            )
+            match_pixel_size(found, target)
+            _say(console, f"{target}: voxels of {' × '.join(f'{size:.3f}' for size in found.after)} Å (z, y, x)")
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder to work in; made if it is missing.")] = Path(

@@ -387,6 +387,67 @@ def write_mrc(
     values = np.flatnonzero(counts)
     dtype = np.dtype(np.int8 if values[-1] < 128 else "<u2")
 
+    header = _mrc_header(shape, dtype, voxel_size_angstrom, origin_angstrom, nstart, label)
+    mean = values @ counts[values] / math.prod(shape)
+    header["dmin"], header["dmax"], header["dmean"] = values[0], values[-1], mean
+    header["rms"] = math.sqrt((values - mean) ** 2 @ counts[values] / math.prod(shape))
+    with replacing(Path(path), alone=True) as sink:
+        sink.write(header.tobytes())
+        for region in regions:
+            _write_rows(sink, region, _uint8(labels[region]).astype(dtype), shape)
+
+
+def write_mrc_floats(
+    path: str | Path,
+    voxels: Sliceable,
+    *,
+    voxel_size_angstrom: Sequence[float | None] | None = None,
+    origin_angstrom: Sequence[float] | None = None,
+    nstart: Sequence[int] | None = None,
+    label: str = "",
+) -> None:
+    """Write intensities as an MRC file of mode 2 (float32), replacing an earlier one at once when it is complete.
+
+    Parameters
+    ----------
+    path, voxel_size_angstrom, origin_angstrom, nstart, label
+        See `write_mrc`, also for what is raised.
+    voxels : (z, y, x) or (y, x), real numbers
+        Each is read once, some rows of a few sections at a time.
+    """
+    require_voxels(path, voxels)
+    shape, dtype = voxels.shape, np.dtype("<f4")
+    header = _mrc_header(shape, dtype, voxel_size_angstrom, origin_angstrom, nstart, label)
+    low, high, total, squares, count = math.inf, -math.inf, 0.0, 0.0, 0
+    with replacing(Path(path), alone=True) as sink:
+        for region in _regions(shape, (*[MRC_BLOCK] * (len(shape) - 1), shape[-1])):
+            block = np.asarray(voxels[region], dtype)
+            _write_rows(sink, region, block, shape)
+            if (finite := block[np.isfinite(block)].astype(np.float64)).size:
+                low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+                total, squares, count = (
+                    total + float(finite.sum()),
+                    squares + float(finite @ finite),
+                    count + finite.size,
+                )
+        if count:  # as of an unknown map otherwise
+            mean = total / count
+            header["dmin"], header["dmax"], header["dmean"] = low, high, mean
+            header["rms"] = math.sqrt(max(0.0, squares / count - mean**2))
+        sink.seek(0)
+        sink.write(header.tobytes())
+        sink.check()
+
+
+def _mrc_header(
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    voxel_size_angstrom: Sequence[float | None] | None,
+    origin_angstrom: Sequence[float] | None,
+    nstart: Sequence[int] | None,
+    label: str,
+) -> Any:
+    """The header of an MRC file without its statistics."""
     header = np.zeros((), HEADER_DTYPE.newbyteorder("<"))
     header["mode"] = mode_from_dtype(dtype)
     header["ispg"] = VOLUME_SPACEGROUP if len(shape) == 3 else IMAGE_STACK_SPACEGROUP
@@ -403,23 +464,19 @@ def write_mrc(
         header["origin"][axis] = position
     for axis, start in zip("xyz", reversed(nstart or ()), strict=False):
         header[f"n{axis}start"] = start
-    mean = values @ counts[values] / math.prod(shape)
-    header["dmin"], header["dmax"], header["dmean"] = values[0], values[-1], mean
-    header["rms"] = math.sqrt((values - mean) ** 2 @ counts[values] / math.prod(shape))
     header["nlabl"] = bool(label)
     header["label"][0] = label.encode("ascii", "replace")[:80]
+    return header
 
-    path = Path(path)
-    with replacing(path, alone=True) as sink:
-        sink.write(header.tobytes())
-        for region in regions:
-            block = _uint8(labels[region]).astype(dtype)
-            sections = block.reshape(-1, *block.shape[-2:])
-            first = region[0].start if len(shape) == 3 else 0
-            for z, rows in enumerate(sections, first):
-                sink.seek(HEADER_DTYPE.itemsize + (z * shape[-2] + region[-2].start) * shape[-1] * dtype.itemsize)
-                sink.write(rows.tobytes())
-            sink.check()
+
+def _write_rows(sink: _Sink, region: Region, block: NDArray[Any], shape: tuple[int, ...]) -> None:
+    """Write a region of whole rows where it belongs behind the header."""
+    sections = block.reshape(-1, *block.shape[-2:])
+    first = region[0].start if len(shape) == 3 else 0
+    for z, rows in enumerate(sections, first):
+        sink.seek(HEADER_DTYPE.itemsize + (z * shape[-2] + region[-2].start) * shape[-1] * block.dtype.itemsize)
+        sink.write(rows.tobytes())
+    sink.check()
 
 
 # --------------------------------------------------------------------------------------------------------------- files

@@ -24,9 +24,9 @@ FOUNDATION = {"_version", "errors", "executor", "grid", "config", "ledger", "dia
               "folders", "run_log", "local_store", "architecture", "published"}  # fmt: skip
 STAGES = {"mrc_to_zarr", "zarr_to_labels", "lamella", "components", "measurements", "centers", "labels_to_hdf5", "mask",
           "preview", "phantom", "timeline", "intensities", "tomogram_files",
-          "ome_zarr", "formats"}  # fmt: skip
+          "ome_zarr", "formats", "percentiles"}  # fmt: skip
 #: From the command line down to the foundation; imports go one way.
-LAYERS = [{"cli"}, {"demo", "look", "init", "view"}, {"runner", "overview"}, {"collection", "slurm", "metrics"},
+LAYERS = [{"cli"}, {"demo", "look", "init", "processing", "view"}, {"runner", "overview"}, {"collection", "slurm", "metrics"},
           {"pipeline", "forecast"}, {"plan", "progress", "cluster", "inspect_file", "report"}, STAGES, {"predictor"},
           {"checkpoint"}, {"network"}, FOUNDATION]  # fmt: skip
 #: What a stage may use of another: the lamella is the largest component, and a block is predicted inside its mask.

@@ -48,7 +48,7 @@ def test_every_command_has_examples_that_are_commands(name: str) -> None:
         ("semantic_filter_ground_truth", "training"),
         ("semantic_train_create_patches", "'cryosiam semantic_train_create_patches'"),
         ("semantic_train", "training"),
-        ("processing_invert_scale", "'cryosiam processing_invert_scale'"),
+        ("processing_create_masks", "'cryosiam processing_create_masks'"),
         ("visualize_semantic", "'cryosiam_vis visualize_semantic'"),
     ],
 )
