@@ -17,10 +17,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
-if TYPE_CHECKING:
-    from cryosiam_dask.intensities import Intensities
+#: Whether dense matter is bright or dark. CryoSiam's models want it bright.
+Contrast: TypeAlias = Literal["bright on dark", "dark on bright"]
 
 #: More voxels than this share outside [min, max] are worth a warning: the tails of a scaled tomogram are thinner.
 CLIPPED = 0.05
@@ -29,6 +30,38 @@ SLIVER = 0.05
 #: A mask that leaves out less than this share of the tomogram keeps nothing from the model.
 UNMASKED = 0.001
 _NUMBER = re.compile(r"[-+]?\d[\d.,]*(?:e[-+]?\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Intensities:
+    """How the intensities of a tomogram fall into [min, max], as far as a sample tells.
+
+    Attributes
+    ----------
+    share, where
+        As of `cryosiam_dask.intensities.Sample`.
+    lowest, highest, median
+        Of the finite voxels; ``None`` without any.
+    central
+        Between which intensities the central 99 % of the finite voxels lie; ``None`` without any.
+    below, above
+        Shares of the voxels that lie below min and above max, where they are clipped; 0 to 1.
+    non_finite
+        Share of the voxels that are NaN or infinite.
+    contrast
+        See `cryosiam_dask.intensities.contrast`.
+    """
+
+    share: float
+    where: str
+    lowest: float | None
+    highest: float | None
+    median: float | None
+    central: tuple[float, float] | None
+    below: float
+    above: float
+    non_finite: float
+    contrast: Contrast | None = None
 
 
 def scaling(

@@ -29,10 +29,11 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from cryosiam_dask.config import Configuration
+from cryosiam_dask.diagnosis import Intensities
 from cryosiam_dask.errors import CryosiamDaskError, DeviceError, TomogramError
 from cryosiam_dask.formats import format_path, other_formats
 from cryosiam_dask.grid import Grid, make_grid
-from cryosiam_dask.intensities import Intensities, evenly_spread, intensities, sample_file
+from cryosiam_dask.intensities import evenly_spread, intensities, sample_file
 from cryosiam_dask.json_values import as_json
 from cryosiam_dask.ledger import read_outcomes
 from cryosiam_dask.mask import Mask, read_stored

@@ -22,10 +22,10 @@ import h5py
 import numpy as np
 import zarr
 
-from cryosiam_dask.diagnosis import percent, scaling, to_write
+from cryosiam_dask.diagnosis import Intensities, percent, scaling, to_write
 from cryosiam_dask.errors import CryosiamDaskError, OutputError, TomogramError
 from cryosiam_dask.folders import require_there, unusable
-from cryosiam_dask.intensities import Intensities, intensities, sample_file
+from cryosiam_dask.intensities import intensities, sample_file
 from cryosiam_dask.json_values import as_json
 from cryosiam_dask.labels_to_hdf5 import INSTANCES, LABELS, PROBABILITIES, open_hdf5, read_attributes
 from cryosiam_dask.mrc_to_zarr import MRC_ENDINGS, MrcHeader, read_header

@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cryosiam_dask.diagnosis import Contrast, Intensities
 from cryosiam_dask.mrc_to_zarr import MrcHeader, read_beginning, read_part
 from cryosiam_dask.tomogram_files import TomogramHeader
 
@@ -26,8 +27,6 @@ _ROWS_VOXELS = 1 << 14  # read at once from a file that has no chunks
 _CENTRAL = (0.005, 0.995)  # quantiles between which the central 99 % lie
 
 Region: TypeAlias = tuple[slice, ...]
-#: Whether dense matter is bright or dark. CryoSiam's models want it bright.
-Contrast: TypeAlias = Literal["bright on dark", "dark on bright"]
 
 # See `contrast`.
 _BIN, _BINS = 3, 8  # voxels, and bins along either edge of a tile
@@ -64,38 +63,6 @@ class Sample:
     share: float
     where: str
     parts: tuple[NDArray[np.float32], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Intensities:
-    """How the intensities of a tomogram fall into [min, max], as far as a sample tells.
-
-    Attributes
-    ----------
-    share, where
-        As of `Sample`.
-    lowest, highest, median
-        Of the finite voxels; ``None`` without any.
-    central
-        Between which intensities the central 99 % of the finite voxels lie; ``None`` without any.
-    below, above
-        Shares of the voxels that lie below min and above max, where they are clipped; 0 to 1.
-    non_finite
-        Share of the voxels that are NaN or infinite.
-    contrast
-        See `contrast`.
-    """
-
-    share: float
-    where: str
-    lowest: float | None
-    highest: float | None
-    median: float | None
-    central: tuple[float, float] | None
-    below: float
-    above: float
-    non_finite: float
-    contrast: Contrast | None = None
 
 
 def evenly_spread(shape: Sequence[int], piece: Sequence[int], voxels: int) -> list[Region]:

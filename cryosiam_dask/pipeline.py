@@ -41,6 +41,7 @@ from cryosiam_dask.centers import collect_centers, labels_of, remove_outdated_ce
 from cryosiam_dask.classes import counted, given_names, named, shares
 from cryosiam_dask.components import ArrayModule, Blocks, ChunkedArray, remove_small, require_channel
 from cryosiam_dask.config import Configuration
+from cryosiam_dask.diagnosis import Intensities
 from cryosiam_dask.diagnosis import blank as why_blank
 from cryosiam_dask.errors import (
     ClusterError,
@@ -77,7 +78,7 @@ from cryosiam_dask.formats import (
     written_attributes,
 )
 from cryosiam_dask.grid import Grid, make_grid
-from cryosiam_dask.intensities import Intensities, Sample, intensities, sample_array, sample_file
+from cryosiam_dask.intensities import Sample, intensities, sample_array, sample_file
 from cryosiam_dask.labels_to_hdf5 import (
     StoredDataset,
     dataset_names,

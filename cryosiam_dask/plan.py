@@ -46,7 +46,7 @@ from cryosiam_dask.published import locate
 # What reads files is imported where it is used: a path that is wrong is to be told at once.
 if TYPE_CHECKING:
     from cryosiam_dask.checkpoint import Checkpoint
-    from cryosiam_dask.intensities import Intensities
+    from cryosiam_dask.diagnosis import Intensities
     from cryosiam_dask.mask import Mask
     from cryosiam_dask.predictor import PredictorSpec
     from cryosiam_dask.tomogram_files import TomogramHeader

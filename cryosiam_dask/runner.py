@@ -37,7 +37,7 @@ from cryosiam_dask.cluster import (
 )
 from cryosiam_dask.collection import forget_failures, make_folders, outcomes_before, remove_left_overs, run
 from cryosiam_dask.config import Configuration
-from cryosiam_dask.diagnosis import gathered
+from cryosiam_dask.diagnosis import Intensities, gathered
 from cryosiam_dask.errors import (
     ClusterError,
     ConfigurationError,
@@ -50,7 +50,7 @@ from cryosiam_dask.executor import patiently
 from cryosiam_dask.folders import left_out
 from cryosiam_dask.forecast import disk_warnings
 from cryosiam_dask.formats import convert_to_ome_zarr, other_formats
-from cryosiam_dask.intensities import Intensities, Sample, intensities, sample_file
+from cryosiam_dask.intensities import Sample, intensities, sample_file
 from cryosiam_dask.ledger import read_outcomes
 from cryosiam_dask.metrics import Meter
 from cryosiam_dask.mrc_to_zarr import convert, read_header, require_free

@@ -26,9 +26,10 @@ STAGES = {"mrc_to_zarr", "zarr_to_labels", "lamella", "components", "measurement
           "preview", "phantom", "timeline", "intensities", "tomogram_files",
           "ome_zarr", "formats", "percentiles"}  # fmt: skip
 #: From the command line down to the foundation; imports go one way.
-LAYERS = [{"cli"}, {"demo", "look", "init", "processing", "view"}, {"runner", "overview"}, {"collection", "slurm", "metrics"},
-          {"pipeline", "forecast"}, {"plan", "progress", "cluster", "inspect_file", "report"}, STAGES, {"predictor"},
-          {"checkpoint"}, {"network"}, FOUNDATION]  # fmt: skip
+LAYERS = [{"cli"}, {"demo", "look", "init", "processing", "view"}, {"runner", "overview"},
+          {"collection", "slurm", "metrics"}, {"pipeline", "forecast"},
+          {"plan", "progress", "cluster", "inspect_file", "report"}, STAGES, {"predictor"}, {"checkpoint"}, {"network"},
+          FOUNDATION]  # fmt: skip
 #: What a stage may use of another: the lamella is the largest component, and a block is predicted inside its mask.
 BETWEEN_STAGES = {("mrc_to_zarr", "tomogram_files"), ("zarr_to_labels", "tomogram_files"), ("lamella", "components"),
                   ("zarr_to_labels", "mask"), ("timeline", "zarr_to_labels"),

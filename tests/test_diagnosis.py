@@ -7,6 +7,7 @@ import pytest
 from cryosiam_dask.diagnosis import (
     CLIPPED,
     SLIVER,
+    Intensities,
     alike,
     beyond_lamella,
     blank,
@@ -16,7 +17,6 @@ from cryosiam_dask.diagnosis import (
     percent,
     scaling,
 )
-from cryosiam_dask.intensities import Intensities
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,6 @@ def test_what_runs_can_be_quiet_and_what_tells_can_be_json() -> None:
         "status",
         "info",
         "convert",
-        "models",
     }
 
 
