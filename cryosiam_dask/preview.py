@@ -60,6 +60,7 @@ _THICKNESS = (
 _LEAST_RANGE = 0.3  # of the scale of a map of thickness, by the thickness
 _EMPTY = 0.1  # a slice in the middle is taken for empty below this share of the labels in the slice that has most
 _LONGEST_NAME, _OUTLINE = 40, "outline of the lamella"
+_LABELS = ("labels", "prediction")  # what they are called alone and beside the truth
 _ANISOTROPIC = 1.05  # voxels longer than this along one axis than along another are drawn so
 _OWN_FONT = Path(__file__).with_name("fonts") / "DejaVuSans.ttf"  # the letters of Latin, Greek and Cyrillic
 #: Fonts that systems have, for names that our own cannot write.
@@ -282,7 +283,7 @@ def write_preview(
             continue
         down = int(plane.axes == (0, 2))
         bare.append(_Panel(where, 0, down, Image.fromarray(shades)))
-        drawn.append(_Panel(_OUTLINE if as_lamella else "labels", 1, down, picture))
+        drawn.append(_Panel(_OUTLINE if as_lamella else _LABELS[true is not None], 1, down, picture))
         if true is not None:
             expected = _overlay(shades, true[number], mask if lamella is not None else None, as_lamella)
             right.append(_Panel("truth", 2, down, Image.fromarray(expected)))

@@ -26,7 +26,7 @@ def main(tutorial: Path = Path("tutorial")) -> None:
         page = (tutorial / "semantic" / "report.html").resolve().as_uri()
         subprocess.run(
             ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-             "--hide-scrollbars", "--window-size=1440,900", "--force-device-scale-factor=1.5",
+             "--hide-scrollbars", "--window-size=1440,560", "--force-device-scale-factor=1.5",
              f"--screenshot={screen}", page],
             check=True, capture_output=True, timeout=120,
         )  # fmt: skip
