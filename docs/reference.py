@@ -140,10 +140,10 @@ def _configuration_page() -> str:
 _INTRODUCTION = """\
 # Every key of the YAML file
 
-`semantic-predict`, and the commands that work on what it wrote, take the YAML file of one model:
-[CryoSiam's own files](from-cryosiam.md) as they are. `run` takes [one file for both](usage.md#both-models-in-one-pass)
-models, with these keys below `lamella` and `semantic`. Three keys are required. Relative paths are taken from the
-folder in which the command is started. A key that is not known is an error that names the nearest known one.
+Every command takes the YAML file of one model, [CryoSiam's own files](from-cryosiam.md) as they are, or
+[one file for both](usage.md#both-models-in-one-pass) models, with these keys below `lamella` and `semantic`. Three keys
+are required. Relative paths are taken from the folder in which the command is started. A key that is not known is an
+error that names the nearest known one.
 
 `configs/config_all_keys.yaml` holds all of them with their defaults, to copy from. An editor that knows YAML schemas
 (VS Code with its YAML extension, and others) completes the keys and shows these texts where a file begins with

@@ -264,8 +264,9 @@ def test_every_command_takes_the_file_of_a_pipeline(name: str, tmp_path: Path, m
 
     assert "Did you mean lamella?" in fails("p.yaml", "--model", "lamela")
     assert fails("p.yaml") == fails("--config-file", "p.yaml") == fails("--config_file=p.yaml")
-    assert "nowhere" in fails("p.yaml") or "out/semantic" in fails("p.yaml")
-    assert "nowhere" in fails("p.yaml", "--model=lamella") or "out/lamella" in fails("p.yaml", "--model=lamella")
+    if name != "view":  # which asks for napari before it looks at the files
+        assert "nowhere" in fails("p.yaml") or "out/semantic" in fails("p.yaml")
+        assert "nowhere" in fails("p.yaml", "--model=lamella") or "out/lamella" in fails("p.yaml", "--model=lamella")
     for arguments in (("p.yaml", "q.yaml"), ("p.yaml", "--config-file", "q.yaml")):
         assert "one configuration file is taken, not also" in " ".join(fails(*arguments).split())
     assert "--config-file" in fails()
