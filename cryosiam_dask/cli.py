@@ -55,6 +55,11 @@ _NOT_HERE = {
 class _Commands(TyperGroup):
     """Answers also to the names of CryoSiam's commands."""
 
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """See `click.Group`: what each command does, whole."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, (each.help or "").partition("\n\n")[0]) for name, each in self.commands.items()])
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """See `click.Group`."""
         name = args[0].lower().replace("_", "-")
@@ -106,19 +111,21 @@ TEMPORARY = 75
 _SOFTWARE = 70
 
 
-def _at_least(least: int, kind: type[int] | type[float] = int) -> dict[str, Any]:
-    """What makes an option take numbers from `least` on, for `typer.Option`."""
+def _numbers(kind: type[int] | type[float], least: float, most: float = math.inf) -> dict[str, Any]:
+    """What makes an option take numbers from `least` to `most`, for `typer.Option`."""
+    limits = f"≥ {least}" if most == math.inf else f"{least} to {most}"
 
     def parse(text: str) -> float:
         try:
             number = kind(text)
         except ValueError:
             number = kind(least - 1)
-        if not least <= number < math.inf:
-            raise typer.BadParameter(f"must be a {'whole ' * (kind is int)}number of at least {least}; found {text}")
+        if not least <= number <= most or number == math.inf:
+            rule = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
+            raise typer.BadParameter(f"must be a {'whole ' * (kind is int)}number {rule}; found {text}")
         return number
 
-    return {"parser": parse, "metavar": f"<{kind.__name__} ≥ {least}>"}
+    return {"parser": parse, "metavar": f"<{kind.__name__} {limits}>"}
 
 
 class Device(StrEnum):
@@ -154,7 +161,10 @@ OnlyModel = Annotated[
 Filename = Annotated[str | None, typer.Option(help="Name of a single tomogram in data_folder.")]
 Workers = Annotated[
     int | None,
-    typer.Option(help="Worker processes. Default: every GPU, or what cores and memory allow.", **_at_least(1)),
+    typer.Option(
+        help="Worker processes. Default: every GPU, or what cores and memory allow.",
+        **_numbers(int, 1),
+    ),
 ]
 DeviceOption = Annotated[Device, typer.Option(help="What to run the network on; auto takes GPUs where there are any.")]
 
@@ -213,7 +223,7 @@ WorkerTimeout = Annotated[
     float | None,
     typer.Option(
         help="Minutes to wait for workers. Default: 2 with --scheduler, and 60 with --slurm for the first one.",
-        **_at_least(0, float),
+        **_numbers(float, 0),
     ),
 ]
 PerformanceReport = Annotated[
@@ -376,7 +386,8 @@ def semantic_to_centers(
     min_voxels: Annotated[
         int | None,
         typer.Option(
-            help="Leave out components of so many voxels or fewer. Default: the key of this name, or 0.", **_at_least(0)
+            help="Leave out components of so many voxels or fewer. Default: the key of this name, or 0.",
+            **_numbers(int, 0),
         ),
     ] = None,
     erode: Annotated[bool, typer.Option("--erode", help="Erode each class once before, to part what touches.")] = False,
@@ -555,6 +566,9 @@ def init(
     Example: cryosiam-dask init /data/dataset1/denoised --semantic models/semantic.ckpt --output dataset1.yaml
     """
     with _plain_errors():
+        from cryosiam_dask.folders import require_there
+
+        require_there(folder)
         from cryosiam_dask.init import MARK, summary, write_pipeline
 
         found, text = write_pipeline(folder, output, lamella=lamella, semantic=semantic)
@@ -606,7 +620,13 @@ def convert(
     target: Annotated[
         Path, typer.Argument(metavar="OUT.zarr", help="The zarr v3 array to make; with .ome.zarr an OME-Zarr image.")
     ],
-    level: Annotated[int, typer.Option(help="Level of an OME-Zarr image; 0 is full resolution.", **_at_least(0))] = 0,
+    level: Annotated[
+        int,
+        typer.Option(
+            help="Level of an OME-Zarr image; 0 is full resolution.",
+            **_numbers(int, 0),
+        ),
+    ] = 0,
     dataset: Annotated[str | None, typer.Option(help="Dataset of an HDF5 file with more than one volume.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.zarr.")] = False,
     workers: Workers = None,
@@ -643,10 +663,18 @@ def processing_invert_scale(
     output_path: OutputPath,
     invert: Annotated[bool, typer.Option("--invert", help="Change the sign: dark becomes bright.")] = False,
     lower_end_percentage: Annotated[
-        float | None, typer.Option(min=0, max=100, help="Percentile of the (inverted) intensities that becomes 0.")
+        float | None,
+        typer.Option(
+            help="Percentile of the (inverted) intensities that becomes 0.",
+            **_numbers(float, 0, 100),
+        ),
     ] = None,
     upper_end_percentage: Annotated[
-        float | None, typer.Option(min=0, max=100, help="Percentile of the (inverted) intensities that becomes 1.")
+        float | None,
+        typer.Option(
+            help="Percentile of the (inverted) intensities that becomes 1.",
+            **_numbers(float, 0, 100),
+        ),
     ] = None,
 ) -> None:
     """Invert the intensities of tomograms and scale them to 0 to 1, as float32 MRC files.
@@ -655,6 +683,9 @@ def processing_invert_scale(
     --lower-end-percentage 0.1 --upper-end-percentage 99.9
     """
     with _plain_errors():
+        from cryosiam_dask.folders import require_there
+
+        require_there(input_path)
         from cryosiam_dask.processing import files, invert_scale
 
         console = Console(emoji=False)
@@ -668,9 +699,19 @@ def processing_invert_scale(
 def match_pixel_size(
     input_path: Annotated[Path, typer.Argument(metavar="IN", help="Tomogram, or folder of tomograms.")],
     output_path: Annotated[Path, typer.Argument(metavar="OUT", help="MRC file to write, or folder for them.")],
-    pixel_size: Annotated[float, typer.Option(min=0.01, help="Voxel size of the result in Å.")],
+    pixel_size: Annotated[
+        float,
+        typer.Option(
+            help="Voxel size of the result in Å.",
+            **_numbers(float, 0.01),
+        ),
+    ],
     input_pixel_size: Annotated[
-        float | None, typer.Option(min=0.01, help="Voxel size of the input in Å. Default: as its header says.")
+        float | None,
+        typer.Option(
+            help="Voxel size of the input in Å. Default: as its header says.",
+            **_numbers(float, 0.01),
+        ),
     ] = None,
 ) -> None:
     """Bring tomograms to another voxel size by cropping or padding their Fourier transforms; values keep their scale.
@@ -678,6 +719,9 @@ def match_pixel_size(
     Example: cryosiam-dask match-pixel-size raw/TS_01.mrc TS_01_10A.mrc --pixel-size 10
     """
     with _plain_errors():
+        from cryosiam_dask.folders import require_there
+
+        require_there(input_path)
         from cryosiam_dask.processing import files, match_pixel_size, plan_resampling
 
         console = Console(emoji=False)

@@ -142,6 +142,10 @@ def test_what_was_mistyped_is_told_before_anything_heavy_is_loaded(tmp_path: Pat
         *([name, "fine.yaml"] for name in ("report", "components", "export", "semantic-to-centers")),
         ["info", "none.mrc"],
         ["convert", "none.mrc", "x.zarr"],
+        ["init", "none"],
+        ["processing-invert-scale", "--input-path", "none", "--output-path", "x"],
+        ["match-pixel-size", "none", "x", "--pixel-size", "10"],
+        ["run", "fine.yaml", "--workers", "0"],
     ]
     right = [["status", "fine.yaml"], *([name, "--help"] for name in names)]
     statuses, libraries = loaded(*wrong, *right, folder=tmp_path)

@@ -79,6 +79,30 @@ def test_what_runs_can_be_quiet_and_what_tells_can_be_json() -> None:
     }
 
 
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_help_fits_and_says_which_numbers(name: str) -> None:
+    text = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "80"}).stdout
+    assert max(map(len, text.splitlines())) <= 80 and "range" not in text and "…..." not in text
+    if "--workers" in text:
+        assert "--workers <int ≥ 1>" in text
+    assert "..." not in CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80"}).stdout.partition("Commands:")[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        (["run", "x.yaml", "--workers", "0"], "'--workers': must be a whole number of at least 1; found 0"),
+        (["run", "x.yaml", "--workers", "two"], "must be a whole number of at least 1; found two"),
+        (["run", "x.yaml", "--worker-timeout", "nan"], "must be a number of at least 0; found nan"),
+        (["match-pixel-size", "a", "b", "--pixel-size", "inf"], "must be a number of at least 0.01; found inf"),
+        (["semantic-to-centers", "x.yaml", "--min-voxels", "-1"], "must be a whole number of at least 0; found -1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_with_what_they_must_be(arguments: list[str], rule: str) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and rule in result.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
