@@ -1040,8 +1040,19 @@ def _find_masks(
         if not mask.is_file() and mask.name.removesuffix("_preds.h5") not in to_come
     ]
     if len(missing) == len(sources):  # otherwise those of others fail alone
-        problems += missing
+        problems += missing if len(missing) <= _FEW else [_without_masks(folder, masks[0], len(missing))]
     return list(masks)
+
+
+_FEW = 3  # of which each is named
+
+
+def _without_masks(folder: Path, first: Path, count: int) -> MaskError:
+    return MaskError(
+        f"holds no lamella mask of any of the {count} tomograms, such as {first.name}",
+        place=f"key mask_folder, {folder}",
+        remedy="Run the lamella prediction first, or correct mask_folder",
+    )
 
 
 def _missing_mask(source: Path, mask: Path) -> MaskError:

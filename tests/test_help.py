@@ -13,7 +13,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from cryosiam_dask.cli import app
+from cryosiam_dask.cli import _plain_errors, app
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 RUNS = {"semantic-predict", "run", "semantic-postprocess", "components", "semantic-to-centers", "export"}
@@ -77,6 +77,13 @@ def test_what_runs_can_be_quiet_and_what_tells_can_be_json() -> None:
         "info",
         "convert",
     }
+
+
+@pytest.mark.parametrize(("writes", "kept"), [(True, "; repeat the command to go on"), (False, "interrupted")])
+def test_an_interruption_says_how_to_go_on(writes: bool, kept: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as left, _plain_errors(writes=writes):
+        raise KeyboardInterrupt
+    assert left.value.exit_code == 130 and capsys.readouterr().err.endswith(f"{kept}\n")
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

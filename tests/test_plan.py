@@ -161,6 +161,14 @@ FAULTS: dict[str, tuple[dict[str, Any], Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
+def test_a_folder_without_masks_is_told_once(folder: Path) -> None:
+    (folder / "empty").mkdir()
+    for number in range(5):
+        shutil.copy(folder / "data" / "TS_1.mrc", folder / "data" / f"TS_1{number}.mrc")
+    (problem,) = problems(configure(folder, mask_folder=str(folder / "empty")))
+    assert re.search(r"/empty: holds no lamella mask of any of the \d tomograms, such as TS_.*Run the lamella", problem)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_is_reported_with_its_remedy(folder: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     changes, prepare, expected = FAULTS[fault]
