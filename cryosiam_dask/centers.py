@@ -20,6 +20,8 @@ without those in Å where the voxel size is unknown. Orientations are left to th
 a line that begins with ``_``, ``data_`` or ``#`` is none of a list; a name that begins so is quoted. The first line of
 a tomogram's list tells the labels that it was made from, see `labels_of`.
 
+CryoSiam's own form, `write_cryosiam_centers`, is written where it is asked for.
+
 ``class<k>_relion_import.star`` is what RELION 5 imports: for each tomogram its ``rlnTomoName`` and the absolute path of
 its list, ``rlnTomoImportParticleFile``, so that any RELION project finds it. (RELION also takes a wildcard, but takes
 the file for such an index where the wildcard finds no more than one.) It leaves out the lists that RELION refuses or
@@ -40,7 +42,7 @@ from numpy.typing import NDArray
 
 from cryosiam_dask.classes import file_names
 from cryosiam_dask.components import ChunkedArray, Components, find_components
-from cryosiam_dask.errors import LabelsError, OutputError
+from cryosiam_dask.errors import ConfigurationError, LabelsError, OutputError
 from cryosiam_dask.executor import SERIAL, Executor
 from cryosiam_dask.folders import visible
 from cryosiam_dask.labels_to_hdf5 import write_bytes
@@ -71,16 +73,19 @@ _WARPS_PIXEL_SIZE = re.compile(r"_\d+(\.\d+)?Apx$")  # which Warp appends to the
 class Eroded:
     """Labels of which each class is eroded once, computed when a region is read.
 
-    A voxel stays if its neighbours across all faces are of its class; outside the volume there is none. That is
-    ``scipy.ndimage.binary_erosion`` of each class in the whole volume, wherever a region begins and ends.
+    A voxel stays if its neighbours across all faces are of its class. That is ``scipy.ndimage.binary_erosion`` of each
+    class in the whole volume, wherever a region begins and ends.
 
     Parameters
     ----------
     labels
         (z, y, x) or (y, x), integers.
+    border
+        Whether what lies outside the volume counts as of the class (scipy's ``border_value``).
     """
 
     labels: ChunkedArray
+    border: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -100,7 +105,8 @@ class Eroded:
     def __getitem__(self, region: tuple[slice, ...], /) -> NDArray[Any]:
         halo = [(min(part.start, 1), min(n - part.stop, 1)) for part, n in zip(region, self.shape, strict=True)]
         outer = tuple(slice(p.start - low, p.stop + high) for p, (low, high) in zip(region, halo, strict=True))
-        block = np.pad(np.asarray(self.labels[outer]), [(1 - low, 1 - high) for low, high in halo])
+        width = [(1 - low, 1 - high) for low, high in halo]
+        block = np.pad(np.asarray(self.labels[outer]), width, mode="edge" if self.border else "constant")
         inside = (slice(1, -1),) * block.ndim
         inner = block[inside]
         stays = inner != 0
@@ -115,7 +121,7 @@ def write_centers(
     stem: str,
     labels: ChunkedArray,
     *,
-    min_voxels: int = 0,
+    min_voxels: int | Sequence[int] = 0,
     erode: bool = False,
     classes: Iterable[int] = (),
     class_names: Sequence[str] = (),
@@ -133,7 +139,7 @@ def write_centers(
     labels
         (z, y, x) or (y, x), integers, 0 is background.
     min_voxels
-        Components with at most so many voxels (after erosion) are left out.
+        Components with at most so many voxels (after erosion) are left out; a sequence has a number for each class.
     erode
         Whether to erode each class once.
     classes
@@ -181,7 +187,7 @@ def write_centers(
             remedy="Take the file of labels that the instances were made from",
         )
     series = _tilt_series(stem, tilt_series_pattern)
-    selected = components.select(components.voxels > min_voxels)
+    selected = components.select(components.voxels > _smallest(min_voxels, components.classes))
     table = center_table(selected, stem, voxel_size_angstrom, class_names=class_names)
     counts = {}
     paths = {label: folder / f"{stem}_{_called(label, class_names)}_centers" for label in sorted(found.union(classes))}
@@ -192,6 +198,143 @@ def write_centers(
         counts[label] = len(own)
     _remove(folder, stem, keep={path.name for path in paths.values()})
     return counts
+
+
+def _smallest(min_voxels: int | Sequence[int], classes: NDArray[Any]) -> NDArray[np.int64]:
+    """How many voxels are too few, of each component.
+
+    Raises
+    ------
+    ConfigurationError
+        If a class has no number.
+    """
+    if isinstance(min_voxels, int):
+        return np.full(len(classes), min_voxels)
+    if len(classes) and classes.max() > len(min_voxels):
+        raise ConfigurationError(
+            "must have one number for each class", place="key parameters.network.min_voxels",
+            value=f"{len(min_voxels)} numbers, and class {classes.max()}", remedy="Add those of the other classes",
+        )  # fmt: skip
+    return np.array([0, *min_voxels])[np.asarray(classes, np.int64)]
+
+
+def cryosiam_centers(
+    stem: str, labels: ChunkedArray, *, min_voxels: int | Sequence[int] = 100, executor: Executor = SERIAL
+) -> Any:
+    """Find the particles of a tomogram as CryoSiam's ``semantic_to_centers`` does.
+
+    Each class is eroded once, what lies outside the volume counting as inside; components (26 neighbours) of more than
+    `min_voxels` voxels count.
+
+    Parameters
+    ----------
+    stem, labels, min_voxels, executor
+        See `write_centers`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        With the columns of CryoSiam's CSV files and, first, ``class``: ``label`` is the number of the component among
+        all of its class in C order, so that numbers of small ones are missing; ``area`` its voxels after erosion;
+        ``centroid-0`` … z, y and x (y and x of an image) in voxels from 0; ``tomo`` the tomogram's name.
+    """
+    import pandas
+
+    components = find_components(
+        Eroded(labels, border=True), connectivity=CONNECTIVITY, measure=True, executor=executor
+    )
+    assert components.measurements is not None
+    numbers = np.zeros(len(components), np.int64)
+    for label in np.unique(components.classes):
+        of_class = components.classes == label
+        numbers[of_class] = np.arange(1, np.count_nonzero(of_class) + 1)
+    centroids = components.measurements.centroids[:, -len(labels.shape) :]
+    table = pandas.DataFrame(
+        {
+            "class": np.asarray(components.classes, np.int64),
+            "label": numbers,
+            "area": components.voxels.astype(np.float64),
+            **{f"centroid-{axis}": centroids[:, axis] for axis in range(centroids.shape[1])},
+            "tomo": stem,
+        }
+    )
+    return table[components.voxels > _smallest(min_voxels, components.classes)]
+
+
+def write_cryosiam_centers(
+    folder: Path, tables: Mapping[str, Any], classes: int, *, there: Callable[[str], bool] | None = None
+) -> dict[int, int]:
+    """Write ``labels_<class>.csv`` and ``labels_<class>_particles.star``, which cryosiam_vis reads.
+
+    Parameters
+    ----------
+    folder
+        Where.
+    tables
+        `cryosiam_centers` of each tomogram by its name. Rows of other tomograms in files that are there stay.
+    classes
+        How many classes get files, also without particles.
+    there
+        Whether the prediction of another tomogram is still there, without which its rows go.
+
+    Returns
+    -------
+    dict
+        The number of particles of each class, of all tomograms.
+
+    Raises
+    ------
+    OutputError
+        If a file that is there is none of such lists, or one cannot be written.
+    """
+    import pandas
+    import starfile
+
+    with holding(folder):
+        found = {}
+        for label in range(1, classes + 1):
+            path = folder / f"labels_{label}.csv"
+            parts = [table[table["class"] == label].drop(columns="class") for table in tables.values()]
+            if (before := _earlier(path)) is not None:
+                others = ~before["tomo"].isin(list(tables)) & before["tomo"].map(there or (lambda _: True)).astype(bool)
+                parts.append(before[others])
+            filled = [part for part in parts if len(part)]
+            found[label] = pandas.concat(filled or parts[:1], ignore_index=True)
+            found[label] = found[label].sort_values("tomo", kind="stable", ignore_index=True)
+        for label, table in found.items():
+            write_bytes(folder / f"labels_{label}.csv", table.to_csv(index=False).encode(errors="surrogateescape"))
+            text = starfile.to_string(_cryosiam_star(table))
+            write_bytes(folder / f"labels_{label}_particles.star", text.encode(errors="surrogateescape"))
+    return {label: len(table) for label, table in found.items()}
+
+
+def _cryosiam_star(table: Any) -> Any:
+    """The same list in the columns of CryoSiam's STAR files; of an image there is no Z. Without rows it is empty."""
+    centroids = [name for name in table if name.startswith("centroid-")]
+    axes = dict(zip(centroids, "ZYX"[3 - len(centroids) :], strict=True))
+    columns = {name: f"rlnCoordinate{axis}" for name, axis in axes.items()}
+    columns |= {"label": "rlnLabel", "area": "rlnArea", "tomo": "rlnMicrographName"}
+    return table.rename(columns=columns) if len(table) else table[[]]
+
+
+def _earlier(path: Path) -> Any:
+    """The list of CryoSiam's form that is there; ``None`` if there is none."""
+    import pandas
+
+    try:
+        table = pandas.read_csv(path, dtype={"tomo": "str"}, keep_default_na=False)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        table, why = None, str(error)
+    if table is None or list(table)[:2] != ["label", "area"] or list(table)[-1] != "tomo":
+        raise OutputError(
+            "an existing file of this name must be a particle list of CryoSiam's form, to be added to",
+            place=path,
+            value="other columns" if table is not None else why,
+            remedy="Move it elsewhere",
+        ) from None
+    return table
 
 
 def _called(label: int, class_names: Sequence[str]) -> str:

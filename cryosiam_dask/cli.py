@@ -128,6 +128,13 @@ def _numbers(kind: type[int] | type[float], least: float, most: float = math.inf
     return {"parser": parse, "metavar": f"<{kind.__name__} {limits}>"}
 
 
+class ListForm(StrEnum):
+    """Who reads the particle lists."""
+
+    relion = "relion"
+    cryosiam = "cryosiam"
+
+
 class Device(StrEnum):
     """Where the network runs."""
 
@@ -386,11 +393,15 @@ def semantic_to_centers(
     min_voxels: Annotated[
         int | None,
         typer.Option(
-            help="Leave out components of so many voxels or fewer. Default: the key of this name, or 0.",
+            help="Leave out components of so many voxels or fewer. Default: the key of this name.",
             **_numbers(int, 0),
         ),
     ] = None,
     erode: Annotated[bool, typer.Option("--erode", help="Erode each class once before, to part what touches.")] = False,
+    form: Annotated[
+        ListForm,
+        typer.Option("--format", help="For RELION and Warp, or CryoSiam's own form, which always erodes."),
+    ] = ListForm.relion,
     workers: Workers = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -406,7 +417,13 @@ def semantic_to_centers(
 
         console = _console(quiet, verbose, as_json)
         outcomes = list_particles(
-            configuration, console, filename=filename, min_voxels=min_voxels, erode=erode, workers=workers
+            configuration,
+            console,
+            filename=filename,
+            min_voxels=min_voxels,
+            erode=erode,
+            form=form.value,
+            workers=workers,
         )
         _exit(outcomes, as_json=as_json)
 

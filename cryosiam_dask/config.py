@@ -38,12 +38,12 @@ from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, Problems
 from cryosiam_dask.executor import patiently
 from cryosiam_dask.published import HubFile, parse
 
-#: Keys of CryoSiam's files that have no meaning here: devices are chosen by ``--device`` and ``--workers``, the
-#: number of classes is read from the checkpoint, and training and evaluation are not part of this program.
+#: Keys of CryoSiam's files that have no meaning here: devices are chosen by ``--device`` and ``--workers``, and
+#: training and evaluation are not part of this program.
 UNUSED_KEYS: Mapping[str, frozenset[str]] = {
     "": frozenset({"log_dir", "temp_dir", "labels_folder", "eval_skip_prediction"}),
     "parameters": frozenset({"gpu_devices"}),
-    "parameters.network": frozenset({"out_channels"}),
+    "parameters.network": frozenset(),
     "hyper_parameters": frozenset(),
 }
 
@@ -132,6 +132,13 @@ _PatchSize = Annotated[
 ]
 
 
+_MinVoxels = Annotated[
+    Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False), Tag("tag-list")]
+    | Annotated[int, Field(ge=0), Tag("tag-number")],
+    Discriminator(lambda value: "tag-list" if isinstance(value, list | tuple) else "tag-number"),
+]
+
+
 @dataclass(frozen=True, slots=True)
 class About:
     """What the reference of the keys says of one, beside its type, its default and the docstring below it.
@@ -210,8 +217,12 @@ class Network(_Model):
     ] = None
     """One entry per label, the first for label 0: components of that label with so many voxels or fewer are removed;
     -1 leaves a label alone."""
-    min_voxels: Annotated[int, Field(ge=0), About("10", "voxels", "semantic", own=True)] = 0
-    """Particle lists (`semantic-to-centers`): components of so many voxels or fewer are left out."""
+    min_voxels: Annotated[_MinVoxels | None, About("10", "voxels", "semantic")] = None
+    """Particle lists (`semantic-to-centers`): components of so many voxels or fewer are left out: one number, or a list
+    with one for each class. `null`: 0, in CryoSiam's form of lists 100."""
+    out_channels: Annotated[Annotated[int, Field(ge=1)] | None, About("14", model="semantic")] = None
+    """Classes, the background among them, for which CryoSiam's form of particle lists has files. `null`: those of the
+    prediction. For predicting, the checkpoint tells."""
 
 
 class Parameters(_Model):

@@ -37,7 +37,14 @@ import zarr
 from numpy.typing import NDArray
 
 from cryosiam_dask._version import __version__
-from cryosiam_dask.centers import collect_centers, labels_of, remove_outdated_centers, write_centers
+from cryosiam_dask.centers import (
+    collect_centers,
+    cryosiam_centers,
+    labels_of,
+    remove_outdated_centers,
+    write_centers,
+    write_cryosiam_centers,
+)
 from cryosiam_dask.classes import counted, given_names, named, shares
 from cryosiam_dask.components import ArrayModule, Blocks, ChunkedArray, remove_small, require_channel
 from cryosiam_dask.config import Configuration
@@ -1004,6 +1011,7 @@ def list_centers(
     *,
     min_voxels: int | None = None,
     erode: bool = False,
+    form: Literal["relion", "cryosiam"] = "relion",
     executor: SharedExecutor = SERIAL,
 ) -> list[Outcome]:
     """Write lists of the centres of components, of each class of written predictions.
@@ -1015,15 +1023,19 @@ def list_centers(
     min_voxels
         Components with at most so many voxels are left out; ``None``: as the configuration says.
     erode
-        Whether to erode each class once before.
+        Whether to erode each class once before; in CryoSiam's form it always is.
+    form
+        For RELION and Warp (`cryosiam_dask.centers.write_centers`), or that of CryoSiam (`write_cryosiam_centers`).
 
     Returns
     -------
     list of Outcome
         One for each prediction.
     """
-    folder = configuration.prediction_folder
-    smallest = configuration.parameters.network.min_voxels if min_voxels is None else min_voxels
+    folder, network = configuration.prediction_folder, configuration.parameters.network
+    smallest = network.min_voxels if min_voxels is None else min_voxels
+    if form == "cryosiam":
+        return _list_as_cryosiam(configuration, predictions, reporter, 100 if smallest is None else smallest, executor)
 
     def act(path: Path, executor: Executor) -> Outcome:
         labels, probabilities = _written_labels(path), _probabilities(path)
@@ -1032,7 +1044,7 @@ def list_centers(
             folder,
             _stem(path),
             labels,
-            min_voxels=smallest,
+            min_voxels=smallest or 0,
             erode=erode,
             classes=range(1, max(2, probabilities.shape[0] if probabilities else 2)),
             class_names=_names_in(attributes),
@@ -1048,6 +1060,41 @@ def list_centers(
 
     outcomes = _each(predictions, reporter, act, executor)
     _collect_centers(configuration, outcomes, reporter.say)
+    return outcomes
+
+
+def _list_as_cryosiam(
+    configuration: Configuration,
+    predictions: Sequence[Path],
+    reporter: Reporter,
+    min_voxels: int | Sequence[int],
+    executor: SharedExecutor,
+) -> list[Outcome]:
+    folder, given = configuration.prediction_folder, configuration.parameters.network.out_channels
+    tables: dict[str, Any] = {}
+    known: list[Sequence[str]] = []  # names of the classes of each prediction
+
+    def act(path: Path, executor: Executor) -> Outcome:
+        labels, probabilities = _written_labels(path), _probabilities(path)
+        table = cryosiam_centers(_stem(path), labels, min_voxels=min_voxels, executor=executor)
+        tables[_stem(path)] = table
+        stored = probabilities.shape[0] - 1 if probabilities else 0
+        known.append(named(_names_in(_written_attributes(configuration, path)), max(1, stored, *table["class"])))
+        return Outcome(_stem(path), "done", labels.shape)
+
+    outcomes = _each(predictions, reporter, act, executor)
+    names = max(known, key=len, default=())
+    classes = max(1, given - 1) if given else len(names)
+    try:
+        counts = patiently(
+            lambda: write_cryosiam_centers(
+                folder, tables, classes, there=lambda stem: (folder / f"{stem}_preds.h5").exists()
+            )
+        )
+        called = named(names, classes)
+        reporter.say(f"particles: {', '.join(counted(called[label - 1], f'{n:,}') for label, n in counts.items())}")
+    except Exception as error:
+        outcomes.append(_failed("labels_….csv", (), time.time(), error, folder))
     return outcomes
 
 

@@ -469,6 +469,7 @@ def list_particles(
     filename: str | None = None,
     min_voxels: int | None = None,
     erode: bool = False,
+    form: Literal["relion", "cryosiam"] = "relion",
     workers: int | None = None,
 ) -> list[Outcome]:
     """Write particle lists of written predictions, and print what becomes of it.
@@ -477,13 +478,13 @@ def list_particles(
     ----------
     configuration, console, filename, workers
         See `segment`.
-    min_voxels, erode
+    min_voxels, erode, form
         See `cryosiam_dask.pipeline.list_centers`.
     """
     predictions = find_predictions(configuration, filename)
     _begin_logs("semantic-to-centers", [configuration], console)
     _say_left_out(configuration, filename, console)
-    action = partial(list_centers, configuration, predictions, min_voxels=min_voxels, erode=erode)
+    action = partial(list_centers, configuration, predictions, min_voxels=min_voxels, erode=erode, form=form)
     return _with_predictions(action, len(predictions), console, workers)
 
 

@@ -130,8 +130,7 @@ def _configuration_page() -> str:
     unused = [f"`{f'{section}.{key}'.lstrip('.')}`" for section, keys in UNUSED_KEYS.items() for key in sorted(keys)]
     text = (
         f"{', '.join(unused[:-1])} and {unused[-1]} may stand in CryoSiam's files. They are accepted, have no effect, "
-        "and the run says so: devices are chosen by `--device` and `--workers`, and the checkpoint tells the number of "
-        "classes."
+        "and the run says so: devices are chosen by `--device` and `--workers`."
     )
     lines += ["## Keys without effect", "", *textwrap.wrap(text, 120)]
     return "\n".join(lines) + "\n"

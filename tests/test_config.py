@@ -47,6 +47,11 @@ def test_semantic_file_as_it_stands() -> None:
     assert not c.parameters.network.postprocessing
 
 
+def test_particle_file_as_it_stands() -> None:
+    network = read_configuration(CONFIGS / "config_semantic_particle.yaml").parameters.network
+    assert (network.out_channels, network.threshold, network.min_voxels) == (14, 0.7, 10)
+
+
 def test_file_with_every_key_shows_the_defaults(tmp_path: Path) -> None:
     shown = read_configuration(CONFIGS / "config_all_keys.yaml")
     defaults = read_configuration(write(tmp_path, MINIMAL))
@@ -65,9 +70,9 @@ def test_models_are_frozen(tmp_path: Path) -> None:
 
 
 def test_keys_of_cryosiam_without_meaning_here_are_accepted_and_named(tmp_path: Path) -> None:
-    text = MINIMAL + "log_dir: x\nparameters:\n  gpu_devices: 1\n  network:\n    out_channels: 14\n"
+    text = MINIMAL + "log_dir: x\nparameters:\n  gpu_devices: 1\n"
     c = read_configuration(write(tmp_path, text))
-    assert c.unused == ("log_dir", "parameters.gpu_devices", "parameters.network.out_channels")
+    assert c.unused == ("log_dir", "parameters.gpu_devices")
 
 
 def test_empty_sections_and_an_empty_mask_folder_mean_the_defaults(tmp_path: Path) -> None:
