@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import queue
+import re
 import shutil
 import threading
 import time
@@ -27,6 +28,7 @@ from cryosiam_dask.errors import LostClusterError, OutputError, may_pass
 from cryosiam_dask.executor import GuardedExecutor, Interrupted, SerialExecutor, SharedExecutor, TakenOver, patiently
 from cryosiam_dask.ledger import Claims, Ledger, claim_path, open_claims, read_entries, sweep, sweep_parts
 from cryosiam_dask.pipeline import (
+    NOTE,
     Outcome,
     collect,
     complete,
@@ -251,6 +253,7 @@ class _Collection:
         self.over = False
         self.lost: LostClusterError | None = None
         self.failures: list[str] = []
+        self.noted = set[str]()
         self.succeeded = False  # a block has been predicted
         self.written = False  # an output has
 
@@ -346,7 +349,7 @@ class _Collection:
                 device=self.device,
                 executor=executor,
                 timeline=self.timeline,
-                say=lambda message: self.reporter.say(f"{work.stem}: {message}"),
+                say=lambda message: self._say(work.stem, message),
                 guard=guard,
             )
             for outcome in steps:
@@ -363,6 +366,13 @@ class _Collection:
         finally:
             self.ended.put(work)
 
+    def _say(self, stem: str, message: str) -> None:
+        """Tell the user; what was decided about a file alone is told of the first of those that are alike."""
+        note = re.sub(r"\d+", "0", message)
+        if not message.startswith(NOTE) or note not in self.noted:
+            self.noted.add(note)
+            self.reporter.say(f"{stem}: {message}")
+
     def _end(self, work: _Work) -> None:
         self.active.remove(work)
         work.thread = None
@@ -373,21 +383,23 @@ class _Collection:
             self.elsewhere.append(work)
             return
         failed, voxels = self.others.pop(work.stem, (False, 0))
-        message, left = "left as it is, to go on from here", len(work.outcomes) < len(work.jobs)
+        parts, left = list[str](), len(work.outcomes) < len(work.jobs)
         for outcome, (_, job) in zip(work.outcomes, work.jobs, strict=False):
             stage = f"{outcome.stage}: " if outcome.stage else ""
             if outcome.status == "failed":
-                message, failed, left = f"{stage}FAILED: {outcome.error}", True, False
+                parts.append(f"{stage}FAILED: {outcome.error}")
+                failed, left = True, False
                 self._consider(outcome)
             elif outcome.status == "done":
                 self.failures.clear()
                 self.written = True
                 voxels += 0 if work.predicted else math.prod(outcome.shape)
-                message = f"{stage}done in {outcome.seconds:.0f} s, {job.output}"
+                parts.append(f"{stage}done in {outcome.seconds:.0f} s, {job.output}")
             else:
-                message = f"{stage}is there already, {job.output}"
-            if outcome is not work.outcomes[-1]:
-                self.reporter.say(f"{work.stem}: {message}")
+                parts.append(f"{stage}is there already, {job.output}")
+        if left:
+            parts.append("left as it is, to go on from here")
+        message = "; ".join(parts)
         if any(other.stem == work.stem for other in (*self.waiting, *self.active, *self.elsewhere)):
             self.others[work.stem] = failed, voxels  # what another model lacks of it is still to come
             self.reporter.say(f"{work.stem}: {message}")

@@ -283,7 +283,7 @@ def _segment_all(
     jobs[0][0].require_usable(header)
     at.shape = header.shape
     for note in header.notes:
-        say(note)
+        say(f"{NOTE}{note}")
     # The last job's place outlives the others: that is where the tomogram is kept for all of them.
     with _workspace(last_plan.configuration, last.stem, say, guard) as shared:
         grid = make_grid(header.shape, last_plan.patch, halo=last_plan.halo)
@@ -601,6 +601,8 @@ def _names_in(attributes: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(map(str, names)) if isinstance(names, list | tuple) else ()
 
 
+#: How what was decided about a file begins, where it is said.
+NOTE = "note: "
 #: Errors of no tomogram, after which the same command goes on.
 _ENDING = (Interrupted, ClusterError, DeviceError)
 #: Errors after which a tomogram's intermediate arrays are kept whatever is in them.

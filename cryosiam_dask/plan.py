@@ -84,6 +84,8 @@ class Job:
         What tells the output that was there before the run from a later one, or ``None``.
     problem
         Why this tomogram cannot be done; others can.
+    shape
+        Of the tomogram, (z, y, x); empty where it was not looked at.
     """
 
     source: Path
@@ -95,6 +97,7 @@ class Job:
     fingerprint: str
     found: tuple[int, ...] | None = None
     problem: CryosiamDaskError | None = None
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,17 +237,17 @@ class RunPlan:
 
         shapes, jobs = set(), []
         for job in self.jobs:
-            problem = job.problem
+            problem, shape = job.problem, job.shape
             if problem is None:
                 try:
                     header = read_header(job.source, **self.configuration.reading)
                     self.require_usable(header)
-                    shapes.add(header.shape)
+                    shapes.add(shape := header.shape)
                     if job.mask is not None and job.fingerprint:
                         look_at_mask(job.mask, header.shape)
                 except (TomogramError, MaskError) as error:
                     problem = None if may_pass(error) else error
-            jobs.append(replace(job, problem=problem))
+            jobs.append(replace(job, problem=problem, shape=shape))
         return replace(self, jobs=tuple(jobs), shapes=tuple(sorted(shapes)))
 
     def mask_of(self, job: Job, shape: tuple[int, ...]) -> Mask | None:

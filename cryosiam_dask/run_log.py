@@ -1,8 +1,8 @@
 """A log file for every run, beside its outputs: what the user was told, and what a developer asks for.
 
-``<prediction_folder>/logs/<time>_<command>_<process>.log`` holds versions, settings, devices, every step, every warning
-(also those that Python's libraries raise, here or in the workers) and every error with its traceback, which the user
-does not see. No file is ever written twice.
+``<prediction_folder>/logs/<time>_<command>_<process>.log`` holds versions, settings, devices, every tomogram, every
+warning (also those that Python's libraries raise, here or in the workers) and every error with its traceback, which the
+user does not see. No file is ever written twice.
 
 * Each line goes to the kernel at once: a run that was killed leaves everything until then.
 * A file stops growing at `LARGEST` bytes, the last part of which is kept for warnings and errors.

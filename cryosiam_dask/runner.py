@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shlex
@@ -19,7 +20,7 @@ from typing import Any, Literal
 from distributed import Client
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from cryosiam_dask.cluster import (
     DaskExecutor,
@@ -82,7 +83,7 @@ from cryosiam_dask.predictor import (
     require_precision,
     resolve_device,
 )
-from cryosiam_dask.progress import FileReporter, Reporters, make_reporter
+from cryosiam_dask.progress import FileReporter, Pace, Reporters, make_reporter
 from cryosiam_dask.report import REPORT, is_current, link_latest_log, write_report
 from cryosiam_dask.run_log import LOG, TOLD, begin_logs, logged
 from cryosiam_dask.slurm import open_slurm, read_jobs
@@ -255,6 +256,8 @@ def segment(
                     )
                 )  # fmt: skip
             else:
+                wanted = count or workers
+                say(console, f"starting {_number(wanted, 'worker')}" if wanted else "starting a worker for each GPU")
                 client = stack.enter_context(
                     open_cluster(chosen, count or workers or 0, dashboard_address=dashboard_address)
                 )
@@ -271,6 +274,8 @@ def segment(
             _log_workers(client, found_device)
             if performance_report is not None:
                 stack.enter_context(reported(client, performance_report, partial(attend, console)))
+            if any(plan.jobs for plan in plans):
+                say(console, f"loading the network{'s' * (len([plan for plan in plans if plan.jobs]) > 1)}")
             for plan in plans:
                 if plan.jobs:
                     client.register_plugin(Setup(partial(load_predictor, plan.spec(chosen))), name=f"model {plan.name}")
@@ -290,8 +295,14 @@ def segment(
                     else ""
                 ),
             )
-            reporter = Meter(Reporters(make_reporter(console, total), FileReporter(total)), client)
-            executor = DaskExecutor(client, watch=reporter.watch, say=reporter.say)
+            pace = Pace(total, _shown(plans), len(client.nthreads()))
+            reporter = Meter(Reporters(pace, make_reporter(console, pace), FileReporter(pace)), client)
+
+            def watch(step: str, seconds: float | None) -> None:
+                reporter.watch(step, seconds)
+                pace.watch(step, seconds)
+
+            executor = DaskExecutor(client, watch=watch, say=reporter.say)
             try:
                 outcomes = run(plans, reporter, device=chosen, executor=executor, timeline=timeline, stop=stop)
             finally:
@@ -309,6 +320,19 @@ def segment(
                 warned.append(sentence)
         report_on(plan.configuration, _of_stage(outcomes, plan), console, sentences if plan.jobs else None)
     return outcomes
+
+
+def _shown(plans: Sequence[RunPlan]) -> dict[str, dict[str, float]]:
+    """How many voxels the networks are shown, by tomogram and model."""
+    found: dict[str, dict[str, float]] = {}
+    for plan in plans:
+        by_shape: dict[tuple[int, ...], float] = {}
+        for job in plan.jobs:
+            if job.shape and job.problem is None:
+                if job.shape not in by_shape:
+                    by_shape[job.shape] = float(plan.blocks(job.shape).patch_count * math.prod(plan.patch))
+                found.setdefault(job.stem, {})[plan.name] = by_shape[job.shape]
+    return found
 
 
 def _of_stage(outcomes: Sequence[Outcome], plan: RunPlan) -> list[Outcome]:
@@ -618,9 +642,11 @@ def _with_predictions(
     action: Callable[..., list[Outcome]], count: int, console: Console, workers: int | None
 ) -> list[Outcome]:
     """Do something with written predictions on a cluster of CPU workers, and print what becomes of it."""
+    say(console, f"starting {_number(workers or cores(), 'worker')}")
     with open_cluster("cpu", workers or cores()) as client, forwarded_warnings(client):
         _log_workers(client, "cpu")
-        reporter = Reporters(make_reporter(console, count), FileReporter(count))
+        pace = Pace(count)
+        reporter = Reporters(pace, make_reporter(console, pace), FileReporter(pace))
         try:
             outcomes = action(reporter, executor=DaskExecutor(client))
         finally:
@@ -766,7 +792,7 @@ def print_table(console: Console, outcomes: Sequence[Outcome], told: Collection[
     wide = console if console.is_terminal else Console(emoji=False, file=console.file, width=160, quiet=console.quiet)
     brief = wide.width < _FOR_ALL
     model, shape = ("model",) if several else (), () if brief else ("shape (z, y, x)",)
-    table = Table("tomogram", *model, "status", *shape, "seconds", "found")
+    table = Table(Column("tomogram", overflow="fold"), *model, "status", *shape, "seconds", "found")
     for outcome in outcomes:
         table.add_row(
             escape(outcome.stem),
