@@ -353,7 +353,8 @@ def view(
     stem = prediction.name.removesuffix("_preds.h5")
     with layers(configuration, prediction, attend) as found:
         require_screen()
-        say(f"{stem}: {', '.join(layer.options['name'] for layer in found)}")
+        names = [str(layer.options["name"]) for layer in found]
+        say(f"{stem} is open in napari: {', '.join(names)}. Close its window to end")
         import napari
 
         show(found, f"{stem}, cryosiam-dask")
