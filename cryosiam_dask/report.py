@@ -343,7 +343,7 @@ def _look_at(configuration: Configuration, name: str) -> _Tomogram:
     except CryosiamDaskError as error:
         if path.exists():
             tomogram.status, tomogram.error = "failed", str(error)
-    tomogram.lamella, of_mask = _lamella(configuration, name)
+    tomogram.lamella, of_mask = _lamella(configuration, tomogram)
     tomogram.thickness = thickness or of_mask
     preview = preview_file(folder, name)
     if fingerprint is None or read_fingerprint(preview) == fingerprint:  # otherwise it shows other labels
@@ -361,10 +361,13 @@ def _sizes(value: object, ndim: int) -> tuple[float | None, ...]:
 def _voxels(
     path: Path, attributes: Mapping[str, Any], as_lamella: bool
 ) -> tuple[tuple[int, ...], dict[str, float | str]]:
-    """Voxels of each label of a prediction, and how thick a lamella is; counted where the file does not tell."""
+    """Voxels of each label of a prediction, and how thick a lamella is; counted where the file tells no voxels.
+
+    Of files of earlier versions, which tell voxels alone, the thickness stays unknown: counting takes seconds for each.
+    """
     known, thickness = attributes.get("voxels"), stored_thickness(attributes)
     as_lamella = as_lamella and len(open_dataset(path, "labels").shape) == 3
-    if isinstance(known, list) and all(isinstance(n, int) for n in known) and (thickness or not as_lamella):
+    if isinstance(known, list) and all(isinstance(n, int) for n in known):
         return tuple(known), thickness if as_lamella else {}
     labels = open_dataset(path, "labels")
     if labels.dtype.kind not in "biu":
@@ -407,13 +410,16 @@ class _Checked:
         return block
 
 
-def _lamella(configuration: Configuration, name: str) -> tuple[float | None, dict[str, float | str]]:
+def _lamella(configuration: Configuration, tomogram: _Tomogram) -> tuple[float | None, dict[str, float | str]]:
     """Share of a tomogram that lies within its mask, and how thick that is."""
-    path = configuration.mask_folder and configuration.mask_folder / f"{name}_preds.h5"
+    path = configuration.mask_folder and configuration.mask_folder / f"{tomogram.name}_preds.h5"
     try:
         if not path or not path.exists():
             return None, {}
-        (outside, *inside), thickness = _voxels(path, read_attributes(path), True)
+        attributes = read_attributes(path)
+        if open_dataset(path, "labels").shape == tomogram.shape:  # CryoSiam's own tell no voxel size
+            attributes.setdefault("voxel_size_angstrom", list(tomogram.voxel_size_angstrom))
+        (outside, *inside), thickness = _voxels(path, attributes, True)
     except (OSError, CryosiamDaskError):
         return None, {}  # a mask that cannot be read has failed its tomogram
     return sum(inside) / max(1, outside + sum(inside)), thickness

@@ -266,12 +266,20 @@ def test_a_lamella_model_tells_the_thickness(tmp_path: Path) -> None:
     configuration = configure(tmp_path, parameters=parameters)
     labels = np.zeros((10, 10, 20), np.uint8)
     labels[2:8, :5], labels[3:5, 5:] = 1, 1
-    for name, attributes in {"counted": {}, "told": {"thickness_voxels": (4.0, 2, 6)}}.items():
+    told = {"thickness_voxels": (4.0, 2, 6)}
+    for name, attributes in {"counted": {"voxels": None}, "told": told, "earlier version": {}}.items():
         write(tmp_path, name, labels, **attributes)
-    write(tmp_path, "unknown", labels, voxel_size_angstrom=(None, 10.0, 10.0))
+    write(tmp_path, "unknown", labels, voxel_size_angstrom=(None, 10.0, 10.0), **told)
     page = Page(write_report(configuration))
+    assert page.rows["earlier version"][5:7] == ["", "40 %"]
     assert "thickness, nm" in page.heads and "lamella" in page.heads
     assert page.rows["counted"][5:7] == page.rows["told"][5:7] == ["4 (2 to 6)", "40 %"]
+    # Of a mask of CryoSiam's, which tells nothing of itself.
+    (tmp_path / "masks").mkdir()
+    with h5py.File(tmp_path / "masks" / "told_preds.h5", "w") as file:
+        file["labels"] = labels
+    of_semantic = Page(write_report(configure(tmp_path, mask_folder=str(tmp_path / "masks"))))
+    assert of_semantic.rows["told"][5:7] == ["40 %", "4 (2 to 6)"]
     assert page.rows["unknown"][5:7] == ["4 (2 to 6) voxels", "40 %"]
 
 
