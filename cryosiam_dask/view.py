@@ -348,8 +348,8 @@ def view(
     OutputError, LabelsError, TomogramError
         See `layers`.
     """
-    require_napari()
     prediction = first_prediction(configuration, filename)
+    require_napari()
     stem = prediction.name.removesuffix("_preds.h5")
     with layers(configuration, prediction, attend) as found:
         require_screen()
