@@ -237,4 +237,4 @@ def test_what_other_programs_leave_out_is_read_from_the_tomogram(tmp_path: Path)
     export(configuration, predictions[:1], Silent(), formats=["mrc"])
     with mrcfile.open(out / "TS_labels.mrc") as mrc:
         assert mrc.voxel_size.x == pytest.approx(9.96) and mrc.header.origin.z == 70.0
-    assert re.search(r"<td[^>]*>\s*0.996\s*<", write_report(configuration).read_text())
+    assert re.search(r"<td[^>]*>\s*9.96 \(0.996\)\s*<", write_report(configuration).read_text())
