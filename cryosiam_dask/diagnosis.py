@@ -173,9 +173,16 @@ def to_write(central: tuple[float, float] | None, found: str | None) -> tuple[st
 
 
 def _told_apart(low: float, high: float) -> tuple[str, str]:
-    """Two numbers with as many digits as tell them apart."""
+    """Two numbers with as many digits as tell them apart.
+
+    Examples
+    --------
+    >>> _told_apart(-9996.3, 7653.2), _told_apart(0.123456, 0.123589)
+    (('-10000', '7650'), ('0.12346', '0.12359'))
+    """
     digits = max(3, 2 - math.floor(math.log10((high - low) / max(abs(low), abs(high)))))
-    return f"{low:.{digits}g}", f"{high:.{digits}g}"
+    low, high = (float(f"{number:.{digits}g}") for number in (low, high))
+    return f"{low:.12g}", f"{high:.12g}"
 
 
 def alike(
