@@ -311,7 +311,8 @@ def _segment(
         warned: list[str] = []
         try:
             models = read_models(config_file, model) if every else {"": read_model(config_file, model)}
-            require_paths(models, options["filename"])
+            if options["slurm"] is None:  # whose own faults are told together with these
+                require_paths(models, options["filename"])
             from cryosiam_dask.runner import segment
 
             outcomes = segment(models, console, device=device.value, stop=stop, warned=warned, **options)
