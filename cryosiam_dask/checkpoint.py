@@ -9,21 +9,21 @@ The architecture comes from the file's own description (``hyper_parameters``), t
 The weights must then fit that architecture exactly, in the parts that prediction uses; what else is in the file
 (optimizer, callbacks, projectors and predictors of the training) is ignored.
 
-torch takes seconds to load. `look_at_checkpoint`, for those who need no weights, therefore reads the file's pickle as
-a list of instructions and follows the few that build plain values; `read_checkpoint` judges whatever it cannot.
+torch takes seconds to load. `look_at_checkpoint`, for those who need no weights, therefore reads the file's pickle with
+stand-ins for the few names that such a file holds, and refuses all others; `read_checkpoint` judges whatever it cannot.
 """
 
 from __future__ import annotations
 
 import hashlib
-import pickletools
+import pickle
 import re
 import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from io import BufferedReader
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -100,7 +100,10 @@ def look_at_checkpoint(path: str | Path) -> Checkpoint:
     sha256 = _hash(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            content = _plain_content(archive)
+            (entry,) = (each for each in archive.infolist() if each.filename.endswith("/data.pkl"))
+            if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
+                raise ValueError  # torch compresses nothing, and what is packed may be of any size
+            content = _Outline(BytesIO(archive.read(entry))).load()
             architecture, patch_size, state = _described(path, content)
             if _misfits(architecture, state) or not all(_is_finite(archive, state[name]) for name in state):
                 raise ValueError
@@ -492,87 +495,43 @@ class _Weight:
 
 #: The types of numbers in torch's storages, as NumPy has them; it has none for bfloat16.
 _NUMBERS = {"Float": "<f4", "Double": "<f8", "Half": "<f2", "BFloat16": "<u2", "Long": "<i8", "Int": "<i4"}
-_TENSOR, _PARAMETER = "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"
-_MAPPINGS = {"collections OrderedDict", *(" ".join(name.rsplit(".", 1)) for kind, name in _NAMED if kind is dict)}
-_INERT = {"_codecs encode", *(" ".join(name.rsplit(".", 1)) for kind, name in _NAMED if kind is not dict)}
-_KNOWN = _MAPPINGS | _INERT | {_TENSOR, _PARAMETER} | {f"torch {number}Storage" for number in _NUMBERS}
 
 
-def _plain_content(archive: zipfile.ZipFile) -> Any:
-    """What a file holds, with a `_Weight` for each tensor.
+class _Mapping(dict[Any, Any]):
+    """Stands in for mappings that carry attributes of their own."""
 
-    Names in the pickle stay text: nothing is looked up and nothing called. A ``ValueError`` or another error is raised
-    for whatever is not known here.
-    """
-    (entry,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-    stack, marks, memo = list[Any](), list[int](), dict[Any, Any]()
-    for instruction, value, _ in pickletools.genops(archive.read(entry)):
-        match instruction.name:
-            case "PROTO":
-                pass
-            case "MARK":
-                marks.append(len(stack))
-            case "BINPUT" | "LONG_BINPUT":
-                memo[value] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[value])
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[instruction.name])
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE":
-                stack.append(value)
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(instruction.name[-1])
-                stack[-count:] = [tuple(stack[-count:])]
-            case "TUPLE" | "APPENDS" | "SETITEMS":
-                start = marks.pop()
-                items = stack[start:]
-                del stack[start:]
-                if instruction.name == "TUPLE":
-                    stack.append(tuple(items))
-                elif isinstance(stack[-1], list):
-                    stack[-1].extend(items)
-                elif isinstance(stack[-1], dict):
-                    stack[-1].update(zip(items[::2], items[1::2], strict=True))
-            case "APPEND":
-                item = stack.pop()
-                stack[-1].append(item)
-            case "SETITEM":
-                item, key = stack.pop(), stack.pop()
-                stack[-1][key] = item
-            case "GLOBAL":
-                if value not in _KNOWN:
-                    raise ValueError(value)
-                stack.append(value)
-            case "BINPERSID" | "BUILD":
-                if instruction.name == "BUILD":  # attributes, which no value here has
-                    stack.pop()
-            case "REDUCE" | "NEWOBJ":
-                arguments = stack.pop()
-                stack.append(_made(stack.pop(), arguments))
-            case "STOP":
-                return stack.pop()
-            case _:
-                raise ValueError(instruction.name)
-    raise ValueError("no end")
+    def __setstate__(self, _: object) -> None:
+        pass
 
 
-def _made(name: str, arguments: tuple[Any, ...]) -> Any:
-    """What a pickle says is made by a function or class of this name."""
-    if name in _MAPPINGS:
-        return dict(*arguments)
-    if name == _PARAMETER:
-        return arguments[0]
-    if name != _TENSOR:
-        return _Ignored()
-    (_, kind, key, _, count), offset, shape, stride, *_ = arguments
+def _weight(
+    storage: tuple[str, str, str, str, int], offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: object
+) -> _Weight:
+    """Stands in for the function that makes a tensor."""
+    kind, key, count = storage[1], storage[2], storage[4]
     end = offset + 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-    return _Weight(kind.removeprefix("torch ").removesuffix("Storage"), key, count, shape, end)
+    return _Weight(kind, key, count, shape, end)
+
+
+class _Outline(pickle.Unpickler):
+    """Reads what a file holds, with a `_Weight` for each tensor. Any name but those of stand-ins is refused."""
+
+    names: Mapping[str, Any] = {
+        **{name: _Mapping if kind is dict else kind for kind, name in _NAMED},
+        **{f"torch.{number}Storage": number for number in _NUMBERS},
+        "collections.OrderedDict": _Mapping,
+        "_codecs.encode": lambda text, _: text.encode("latin1"),  # bytes, as protocol 2 has them
+        "torch._utils._rebuild_tensor_v2": _weight,
+        "torch._utils._rebuild_parameter": lambda weight, *_: weight,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        """See `pickle.Unpickler`: the documented way to keep a pickle from anything else."""
+        return self.names[f"{module}.{name}"]
+
+    def persistent_load(self, storage: Any) -> Any:
+        """The description of a storage as it stands."""
+        return storage
 
 
 def _is_finite(archive: zipfile.ZipFile, weight: _Weight) -> bool:
