@@ -33,6 +33,7 @@ _BIN, _BINS = 3, 8  # voxels, and bins along either edge of a tile
 _TAIL = 4  # of the 64 bins of a tile, those taken for its brightest and for its darkest
 _REPEATED = 0.25  # share of a tile's voxels
 _ASYMMETRY, _STANDARD_ERRORS, _TILES = 0.05, 8.0, 32
+_MEDIAN = 0.02
 
 
 class Array(Protocol):
@@ -213,7 +214,8 @@ def contrast(sample: Sample) -> Contrast | None:
     -------
     Literal or None
         ``None`` where the mean asymmetry is below 0.05 or below eight of its standard errors, or there are fewer than
-        32 tiles. Phantoms with noise, a missing wedge, gold, ice, fringes or vacuum have 0.07 to 0.4 and more than
+        32 tiles, or where the median asymmetry, weighted likewise, is not above 0.02 to the same side: the straight edge
+        of a hole through few tiles decides the mean, not the median. Phantoms with noise, a missing wedge, gold, ice, fringes or vacuum have 0.07 to 0.4 and more than
         twelve standard errors, with the sign of their contrast; where noise hides everything it is below 0.02, and of
         noise alone below six standard errors.
 
@@ -236,7 +238,10 @@ def contrast(sample: Sample) -> Contrast | None:
     weights = np.minimum(spans, np.quantile(spans, 0.9)) / spans.max()
     mean = np.average(asymmetries, weights=weights)
     error = np.linalg.norm(weights * (asymmetries - mean)) / weights.sum()
-    if abs(mean) < max(_ASYMMETRY, _STANDARD_ERRORS * error):
+    order = np.argsort(asymmetries)
+    heavier = np.cumsum(weights[order])
+    median = asymmetries[order][np.searchsorted(heavier, heavier[-1] / 2)]
+    if abs(mean) < max(_ASYMMETRY, _STANDARD_ERRORS * error) or median * np.sign(mean) < _MEDIAN:
         return None
     return "bright on dark" if mean > 0 else "dark on bright"
 

@@ -269,14 +269,20 @@ def require_napari() -> None:
 
 
 def require_screen() -> None:
-    """Refuse to go on where Qt finds no screen.
+    """Refuse to go on where Qt finds no screen, or cannot draw there with OpenGL.
 
     Raises
     ------
     ConfigurationError
         With what Qt says.
     """
-    program = "from qtpy.QtWidgets import QApplication; QApplication([])"
+    program = """
+from qtpy.QtGui import QOpenGLContext
+from qtpy.QtWidgets import QApplication
+application = QApplication([])
+if not QOpenGLContext().create():
+    raise SystemExit("no OpenGL")
+"""
     tried = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, errors="replace", timeout=120
     )
@@ -285,6 +291,12 @@ def require_screen() -> None:
     said = [line.strip() for line in tried.stderr.splitlines() if line.strip()]
     if any("qtbindings" in line.lower() or "qtpy" in line.lower() for line in said[-1:]):
         raise ConfigurationError("napari needs Qt to draw its windows", value=said[-1], remedy=_INSTALL)
+    if said[-1:] == ["no OpenGL"]:
+        raise ConfigurationError(
+            "napari draws with OpenGL, which does not run on this screen",
+            remedy="Install Mesa's libraries of OpenGL, run it on another machine, or look at the pictures and "
+            "report.html",
+        )
     why = next((line for line in said if "display" in line.lower() or "platform plugin" in line.lower()), "none")
     raise ConfigurationError(
         "napari needs a screen",

@@ -234,6 +234,19 @@ def test_contrast_that_cannot_be_told(kind: str) -> None:
     assert contrast(sample_array(voxels.astype(np.float32))) is None
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("beside", [5, -5])
+def test_the_straight_edge_of_a_hole_does_not_decide_the_contrast(sign: int, beside: float) -> None:
+    """A third of it is a brighter or darker hole, whose edge leaves few voxels of a row of tiles on one side."""
+    phantom, rng = bright_on_dark()[30:50], np.random.default_rng(0)
+    spread = phantom.std()
+    voxels = rng.normal(phantom.mean(), 0.3 * spread, (20, 336, 336)).astype(np.float32)
+    voxels[:, 120:232, 120:232] = phantom
+    voxels[:, : 100 if beside > 0 else 92] += beside * spread
+    wrong = "dark on bright" if sign > 0 else "bright on dark"
+    assert contrast(sample_array(sign * voxels)) != wrong
+
+
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
 def test_contrast_is_told_from_a_sample(tmp_path: Path, order: tuple[int, int, int]) -> None:
     """Also where files hold other orders of the axes, are compressed or consist of chunks."""
