@@ -29,6 +29,11 @@ CLIPPED = 0.05
 SLIVER = 0.05
 #: A mask that leaves out less than this share of the tomogram keeps nothing from the model.
 UNMASKED = 0.001
+_APART = (
+    "their intensities do not fit min and max, and the tomograms differ so much that no min and max suit all. Bring "
+    "them to one range with 'cryosiam-dask processing-invert-scale', or give those of each range a YAML file of their "
+    "own"
+)
 _NUMBER = re.compile(r"[-+]?\d[\d.,]*(?:e[-+]?\d+)?")
 
 
@@ -210,14 +215,16 @@ def alike(
         return sentences, instead
     count = len(found)
     single = [scaling(f.below, f.above, f.central, minimum, maximum) for f in found]
-    ranges = [f.central for f in found if f.central is not None]
-    if all(single) and len(ranges) == count:
-        low, high = min(a for a, _ in ranges), max(b for _, b in ranges)
-        if all(b - a > SLIVER * (high - low) for a, b in ranges):  # one range suits them all
-            below, above = sum(f.below for f in found) / count, sum(f.above for f in found) / count
-            together = scaling(below, above, (low, high), minimum, maximum, "their")
-            sentences += [(sentence, count) for sentence in together]
-            instead.update(*single if together else ())
+    ranges = [f.central for f in found if f.central is not None and f.central[0] < f.central[1]]
+    low, high = min((a for a, _ in ranges), default=0.0), max((b for _, b in ranges), default=0.0)
+    one_range = all(b - a > SLIVER * (high - low) for a, b in ranges)  # that suits them all
+    if one_range and all(single) and len(ranges) == count:
+        below, above = sum(f.below for f in found) / count, sum(f.above for f in found) / count
+        together = scaling(below, above, (low, high), minimum, maximum, "their")
+        sentences += [(sentence, count) for sentence in together]
+        instead.update(*single if together else ())
+    elif not one_range and any(single):
+        sentences.append((_APART, sum(map(bool, single))))
     told = [f.contrast for f in found if f.contrast is not None]
     if len(set(told)) == 1 and 2 * len(told) >= count:
         sentences += [(sentence, len(told)) for sentence in contrast(told[0], invert)]
@@ -295,6 +302,7 @@ def blank(
     coverage: float | None = None,
     masked: bool = False,
     removed_voxels: int = 0,
+    class_names: Sequence[str] = (),
 ) -> str:
     """Say why every voxel of a segmentation is background.
 
@@ -318,6 +326,8 @@ def blank(
         Whether there is a mask at all.
     removed_voxels
         How many voxels of other labels ``postprocessing_sizes`` removed.
+    class_names
+        Of the labels from 1 on, as far as they have any.
     """
     start = "every voxel is background"
     if removed_voxels:
@@ -338,20 +348,21 @@ def blank(
         causes.append(f"{seen}, as it should be with parameters.data.min and max")
     else:
         causes.append(f"{seen}. Set parameters.data.min and max to the range of the tomogram")
-    causes.append(_probabilities(threshold, probabilities, masked))
+    causes.append(_probabilities(threshold, probabilities, masked, class_names))
     causes.append(f"Verify trained_model, which is {checkpoint}")
     if masked:
         causes.append("Check that the masks in mask_folder are not empty")
     return ". ".join(causes)
 
 
-def _probabilities(threshold: float, highest: Sequence[float] | None, masked: bool) -> str:
+def _probabilities(threshold: float, highest: Sequence[float] | None, masked: bool, names: Sequence[str]) -> str:
     """What the highest probability of each class says of the threshold."""
     if highest is None:
         return f"Lower network.threshold (now {threshold:g})"
     # With one class that is the lamella, with several the first one is the background.
     classes = [(1, highest[0])] if len(highest) == 1 else list(enumerate(highest))[1:]
-    listed = ", ".join(f"{p:.3g} for class {label}" for label, p in classes)
+    called = [*names[: len(classes)], *(f"class {label}" for label, _ in classes[len(names) :])]
+    listed = ", ".join(f"{p:.3g} for {name}" for name, (_, p) in zip(called, classes, strict=True))
     most = max(p for _, p in classes)
     text = f"The highest probability is {listed}, and network.threshold {threshold:g}"
     if most <= threshold:

@@ -213,11 +213,11 @@ def contrast(sample: Sample) -> Contrast | None:
     Returns
     -------
     Literal or None
-        ``None`` where the mean asymmetry is below 0.05 or below eight of its standard errors, or there are fewer than
-        32 tiles, or where the median asymmetry, weighted likewise, is not above 0.02 to the same side: the straight edge
-        of a hole through few tiles decides the mean, not the median. Phantoms with noise, a missing wedge, gold, ice, fringes or vacuum have 0.07 to 0.4 and more than
-        twelve standard errors, with the sign of their contrast; where noise hides everything it is below 0.02, and of
-        noise alone below six standard errors.
+        ``None`` where the mean asymmetry is below 0.05 or below eight of its standard errors, there are fewer than 32
+        tiles, or the median asymmetry, weighted likewise, is not above 0.02 to the same side: the straight edge of a
+        hole may decide the mean, not the median. Phantoms with noise, a missing wedge, gold, ice, fringes or vacuum
+        have 0.07 to 0.4 and more than twelve standard errors, with the sign of their contrast; where noise hides
+        everything it is below 0.02, and of noise alone below six standard errors.
 
     Examples
     --------

@@ -167,6 +167,8 @@ class Outcome:
         ``unit``, nm or voxels. Empty for other labels.
     components
         How many each class has, by its name, where they were numbered.
+    particles
+        How many each class has, by its name, where lists of them were written.
     """
 
     stem: str
@@ -184,17 +186,19 @@ class Outcome:
     lamella_voxels: int | None = None
     thickness: Mapping[str, float | str] = field(default_factory=dict)
     components: Mapping[str, int] = field(default_factory=dict)
+    particles: Mapping[str, int] = field(default_factory=dict)
 
     def found(self, brief: bool = False) -> list[str]:
-        """What was found, in words: a line for each class, one for the thickness and one for the components.
+        """What was found, in words: a line for each class, and one each for thickness, components and particles.
 
         `brief` lines tell one share of each class, of the lamella where there is one, and no voxels.
         """
         lines = shares(self.voxels, self.class_names, self.shape, self.lamella_voxels, brief=brief)
         if self.thickness:
             lines.append(thickness_words(self.thickness))
-        if self.components:
-            lines.append(f"components: {', '.join(counted(name, f'{n:,}') for name, n in self.components.items())}")
+        for what, counts in (("components", self.components), ("particles", self.particles)):
+            if counts:
+                lines.append(f"{what}: {', '.join(counted(name, f'{n:,}') for name, n in counts.items())}")
         return lines
 
 
@@ -859,6 +863,7 @@ def _why_blank(
         checkpoint=plan.configuration.trained_model.name,
         masked=masked,
         removed_voxels=found,
+        class_names=plan.class_names,
     )
 
 
@@ -1056,9 +1061,9 @@ def list_centers(
             executor=executor,
         )
         names = named(_names_in(attributes), max(counts, default=0))
-        numbers = [counted(names[label - 1], f"{n:,}") for label, n in counts.items()]
-        reporter.say(f"particles: {', '.join(numbers)}")
-        return Outcome(_stem(path), "done", labels.shape, warnings=tuple(_unknown_voxel_size(attributes)))
+        particles = {names[label - 1]: n for label, n in counts.items()}
+        warnings = tuple(_unknown_voxel_size(attributes))
+        return Outcome(_stem(path), "done", labels.shape, warnings=warnings, particles=particles)
 
     outcomes = _each(predictions, reporter, act, executor)
     _collect_centers(configuration, outcomes, reporter.say)

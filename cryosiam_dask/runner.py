@@ -792,15 +792,17 @@ def print_table(console: Console, outcomes: Sequence[Outcome], told: Collection[
     wide = console if console.is_terminal else Console(emoji=False, file=console.file, width=160, quiet=console.quiet)
     brief = wide.width < _FOR_ALL
     model, shape = ("model",) if several else (), () if brief else ("shape (z, y, x)",)
-    table = Table(Column("tomogram", overflow="fold"), *model, "status", *shape, "seconds", "found")
-    for outcome in outcomes:
+    found = [escape("\n".join(outcome.found(brief))) for outcome in outcomes]
+    last = ("found",) if any(found) else ()
+    table = Table(Column("tomogram", overflow="fold"), *model, "status", *shape, "seconds", *last)
+    for outcome, what in zip(outcomes, found, strict=True):
         table.add_row(
             escape(outcome.stem),
             *((outcome.stage,) if several else ()),
             outcome.status,
             *(() if brief else (" × ".join(map(str, outcome.shape)),)),
             f"{outcome.seconds:.1f}" if outcome.seconds else "",
-            escape("\n".join(outcome.found(brief))),
+            *((what,) if last else ()),
         )
     wide.print(table)
     said = ((outcome.stem, warning) for outcome in outcomes for warning in outcome.warnings)

@@ -77,6 +77,8 @@ BLANK = {"lowest": 0.0, "highest": 1.0, "clipped": (0.0, 0.0), "scale": (0, 1), 
         ({"probabilities": None}, ["Lower network.threshold (now 0.9)"], ["highest"]),
         ({"probabilities": (0.99, 0.05, 0.02), "threshold": 0.1},
          ["0.05 for class 1, 0.02 for class 2", "lower it to less than 0.05"], ["0.99"]),
+        ({"probabilities": (0.99, 0.05, 0.02), "threshold": 0.1, "class_names": ("ER / Golgi",)},
+         ["0.05 for ER / Golgi, 0.02 for class 2"], ["class 1"]),
         ({"probabilities": (1.0, 0.3, 0.02), "threshold": 0.1},
          ["background is more probable everywhere", "a lower threshold does not help"], ["lower it"]),
         ({"probabilities": (0.95,), "masked": True}, ["lies outside the mask", "masks in mask_folder"], ["lower it"]),
@@ -149,8 +151,8 @@ DARK, BRIGHT = "dark on bright", "bright on dark"
          [(3, "of their voxels"), (3, "'min: -4' and 'max: 5'"), (2, "'invert: true'")]),
         ([looked(0, 1, DARK, 0, 0), looked(0, 1, DARK, 0, 0)], [(2, "'invert: true'")]),
         ([looked(0, 1, BRIGHT, 0, 0), looked(-3, 3, DARK)], []),  # they do not agree
+        ([looked(0, 1, None, 0, 0), looked(5, 5, None, 0, 1)], []),  # nothing is in one of them
         ([looked(0, 1, DARK, 0, 0), looked(0, 1, None, 0, 0), looked(0, 1, None, 0, 0)], []),  # too few can be told
-        ([looked(-3, 3, None), looked(-3000, 3000, None)], []),  # no one range suits both
         ([looked(-3, 3, DARK)], []),
         ([], []),
     ],
@@ -162,6 +164,14 @@ def test_what_all_tomograms_share_is_said_once(found: list[Intensities], words: 
     assert bool(sentences) == bool(words) == bool(instead)
     singles = {s for f in found for s in (*scaling(f.below, f.above, f.central, 0, 1), *contrast(f.contrast, None))}
     assert instead == (singles if words else set())
+
+
+@pytest.mark.parametrize("fitting", [0, 2])
+def test_where_no_one_range_suits_all_that_is_said_beside_their_own(fitting: int) -> None:
+    found = [looked(-3, 3, None), looked(-3000, 3000, None), *[looked(0, 1, None, 0, 0)] * fitting]
+    ((sentence, count),), instead = alike(found, 0, 1, None)
+    assert count == 2 and "no min and max suit all" in sentence and "processing-invert-scale" in sentence
+    assert not instead
 
 
 def test_the_same_is_said_once_of_many() -> None:

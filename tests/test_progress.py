@@ -233,6 +233,9 @@ def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> No
     print_table(console, [Outcome(":warning:[b]", "skipped")])
     printed = capsys.readouterr().out
     assert ":x: [bold]" in printed and ":warning:[b]" in printed
+    assert "found" not in printed  # a column of what nothing is known of
+    print_table(console, [Outcome("a", "done"), Outcome("b", "done", particles={"ribosome": 1234, "class 2": 5})])
+    assert "particles: ribosome 1,234, class 2: 5" in capsys.readouterr().out
 
 
 def test_reporter_fits_the_console() -> None:
