@@ -14,10 +14,11 @@ import json
 import math
 import os
 import select
+import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from enum import StrEnum
@@ -29,7 +30,7 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 from cryosiam_dask._version import __version__
-from cryosiam_dask.errors import ClusterError, CryosiamDaskError
+from cryosiam_dask.errors import ClusterError, CryosiamDaskError, DiskError
 
 if TYPE_CHECKING:
     from cryosiam_dask.config import Configuration
@@ -576,6 +577,7 @@ def init(
         typer.Option(metavar="MODEL", help="Lamella model. Default: one nearby, or CryoSiam's."),
     ] = None,
     semantic: Annotated[str | None, typer.Option(metavar="MODEL", help="Semantic model, likewise.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Dataset of HDF5 files with more than one volume.")] = None,
 ) -> None:
     """Look at a folder of tomograms and write a pipeline.yaml for them, with comments.
 
@@ -589,12 +591,12 @@ def init(
         require_there(folder)
         from cryosiam_dask.init import MARK, summary, write_pipeline
 
-        found, text = write_pipeline(folder, output, lamella=lamella, semantic=semantic)
+        found, text = write_pipeline(folder, output, lamella=lamella, semantic=semantic, dataset=dataset)
         marks = text.count(MARK)
         lines = (
             *summary(found),
             f"wrote {output}: {marks} lines are marked {MARK}, since only you know what they ask for",
-            f"next: cryosiam-dask plan {output}",
+            f"next: cryosiam-dask plan {shlex.quote(str(output))}",
         )
         for line in lines:
             Console(emoji=False).print(line, markup=False, highlight=False, soft_wrap=True)
@@ -671,6 +673,8 @@ def convert(
             print(json.dumps(report, indent=2, allow_nan=False))
 
 
+_FAR_OFF = 0.1  # of the voxel size that was asked for
+
 InputPath = Annotated[Path, typer.Option(help="Tomogram of any format that is read here, or a folder of them.")]
 OutputPath = Annotated[Path, typer.Option(help="MRC file to write, or folder for files of the same names.")]
 
@@ -707,10 +711,15 @@ def processing_invert_scale(
         from cryosiam_dask.processing import files, invert_scale
 
         console = Console(emoji=False)
-        for source, target in files(input_path, output_path):
+
+        def prepare(source: Path, target: Path) -> None:
             bounds = invert_scale(source, target, invert=invert, lower=lower_end_percentage, upper=upper_end_percentage)
-            scaled = f", {bounds[0]:g} became 0 and {bounds[1]:g} became 1" if bounds else ""
-            _say(console, f"{target}: {'inverted' if invert else 'not inverted'}{scaled}")
+            words = ["inverted"] * invert
+            if bounds is not None:
+                words.append("{:g} became 0 and {:g} became 1".format(*(bound + 0.0 for bound in bounds)))  # no -0
+            _say(console, f"{target}: {', '.join(words) or 'intensities as they were'}")
+
+        _each(files(input_path, output_path), prepare)
 
 
 @app.command()
@@ -743,20 +752,37 @@ def match_pixel_size(
         from cryosiam_dask.processing import files, match_pixel_size, plan_resampling
 
         console = Console(emoji=False)
-        # Whatever is wrong with one of them is said before the first is begun.
-        plans = [
-            (plan_resampling(source, pixel_size, input_pixel_size), target)
-            for source, target in files(input_path, output_path)
-        ]
-        for found, target in plans:
+
+        def prepare(source: Path, target: Path) -> None:
+            found = plan_resampling(source, pixel_size, input_pixel_size)
             shapes = " to ".join(" × ".join(map(str, shape)) for shape in (found.header.shape, found.shape))
+            memory, disk = (math.ceil(number / 1e8) / 10 for number in (found.memory_bytes, found.disk_bytes))
             _say(
-                console,
-                f"{found.header.path}: {shapes} voxels, takes about {found.memory_bytes / 1e9:.1f} GB of memory and "
-                f"{found.disk_bytes / 1e9:.1f} GB beside the output",
+                console, f"{source}: {shapes} voxels, takes about {memory} GB of memory and {disk} GB beside the output"
             )
             match_pixel_size(found, target)
             _say(console, f"{target}: voxels of {' × '.join(f'{size:.3f}' for size in found.after)} Å (z, y, x)")
+            if any(abs(size / pixel_size - 1) > _FAR_OFF for size in found.after):
+                asked = f"the {pixel_size:g} Å that were asked for"
+                _say(console, f"attention: that is not {asked}, since an axis has too few voxels")
+
+        _each(files(input_path, output_path), prepare)
+
+
+def _each(pairs: Sequence[tuple[Path, Path]], prepare: Callable[[Path, Path], None]) -> None:
+    """Prepare one tomogram after the other; what is wrong with one does not keep the others from it."""
+    failed = 0
+    for pair in pairs:
+        try:
+            prepare(*pair)
+        except CryosiamDaskError as error:
+            if isinstance(error, DiskError):
+                raise
+            for line in str(error).splitlines():
+                _complain(f"error: {line}")
+            failed += 1
+    if failed:
+        raise typer.Exit(1 if failed < len(pairs) else 2)
 
 
 def _say(console: Console, line: str) -> None:

@@ -7,6 +7,7 @@ each with a comment. What no file says, such as whether the tomograms are denois
 from __future__ import annotations
 
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -17,11 +18,11 @@ import numpy as np
 
 from cryosiam_dask.config import read_pipeline
 from cryosiam_dask.diagnosis import scaling
-from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, OutputError, Problems
+from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, OutputError, Problems, not_there
 from cryosiam_dask.folders import visible
 from cryosiam_dask.intensities import Sample, contrast, intensities, sample_file
 from cryosiam_dask.mrc_to_zarr import MRC_ENDINGS, read_header
-from cryosiam_dask.published import PUBLISHED
+from cryosiam_dask.published import PUBLISHED, parse
 from cryosiam_dask.tomogram_files import HDF5_ENDINGS, TomogramHeader
 
 #: Begins a comment about what only the user knows.
@@ -36,7 +37,7 @@ _ENDINGS = (
     *(f"{ending}{packed}" for ending in MRC_ENDINGS for packed in ("", ".gz")),
     *HDF5_ENDINGS,
 )
-_OUTPUTS = ("_preds.h5", "_components.h5", "_labels.mrc")
+_OUTPUTS = ("_preds.h5", "_components.h5", "_labels.mrc")  # and <stem>__<class>.mrc
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,8 @@ class Collection:
         Of the others.
     others
         How many files have another ending, by that.
+    outputs
+        Names of files with that ending that are no tomograms, but were written by this program.
     scaling
         Intensities to become 0 and 1.
     contrast
@@ -68,13 +71,21 @@ class Collection:
     headers: tuple[TomogramHeader, ...]
     problems: tuple[CryosiamDaskError, ...]
     others: dict[str, int]
+    outputs: tuple[str, ...]
     scaling: tuple[float, float]
     contrast: str | None
     doubts: tuple[str, ...]
 
 
-def look_at_folder(folder: Path) -> Collection:
+def look_at_folder(folder: Path, dataset: str | None = None) -> Collection:
     """Look at a folder of tomograms: all headers, and the voxels of a few.
+
+    Parameters
+    ----------
+    folder
+        Where they lie.
+    dataset
+        Which dataset of HDF5 files; ``None``: the only one that can be a tomogram.
 
     Raises
     ------
@@ -84,14 +95,14 @@ def look_at_folder(folder: Path) -> Collection:
         If none of them can be read: what is wrong with each.
     """
     folder = folder.expanduser().absolute()
-    by_ending = _by_ending(folder)
+    by_ending, outputs = _by_ending(folder)
     if not by_ending:
         _refuse(folder)
     ending = max(by_ending, key=lambda each: (len(by_ending[each]), -_ENDINGS.index(each)))
     headers, problems = [], []
     for path in by_ending[ending]:
         try:
-            headers.append(read_header(path))
+            headers.append(read_header(path, dataset=dataset))
         except CryosiamDaskError as error:
             problems.append(error)
     if not headers:
@@ -109,14 +120,17 @@ def look_at_folder(folder: Path) -> Collection:
         tuple(headers),
         tuple(problems),
         {other: len(paths) for other, paths in by_ending.items() if other != ending},
+        tuple(name for name in outputs if name.endswith(ending)),
         bounds,
         known[0] if len(known) == 1 else None,
         tuple(doubts),
     )
 
 
-def _by_ending(folder: Path) -> dict[str, list[Path]]:
+def _by_ending(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
+    """The tomograms in a folder, by the endings of their names, and the names of outputs among them."""
     found: dict[str, list[Path]] = {}
+    outputs: list[str] = []
     try:
         paths = visible(folder)
     except OSError as error:
@@ -126,18 +140,25 @@ def _by_ending(folder: Path) -> dict[str, list[Path]]:
             value=error.strerror,
             remedy="Give the folder that holds the tomograms",
         ) from None
+    stems = {path.name.removesuffix(ending) for path in paths for ending in _ENDINGS}
     for path in paths:
         ending = next((each for each in _ENDINGS if path.name.endswith(each)), None)
-        if ending and not path.name.endswith(_OUTPUTS) and path.is_dir() == ending.endswith(".zarr"):
+        if not ending or path.is_dir() != ending.endswith(".zarr"):
+            continue
+        stem, mask, _ = path.name.removesuffix(ending).rpartition("__")
+        if path.name.endswith(_OUTPUTS) or (mask and stem in stems):
+            outputs.append(path.name)
+        else:
             found.setdefault(ending, []).append(path)
-    return found
+    return found, outputs
 
 
 def _refuse(folder: Path) -> None:
     below = [path for path in visible(folder) if path.is_dir() and os.access(path, os.R_OK | os.X_OK)]
-    near = next((path for path in below if _by_ending(path)), None)
+    near = next((path for path in below if _by_ending(path)[0]), None)
     raise ConfigurationError(
-        "must hold tomograms: files that end with .mrc, .rec, .map, .st, each also with .gz, .zarr, .h5 or .hdf5",
+        "must hold tomograms: files that end with .mrc, .rec, .map, .st or .ali (each also with .gz), .h5 or .hdf5, "
+        "or folders that end with .zarr",
         place=folder,
         value=f"none, but some in {near}" if near else "none",
         remedy="Give the folder that holds the tomograms",
@@ -179,7 +200,12 @@ def find_models(folders: Iterable[Path]) -> dict[str, list[Path]]:
 
 
 def write_pipeline(
-    folder: Path, output: Path, *, lamella: str | None = None, semantic: str | None = None
+    folder: Path,
+    output: Path,
+    *,
+    lamella: str | None = None,
+    semantic: str | None = None,
+    dataset: str | None = None,
 ) -> tuple[Collection, str]:
     """Write a pipeline for the tomograms of a folder.
 
@@ -192,6 +218,8 @@ def write_pipeline(
     lamella, semantic
         Values of ``trained_model``. ``None``: the only checkpoint of its kind beside the YAML file or the tomograms,
         or in a folder ``models`` there; CryoSiam's published model if there is none.
+    dataset
+        See `look_at_folder`.
 
     Returns
     -------
@@ -201,15 +229,15 @@ def write_pipeline(
     Raises
     ------
     ConfigurationError, Problems
-        See `look_at_folder`.
+        See `look_at_folder`; also if a model does not exist.
     OutputError
         If the file exists or cannot be written.
     """
     if output.exists() or output.is_symlink():
         raise _exists(output)
-    found = look_at_folder(folder)
+    models, doubts = {"lamella": _model("lamella", lamella), "semantic": _model("semantic", semantic)}, []
+    found = look_at_folder(folder, dataset)
     base = output.absolute().parent
-    models, doubts = {"lamella": lamella, "semantic": semantic}, []
     if None in models.values():
         near = find_models(each for at in (base, found.folder, found.folder.parent) for each in (at, at / "models"))
         for name, published in (("lamella", "cryosiam_lamella"), ("semantic", "cryosiam_semantic_segmentation")):
@@ -217,7 +245,7 @@ def write_pipeline(
                 models[name] = str(near[name][0]) if len(near[name]) == 1 else published
             if len(near[name]) > 1:
                 doubts.append(f"which model is meant for {name}: {', '.join(map(str, near[name]))}")
-    text = _text(found, output, {name: str(model) for name, model in models.items()}, doubts)
+    text = _text(found, output, {name: str(model) for name, model in models.items()}, dataset, doubts)
     try:
         with output.open("x", encoding="utf-8") as file:
             file.write(text)
@@ -234,6 +262,21 @@ def write_pipeline(
             "the file must be written", place=output, value=reason, remedy="Choose another one with --output"
         ) from None
     return found, text
+
+
+def _model(name: str, given: str | None) -> str | None:
+    """A value of ``trained_model``: a path absolute, so that it holds in every folder."""
+    if given is None:
+        return None
+    try:
+        model = parse(given)
+    except ValueError:
+        return given  # what is wrong with it is said as of a file
+    if not isinstance(model, Path):
+        return given
+    if not model.expanduser().exists():
+        raise ConfigurationError(not_there(model), place=f"option --{name}", remedy="Correct it, or leave it out")
+    return str(model.expanduser().absolute())
 
 
 def _exists(output: Path) -> OutputError:
@@ -262,6 +305,9 @@ def summary(found: Collection) -> list[str]:
     if found.others:
         others = ", ".join(f"{number} {ending}" for ending, number in found.others.items())
         lines.append(f"left out, since file_extension is {found.ending}: {others}")
+    if found.outputs:
+        more = f" and {len(found.outputs) - 3} more" if len(found.outputs) > 3 else ""
+        lines.append(f"left out, since they are outputs: {', '.join(found.outputs[:3])}{more}")
     if found.problems:
         lines.append(f"cannot be read: {len(found.problems)}, such as {found.problems[0]}")
     return lines
@@ -294,6 +340,8 @@ def _doubts(found: Collection) -> list[str]:
         )
     if found.contrast is None:
         doubts.append("whether dense matter is bright, as the models want it; if it is dark, set invert: True")
+    if found.outputs:
+        doubts.append("test_files, which lists the tomograms, since outputs lie among them")
     if any(len(header.shape) == 2 for header in found.headers):
         doubts.append("the images are 2-D: they need models of two dimensions and spatial_dims: 2")
     return doubts
@@ -304,7 +352,7 @@ def _quoted(text: object) -> str:
     return f"'{doubled}'"
 
 
-def _text(found: Collection, output: Path, models: dict[str, str], doubts: list[str]) -> str:
+def _text(found: Collection, output: Path, models: dict[str, str], dataset: str | None, doubts: list[str]) -> str:
     low, high = found.scaling
     predictions = output.absolute().parent / "predictions"
     images = all(len(header.shape) == 2 for header in found.headers)
@@ -312,7 +360,12 @@ def _text(found: Collection, output: Path, models: dict[str, str], doubts: list[
     scaled = "The tomograms are scaled so already." if found.scaling == (0, 1) else (
         "Between them lie all but 0.2 % of the voxels that were looked at."
     )  # fmt: skip
-    invert = found.contrast == "dark on bright"
+    # Not False, which would say that the user knows better than what a run finds.
+    invert = "True" if found.contrast == "dark on bright" else "null"
+    command = shlex.quote(str(output))
+    names = " null  # or a list of names, to begin with a few"
+    if found.outputs:
+        names = "".join(f"\n  - {_quoted(header.path.name)}" for header in found.headers)
     look = f"look {found.contrast}" if found.contrast else "do not show clearly what they are"
     data = f"""\
   parameters:
@@ -329,15 +382,16 @@ def _text(found: Collection, output: Path, models: dict[str, str], doubts: list[
         "# Made by 'cryosiam-dask init' from what lies in data_folder:",
         *(f"#   {line}" for line in summary(found)),
         "#",
-        f"# See what a run would do:  cryosiam-dask plan {output}",
-        f"# Run it:                   cryosiam-dask run {output}",
+        f"# See what a run would do:  cryosiam-dask plan {command}",
+        f"# Run it:                   cryosiam-dask run {command}",
         "# Every key: docs/configuration.md",
         "#",
         *(f"# {MARK} {mark}." for mark in marks),
         "",
         f"data_folder: {_quoted(found.folder)}",
         f"file_extension: {_quoted(found.ending)}",
-        "test_files: null  # or a list of names, to begin with a few",
+        f"test_files:{names}",
+        *([f"hdf5_dataset: {_quoted(dataset)}"] if dataset else ()),
         "",
         "lamella:",
         "  # The first model finds the lamella.",

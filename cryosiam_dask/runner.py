@@ -287,8 +287,8 @@ def segment(
             largest = max(plans, key=lambda plan: plan.bytes_per_worker)
             say(
                 console,
-                f"memory of a worker: about {largest.block_bytes / 1e9:.1f} GB for two blocks, "
-                f"{largest.network_bytes / 1e9:.1f} GB for the network"
+                f"memory of a worker: about {math.ceil(largest.block_bytes / 1e8) / 10} GB for two blocks, "
+                f"{math.ceil(largest.network_bytes / 1e8) / 10} GB for the network"
                 + (
                     f" and each of {largest.configuration.hyper_parameters.batch_size} patches, on its GPU"
                     if chosen == "cuda"

@@ -996,7 +996,7 @@ def _find_dataset(file: Any, wanted: str | None, path: Path) -> str:
             f"the dataset '{wanted}', which hdf5_dataset asks for, must be a volume of numbers",
             place=path,
             value=listed,
-            remedy="Correct hdf5_dataset",
+            remedy="Correct hdf5_dataset, or the option --dataset",
         )
     candidates = volumes[3] or volumes[2]
     if len(candidates) != 1:
@@ -1004,7 +1004,9 @@ def _find_dataset(file: Any, wanted: str | None, path: Path) -> str:
             "an HDF5 tomogram must have one dataset that can be a tomogram, or hdf5_dataset must say which",
             place=path,
             value=listed,
-            remedy="Set hdf5_dataset to its name" if candidates else "Check that this is the right file",
+            remedy="Set hdf5_dataset, or the option --dataset, to its name"
+            if candidates
+            else "Check that this is the right file",
         )
     return candidates[0]
 

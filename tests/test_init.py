@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import checkpoints
+import h5py
 import mrcfile
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def test_range_and_contrast_are_those_of_the_tomograms(
         if scaling is None:
             scaling = tuple(np.quantile(volume, (0.001, 0.999)))  # type: ignore[assignment]
         assert (data.min, data.max) == pytest.approx(scaling, rel=0.01, abs=0.01)
-        assert data.invert is invert
+        assert data.invert is (invert or None)  # False would keep a run from judging the contrast
     assert (len(found.headers), found.ending, found.doubts) == (2, ".mrc", ())
     assert text == (tmp_path / "pipeline.yaml").read_text()
     assert "the voxel size" not in text
@@ -118,7 +119,28 @@ def test_nothing_is_replaced_and_nothing_half_made(tmp_path: Path) -> None:
         write_pipeline(tmp_path, tmp_path / "nowhere" / "pipeline.yaml")
     with pytest.raises(Problems, match="cryosiam_lamella"):
         write_pipeline(tmp_path, tmp_path / "pipeline.yaml", lamella="cryosiam_lamela")
+    with pytest.raises(ConfigurationError, match=r"option --semantic: does not exist: nowhere\.ckpt"):
+        write_pipeline(tmp_path, tmp_path / "pipeline.yaml", semantic="nowhere.ckpt")
     assert not (tmp_path / "pipeline.yaml").exists()
+
+
+def test_outputs_among_the_tomograms_are_left_out(tmp_path: Path) -> None:
+    for name in ("TS_1.mrc", "TS_2__a.mrc", "TS_1_labels.mrc", "TS_1__membrane.mrc", "TS_2__a__lamella.mrc"):
+        write(tmp_path / name, BRIGHT)
+    found, _ = write_pipeline(tmp_path, tmp_path / "pipeline.yaml")
+    assert found.outputs == ("TS_1__membrane.mrc", "TS_1_labels.mrc", "TS_2__a__lamella.mrc")
+    for configuration in read_pipeline(tmp_path / "pipeline.yaml").values():
+        assert configuration.test_files == ("TS_1.mrc", "TS_2__a.mrc")
+
+
+def test_of_hdf5_files_with_several_volumes_one_is_chosen(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "TS_1.h5", "w") as file:
+        file["raw"], file["it's denoised"] = 1 - BRIGHT, BRIGHT
+    with pytest.raises(Problems, match=r"or the option --dataset, to its name"):
+        write_pipeline(tmp_path, tmp_path / "pipeline.yaml")
+    found, _ = write_pipeline(tmp_path, tmp_path / "pipeline.yaml", dataset="it's denoised")
+    assert found.contrast == "bright on dark"
+    assert {c.hdf5_dataset for c in read_pipeline(tmp_path / "pipeline.yaml").values()} == {"it's denoised"}
 
 
 def test_the_command_says_what_it_found_and_what_is_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,5 +150,9 @@ def test_the_command_says_what_it_found_and_what_is_next(tmp_path: Path, monkeyp
     assert result.exit_code == 0, result.output
     assert f"1 tomogram .mrc in {tmp_path}" in result.output and "contrast: dark on bright" in result.output
     assert "next: cryosiam-dask plan pipeline.yaml" in result.output
+    (tmp_path / "model.ckpt").touch()
+    result = CliRunner().invoke(app, ["init", "--output", "my file.yaml", "--lamella", "model.ckpt"])
+    assert "next: cryosiam-dask plan 'my file.yaml'" in result.output
+    assert read_pipeline(tmp_path / "my file.yaml")["lamella"].trained_model == tmp_path / "model.ckpt"
     result = CliRunner().invoke(app, ["init"])
     assert result.exit_code == 2 and "error: pipeline.yaml: an existing file is not replaced" in result.stderr

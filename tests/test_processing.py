@@ -211,3 +211,20 @@ def test_the_commands_take_files_and_folders_and_cryosiams_spelling(tmp_path: Pa
     assert not (tmp_path / "new").exists()
     shutil.copy(raw / "a.mrc", raw / "a.mrc.gz")
     assert "same output" in call("match-pixel-size", raw, out, "--pixel-size", 14, status=2)
+
+
+def test_a_bad_tomogram_does_not_keep_the_others_from_being_prepared(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    for name in ("a.mrc", "c.mrc"):
+        write(tmp_path / "raw" / name, np.random.default_rng(1).normal(size=(8, 10, 12)).astype(np.float32))
+    (tmp_path / "raw" / "b.mrc").write_bytes(b"no tomogram")
+    for words in (
+        ["processing-invert-scale", "--input-path", "raw", "--output-path", "out", "--invert"],
+        ["match-pixel-size", "raw", "out", "--pixel-size", "1000"],
+    ):
+        words = [str(tmp_path / word) if word in ("raw", "out") else word for word in words]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 1 and "b.mrc" in result.stderr
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.mrc", "c.mrc"]
+        shutil.rmtree(tmp_path / "out")
+    assert "not the 1000 Å that were asked for" in result.output
