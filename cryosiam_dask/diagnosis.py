@@ -337,6 +337,10 @@ def blank(
         )
     if coverage == 0:
         return f"{start}: its mask is empty. Run the lamella prediction again, or lower its network.threshold"
+    if clipped is not None and (lowest is None or highest is None):
+        return f"{start}: no voxel is a finite number. Check the file"
+    if lowest is not None and lowest == highest:
+        return f"{start}: every voxel is {lowest:g}, so that there is nothing to see. Check the file"
     minimum, maximum = scale
     causes = [start]
     range_ = "are not finite" if lowest is None or highest is None else f"run from {lowest:g} to {highest:g}"

@@ -1161,7 +1161,7 @@ def _check_network(
             ConfigurationError(
                 f"must name the model's labels from 1 on, which are {labels - 1}",
                 place="key class_names",
-                value=f"{len(names)} names, {list(names)}",
+                value=f"{len(names)} name{'s' * (len(names) != 1)}, {list(names)}",
                 remedy="Leave out the background, label 0" if len(names) == labels else "Correct it, or set it to null",
             )
         )
