@@ -275,4 +275,11 @@ class GuardedExecutor:
             raise
 
 
+def all_workers(executor: Executor) -> int:
+    """How many calls run at the same time, for whatever executors of several tomograms or models share them."""
+    while isinstance(executor, NamedExecutor | GuardedExecutor):
+        executor = executor.executor
+    return executor.workers
+
+
 SERIAL = SerialExecutor()

@@ -173,6 +173,8 @@ class Forecast:
 
     Attributes
     ----------
+    model
+        ``trained_model``: a path, or where on the Hub.
     checkpoint, checkpoint_sha256
         The model's file, and its hash.
     classes
@@ -212,6 +214,7 @@ class Forecast:
         Where that is known from.
     """
 
+    model: str
     checkpoint: Path
     checkpoint_sha256: str
     classes: int
@@ -506,6 +509,7 @@ def _stage(
             f"checkpoint's own, {list(plan.patch)}"
         )
     return Forecast(
+        model=str(configuration.trained_model),
         checkpoint=plan.checkpoint.path,
         checkpoint_sha256=plan.checkpoint.sha256,
         classes=plan.checkpoint.architecture.out_channels,

@@ -253,7 +253,7 @@ def _facts(found: Forecast) -> dict[str, str]:
         else f"masks in {', '.join(masks)}"
         if masks
         else "no masks",
-        "model": f"{found.checkpoint}, {found.classes} {'classes' if found.classes > 1 else 'class'}",
+        "model": f"{found.model}, {found.classes} {'classes' if found.classes > 1 else 'class'}",
         "patch": f"{_shape(found.patch)} voxels, halo {found.halo or 'a quarter of it'}, {found.precision}",
         "threshold": f"{found.threshold:g}",
         "intensities": f"{low:g} to {high:g} become 0 to 1" + (", inverted" if low > high else ""),

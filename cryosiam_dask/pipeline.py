@@ -70,6 +70,7 @@ from cryosiam_dask.executor import (
     NamedExecutor,
     SharedExecutor,
     TakenOver,
+    all_workers,
     lasting,
     patiently,
     wait,
@@ -345,7 +346,7 @@ def record(
     """
     values = {name: value for name, value in asdict(outcome).items() if name not in ("stem", "details")}
     values |= {"run": plan.run, "began": began, "ended": time.time()}
-    values |= {"model": plan.model, "device": device, "workers": executor.workers}
+    values |= {"model": plan.model, "device": device, "workers": all_workers(executor)}
     with suppress(OSError):
         ledger = Ledger(plan.configuration.prediction_folder, outcome.stem)
         if goes_on or (outcome.status == "failed" and _has_blocks(ledger)):

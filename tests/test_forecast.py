@@ -21,11 +21,13 @@ from hypothesis import strategies as st
 
 from cryosiam_dask.collection import run
 from cryosiam_dask.config import Configuration, read_configuration
+from cryosiam_dask.executor import GuardedExecutor, NamedExecutor, SerialExecutor
 from cryosiam_dask.forecast import Forecast, TomogramForecast, forecast, masking, pace_of_runs, unreadable
 from cryosiam_dask.grid import make_grid
 from cryosiam_dask.ledger import Ledger, read_outcomes
 from cryosiam_dask.mask import open_mask, read_mask
 from cryosiam_dask.mrc_to_zarr import convert
+from cryosiam_dask.pipeline import Outcome, record
 from cryosiam_dask.plan import plan_run
 
 SHAPE = (40, 36, 44)
@@ -118,6 +120,18 @@ def test_the_time_of_a_run_is_told_from_the_latest_like_it(folder: Path) -> None
     record("f", 0, 1, device="cuda", run="3", workers=8)
     of_gpus = pace_of_runs(plan, "cuda", None)
     assert of_gpus is not None and of_gpus.source.endswith("1 tomogram on 8 cuda workers")
+
+
+def test_the_workers_of_a_run_count_all_however_many_tomograms_share_them(folder: Path) -> None:
+    class Four(SerialExecutor):
+        workers = 4
+
+    plan = plan_run(configure(folder))
+    (folder / "out").mkdir()
+    shared = NamedExecutor(GuardedExecutor(Four(), lambda: None, lambda: 3), "lamella")
+    assert shared.workers == 2
+    record(plan, Outcome("TS_1", "done", SHAPE, 1.0), 0.0, "cpu", shared)
+    assert read_outcomes(folder / "out")["TS_1"]["workers"] == 4
 
 
 def test_what_a_biologist_wants_to_know(folder: Path) -> None:
