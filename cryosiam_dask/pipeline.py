@@ -514,8 +514,9 @@ def _segment(
         ).found
         if not found:
             warnings.append(
-                f"no lamella found: no smoothed probability lies above the threshold {plan.threshold:g}. "
-                "The labels were left as they are. Lower network.threshold, and check trained_model"
+                f"no lamella found in the smoothed probabilities, of which none lies above the threshold "
+                f"{plan.threshold:g}: the labels are as the network gave them, with rough faces and single spots. Lower "
+                "network.threshold, and check trained_model"
             )
         labels = filled
     removed, sizes = None, removal_sizes(configuration)

@@ -344,6 +344,7 @@ def test_no_lamella_keeps_the_thresholded_labels_and_warns(folder: Path) -> None
     thresholded = labels(folder)
     outcomes = segment(configure(folder, {"threshold": 0.999, "postprocessing": True}), overwrite_all=True)
     assert any("no lamella found" in warning for warning in outcomes["TS_1"].warnings)
+    assert any("the labels are as the network gave them" in warning for warning in outcomes["TS_1"].warnings)
     np.testing.assert_array_equal(labels(folder), thresholded)
 
 
