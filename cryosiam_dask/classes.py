@@ -8,7 +8,7 @@ from __future__ import annotations
 import colorsys
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 from cryosiam_dask.config import Configuration
@@ -145,6 +145,15 @@ def shares(
             told.append(f"{percentage(number / lamella_voxels)} of the lamella")
         lines.append(counted(name, told[-1] if brief else f"{number:,} ({', '.join(told)})"))
     return lines
+
+
+def are_images(shapes: Iterable[Sequence[int]]) -> bool:
+    """Whether shapes in voxels, as far as they are known, are all (y, x) and not (z, y, x).
+
+    >>> are_images([(70, 90), ()]), are_images([(5, 70, 90)]), are_images([()])
+    (True, False, False)
+    """
+    return {len(shape) for shape in shapes if shape} == {2}
 
 
 def hexadecimal(colour: RGB) -> str:

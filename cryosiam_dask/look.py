@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Column, Table
 
-from cryosiam_dask.classes import shares
+from cryosiam_dask.classes import are_images, shares
 from cryosiam_dask.diagnosis import gathered, percent
 from cryosiam_dask.errors import CryosiamDaskError, Problems
 from cryosiam_dask.folders import require_there
@@ -339,7 +339,8 @@ _ACTIONS = {"segment": "to segment", "measure": "to measure", "skip": "skipped",
 def _print_tomograms(console: Console, stages: Mapping[str, Forecast]) -> None:
     """As a table or, where it is too wide for the terminal, one tomogram below the other; what models have in common,
     once."""
-    by_stage = {stage: {t.stem: _row(t) for t in found.tomograms} for stage, found in stages.items()}
+    axes = "y, x" if are_images(t.shape for found in stages.values() for t in found.tomograms) else "z, y, x"
+    by_stage = {stage: {t.stem: _row(t, axes) for t in found.tomograms} for stage, found in stages.items()}
     stems = list(dict.fromkeys(stem for rows in by_stage.values() for stem in rows))
     names = list(next(iter(next(iter(by_stage.values())).values())))
     several = [
@@ -365,12 +366,12 @@ def _print_tomograms(console: Console, stages: Mapping[str, Forecast]) -> None:
             _print_facts(console, [(name, value) for name, value in row.items() if value])
 
 
-def _row(t: TomogramForecast) -> dict[str, str]:
+def _row(t: TomogramForecast, axes: str) -> dict[str, str]:
     central = t.intensities.central if t.intensities else None
     row = {
         "tomogram": t.stem,
         "action": _ACTIONS[t.action],
-        "shape (z, y, x)": _shape(t.shape),
+        f"shape ({axes})": _shape(t.shape),
         "voxel size (Å)": _voxel_size(t.voxel_size_angstrom) if t.shape else "",
         "central 99 %": "" if central is None else f"{central[0]:.4g} to {central[1]:.4g}",
         "contrast": (t.intensities and t.intensities.contrast) or "",

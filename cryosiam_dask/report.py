@@ -33,7 +33,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cryosiam_dask._version import __version__
-from cryosiam_dask.classes import COLOURS, given_names, hexadecimal, named, percentage
+from cryosiam_dask.classes import COLOURS, are_images, given_names, hexadecimal, named, percentage
 from cryosiam_dask.components import Blocks
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.errors import CryosiamDaskError, OutputError
@@ -519,7 +519,7 @@ def _page(configuration: Configuration, tomograms: Sequence[_Tomogram], warnings
         warnings=warnings,
         histograms=[_histogram(column, rows) for column in columns if column.histogram and _is_told(column)],
         deviations=_DEVIATIONS,
-        of_lamella=of_lamella,
+        shares_of="lamella" if of_lamella else "image" if are_images(t.shape for t in tomograms) else "volume",
     )
 
 
@@ -532,7 +532,7 @@ def _is_told(column: _Column) -> bool:
 def _columns(tomograms: Sequence[_Tomogram], names: Sequence[str], of_lamella: bool) -> list[_Column]:
     shapes = [_Cell(" × ".join(map(str, t.shape)), math.prod(t.shape) if t.shape else None) for t in tomograms]
     columns = [
-        _Column("shape (z, y, x)", 0, shapes),
+        _Column(f"shape ({'y, x' if are_images(t.shape for t in tomograms) else 'z, y, x'})", 0, shapes),
         _Column("voxel, Å (nm)", 0, [_voxel_size(t) for t in tomograms]),
     ]
     if any(t.lamella is not None for t in tomograms):

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from cryosiam_dask.classes import are_images
 from cryosiam_dask.cluster import (
     DaskExecutor,
     Setup,
@@ -791,7 +792,8 @@ def print_table(console: Console, outcomes: Sequence[Outcome], told: Collection[
     several = any(outcome.stage for outcome in outcomes)
     wide = console if console.is_terminal else Console(emoji=False, file=console.file, width=160, quiet=console.quiet)
     brief = wide.width < _FOR_ALL
-    model, shape = ("model",) if several else (), () if brief else ("shape (z, y, x)",)
+    axes = "y, x" if are_images(outcome.shape for outcome in outcomes) else "z, y, x"
+    model, shape = ("model",) if several else (), () if brief else (f"shape ({axes})",)
     found = [escape("\n".join(outcome.found(brief))) for outcome in outcomes]
     last = ("found",) if any(found) else ()
     table = Table(Column("tomogram", overflow="fold"), *model, "status", *shape, "seconds", *last)

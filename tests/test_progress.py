@@ -233,9 +233,12 @@ def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> No
     print_table(console, [Outcome(":warning:[b]", "skipped")])
     printed = capsys.readouterr().out
     assert ":x: [bold]" in printed and ":warning:[b]" in printed
+    assert "shape (z, y, x)" in printed
     assert "found" not in printed  # a column of what nothing is known of
     print_table(console, [Outcome("a", "done"), Outcome("b", "done", particles={"ribosome": 1234, "class 2": 5})])
     assert "particles: ribosome 1,234, class 2: 5" in capsys.readouterr().out
+    print_table(console, [Outcome("a", "done", (70, 90)), Outcome("b", "failed")])
+    assert "shape (y, x)" in capsys.readouterr().out
 
 
 def test_reporter_fits_the_console() -> None:

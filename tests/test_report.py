@@ -725,3 +725,13 @@ def test_browser_is_not_led_astray(browser: Any, tmp_path: Path) -> None:
     page.evaluate("document.body.append(Object.assign(document.createElement('script'), {text: 'window.pwned = 1'}))")
     assert page.evaluate("window.pwned") is None
     page.close()
+
+
+def test_shares_of_images_are_not_those_of_a_volume(tmp_path: Path) -> None:
+    configuration = configure(tmp_path)
+    write(tmp_path, "image", make_labels(0, shape=(20, 30)))
+    page = Page(write_report(configuration))
+    assert "those of the image" in page.text and "shape (y, x)" in " ".join(page.heads)
+    write(tmp_path, "volume", make_labels(0))
+    page = Page(write_report(configuration))
+    assert "those of the volume" in page.text and "shape (z, y, x)" in " ".join(page.heads)
