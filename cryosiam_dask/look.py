@@ -243,6 +243,7 @@ def _print_plan(
 
 def _facts(found: Forecast) -> dict[str, str]:
     low, high = found.scaling
+    classes = max(1, found.classes - 1)  # without the background, which models of several classes predict as well
     todo = [t for t in found.tomograms if t.action == "segment"]
     masks = sorted({str(t.mask.path.parent) for t in found.tomograms if t.mask})
     return {
@@ -253,7 +254,7 @@ def _facts(found: Forecast) -> dict[str, str]:
         else f"masks in {', '.join(masks)}"
         if masks
         else "no masks",
-        "model": f"{found.model}, {found.classes} {'classes' if found.classes > 1 else 'class'}",
+        "model": f"{found.model}, {classes} {'classes' if classes > 1 else 'class'}",
         "patch": f"{_shape(found.patch)} voxels, halo {found.halo or 'a quarter of it'}, {found.precision}",
         "threshold": f"{found.threshold:g}",
         "intensities": f"{low:g} to {high:g} become 0 to 1" + (", inverted" if low > high else ""),
@@ -436,6 +437,7 @@ _WORDS = {
     "sha256": "SHA-256",
     "checkpoint_sha256": "checkpoint SHA-256",
     "ngff_version": "NGFF version",
+    "classes": "output channels",
 }
 
 

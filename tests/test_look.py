@@ -120,6 +120,7 @@ def test_plan_of_a_pipeline(pipeline: Path) -> None:
     assert "writes, TS_1: out/lamella/TS_1_preds.h5, out/lamella/TS_1_preview.png" in done.stdout
     assert "writes, TS_1: out/semantic/TS_1_preds.h5, out/semantic/TS_1_preview.png" in done.stdout
     assert "no mask_folder is set" not in done.stdout
+    assert "lamella.ckpt, 1 class " in done.stdout and "semantic.ckpt, 2 classes" in done.stdout  # and background
     values = json.loads(printed(show_plan, pipeline / "pipeline.yaml", as_json=True))
     lamella, semantic = (values["stages"][name] for name in STAGES)
     assert (lamella["classes"], semantic["classes"]) == (1, 3) and values["problems"] == []
