@@ -6,7 +6,7 @@ The stages are functions on Dask arrays and zarr stores and can be used one by o
     import cryosiam_dask
 
     cryosiam_dask.convert("TS_01.mrc", "TS_01.zarr")
-    spec = cryosiam_dask.predictor_spec("cryosiam_semantic.ckpt")
+    spec = cryosiam_dask.predictor_spec("cryosiam_semantic_segmentation.ckpt")
     labels = cryosiam_dask.predict(da.from_zarr("TS_01.zarr"), spec)["labels"]
 
 They are imported when they are first used: torch alone takes seconds.

@@ -140,7 +140,7 @@ def _by_ending(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
             value=error.strerror,
             remedy="Give the folder that holds the tomograms",
         ) from None
-    stems = {path.name.removesuffix(ending) for path in paths for ending in _ENDINGS}
+    stems = {path.name.removesuffix(ending) for path in paths for ending in (*_ENDINGS, *_OUTPUTS)}
     for path in paths:
         ending = next((each for each in _ENDINGS if path.name.endswith(each)), None)
         if not ending or path.is_dir() != ending.endswith(".zarr"):

@@ -515,8 +515,8 @@ def _segment(
         if not found:
             warnings.append(
                 f"no lamella found in the smoothed probabilities, of which none lies above the threshold "
-                f"{plan.threshold:g}: the labels are as the network gave them, with rough faces and single spots. Lower "
-                "network.threshold, and check trained_model"
+                f"{plan.threshold:g}: the labels are as the network gave them, with rough faces and single spots. "
+                "Lower network.threshold, and check trained_model"
             )
         labels = filled
     removed, sizes = None, removal_sizes(configuration)

@@ -131,6 +131,11 @@ def test_outputs_among_the_tomograms_are_left_out(tmp_path: Path) -> None:
     assert found.outputs == ("TS_1__membrane.mrc", "TS_1_labels.mrc", "TS_2__a__lamella.mrc")
     for configuration in read_pipeline(tmp_path / "pipeline.yaml").values():
         assert configuration.test_files == ("TS_1.mrc", "TS_2__a.mrc")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "TS_1_preds.h5").touch()
+    write(tmp_path / "out" / "TS_1__membrane.mrc", BRIGHT)
+    with pytest.raises(ConfigurationError, match="must hold tomograms"):
+        look_at_folder(tmp_path / "out")
 
 
 def test_of_hdf5_files_with_several_volumes_one_is_chosen(tmp_path: Path) -> None:
