@@ -60,7 +60,7 @@ from cryosiam_dask.cluster import THREADS, DaskExecutor, Setup, join_cluster  # 
 from cryosiam_dask.config import read_configuration  # noqa: E402
 from cryosiam_dask.grid import Patch, make_grid  # noqa: E402
 from cryosiam_dask.plan import RunPlan, plan_run  # noqa: E402
-from cryosiam_dask.progress import LogReporter  # noqa: E402
+from cryosiam_dask.progress import LogReporter, Pace  # noqa: E402
 
 PATCH, BLOCK_SIZE = 16, 8  # the smallest blocks that there are: of one patch, almost all of them
 
@@ -187,7 +187,7 @@ class Watch(LogReporter):
     def __init__(
         self, folder: Path, processes: tuple[psutil.Process, psutil.Process], tomograms: int, blocks: int, kills: int
     ) -> None:
-        super().__init__(Console(file=(folder.parent / "run.log").open("w")), tomograms)
+        super().__init__(Console(file=(folder.parent / "run.log").open("w")), Pace(tomograms))
         self.folder, self.processes, self.done = folder, processes, 0
         self.running = (psutil.Process(), *processes)
         self.moments = [blocks * (i + 1) // (kills + 1) for i in range(kills)]

@@ -13,6 +13,7 @@ import asyncio
 import atexit
 import errno
 import heapq
+import importlib
 import json
 import logging
 import math
@@ -143,6 +144,7 @@ class DaskExecutor:
         self._drained = False
         self._proved = False
         client.register_plugin(_Forgetting())
+        client.register_plugin(Setup(load_tasks), name="tasks")
 
     @property
     def workers(self) -> int:
@@ -614,6 +616,22 @@ class Setup(WorkerPlugin):  # type: ignore[misc]  # untyped
     def setup(self, worker: Any) -> None:
         """See `distributed.WorkerPlugin`."""
         self.function()
+
+
+#: Where the functions come from that tasks run.
+_TASKS = (
+    "centers", "components", "formats", "intensities", "labels_to_hdf5", "lamella", "mask", "measurements",
+    "mrc_to_zarr", "ome_zarr", "preview", "zarr_to_labels",
+)  # fmt: skip
+
+
+def load_tasks() -> None:
+    """Import what tasks need, before a worker's threads do it at the same time.
+
+    Of modules that import each other, as mrcfile's do, one thread would then see another's half made.
+    """
+    for name in _TASKS:
+        importlib.import_module(f"cryosiam_dask.{name}")
 
 
 @contextmanager

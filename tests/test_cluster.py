@@ -73,6 +73,18 @@ def die_once(mark: Path, number: int) -> int:
     return number
 
 
+def loaded() -> set[str]:
+    return {name for name in sys.modules if name.startswith("cryosiam_dask.")}
+
+
+def test_workers_have_loaded_what_tasks_need_before_the_first(client: Client) -> None:
+    """Threads of a worker that import the same modules at the same time see each other's half made."""
+    DaskExecutor(client)
+    for found in client.run(loaded).values():
+        assert {"cryosiam_dask.mrc_to_zarr", "cryosiam_dask.zarr_to_labels", "cryosiam_dask.labels_to_hdf5"} <= found
+        assert {f"cryosiam_dask.{name}" for name in cluster._TASKS} <= found
+
+
 class Fatal:
     """A result that kills its worker process when it is first fetched, after the call itself has ended well."""
 
