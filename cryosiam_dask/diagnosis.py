@@ -108,7 +108,7 @@ sees next to no contrast. Write below parameters.data 'min: 0.48' and 'max: 0.51
     low, high = central
     if low == high:
         return (f"almost all voxels are {low:g}: there is nothing to see. Check the file",)
-    between = " and ".join(_told_apart(low, high))
+    between = " and ".join(told_apart(low, high))
     remedy = "Write below parameters.data " + " and ".join(f"'{line}'" for line in to_write(central, None))
     if below + above > CLIPPED:
         return (
@@ -172,17 +172,17 @@ def to_write(central: tuple[float, float] | None, found: str | None) -> tuple[st
     """
     lines: tuple[str, ...] = ()
     if central is not None and central[0] < central[1]:
-        low, high = _told_apart(*central)
+        low, high = told_apart(*central)
         lines = (f"min: {low}", f"max: {high}")
     return (*lines, "invert: true") if found == "dark on bright" else lines
 
 
-def _told_apart(low: float, high: float) -> tuple[str, str]:
+def told_apart(low: float, high: float) -> tuple[str, str]:
     """Two numbers with as many digits as tell them apart.
 
     Examples
     --------
-    >>> _told_apart(-9996.3, 7653.2), _told_apart(0.123456, 0.123589)
+    >>> told_apart(-9996.3, 7653.2), told_apart(0.123456, 0.123589)
     (('-10000', '7650'), ('0.12346', '0.12359'))
     """
     digits = max(3, 2 - math.floor(math.log10((high - low) / max(abs(low), abs(high)))))

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from cryosiam_dask.config import read_pipeline
-from cryosiam_dask.diagnosis import scaling
+from cryosiam_dask.diagnosis import scaling, told_apart
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, OutputError, Problems, not_there
 from cryosiam_dask.folders import visible
 from cryosiam_dask.intensities import Sample, contrast, intensities, sample_file
@@ -175,11 +175,11 @@ def _scaling(samples: Sequence[Sample]) -> tuple[tuple[float, float], list[str]]
     if not len(bounds) or (bounds[:, 0] == bounds[:, 1]).any():
         return (0.0, 1.0), ["some of the tomograms are empty: all their voxels are the same or no finite number"]
     low, high = np.median(bounds, axis=0)
-    digits = max(3, 2 - int(np.floor(np.log10((high - low) / max(abs(low), abs(high))))))
     spans = bounds[:, 1] - bounds[:, 0]
     apart = spans.max() > 2 * spans.min() or np.ptp(bounds[:, 0]) > spans.min()
     doubts = ["the tomograms differ in the range of their intensities: scale them alike first"] if apart else []
-    return (float(f"{low:.{digits}g}"), float(f"{high:.{digits}g}")), doubts
+    low, high = map(float, told_apart(low, high))
+    return (low, high), doubts
 
 
 def find_models(folders: Iterable[Path]) -> dict[str, list[Path]]:
@@ -371,8 +371,8 @@ def _text(found: Collection, output: Path, models: dict[str, str], dataset: str 
   parameters:
     data:
       # Intensities that become 0 and 1. {scaled}
-      min: {low:g}
-      max: {high:g}
+      min: {low:.12g}
+      max: {high:.12g}
       # The models want dense matter bright on dark. These tomograms {look}.
       invert: {invert}
     network:

@@ -58,6 +58,14 @@ def test_range_and_contrast_are_those_of_the_tomograms(
     assert "the voxel size" not in text
 
 
+def test_a_narrow_range_far_from_zero_is_written_with_enough_digits(tmp_path: Path) -> None:
+    volume = (1e6 + 50 * BRIGHT).astype(np.float32)
+    write(tmp_path / "TS_1.mrc", volume)
+    write_pipeline(tmp_path, tmp_path / "pipeline.yaml")
+    data = read_pipeline(tmp_path / "pipeline.yaml")["semantic"].parameters.data
+    assert (data.min, data.max) == pytest.approx(tuple(np.quantile(volume, (0.001, 0.999))), rel=1e-6, abs=0)
+
+
 def test_models_nearby_are_taken_and_the_plan_accepts_the_file(tmp_path: Path) -> None:
     write(tmp_path / "data" / "it's TS 1.mrc", BRIGHT, voxel_size=14)
     one = Architecture(**{**{n: getattr(checkpoints.SMALL, n) for n in checkpoints.SMALL.__slots__}, "out_channels": 1})
