@@ -21,9 +21,9 @@ from cryosiam_dask.diagnosis import scaling, told_apart
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, OutputError, Problems, not_there
 from cryosiam_dask.folders import visible
 from cryosiam_dask.intensities import Sample, contrast, intensities, sample_file
-from cryosiam_dask.mrc_to_zarr import MRC_ENDINGS, read_header
+from cryosiam_dask.mrc_to_zarr import TOMOGRAM_ENDINGS, read_header
 from cryosiam_dask.published import PUBLISHED, parse
-from cryosiam_dask.tomogram_files import HDF5_ENDINGS, TomogramHeader
+from cryosiam_dask.tomogram_files import TomogramHeader
 
 #: Begins a comment about what only the user knows.
 MARK = "CHECK:"
@@ -31,12 +31,6 @@ MARK = "CHECK:"
 _QUANTILES = (0.001, 0.999)
 _SAMPLED = 5  # tomograms whose voxels are looked at, evenly spread over the collection
 _FAR_OFF = 0.2  # of a voxel size: the models were made for another one
-_ENDINGS = (
-    ".ome.zarr",
-    ".zarr",
-    *(f"{ending}{packed}" for ending in MRC_ENDINGS for packed in ("", ".gz")),
-    *HDF5_ENDINGS,
-)
 _OUTPUTS = ("_preds.h5", "_components.h5", "_labels.mrc")  # and <stem>__<class>.mrc
 
 
@@ -98,7 +92,7 @@ def look_at_folder(folder: Path, dataset: str | None = None) -> Collection:
     by_ending, outputs = _by_ending(folder)
     if not by_ending:
         _refuse(folder)
-    ending = max(by_ending, key=lambda each: (len(by_ending[each]), -_ENDINGS.index(each)))
+    ending = max(by_ending, key=lambda each: (len(by_ending[each]), -TOMOGRAM_ENDINGS.index(each)))
     headers, problems = [], []
     for path in by_ending[ending]:
         try:
@@ -140,9 +134,9 @@ def _by_ending(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
             value=error.strerror,
             remedy="Give the folder that holds the tomograms",
         ) from None
-    stems = {path.name.removesuffix(ending) for path in paths for ending in (*_ENDINGS, *_OUTPUTS)}
+    stems = {path.name.removesuffix(ending) for path in paths for ending in (*TOMOGRAM_ENDINGS, *_OUTPUTS)}
     for path in paths:
-        ending = next((each for each in _ENDINGS if path.name.endswith(each)), None)
+        ending = next((each for each in TOMOGRAM_ENDINGS if path.name.endswith(each)), None)
         if not ending or path.is_dir() != ending.endswith(".zarr"):
             continue
         stem, mask, _ = path.name.removesuffix(ending).rpartition("__")

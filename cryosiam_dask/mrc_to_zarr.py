@@ -62,6 +62,10 @@ _LARGEST_AXIS = 65535  # byte-swapped sizes are always larger than this, real on
 _IMOD_STAMP = 1146047817
 #: Of names of MRC files.
 MRC_ENDINGS = (".mrc", ".rec", ".map", ".st", ".mrcs", ".ali", ".preali")
+#: Of all names that a tomogram may have; what it is, is told by its content.
+TOMOGRAM_ENDINGS = (
+    ".ome.zarr", ".zarr", *(f"{ending}{packed}" for ending in MRC_ENDINGS for packed in ("", ".gz")), *HDF5_ENDINGS
+)  # fmt: skip
 #: Files of other kinds that carry a tomogram's name, by their first bytes.
 _SIGNATURES = {
     b"II*\0": "TIFF",

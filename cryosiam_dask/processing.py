@@ -24,7 +24,7 @@ from cryosiam_dask.errors import OutputError, TomogramError, not_written
 from cryosiam_dask.folders import visible
 from cryosiam_dask.labels_to_hdf5 import write_mrc_floats
 from cryosiam_dask.ledger import part_name
-from cryosiam_dask.mrc_to_zarr import MRC_ENDINGS, ingest, read_header, read_part
+from cryosiam_dask.mrc_to_zarr import MRC_ENDINGS, TOMOGRAM_ENDINGS, ingest, read_header, read_part
 from cryosiam_dask.percentiles import Region, percentiles
 from cryosiam_dask.tomogram_files import HDF5_ENDINGS, TomogramHeader, Voxels, is_zarr
 
@@ -53,8 +53,7 @@ def files(source: Path, target: Path) -> list[tuple[Path, Path]]:
         return [(source, target / _name(source) if target.is_dir() and not is_zarr(target) else target)]
     if not source.is_dir():
         raise TomogramError("does not exist", place=source, remedy="Give a tomogram, or a folder of tomograms")
-    endings = (*MRC_ENDINGS, *(f"{ending}.gz" for ending in MRC_ENDINGS), *HDF5_ENDINGS, ".zarr")
-    found = {path: target / _name(path) for path in visible(source) if path.name.endswith(endings)}
+    found = {path: target / _name(path) for path in visible(source) if path.name.endswith(TOMOGRAM_ENDINGS)}
     if not found:
         raise TomogramError("must hold tomograms", place=source, remedy="Give a tomogram, or a folder of tomograms")
     twice = [path for path, count in Counter(found.values()).items() if count > 1]
