@@ -144,7 +144,7 @@ class DaskExecutor:
         self._drained = False
         self._proved = False
         client.register_plugin(_Forgetting())
-        client.register_plugin(Setup(load_tasks), name="tasks")
+        register_in_workers(client, Setup(load_tasks), "tasks")
 
     @property
     def workers(self) -> int:
@@ -618,6 +618,27 @@ class Setup(WorkerPlugin):  # type: ignore[misc]  # untyped
         self.function()
 
 
+def register_in_workers(client: Client, plugin: WorkerPlugin, name: str) -> None:
+    """Register a plugin in all workers, those that come later included.
+
+    Dask gives up where a worker dies while it is told of the plugin, and the workers after that one may not hear of it:
+    all are then told again.
+
+    Raises
+    ------
+    OSError
+        If the scheduler is gone.
+    """
+    for seconds in (0.1, 0.5, 2.0):
+        try:
+            client.register_plugin(plugin, name=name)
+        except CommClosedError:
+            time.sleep(seconds)
+        else:
+            return
+    client.register_plugin(plugin, name=name)
+
+
 #: Where the functions come from that tasks run.
 _TASKS = (
     "centers", "components", "formats", "intensities", "labels_to_hdf5", "lamella", "mask", "measurements",
@@ -691,7 +712,7 @@ def open_cluster(
             options |= {"n_workers": workers, "threads_per_worker": THREADS, "processes": True}
             cluster = _started(lambda: LocalCluster(security=Security.temporary(), **options))
     with dask.config.set(settings), cluster, Client(cluster, set_as_default=False) as client:
-        client.register_plugin(Setup(leave_at_once), name="leave")
+        register_in_workers(client, Setup(leave_at_once), "leave")
         yield client
 
 
@@ -967,7 +988,7 @@ def _as_text(record: logging.LogRecord) -> bool:
 @contextmanager
 def forwarded_warnings(client: Client) -> Iterator[None]:
     """Log here, meanwhile, the warnings that Python's libraries raise in the workers."""
-    client.register_plugin(_LoggedWarnings(), name="warnings")
+    register_in_workers(client, _LoggedWarnings(), "warnings")
     client.forward_logging("py.warnings")
     try:
         yield

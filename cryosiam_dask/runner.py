@@ -33,6 +33,7 @@ from cryosiam_dask.cluster import (
     join_cluster,
     memory_of_workers,
     open_cluster,
+    register_in_workers,
     reported,
     versions,
     who_else_enters,
@@ -279,7 +280,8 @@ def segment(
                 say(console, f"loading the network{'s' * (len([plan for plan in plans if plan.jobs]) > 1)}")
             for plan in plans:
                 if plan.jobs:
-                    client.register_plugin(Setup(partial(load_predictor, plan.spec(chosen))), name=f"model {plan.name}")
+                    setup = Setup(partial(load_predictor, plan.spec(chosen)))
+                    register_in_workers(client, setup, f"model {plan.name}")
             say(
                 console,
                 f"{_number(total, 'tomogram')} on {_number(len(client.nthreads()), f'{chosen} worker')}; "

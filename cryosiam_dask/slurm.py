@@ -38,6 +38,7 @@ from cryosiam_dask.cluster import (
     Setup,
     leave_at_once,
     own_settings,
+    register_in_workers,
     require_own_address,
     require_versions,
 )
@@ -143,7 +144,7 @@ def open_slurm(
             ) from None
         stack.enter_context(cluster)
         client = stack.enter_context(Client(cluster, set_as_default=False))
-        client.register_plugin(Setup(leave_at_once), name="leave")
+        register_in_workers(client, Setup(leave_at_once), "leave")
         count = math.ceil(workers / section["processes"])
         cluster.scale(jobs=count)
         say(f"{count} Slurm {'jobs' if count > 1 else 'job'} submitted; the run begins with the first worker")

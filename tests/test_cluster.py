@@ -30,7 +30,7 @@ from distributed.comm import connect
 from tornado.web import RequestHandler
 
 from cryosiam_dask import cluster
-from cryosiam_dask.cluster import DaskExecutor, Setup, ask, describe_devices, open_cluster
+from cryosiam_dask.cluster import DaskExecutor, Setup, ask, describe_devices, open_cluster, register_in_workers
 from cryosiam_dask.errors import (
     ClusterError,
     CryosiamDaskError,
@@ -416,6 +416,23 @@ def test_a_worker_whose_replacement_takes_long_is_not_given_up() -> None:
         (before,) = client.run(os.getpid).values()
         os.kill(before, signal.SIGKILL)
         assert set(DaskExecutor(client).map(process, range(4), name="process")) != {before}
+
+
+def mark_process_or_die(folder: Path) -> None:
+    try:
+        (folder / "died").touch(exist_ok=False)
+    except FileExistsError:
+        mark_process(folder)
+    else:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_of_a_plugin_does_not_keep_it_from_the_others(tmp_path: Path) -> None:
+    with open_cluster("cpu", 2, dashboard_address="127.0.0.1:0") as client:
+        register_in_workers(client, Setup(partial(mark_process_or_die, tmp_path)), "mark")
+        client.wait_for_workers(2)
+        running = {str(process) for process in client.run(os.getpid).values()}
+        assert {path.name for path in tmp_path.iterdir()} == running | {"died"}
 
 
 def test_what_cannot_be_recorded_ends_its_step_alone(client: Client) -> None:
