@@ -23,10 +23,10 @@ import dask.array as da
 import numpy as np
 from bench_inference import machine
 
+from cryosiam_dask.core.phantom import dice, make_phantom
 from cryosiam_dask.errors import DeviceError
-from cryosiam_dask.phantom import dice, make_phantom
-from cryosiam_dask.predictor import PredictorSpec, load_predictor, predictor_spec
-from cryosiam_dask.zarr_to_labels import predict
+from cryosiam_dask.model.predictor import PredictorSpec, load_predictor, predictor_spec
+from cryosiam_dask.stages.predict import predict
 
 SEED = 11  # neither trained on nor part of the demo
 
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.quick:
         options.shape = [48, 64, 64]
     described = machine(options.device)
-    with as_file(files("cryosiam_dask") / "models" / "demo_semantic.ckpt") as checkpoint:
+    with as_file(files("cryosiam_dask") / "data" / "models" / "demo_semantic.ckpt") as checkpoint:
         rows = compare(checkpoint, tuple(options.shape), options.device)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)

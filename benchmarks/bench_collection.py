@@ -55,12 +55,13 @@ from bench_inference import machine  # noqa: E402
 from bench_overhead import make_tomogram  # noqa: E402
 from checkpoints import SMALL, write  # noqa: E402  # a checkpoint of CryoSiam's format with random weights
 
-from cryosiam_dask import collection, zarr_to_labels  # noqa: E402
-from cryosiam_dask.cluster import THREADS, DaskExecutor, Setup, join_cluster  # noqa: E402
 from cryosiam_dask.config import read_configuration  # noqa: E402
-from cryosiam_dask.grid import Patch, make_grid  # noqa: E402
-from cryosiam_dask.plan import RunPlan, plan_run  # noqa: E402
-from cryosiam_dask.progress import LogReporter, Pace  # noqa: E402
+from cryosiam_dask.core.grid import Patch, make_grid  # noqa: E402
+from cryosiam_dask.runs import collection  # noqa: E402
+from cryosiam_dask.runs.cluster import THREADS, DaskExecutor, Setup, join_cluster  # noqa: E402
+from cryosiam_dask.runs.plan import RunPlan, plan_run  # noqa: E402
+from cryosiam_dask.runs.progress import LogReporter, Pace  # noqa: E402
+from cryosiam_dask.stages import predict as zarr_to_labels  # noqa: E402
 
 PATCH, BLOCK_SIZE = 16, 8  # the smallest blocks that there are: of one patch, almost all of them
 
@@ -114,7 +115,9 @@ def serve(address: str, workers: int) -> None:
     from distributed import Nanny
     from distributed.utils import get_mp_context
 
-    get_mp_context().set_forkserver_preload(["distributed", "cryosiam_dask.cluster", "cryosiam_dask.pipeline"])
+    get_mp_context().set_forkserver_preload(
+        ["distributed", "cryosiam_dask.runs.cluster", "cryosiam_dask.runs.tomogram"]
+    )
 
     async def nannies() -> None:
         started = [

@@ -22,10 +22,10 @@ import dask.array as da
 import numpy as np
 import zarr
 
-from cryosiam_dask import zarr_to_labels
-from cryosiam_dask.cluster import DaskExecutor, open_cluster
-from cryosiam_dask.grid import Patch, make_grid
-from cryosiam_dask.predictor import PredictorSpec
+from cryosiam_dask.core.grid import Patch, make_grid
+from cryosiam_dask.model.predictor import PredictorSpec
+from cryosiam_dask.runs.cluster import DaskExecutor, open_cluster
+from cryosiam_dask.stages import predict as zarr_to_labels
 
 
 class NullPredictor:

@@ -46,13 +46,13 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from checkpoints import write  # a checkpoint of CryoSiam's format with random weights
 
-from cryosiam_dask.checkpoint import read_checkpoint
-from cryosiam_dask.cluster import DaskExecutor, open_cluster
-from cryosiam_dask.grid import Grid, block_size_for, make_grid
-from cryosiam_dask.mask import Mask, open_mask
-from cryosiam_dask.network import Architecture, Network, build_network
-from cryosiam_dask.predictor import PredictorSpec, predictor_spec
-from cryosiam_dask.zarr_to_labels import StoredPrediction, create_outputs, predict_store
+from cryosiam_dask.core.grid import Grid, block_size_for, make_grid
+from cryosiam_dask.files.mask import Mask, open_mask
+from cryosiam_dask.model.checkpoint import read_checkpoint
+from cryosiam_dask.model.network import Architecture, Network, build_network
+from cryosiam_dask.model.predictor import PredictorSpec, predictor_spec
+from cryosiam_dask.runs.cluster import DaskExecutor, open_cluster
+from cryosiam_dask.stages.predict import StoredPrediction, create_outputs, predict_store
 
 THRESHOLD = 0.1
 
@@ -260,7 +260,7 @@ def bench(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 def _warm(spec: PredictorSpec) -> None:
     """Load the network, as a run does before its first block."""
-    from cryosiam_dask.predictor import load_predictor
+    from cryosiam_dask.model.predictor import load_predictor
 
     load_predictor(spec)
 

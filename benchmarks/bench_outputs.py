@@ -33,11 +33,12 @@ from bench_inference import architecture, machine  # noqa: E402
 from bench_overhead import Quiet  # noqa: E402
 from checkpoints import write  # noqa: E402  # a checkpoint of CryoSiam's format with random weights
 
-from cryosiam_dask import collection, pipeline  # noqa: E402
 from cryosiam_dask.config import read_configuration  # noqa: E402
-from cryosiam_dask.ome_zarr import write_ome_zarr  # noqa: E402
-from cryosiam_dask.plan import plan_run  # noqa: E402
-from cryosiam_dask.preview import write_preview  # noqa: E402
+from cryosiam_dask.runs import collection  # noqa: E402
+from cryosiam_dask.runs import tomogram as pipeline  # noqa: E402
+from cryosiam_dask.runs.plan import plan_run  # noqa: E402
+from cryosiam_dask.stages.ome_zarr import write_ome_zarr  # noqa: E402
+from cryosiam_dask.stages.preview import write_preview  # noqa: E402
 
 TILE = 128
 

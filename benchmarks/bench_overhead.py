@@ -40,12 +40,14 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tes
 from bench_inference import machine  # noqa: E402
 from checkpoints import SMALL, write  # noqa: E402  # a checkpoint of CryoSiam's format with random weights
 
-from cryosiam_dask import collection, pipeline, zarr_to_labels  # noqa: E402
-from cryosiam_dask.cluster import DaskExecutor, open_cluster  # noqa: E402
 from cryosiam_dask.config import read_configuration  # noqa: E402
-from cryosiam_dask.grid import Patch  # noqa: E402
-from cryosiam_dask.plan import plan_run  # noqa: E402
-from cryosiam_dask.timeline import busy_share  # noqa: E402
+from cryosiam_dask.core.grid import Patch  # noqa: E402
+from cryosiam_dask.runs import collection  # noqa: E402
+from cryosiam_dask.runs import tomogram as pipeline  # noqa: E402
+from cryosiam_dask.runs.cluster import DaskExecutor, open_cluster  # noqa: E402
+from cryosiam_dask.runs.plan import plan_run  # noqa: E402
+from cryosiam_dask.stages import predict as zarr_to_labels  # noqa: E402
+from cryosiam_dask.stages.timeline import busy_share  # noqa: E402
 
 
 class NullPredictor:

@@ -29,10 +29,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from bench_inference import THRESHOLD, _warm, architecture, machine
 from checkpoints import write
 
-from cryosiam_dask.cluster import DaskExecutor, open_cluster
-from cryosiam_dask.grid import block_size_for, make_grid
-from cryosiam_dask.predictor import predictor_spec
-from cryosiam_dask.zarr_to_labels import StoredPrediction, create_outputs, predict_store
+from cryosiam_dask.core.grid import block_size_for, make_grid
+from cryosiam_dask.model.predictor import predictor_spec
+from cryosiam_dask.runs.cluster import DaskExecutor, open_cluster
+from cryosiam_dask.stages.predict import StoredPrediction, create_outputs, predict_store
 
 
 def grown(base: tuple[int, ...], times: int) -> tuple[int, ...]:

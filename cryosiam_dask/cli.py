@@ -34,7 +34,7 @@ from cryosiam_dask.errors import ClusterError, CryosiamDaskError, DiskError
 
 if TYPE_CHECKING:
     from cryosiam_dask.config import Configuration
-    from cryosiam_dask.pipeline import Outcome
+    from cryosiam_dask.runs.tomogram import Outcome
 
 #: Of CryoSiam's own commands that have another name here.
 _RENAMED = {"semantic-postprocessing": "semantic-postprocess"}
@@ -306,7 +306,7 @@ def _segment(
     with _plain_errors(drains=True) as stop:
         # What takes long to load comes after what a user may have mistyped.
         from cryosiam_dask.config import read_model, read_models
-        from cryosiam_dask.plan import require_paths
+        from cryosiam_dask.runs.plan import require_paths
 
         console = _console(quiet, verbose, as_json)
         warned: list[str] = []
@@ -314,7 +314,7 @@ def _segment(
             models = read_models(config_file, model) if every else {"": read_model(config_file, model)}
             if options["slurm"] is None:  # whose own faults are told together with these
                 require_paths(models, options["filename"])
-            from cryosiam_dask.runner import segment
+            from cryosiam_dask.commands.segment import segment
 
             outcomes = segment(models, console, device=device.value, stop=stop, warned=warned, **options)
         except CryosiamDaskError as error:
@@ -338,7 +338,7 @@ def status(
     Example: cryosiam-dask status --config-file configs/pipeline.yaml --json
     """
     with _plain_errors(writes=False):
-        from cryosiam_dask.overview import print_overview
+        from cryosiam_dask.commands.status import print_overview
 
         print_overview(config_file, Console(emoji=False), model=model, as_json=as_json)
 
@@ -359,7 +359,7 @@ def semantic_postprocess(
     """
     with _plain_errors():
         configuration = _predicted(config_file, model, filename, sizes=True)
-        from cryosiam_dask.runner import postprocess_again
+        from cryosiam_dask.commands.segment import postprocess_again
 
         console = _console(quiet, verbose, as_json)
         _exit(postprocess_again(configuration, console, filename=filename, workers=workers), as_json=as_json)
@@ -381,7 +381,7 @@ def components(
     """
     with _plain_errors():
         configuration = _predicted(config_file, model, filename)
-        from cryosiam_dask.runner import measure_predictions
+        from cryosiam_dask.commands.segment import measure_predictions
 
         console = _console(quiet, verbose, as_json)
         _exit(measure_predictions(configuration, console, filename=filename, workers=workers), as_json=as_json)
@@ -415,7 +415,7 @@ def semantic_to_centers(
     """
     with _plain_errors():
         configuration = _predicted(config_file, model, filename)
-        from cryosiam_dask.runner import list_particles
+        from cryosiam_dask.commands.segment import list_particles
 
         console = _console(quiet, verbose, as_json)
         outcomes = list_particles(
@@ -438,12 +438,12 @@ def report(config_file: ConfigFile, model: Model = None) -> None:
     """
     with _plain_errors():
         from cryosiam_dask.config import read_model
-        from cryosiam_dask.folders import without_predictions
+        from cryosiam_dask.files.folders import without_predictions
 
         configuration = read_model(config_file, model)
         if not configuration.prediction_folder.exists():
             raise without_predictions(configuration.prediction_folder)
-        from cryosiam_dask.runner import report_again
+        from cryosiam_dask.commands.segment import report_again
 
         report_again(configuration, Console(emoji=False))
 
@@ -473,7 +473,7 @@ def export(
     """
     with _plain_errors():
         configuration = _predicted(config_file, model, filename)
-        from cryosiam_dask.runner import export_predictions
+        from cryosiam_dask.commands.segment import export_predictions
 
         names = [each.value for each in formats or ()]
         console = _console(quiet, verbose, as_json)
@@ -499,7 +499,7 @@ def view(
         from cryosiam_dask.config import read_model
 
         configuration = read_model(config_file, model)
-        from cryosiam_dask.view import view
+        from cryosiam_dask.commands.view import view
 
         view(configuration, print, lambda message: _complain(f"attention: {message}"), filename=filename)
 
@@ -533,9 +533,9 @@ def plan(
     Example: cryosiam-dask plan --config-file configs/config_semantic.yaml --json > plan.json
     """
     with _plain_errors(writes=False):
+        from cryosiam_dask.commands.plan import show_plan
         from cryosiam_dask.config import read_models
-        from cryosiam_dask.look import show_plan
-        from cryosiam_dask.plan import require_paths
+        from cryosiam_dask.runs.plan import require_paths
 
         if not as_json:  # where all problems are printed, whatever that takes
             require_paths(read_models(config_file, model), filename)
@@ -561,7 +561,7 @@ def info(
     Example: cryosiam-dask info TS_01.mrc --json
     """
     with _plain_errors(writes=False):
-        from cryosiam_dask.look import show_files
+        from cryosiam_dask.commands.plan import show_files
 
         show_files(paths, Console(emoji=False), as_json=as_json)
 
@@ -586,10 +586,10 @@ def init(
     Example: cryosiam-dask init /data/dataset1/denoised --semantic models/semantic.ckpt --output dataset1.yaml
     """
     with _plain_errors():
-        from cryosiam_dask.folders import require_there
+        from cryosiam_dask.files.folders import require_there
 
         require_there(folder)
-        from cryosiam_dask.init import MARK, summary, write_pipeline
+        from cryosiam_dask.commands.init import MARK, summary, write_pipeline
 
         found, text = write_pipeline(folder, output, lamella=lamella, semantic=semantic, dataset=dataset)
         marks = text.count(MARK)
@@ -619,7 +619,7 @@ def models(
     Example: cryosiam-dask models --fetch cryosiam_lamella --fetch cryosiam_semantic_segmentation
     """
     with _plain_errors():
-        from cryosiam_dask import published
+        from cryosiam_dask.model import published
 
         for model in [published.find(name.replace("-", "_")) for name in fetch or ()]:
             published.fetch(model.source)
@@ -660,10 +660,10 @@ def convert(
     Example: cryosiam-dask convert run.ome.zarr TS_01.zarr --level 1 --json
     """
     with _plain_errors():
-        from cryosiam_dask.folders import require_there
+        from cryosiam_dask.files.folders import require_there
 
         require_there(source)
-        from cryosiam_dask.runner import convert_file
+        from cryosiam_dask.commands.segment import convert_file
 
         report = convert_file(
             source, target, _console(quiet, False, as_json), level=level, dataset=dataset, overwrite=overwrite,
@@ -705,10 +705,10 @@ def processing_invert_scale(
     --lower-end-percentage 0.1 --upper-end-percentage 99.9
     """
     with _plain_errors():
-        from cryosiam_dask.folders import require_there
+        from cryosiam_dask.files.folders import require_there
 
         require_there(input_path)
-        from cryosiam_dask.processing import files, invert_scale
+        from cryosiam_dask.commands.processing import files, invert_scale
 
         console = Console(emoji=False)
 
@@ -746,10 +746,10 @@ def match_pixel_size(
     Example: cryosiam-dask match-pixel-size raw/TS_01.mrc TS_01_10A.mrc --pixel-size 10
     """
     with _plain_errors():
-        from cryosiam_dask.folders import require_there
+        from cryosiam_dask.files.folders import require_there
 
         require_there(input_path)
-        from cryosiam_dask.processing import files, match_pixel_size, plan_resampling
+        from cryosiam_dask.commands.processing import files, match_pixel_size, plan_resampling
 
         console = Console(emoji=False)
 
@@ -807,7 +807,7 @@ def demo(
     Example: cryosiam-dask demo --output demo --device cpu
     """
     with _plain_errors():
-        from cryosiam_dask.demo import prepare_demo, run_demo
+        from cryosiam_dask.commands.demo import prepare_demo, run_demo
 
         console = _console(quiet, verbose)
         if prepare_only:
@@ -819,7 +819,7 @@ def demo(
 def _predicted(config_file: Path, model: str | None, filename: str | None = None, **needed: bool) -> Configuration:
     """The configuration of a command for written predictions, if there are any: asked before the rest is loaded."""
     from cryosiam_dask.config import read_model
-    from cryosiam_dask.plan import find_predictions
+    from cryosiam_dask.runs.plan import find_predictions
 
     configuration = read_model(config_file, model)
     find_predictions(configuration, filename, **needed)
@@ -832,7 +832,7 @@ def _console(quiet: bool, verbose: bool, as_json: bool = False) -> Console:
         raise typer.BadParameter("--quiet and --verbose contradict each other")
     console = Console(emoji=False, quiet=quiet, stderr=as_json)
     if verbose:
-        from cryosiam_dask.run_log import print_log
+        from cryosiam_dask.core.log import print_log
 
         print_log(console)
     return console
@@ -866,7 +866,7 @@ def _plain_errors(drains: bool = False, writes: bool = True) -> Iterator[threadi
             _complain(f"error: {line}")
         raise typer.Exit(TEMPORARY if drains and isinstance(error, ClusterError) and error.temporary else 2) from None
     except Exception as error:
-        from cryosiam_dask.run_log import traceback_file
+        from cryosiam_dask.core.log import traceback_file
 
         path = traceback_file(error)
         if path is None:

@@ -34,9 +34,9 @@ from pydantic import (
     model_validator,
 )
 
+from cryosiam_dask.core.executor import patiently
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, Problems, not_there, unread
-from cryosiam_dask.executor import patiently
-from cryosiam_dask.published import HubFile, parse
+from cryosiam_dask.model.published import HubFile, parse
 
 #: Keys of CryoSiam's files that have no meaning here: devices are chosen by ``--device`` and ``--workers``, and
 #: training and evaluation are not part of this program.
@@ -314,7 +314,7 @@ class Configuration(_Model):
 
     @property
     def reading(self) -> dict[str, Any]:
-        """Which part of a tomogram file is meant: keywords of `cryosiam_dask.mrc_to_zarr.read_header`."""
+        """Which part of a tomogram file is meant: keywords of `cryosiam_dask.stages.ingest.read_header`."""
         return {"level": self.ome_zarr_level, "dataset": self.hdf5_dataset, "unsigned": self.mrc_unsigned}
 
     @property

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cryosiam_dask.network import Architecture, build_network
+from cryosiam_dask.model.network import Architecture, build_network
 
 #: A network small enough for every test.
 SMALL = Architecture(

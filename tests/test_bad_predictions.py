@@ -15,9 +15,9 @@ import pytest
 import yaml
 from scipy import ndimage
 
+from cryosiam_dask.commands.report import write_report
 from cryosiam_dask.config import Configuration, read_configuration
-from cryosiam_dask.pipeline import Outcome, export, find_predictions, list_centers, measure, postprocess
-from cryosiam_dask.report import write_report
+from cryosiam_dask.runs.tomogram import Outcome, export, find_predictions, list_centers, measure, postprocess
 
 SHAPE = (6, 7, 8)
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from skimage import measure
 
-from cryosiam_dask.centers import Eroded, center_table, collect_centers, remove_outdated_centers, write_centers
-from cryosiam_dask.components import find_components
 from cryosiam_dask.errors import LabelsError, OutputError
+from cryosiam_dask.stages.centers import Eroded, center_table, collect_centers, remove_outdated_centers, write_centers
+from cryosiam_dask.stages.components import find_components
 
 SIZE = (8.0, 9.0, 10.0)  # Å along z, y, x
 
@@ -55,7 +55,7 @@ def test_lists_hold_what_the_reference_finds_in_the_whole_array(
     labels = smooth_volume(shape, seed)
     stored = zarr.create_array(folder / "labels.zarr", data=labels, chunks=tuple(min(chunk, n) for n in shape))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cryosiam_dask.components.BLOCK_VOXELS", 1)  # one block for each chunk
+        patch.setattr("cryosiam_dask.stages.components.BLOCK_VOXELS", 1)  # one block for each chunk
         counts = write_centers(folder, stem, stored, min_voxels=min_voxels, erode=erode, classes=(1, 2),
                                voxel_size_angstrom=SIZE[-len(shape) :])  # fmt: skip
     collect_centers(folder)

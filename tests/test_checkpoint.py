@@ -17,10 +17,10 @@ from golden import CASES, FOLDER, configuration
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cryosiam_dask import checkpoint as module
-from cryosiam_dask.checkpoint import look_at_checkpoint, read_checkpoint
 from cryosiam_dask.errors import CheckpointError
-from cryosiam_dask.network import build_network
+from cryosiam_dask.model import checkpoint as module
+from cryosiam_dask.model.checkpoint import look_at_checkpoint, read_checkpoint
+from cryosiam_dask.model.network import build_network
 
 VARIANTS = {
     "small": SMALL,

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from skimage.color import rgb2lab
 
-from cryosiam_dask import classes
-from cryosiam_dask.classes import COLOURS, OKABE_ITO, class_names
 from cryosiam_dask.config import Configuration
+from cryosiam_dask.model import classes
+from cryosiam_dask.model.classes import COLOURS, OKABE_ITO, class_names
 
 
 def configuration(**keys: object) -> Configuration:

@@ -24,7 +24,7 @@ import yaml
 import zarr
 
 from cryosiam_dask import __version__
-from cryosiam_dask.grid import block_size_for, make_grid
+from cryosiam_dask.core.grid import block_size_for, make_grid
 
 COMMAND = Path(sys.executable).with_name("cryosiam-dask")
 LARGE, BLOCK_SIZE = (40, 80, 80), 32  # in many blocks, so that there is time to stop a run among them

@@ -29,8 +29,7 @@ from distributed import Client
 from distributed.comm import connect
 from tornado.web import RequestHandler
 
-from cryosiam_dask import cluster
-from cryosiam_dask.cluster import DaskExecutor, Setup, ask, describe_devices, open_cluster, register_in_workers
+from cryosiam_dask.core.executor import Interrupted
 from cryosiam_dask.errors import (
     ClusterError,
     CryosiamDaskError,
@@ -39,7 +38,8 @@ from cryosiam_dask.errors import (
     LostDeviceError,
     TomogramError,
 )
-from cryosiam_dask.executor import Interrupted
+from cryosiam_dask.runs import cluster
+from cryosiam_dask.runs.cluster import DaskExecutor, Setup, ask, describe_devices, open_cluster, register_in_workers
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,11 @@ def test_workers_have_loaded_what_tasks_need_before_the_first(client: Client) ->
     """Threads of a worker that import the same modules at the same time see each other's half made."""
     DaskExecutor(client)
     for found in client.run(loaded).values():
-        assert {"cryosiam_dask.mrc_to_zarr", "cryosiam_dask.zarr_to_labels", "cryosiam_dask.labels_to_hdf5"} <= found
+        assert {
+            "cryosiam_dask.stages.ingest",
+            "cryosiam_dask.stages.predict",
+            "cryosiam_dask.files.predictions",
+        } <= found
         assert {f"cryosiam_dask.{name}" for name in cluster._TASKS} <= found
 
 

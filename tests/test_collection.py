@@ -19,20 +19,20 @@ from rich.console import Console
 from test_cli import call, start
 from test_pipeline import Listener, configure, write_tomogram
 
-from cryosiam_dask import collection, ledger
-from cryosiam_dask.cluster import DaskExecutor, open_cluster
-from cryosiam_dask.collection import run
+from cryosiam_dask.commands.forecast import forecast
+from cryosiam_dask.commands.segment import report_on
+from cryosiam_dask.commands.status import states
 from cryosiam_dask.config import read_pipeline
+from cryosiam_dask.core.executor import SerialExecutor, SharedExecutor
+from cryosiam_dask.core.grid import block_size_for, make_grid
 from cryosiam_dask.errors import DeviceError, LostClusterError, OutputError, Problems
-from cryosiam_dask.executor import SerialExecutor, SharedExecutor
-from cryosiam_dask.forecast import forecast
-from cryosiam_dask.grid import block_size_for, make_grid
-from cryosiam_dask.ledger import VERSION, read_entries, read_outcomes
-from cryosiam_dask.overview import states
-from cryosiam_dask.pipeline import Outcome
-from cryosiam_dask.plan import RunPlan, plan_run
-from cryosiam_dask.runner import report_on
-from cryosiam_dask.zarr_to_labels import BlockTimes
+from cryosiam_dask.runs import collection, ledger
+from cryosiam_dask.runs.cluster import DaskExecutor, open_cluster
+from cryosiam_dask.runs.collection import run
+from cryosiam_dask.runs.ledger import VERSION, read_entries, read_outcomes
+from cryosiam_dask.runs.plan import RunPlan, plan_run
+from cryosiam_dask.runs.tomogram import Outcome
+from cryosiam_dask.stages.predict import BlockTimes
 
 STEMS = ("TS_0", "TS_1", "TS_2", "TS_3", "TS_4")
 SHAPE = (16, 32, 32)
@@ -115,7 +115,7 @@ def test_blocks_are_told_apart_by_the_address_of_their_worker(
     folder: Path, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[BlockTimes] = []
-    monkeypatch.setattr("cryosiam_dask.pipeline.write_timeline", lambda path, times, title: found.extend(times))
+    monkeypatch.setattr("cryosiam_dask.runs.tomogram.write_timeline", lambda path, times, title: found.extend(times))
     one = plan_run(configure(folder, block_size=8), filename="TS_0.mrc")
     run(one, Listener(), executor=DaskExecutor(client), timeline=True)
     assert found and {block.worker for block in found} <= set(client.scheduler_info(n_workers=-1)["workers"])
@@ -176,7 +176,7 @@ def test_names_that_differ_in_case_only_need_a_disk_that_tells_them_apart(
 ) -> None:
     renamed(folder, "TS_a", "ts_A", "other")
     assert not plan(folder).refused
-    monkeypatch.setattr("cryosiam_dask.plan._ignores_case", lambda folder: True)
+    monkeypatch.setattr("cryosiam_dask.runs.plan._ignores_case", lambda folder: True)
     ((stem, error),) = plan(folder).refused
     assert stem == "ts_A" and "its outputs would be those of TS_a.mrc" in str(error)
 

@@ -22,9 +22,10 @@ from scipy import ndimage
 from skimage.measure import label as skimage_label
 from skimage.measure import regionprops
 
-from cryosiam_dask import components as module
-from cryosiam_dask.cluster import DaskExecutor, open_cluster
-from cryosiam_dask.components import (
+from cryosiam_dask.errors import LabelsError
+from cryosiam_dask.runs.cluster import DaskExecutor, open_cluster
+from cryosiam_dask.stages import components as module
+from cryosiam_dask.stages.components import (
     Blocks,
     find_components,
     instances_dtype,
@@ -33,7 +34,6 @@ from cryosiam_dask.components import (
     remove_small,
     write_instances,
 )
-from cryosiam_dask.errors import LabelsError
 
 REACH = {6: 1, 18: 2, 26: 3}
 

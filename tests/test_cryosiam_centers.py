@@ -14,9 +14,9 @@ import yaml
 import zarr
 from test_cli import call
 
-from cryosiam_dask.centers import cryosiam_centers
 from cryosiam_dask.config import Configuration, read_configuration
-from cryosiam_dask.pipeline import Outcome, find_predictions, list_centers
+from cryosiam_dask.runs.tomogram import Outcome, find_predictions, list_centers
+from cryosiam_dask.stages.centers import cryosiam_centers
 
 GOLDEN = Path(__file__).parent / "data" / "centers"
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
@@ -91,7 +91,7 @@ def test_labels_in_chunks_give_the_same_rows(tmp_path: Path, monkeypatch: pytest
     with h5py.File(GOLDEN / "scalar_minimum" / "preds" / "TS_1_6.80Apx_preds.h5") as file:
         labels = file["labels"][()]
     whole = cryosiam_centers("TS", labels, min_voxels=3)
-    monkeypatch.setattr("cryosiam_dask.components.BLOCK_VOXELS", 1)
+    monkeypatch.setattr("cryosiam_dask.stages.components.BLOCK_VOXELS", 1)
     stored = zarr.create_array(tmp_path / "labels.zarr", data=labels, chunks=(5, 7, 6))
     pandas.testing.assert_frame_equal(
         cryosiam_centers("TS", stored, min_voxels=3), whole, check_exact=False, rtol=1e-12

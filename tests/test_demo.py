@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cryosiam_dask.phantom import SHAPE
+from cryosiam_dask.core.phantom import SHAPE
 
 COMMAND = Path(sys.executable).with_name("cryosiam-dask")
 

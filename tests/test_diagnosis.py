@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cryosiam_dask.diagnosis import (
+from cryosiam_dask.core.diagnosis import (
     CLIPPED,
     SLIVER,
     Intensities,

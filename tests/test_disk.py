@@ -17,10 +17,10 @@ from test_cli import COMMAND, call, write_tomogram, write_yaml
 from test_resume import contents
 
 from cryosiam_dask.errors import OutputError
-from cryosiam_dask.formats import remove_outdated_formats
-from cryosiam_dask.labels_to_hdf5 import write_hdf5, write_mrc
-from cryosiam_dask.ome_zarr import write_ome_zarr
-from cryosiam_dask.preview import write_preview
+from cryosiam_dask.files.predictions import write_hdf5, write_mrc
+from cryosiam_dask.stages.export import remove_outdated_formats
+from cryosiam_dask.stages.ome_zarr import write_ome_zarr
+from cryosiam_dask.stages.preview import write_preview
 
 STEMS = ("TS_0", "TS_1", "TS_2")
 RUN = ("semantic-predict", "--config-file", "config.yaml", "--device", "cpu", "--workers", "1")
@@ -196,7 +196,11 @@ def test_folders_that_may_not_be_looked_into_are_named(tmp_path: Path) -> None:
     script = (
         "import io, sys; from pathlib import Path; from rich.console import Console\n"
         "from cryosiam_dask.errors import CryosiamDaskError\n"
-        "from cryosiam_dask import config, look, overview, pipeline, runner\n"
+        "from cryosiam_dask import config\n"
+        "from cryosiam_dask.commands import plan as look\n"
+        "from cryosiam_dask.commands import status as overview\n"
+        "from cryosiam_dask.runs import tomogram as pipeline\n"
+        "from cryosiam_dask.commands import segment as runner\n"
         "console = Console(file=io.StringIO())\n"
         "for name, file, act in (\n"
         "    ('plan', 'c.yaml', lambda f: look.show_plan(f, console)),\n"
@@ -240,7 +244,8 @@ def test_an_output_that_may_not_be_read_is_said_to_be_so(tmp_path: Path) -> None
     script = (
         "import sys; from pathlib import Path\n"
         "from cryosiam_dask.errors import CryosiamDaskError\n"
-        "from cryosiam_dask import labels_to_hdf5, mrc_to_zarr\n"
+        "from cryosiam_dask.files import predictions as labels_to_hdf5\n"
+        "from cryosiam_dask.stages import ingest as mrc_to_zarr\n"
         "path = Path(sys.argv[1])\n"
         "for act in (labels_to_hdf5.read_attributes, lambda path: labels_to_hdf5.open_dataset(path, 'labels'),\n"
         "    mrc_to_zarr.read_header):\n"

@@ -35,9 +35,9 @@ import yaml
 import zarr
 from markdown_it import MarkdownIt
 
-from cryosiam_dask.classes import COLOURS
 from cryosiam_dask.cli import app
 from cryosiam_dask.config import read_configuration, read_models
+from cryosiam_dask.model.classes import COLOURS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -240,7 +240,7 @@ def test_languages_and_reasons_are_given() -> None:
 
 
 def test_the_program_says_what_the_table_of_troubles_says_it_does() -> None:
-    source = " ".join(path.read_text() for path in (ROOT / "cryosiam_dask").glob("*.py"))
+    source = " ".join(path.read_text() for path in (ROOT / "cryosiam_dask").rglob("*.py"))
     joined = re.sub(r'"\s*f?"', "", source)
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     table = page.split("## CryoSiam's table")[1].split("\n## ")[0]

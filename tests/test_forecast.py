@@ -19,16 +19,16 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cryosiam_dask.collection import run
+from cryosiam_dask.commands.forecast import Forecast, TomogramForecast, forecast, masking, pace_of_runs, unreadable
 from cryosiam_dask.config import Configuration, read_configuration
-from cryosiam_dask.executor import GuardedExecutor, NamedExecutor, SerialExecutor
-from cryosiam_dask.forecast import Forecast, TomogramForecast, forecast, masking, pace_of_runs, unreadable
-from cryosiam_dask.grid import make_grid
-from cryosiam_dask.ledger import Ledger, read_outcomes
-from cryosiam_dask.mask import open_mask, read_mask
-from cryosiam_dask.mrc_to_zarr import convert
-from cryosiam_dask.pipeline import Outcome, record
-from cryosiam_dask.plan import plan_run
+from cryosiam_dask.core.executor import GuardedExecutor, NamedExecutor, SerialExecutor
+from cryosiam_dask.core.grid import make_grid
+from cryosiam_dask.files.mask import open_mask, read_mask
+from cryosiam_dask.runs.collection import run
+from cryosiam_dask.runs.ledger import Ledger, read_outcomes
+from cryosiam_dask.runs.plan import plan_run
+from cryosiam_dask.runs.tomogram import Outcome, record
+from cryosiam_dask.stages.ingest import convert
 
 SHAPE = (40, 36, 44)
 
@@ -207,7 +207,7 @@ def test_what_is_judged_by_the_beginning_of_a_compressed_file_says_so(
 ) -> None:
     for path in list((folder / "data").iterdir()):
         path.with_suffix(".mrc.gz").write_bytes(gzip.compress(path.read_bytes()))
-    monkeypatch.setattr("cryosiam_dask.intensities.SAMPLE_STREAM_BYTES", 4 * 4 * SHAPE[1] * SHAPE[2])
+    monkeypatch.setattr("cryosiam_dask.stages.intensities.SAMPLE_STREAM_BYTES", 4 * 4 * SHAPE[1] * SHAPE[2])
     found = of(predicted(configure(folder, file_extension=".mrc.gz", data={"max": 0.5})))
     assert found.intensities is not None and found.intensities.share == 0.1
     (warning,) = found.warnings

@@ -20,17 +20,17 @@ from test_cli import call
 from test_pipeline import Listener
 from zarr.storage import MemoryStore
 
-from cryosiam_dask import ome_zarr
-from cryosiam_dask.collection import remove_left_overs, run
+from cryosiam_dask.commands.segment import convert_file, export_predictions
 from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, Problems
-from cryosiam_dask.formats import convert_to_ome_zarr, formats_done, read_mrc_fingerprint, remove_outdated_formats
-from cryosiam_dask.ledger import part_name, read_outcomes
-from cryosiam_dask.mrc_to_zarr import convert, ingest
-from cryosiam_dask.ome_zarr import read_own_attributes, write_ome_zarr
-from cryosiam_dask.pipeline import Outcome, export, find_predictions, measure, postprocess
-from cryosiam_dask.plan import plan_run
-from cryosiam_dask.runner import convert_file, export_predictions
+from cryosiam_dask.runs.collection import remove_left_overs, run
+from cryosiam_dask.runs.ledger import part_name, read_outcomes
+from cryosiam_dask.runs.plan import plan_run
+from cryosiam_dask.runs.tomogram import Outcome, export, find_predictions, measure, postprocess
+from cryosiam_dask.stages import ome_zarr
+from cryosiam_dask.stages.export import convert_to_ome_zarr, formats_done, read_mrc_fingerprint, remove_outdated_formats
+from cryosiam_dask.stages.ingest import convert, ingest
+from cryosiam_dask.stages.ome_zarr import read_own_attributes, write_ome_zarr
 
 SHAPE = (24, 20, 22)
 STEM = "TS 01 µ_9.96Apx"

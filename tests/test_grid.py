@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import cryosiam_dask.grid
+import cryosiam_dask.core.grid
+from cryosiam_dask.core.grid import BlockAxis, PatchAxis, block_size_for, make_grid, wrapped_segments
 from cryosiam_dask.errors import ConfigurationError
-from cryosiam_dask.grid import BlockAxis, PatchAxis, block_size_for, make_grid, wrapped_segments
 
 
 def owner_by_writing_in_order(size: int, patch: int) -> np.ndarray:

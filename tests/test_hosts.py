@@ -19,7 +19,7 @@ import pytest
 from test_cli import write_yaml
 from test_run import CASE, pipeline_of
 
-from cryosiam_dask.ledger import read_entries
+from cryosiam_dask.runs.ledger import read_entries
 
 BIN = Path(sys.executable).parent
 HOSTS = ("scheduler", "worker1", "worker2", "client")

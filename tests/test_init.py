@@ -12,13 +12,13 @@ import pytest
 from typer.testing import CliRunner
 
 from cryosiam_dask.cli import app
+from cryosiam_dask.commands.init import MARK, look_at_folder, write_pipeline
 from cryosiam_dask.config import read_pipeline
+from cryosiam_dask.core.phantom import make_phantom
 from cryosiam_dask.errors import ConfigurationError, OutputError, Problems
-from cryosiam_dask.init import MARK, look_at_folder, write_pipeline
-from cryosiam_dask.network import Architecture
-from cryosiam_dask.phantom import make_phantom
-from cryosiam_dask.plan import plan_run
-from cryosiam_dask.published import PUBLISHED
+from cryosiam_dask.model.network import Architecture
+from cryosiam_dask.model.published import PUBLISHED
+from cryosiam_dask.runs.plan import plan_run
 
 BRIGHT = make_phantom(7, (60, 72, 72)).tomogram
 

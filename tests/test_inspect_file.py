@@ -21,11 +21,11 @@ import pytest
 import torch
 import zarr
 
-from cryosiam_dask.checkpoint import read_checkpoint, read_settings
+from cryosiam_dask.commands.info import inspect
 from cryosiam_dask.errors import CryosiamDaskError
-from cryosiam_dask.inspect_file import inspect
-from cryosiam_dask.labels_to_hdf5 import write_hdf5, write_instances_hdf5
-from cryosiam_dask.mrc_to_zarr import convert
+from cryosiam_dask.files.predictions import write_hdf5, write_instances_hdf5
+from cryosiam_dask.model.checkpoint import read_checkpoint, read_settings
+from cryosiam_dask.stages.ingest import convert
 
 VOXELS = np.random.default_rng(0).integers(-50, 50, (6, 7, 8)).astype(np.int16)
 
@@ -306,8 +306,8 @@ def test_what_cannot_be_used_is_refused_in_words(tmp_path: Path, kind: str, monk
 
 
 def test_large_labels_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cryosiam_dask.inspect_file.COUNTED_VOXELS", 700)
+    monkeypatch.setattr("cryosiam_dask.commands.info.COUNTED_VOXELS", 700)
     assert plain(_hdf5(tmp_path / "a.h5"))["parts"][0]["voxels"] == []
 
-    monkeypatch.setattr("cryosiam_dask.inspect_file.COUNTED_VOXELS", 729)
+    monkeypatch.setattr("cryosiam_dask.commands.info.COUNTED_VOXELS", 729)
     assert plain(tmp_path / "a.h5")["parts"][0]["voxels"] == [729]

@@ -16,8 +16,10 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cryosiam_dask.core.phantom import make_phantom
 from cryosiam_dask.errors import TomogramError
-from cryosiam_dask.intensities import (
+from cryosiam_dask.stages.ingest import read_header
+from cryosiam_dask.stages.intensities import (
     SAMPLE_VOXELS,
     Sample,
     contrast,
@@ -26,8 +28,6 @@ from cryosiam_dask.intensities import (
     sample_array,
     sample_file,
 )
-from cryosiam_dask.mrc_to_zarr import read_header
-from cryosiam_dask.phantom import make_phantom
 
 
 def write(path: Path, voxels: np.ndarray, order: tuple[int, int, int] = (1, 2, 3)) -> Path:
@@ -93,7 +93,7 @@ def test_of_a_compressed_file_the_beginning_is_read(
     voxels = np.random.default_rng(0).integers(0, 100, (sections, 20, 30)).astype(np.int16)
     path = tmp_path / "a.mrc.gz"
     path.write_bytes(gzip.compress(write(tmp_path / "a.mrc", voxels).read_bytes()))
-    monkeypatch.setattr("cryosiam_dask.intensities.SAMPLE_STREAM_BYTES", 10 * 20 * 30 * 2)
+    monkeypatch.setattr("cryosiam_dask.stages.intensities.SAMPLE_STREAM_BYTES", 10 * 20 * 30 * 2)
     sample = sample_file(read_header(path))
     np.testing.assert_array_equal(sample.values, voxels[:10].ravel())
     assert sample.where == ("all voxels" if sections == 5 else "the first 10 of the 40 sections of the compressed file")

@@ -17,9 +17,9 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cryosiam_dask import labels_to_hdf5
 from cryosiam_dask.errors import OutputError
-from cryosiam_dask.labels_to_hdf5 import (
+from cryosiam_dask.files import predictions as labels_to_hdf5
+from cryosiam_dask.files.predictions import (
     exportable_array,
     read_attributes,
     replace_labels,
@@ -225,7 +225,7 @@ def test_mrc_keeps_the_place_of_the_volume(tmp_path: Path) -> None:
 FULL_DISK = """
 import resource, signal, sys
 import numpy as np
-import cryosiam_dask.labels_to_hdf5 as module
+import cryosiam_dask.files.predictions as module
 from cryosiam_dask.errors import OutputError
 
 writer, path, limit = sys.argv[1], sys.argv[2], int(sys.argv[3])

@@ -19,9 +19,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cryosiam_dask import ledger
-from cryosiam_dask.labels_to_hdf5 import replacing
-from cryosiam_dask.ledger import (
+from cryosiam_dask.files.predictions import replacing
+from cryosiam_dask.runs import ledger
+from cryosiam_dask.runs.ledger import (
     VERSION,
     Claims,
     Ledger,
@@ -261,7 +261,7 @@ def test_one_holds_a_claim_and_gives_it_back(tmp_path: Path, clock: Clock) -> No
 def test_a_claim_of_a_process_that_was_killed_is_taken_at_once(tmp_path: Path) -> None:
     path = claim_path(tmp_path, "TS_1")
     code = (
-        "import sys, time; from pathlib import Path; from cryosiam_dask.ledger import Claims\n"
+        "import sys, time; from pathlib import Path; from cryosiam_dask.runs.ledger import Claims\n"
         "assert Claims().take(Path(sys.argv[1])); print('taken', flush=True); time.sleep(100)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)

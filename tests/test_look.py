@@ -22,10 +22,10 @@ import pytest
 import yaml
 from rich.console import Console
 
+from cryosiam_dask.commands.plan import show_files, show_plan
 from cryosiam_dask.config import STAGES
 from cryosiam_dask.errors import Problems
-from cryosiam_dask.ledger import read_outcomes
-from cryosiam_dask.look import show_files, show_plan
+from cryosiam_dask.runs.ledger import read_outcomes
 
 COMMAND = Path(sys.executable).with_name("cryosiam-dask")
 SHAPE = (24, 20, 22)
@@ -180,7 +180,7 @@ def test_the_outputs_of_many_tomograms_are_told_as_patterns(folder: Path) -> Non
 
 
 def test_a_trial_tells_the_time_and_writes_nothing(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cryosiam_dask.forecast.TRIAL_SECONDS", 0.0)
+    monkeypatch.setattr("cryosiam_dask.commands.forecast.TRIAL_SECONDS", 0.0)
     before = sorted(pipeline.rglob("*"))
     values = json.loads(
         printed(show_plan, pipeline / "pipeline.yaml", as_json=True, trial=True, workers=1, device="cpu")

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.transform import resize
 
-from cryosiam_dask import mask as mask_module
 from cryosiam_dask.errors import MaskError
-from cryosiam_dask.mask import Mask, open_mask, read_mask, require_aspect
+from cryosiam_dask.files import mask as mask_module
+from cryosiam_dask.files.mask import Mask, open_mask, read_mask, require_aspect
 
 
 def write(path: Path, labels: np.ndarray, **options: object) -> Path:

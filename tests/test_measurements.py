@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage import measure
 
-from cryosiam_dask.components import find_components
 from cryosiam_dask.errors import LabelsError, OutputError
-from cryosiam_dask.measurements import (
+from cryosiam_dask.stages.components import find_components
+from cryosiam_dask.stages.measurements import (
     collect_tables,
     component_files,
     component_table,

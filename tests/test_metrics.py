@@ -12,8 +12,8 @@ from distributed import Client
 from prometheus_client.parser import text_string_to_metric_families
 from test_pipeline import Listener
 
-from cryosiam_dask.cluster import DaskExecutor, open_cluster
-from cryosiam_dask.metrics import Meter
+from cryosiam_dask.runs.cluster import DaskExecutor, open_cluster
+from cryosiam_dask.runs.metrics import Meter
 
 Samples = dict[tuple[str, str], float]
 

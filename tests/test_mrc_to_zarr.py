@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 from mrcfile.dtypes import HEADER_DTYPE
 from zarr.storage import MemoryStore
 
-from cryosiam_dask import mrc_to_zarr
 from cryosiam_dask.errors import OutputError, TomogramError
-from cryosiam_dask.mrc_to_zarr import convert, ingest, read_header, stem
+from cryosiam_dask.stages import ingest as mrc_to_zarr
+from cryosiam_dask.stages.ingest import convert, ingest, read_header, stem
 
 MODES = {0: "i1", 1: "i2", 2: "f4", 4: "c8", 6: "u2", 12: "f2"}
 IMOD_STAMP = 1146047817
@@ -522,7 +522,7 @@ def test_a_target_that_cannot_be_written(tmp_path: Path) -> None:
 FULL_DISK = """
 import resource, signal, sys
 from cryosiam_dask.errors import OutputError
-from cryosiam_dask.mrc_to_zarr import convert
+from cryosiam_dask.stages.ingest import convert
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))

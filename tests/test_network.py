@@ -8,8 +8,8 @@ import torch
 from checkpoints import SMALL
 from torch import nn
 
-from cryosiam_dask.architecture import peak_bytes, required_divisor, required_halo
-from cryosiam_dask.network import BiFPN, build_network, fold_batch_norms
+from cryosiam_dask.model.architecture import peak_bytes, required_divisor, required_halo
+from cryosiam_dask.model.network import BiFPN, build_network, fold_batch_norms
 
 VARIANTS = {
     "fpn": SMALL,

@@ -20,9 +20,9 @@ import zarr
 from numcodecs import Blosc
 from test_cli import call, write_tomogram
 
+from cryosiam_dask.commands.info import inspect
 from cryosiam_dask.errors import CryosiamDaskError, TomogramError
-from cryosiam_dask.inspect_file import inspect
-from cryosiam_dask.mrc_to_zarr import convert, read_header
+from cryosiam_dask.stages.ingest import convert, read_header
 
 VOXELS = np.random.default_rng(0).random((12, 20, 16), np.float32)
 

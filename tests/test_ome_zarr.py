@@ -23,12 +23,18 @@ from ome_zarr_models import open_ome_zarr
 from ome_zarr_models.v05 import Image, ImageLabel, Labels
 from skimage.measure import block_reduce
 
-from cryosiam_dask import ome_zarr
-from cryosiam_dask.classes import COLOURS
 from cryosiam_dask.errors import LabelsError, OutputError
-from cryosiam_dask.intensities import sample_array
-from cryosiam_dask.mrc_to_zarr import read_header
-from cryosiam_dask.ome_zarr import contrast_limits, mean_of_pairs, mode_of_pairs, read_own_attributes, write_ome_zarr
+from cryosiam_dask.model.classes import COLOURS
+from cryosiam_dask.stages import ome_zarr
+from cryosiam_dask.stages.ingest import read_header
+from cryosiam_dask.stages.intensities import sample_array
+from cryosiam_dask.stages.ome_zarr import (
+    contrast_limits,
+    mean_of_pairs,
+    mode_of_pairs,
+    read_own_attributes,
+    write_ome_zarr,
+)
 
 NAMES = ("Membran µ", "actin")
 

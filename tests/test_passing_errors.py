@@ -26,19 +26,22 @@ from test_cli import write_yaml
 from test_collection import Acting
 from test_pipeline import Listener, configure, segment, write_tomogram
 
-from cryosiam_dask import cluster, executor, ledger, mrc_to_zarr, pipeline
-from cryosiam_dask.cluster import DaskExecutor, open_cluster
-from cryosiam_dask.collection import run
+from cryosiam_dask.commands.segment import report_on
 from cryosiam_dask.config import read_configuration
+from cryosiam_dask.core import executor
+from cryosiam_dask.core.executor import SerialExecutor, patiently
+from cryosiam_dask.core.grid import make_grid
+from cryosiam_dask.core.log import LOG
 from cryosiam_dask.errors import OutputError, Problems, StorageError, TomogramError, may_pass
-from cryosiam_dask.executor import SerialExecutor, patiently
-from cryosiam_dask.formats import convert_to_ome_zarr
-from cryosiam_dask.grid import make_grid
-from cryosiam_dask.ledger import Ledger, claim_path, read_entries, read_outcomes
-from cryosiam_dask.pipeline import find_predictions, list_centers
-from cryosiam_dask.plan import plan_run
-from cryosiam_dask.run_log import LOG
-from cryosiam_dask.runner import report_on
+from cryosiam_dask.runs import cluster, ledger
+from cryosiam_dask.runs import tomogram as pipeline
+from cryosiam_dask.runs.cluster import DaskExecutor, open_cluster
+from cryosiam_dask.runs.collection import run
+from cryosiam_dask.runs.ledger import Ledger, claim_path, read_entries, read_outcomes
+from cryosiam_dask.runs.plan import plan_run
+from cryosiam_dask.runs.tomogram import find_predictions, list_centers
+from cryosiam_dask.stages import ingest as mrc_to_zarr
+from cryosiam_dask.stages.export import convert_to_ome_zarr
 
 STEM, SHAPE = "TS_1", (24, 32, 32)
 BLOCKS = len(make_grid(SHAPE, (16, 16, 16), 8).indices())
@@ -303,7 +306,7 @@ def test_predicted_blocks_outlive_whatever_comes_after_them(
 
 
 def test_a_failure_amid_the_blocks_costs_those_in_flight(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cryosiam_dask import zarr_to_labels
+    from cryosiam_dask.stages import predict as zarr_to_labels
 
     with monkeypatch.context() as patch:
         patch.setattr(zarr_to_labels, "_force_to_disk", failing(zarr_to_labels._force_to_disk, range(5, 9999)))
@@ -406,7 +409,8 @@ def test_file_systems_without_hard_links_do(folder: Path, monkeypatch: pytest.Mo
 
 #: The command, with claims that are given up after two seconds.
 SHORT = (
-    "from cryosiam_dask import cli, ledger\n"
+    "from cryosiam_dask import cli\n"
+    "from cryosiam_dask.runs import ledger\n"
     "if __name__ == '__main__':\n    ledger.BEAT, ledger.PATIENCE = 0.2, 2.0\n    cli.main()"
 )
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cryosiam_dask.percentiles import percentiles
+from cryosiam_dask.core.percentiles import percentiles
 
 DTYPES = ["<f4", ">f4", "<f8", "<f2", "i1", "u1", "<i2", ">i2", "<u2", "<i4"]
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from cryosiam_dask.checkpoint import read_checkpoint
-from cryosiam_dask.phantom import CLASS_NAMES, SHAPE, Phantom, dice, make_phantom, write_phantom
+from cryosiam_dask.core.phantom import CLASS_NAMES, SHAPE, Phantom, dice, make_phantom, write_phantom
+from cryosiam_dask.model.checkpoint import read_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_dice_against_the_definition(prediction: np.ndarray, truth: np.ndarray) 
 
 
 def test_the_models_of_the_demo_ship_with_the_package() -> None:
-    models = files("cryosiam_dask") / "models"
+    models = files("cryosiam_dask") / "data" / "models"
     classes = {"demo_lamella.ckpt": 1, "demo_semantic.ckpt": len(CLASS_NAMES)}
     with as_file(models) as folder:
         assert sum((folder / name).stat().st_size for name in classes) < 1_000_000

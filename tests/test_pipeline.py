@@ -23,18 +23,19 @@ from rich.console import Console
 from skimage.measure import label as label_whole
 from skimage.measure import regionprops
 
-from cryosiam_dask import __version__, runner
-from cryosiam_dask.classes import percentage
-from cryosiam_dask.collection import make_folders, run
+from cryosiam_dask import __version__
+from cryosiam_dask.commands import segment as runner
 from cryosiam_dask.config import Configuration, read_configuration
+from cryosiam_dask.core.executor import Interrupted, SerialExecutor
 from cryosiam_dask.errors import Problems
-from cryosiam_dask.executor import Interrupted, SerialExecutor
-from cryosiam_dask.ledger import Claims, Ledger, claim_path, open_claims, read_outcomes
-from cryosiam_dask.pipeline import Outcome, _work_group, export, find_predictions, list_centers, measure
-from cryosiam_dask.pipeline import postprocess as postprocess_files
-from cryosiam_dask.pipeline import segment as segment_one
-from cryosiam_dask.plan import plan_run
-from cryosiam_dask.preview import preview_file, read_fingerprint, write_preview
+from cryosiam_dask.model.classes import percentage
+from cryosiam_dask.runs.collection import make_folders, run
+from cryosiam_dask.runs.ledger import Claims, Ledger, claim_path, open_claims, read_outcomes
+from cryosiam_dask.runs.plan import plan_run
+from cryosiam_dask.runs.tomogram import Outcome, _work_group, export, find_predictions, list_centers, measure
+from cryosiam_dask.runs.tomogram import postprocess as postprocess_files
+from cryosiam_dask.runs.tomogram import segment as segment_one
+from cryosiam_dask.stages.preview import preview_file, read_fingerprint, write_preview
 
 SHAPE = (24, 20, 22)
 LEDGER = [".ledger", *(f".ledger/{stem}.jsonl" for stem in ("TS_1", "TS_2_9.96Apx", "TS_3"))]

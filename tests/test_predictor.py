@@ -21,11 +21,18 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from skimage.transform import resize
 
-from cryosiam_dask.architecture import peak_bytes
-from cryosiam_dask.checkpoint import read_checkpoint
+from cryosiam_dask.core.grid import Patch
 from cryosiam_dask.errors import CheckpointError, DeviceError, LostDeviceError
-from cryosiam_dask.grid import Patch
-from cryosiam_dask.predictor import Predictor, PredictorSpec, largest_patch, load_predictor, normalise, predictor_spec
+from cryosiam_dask.model.architecture import peak_bytes
+from cryosiam_dask.model.checkpoint import read_checkpoint
+from cryosiam_dask.model.predictor import (
+    Predictor,
+    PredictorSpec,
+    largest_patch,
+    load_predictor,
+    normalise,
+    predictor_spec,
+)
 
 EVERYTHING = ("labels", "probabilities", "distances")
 
@@ -428,7 +435,7 @@ def test_a_checkpoint_that_changed_is_refused(tmp_path):
 def test_a_gpu_that_is_not_there_is_an_error_and_auto_is_the_cpu():
     program = """
 from cryosiam_dask.errors import DeviceError
-from cryosiam_dask.predictor import resolve_device
+from cryosiam_dask.model.predictor import resolve_device
 print(resolve_device("auto"), resolve_device("cpu"))
 try:
     resolve_device("cuda")

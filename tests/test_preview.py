@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from cryosiam_dask import preview
-from cryosiam_dask.classes import percentage
-from cryosiam_dask.labels_to_hdf5 import open_dataset, write_hdf5
-from cryosiam_dask.mask import open_mask
-from cryosiam_dask.preview import (
+from cryosiam_dask.files.mask import open_mask
+from cryosiam_dask.files.predictions import open_dataset, write_hdf5
+from cryosiam_dask.model.classes import percentage
+from cryosiam_dask.stages import preview
+from cryosiam_dask.stages.preview import (
     OPACITY,
     PALETTE,
     preview_file,

@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from cryosiam_dask import processing
 from cryosiam_dask.cli import app
+from cryosiam_dask.commands import processing
+from cryosiam_dask.commands.processing import invert_scale, match_pixel_size, plan_resampling
 from cryosiam_dask.errors import OutputError, TomogramError
-from cryosiam_dask.processing import invert_scale, match_pixel_size, plan_resampling
 
 GOLDEN = Path(__file__).parent / "data" / "processing"
 

@@ -14,9 +14,9 @@ import pytest
 from hub import Hub, serve
 from test_cli import write_tomogram, write_yaml
 
-from cryosiam_dask.checkpoint import read_checkpoint
 from cryosiam_dask.errors import CheckpointError
-from cryosiam_dask.published import PUBLISHED, REPOSITORY, HubFile, nearest, parse
+from cryosiam_dask.model.checkpoint import read_checkpoint
+from cryosiam_dask.model.published import PUBLISHED, REPOSITORY, HubFile, nearest, parse
 
 FILE = f"{REPOSITORY}/cryosiam_lamella.ckpt"
 CONTENT = bytes(range(256)) * 1000
@@ -33,7 +33,7 @@ def fetch(hub: Hub, cache: Path, source: str = "cryosiam_lamella", **environment
     code = """if True:
         import sys
         from cryosiam_dask.errors import CheckpointError
-        from cryosiam_dask.published import locate, parse
+        from cryosiam_dask.model.published import locate, parse
         try:
             print(locate(parse(sys.argv[1])))
         except CheckpointError as error:
@@ -184,7 +184,7 @@ def test_a_plan_with_a_model_of_the_hub(hub: Hub, tmp_path: Path) -> None:
     code = """if True:
         import sys
         from cryosiam_dask.config import read_configuration
-        from cryosiam_dask.plan import plan_run
+        from cryosiam_dask.runs.plan import plan_run
         plan = plan_run(read_configuration(sys.argv[1]).absolute())
         print(plan.spec("cpu").checkpoint, plan.configuration.trained_model, sep="\\n")
     """

@@ -26,15 +26,15 @@ from PIL import Image
 from rich.console import Console
 from scipy.stats import median_abs_deviation
 
+from cryosiam_dask.commands.report import is_current, outliers, write_report
+from cryosiam_dask.commands.segment import report_again, report_on
 from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.errors import OutputError
-from cryosiam_dask.labels_to_hdf5 import write_hdf5, write_mrc
-from cryosiam_dask.ledger import Ledger
-from cryosiam_dask.measurements import write_components
-from cryosiam_dask.pipeline import Outcome
-from cryosiam_dask.preview import preview_file, write_preview
-from cryosiam_dask.report import is_current, outliers, write_report
-from cryosiam_dask.runner import report_again, report_on
+from cryosiam_dask.files.predictions import write_hdf5, write_mrc
+from cryosiam_dask.runs.ledger import Ledger
+from cryosiam_dask.runs.tomogram import Outcome
+from cryosiam_dask.stages.measurements import write_components
+from cryosiam_dask.stages.preview import preview_file, write_preview
 
 SHAPE = (6, 16, 18)
 

@@ -18,8 +18,8 @@ import pytest
 import yaml
 from test_cli import call, start, write_tomogram, write_yaml
 
-from cryosiam_dask.grid import make_grid
-from cryosiam_dask.ledger import process_is_gone, read_entries
+from cryosiam_dask.core.grid import make_grid
+from cryosiam_dask.runs.ledger import process_is_gone, read_entries
 
 #: More of them can be tried by hand.
 KILLS = int(os.environ.get("CRYOSIAM_DASK_KILLS", "3"))

@@ -22,10 +22,10 @@ import yaml
 from test_cli import call, start, write_tomogram, write_yaml
 from test_run import CASE, pipeline_of
 
-from cryosiam_dask import slurm
-from cryosiam_dask.cluster import DaskExecutor
 from cryosiam_dask.errors import ClusterError, ConfigurationError, LostClusterError
-from cryosiam_dask.slurm import open_slurm, read_jobs
+from cryosiam_dask.runs import slurm
+from cryosiam_dask.runs.cluster import DaskExecutor
+from cryosiam_dask.runs.slurm import open_slurm, read_jobs
 
 COMMANDS = {
     "sbatch": """

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cryosiam_dask.timeline import busy_share, write_timeline
-from cryosiam_dask.zarr_to_labels import BlockTimes
+from cryosiam_dask.stages.predict import BlockTimes
+from cryosiam_dask.stages.timeline import busy_share, write_timeline
 
 
 def block(worker, start, seconds=1.0):

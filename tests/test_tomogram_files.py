@@ -24,8 +24,8 @@ from numcodecs import Pickle
 from zarr.storage import MemoryStore
 
 from cryosiam_dask.errors import TomogramError
-from cryosiam_dask.mrc_to_zarr import Statistics, convert, ingest, read_header
-from cryosiam_dask.tomogram_files import ArrayView, is_newer_in_part, newest_chunk, source_content, source_identity
+from cryosiam_dask.files.tomogram import ArrayView, is_newer_in_part, newest_chunk, source_content, source_identity
+from cryosiam_dask.stages.ingest import Statistics, convert, ingest, read_header
 
 NGFF = [("0.4", 2), ("0.5", 3)]
 SHAPE = (12, 15, 17)
@@ -262,7 +262,7 @@ def test_images_and_missing_chunks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("piece", [1, 700, 2**20])
 def test_statistics_of_what_is_read_in_place(tmp_path: Path, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cryosiam_dask.mrc_to_zarr.PIECE_BYTES", piece)
+    monkeypatch.setattr("cryosiam_dask.stages.ingest.PIECE_BYTES", piece)
     data = volume()
     data[0, 0, :3] = np.nan, np.inf, -np.inf
     zarr.create_array(tmp_path / "x.zarr", data=data, chunks=(5, 4, 3))

@@ -19,12 +19,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cryosiam_dask import view
-from cryosiam_dask.classes import COLOURS
+from cryosiam_dask.commands import view
 from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.errors import ConfigurationError, LabelsError
-from cryosiam_dask.labels_to_hdf5 import write_hdf5
-from cryosiam_dask.mrc_to_zarr import convert
+from cryosiam_dask.files.predictions import write_hdf5
+from cryosiam_dask.model.classes import COLOURS
+from cryosiam_dask.stages.ingest import convert
 
 SHAPE = (12, 20, 16)
 SIZE, ORIGIN = (20.0, 10.0, 10.0), (-30.0, 5.0, 7.0)
@@ -238,7 +238,7 @@ def test_napari_shows_the_layers(folder: Path) -> None:
     configure(folder)
     program = f"""
 from pathlib import Path
-from cryosiam_dask import view
+from cryosiam_dask.commands import view
 from cryosiam_dask.config import read_configuration
 configuration = read_configuration(Path({str(folder)!r}) / "config.yaml")
 view.require_screen()

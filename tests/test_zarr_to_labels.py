@@ -16,13 +16,13 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cryosiam_dask.checkpoint import read_checkpoint
+from cryosiam_dask.core.grid import Patch, make_grid
 from cryosiam_dask.errors import ConfigurationError
-from cryosiam_dask.grid import Patch, make_grid
-from cryosiam_dask.mask import open_mask
-from cryosiam_dask.mrc_to_zarr import ingest
-from cryosiam_dask.predictor import PredictorSpec, load_predictor, normalise
-from cryosiam_dask.zarr_to_labels import (
+from cryosiam_dask.files.mask import open_mask
+from cryosiam_dask.model.checkpoint import read_checkpoint
+from cryosiam_dask.model.predictor import PredictorSpec, load_predictor, normalise
+from cryosiam_dask.stages.ingest import ingest
+from cryosiam_dask.stages.predict import (
     StoredPrediction,
     create_outputs,
     labels_of,

@@ -27,10 +27,10 @@ from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cryosiam_dask.network import Architecture, Network, build_network
-from cryosiam_dask.phantom import CLASS_NAMES, make_phantom
+from cryosiam_dask.core.phantom import CLASS_NAMES, make_phantom
+from cryosiam_dask.model.network import Architecture, Network, build_network
 
-MODELS = Path(__file__).parents[1] / "cryosiam_dask" / "models"
+MODELS = Path(__file__).parents[1] / "cryosiam_dask" / "data" / "models"
 FIRST_SEED, PHANTOMS = 1000, 60
 PATCH, TRAINING_PATCH, BATCH = 64, 48, 2
 LEARNING_RATE = 5e-3

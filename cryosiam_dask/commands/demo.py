@@ -1,0 +1,178 @@
+"""The demo: two phantom tomograms through the very path that a user takes, compared with the truth.
+
+It writes tomograms and the two YAML files to a folder, runs the lamella and then the semantic model on them with the
+small models that ship with the package, prints the Dice score of every class and draws a picture of every tomogram.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mrcfile
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from cryosiam_dask.config import read_models
+from cryosiam_dask.core.phantom import CLASS_NAMES, dice, make_phantom, write_phantom
+from cryosiam_dask.errors import OutputError
+from cryosiam_dask.files.predictions import open_hdf5
+from cryosiam_dask.stages.preview import write_preview
+
+if TYPE_CHECKING:  # imported where they are used: the network's libraries take seconds
+    from cryosiam_dask.commands.segment import Device
+    from cryosiam_dask.runs.tomogram import Outcome
+
+SEEDS: Mapping[str, int] = {"phantom_1": 1, "phantom_2": 2}
+
+
+def run_demo(folder: Path, console: Console, *, device: Device = "auto", workers: int | None = None) -> list[Outcome]:
+    """Run the demo.
+
+    Parameters
+    ----------
+    folder
+        Where to work; made if it is missing.
+    console
+        Where to print.
+    device, workers
+        See `cryosiam_dask.commands.segment.segment`.
+
+    Raises
+    ------
+    OutputError
+        If the folder cannot be written to.
+    """
+    from cryosiam_dask.commands.segment import say, segment
+
+    outcomes: list[Outcome] = []
+    for config_file in prepare_demo(folder, console)[:2]:
+        say(console, f"\ncryosiam-dask semantic-predict --config-file {config_file}")
+        outcomes += segment(read_models(config_file), console, device=device, workers=workers, overwrite=True)
+    if all(outcome.status != "failed" for outcome in outcomes):
+        _compare(folder, console)
+    return outcomes
+
+
+def prepare_demo(folder: Path, console: Console) -> tuple[Path, Path, Path]:
+    """Write all that the demo works with, and run nothing.
+
+    That is ``tomograms/``, ``models/``, and ``config_lamella.yaml``, ``config_semantic.yaml`` and ``pipeline.yaml``,
+    which name them as `folder` does: from the current folder where it is relative.
+
+    Parameters
+    ----------
+    folder, console
+        See `run_demo`, also for what it raises.
+
+    Returns
+    -------
+    tuple of Path
+        The three YAML files.
+    """
+    tomograms, models, masks = (folder / name for name in ("tomograms", "models", "lamella"))
+    try:
+        for each in (tomograms, models):
+            each.mkdir(parents=True, exist_ok=True)
+        for stem, seed in SEEDS.items():
+            if not (tomograms / f"{stem}.mrc").exists():  # a demo that is repeated finds its outputs done
+                write_phantom(make_phantom(seed), tomograms, stem)
+        for name in ("lamella", "semantic"):
+            checkpoint = files("cryosiam_dask") / "data" / "models" / f"demo_{name}.ckpt"
+            (models / f"{name}.ckpt").write_bytes(checkpoint.read_bytes())
+        common = {"data_folder": str(tomograms), "file_extension": ".mrc", "test_files": None}
+        lamella = _lamella(masks, models / "lamella.ckpt")
+        semantic = _semantic(folder / "semantic", models / "semantic.ckpt")
+        written = {
+            "config_lamella": {**common, **lamella},
+            "config_semantic": {**common, "mask_folder": str(masks), **semantic},
+            "pipeline": {**common, "lamella": lamella, "semantic": semantic},
+        }
+        for name, values in written.items():
+            (folder / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            "the demo needs a folder that it can write to", place=folder, value=error.strerror,
+            remedy="Choose another one with --output",
+        ) from None  # fmt: skip
+    console.print(
+        f"made {len(SEEDS)} phantom tomograms in {tomograms}, models in {models}, and in {folder} config_lamella.yaml "
+        "and config_semantic.yaml for them, and pipeline.yaml for both in one pass",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    return folder / "config_lamella.yaml", folder / "config_semantic.yaml", folder / "pipeline.yaml"
+
+
+def _lamella(output: Path, model: Path) -> dict[str, Any]:
+    return {
+        "prediction_folder": str(output),
+        "trained_model": str(model),
+        "save_internal_files": False,
+        "parameters": {
+            "data": {"min": 0, "max": 1, "mean": 0, "std": 1},
+            "network": {
+                "in_channels": 1,
+                "spatial_dims": 3,
+                # The default, 0.9, takes a rim of 7 voxels off a lamella where it leaves the field of view: little of a
+                # tomogram of 960 voxels, much of these phantoms of 112.
+                "threshold": 0.5,
+                "postprocessing": True,
+                "3d_postprocessing": False,
+            },
+        },
+        "hyper_parameters": {"batch_size": 2},
+    }
+
+
+def _semantic(output: Path, model: Path) -> dict[str, Any]:
+    return {
+        "prediction_folder": str(output),
+        "trained_model": str(model),
+        "class_names": list(CLASS_NAMES[1:]),
+        "parameters": {
+            "data": {"min": 0, "max": 1, "mean": 0, "std": 1},
+            "network": {
+                "in_channels": 1,
+                "spatial_dims": 3,
+                "threshold": 0.1,
+                "postprocessing_sizes": [-1, 500, 50, 50, 200],
+            },
+        },
+        "hyper_parameters": {"batch_size": 2},
+    }
+
+
+def _compare(folder: Path, console: Console) -> None:
+    """Print the Dice scores and draw the pictures."""
+    table = Table("Dice score", "lamella", *CLASS_NAMES[1:])
+    scores = {}
+    for stem in SEEDS:
+        with (
+            np.load(folder / "tomograms" / f"{stem}_truth.npz") as truth,
+            open_hdf5(folder / "lamella" / f"{stem}_preds.h5") as lamella,
+            open_hdf5(folder / "semantic" / f"{stem}_preds.h5") as semantic,
+            mrcfile.open(folder / "tomograms" / f"{stem}.mrc") as tomogram,
+        ):
+            inside = dice(lamella["labels"][()], truth["lamella"], 2)[1]
+            classes = dice(semantic["labels"][()], truth["labels"], len(CLASS_NAMES))[1:]
+            scores[stem] = dict(zip(("lamella", *CLASS_NAMES[1:]), (inside, *classes), strict=True))
+            table.add_row(stem, *(f"{score:.3f}" for score in scores[stem].values()))
+            write_preview(
+                folder / f"{stem}.png",
+                tomogram.data,
+                semantic["labels"],
+                voxel_size_angstrom=float(semantic.attrs["voxel_size_angstrom"][-1]),
+                class_names=CLASS_NAMES,
+                lamella=lamella["labels"],
+                truth=truth["labels"],
+                title=stem,
+            )
+    (folder / "dice.json").write_text(json.dumps(scores, indent=2) + "\n")
+    console.print(table)
+    pictures = ", ".join(str(folder / f"{stem}.png") for stem in SEEDS)
+    console.print(f"pictures: {pictures}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,813 @@
+"""What a run will read, compute and write, and what it will cost: known before it starts, without writing anything.
+
+`forecast` takes a configuration and its plan (see `cryosiam_dask.runs.plan`), so that a run of several stages has one
+for each. For every tomogram that the plan does not skip it
+
+1. reads the header, and a sample of the intensities (see `cryosiam_dask.stages.intensities`): a wrong scaling is the
+   commonest cause of a blank segmentation;
+2. reads its mask, or, where all masks together are large, evenly spread chunks of it;
+3. lays the blocks over it and adds up what they and the outputs take on the disk.
+
+No GPU is touched. What is wrong with a tomogram is kept as its problem, and the next one is looked at.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import shutil
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise, product, zip_longest
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from cryosiam_dask.config import Configuration
+from cryosiam_dask.core.diagnosis import Intensities
+from cryosiam_dask.core.grid import Grid, make_grid
+from cryosiam_dask.core.json_values import as_json
+from cryosiam_dask.errors import CryosiamDaskError, DeviceError, TomogramError
+from cryosiam_dask.files.mask import Mask, read_stored
+from cryosiam_dask.files.tomogram import TomogramHeader, ZarrHeader
+from cryosiam_dask.runs.ledger import read_outcomes
+from cryosiam_dask.runs.plan import Job, RunPlan, find_tomograms, removal_sizes
+from cryosiam_dask.stages.export import format_path, other_formats
+from cryosiam_dask.stages.ingest import read_header, read_part
+from cryosiam_dask.stages.intensities import evenly_spread, intensities, sample_file
+from cryosiam_dask.stages.preview import most_bytes, preview_file
+
+MASK_VOXELS = 1 << 31  # that are read of all masks together, a few seconds
+_LEAST_MASK_VOXELS = 1 << 26  # of each
+
+
+@dataclass(frozen=True, slots=True)
+class Masking:
+    """What a lamella mask leaves of a tomogram.
+
+    Attributes
+    ----------
+    path
+        The file.
+    stored_shape
+        The mask's, (z, y, x); resized to the tomogram's where it is another.
+    coverage
+        Share of the tomogram inside the mask, 0 to 1.
+    blocks_ruled_out
+        Blocks in which nothing need be predicted.
+    exact
+        Whether both are counted; otherwise the mask is resized, or so large that only chunks of it were looked at.
+    """
+
+    path: Path
+    stored_shape: tuple[int, ...]
+    coverage: float
+    blocks_ruled_out: int
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TomogramForecast:
+    """What will become of one tomogram.
+
+    Attributes
+    ----------
+    stem, source
+        Its name and file.
+    action
+        ``"segment"``; ``"measure"`` where only its components are missing; ``"skip"``; ``"refuse"`` where a problem
+        stands in the way.
+    reason
+        Why it is skipped or only measured.
+    shape
+        (z, y, x) in voxels; empty where the file was not looked at or cannot be read.
+    dtype
+        Of the voxels.
+    voxel_size_angstrom
+        Along the axes of `shape`; ``None`` where the header does not know it.
+    file_bytes
+        Size of the file as it lies on the disk.
+    compressed
+        Whether it is gzip-compressed.
+    intensities
+        How they fall into ``parameters.data.min`` and ``max``.
+    mask
+        The mask that will be used, if there is one.
+    mask_to_come
+        Whether an earlier model of the same run makes it.
+    blocks, patches
+        How many there are without a mask; a patch is evaluated once.
+    block_shape
+        Of the largest block, in voxels.
+    work_bytes, output_bytes
+        What its work store, for the time being, and its outputs take on the disk at most. Labels compress to a small
+        part of what is counted for them here, probabilities hardly.
+    certain_work_bytes, certain_output_bytes
+        The part of both that does not depend on how things compress.
+    outputs
+        The files that it makes.
+    preview
+        The picture that it draws, which `output_bytes` counts too; ``None`` without.
+    notes, warnings
+        What was decided about the file, and what needs attention.
+    problems
+        Why it cannot be done.
+    """
+
+    stem: str
+    source: Path
+    action: Literal["segment", "measure", "skip", "refuse"]
+    reason: str = ""
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    voxel_size_angstrom: tuple[float | None, ...] = ()
+    file_bytes: int = 0
+    compressed: bool = False
+    intensities: Intensities | None = None
+    mask: Masking | None = None
+    mask_to_come: bool = False
+    blocks: int = 0
+    patches: int = 0
+    block_shape: tuple[int, ...] = ()
+    work_bytes: int = 0
+    output_bytes: int = 0
+    certain_work_bytes: int = 0
+    certain_output_bytes: int = 0
+    outputs: tuple[Path, ...] = ()
+    preview: Path | None = None
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A file system that a run writes to.
+
+    Attributes
+    ----------
+    folders
+        Which of its folders lie there.
+    free_bytes
+        What is free on it. A quota may allow less.
+    needed_bytes
+        What the run takes on it at most.
+    certain_bytes
+        The part of that which does not depend on how things compress.
+    """
+
+    folders: tuple[Path, ...]
+    free_bytes: int
+    needed_bytes: int
+    certain_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a run will do and take.
+
+    Attributes
+    ----------
+    model
+        ``trained_model``: a path, or where on the Hub.
+    checkpoint, checkpoint_sha256
+        The model's file, and its hash.
+    classes
+        Channels of the model's probabilities.
+    patch, halo
+        In voxels; a halo of 0 stands for a quarter of the patch.
+    precision
+        Of the network's products.
+    threshold
+        Probability threshold.
+    scaling
+        Intensities that become 0 and 1, the first one larger where they are inverted.
+    tomograms
+        One forecast for each.
+    workers
+        Worker processes on the CPUs of this machine.
+    bytes_per_worker
+        Memory of one that runs the network on the CPU; of this
+    block_bytes
+        for its two blocks, which a worker with a GPU needs as well, and
+    network_bytes
+        for the network, which a worker with a GPU needs there, once for each patch of a batch.
+    batch_size
+        Patches that a GPU evaluates at once.
+    memory_bytes
+        What this machine has; ``None`` where it was not said.
+    disks
+        The file systems that are written to.
+    notes, warnings, problems
+        What a user should know before the run, what needs attention, and why it could not succeed, other than those of
+        single tomograms.
+    shared
+        How warnings of single tomograms begin that `warnings` says of all of them.
+    seconds
+        That the run takes, about; ``None`` where no pace is known.
+    pace
+        Where that is known from.
+    """
+
+    model: str
+    checkpoint: Path
+    checkpoint_sha256: str
+    classes: int
+    patch: tuple[int, ...]
+    halo: int
+    precision: str
+    threshold: float
+    scaling: tuple[float, float]
+    tomograms: tuple[TomogramForecast, ...]
+    workers: int
+    bytes_per_worker: int
+    block_bytes: int
+    network_bytes: int
+    batch_size: int
+    memory_bytes: int | None
+    disks: tuple[Disk, ...]
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+    seconds: float | None = None
+    pace: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as JSON values; lengths in voxels and bytes as the attributes say."""
+        values: dict[str, Any] = as_json(self)
+        return {**values, "problems": list(self.all_problems)}
+
+    @property
+    def status(self) -> int:
+        """Exit status of the run, as far as it is known: 2 if no tomogram can be done, 1 if not all."""
+        refused = [tomogram.action == "refuse" for tomogram in self.tomograms]
+        return 2 if self.problems or all(refused) else int(any(refused))
+
+    @property
+    def all_problems(self) -> tuple[str, ...]:
+        """Everything for which the run could not succeed."""
+        return (*self.problems, *(problem for tomogram in self.tomograms for problem in tomogram.problems))
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineForecast:
+    """What a run of several models will do and take.
+
+    Attributes
+    ----------
+    stages
+        One forecast for each model, by name, in their order; without `disks`, which the models have in common.
+    disks
+        As of `Forecast`; a tomogram is converted once for all models.
+    warnings, problems
+        Of the disks.
+    """
+
+    stages: Mapping[str, Forecast]
+    disks: tuple[Disk, ...]
+    warnings: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def seconds(self) -> float | None:
+        """That the run takes, about; ``None`` where the pace of one model is not known."""
+        each = [stage.seconds for stage in self.stages.values()]
+        return None if None in each else sum(seconds for seconds in each if seconds is not None)
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as JSON values; see `Forecast`."""
+        values: dict[str, Any] = {**as_json(self), "seconds": self.seconds}
+        stages = {name: stage.as_json() for name, stage in self.stages.items()}
+        return {**values, "stages": stages, "problems": list(self.all_problems)}
+
+    @property
+    def status(self) -> int:
+        """See `Forecast`: a tomogram that the first model cannot do, no other can."""
+        first = next(iter(self.stages.values()))
+        return 2 if self.problems or first.status == 2 else max(stage.status > 0 for stage in self.stages.values())
+
+    @property
+    def all_problems(self) -> tuple[str, ...]:
+        """Everything for which the run could not succeed, each once."""
+        of_stages = [problem for stage in self.stages.values() for problem in stage.all_problems]
+        return tuple(dict.fromkeys((*self.problems, *of_stages)))
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast a model is.
+
+    Attributes
+    ----------
+    patches_per_second
+        Of all workers together.
+    source
+        Where it is known from, in words.
+    """
+
+    patches_per_second: float
+    source: str
+
+
+def pace_of_runs(plan: RunPlan, device: str, workers: int | None) -> Pace | None:
+    """How fast the model was in the latest run that finished a tomogram with it on such a device; ``None`` if none did.
+
+    Parameters
+    ----------
+    plan
+        For the model.
+    device
+        ``"cpu"`` or ``"cuda"``.
+    workers
+        Of the run that is planned; ``None``: as many as then.
+    """
+    done = [
+        outcome
+        for outcome in read_outcomes(plan.configuration.prediction_folder).values()
+        if outcome.get("status") == "done" and outcome.get("model") == plan.model and outcome.get("device") == device
+    ]
+    if not done:
+        return None
+    latest = [outcome for outcome in done if outcome["run"] == max(each["run"] for each in done)]
+    seconds, until = 0.0, -math.inf
+    for began, ended in sorted((outcome["began"], outcome["ended"]) for outcome in latest):  # which overlap
+        seconds += max(0.0, ended - max(began, until))
+        until = max(until, ended)
+    patches = sum(plan.blocks(tuple(outcome["shape"])).patch_count for outcome in latest)
+    had = max(1, *(outcome["workers"] for outcome in latest), 0)
+    return Pace(
+        patches / max(seconds, 1e-3) * (workers or had) / had,
+        f"as fast as in the latest run, {len(latest)} tomogram{'s' * (len(latest) != 1)} on {had} {device} "
+        f"worker{'s' * (had != 1)}",
+    )
+
+
+#: Seconds for which a trial is measured.
+TRIAL_SECONDS = 5.0
+
+
+def pace_of_trial(plan: RunPlan, device: Literal["cpu", "cuda"], workers: int | None) -> Pace | None:
+    """How fast the model is here and now: it predicts patches of one of the plan's tomograms, and writes nothing.
+
+    Parameters
+    ----------
+    plan
+        For the model; ``None`` is returned where it has no tomogram to segment.
+    device
+        Where to run the network.
+    workers
+        Processes, that compute at the same time; on GPUs one is tried, and ``None`` stands for all.
+
+    Raises
+    ------
+    DeviceError, CheckpointError
+        If the model cannot run there.
+    """
+    from cryosiam_dask.model.predictor import count_of_gpus, measured_pace
+    from cryosiam_dask.stages.predict import read_window
+
+    job = next((job for job in plan.jobs if job.problem is None), None)
+    if job is None:
+        return None
+    spec = plan.spec(device)
+    header = read_header(job.source, **plan.configuration.reading)
+    grid = make_grid(header.shape, plan.patch, max(plan.patch), plan.halo)
+    block = grid.block(list(grid.indices())[len(grid.indices()) // 2])
+    if header.compressed:  # reading on to its middle would take longer than the trial
+        window = np.zeros(block.window_shape, np.float32)
+    else:
+        window = read_window(_Reading(header), block, grid, spec)
+    count = workers or 1 if device == "cpu" else 1
+    one = partial(measured_pace, spec, window, block.patches, block.shape)
+    try:
+        with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+            pace = sum(pool.map(one, [TRIAL_SECONDS] * count))
+    except BrokenProcessPool:
+        raise DeviceError(
+            "a process that predicts a block must stay alive", place="--trial", value="one that ended by itself",
+            remedy="Most likely the memory did not suffice: set fewer --workers, or a smaller patch_size",
+        ) from None  # fmt: skip
+    all_of = workers or count_of_gpus() if device == "cuda" else count
+    return Pace(pace / count * all_of, f"as fast as in a trial of {TRIAL_SECONDS:.0f} s on {device} just now")
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """Slices a file that is not compressed like an array."""
+
+    header: TomogramHeader
+
+    def __getitem__(self, region: tuple[slice, ...]) -> np.ndarray[Any, Any]:
+        return read_part(self.header, region)
+
+
+def forecast_pipeline(
+    plans: Sequence[RunPlan],
+    *,
+    workers: int = 1,
+    concurrent: int = 1,
+    memory_bytes: int | None = None,
+    paces: Sequence[Pace | None] = (),
+) -> PipelineForecast:
+    """Say what a run of several models for the same tomograms will do and take.
+
+    Parameters
+    ----------
+    plans
+        From `cryosiam_dask.runs.plan.plan_run`, with the name of its model each.
+    workers, concurrent, memory_bytes
+        See `forecast`.
+    paces
+        Of each model.
+    """
+    sampled: dict[Any, Intensities] = {}
+    stages: dict[str, Forecast] = {}
+    needs: list[_Need] = []
+    last = {job.stem for job in plans[-1].jobs}
+    for plan, pace in zip_longest(plans, paces):
+        kept = last if plan is not plans[-1] else ()  # with the work of the last model, for all
+        stages[plan.name] = found = _stage(plan, workers, memory_bytes, pace, sampled, kept)
+        needs += _needs(plan.configuration, found.tomograms, concurrent)
+    disks = _disks(needs)
+    return PipelineForecast(stages, disks, *_judged(disks))
+
+
+def forecast(
+    configuration: Configuration,
+    plan: RunPlan,
+    *,
+    workers: int = 1,
+    concurrent: int = 1,
+    memory_bytes: int | None = None,
+    pace: Pace | None = None,
+) -> Forecast:
+    """Say what a run will do and take, reading as little as tells it.
+
+    Parameters
+    ----------
+    configuration, plan
+        What to do; from `cryosiam_dask.runs.plan.plan_run`.
+    workers
+        Worker processes; small tomograms are cut into smaller blocks for more of them.
+    concurrent
+        How many tomograms are worked on at the same time.
+    memory_bytes
+        What the machine has for the workers.
+    pace
+        How fast the model is, where that is known.
+    """
+    found = _stage(replace(plan, configuration=configuration), workers, memory_bytes, pace, {})
+    disks = _disks(_needs(configuration, found.tomograms, concurrent))
+    warnings, problems = _judged(disks)
+    return replace(found, disks=disks, warnings=(*found.warnings, *warnings), problems=problems)
+
+
+def _stage(
+    plan: RunPlan,
+    workers: int,
+    memory_bytes: int | None,
+    pace: Pace | None,
+    sampled: dict[Any, Intensities],
+    converted: Collection[str] = (),
+) -> Forecast:
+    """The forecast of one model, without disks; of the tomograms `converted` another one keeps the voxels. What was
+    `sampled` of a tomogram for one model, serves the others."""
+    configuration = plan.configuration
+    voxels = max(_LEAST_MASK_VOXELS, MASK_VOXELS // max(1, len(plan.jobs)))
+    tomograms = [
+        *(_tomogram(configuration, plan, job, workers, voxels, job.stem in converted, sampled) for job in plan.jobs),
+        *(_measured(configuration, plan, job) for job in plan.unmeasured),
+        *(
+            TomogramForecast(
+                job.stem,
+                job.source,
+                "skip",
+                "made from the same input, checkpoint and settings",
+                outputs=_outputs(configuration, job),
+            )
+            for job in plan.skipped
+        ),
+        *(TomogramForecast(stem, Path(error.place), "refuse", problems=(str(error),)) for stem, error in plan.refused),
+    ]
+    tomograms.sort(key=lambda tomogram: tomogram.source)
+    notes = list(plan.notes)
+    found = [t.intensities for t in tomograms if t.intensities is not None]
+    shared, instead = plan.attention_to_all(found)
+    of_all = [f"{count} of {len(found)} tomograms: {sentence}" for sentence, count in shared]
+    warnings = (*plan.warnings(workers, memory_bytes), *of_all)
+    patches = sum(t.patches for t in tomograms if t.action == "segment")
+    data = configuration.parameters.data
+    if configuration.parameters.data.patch_size == "auto":
+        notes.append(
+            "patch_size auto: the run tries which patch fits into the device's memory. What is said here holds for the "
+            f"checkpoint's own, {list(plan.patch)}"
+        )
+    return Forecast(
+        model=str(configuration.trained_model),
+        checkpoint=plan.checkpoint.path,
+        checkpoint_sha256=plan.checkpoint.sha256,
+        classes=plan.checkpoint.architecture.out_channels,
+        patch=plan.patch,
+        halo=plan.halo,
+        precision=configuration.hyper_parameters.precision,
+        threshold=plan.threshold,
+        scaling=(data.max, data.min) if data.invert else (data.min, data.max),
+        tomograms=tuple(tomograms),
+        workers=workers,
+        bytes_per_worker=plan.bytes_per_worker,
+        block_bytes=plan.block_bytes,
+        network_bytes=plan.network_bytes,
+        batch_size=configuration.hyper_parameters.batch_size,
+        memory_bytes=memory_bytes,
+        disks=(),
+        notes=tuple(notes),
+        warnings=warnings,
+        shared=tuple(sorted(instead)),
+        seconds=None if pace is None else patches / pace.patches_per_second,
+        pace="" if pace is None else pace.source,
+    )
+
+
+def disk_warnings(plans: Sequence[RunPlan]) -> tuple[str, ...]:
+    """What needs attention on the disks: the same in a run as before it.
+
+    Parameters
+    ----------
+    plans
+        Of the models of the run, in their order.
+    """
+    needs: list[_Need] = []
+    last = {job.stem for job in plans[-1].jobs}
+    for plan in plans:
+        tomograms = []
+        for job in plan.jobs:
+            with suppress(CryosiamDaskError):  # such a tomogram fails alone
+                header = read_header(job.source, **plan.configuration.reading)
+                kept = plan is not plans[-1] and job.stem in last
+                room: dict[str, Any] = dict(_disk_bytes(plan.configuration, plan, job, header, kept))
+                tomograms.append(TomogramForecast(job.stem, job.source, "segment", **room))
+        tomograms += [_measured(plan.configuration, plan, job) for job in plan.unmeasured]
+        needs += _needs(plan.configuration, tomograms, USUALLY_AT_ONCE)
+    warnings, problems = _judged(_disks(needs))
+    return (*problems, *warnings)
+
+
+def _judged(disks: Iterable[Disk]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Warnings and problems of disks."""
+    warnings, problems = list[str](), list[str]()
+    for disk in disks:
+        where = " and ".join(map(str, disk.folders))
+        if disk.certain_bytes > disk.free_bytes:
+            problems.append(
+                f"{where}: there must be {_gb(disk.certain_bytes)} of free disk space; found "
+                f"{_gb(disk.free_bytes)}. Free space, or set work_folder or prediction_folder to another disk."
+            )
+        elif disk.needed_bytes > disk.free_bytes:
+            warnings.append(
+                f"{where}: up to {_gb(disk.needed_bytes)} may be needed, and {_gb(disk.free_bytes)} are free. Labels "
+                "compress to a small part of what is counted for them here, probabilities hardly"
+            )
+    return tuple(warnings), tuple(problems)
+
+
+def unreadable(configuration: Configuration, filename: str | None = None) -> list[CryosiamDaskError]:
+    """What is wrong with the headers of a configuration's tomograms; also where nothing could be planned."""
+    problems: list[CryosiamDaskError] = []
+    for source in find_tomograms(configuration, filename):
+        try:
+            read_header(source, **configuration.reading)
+        except TomogramError as error:
+            problems.append(error)
+    return problems
+
+
+def masking(mask: Mask, grid: Grid, voxels: int = MASK_VOXELS) -> Masking:
+    """Say what a mask leaves of a tomogram and of its blocks.
+
+    Parameters
+    ----------
+    mask
+        From `cryosiam_dask.files.mask.open_mask`.
+    grid
+        The blocks, on the tomogram that the mask is for.
+    voxels
+        How many of the mask to read at most; chunks that are evenly spread stand for more.
+
+    Raises
+    ------
+    MaskError
+        If it cannot be read or holds values other than 0 and 1.
+    """
+    ratios = [m / n for m, n in zip(mask.stored_shape, mask.shape, strict=True)]
+    # Inner edges of the blocks on the axes of the mask as it is stored.
+    edges = [[round(edge * ratio) for edge in axis.edges] for axis, ratio in zip(grid.axes, ratios, strict=True)]
+    seen, inside_of = np.zeros(grid.block_counts, bool), np.zeros(grid.block_counts, bool)
+    read = inside = 0
+    for region, values in read_stored(mask, partial(evenly_spread, voxels=voxels)):
+        read, inside = read + values.size, inside + int(np.count_nonzero(values))
+        for pieces in product(*map(_cut, region, edges)):
+            block = tuple(index for index, _ in pieces)
+            part = values[
+                tuple(slice(p.start - r.start, p.stop - r.start) for r, (_, p) in zip(region, pieces, strict=True))
+            ]
+            seen[block] = True
+            inside_of[block] |= bool(part.any())
+    ruled_out = round(seen.size * np.count_nonzero(seen & ~inside_of) / np.count_nonzero(seen))
+    exact = mask.stored_shape == mask.shape and read == math.prod(mask.shape)
+    return Masking(mask.path, mask.stored_shape, inside / read, ruled_out, exact)
+
+
+def _cut(part: slice, edges: list[int]) -> Iterable[tuple[int, slice]]:
+    """The pieces of a part of an axis, each with the number of the block that it lies in."""
+    for index, (start, stop) in enumerate(pairwise(edges)):
+        if max(part.start, start) < min(part.stop, stop):
+            yield index, slice(max(part.start, start), min(part.stop, stop))
+
+
+def _tomogram(
+    configuration: Configuration,
+    plan: RunPlan,
+    job: Job,
+    workers: int,
+    mask_voxels: int,
+    converted: bool,
+    sampled: dict[Any, Intensities],
+) -> TomogramForecast:
+    header: TomogramHeader | None = None
+    to_come = job.mask is not None and not job.fingerprint and job.problem is None
+    known: dict[str, Any] = {"outputs": _outputs(configuration, job), "mask_to_come": to_come}
+    known["preview"] = _preview(configuration, job)
+    opened: Mask | None = None
+    problems: list[str] = [] if job.problem is None else [str(job.problem)]
+    data = configuration.parameters.data
+    try:
+        header = read_header(job.source, **configuration.reading)
+        known |= _of_header(header)
+        plan.require_usable(header)
+        grid = plan.blocks(header.shape, workers)
+        known |= {"blocks": math.prod(grid.block_counts), "patches": grid.patch_count}
+        known["block_shape"] = tuple(max(b - a for a, b in pairwise(axis.edges)) for axis in grid.axes)
+        known |= _disk_bytes(configuration, plan, job, header, converted)
+    except CryosiamDaskError as error:
+        if not isinstance(job.problem, TomogramError):  # which has been said
+            problems.append(str(error))
+    try:
+        if header is not None:
+            key = (job.source, data.min, data.max)
+            known["intensities"] = sampled.get(key) or intensities(sample_file(header), data.min, data.max)
+            sampled[key] = known["intensities"]
+    except CryosiamDaskError as error:
+        problems.append(str(error))
+    try:
+        if header is not None and job.mask is not None and job.problem is None and not to_come and "blocks" in known:
+            opened = plan.mask_of(job, header.shape)
+            assert opened is not None
+            known["mask"] = masking(opened, grid, mask_voxels)
+    except CryosiamDaskError as error:
+        problems.append(str(error))
+    warnings: tuple[str, ...] = ()
+    if header is not None:
+        mask = known.get("mask")
+        # Where but a part was looked at, there may be something elsewhere.
+        coverage = mask.coverage if mask and (mask.exact or mask.coverage) else None
+        warnings = plan.attention(header, known.get("intensities"), mask=opened, coverage=coverage)
+    return TomogramForecast(
+        job.stem,
+        job.source,
+        "refuse" if problems else "segment",
+        warnings=warnings,
+        problems=tuple(dict.fromkeys(problems)),
+        **known,
+    )
+
+
+def _measured(configuration: Configuration, plan: RunPlan, job: Job) -> TomogramForecast:
+    """A tomogram whose labels are there."""
+    reason = f"{job.output} is up to date, {plan.outdated(job)}"
+    try:
+        header = read_header(job.source, **configuration.reading)
+    except CryosiamDaskError:  # the labels are there: nothing is read but them
+        return TomogramForecast(job.stem, job.source, "measure", reason, outputs=_outputs(configuration, job)[1:])
+    instances = 4 * math.prod(header.shape) if job.components else 0
+    return TomogramForecast(
+        job.stem,
+        job.source,
+        "measure",
+        reason,
+        work_bytes=instances,
+        output_bytes=instances + _format_bytes(configuration, header) + _preview_bytes(configuration, job, header),
+        outputs=_outputs(configuration, job)[1:],
+        preview=_preview(configuration, job),
+        **_of_header(header),
+    )
+
+
+def _of_header(header: TomogramHeader) -> dict[str, Any]:
+    return {
+        "shape": header.shape,
+        "dtype": str(header.dtype),
+        "voxel_size_angstrom": header.voxel_size_angstrom,
+        "file_bytes": header.file_bytes,
+        "compressed": header.compressed,
+        "notes": header.notes,
+    }
+
+
+def _outputs(configuration: Configuration, job: Job) -> tuple[Path, ...]:
+    formats = [format_path(configuration.prediction_folder, job.stem, name) for name in other_formats(configuration)]
+    if job.components is None:
+        return job.output, *formats
+    return job.output, job.components, *(job.components.with_suffix(e) for e in (".csv", ".parquet")), *formats
+
+
+def _preview(configuration: Configuration, job: Job) -> Path | None:
+    return preview_file(configuration.prediction_folder, job.stem) if configuration.preview else None
+
+
+def _preview_bytes(configuration: Configuration, job: Job, header: TomogramHeader) -> int:
+    return most_bytes(header.shape, header.voxel_size_angstrom) if _preview(configuration, job) else 0
+
+
+#: All levels of an image together, in voxels of the first: each has half as many along two axes at least.
+_ALL_LEVELS = 4 / 3
+
+
+def _format_bytes(configuration: Configuration, header: TomogramHeader) -> int:
+    """What the other formats of a tomogram's labels take at most."""
+    voxels, formats = math.prod(header.shape), other_formats(configuration)
+    image = math.ceil(_ALL_LEVELS * voxels * (1 + header.dtype.itemsize)) if "ome-zarr" in formats else 0
+    return image + (voxels if "mrc" in formats else 0)
+
+
+def _disk_bytes(
+    configuration: Configuration, plan: RunPlan, job: Job, header: TomogramHeader, converted: bool
+) -> dict[str, int]:
+    """What a tomogram takes on the disk, work store and outputs apart."""
+    voxels, classes = math.prod(header.shape), plan.checkpoint.architecture.out_channels
+    fields = sum(4 * classes for name in plan.wanted if name != "labels")
+    removal = 2 if removal_sizes(configuration) else 0  # what is kept, and what is removed
+    lamella = 2 if configuration.parameters.network.postprocessing else 0  # its hull, and the threshold of its core
+    instances = 4 if job.components else 0
+    # A zarr is read where it is, and of several models one keeps what was converted.
+    tomogram = 0 if converted or isinstance(header, ZarrHeader) else header.dtype.itemsize * voxels
+    is_mrc = job.output.suffix != ".h5"
+    internal = fields if configuration.save_internal_files else 0
+    return {
+        "work_bytes": tomogram + voxels * (1 + fields + removal + lamella + instances),
+        "certain_work_bytes": tomogram if header.dtype.kind == "f" and not configuration.keep_work else 0,
+        "output_bytes": voxels * (1 + internal + instances + (0 if is_mrc else removal // 2))
+        + _format_bytes(configuration, header)
+        + _preview_bytes(configuration, job, header),
+        "certain_output_bytes": voxels * (is_mrc + ("mrc" in other_formats(configuration))),
+    }
+
+
+#: Tomograms that have a work store at the same time: one computes, one is finished, one is read. Where they are small
+#: it may be more for a while; see `cryosiam_dask.runs.collection`.
+USUALLY_AT_ONCE = 3
+
+_Need: TypeAlias = tuple[Path, int, int]  # folder, bytes needed in it at most, and certainly
+
+
+def _needs(configuration: Configuration, tomograms: Iterable[TomogramForecast], concurrent: int) -> list[_Need]:
+    """What is needed in each folder."""
+    done = [t for t in tomograms if t.action in ("segment", "measure")]
+    # Work stores vanish with their tomograms, unless they are kept. A single one is certain.
+    kept = len(done) if configuration.keep_work else 0
+    work, certain_work = (
+        sum(sorted((getattr(t, name) for t in done), reverse=True)[: kept or at_once])
+        for name, at_once in (("work_bytes", concurrent), ("certain_work_bytes", 1))
+    )
+    return [
+        (
+            configuration.prediction_folder,
+            sum(t.output_bytes for t in done),
+            sum(t.certain_output_bytes for t in done),
+        ),
+        (configuration.work_folder or configuration.prediction_folder, work, certain_work),
+    ]
+
+
+def _disks(needs: Iterable[_Need]) -> tuple[Disk, ...]:
+    """What is needed on each file system, and free there."""
+    disks: dict[int, Disk] = {}
+    for folder, needed, certain in needs:
+        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        disk = disks.get(existing.stat().st_dev, Disk((), shutil.disk_usage(existing).free, 0, 0))
+        disks[existing.stat().st_dev] = Disk(
+            disk.folders if folder in disk.folders else (*disk.folders, folder),
+            disk.free_bytes,
+            disk.needed_bytes + needed,
+            disk.certain_bytes + certain,
+        )
+    return tuple(disks.values())
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.1f} GB"

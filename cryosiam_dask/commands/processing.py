@@ -1,0 +1,395 @@
+"""Prepare tomograms as CryoSiam's ``processing_invert_scale`` and ``match_pixel_size`` do.
+
+A tomogram of any format is read piece by piece, and a float32 MRC file with its voxel size and position is written.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.fft
+import zarr
+from numpy.typing import NDArray
+
+from cryosiam_dask.core.percentiles import Region, percentiles
+from cryosiam_dask.errors import OutputError, TomogramError, not_written
+from cryosiam_dask.files.folders import visible
+from cryosiam_dask.files.predictions import write_mrc_floats
+from cryosiam_dask.files.tomogram import HDF5_ENDINGS, TomogramHeader, Voxels, is_zarr
+from cryosiam_dask.runs.ledger import part_name
+from cryosiam_dask.stages.ingest import MRC_ENDINGS, TOMOGRAM_ENDINGS, ingest, read_header, read_part
+
+_PIECE = 256  # voxels along each axis of what is read at once: 64 MiB of float32
+
+
+def files(source: Path, target: Path) -> list[tuple[Path, Path]]:
+    """Which files are read and written.
+
+    Parameters
+    ----------
+    source
+        A tomogram, or a folder of them.
+    target
+        The file to write or, for a folder, the folder, which is made: each file keeps its name, with ``.mrc`` as its
+        ending where it is no MRC file, or compressed.
+
+    Raises
+    ------
+    TomogramError
+        If the source does not exist, or is a folder without tomograms.
+    OutputError
+        If the folder cannot be made, or two tomograms would be written to the same file.
+    """
+    if source.is_file() or is_zarr(source):
+        return [(source, target / _name(source) if target.is_dir() and not is_zarr(target) else target)]
+    if not source.is_dir():
+        raise TomogramError("does not exist", place=source, remedy="Give a tomogram, or a folder of tomograms")
+    found = {path: target / _name(path) for path in visible(source) if path.name.endswith(TOMOGRAM_ENDINGS)}
+    if not found:
+        raise TomogramError("must hold tomograms", place=source, remedy="Give a tomogram, or a folder of tomograms")
+    twice = [path for path, count in Counter(found.values()).items() if count > 1]
+    if twice:
+        raise OutputError(
+            "two tomograms must not have the same output", place=twice[0],
+            value=" and ".join(str(path) for path, to in found.items() if to == twice[0]),
+            remedy="Prepare them one by one",
+        )  # fmt: skip
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_written(
+            error, "the folder must be one that can be made", place=target, remedy="Choose another one"
+        ) from error
+    return list(found.items())
+
+
+def _name(source: Path) -> str:
+    """Of the MRC file that is made of a tomogram."""
+    if source.suffix in MRC_ENDINGS:
+        return source.name
+    for ending in (".ome.zarr", ".zarr", ".gz", *HDF5_ENDINGS):
+        if source.name.endswith(ending):
+            name = source.name.removesuffix(ending)
+            return name if Path(name).suffix in MRC_ENDINGS else f"{name}.mrc"
+    return f"{source.name}.mrc"
+
+
+@dataclass(frozen=True, slots=True)
+class _Scaled:
+    """A tomogram whose intensities are inverted and scaled as they are read; NaN is the lowest of them."""
+
+    source: TomogramHeader | Voxels
+    shape: tuple[int, ...]
+    sign: int = 1
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def dtype(self) -> np.dtype[np.float32]:
+        """Of what is read."""
+        return np.dtype(np.float32)
+
+    def __getitem__(self, region: Any) -> NDArray[np.float32]:
+        """Read a region, (z, y, x) or (y, x)."""
+        voxels = self.original(region)
+        if self.sign < 0:
+            np.negative(voxels, out=voxels)
+        if self.low is None or self.high is None:
+            return voxels
+        scaled = (voxels.astype(np.float64) - self.low) / (self.high - self.low)
+        return np.nan_to_num(np.clip(scaled, 0, 1), nan=0.0).astype(np.float32)
+
+    def original(self, region: Region) -> NDArray[np.float32]:
+        """Read a region as it is, as float32."""
+        source = self.source
+        voxels = read_part(source, region) if isinstance(source, TomogramHeader) else source[region]
+        with np.errstate(over="ignore"):
+            return np.array(voxels, np.float32)
+
+
+def invert_scale(
+    source: Path, target: Path, *, invert: bool = False, lower: float | None = None, upper: float | None = None
+) -> tuple[float, float] | None:
+    """Write a tomogram with inverted, scaled or simply converted intensities.
+
+    Parameters
+    ----------
+    source
+        A tomogram of any format that is read here.
+    target
+        The MRC file to write, float32, with the voxel size, origin and start of the source; replaced if it exists.
+    invert
+        Whether the sign of the intensities changes, before they are scaled.
+    lower, upper
+        Percentiles of all (inverted) voxels that become 0 and 1; what lies beyond is clipped, and NaN becomes 0. With
+        neither the intensities are not scaled; with one of them the other is the minimum or maximum.
+
+    Returns
+    -------
+    tuple of float or None
+        The intensities that became 0 and 1.
+
+    Raises
+    ------
+    TomogramError
+        If the source cannot be read, or the percentiles are the same intensity.
+    OutputError
+        If the target is the source, or cannot be written.
+    """
+    header = read_header(source)
+    header.require_complete()
+    _require_another(source, target)
+    with _voxels(header, target) as voxels:
+        bounds = None
+        plain = _Scaled(voxels, header.shape, -1 if invert else 1)
+        if lower is not None or upper is not None:
+            bounds = _bounds(plain, source, 0.0 if lower is None else lower, 100.0 if upper is None else upper)
+        scaled = _Scaled(voxels, header.shape, plain.sign, *(bounds or (None, None)))
+        write_mrc_floats(
+            target,
+            scaled,
+            voxel_size_angstrom=header.voxel_size_angstrom,
+            origin_angstrom=header.origin_angstrom,
+            nstart=header.nstart,
+            label="cryosiam-dask: intensities " + ("inverted" if invert else "kept") + (", scaled" if bounds else ""),
+        )
+    return bounds
+
+
+def _bounds(voxels: _Scaled, place: Path, lower: float, upper: float) -> tuple[float, float]:
+    low, high = percentiles(voxels.__getitem__, list(_pieces(voxels.shape)), (lower, upper))
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise TomogramError(
+            "the two percentiles must be different, finite intensities",
+            place=place,
+            value=f"{low:g} at {lower:g} % and {high:g} at {upper:g} %",
+            remedy="Choose percentiles further apart, or look whether the tomogram is empty",
+        )
+    return low, high
+
+
+def _pieces(shape: tuple[int, ...]) -> Iterator[Region]:
+    edges = [[slice(at, min(at + _PIECE, size)) for at in range(0, size, _PIECE)] for size in shape]
+    yield from itertools.product(*edges)
+
+
+@contextmanager
+def _voxels(header: TomogramHeader, target: Path) -> Iterator[TomogramHeader | Voxels]:
+    """Something whose regions can be read: a compressed file is unpacked beside the target meanwhile."""
+    if not header.compressed:
+        yield header
+        return
+    store = target.with_name(part_name(f"{target.name}.zarr"))
+    try:
+        yield ingest(header.path, store, name=None)[0]
+    finally:
+        shutil.rmtree(store, ignore_errors=True)
+
+
+def _require_another(source: Path, target: Path) -> None:
+    if target.resolve() == source.resolve():
+        raise OutputError(
+            "the output must not replace its own input", place=target, remedy="Choose another file or folder for it"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Resampling:
+    """What `match_pixel_size` makes of a tomogram, and what that takes.
+
+    Attributes
+    ----------
+    header
+        Of the tomogram.
+    before
+        Voxel size, Å, along each axis.
+    shape
+        Of the result, (z, y, x) or (y, x).
+    after
+        Voxel size of the result along each axis, Å: that which was asked for as nearly as whole voxels allow.
+    memory_bytes, disk_bytes
+        About how much memory it takes, and how much room beside the output, without the output.
+    """
+
+    header: TomogramHeader
+    before: tuple[float, ...]
+    shape: tuple[int, ...]
+    after: tuple[float, ...]
+    memory_bytes: int
+    disk_bytes: int
+
+
+def plan_resampling(source: Path, voxel_size: float, given: float | None = None) -> Resampling:
+    """Say what `match_pixel_size` would do.
+
+    Parameters
+    ----------
+    source
+        A tomogram of any format that is read here.
+    voxel_size
+        That of the result, Å.
+    given
+        That of the source, Å, where its header does not know it or is wrong.
+
+    Raises
+    ------
+    TomogramError
+        If the source cannot be read, or its voxel size is not known.
+    """
+    header = read_header(source)
+    header.require_complete()
+    sizes = [given or size for size in header.voxel_size_angstrom]
+    before = tuple(size for size in sizes if size)
+    if len(before) < len(sizes):
+        raise TomogramError(
+            "the voxel size must be known", place=source, value="none in its header",
+            remedy="Give it with --input-pixel-size",
+        )  # fmt: skip
+    shape = tuple(_new_size(n, size / voxel_size) for n, size in zip(header.shape, before, strict=True))
+    after = tuple(n * size / m for n, size, m in zip(header.shape, before, shape, strict=True))
+    longest = max(*header.shape, *shape)
+    # Of the two largest stores one is read while the other is written.
+    stores = [math.prod((*shape[: axis + 1], *header.shape[axis + 1 :])) for axis in range(len(shape))]
+    disk = 8 * max(a + b for a, b in itertools.pairwise([0, *stores]))
+    if header.compressed:
+        disk += 4 * math.prod(header.shape)
+    return Resampling(header, before, shape, after, 5 * 16 * _tile(longest) * longest, disk)
+
+
+def _new_size(size: int, ratio: float) -> int:
+    """Voxels along an axis, as in CryoSiam: even, but of an axis that becomes longer as odd as before."""
+    planned = max(2, round(size * ratio))
+    planned += planned % 2
+    if ratio == 1:
+        return size
+    return min(planned, size) if ratio < 1 else max(size, size + (planned - size) // 2 * 2)
+
+
+def _tile(longest: int) -> int:
+    """How many lines are transformed at once: 4 million voxels of complex128, 64 MiB."""
+    return max(1, (1 << 22) // longest)
+
+
+def match_pixel_size(found: Resampling, target: Path) -> None:
+    """Bring a tomogram to another voxel size by cropping or padding its Fourier transform.
+
+    Frequencies that both grids have are kept, all others left out or zero. Values keep their scale: the mean of the
+    result is that of the source. One axis after the other is transformed, some lines at a time, from one store of
+    complex64 beside the target to the next; the real part of the last one is the result.
+
+    Parameters
+    ----------
+    found
+        From `plan_resampling`.
+    target
+        The MRC file to write, float32; replaced if it exists.
+
+    Raises
+    ------
+    TomogramError
+        If the source cannot be read, or holds voxels that are no finite numbers.
+    OutputError
+        If the target is the source, cannot be written, or there is no room for the stores beside it.
+    """
+    header = found.header
+    _require_another(header.path, target)
+    parent = target.absolute().parent
+    free = shutil.disk_usage(parent).free if parent.is_dir() else math.inf
+    if free < found.disk_bytes:
+        raise OutputError(
+            "there must be room for intermediate results beside the output",
+            place=parent,
+            value=f"{free / 1e9:.1f} GB where {found.disk_bytes / 1e9:.1f} GB are needed",
+            remedy="Free space there, or write to another disk",
+        )
+    folder = parent / part_name(f"{target.name}.zarr")
+    try:
+        folder.mkdir()
+        with _voxels(header, target) as voxels:
+            stage: Any = _Scaled(voxels, header.shape)
+            for axis in range(len(found.shape)):
+                shape = (*found.shape[: axis + 1], *header.shape[axis + 1 :])
+                store = zarr.create_array(
+                    folder / str(axis), shape=shape, chunks=tuple(min(128, n) for n in shape), dtype=np.complex64,
+                    compressors=None, fill_value=0,
+                )  # fmt: skip
+                _resample_axis(stage, store, axis, header.path)
+                if axis:
+                    shutil.rmtree(folder / str(axis - 1))
+                stage = store
+            write_mrc_floats(
+                target,
+                _Real(stage),
+                voxel_size_angstrom=found.after,
+                origin_angstrom=header.origin_angstrom,
+                nstart=[round(n * a / b) for n, a, b in zip(header.nstart, found.before, found.after, strict=True)],
+                label="cryosiam-dask: resampled",
+            )
+    except OSError as error:
+        raise not_written(
+            error, "the output must be writable", place=target, remedy="Create its folder, or choose another one"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Real:
+    """The real part of a stored array, which may be (z, y, x) or (y, x)."""
+
+    stored: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+        return tuple(self.stored.shape)
+
+    @property
+    def dtype(self) -> np.dtype[np.float32]:
+        """Of what is read."""
+        return np.dtype(np.float32)
+
+    def __getitem__(self, region: Any) -> NDArray[np.float32]:
+        """Read a region."""
+        return np.ascontiguousarray(self.stored[region].real, np.float32)
+
+
+def _resample_axis(source: Any, target: Any, axis: int, place: Path) -> None:
+    """Fill `target`, which differs from `source` in the length of one axis."""
+    before, after = source.shape[axis], target.shape[axis]
+    others = [n for n in range(len(target.shape)) if n != axis]
+    # Whole chunks along the other axes, as long as the lines fit into memory.
+    lines, step = _tile(max(before, after)), {}
+    for n in reversed(others):
+        step[n] = min(target.shape[n], max(1, lines if n != others[-1] else min(lines, 128)))
+        lines = max(1, lines // step[n])
+    for corner in itertools.product(*(range(0, target.shape[n], step[n]) for n in others)):
+        region = [slice(None)] * len(target.shape)
+        region[axis] = slice(0, before)
+        for n, at in zip(others, corner, strict=True):
+            region[n] = slice(at, min(at + step[n], target.shape[n]))
+        values = np.asarray(source[tuple(region)])
+        if not np.isfinite(values).all():
+            raise TomogramError(
+                "all voxels must be finite numbers, since each one reaches all of the result", place=place,
+                value="NaN or infinity", remedy="Replace them first, for example by the mean",
+            )  # fmt: skip
+        kept = min(before, after)
+        low = kept // 2
+        spectrum = scipy.fft.fft(values.astype(np.complex128), axis=axis)
+        there = np.zeros((*values.shape[:axis], after, *values.shape[axis + 1 :]), np.complex128)
+        # Frequencies 0 … up to the middle lie at the beginning, the negative ones at the end.
+        for part in (slice(0, kept - low), slice(-low, None) if low else slice(0, 0)):
+            where = (*[slice(None)] * axis, part)
+            there[where] = spectrum[where]
+        region[axis] = slice(0, after)
+        target[tuple(region)] = (scipy.fft.ifft(there, axis=axis) * (after / before)).astype(np.complex64)

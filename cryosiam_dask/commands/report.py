@@ -1,0 +1,747 @@
+"""The collection on one page: `report.html`, which needs no network, no server and nothing but itself.
+
+1. What the outputs of a tomogram hold is read: attributes, sizes of components, a thumbnail of its preview. It is kept
+   in the folder ``.ledger/report`` (`remember`), and read from there until an output changes.
+2. What the run knows besides (seconds, warnings, failures) is put to it.
+3. The share and the thickness of the lamella and the share of each class are compared with those of the other
+   tomograms. An outlier lies more than 3.5 robust standard deviations (1.4826 times the median absolute deviation) from
+   the median, and by more than a quarter of it. Shares of classes are those of the lamella, if all tomograms have one.
+4. A template makes the page. Names, warnings and errors come from strangers: the template escapes whatever it is given,
+   and the page allows no script but its own, by its hash.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from cryosiam_dask._version import __version__
+from cryosiam_dask.config import Configuration
+from cryosiam_dask.core.executor import SERIAL, Executor
+from cryosiam_dask.core.log import FOLDER as LOGS
+from cryosiam_dask.core.log import latest_log
+from cryosiam_dask.errors import CryosiamDaskError, OutputError
+from cryosiam_dask.files.folders import visible, without_predictions
+from cryosiam_dask.files.predictions import StoredDataset, open_dataset, read_attributes, write_bytes
+from cryosiam_dask.model.classes import COLOURS, are_images, given_names, hexadecimal, named, percentage
+from cryosiam_dask.runs.ledger import FOLDER
+from cryosiam_dask.stages.components import Blocks
+from cryosiam_dask.stages.export import written_attributes
+from cryosiam_dask.stages.ingest import MRC_ENDINGS, read_header
+from cryosiam_dask.stages.lamella import Thickness, count_columns, stored_thickness
+from cryosiam_dask.stages.measurements import Sizes, component_files, component_sizes, holding
+from cryosiam_dask.stages.preview import preview_file, read_fingerprint, thumbnails
+
+REPORT = "report.html"
+PICTURES_BYTES = 11 * 10**6  # of all thumbnails together, so that a page remains below 20 MB
+_DEVIATIONS, _EFFECT, _FEWEST = 3.5, 0.25, 5  # what makes an outlier, and how many tomograms a median takes
+_BARS, _WIDTH, _HEIGHT, _BELOW = 24, 264, 76, 30  # of a histogram; bars at most
+
+
+def write_report(
+    configuration: Configuration,
+    outcomes: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    warnings: Sequence[str] | None = None,
+    executor: Executor = SERIAL,
+) -> Path:
+    """Write the page of a prediction folder, replacing an earlier one at once when it is complete.
+
+    Parameters
+    ----------
+    configuration
+        The YAML file that the predictions were made with.
+    outcomes
+        What became of tomograms, by their names: any of the attributes of `cryosiam_dask.runs.tomogram.Outcome`. Those
+        of which the folder holds no output, because they failed, are listed too.
+    warnings
+        What needs attention in the run as a whole; ``None``: what did in the latest one that told any.
+    executor
+        Runs one task for each tomogram.
+
+    Returns
+    -------
+    Path
+        The page.
+
+    Raises
+    ------
+    OutputError
+        If there is nothing to report, or the page cannot be written.
+    """
+    folder, outcomes = configuration.prediction_folder, outcomes or {}
+    path, state = folder / REPORT, _state(configuration)
+    names = sorted(_names(configuration) | set(outcomes), key=_natural)
+    if not names:
+        raise without_predictions(folder)
+    look_at = partial(remember, configuration, PICTURES_BYTES // len(names))
+    with holding(folder):  # jobs of a tomogram each may end at the same time
+        tomograms = [
+            _with_outcome(tomogram, outcomes.get(tomogram.name, {}))
+            for tomogram in executor.map(look_at, names, name="report")
+        ]
+        warnings = _kept_warnings(folder, warnings)
+        write_bytes(path, _page(configuration, tomograms, warnings, state).encode("utf-8", "replace"))
+    return path
+
+
+def _kept_warnings(folder: Path, warnings: Sequence[str] | None) -> Sequence[str]:
+    """Keep what needs attention in a run as a whole, for pages that are written later; or take what was kept."""
+    note = folder / FOLDER / KEPT / ".run.json"  # no tomogram is called so
+    with suppress(OSError, ValueError):
+        if warnings is None:
+            return [str(sentence) for sentence in json.loads(note.read_bytes())]
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(warnings))
+    return warnings or ()
+
+
+def _state(configuration: Configuration) -> str:
+    """Changes whenever anything does that the page is made of: settings, and names, sizes and times of files."""
+    found = hashlib.sha256(f"{__version__} {configuration.model_dump_json()}".encode("utf-8", "surrogateescape"))
+    folder = configuration.prediction_folder
+    for each in (folder, folder / FOLDER, configuration.mask_folder, configuration.data_folder):
+        with suppress(OSError):  # one that is not there
+            for name, size, modified in sorted(_entries(each)) if each is not None else []:
+                if each != folder or not (name.startswith(".") or name in (REPORT, LOGS)):
+                    found.update(os.fsencode(name) + b"\0%d %d\0" % (size, modified))
+    return found.hexdigest()
+
+
+def _entries(folder: Path) -> Iterator[tuple[str, int, int]]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_file():
+                status = entry.stat()
+                yield entry.name, status.st_size, status.st_mtime_ns
+
+
+def is_current(configuration: Configuration) -> bool:
+    """Whether the page of a prediction folder was written with these settings, when the same files were there."""
+    try:
+        with (configuration.prediction_folder / REPORT).open("rb") as file:
+            return f'<meta name="state" content="{_state(configuration)}">'.encode() in file.read(2000)
+    except OSError:
+        return False
+
+
+def link_latest_log(configuration: Configuration) -> None:
+    """Let a page that `is_current` lead to the log of the latest run, which changed nothing else of it."""
+    path = configuration.prediction_folder / REPORT
+    page, link = path.read_bytes(), _latest_log(configuration)
+    if link is not None:
+        linked = re.sub(rb'<a href="logs/[^"]*">', lambda _: b'<a href="%s">' % link.encode(), page, count=1)
+        if linked != page:
+            write_bytes(path, linked)
+
+
+def _latest_log(configuration: Configuration) -> str | None:
+    """The address of the latest run's log, relative to the page."""
+    log = latest_log(configuration.prediction_folder)
+    return None if log is None else quote(os.fsencode(f"{log.parent.name}/{log.name}"))
+
+
+# -------------------------------------------------------------------------------------------------------- what is known
+
+
+@dataclass(slots=True)
+class _Tomogram:
+    """What is known of a tomogram.
+
+    Attributes
+    ----------
+    name
+        Its stem.
+    status
+        ``"done"``, ``"skipped"``, ``"failed"``, or ``"missing"`` where it has no output.
+    shape
+        (z, y, x) or (y, x) in voxels; empty if unknown.
+    voxel_size_angstrom
+        Along each axis, ``None`` where it is unknown.
+    voxels
+        Of each label, from 0; empty if unknown.
+    lamella
+        Share of the volume within the mask.
+    thickness
+        Of the lamella, see `cryosiam_dask.stages.lamella.Thickness.described`; empty if unknown.
+    sizes
+        Of the components of each class, if they were measured.
+    seconds
+        Spent on it.
+    warnings, notes, error
+        What needs attention, what was decided about the file, and why it failed.
+    class_names
+        Of the labels from 1 on, as its output has them.
+    pictures
+        Thumbnail, WebP, in all its sizes, the largest first.
+    """
+
+    name: str
+    status: str = "missing"
+    shape: tuple[int, ...] = ()
+    voxel_size_angstrom: tuple[float | None, ...] = ()
+    voxels: tuple[int, ...] = ()
+    lamella: float | None = None
+    thickness: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Mapping[int, Sizes] | None = None
+    seconds: float | None = None
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    error: str = ""
+    class_names: tuple[str, ...] = ()
+    pictures: tuple[bytes, ...] = field(default=(), repr=False)
+
+    def share(self, label: int, of_lamella: bool) -> float | None:
+        """Of the volume, or of the lamella, that has a label."""
+        total = sum(self.voxels) * (self.lamella or 0 if of_lamella else 1)
+        return self.voxels[label] / total if total and label < len(self.voxels) else 0.0 if total else None
+
+    def voxel_nm3(self) -> float | None:
+        """Volume of a voxel."""
+        sizes = [size for size in self.voxel_size_angstrom if size]
+        return math.prod(sizes) / 1000 if len(sizes) == 3 else None
+
+
+def _names(configuration: Configuration) -> set[str]:
+    """Names of the tomograms that a prediction folder has outputs of."""
+    folder = configuration.prediction_folder
+    if not folder.is_dir():
+        return set()
+    names = {path.name.removesuffix("_preds.h5") for path in visible(folder, "_preds.h5")}
+    if configuration.save_original_file_extension:
+        found = {path.stem for path in visible(folder, _mrc_extension(configuration))}
+        # Not the masks of their classes.
+        found = {name for name in found if name.rpartition("__")[0] not in found | names}
+        names |= {name for name in found if name.removesuffix("_labels") not in found - {name}}  # another format
+    return names
+
+
+def _mrc_extension(configuration: Configuration) -> str:
+    """Of predictions that have their tomograms' names; none is ever compressed, and those of other files are MRC."""
+    extension = configuration.file_extension.removesuffix(".gz")
+    return extension if Path(extension).suffix in MRC_ENDINGS or extension in MRC_ENDINGS else ".mrc"
+
+
+def remember(configuration: Configuration, picture_bytes: int, name: str) -> _Tomogram:
+    """What the outputs of a tomogram tell of it: as it was kept, or else read and kept.
+
+    Parameters
+    ----------
+    configuration
+        As of `write_report`.
+    picture_bytes
+        The thumbnail is the largest that takes no more, or the smallest.
+    name
+        The tomogram's.
+    """
+    note = configuration.prediction_folder / FOLDER / KEPT / f"{name}.json"
+    made_of = json.dumps([_KEPT_VERSION, configuration.model_dump_json(include=_READ), _files(configuration, name)])
+    with suppress(OSError, ValueError, TypeError, KeyError), note.open("rb") as file:
+        facts = json.loads(file.readline())
+        if facts.pop("made_of") == made_of:
+            lengths = facts.pop("pictures")  # the smallest first, so that the others need not be read
+            if facts["sizes"] is not None:
+                facts["sizes"] = {int(label): Sizes(*sizes) for label, sizes in facts["sizes"].items()}
+            tomogram = _Tomogram(name, "done", **facts)
+            number = max(1, sum(length <= picture_bytes for length in lengths))
+            content = file.read(sum(lengths[:number]))
+            tomogram.pictures = (content[-lengths[number - 1] :],) if lengths else ()
+            return tomogram
+    tomogram = _look_at(configuration, name)
+    if tomogram.status == "done":
+        facts = {field: getattr(tomogram, field) for field in _FACTS}
+        if tomogram.sizes is not None:
+            facts["sizes"] = {label: [s.count, s.median, s.largest] for label, s in tomogram.sizes.items()}
+        pictures = tomogram.pictures[::-1]
+        facts |= {"made_of": made_of, "pictures": [len(picture) for picture in pictures]}
+        part = note.with_name(f".{uuid.uuid4().hex}")
+        with suppress(OSError):  # a disk that is full, or a folder of somebody else's
+            note.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                part.write_bytes(b"\n".join((json.dumps(facts).encode(), b"".join(pictures))))
+                part.replace(note)
+            finally:
+                part.unlink(missing_ok=True)
+    fitting = [picture for picture in tomogram.pictures if len(picture) <= picture_bytes]
+    tomogram.pictures = tuple(fitting[:1] or tomogram.pictures[-1:])
+    return tomogram
+
+
+KEPT = "report"  # folder in that of the ledgers
+_KEPT_VERSION = 2
+_FACTS = ("shape", "voxel_size_angstrom", "voxels", "lamella", "thickness", "sizes", "warnings", "class_names")
+#: What decides where the facts of a tomogram are read.
+_READ = {
+    "data_folder", "mask_folder", "file_extension", "ome_zarr_level", "hdf5_dataset", "save_original_file_extension",
+}  # fmt: skip
+
+
+def _files(configuration: Configuration, name: str) -> list[tuple[int, int] | None]:
+    """Sizes and times of the files that tell of a tomogram."""
+    folder, masks = configuration.prediction_folder, configuration.mask_folder
+    paths = [
+        folder / f"{name}_preds.h5",
+        component_files(folder, name)[2],
+        preview_file(folder, name),
+        configuration.data_folder / f"{name}{configuration.file_extension}",
+        *([masks / f"{name}_preds.h5"] if masks else []),
+        *([folder / f"{name}{_mrc_extension(configuration)}"] if configuration.save_original_file_extension else []),
+    ]
+    return list(map(_size_and_time, paths))
+
+
+def _size_and_time(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _look_at(configuration: Configuration, name: str) -> _Tomogram:
+    """Read what the outputs of a tomogram tell of it."""
+    folder, tomogram = configuration.prediction_folder, _Tomogram(name)
+    path = folder / f"{name}_preds.h5"
+    fingerprint, thickness = None, dict[str, Any]()
+    try:
+        component_files(folder, name)[2].exists()  # the longest name
+    except OSError:  # it is too long for the disk, and the tomogram has failed of it
+        return tomogram
+    try:
+        if path.exists():
+            attributes = written_attributes(configuration, path)
+            fingerprint = attributes.get("fingerprint")
+            tomogram.shape = open_dataset(path, "labels").shape
+            tomogram.voxels, thickness = _voxels(path, attributes, configuration.parameters.network.postprocessing)
+            tomogram.voxel_size_angstrom = _sizes(attributes.get("voxel_size_angstrom"), len(tomogram.shape))
+            tomogram.warnings = tuple(str(attributes.get("warnings") or "").splitlines())
+            names = attributes.get("class_names")
+            tomogram.class_names = tuple(map(str, names)) if isinstance(names, list) else ()
+            tomogram.status = "done"
+        elif configuration.save_original_file_extension:
+            header = read_header(folder / f"{name}{_mrc_extension(configuration)}")
+            tomogram.shape, tomogram.voxel_size_angstrom = header.shape, header.voxel_size_angstrom
+            tomogram.status = "done"
+        tomogram.sizes = component_sizes(folder, name)
+    except CryosiamDaskError as error:
+        if path.exists():
+            tomogram.status, tomogram.error = "failed", str(error)
+    tomogram.lamella, of_mask = _lamella(configuration, tomogram)
+    tomogram.thickness = thickness or of_mask
+    preview = preview_file(folder, name)
+    if fingerprint is None or read_fingerprint(preview) == fingerprint:  # otherwise it shows other labels
+        tomogram.pictures = thumbnails(preview)
+    return tomogram
+
+
+def _sizes(value: object, ndim: int) -> tuple[float | None, ...]:
+    """Voxel sizes as an attribute tells them; none where another program means something else by its name."""
+    if not isinstance(value, list) or len(value) != ndim:
+        return ()
+    return tuple(value) if all(v is None or isinstance(v, int | float) for v in value) else ()
+
+
+def _voxels(
+    path: Path, attributes: Mapping[str, Any], as_lamella: bool
+) -> tuple[tuple[int, ...], dict[str, float | str]]:
+    """Voxels of each label of a prediction, and how thick a lamella is; counted where the file tells no voxels.
+
+    Of files of earlier versions, which tell voxels alone, the thickness stays unknown: counting takes seconds for each.
+    """
+    known, thickness = attributes.get("voxels"), stored_thickness(attributes)
+    as_lamella = as_lamella and len(open_dataset(path, "labels").shape) == 3
+    if isinstance(known, list) and all(isinstance(n, int) for n in known):
+        return tuple(known), thickness if as_lamella else {}
+    labels = open_dataset(path, "labels")
+    if labels.dtype.kind not in "biu":
+        raise OutputError("labels must be whole numbers", place=path, value=labels.dtype, remedy="Predict again")
+    checked = _Checked(labels)
+    if as_lamella:
+        counts, columns = count_columns(checked)
+        found = Thickness.of(columns)
+        size = attributes.get("voxel_size_angstrom")
+        thickness = found.described(size if isinstance(size, list) and len(size) == 3 else None) if found else {}
+    else:
+        blocks, counts = Blocks.of(checked), np.zeros(256, np.int64)
+        for index in blocks.indices:
+            counts += np.bincount(blocks.read(checked, index).reshape(-1), minlength=256)
+    return tuple(counts[: int(np.flatnonzero(counts)[-1]) + 1].tolist()), thickness
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """Labels that are refused where they are read unless they lie between 0 and 255."""
+
+    stored: StoredDataset
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def chunks(self) -> tuple[int, ...] | None:
+        return self.stored.chunks
+
+    @property
+    def dtype(self) -> Any:
+        return self.stored.dtype
+
+    def __getitem__(self, region: Any, /) -> Any:
+        block = self.stored[region]
+        if block.min() < 0 or block.max() > 255:
+            raise OutputError("labels must lie between 0 and 255", place=self.stored.path, remedy="Predict again")
+        return block
+
+
+def _lamella(configuration: Configuration, tomogram: _Tomogram) -> tuple[float | None, dict[str, float | str]]:
+    """Share of a tomogram that lies within its mask, and how thick that is."""
+    path = configuration.mask_folder and configuration.mask_folder / f"{tomogram.name}_preds.h5"
+    try:
+        if not path or not path.exists():
+            return None, {}
+        attributes = read_attributes(path)
+        if open_dataset(path, "labels").shape == tomogram.shape:  # CryoSiam's own tell no voxel size
+            attributes.setdefault("voxel_size_angstrom", list(tomogram.voxel_size_angstrom))
+        (outside, *inside), thickness = _voxels(path, attributes, True)
+    except (OSError, CryosiamDaskError):
+        return None, {}  # a mask that cannot be read has failed its tomogram
+    return sum(inside) / max(1, outside + sum(inside)), thickness
+
+
+def _with_outcome(tomogram: _Tomogram, outcome: Mapping[str, Any]) -> _Tomogram:
+    """Put what the run knows to what the outputs tell; of a tomogram that was skipped the run knows little."""
+    tomogram.status = outcome.get("status") or tomogram.status
+    tomogram.shape = tuple(outcome.get("shape") or tomogram.shape)
+    tomogram.voxels = tuple(outcome.get("voxels") or tomogram.voxels)
+    tomogram.seconds = outcome.get("seconds") or None
+    tomogram.warnings = tuple(dict.fromkeys((*(outcome.get("warnings") or ()), *tomogram.warnings)))
+    tomogram.notes = tuple(outcome.get("notes") or ())
+    tomogram.error = outcome.get("error") or tomogram.error
+    return tomogram
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
+
+
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    """One number of one tomogram; without a `value` it stands last however the table is sorted."""
+
+    text: str
+    value: float | None
+    outlier: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """One number of all tomograms.
+
+    Attributes
+    ----------
+    title
+        Of the column.
+    group
+        Number of the class, 0 for what is of none.
+    cells
+        One for each tomogram.
+    histogram
+        What it is called above a histogram and as an outlier; neither if it is empty.
+    detail
+        Whether it can be hidden.
+    words
+        Says one of its values.
+    """
+
+    title: str
+    group: int
+    cells: Sequence[_Cell]
+    histogram: str = ""
+    detail: bool = False
+    words: Callable[[float], str] = percentage
+
+    @property
+    def median(self) -> float | None:
+        values = [cell.value for cell in self.cells if cell.value is not None]
+        return float(np.median(values)) if values else None
+
+
+def _page(configuration: Configuration, tomograms: Sequence[_Tomogram], warnings: Sequence[str], state: str) -> str:
+    count = max((len(t.voxels) for t in tomograms), default=0) - 1
+    count = max(count, len(configuration.class_names or ()), max((max(t.sizes or [0]) for t in tomograms), default=0))
+    given = given_names(configuration) or next((t.class_names for t in tomograms if t.class_names), ())
+    names = named(given, count)
+    of_lamella = all(t.lamella for t in tomograms if t.voxels) and any(t.lamella for t in tomograms)
+    columns = _columns(tomograms, names, of_lamella)
+    rows = [_row(number, tomogram, columns, configuration) for number, tomogram in enumerate(tomograms)]
+    environment = Environment(
+        loader=PackageLoader("cryosiam_dask", "data/templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates = files("cryosiam_dask") / "data" / "templates"
+    style, script = (templates.joinpath(f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    return environment.get_template("report.html").render(
+        title="/".join(configuration.data_folder.resolve().parts[-2:]).lstrip("/"),
+        folder=str(configuration.prediction_folder),
+        model=configuration.trained_model.name.removesuffix(".ckpt"),
+        software=f"cryosiam-dask {__version__}",
+        log=_latest_log(configuration),
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
+        state=state,
+        style=style,
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        classes=[(name, hexadecimal(COLOURS[n % len(COLOURS)])) for n, name in enumerate(names)],
+        columns=columns,
+        groups=_groups(columns),
+        details=any(column.detail for column in columns),
+        rows=rows,
+        counts=_counts(tomograms, rows),
+        warnings=warnings,
+        histograms=[_histogram(column, rows) for column in columns if column.histogram and _is_told(column)],
+        deviations=_DEVIATIONS,
+        shares_of="lamella" if of_lamella else "image" if are_images(t.shape for t in tomograms) else "volume",
+    )
+
+
+def _is_told(column: _Column) -> bool:
+    """Whether there are enough values for a histogram, and not all of them 0."""
+    values = [cell.value for cell in column.cells if cell.value is not None]
+    return len(values) >= _FEWEST and any(values)
+
+
+def _columns(tomograms: Sequence[_Tomogram], names: Sequence[str], of_lamella: bool) -> list[_Column]:
+    shapes = [_Cell(" × ".join(map(str, t.shape)), math.prod(t.shape) if t.shape else None) for t in tomograms]
+    columns = [
+        _Column(f"shape ({'y, x' if are_images(t.shape for t in tomograms) else 'z, y, x'})", 0, shapes),
+        _Column("voxel, Å (nm)", 0, [_voxel_size(t) for t in tomograms]),
+    ]
+    if any(t.lamella is not None for t in tomograms):
+        columns.append(_Column("lamella", 0, _shares([t.lamella for t in tomograms]), histogram="lamella"))
+    if any(t.thickness for t in tomograms):
+        columns.append(_thicknesses(tomograms))
+    measured = any(t.sizes is not None for t in tomograms)
+    # One unit for the whole column: it could not be sorted otherwise.
+    physical = all(t.voxel_nm3() for t in tomograms if t.sizes is not None)
+    for label, name in enumerate(names, 1):
+        shares = _shares([t.share(label, of_lamella) for t in tomograms])
+        columns.append(_Column("share", label, shares, histogram=name))
+        if measured:
+            columns.append(_Column("number", label, [_number_of(t, label) for t in tomograms], detail=True))
+            for title, what in (("median size", "median"), ("largest", "largest")):
+                unit = "nm³" if physical else "voxels"
+                cells = [_size(t, label, what, physical) for t in tomograms]
+                columns.append(_Column(f"{title}, {unit}", label, cells, detail=True))
+    if any(t.seconds is not None for t in tomograms):
+        columns.append(_Column("time", 0, [_Cell(_duration(t.seconds), t.seconds) for t in tomograms]))
+    return columns
+
+
+def _voxel_size(tomogram: _Tomogram) -> _Cell:
+    sizes = tomogram.voxel_size_angstrom
+    if not sizes:
+        return _Cell("", None)
+    angstrom, nm = ([f"{size / by:.4g}" if size else "?" for size in sizes] for by in (1, 10))
+    if len(set(angstrom)) == 1:
+        angstrom, nm = angstrom[:1], nm[:1]
+    text = f"{' × '.join(angstrom)} ({' × '.join(nm)})" if any(sizes) else "?"
+    return _Cell(text, min((size for size in sizes if size), default=None))
+
+
+def _thicknesses(tomograms: Sequence[_Tomogram]) -> _Column:
+    """Mean and range of each; in one unit, in which they can be compared."""
+    units = [t.thickness.get("unit") for t in tomograms]
+    unit = "nm" if "nm" in units else "voxels"
+    means = [t.thickness["mean"] if u == unit else None for t, u in zip(tomograms, units, strict=True)]
+    cells = [
+        _Cell(
+            f"{t.thickness['mean']:.3g} ({t.thickness['lowest']:.3g}\u00a0to\u00a0{t.thickness['highest']:.3g})"
+            + ("" if mean is not None else " voxels")
+            if t.thickness
+            else "",
+            mean,
+            outlier,
+        )
+        for t, mean, outlier in zip(tomograms, means, outliers(means), strict=True)
+    ]
+    return _Column(f"thickness, {unit}", 0, cells, histogram="thickness", words=lambda value: f"{value:.3g} {unit}")
+
+
+def _shares(shares: Sequence[float | None]) -> list[_Cell]:
+    return [
+        _Cell("" if share is None else percentage(share), share, outlier)
+        for share, outlier in zip(shares, outliers(shares), strict=True)
+    ]
+
+
+def _number_of(tomogram: _Tomogram, label: int) -> _Cell:
+    if tomogram.sizes is None:
+        return _Cell("", None)
+    sizes = tomogram.sizes.get(label)
+    return _Cell(f"{sizes.count:,}" if sizes else "0", sizes.count if sizes else 0)
+
+
+def _size(tomogram: _Tomogram, label: int, what: str, physical: bool) -> _Cell:
+    sizes = (tomogram.sizes or {}).get(label)
+    if not sizes:
+        return _Cell("", None)
+    size = float(getattr(sizes, what)) * (tomogram.voxel_nm3() or 1 if physical else 1)
+    return _Cell(f"{size:,.0f}" if size >= 100 else f"{size:.3g}", size)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def outliers(values: Sequence[float | None]) -> list[str]:
+    """Tell which values lie far from the others: ``"high"``, ``"low"`` or nothing for each.
+
+    Far is more than 3.5 times 1.4826 times the median absolute deviation from the median, and more than a quarter of
+    the median: where all are nearly the same, 4 % is not far from 4.2 %. Where more than half of the values are equal,
+    1.2533 times the mean absolute deviation takes its place. Less than 5 values have no outliers.
+
+    >>> outliers([1, 1.1, 0.9, 1.05, 0.95, 8, None])
+    ['', '', '', '', '', 'high', '']
+    """
+    known = np.array([value for value in values if value is not None], np.float64)
+    if len(known) < _FEWEST:
+        return [""] * len(values)
+    median = float(np.median(known))
+    distances = np.abs(known - median)
+    # Both are the standard deviation of what is normally distributed.
+    deviation = 1.4826 * float(np.median(distances)) or 1.2533 * float(distances.mean())
+    far = max(_DEVIATIONS * deviation, _EFFECT * abs(median)) * (1 + 1e-9)
+    return ["" if v is None or abs(v - median) <= far else "high" if v > median else "low" for v in values]
+
+
+def _row(number: int, tomogram: _Tomogram, columns: Sequence[_Column], configuration: Configuration) -> dict[str, Any]:
+    """What the template says of a tomogram."""
+    cells = [column.cells[number] for column in columns]
+    far = [
+        f"{column.histogram} unusually {cell.outlier}: {column.words(cell.value)} "
+        f"(median {column.words(column.median)})".replace(" %", "\u00a0%")
+        for column, cell in zip(columns, cells, strict=True)
+        if cell.outlier and cell.value is not None and column.median is not None
+    ]
+    preview = preview_file(configuration.prediction_folder, tomogram.name).name
+    picture = next(iter(tomogram.pictures), None)
+    return {
+        "id": f"t{number + 1}",
+        "name": tomogram.name,
+        "status": tomogram.status,
+        "cells": list(zip(columns, cells, strict=True)),
+        "outliers": far,
+        "remarks": {"warning": tomogram.warnings, "note": tomogram.notes},
+        "error": tomogram.error,
+        "severity": len(far) + 100 * len(tomogram.warnings) + 10_000 * bool(tomogram.error),
+        "look": bool(far or tomogram.warnings or tomogram.error or tomogram.status in ("failed", "missing")),
+        "preview": quote(os.fsencode(preview)) if picture else None,
+        "picture": f"data:image/webp;base64,{base64.b64encode(picture).decode()}" if picture else None,
+    }
+
+
+def _groups(columns: Sequence[_Column]) -> list[tuple[int, int, int]]:
+    """Neighbouring columns of one class: its number, how many there are, and how many when details are hidden."""
+    groups: list[tuple[int, int, int]] = []
+    for column in columns:
+        if groups and groups[-1][0] == column.group:
+            _, wide, narrow = groups.pop()
+        else:
+            wide = narrow = 0
+        groups.append((column.group, wide + 1, narrow + (not column.detail)))
+    return groups
+
+
+def _counts(tomograms: Sequence[_Tomogram], rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, str, str]]:
+    """Number, what it counts, and what kind of number it is."""
+    done = sum(t.status in ("done", "skipped") for t in tomograms)
+    failed = sum(t.status == "failed" for t in tomograms)
+    warned = sum(bool(t.warnings) for t in tomograms)
+    far = sum(bool(row["outliers"]) for row in rows)
+    return [
+        (len(tomograms), "tomogram" if len(tomograms) == 1 else "tomograms", ""),
+        (done, "done", "good"),
+        (failed, "failed", "bad" if failed else ""),
+        (warned, "with warnings", "care" if warned else ""),
+        (far, "outlier" if far == 1 else "outliers", "far" if far else ""),
+    ]
+
+
+def _histogram(column: _Column, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The geometry of a histogram in pixels, and its words."""
+    values = np.array([cell.value for cell in column.cells if cell.value is not None], np.float64)
+    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+    low = 0.0 if low < 0.4 * high else low  # a bar that begins at 0 needs no reading of the axis
+    if high <= low:
+        low, high = max(0.0, low - 0.01), high + 0.01
+    count = int(np.clip(1.7 * math.sqrt(len(values)), 8, _BARS))
+    counts, edges = np.histogram(values, count, (low, high))
+    inside = [cell for cell in column.cells if cell.value is not None and not cell.outlier]
+    far = [
+        (_across(cell.value, low, high), row["id"], row["name"], column.words(cell.value))
+        for row, cell in zip(rows, column.cells, strict=True)
+        if cell.outlier and cell.value is not None
+    ]
+    median = column.median
+    step = _WIDTH / count
+    usual = (min(c.value or 0 for c in inside), max(c.value or 0 for c in inside)) if inside else None
+    words = f"{column.histogram}: {len(values)} tomograms"
+    if median is not None and usual:
+        words += f", median {column.words(median)}, without outliers from {column.words(usual[0])} to "
+        words += f"{column.words(usual[1])}, {len(far)} outlier{'' if len(far) == 1 else 's'}"
+    return {
+        "title": column.histogram,
+        "group": column.group,
+        "words": words,
+        "bars": [
+            {
+                "x": f"{i * step + 0.75:.2f}",
+                "width": f"{step - 1.5:.2f}",
+                "height": f"{max(2.0, _HEIGHT * n / counts.max()):.2f}",
+                "y": f"{_HEIGHT - max(2.0, _HEIGHT * n / counts.max()):.2f}",
+                "words": f"{column.words(float(edges[i]))} to {column.words(float(edges[i + 1]))}: {n}",
+            }
+            for i, n in enumerate(counts.tolist())
+            if n
+        ],
+        "outliers": [(f"{x:.2f}", row, name, text) for x, row, name, text in far],
+        "median": None if median is None else (f"{_across(median, low, high):.2f}", column.words(median)),
+        "low": column.words(low),
+        "high": column.words(high),
+        "width": _WIDTH,
+        "height": _HEIGHT,
+        "total": _HEIGHT + _BELOW,
+    }
+
+
+def _across(value: float, low: float, high: float) -> float:
+    return _WIDTH * (value - low) / (high - low)
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """A key by which TS_2 stands before TS_10."""
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part.lower()) for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,819 @@
+"""From a YAML file to a finished run, with what a person sees of it: the steps that the commands share."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import shlex
+import socket
+import sys
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from distributed import Client
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from cryosiam_dask.commands.forecast import disk_warnings
+from cryosiam_dask.commands.report import REPORT, is_current, link_latest_log, write_report
+from cryosiam_dask.config import Configuration
+from cryosiam_dask.core.diagnosis import Intensities, gathered
+from cryosiam_dask.core.executor import patiently
+from cryosiam_dask.core.log import LOG, TOLD, begin_logs, logged
+from cryosiam_dask.errors import (
+    ClusterError,
+    ConfigurationError,
+    CryosiamDaskError,
+    DeviceError,
+    OutputError,
+    Problems,
+)
+from cryosiam_dask.files.folders import left_out
+from cryosiam_dask.files.tomogram import TomogramHeader
+from cryosiam_dask.model.classes import are_images
+from cryosiam_dask.model.predictor import (
+    largest_patch,
+    load_predictor,
+    memory_of_gpu,
+    name_of_gpu,
+    require_precision,
+    resolve_device,
+)
+from cryosiam_dask.runs.cluster import (
+    DaskExecutor,
+    Setup,
+    ask,
+    describe_devices,
+    forwarded_warnings,
+    is_loopback,
+    join_cluster,
+    memory_of_workers,
+    open_cluster,
+    register_in_workers,
+    reported,
+    versions,
+    who_else_enters,
+)
+from cryosiam_dask.runs.collection import forget_failures, make_folders, outcomes_before, remove_left_overs, run
+from cryosiam_dask.runs.ledger import read_outcomes
+from cryosiam_dask.runs.metrics import Meter
+from cryosiam_dask.runs.plan import (
+    USABLE,
+    RunPlan,
+    cores,
+    find_predictions,
+    find_tomograms,
+    masks_of,
+    memory_of_machine,
+    on_this_machine,
+    plan_run,
+    require_memory,
+    unreadable_folder,
+)
+from cryosiam_dask.runs.progress import FileReporter, Pace, Reporters, make_reporter
+from cryosiam_dask.runs.slurm import open_slurm, read_jobs
+from cryosiam_dask.runs.tomogram import (
+    Outcome,
+    export,
+    list_centers,
+    measure,
+    postprocess,
+)
+from cryosiam_dask.stages.export import convert_to_ome_zarr, other_formats
+from cryosiam_dask.stages.ingest import convert, read_header, require_free
+from cryosiam_dask.stages.intensities import Sample, intensities, sample_file
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@logged
+def segment(
+    configurations: Mapping[str, Configuration],
+    console: Console,
+    *,
+    filename: str | None = None,
+    device: Device = "auto",
+    workers: int | None = None,
+    scheduler: str | None = None,
+    scheduler_file: Path | None = None,
+    slurm: str | None = None,
+    worker_timeout: float | None = None,
+    overwrite: bool = False,
+    overwrite_all: bool = False,
+    dashboard_address: str = "127.0.0.1:8787",
+    performance_report: Path | None = None,
+    timeline: bool = False,
+    stop: threading.Event | None = None,
+    warned: list[str] | None = None,
+) -> list[Outcome]:
+    """Plan and run one model, or a pipeline of several, and print what becomes of it.
+
+    Parameters
+    ----------
+    configurations
+        Of each model; see `cryosiam_dask.config.read_models`.
+    console
+        Where to print.
+    filename, overwrite, overwrite_all
+        See `cryosiam_dask.runs.plan.plan_run`.
+    device
+        ``"auto"``: CUDA where it can be used, else the CPU.
+    workers
+        Worker processes; ``None``: all visible GPUs, or as many as cores and memory allow. Of a cluster that runs
+        already: how many to wait for.
+    scheduler, scheduler_file
+        See `cryosiam_dask.runs.cluster.join_cluster`; ``None``: a cluster of this machine is started.
+    slurm
+        See `cryosiam_dask.runs.slurm.open_slurm`; instead of a cluster of this machine.
+    worker_timeout
+        Minutes in which a scheduler must have workers, or Slurm must have started the first one; ``None``: 2, and 60.
+    dashboard_address
+        Where the Dask dashboard listens.
+    performance_report
+        HTML file for Dask's own report of what every worker did.
+    timeline, stop
+        See `cryosiam_dask.runs.collection.run`.
+    warned
+        Takes what needs attention in the run as a whole.
+
+    Raises
+    ------
+    Problems, ConfigurationError, DeviceError, ClusterError
+        What stands in the way of the run.
+    """
+    joins = scheduler is not None or scheduler_file is not None
+    elsewhere = joins or slurm is not None  # where only the workers know their devices and memory
+    if joins and slurm is not None:
+        raise ConfigurationError(
+            "workers are either submitted or there already",
+            place="options --slurm and --scheduler",
+            remedy="Leave one of them out",
+        )
+    if slurm is not None and workers is None:
+        raise ConfigurationError(
+            "must say how many GPUs, or CPU workers, Slurm is asked for", place="option --workers", remedy="Add it"
+        )
+    problems: list[CryosiamDaskError] = []
+    plans: list[RunPlan] = []
+    chosen: Literal["cpu", "cuda"] = "cpu"
+    if not elsewhere:
+        try:
+            chosen = resolve_device(device)
+        except DeviceError as error:
+            problems.append(error)
+    if slurm is not None:
+        try:
+            read_jobs(slurm)
+        except (ConfigurationError, ClusterError) as error:
+            problems.append(error)
+    try:
+        for name, configuration in configurations.items():
+            configuration = configuration.absolute() if elsewhere else configuration
+            first = name == next(iter(configurations))
+            before = set[str]() if first else masks_of(plans, configuration, filename)
+            try:
+                if not problems and not elsewhere:
+                    require_precision(configuration.hyper_parameters.precision, chosen)
+                plan = _planned(
+                    configuration, name, filename, overwrite, overwrite_all, before,
+                    None if elsewhere or problems else chosen, workers, console,
+                )  # fmt: skip
+                plans.append(plan)
+            except Problems as found:
+                problems.extend(found.problems)
+            except DeviceError as error:
+                problems.append(error)
+    except Problems as found:
+        problems.extend(found.problems)
+    if problems:
+        raise Problems(problems)
+    count = 0  # all GPUs
+    if elsewhere or chosen == "cuda":
+        plans = [plan.looked_into() for plan in plans]
+    else:
+        plans, count = on_this_machine(plans, workers)
+    _require_any(plans)
+    for plan in plans:
+        make_folders(plan)
+    _begin_logs("run" if len(plans) > 1 else "semantic-predict", [plan.configuration for plan in plans], console)
+    for plan in plans:
+        LOG.debug(
+            "model%s: %s (SHA-256 %s), patch %s, halo %d, threshold %g; %d to segment, %d to measure, %d skipped",
+            f" {plan.name}".rstrip(), plan.configuration.trained_model, plan.checkpoint.sha256, plan.patch, plan.halo,
+            plan.threshold,
+            len(plan.jobs), len(plan.unmeasured), len(plan.skipped),
+        )  # fmt: skip
+        for note in plan.notes:
+            say(console, f"note: {note}")
+        for stem, why in plan.refused:
+            LOG.error("%s: %s", stem, why, extra=TOLD)
+        for job in plan.skipped:
+            say(console, f"{job.stem}: skipped, {job.output} was made from the same input, checkpoint and settings")
+        for job in plan.unmeasured:
+            say(console, f"{job.stem}: {job.output} is up to date, {plan.outdated(job)}")
+    forget_failures(plans)
+    if not any(plan.jobs or plan.unmeasured for plan in plans):
+        outcomes = outcomes_before(plans)
+        print_table(console, outcomes)
+        for plan in plans:
+            report_on(plan.configuration, _of_stage(outcomes, plan), console)
+        return outcomes
+    total = len({job.stem for plan in plans for job in (*plan.jobs, *plan.unmeasured)})
+    for sentence in disk_warnings(plans):
+        attend(console, sentence)
+        if warned is not None:
+            warned.append(sentence)
+    told = _look_first(plans, console)
+    if not is_loopback(dashboard_address):
+        attend(console, f"whoever reaches {dashboard_address} can watch this run, without a password")
+    try:
+        with ExitStack() as stack:
+            if joins:
+                client = stack.enter_context(
+                    join_cluster(
+                        address=scheduler, scheduler_file=scheduler_file, workers=workers,
+                        seconds=60 * (worker_timeout or 2),
+                    )
+                )  # fmt: skip
+                if others := who_else_enters(client):
+                    attend(
+                        console,
+                        f"{client.scheduler.address} has no TLS: {others} can run what he likes as you. Dask's "
+                        "documentation of TLS says how to close it",
+                    )
+            elif slurm is not None:
+                client = stack.enter_context(
+                    open_slurm(
+                        slurm, workers or 1, folder=plans[0].configuration.prediction_folder,
+                        dashboard_address=dashboard_address, seconds=60 * (worker_timeout or 60), stop=stop,
+                        say=partial(say, console),
+                    )
+                )  # fmt: skip
+            else:
+                wanted = count or workers
+                say(console, f"starting {_number(wanted, 'worker')}" if wanted else "starting a worker for each GPU")
+                client = stack.enter_context(
+                    open_cluster(chosen, count or workers or 0, dashboard_address=dashboard_address)
+                )
+            found_device = describe_devices(client, name_of_gpu) if elsewhere or chosen == "cuda" else chosen
+            if elsewhere:
+                chosen = _device_of(found_device, device)
+                for plan in plans:
+                    ask(client, require_precision, plan.configuration.hyper_parameters.precision, chosen)
+            if elsewhere or chosen == "cuda":
+                alone, shared, of_gpu = memory_of_workers(client, memory_of_gpu if chosen == "cuda" else None)
+                require_memory(plans, alone, of_gpu)
+                plans = [plan.with_memory(int(USABLE * shared), of_gpu) for plan in plans]
+            stack.enter_context(forwarded_warnings(client))
+            _log_workers(client, found_device)
+            if performance_report is not None:
+                stack.enter_context(reported(client, performance_report, partial(attend, console)))
+            if any(plan.jobs for plan in plans):
+                say(console, f"loading the network{'s' * (len([plan for plan in plans if plan.jobs]) > 1)}")
+            for plan in plans:
+                if plan.jobs:
+                    setup = Setup(partial(load_predictor, plan.spec(chosen)))
+                    register_in_workers(client, setup, f"model {plan.name}")
+            say(
+                console,
+                f"{_number(total, 'tomogram')} on {_number(len(client.nthreads()), f'{chosen} worker')}; "
+                f"dashboard {client.dashboard_link}",
+            )
+            largest = max(plans, key=lambda plan: plan.bytes_per_worker)
+            say(
+                console,
+                f"memory of a worker: about {math.ceil(largest.block_bytes / 1e8) / 10} GB for two blocks, "
+                f"{math.ceil(largest.network_bytes / 1e8) / 10} GB for the network"
+                + (
+                    f" and each of {largest.configuration.hyper_parameters.batch_size} patches, on its GPU"
+                    if chosen == "cuda"
+                    else ""
+                ),
+            )
+            pace = Pace(total, _shown(plans), len(client.nthreads()))
+            reporter = Meter(Reporters(pace, make_reporter(console, pace), FileReporter(pace)), client)
+
+            def watch(step: str, seconds: float | None) -> None:
+                reporter.watch(step, seconds)
+                pace.watch(step, seconds)
+
+            executor = DaskExecutor(client, watch=watch, say=reporter.say)
+            try:
+                outcomes = run(plans, reporter, device=chosen, executor=executor, timeline=timeline, stop=stop)
+            finally:
+                reporter.close()
+    finally:
+        if not joins:  # tasks of a cluster that stays may still be at work there
+            for plan in plans:
+                remove_left_overs(plan)
+    print_table(console, outcomes, told)
+    for plan in plans:
+        sentences = plan.warnings(count or None, memory_of_machine())
+        for sentence in sentences:
+            attend(console, sentence)
+            if warned is not None:
+                warned.append(sentence)
+        report_on(plan.configuration, _of_stage(outcomes, plan), console, sentences if plan.jobs else None)
+    return outcomes
+
+
+def _shown(plans: Sequence[RunPlan]) -> dict[str, dict[str, float]]:
+    """How many voxels the networks are shown, by tomogram and model."""
+    found: dict[str, dict[str, float]] = {}
+    for plan in plans:
+        by_shape: dict[tuple[int, ...], float] = {}
+        for job in plan.jobs:
+            if job.shape and job.problem is None:
+                if job.shape not in by_shape:
+                    by_shape[job.shape] = float(plan.blocks(job.shape).patch_count * math.prod(plan.patch))
+                found.setdefault(job.stem, {})[plan.name] = by_shape[job.shape]
+    return found
+
+
+def _of_stage(outcomes: Sequence[Outcome], plan: RunPlan) -> list[Outcome]:
+    return [outcome for outcome in outcomes if outcome.stage == plan.name]
+
+
+def _planned(
+    configuration: Configuration,
+    name: str,
+    filename: str | None,
+    overwrite: bool,
+    overwrite_all: bool,
+    masks_to_come: Collection[str],
+    device: Literal["cpu", "cuda"] | None,
+    workers: int | None,
+    console: Console,
+) -> RunPlan:
+    """The plan of one model; `device` is ``None`` where only the cluster knows."""
+    automatic = configuration.parameters.data.patch_size == "auto"
+    if automatic and device is None:
+        raise Problems(
+            [
+                ConfigurationError(
+                    "must be numbers where the device is another machine's",
+                    place="key parameters.data.patch_size",
+                    value="auto",
+                    remedy="Run a single tomogram on such a machine, and write down what is found",
+                )
+            ]
+        )
+    make = partial(plan_run, filename=filename, name=name, masks_to_come=masks_to_come)
+    # Where the patch is still to be chosen, what was made with another one is looked at afterwards.
+    plan = make(configuration, overwrite=overwrite, overwrite_all=overwrite_all or automatic)
+    if automatic and device is not None:
+        plan = make(
+            _with_largest_patch(plan, device, workers, console), overwrite=overwrite, overwrite_all=overwrite_all
+        )
+    return plan
+
+
+def _require_any(plans: Sequence[RunPlan]) -> None:
+    """Refuse a run in which no tomogram can be done."""
+    first: dict[str, tuple[str, CryosiamDaskError | None]] = {}
+    for plan in plans:
+        for job in plan.jobs:
+            first.setdefault(job.stem, (plan.name, job.problem))
+    found = {stem: (name, problem) for stem, (name, problem) in first.items() if problem is not None}
+    if found and len(found) == len(first) and not any(plan.skipped or plan.unmeasured for plan in plans):
+        raise Problems(
+            [problem for _, problem in found.values()],
+            [
+                Outcome(stem, "failed", error=str(problem), kind=type(problem).__name__, stage=name)
+                for stem, (name, problem) in found.items()
+            ],
+        )
+
+
+def _device_of(found: Literal["cpu", "cuda"], wanted: Device) -> Literal["cpu", "cuda"]:
+    """The device of a cluster that runs already, if it is the one that was asked for."""
+    if wanted == "cuda" and found == "cpu":
+        raise DeviceError(
+            "device cuda was asked for and must be usable",
+            value="workers without GPUs",
+            remedy="Start them with 'dask cuda worker' on nodes with GPUs, or use --device cpu",
+        )
+    return "cpu" if wanted == "cpu" else found
+
+
+@logged
+def postprocess_again(
+    configuration: Configuration, console: Console, *, filename: str | None = None, workers: int | None = None
+) -> list[Outcome]:
+    """Apply ``postprocessing_sizes`` to written predictions, and print what becomes of it.
+
+    Parameters
+    ----------
+    configuration, console, filename, workers
+        See `segment`.
+    """
+    predictions = find_predictions(configuration, filename, sizes=True)
+    _begin_logs("semantic-postprocess", [configuration], console)
+    _say_left_out(configuration, filename, console)
+    outcomes = _with_predictions(partial(postprocess, configuration, predictions), len(predictions), console, workers)
+    report_on(configuration, outcomes, console)
+    return outcomes
+
+
+@logged
+def measure_predictions(
+    configuration: Configuration, console: Console, *, filename: str | None = None, workers: int | None = None
+) -> list[Outcome]:
+    """Number and measure the components of written predictions, and print what becomes of it.
+
+    Parameters
+    ----------
+    configuration, console, filename, workers
+        See `segment`.
+    """
+    predictions = find_predictions(configuration, filename)
+    _begin_logs("components", [configuration], console)
+    _say_left_out(configuration, filename, console)
+    outcomes = _with_predictions(partial(measure, configuration, predictions), len(predictions), console, workers)
+    report_on(configuration, outcomes, console)
+    return outcomes
+
+
+@logged
+def export_predictions(
+    configuration: Configuration,
+    console: Console,
+    *,
+    formats: Sequence[str] = (),
+    per_class: bool = False,
+    filename: str | None = None,
+    workers: int | None = None,
+) -> list[Outcome]:
+    """Write predictions in other formats, and print what becomes of it.
+
+    Parameters
+    ----------
+    configuration, console, filename, workers
+        See `segment`.
+    formats
+        ``"ome-zarr"``, ``"mrc"``; none: those of the key ``output_formats``.
+    per_class
+        Whether the MRC file is one for each class.
+
+    Raises
+    ------
+    ConfigurationError
+        If neither names a format, or MRC is none of them though there is to be a file for each class.
+    """
+    formats = formats or other_formats(configuration)
+    if per_class and "mrc" not in formats:
+        raise ConfigurationError(
+            "masks of classes are MRC files", place="option --per-class", value=list(formats) or None,
+            remedy="Add --format mrc",
+        )  # fmt: skip
+    if not formats:
+        raise ConfigurationError(
+            "must name a format other than HDF5",
+            place="key output_formats",
+            value=list(configuration.output_formats),
+            remedy="Add 'ome-zarr' or 'mrc' to it, or give --format",
+        )
+    predictions = find_predictions(configuration, filename)
+    _begin_logs("export", [configuration], console)
+    _say_left_out(configuration, filename, console)
+    action = partial(export, configuration, predictions, formats=formats, per_class=per_class)
+    return _with_predictions(action, len(predictions), console, workers)
+
+
+@logged
+def list_particles(
+    configuration: Configuration,
+    console: Console,
+    *,
+    filename: str | None = None,
+    min_voxels: int | None = None,
+    erode: bool = False,
+    form: Literal["relion", "cryosiam"] = "relion",
+    workers: int | None = None,
+) -> list[Outcome]:
+    """Write particle lists of written predictions, and print what becomes of it.
+
+    Parameters
+    ----------
+    configuration, console, filename, workers
+        See `segment`.
+    min_voxels, erode, form
+        See `cryosiam_dask.runs.tomogram.list_centers`.
+    """
+    predictions = find_predictions(configuration, filename)
+    _begin_logs("semantic-to-centers", [configuration], console)
+    _say_left_out(configuration, filename, console)
+    action = partial(list_centers, configuration, predictions, min_voxels=min_voxels, erode=erode, form=form)
+    return _with_predictions(action, len(predictions), console, workers)
+
+
+def _say_left_out(configuration: Configuration, filename: str | None, console: Console) -> None:
+    """Say which predictions are none, where all are asked for."""
+    if filename is None and configuration.test_files is None:
+        found = left_out(configuration.prediction_folder, "_preds.h5")
+        if found:
+            say(console, f"note: {found}")
+
+
+def report_again(configuration: Configuration, console: Console) -> None:
+    """Write the page of a collection from what its folder holds, and say where it is.
+
+    Parameters
+    ----------
+    configuration, console
+        See `segment`.
+    """
+    try:
+        path = write_report(configuration, _recorded(configuration))
+        _say_left_out(configuration, None, console)
+    except OSError as error:
+        raise unreadable_folder("prediction_folder", configuration.prediction_folder, error) from None
+    say(console, f"report: {path}")
+
+
+def _recorded(configuration: Configuration) -> dict[str, dict[str, Any]]:
+    """What earlier runs recorded of tomograms, less what the outputs themselves tell better."""
+    folder, masks = configuration.prediction_folder, configuration.mask_folder
+
+    def told(stem: str, outcome: Mapping[str, Any]) -> set[str]:
+        known = {"status"} if outcome.get("status") == "done" else set()
+        return known | ({"voxels"} if (folder / f"{stem}_preds.h5").exists() else set())
+
+    recorded = read_outcomes(folder)
+    if masks is not None:  # what had no mask never came to this model
+        names = {path.name.removesuffix(configuration.file_extension) for path in find_tomograms(configuration)}
+        try:
+            of_masks = read_outcomes(masks)
+        except OSError:  # whoever may not look into it, has no outcomes of it
+            of_masks = {}
+        for stem, outcome in of_masks.items():
+            if outcome.get("status") == "failed" and stem in names and not (masks / f"{stem}_preds.h5").exists():
+                if (folder / f"{stem}_preds.h5").exists():
+                    continue
+                error = f"it has no lamella mask: {outcome.get('error')}"
+                recorded.setdefault(stem, {"status": "failed", "shape": outcome.get("shape"), "error": error})
+    result = {}
+    for stem, outcome in recorded.items():
+        known = told(stem, outcome)
+        result[stem] = {name: value for name, value in outcome.items() if name not in known}
+    return result
+
+
+def report_on(
+    configuration: Configuration, outcomes: Sequence[Outcome], console: Console, warnings: Sequence[str] | None = None
+) -> None:
+    """Write the page of a collection after a run, and say where it is; a page is no reason for a run to fail.
+
+    Parameters
+    ----------
+    configuration, outcomes, console
+        Of the run.
+    warnings
+        See `cryosiam_dask.commands.report.write_report`.
+    """
+
+    def write() -> Path:
+        if all(each.status == "skipped" for each in outcomes) and is_current(configuration):
+            link_latest_log(configuration)
+            return configuration.prediction_folder / REPORT
+        recorded = _recorded(configuration)
+        now = {
+            # The seconds are those of the prediction, which are recorded, and not of what was made of it since.
+            each.stem: {**asdict(each), "seconds": recorded.get(each.stem, {}).get("seconds")}
+            for each in outcomes
+            if each.status != "skipped"
+        }
+        return write_report(configuration, {**recorded, **now}, warnings=warnings)
+
+    try:
+        say(console, f"report: {patiently(write)}")
+    except Exception as error:
+        attend(console, f"the report could not be written: {error}")
+        LOG.debug("the report could not be written", exc_info=error)
+
+
+#: Tomograms whose intensities are looked at before a run, which takes a second or so.
+_LOOKED_AT_FIRST = 3
+
+
+def _look_first(plans: Sequence[RunPlan], console: Console) -> set[tuple[str, str]]:
+    """Say before the hours of a run what the models cannot see in some of its tomograms.
+
+    Returns
+    -------
+    set of tuple of str
+        Names of tomograms, and what was said of each.
+    """
+    told: set[tuple[str, str]] = set()
+    models: dict[str, list[str]] = {}  # by what is said
+    samples: dict[Path, tuple[TomogramHeader, Sample]] = {}
+    for plan in plans:
+        data, found = plan.configuration.parameters.data, dict[str, Intensities]()
+        count, of_single = len(plan.jobs), list[tuple[str, str]]()
+        for i in sorted({0, count // 2, count - 1} if count else ())[:_LOOKED_AT_FIRST]:
+            job = plan.jobs[i]
+            with suppress(CryosiamDaskError):  # which the tomogram will say
+                if job.source not in samples:
+                    header = read_header(job.source, **plan.configuration.reading)
+                    samples[job.source] = header, sample_file(header)
+                header, sample = samples[job.source]
+                found[job.stem] = intensities(sample, data.min, data.max)
+                of_single += [(job.stem, s) for s in plan.attention_to_intensities(header, found[job.stem])]
+        told.update(of_single)
+        sentences, instead = plan.attention_to_all(list(found.values()))
+        where = "" if len(found) == count else ", looked at before the run"
+        lines = [f": {number} of {count} tomograms{where}: {sentence}" for sentence, number in sentences]
+        of_single = [(stem, sentence) for stem, sentence in of_single if not sentence.startswith(tuple(instead))]
+        for line in (*lines, *(f", {whom}: {sentence}" for whom, sentence in gathered(of_single))):
+            models.setdefault(line, []).append(plan.name)
+    for line, names in models.items():
+        line = f"attention{line}" if len(names) == len(plans) else f"attention, {' and '.join(names)}{line}"
+        LOG.warning("%s", line, extra=TOLD)
+        _print_aloud(console, line)
+    return told
+
+
+def _with_predictions(
+    action: Callable[..., list[Outcome]], count: int, console: Console, workers: int | None
+) -> list[Outcome]:
+    """Do something with written predictions on a cluster of CPU workers, and print what becomes of it."""
+    say(console, f"starting {_number(workers or cores(), 'worker')}")
+    with open_cluster("cpu", workers or cores()) as client, forwarded_warnings(client):
+        _log_workers(client, "cpu")
+        pace = Pace(count)
+        reporter = Reporters(pace, make_reporter(console, pace), FileReporter(pace))
+        try:
+            outcomes = action(reporter, executor=DaskExecutor(client))
+        finally:
+            reporter.close()
+    print_table(console, outcomes)
+    return outcomes
+
+
+def convert_file(
+    source: Path,
+    target: Path,
+    console: Console,
+    *,
+    level: int = 0,
+    dataset: str | None = None,
+    overwrite: bool = False,
+    workers: int | None = None,
+) -> dict[str, Any]:
+    """Convert one tomogram to zarr, and print what was found in it.
+
+    Parameters
+    ----------
+    source, level, dataset, overwrite
+        See `cryosiam_dask.stages.ingest.convert`.
+    target
+        An OME-Zarr image where its name ends with ``.ome.zarr``, a single array with ``.zarr``.
+    console, workers
+        See `segment`.
+
+    Returns
+    -------
+    dict
+        The same as JSON values: those of `cryosiam_dask.files.tomogram.TomogramHeader.attributes`, ``statistics``,
+        ``shape`` (z, y, x), ``dtype``, ``target``.
+    """
+    if not target.name.lower().endswith(".zarr"):
+        raise OutputError(
+            "a converted tomogram is a folder of zarr, and is called so",
+            place=target,
+            remedy=f"Call it {target.stem}.zarr, or {target.stem}.ome.zarr for an image of several levels",
+        )
+    header = read_header(source, level=level, dataset=dataset)  # what is wrong is said before workers start
+    header.require_complete()
+    require_free(target, overwrite=overwrite)
+    make = convert_to_ome_zarr if target.name.lower().endswith(".ome.zarr") else convert
+    with open_cluster("cpu", 1 if header.compressed else workers or cores()) as client:
+        executor = DaskExecutor(client)
+        report = make(source, target, level=level, dataset=dataset, executor=executor, overwrite=overwrite)
+    statistics = report.statistics
+    say(console, f"{target}: {' × '.join(map(str, header.shape))} (z, y, x), {header.dtype}")
+    if statistics.minimum is not None:
+        say(console, f"intensities {statistics.minimum:g} to {statistics.maximum:g}, mean {statistics.mean:g}")
+    for note in header.notes:
+        say(console, f"note: {note}")
+    for warning in report.warnings:
+        attend(console, warning)
+    return {
+        "target": str(target),
+        "shape": list(header.shape),
+        "dtype": str(header.dtype),
+        **header.attributes(),
+        "warnings": list(report.warnings),
+        "statistics": statistics.attributes(),
+    }
+
+
+def _with_largest_patch(
+    plan: RunPlan, device: Literal["cpu", "cuda"], workers: int | None, console: Console
+) -> Configuration:
+    """The configuration of a plan with the largest patch that the device can take for its tomograms."""
+    extent = tuple(max(sizes) for sizes in zip(plan.patch, *plan.looked_into().shapes, strict=True))
+    memory = int(USABLE * memory_of_machine() / (workers or cores()))
+    patch = largest_patch(plan.spec(device), extent, memory)
+    say(console, f"patch_size {list(patch)} is the largest that fits; results depend on it, so write it into the file")
+    configuration = plan.configuration
+    data = configuration.parameters.data.model_copy(update={"patch_size": patch})
+    parameters = configuration.parameters.model_copy(update={"data": data})
+    return configuration.model_copy(update={"parameters": parameters})
+
+
+def say(console: Console, message: str) -> None:
+    """Print a line as it is, and log it."""
+    LOG.info("%s", message, extra=TOLD)
+    console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def attend(console: Console, message: str) -> None:
+    """Print what needs attention, on a console that is quiet as well, and log it."""
+    LOG.warning("%s", message, extra=TOLD)
+    _print_aloud(console, f"attention: {message}")
+
+
+def _print_aloud(console: Console, message: str) -> None:
+    quiet, console.quiet = console.quiet, False
+    console.print(message, markup=False, highlight=False, soft_wrap=True)
+    console.quiet = quiet
+
+
+#: Of what is installed, the versions that results, speed or files depend on.
+_PACKAGES = (
+    "connected-components-3d", "cucim-cu12", "cucim-cu13", "cupy-cuda12x", "cupy-cuda13x", "dask-cuda", "h5py",
+    "mrcfile", "numcodecs", "pillow", "scikit-image", "scipy",
+)  # fmt: skip
+
+
+def _begin_logs(command: str, configurations: Sequence[Configuration], console: Console) -> None:
+    """Begin the log files of a run, and write down what it is run with."""
+    paths = begin_logs([configuration.prediction_folder for configuration in configurations], command)
+    found = versions()
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    LOG.debug("command: %s", shlex.join(sys.argv))
+    LOG.debug("in %s on %s, process %d", Path.cwd(), socket.gethostname(), os.getpid())
+    LOG.debug("versions: %s", ", ".join(f"{name} {number}" for name, number in found.items()))
+    LOG.debug("machine: %s, %d cores, %.1f GB for the workers", platform.platform(), cores(), memory_of_machine() / 1e9)
+    for configuration in configurations:
+        LOG.debug("settings of %s: %s", configuration.place, configuration.model_dump_json(by_alias=True, indent=1))
+    for path in paths:
+        say(console, f"log: {path}")
+    if len(paths) < len(configurations):
+        attend(console, "no log file could be made beside the outputs")
+
+
+def _log_workers(client: Client, device: str) -> None:
+    """Write down where the work is done."""
+    gpus = ask(client, name_of_gpu) if device == "cuda" else {}
+    for address, worker in client.scheduler_info(n_workers=-1)["workers"].items():
+        name = gpus.get(address) or device
+        LOG.debug("worker %s: %s, %d threads, on %s", address, name, worker["nthreads"], worker["host"])
+
+
+def _number(count: int, thing: str) -> str:
+    return f"{count} {thing}{'s' * (count != 1)}"
+
+
+_FOR_ALL = 125  # columns of a terminal that hold a table with all that is known
+
+
+def print_table(console: Console, outcomes: Sequence[Outcome], told: Collection[tuple[str, str]] = ()) -> None:
+    """Print what became of every tomogram, and after it what needs attention but was not `told` of it before."""
+    several = any(outcome.stage for outcome in outcomes)
+    wide = console if console.is_terminal else Console(emoji=False, file=console.file, width=160, quiet=console.quiet)
+    brief = wide.width < _FOR_ALL
+    axes = "y, x" if are_images(outcome.shape for outcome in outcomes) else "z, y, x"
+    model, shape = ("model",) if several else (), () if brief else (f"shape ({axes})",)
+    found = [escape("\n".join(outcome.found(brief))) for outcome in outcomes]
+    last = ("found",) if any(found) else ()
+    table = Table(Column("tomogram", overflow="fold"), *model, "status", *shape, "seconds", *last)
+    for outcome, what in zip(outcomes, found, strict=True):
+        table.add_row(
+            escape(outcome.stem),
+            *((outcome.stage,) if several else ()),
+            outcome.status,
+            *(() if brief else (" × ".join(map(str, outcome.shape)),)),
+            f"{outcome.seconds:.1f}" if outcome.seconds else "",
+            *((what,) if last else ()),
+        )
+    wide.print(table)
+    said = ((outcome.stem, warning) for outcome in outcomes for warning in outcome.warnings)
+    for whom, warning in gathered(pair for pair in said if pair not in told):
+        _print_aloud(console, f"attention, {whom}: {warning}")
+    for outcome in outcomes:
+        if outcome.error:
+            _print_aloud(console, f"failed, {outcome.stem}: {outcome.error}")
+            if outcome.details and os.environ.get("CRYOSIAM_DASK_DEBUG"):
+                _print_aloud(console, outcome.details)

@@ -1,0 +1,187 @@
+"""How far a collection is, read from its ledgers: while a run is at work, and when it is over."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cryosiam_dask.config import Configuration, read_models
+from cryosiam_dask.core.log import latest_log
+from cryosiam_dask.runs.ledger import claim_path, process_is_gone, read_entries
+from cryosiam_dask.runs.plan import find_sources, left_out_tomograms, refused_names, shown, unreadable_folder
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """How far one tomogram is with one model.
+
+    Attributes
+    ----------
+    tomogram
+        Its name.
+    stage
+        Which of several models, where there are several.
+    state
+        ``"done"``, ``"running"``, ``"stopped"`` (begun, and nobody works on it), ``"failed"`` or ``"left"``.
+    blocks
+        Blocks that are recorded, of one that is running or stopped.
+    detail
+        Why it failed, or who works on it.
+    seconds
+        Time that it took.
+    ended
+        When it ended, seconds since the epoch by the clock of the run's machine; 0 otherwise.
+    run
+        The run that it was recorded by.
+    """
+
+    tomogram: str
+    stage: str
+    state: str
+    blocks: int = 0
+    detail: str = ""
+    seconds: float = 0.0
+    ended: float = 0.0
+    run: str = ""
+
+
+def states(configuration: Configuration, stage: str = "") -> list[State]:
+    """How far every tomogram of a configuration is.
+
+    Parameters
+    ----------
+    configuration
+        The YAML file.
+    stage
+        Name of its model, where there are several.
+
+    Raises
+    ------
+    Problems
+        If the tomograms cannot be found.
+    """
+    found, sources = [], find_sources(configuration)
+    refused = refused_names(configuration, sources)
+    for source in sources:
+        stem = source.name.removesuffix(configuration.file_extension)
+        if source in refused:
+            found.append(State(shown(stem), stage, "failed", detail=str(refused[source])))
+        else:
+            found.append(_state(configuration, stem, stage))
+    return found
+
+
+def _state(configuration: Configuration, stem: str, stage: str) -> State:
+    folder = configuration.prediction_folder
+    entries, fault = read_entries(folder, stem)
+    try:
+        claim = claim_path(folder, stem).read_bytes()
+        holder = json.loads(claim)
+        who = f"process {int(holder['process'])} on {holder['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        claim, who = b"", ""
+    first = max(
+        (i for i, entry in enumerate(entries) if entry["what"] == "blocks"), default=0
+    )  # of other settings before
+    blocks = sum(entry["what"] == "block" for entry in entries[first:])
+    if claim and not process_is_gone(claim):
+        return State(stem, stage, "running", blocks, who)
+    if fault:
+        return State(stem, stage, "left", detail=f"its ledger {fault}")
+    last = entries[-1] if entries else {"what": ""}
+    if last["what"] == "outcome":
+        state = str(last.get("status"))
+        if state == "done" and not _output_exists(configuration, stem):
+            return State(stem, stage, "left", detail="its output was removed")
+        return State(
+            stem, stage, state, detail=str(last.get("error", "")), seconds=float(last.get("seconds", 0)),
+            ended=float(last.get("ended", 0)), run=str(last.get("run", "")),
+        )  # fmt: skip
+    if any(entry["what"] == "store" for entry in entries):
+        return State(stem, stage, "stopped", blocks)
+    return State(stem, stage, "done" if _output_exists(configuration, stem) else "left")
+
+
+def _output_exists(configuration: Configuration, stem: str) -> bool:
+    folder = configuration.prediction_folder
+    names = (f"{stem}_preds.h5", f"{stem}{configuration.file_extension.removesuffix('.gz')}", f"{stem}.mrc")
+    return any((folder / name).exists() for name in names)
+
+
+def seconds_left(found: Sequence[State]) -> float | None:
+    """How long what is left will take, at the pace of the latest run; ``None`` if nothing tells.
+
+    The pace is that between the first and the last tomogram that the run finished, by its own clock.
+    """
+    runs = sorted({state.run for state in found if state.state == "done" and state.run})
+    if not runs:
+        return None
+    done = [state for state in found if state.run == runs[-1] and state.state == "done"]
+    left = sum(state.state in ("left", "running", "stopped") for state in found)
+    elapsed = max(state.ended for state in done) - min(state.ended - state.seconds for state in done)
+    return elapsed / len(done) * left
+
+
+def print_overview(config_file: Path, console: Console, *, model: str | None = None, as_json: bool = False) -> None:
+    """Print how far a collection is.
+
+    Parameters
+    ----------
+    config_file
+        The YAML file of one model or of a pipeline.
+    console
+        Where to print.
+    model
+        The only model of a pipeline to tell of; ``None``: all.
+    as_json
+        Whether to print JSON instead of a table.
+    """
+    found, logs, notes = list[State](), list[Path](), list[str]()
+    for stage, configuration in read_models(config_file, model).items():
+        try:
+            found += states(configuration, stage)
+            log = latest_log(configuration.prediction_folder)
+        except OSError as error:
+            raise unreadable_folder("prediction_folder", configuration.prediction_folder, error) from None
+        notes += [note for note in left_out_tomograms(configuration) if note not in notes]
+        logs += [log] if log else []
+    counts, left = Counter(state.state for state in found), seconds_left(found)
+    if as_json:
+        document: dict[str, Any] = {
+            "counts": counts, "seconds_left": left, "tomograms": [asdict(state) for state in found],
+            "logs": [str(log) for log in logs], "notes": notes,
+        }  # fmt: skip
+        console.file.write(json.dumps(document, indent=2) + "\n")
+        return
+    shown = [state for state in found if state.state != "done"]
+    table = Table("tomogram", *(("model",) if any(state.stage for state in found) else ()), "state", "blocks", "")
+    for state in shown:
+        row = [escape(state.tomogram), state.state, str(state.blocks or ""), escape(state.detail)]
+        if any(other.stage for other in found):
+            row.insert(1, state.stage)
+        table.add_row(*row)
+    if shown:
+        wide = console if console.is_terminal else Console(emoji=False, file=console.file, width=160)
+        wide.print(table)
+    words = [f"{counts[state]} {state}" for state in ("done", "running", "stopped", "failed", "left") if counts[state]]
+    line = ", ".join(words) or "no tomogram"
+    if left:
+        line += f"; about {time.strftime('%H:%M:%S', time.gmtime(left % 86400))} left at the pace of the latest run"
+        if left >= 86400:
+            line += f", and {left // 86400:.0f} days"
+    # Where all is done, nobody need read on.
+    for text in (
+        line,
+        *(f"note: {note}" for note in notes),
+        *(f"log of the latest run: {log}" for log in logs if shown),
+    ):
+        console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""What everything else stands on: grids of blocks, executors, logs."""

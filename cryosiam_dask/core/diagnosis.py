@@ -1,0 +1,429 @@
+"""What a result that looks wrong, or is going to, most likely comes from: numbers in, sentences out.
+
+The rules are CryoSiam's table of troubles, with the numbers that tell one cause from another:
+
+=============================== ====================================================================================
+A segmentation is blank         Intensities outside [min, max] are clipped, so that a wrong scaling shows the network
+                                nothing; or no probability reaches the threshold; or the model is another one.
+It finds the wrong things       The models want dense matter bright on dark; many programs write it dark on bright.
+It finds things beyond the      The models were not trained on what surrounds a lamella: no mask, or one that covers
+lamella                         everything.
+A GPU's memory does not suffice A batch of patches is what takes it.
+=============================== ====================================================================================
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+#: Whether dense matter is bright or dark. CryoSiam's models want it bright.
+Contrast: TypeAlias = Literal["bright on dark", "dark on bright"]
+
+#: More voxels than this share outside [min, max] are worth a warning: the tails of a scaled tomogram are thinner.
+CLIPPED = 0.05
+#: Intensities are a sliver of [min, max] where the central 99 % of them span less than this share of it.
+SLIVER = 0.05
+#: A mask that leaves out less than this share of the tomogram keeps nothing from the model.
+UNMASKED = 0.001
+_APART = (
+    "their intensities do not fit min and max, and the tomograms differ so much that no min and max suit all. Bring "
+    "them to one range with 'cryosiam-dask processing-invert-scale', or give those of each range a YAML file of their "
+    "own"
+)
+_NUMBER = re.compile(r"[-+]?\d[\d.,]*(?:e[-+]?\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Intensities:
+    """How the intensities of a tomogram fall into [min, max], as far as a sample tells.
+
+    Attributes
+    ----------
+    share, where
+        As of `cryosiam_dask.stages.intensities.Sample`.
+    lowest, highest, median
+        Of the finite voxels; ``None`` without any.
+    central
+        Between which intensities the central 99 % of the finite voxels lie; ``None`` without any.
+    below, above
+        Shares of the voxels that lie below min and above max, where they are clipped; 0 to 1.
+    non_finite
+        Share of the voxels that are NaN or infinite.
+    contrast
+        See `cryosiam_dask.stages.intensities.contrast`.
+    """
+
+    share: float
+    where: str
+    lowest: float | None
+    highest: float | None
+    median: float | None
+    central: tuple[float, float] | None
+    below: float
+    above: float
+    non_finite: float
+    contrast: Contrast | None = None
+
+
+def scaling(
+    below: float,
+    above: float,
+    central: tuple[float, float] | None,
+    minimum: float,
+    maximum: float,
+    whose: str = "its",
+) -> tuple[str, ...]:
+    """Say what is wrong with how intensities fall into [min, max].
+
+    Parameters
+    ----------
+    below, above
+        Shares of the voxels below `minimum` and above `maximum`, 0 to 1.
+    central
+        Between which intensities the central 99 % of the voxels lie; ``None`` without finite voxels.
+    minimum, maximum
+        ``parameters.data.min`` and ``max``.
+    whose
+        ``"their"`` where the numbers are of several tomograms.
+
+    Returns
+    -------
+    tuple of str
+        Empty where more than `SLIVER` of the range is used and no more than `CLIPPED` of the voxels are clipped.
+
+    Examples
+    --------
+    >>> scaling(0.0, 0.01, (0.1, 0.9), 0, 1)
+    ()
+    >>> print(*scaling(0.0, 0.0, (0.48, 0.51), 0, 1))
+    the central 99 % of its intensities lie between 0.48 and 0.51, 3.0 % of the range from min 0 to max 1: the network \
+sees next to no contrast. Write below parameters.data 'min: 0.48' and 'max: 0.51'
+    """
+    if central is None:
+        return ("no voxel is a finite number: every one counts as the minimum",)
+    low, high = central
+    if low == high:
+        return (f"almost all voxels are {low:g}: there is nothing to see. Check the file",)
+    between = " and ".join(told_apart(low, high))
+    remedy = "Write below parameters.data " + " and ".join(f"'{line}'" for line in to_write(central, None))
+    if below + above > CLIPPED:
+        return (
+            f"{percent(below)} of {whose} voxels lie below min {minimum:g} and {percent(above)} above max {maximum:g}, "
+            f"where they are clipped; the central 99 % lie between {between}. {remedy}",
+        )
+    share = (min(high, maximum) - max(low, minimum)) / (maximum - minimum)
+    if share < SLIVER:
+        return (
+            f"the central 99 % of {whose} intensities lie between {between}, {percent(share)} of the range "
+            f"from min {minimum:g} to max {maximum:g}: the network sees next to no contrast. {remedy}",
+        )
+    return ()
+
+
+def contrast(found: str | None, invert: bool | None) -> tuple[str, ...]:
+    """Say where a tomogram is not bright on dark, as CryoSiam's models want it.
+
+    Parameters
+    ----------
+    found
+        See `cryosiam_dask.stages.intensities.contrast`.
+    invert
+        ``parameters.data.invert``. ``False``: whoever wrote that knows it, for another model.
+
+    Examples
+    --------
+    >>> contrast("dark on bright", False)
+    ()
+    >>> print(*contrast("dark on bright", None))
+    dense matter looks dark on bright, and CryoSiam's models want it bright on dark: write below parameters.data \
+'invert: true', or 'invert: false' if this model was trained on such tomograms
+    """
+    if found == "dark on bright" and invert is None:
+        return (
+            "dense matter looks dark on bright, and CryoSiam's models want it bright on dark: write below "
+            "parameters.data 'invert: true', or 'invert: false' if this model was trained on such tomograms",
+        )
+    if found == "bright on dark" and invert:
+        return (
+            "dense matter looks bright on dark, as CryoSiam's models want it, and 'invert: true' turns that round: "
+            "leave it out unless this model was trained on tomograms that are dark on bright",
+        )
+    return ()
+
+
+def to_write(central: tuple[float, float] | None, found: str | None) -> tuple[str, ...]:
+    """The lines below ``parameters.data`` that suit a tomogram to a model that wants [0, 1] and bright on dark.
+
+    Parameters
+    ----------
+    central
+        Between which intensities the central 99 % of the voxels lie; ``None`` without finite voxels.
+    found
+        See `cryosiam_dask.stages.intensities.contrast`.
+
+    Examples
+    --------
+    >>> to_write((-3.1234, 41.5), "dark on bright")
+    ('min: -3.12', 'max: 41.5', 'invert: true')
+    """
+    lines: tuple[str, ...] = ()
+    if central is not None and central[0] < central[1]:
+        low, high = told_apart(*central)
+        lines = (f"min: {low}", f"max: {high}")
+    return (*lines, "invert: true") if found == "dark on bright" else lines
+
+
+def told_apart(low: float, high: float) -> tuple[str, str]:
+    """Two numbers with as many digits as tell them apart.
+
+    Examples
+    --------
+    >>> told_apart(-9996.3, 7653.2), told_apart(0.123456, 0.123589)
+    (('-10000', '7650'), ('0.12346', '0.12359'))
+    """
+    digits = max(3, 2 - math.floor(math.log10((high - low) / max(abs(low), abs(high)))))
+    low, high = (float(f"{number:.{digits}g}") for number in (low, high))
+    return f"{low:.12g}", f"{high:.12g}"
+
+
+def alike(
+    found: Sequence[Intensities], minimum: float, maximum: float, invert: bool | None
+) -> tuple[list[tuple[str, int]], set[str]]:
+    """Say once what is wrong with the intensities of all tomograms of a collection.
+
+    Parameters
+    ----------
+    found
+        Of each tomogram.
+    minimum, maximum, invert
+        The keys of ``parameters.data``.
+
+    Returns
+    -------
+    sentences
+        Each with the number of tomograms that it is about: all, or all those whose contrast can be told.
+    instead
+        The sentences of `scaling` and `contrast` on single ones that need not be said beside them.
+    """
+    sentences: list[tuple[str, int]] = []
+    instead: set[str] = set()
+    if len(found) < 2:
+        return sentences, instead
+    count = len(found)
+    single = [scaling(f.below, f.above, f.central, minimum, maximum) for f in found]
+    ranges = [f.central for f in found if f.central is not None and f.central[0] < f.central[1]]
+    low, high = min((a for a, _ in ranges), default=0.0), max((b for _, b in ranges), default=0.0)
+    one_range = all(b - a > SLIVER * (high - low) for a, b in ranges)  # that suits them all
+    if one_range and all(single) and len(ranges) == count:
+        below, above = sum(f.below for f in found) / count, sum(f.above for f in found) / count
+        together = scaling(below, above, (low, high), minimum, maximum, "their")
+        sentences += [(sentence, count) for sentence in together]
+        instead.update(*single if together else ())
+    elif not one_range and any(single):
+        sentences.append((_APART, sum(map(bool, single))))
+    told = [f.contrast for f in found if f.contrast is not None]
+    if len(set(told)) == 1 and 2 * len(told) >= count:
+        sentences += [(sentence, len(told)) for sentence in contrast(told[0], invert)]
+        instead.update(contrast(told[0], invert))
+    return sentences, instead
+
+
+def gathered(said: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Say once what is said of several tomograms, but for its numbers.
+
+    Parameters
+    ----------
+    said
+        Names of tomograms, and sentences about them.
+
+    Returns
+    -------
+    list of tuple of str
+        Whom a sentence is about, and the sentence.
+
+    Examples
+    --------
+    >>> gathered([("a", "3 voxels are NaN"), ("b", "no mask"), ("c", "7 voxels are NaN"), ("d", "no mask")])
+    [('a and c (the numbers are those of a)', '3 voxels are NaN'), ('b and d', 'no mask')]
+    """
+    groups: dict[str, dict[str, str]] = {}
+    for name, sentence in said:
+        groups.setdefault(_NUMBER.sub("0", sentence.replace(f"/{name}", "/")), {}).setdefault(name, sentence)
+    found = []
+    for group in groups.values():
+        names, sentence = list(group), next(iter(group.values()))
+        whom = ", ".join(names[:-1] if len(names) <= 4 else names[:3])
+        last = names[-1] if len(names) <= 4 else f"{len(names) - 3} others"
+        whom = f"{whom} and {last}" if whom else last
+        if len(set(group.values())) > 1:
+            whom += f" (the {'numbers' if '0' in _NUMBER.sub('0', sentence) else 'names'} are those of {names[0]})"
+        found.append((whom, sentence))
+    return found
+
+
+def beyond_lamella(classes: int, coverage: float | None) -> tuple[str, ...]:
+    """Say why a model may find things outside the lamella.
+
+    Parameters
+    ----------
+    classes
+        Channels of the model's probabilities: 1 for a lamella model, which needs no mask.
+    coverage
+        Share of the tomogram inside the mask, 0 to 1; ``None`` without a mask.
+    """
+    if classes == 1:
+        return ()
+    if coverage is None:
+        return (
+            "no mask_folder is set: expect false positives outside the lamella, which the model was not trained on. "
+            "Run the lamella prediction, and set mask_folder to its output",
+        )
+    if coverage > 1 - UNMASKED:
+        return (
+            f"the mask covers {percent(coverage)} of the tomogram: it excludes no false positives outside the lamella. "
+            "Look at the lamella prediction, and raise its network.threshold if it took everything for lamella",
+        )
+    return ()
+
+
+def blank(
+    *,
+    lowest: float | None,
+    highest: float | None,
+    clipped: tuple[float, float] | None,
+    scale: tuple[float, float],
+    threshold: float,
+    probabilities: Sequence[float] | None,
+    checkpoint: str,
+    coverage: float | None = None,
+    masked: bool = False,
+    removed_voxels: int = 0,
+    class_names: Sequence[str] = (),
+) -> str:
+    """Say why every voxel of a segmentation is background.
+
+    Parameters
+    ----------
+    lowest, highest
+        Of the tomogram's intensities; ``None`` where it has no finite ones.
+    clipped
+        Shares of its voxels below and above `scale`, 0 to 1; ``None`` where they are not known.
+    scale
+        ``parameters.data.min`` and ``max``.
+    threshold
+        ``network.threshold`` as it was used.
+    probabilities
+        The highest one of each class that was seen anywhere; ``None`` where they are not known.
+    checkpoint
+        Name of the model's file.
+    coverage
+        Share of the tomogram inside the mask, 0 to 1; ``None`` where it is not known.
+    masked
+        Whether there is a mask at all.
+    removed_voxels
+        How many voxels of other labels ``postprocessing_sizes`` removed.
+    class_names
+        Of the labels from 1 on, as far as they have any.
+    """
+    start = "every voxel is background"
+    if removed_voxels:
+        return (
+            f"{start}: postprocessing_sizes removed all {removed_voxels:,} voxels that the network had found. "
+            "Lower its entries and run semantic-postprocess"
+        )
+    if coverage == 0:
+        return f"{start}: its mask is empty. Run the lamella prediction again, or lower its network.threshold"
+    if clipped is not None and (lowest is None or highest is None):
+        return f"{start}: no voxel is a finite number. Check the file"
+    if lowest is not None and lowest == highest:
+        return f"{start}: every voxel is {lowest:g}, so that there is nothing to see. Check the file"
+    minimum, maximum = scale
+    causes = [start]
+    range_ = "are not finite" if lowest is None or highest is None else f"run from {lowest:g} to {highest:g}"
+    seen = f"Its intensities {range_}, and min {minimum:g} to max {maximum:g} is what the network sees"
+    fits = clipped is not None and sum(clipped) <= CLIPPED
+    if clipped is not None:
+        seen += f": {percent(clipped[0])} of the voxels are clipped below and {percent(clipped[1])} above"
+    if fits:
+        causes.append(f"{seen}, as it should be with parameters.data.min and max")
+    else:
+        causes.append(f"{seen}. Set parameters.data.min and max to the range of the tomogram")
+    causes.append(_probabilities(threshold, probabilities, masked, class_names))
+    causes.append(f"Verify trained_model, which is {checkpoint}")
+    if masked:
+        causes.append("Check that the masks in mask_folder are not empty")
+    return ". ".join(causes)
+
+
+def _probabilities(threshold: float, highest: Sequence[float] | None, masked: bool, names: Sequence[str]) -> str:
+    """What the highest probability of each class says of the threshold."""
+    if highest is None:
+        return f"Lower network.threshold (now {threshold:g})"
+    # With one class that is the lamella, with several the first one is the background.
+    classes = [(1, highest[0])] if len(highest) == 1 else list(enumerate(highest))[1:]
+    called = [*names[: len(classes)], *(f"class {label}" for label, _ in classes[len(names) :])]
+    listed = ", ".join(f"{p:.3g} for {name}" for name, (_, p) in zip(called, classes, strict=True))
+    most = max(p for _, p in classes)
+    text = f"The highest probability is {listed}, and network.threshold {threshold:g}"
+    if most <= threshold:
+        return f"{text}: lower it to less than {most:.3g}"
+    if len(highest) == 1:
+        return f"{text}: what exceeds it " + ("lies outside the mask" if masked else "has been removed")
+    outside = " or what reaches it lies outside the mask:" if masked else ""
+    return f"{text}, but the background is more probable everywhere,{outside} a lower threshold does not help"
+
+
+def out_of_memory(batch_size: int, patch: Sequence[int], divisor: int = 8, free: int | None = None) -> tuple[str, str]:
+    """Say what a GPU's memory did not suffice for, and what to set instead.
+
+    Parameters
+    ----------
+    batch_size
+        ``hyper_parameters.batch_size``.
+    patch
+        Its shape in voxels, (z, y, x) or (y, x).
+    divisor
+        Number that must divide every axis of a patch.
+    free
+        Bytes of the GPU that were free before; ``None`` where it is not known.
+
+    Returns
+    -------
+    tried, remedy
+        For the value and the remedy of an error.
+
+    Examples
+    --------
+    >>> out_of_memory(4, (128, 128, 128), free=2**33)[1]
+    'Set hyper_parameters.batch_size to 2'
+    >>> out_of_memory(1, (128, 128, 128))[1]
+    'Set parameters.data.patch_size to [96, 96, 96], which changes the labels a little, or use a GPU with more memory'
+    """
+    tried = f"batch_size {batch_size} and patch_size {list(patch)}"
+    if free is not None:
+        tried += f", for which {free / 1e9:.1f} GB were free"
+    if batch_size > 1:
+        return tried, f"Set hyper_parameters.batch_size to {batch_size // 2}"
+    smaller = [max(divisor, 3 * size // 4 // divisor * divisor) for size in patch]
+    return tried, (
+        f"Set parameters.data.patch_size to {smaller}, which changes the labels a little, or use a GPU with more memory"
+    )
+
+
+def percent(share: float) -> str:
+    """A share from 0 to 1 in words, with no 0 or 100 that is not one.
+
+    Examples
+    --------
+    >>> percent(0.05), percent(0.00001), percent(0.99999), percent(1)
+    ('5.0 %', 'less than 0.1 %', 'more than 99.9 %', '100 %')
+    """
+    if share in (0, 1):
+        return f"{100 * share:.0f} %"
+    if share < 0.001:
+        return "less than 0.1 %"
+    return "more than 99.9 %" if share > 0.999 else f"{100 * share:.1f} %"

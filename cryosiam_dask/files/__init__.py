@@ -1,0 +1,1 @@
+"""What is on disk: tomograms, masks and predictions, read and written."""

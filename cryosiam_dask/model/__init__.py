@@ -1,0 +1,1 @@
+"""The network: its checkpoints, its classes and its predictions for one block."""

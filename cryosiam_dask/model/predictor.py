@@ -1,0 +1,572 @@
+"""The network on one device: voxels of patches to labels, probabilities and distances.
+
+The only module that knows a device. A result must not depend on how patches are grouped, and the libraries' sums do
+depend on the size of a batch and on the number of threads, in their last bits. Therefore patches are evaluated
+
+* on the CPU one at a time, in one thread (more cores are used by more worker processes);
+* on a GPU in batches of always the same size, the last one filled up with zeros, with deterministic algorithms. Only
+  where the memory does not suffice for a batch, a smaller one is taken, which may change last bits.
+
+Single precision is the default. The other precisions are opt-in, and an error on a device that has no instructions for
+them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import cycle
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cryosiam_dask.core.diagnosis import out_of_memory
+from cryosiam_dask.core.grid import Patch
+from cryosiam_dask.errors import CheckpointError, DeviceError, LostDeviceError
+from cryosiam_dask.model.architecture import default_threshold, peak_bytes, required_divisor
+from cryosiam_dask.model.checkpoint import read_checkpoint
+from cryosiam_dask.model.network import build_network, convolve_with_onednn, fold_batch_norms
+
+_PIECE = 1 << 16  # voxels
+#: Who computes in this process: a worker of a pipeline has two networks, and the memory and the core for one at a time.
+_TURN = threading.Lock()
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, slots=True)
+class PredictorSpec:
+    """How to predict; travels to the workers instead of the network.
+
+    Attributes
+    ----------
+    checkpoint, sha256
+        The file and its hash: a file that changed meanwhile is refused.
+    device
+        Where the network runs.
+    patch
+        Shape of a patch in voxels, (z, y, x) or (y, x).
+    classes
+        Channels of probabilities and distances.
+    batch_size
+        Patches evaluated at once on a GPU; never changes a result.
+    minimum, maximum
+        Intensities that become 0 and 1; what lies outside is clipped. Where intensities are inverted, the minimum is
+        the larger one.
+    mean, std
+        Subtracted from the clipped intensities, and divided by.
+    threshold
+        Probability that a class must reach to become a label.
+    halo
+        Voxels on either side of a patch that are not kept; 0 for CryoSiam's patches (see `cryosiam_dask.core.grid`).
+    precision
+        Of the products in the network's convolutions; sums, probabilities and labels are in single precision.
+    """
+
+    checkpoint: str
+    sha256: str
+    device: Literal["cpu", "cuda"]
+    patch: tuple[int, ...]
+    classes: int
+    batch_size: int
+    minimum: float
+    maximum: float
+    mean: float
+    std: float
+    threshold: float
+    halo: int = 0
+    precision: Precision = "fp32"
+
+
+def predictor_spec(
+    checkpoint: str | Path,
+    *,
+    patch_size: tuple[int, ...] | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    batch_size: int = 2,
+    minimum: float = 0.0,
+    maximum: float = 1.0,
+    mean: float = 0.0,
+    std: float = 1.0,
+    invert: bool = False,
+    threshold: float | None = None,
+    halo: int = 0,
+    precision: Precision = "fp32",
+) -> PredictorSpec:
+    """Say how to predict with a checkpoint; what is not given is CryoSiam's documented default.
+
+    Parameters
+    ----------
+    checkpoint
+        CryoSiam's ``.ckpt``.
+    patch_size
+        Voxels, (z, y, x) or (y, x); the checkpoint's own by default.
+    device
+        See `resolve_device`.
+    batch_size, minimum, maximum, mean, std
+        See `PredictorSpec`.
+    invert
+        Whether `maximum` becomes 0 and `minimum` 1, for tomograms that are dark on bright.
+    threshold
+        See `PredictorSpec` and `default_threshold`.
+    halo, precision
+        See `PredictorSpec`.
+
+    Raises
+    ------
+    CheckpointError, DeviceError
+        If the checkpoint or the device cannot be used.
+    """
+    found = read_checkpoint(checkpoint)
+    classes = found.architecture.out_channels
+    return PredictorSpec(
+        checkpoint=str(checkpoint),
+        sha256=found.sha256,
+        device=resolve_device(device),
+        patch=tuple(patch_size or found.patch_size),
+        classes=classes,
+        batch_size=batch_size,
+        minimum=maximum if invert else minimum,
+        maximum=minimum if invert else maximum,
+        mean=mean,
+        std=std,
+        threshold=default_threshold(classes) if threshold is None else threshold,
+        halo=halo,
+        precision=precision,
+    )
+
+
+def normalise(voxels: npt.NDArray[Any], spec: PredictorSpec) -> npt.NDArray[np.float32]:
+    """Scale intensities as the network was trained to see them.
+
+    Parameters
+    ----------
+    voxels
+        Intensities as stored, any shape and real dtype. NaN and infinity count as the minimum.
+    spec
+        Gives ``minimum``, ``maximum``, ``mean`` and ``std``.
+
+    Returns
+    -------
+    ndarray
+        ``(clip((v - minimum) / (maximum - minimum), 0, 1) - mean) / std``, float32; a new array.
+    """
+    given = np.ascontiguousarray(voxels).reshape(-1)
+    scaled = np.empty(given.shape, np.float32)
+    with np.errstate(over="ignore"):  # What overflows is infinite, or far outside the range and clipped.
+        # Piece by piece, so that a processor finds what one step left in its cache for the next.
+        for first in range(0, given.size, _PIECE):
+            piece = scaled[first : first + _PIECE]
+            piece[:] = given[first : first + _PIECE]
+            finite = np.isfinite(piece)
+            if not finite.all():
+                piece[~finite] = spec.minimum
+            piece -= spec.minimum
+            piece /= spec.maximum - spec.minimum
+            piece.clip(0, 1, out=piece)
+            piece -= spec.mean
+            piece /= spec.std
+    return scaled.reshape(voxels.shape)
+
+
+def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+    """The device that is used.
+
+    Parameters
+    ----------
+    device
+        ``"auto"``: CUDA where it can be used, else the CPU.
+
+    Raises
+    ------
+    DeviceError
+        If CUDA was asked for and cannot be used: a run never falls back to the CPU silently.
+    """
+    if device == "cpu":
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if device == "auto":
+        return "cpu"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    raise DeviceError(
+        "device cuda was asked for and must be usable",
+        value=(
+            "no GPU that PyTorch can use" + (f" with CUDA_VISIBLE_DEVICES={visible}" if visible is not None else "")
+            if torch.version.cuda
+            else f"PyTorch {torch.__version__}, which was built without CUDA"
+        ),
+        remedy="Install PyTorch for CUDA and its driver, or use --device cpu",
+    )
+
+
+def name_of_gpu() -> str | None:
+    """The GPU that this process uses, by its unique name; ``None`` where it has none."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return f"{properties.name} {getattr(properties, 'uuid', '')}".strip()
+
+
+def count_of_gpus() -> int:
+    """GPUs that this machine shows."""
+    return torch.cuda.device_count()
+
+
+def memory_of_gpu() -> int | None:
+    """Bytes that this process may take of its GPU's memory; ``None`` where it has none."""
+    if not torch.cuda.is_available():
+        return None
+    free, _ = torch.cuda.mem_get_info()
+    return int(free + torch.cuda.memory_reserved())
+
+
+def require_precision(precision: Precision, device: Literal["cpu", "cuda"]) -> None:
+    """Refuse a precision for which this machine's device has no instructions: it would be slower than single.
+
+    Raises
+    ------
+    DeviceError
+        With what the device can do.
+    """
+    if device == "cuda":
+        capability = torch.cuda.get_device_capability()
+        # Tensor cores: fp16 since Volta, bf16 and tf32 since Ampere.
+        able = {"fp32"} | ({"fp16"} if capability >= (7, 0) else set())
+        able |= {"bf16", "tf32"} if capability >= (8, 0) else set()
+        name = f"{torch.cuda.get_device_name()} (compute capability {capability[0]}.{capability[1]})"
+    else:
+        features: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        able = {"fp32"} | {
+            p for p in ("bf16", "fp16") if features.get(f"avx512_{p}", False) or features.get(f"amx_{p}", False)
+        }
+        name = features.get("cpu_name", "this CPU")
+    if precision not in able:
+        raise DeviceError(
+            f"the device must have instructions for precision {precision}",
+            place="hyper_parameters.precision",
+            value=f"{name}, which has {', '.join(sorted(able))}",
+            remedy="Set it to fp32, or use another device",
+        )
+
+
+#: Longest edges in voxels of the patches that are tried; a CPU would take minutes for a longer one.
+_LONGEST_PATCH = {"cuda": 448, "cpu": 256}
+
+
+def largest_patch(spec: PredictorSpec, extent: tuple[int, ...], memory: int) -> tuple[int, ...]:
+    """The largest patch that fits into the device's memory, as a forward pass proves.
+
+    Parameters
+    ----------
+    spec
+        How to predict; its patch is the smallest that is tried.
+    extent
+        Voxels of the largest tomogram along each axis; no patch need be longer.
+    memory
+        Bytes that the network may take on a CPU.
+
+    Raises
+    ------
+    DeviceError
+        If not even the patch of `spec` fits.
+    """
+    architecture = read_checkpoint(spec.checkpoint).architecture
+    divisor = required_divisor(architecture)
+    longest = max(min(_LONGEST_PATCH[spec.device], -(-max(extent) // divisor) * divisor), *spec.patch)
+    tried: set[tuple[int, ...]] = set()
+    for edge in (*range(longest, max(spec.patch), -32), 0):
+        patch = tuple(max(p, min(edge, -(-n // divisor) * divisor)) for p, n in zip(spec.patch, extent, strict=True))
+        if patch in tried or (spec.device == "cpu" and peak_bytes(architecture, patch) > memory and edge):
+            continue
+        tried.add(patch)
+        # In a process of its own, as one that runs out of memory may be killed, and keeps what it took from a GPU.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            try:
+                pool.submit(_try_patch, replace(spec, patch=patch)).result()
+                return patch
+            except (DeviceError, BrokenProcessPool):
+                pass
+    raise DeviceError(
+        "the patch of the checkpoint must fit into the memory",
+        place=spec.checkpoint,
+        value=f"patch_size {list(spec.patch)}",
+        remedy="Set parameters.data.patch_size to a smaller one, or use another device",
+    )
+
+
+def _try_patch(spec: PredictorSpec) -> None:
+    """Predict a batch of empty patches and throw it away."""
+    whole = tuple(slice(0, size) for size in spec.patch)
+    core = tuple(slice(spec.halo or size // 4, size - (spec.halo or size // 4)) for size in spec.patch)
+    window = np.zeros(spec.patch, np.float32)
+    Predictor(spec).predict_block(window, [Patch(whole, core, core)], spec.patch, ["labels"])
+
+
+def measured_pace(
+    spec: PredictorSpec, window: npt.NDArray[np.float32], patches: Sequence[Patch], shape: tuple[int, ...], least: float
+) -> float:
+    """Patches that this process predicts in a second.
+
+    Parameters
+    ----------
+    spec
+        How to predict.
+    window, patches, shape
+        A block; see `Predictor.predict_block`.
+    least
+        Seconds that are measured, after a first batch.
+    """
+    predictor, size = load_predictor(spec), 1 if spec.device == "cpu" else spec.batch_size
+    batches = cycle([patches[first : first + size] for first in range(0, len(patches), size)])
+    predictor.predict_block(window, next(batches), shape, ["labels"])
+    began, count = time.perf_counter(), 0
+    while not count or time.perf_counter() - began < least:
+        batch = next(batches)
+        predictor.predict_block(window, batch, shape, ["labels"])
+        count += len(batch)
+    return count / (time.perf_counter() - began)
+
+
+class Predictor:
+    """A network in the memory of its device; `load_predictor` makes one per process.
+
+    Parameters
+    ----------
+    spec
+        How to predict.
+
+    Raises
+    ------
+    CheckpointError
+        If the checkpoint cannot be used or is not the one that the specification names.
+    DeviceError
+        If the device cannot be used.
+    """
+
+    def __init__(self, spec: PredictorSpec) -> None:
+        device = resolve_device(spec.device)
+        require_precision(spec.precision, device)
+        checkpoint = read_checkpoint(spec.checkpoint)
+        if checkpoint.sha256 != spec.sha256:
+            raise CheckpointError(
+                "the checkpoint must stay as it is during a run",
+                place=spec.checkpoint,
+                value="another file than at the start",
+                remedy="Start the run again",
+            )
+        if device == "cuda":
+            torch.backends.cudnn.benchmark = False
+            torch.backends.cudnn.deterministic = True
+            torch.backends.cudnn.allow_tf32 = spec.precision == "tf32"
+            torch.backends.cuda.matmul.allow_tf32 = spec.precision == "tf32"
+        with torch.device("meta"):  # The weights come from the checkpoint: none need be made up.
+            network = build_network(checkpoint.architecture)
+        network.load_state_dict(checkpoint.state, assign=True)
+        self.spec = spec
+        self.has_distance_head = checkpoint.architecture.has_distance_head
+        network.eval()
+        fold_batch_norms(network)
+        # Channels last is what convolutions are fastest with, on CPUs and GPUs.
+        self._layout = torch.channels_last if len(spec.patch) == 2 else torch.channels_last_3d
+        self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(spec.precision, torch.float32)
+        self._network = network.to(device, self._dtype).to(memory_format=self._layout)  # type: ignore[call-overload]
+        if device == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+            convolve_with_onednn(network)
+        self._turn = _TURN
+        # Smaller once the memory did not suffice: what worked is kept for as long as this process has the device.
+        self._batch_size = 1 if device == "cpu" else spec.batch_size
+
+    def predict_block(
+        self,
+        window: npt.NDArray[np.float32],
+        patches: Sequence[Patch],
+        shape: tuple[int, ...],
+        wanted: Collection[str],
+    ) -> tuple[dict[str, npt.NDArray[Any]], tuple[float, float]]:
+        """Predict the patches of a block.
+
+        Threads of one process take turns on the device: one may bring its voxels there while another one computes.
+
+        Parameters
+        ----------
+        window
+            Normalised voxels that the patches see, (z, y, x), float32.
+        patches
+            Which patches, and where in the result their cores belong.
+        shape
+            Voxels of the result along each axis.
+        wanted
+            Which of ``"labels"``, ``"probabilities"``, ``"distances"`` and ``"highest"`` to return.
+
+        Returns
+        -------
+        dict
+            ``labels`` uint8 (z, y, x): with one class 1 where its probability exceeds the threshold; with several the
+            most probable one (the first of equals), or 0 where none reaches the threshold. ``probabilities`` and
+            ``distances`` float32 (class, z, y, x), before any threshold. All are 0 where no patch has its core.
+            ``highest`` float32 (class,): the highest probability of each class in any core.
+        tuple of float
+            When the device began and ended, seconds since the epoch.
+
+        Raises
+        ------
+        CheckpointError
+            If distances are wanted and the checkpoint has no distance head.
+        DeviceError
+            If the GPU's memory suffices for no batch at all.
+        LostDeviceError
+            If the device failed so that this process can use it no more.
+        """
+        if "distances" in wanted and not self.has_distance_head:
+            raise CheckpointError(
+                "the checkpoint must hold a distance head where distances are asked for",
+                place=self.spec.checkpoint,
+                value="no weights named _model.distance_head",
+                remedy="Ask for labels and probabilities only",
+            )
+        while True:
+            batch_size = self._batch_size
+            with suppress(torch.OutOfMemoryError), _device_works():
+                return self._predict_block(window, patches, shape, wanted, batch_size)
+            # Out of the handler, as what it holds of the failed attempt would still be in the memory.
+            with self._turn, _device_works():
+                torch.cuda.empty_cache()
+                if batch_size > 1:
+                    self._batch_size = min(self._batch_size, batch_size // 2)
+                    continue
+                # Once more without other blocks beside it.
+                with suppress(torch.OutOfMemoryError):
+                    return self._predict_block(window, patches, shape, wanted, 1, alone=True)
+            tried, _ = out_of_memory(self.spec.batch_size, self.spec.patch)
+            _, remedy = out_of_memory(1, self.spec.patch)
+            raise DeviceError(
+                "a patch and its block must fit into the GPU's memory",
+                value=f"{tried}, and a block of {list(shape)}; smaller batches were tried down to 1, and that alone",
+                remedy=f"{remedy}. Or lower block_size, or free the GPU of other programs",
+            )
+
+    def _predict_block(
+        self,
+        window: npt.NDArray[np.float32],
+        patches: Sequence[Patch],
+        shape: tuple[int, ...],
+        wanted: Collection[str],
+        batch_size: int,
+        alone: bool = False,
+    ) -> tuple[dict[str, npt.NDArray[Any]], tuple[float, float]]:
+        """See `predict_block`; `alone` if this thread has its turn already."""
+        device = self.spec.device
+        # A stream of its own for every block, so that copies do not wait for what another thread computes.
+        stream = torch.cuda.Stream() if device == "cuda" else None  # type: ignore[no-untyped-call]
+        with torch.inference_mode(), _one_thread(), torch.cuda.stream(stream) if stream else nullcontext():
+            # Copied only where torch cannot take it: if it is read-only, foreign-endian or flipped.
+            voxels = torch.from_numpy(np.require(window, np.float32, ["C", "W"]))
+            voxels = voxels.pin_memory().to(device, non_blocking=True) if stream else voxels
+            with nullcontext() if alone else self._turn:
+                began = time.time()
+                result = {
+                    name: torch.zeros(
+                        shape if name == "labels" else (self.spec.classes, *(() if name == "highest" else shape)),
+                        dtype=torch.uint8 if name == "labels" else torch.float32,
+                        device=device,
+                    )
+                    for name in wanted
+                }
+                for batch in _batches(patches, batch_size):
+                    self._evaluate(voxels, batch, result, batch_size)
+                if stream:
+                    stream.synchronize()
+                ended = time.time()
+            return {name: values.cpu().numpy() for name, values in result.items()}, (began, ended)
+
+    def _evaluate(
+        self, voxels: torch.Tensor, patches: Sequence[Patch], result: dict[str, torch.Tensor], size: int
+    ) -> None:
+        """Predict one batch of `size` patches at most, that have one core, and put it into the result."""
+        batch = torch.zeros(size, 1, *self.spec.patch, device=self.spec.device, dtype=self._dtype)
+        for i, patch in enumerate(patches):
+            batch[i, 0] = voxels[patch.window]
+        batch = batch.to(memory_format=self._layout)
+        scores, distances = self._network(batch, distances="distances" in result, core=patches[0].core)
+        scores = scores.float()
+        probabilities = scores.sigmoid() if scores.shape[1] == 1 else scores.softmax(dim=1)
+        found = {"probabilities": probabilities, "distances": distances}
+        if "labels" in result:
+            # Compared in single precision, as the probabilities are.
+            threshold = torch.tensor(self.spec.threshold, dtype=torch.float32, device=self.spec.device)
+            if scores.shape[1] == 1:
+                found["labels"] = probabilities[:, 0] > threshold
+            else:
+                found["labels"] = probabilities.masked_fill(probabilities < threshold, 0).argmax(dim=1)
+        if "highest" in result:
+            seen = probabilities[: len(patches)].amax(dim=(0, *range(2, probabilities.ndim)))
+            torch.maximum(result["highest"], seen, out=result["highest"])
+        for name, values in result.items():
+            for i, patch in enumerate(patches if name != "highest" else ()):
+                target: Any = (..., *patch.target)
+                values[target] = found[name][i]
+
+
+def _batches(patches: Sequence[Patch], size: int) -> Iterator[list[Patch]]:
+    """Up to `size` patches at a time, all with the same core: the network evaluates no more than that."""
+    alike: dict[tuple[tuple[int, int], ...], list[Patch]] = {}
+    for patch in patches:
+        alike.setdefault(tuple((s.start, s.stop) for s in patch.core), []).append(patch)
+    for group in alike.values():
+        yield from (group[i : i + size] for i in range(0, len(group), size))
+
+
+@contextmanager
+def _device_works() -> Iterator[None]:
+    """Tell what a device fails of so that its process can use it no more, whatever was asked of it."""
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        raise LostDeviceError(
+            "the device must work until the run is over",
+            place=f"process {os.getpid()} on {socket.gethostname()}",
+            value=str(error).splitlines()[0],
+            remedy="Look at the device's log (nvidia-smi, dmesg)",
+        ) from None
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch compute in this thread alone. The setting belongs to the calling thread, hence anew for every call."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+_LOADING = threading.Lock()
+
+
+def load_predictor(spec: PredictorSpec) -> Predictor:
+    """The predictor for `spec`, loaded at the first call in a process; the last two are kept.
+
+    Raises
+    ------
+    CheckpointError, DeviceError
+        See `Predictor`.
+    """
+    with _LOADING:  # Threads that come meanwhile wait for the one that loads.
+        return _load(spec)
+
+
+_load = lru_cache(maxsize=2)(Predictor)

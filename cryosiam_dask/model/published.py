@@ -1,0 +1,306 @@
+"""CryoSiam's published models: what is known of each, and how one is fetched by its name.
+
+`trained_model` of a configuration is a path, the name of a published model, or ``hf://owner/repository/file`` for a
+file of the Hugging Face Hub. The latter two are fetched once, by `huggingface_hub` into its own cache, and never
+executed: `cryosiam_dask.model.checkpoint` reads them as it reads every other checkpoint.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cryosiam_dask.errors import CheckpointError
+
+REPOSITORY = "frosinastojanovska/cryosiam_v1.0"
+_SCHEME = "hf://"
+_URI = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+?))?/(?P<file>[^/@].*)", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file of a repository of the Hugging Face Hub.
+
+    Attributes
+    ----------
+    repository
+        ``owner/repository``.
+    file
+        Its path there.
+    revision
+        Branch, tag or commit.
+    """
+
+    repository: str
+    file: str
+    revision: str = "main"
+
+    @property
+    def name(self) -> str:
+        """The file's name, without folders."""
+        return self.file.rpartition("/")[2]
+
+    @property
+    def url(self) -> str:
+        """Where a browser downloads it."""
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        return f"{endpoint}/{self.repository}/resolve/{self.revision}/{self.file}"
+
+    def __str__(self) -> str:
+        revision = "" if self.revision == "main" else f"@{self.revision}"
+        return f"{_SCHEME}{self.repository}{revision}/{self.file}"
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedModel:
+    """What CryoSiam's own pages and example files say of one of its models; what they do not say is ``None``.
+
+    Attributes
+    ----------
+    file
+        Its file in `REPOSITORY`.
+    task
+        What its prediction is.
+    about
+        What it is for, as a sentence.
+    class_names
+        Of the labels from 1 on.
+    patch
+        (z, y, x) in voxels: what the network saw at once in training.
+    scaling
+        Intensities that become 0 and 1.
+    contrast
+        What the intensities of dense matter are.
+    voxel_size_angstrom
+        Of the tomograms that it was made for, about.
+    """
+
+    file: str
+    task: Literal["denoising", "lamella", "semantic"]
+    about: str
+    class_names: tuple[str, ...] | None = None
+    patch: tuple[int, int, int] = (128, 128, 128)
+    scaling: tuple[float, float] = (0.0, 1.0)
+    contrast: Literal["bright on dark", "dark on bright"] = "bright on dark"
+    voxel_size_angstrom: float = 6.8
+
+    @property
+    def source(self) -> HubFile:
+        """Where it is published."""
+        return HubFile(REPOSITORY, self.file)
+
+
+#: CryoSiam's models for the stages around this program, by the names of their files. Sources: CryoSiam's pages "Trained
+#: models", "Semantic segmentation", "Semantic segmentation training" (range and contrast) and "Particle identification"
+#: with their example files (patch), and its notebook for denoising (voxel size). The pages name the classes of the
+#: semantic model in two different orders and those of the particle model not at all, so no label has a name here.
+PUBLISHED: Mapping[str, PublishedModel] = {
+    "cryosiam_denoising": PublishedModel(
+        "cryosiam_denoising.ckpt",
+        "denoising",
+        "Denoises tomograms reconstructed by weighted back-projection, with 'cryosiam denoise_predict'.",
+        contrast="dark on bright",
+    ),
+    "cryosiam_lamella": PublishedModel(
+        "cryosiam_lamella.ckpt", "lamella", "Finds the lamella.", class_names=("lamella",)
+    ),
+    "cryosiam_semantic_segmentation": PublishedModel(
+        "cryosiam_semantic_segmentation.ckpt",
+        "semantic",
+        "Membranes, particles, filaments (DNA, RNA), microtubules and actin.",
+    ),
+    "cryosiam_ribosome_segmentation": PublishedModel("cryosiam_ribosome_segmentation.ckpt", "semantic", "Ribosomes."),
+    "cryosiam_semantic_myco_candidates": PublishedModel(
+        "cryosiam_semantic_myco_candidates.ckpt",
+        "semantic",
+        "Candidates of 13 complexes, whose centres semantic-to-centers lists.",
+    ),
+}
+
+
+def find(name: str) -> PublishedModel:
+    """The published model of this name.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none.
+    """
+    if name in PUBLISHED:
+        return PUBLISHED[name]
+    near = nearest(name)
+    remedy = f"Did you mean {near}?" if near else f"The published ones are {', '.join(PUBLISHED)}"
+    raise CheckpointError("no published model has this name", place=name, remedy=remedy)
+
+
+def parse(text: str) -> Path | HubFile:
+    """What the value of ``trained_model`` means.
+
+    Parameters
+    ----------
+    text
+        A path, the name of a published model, or ``hf://owner/repository[@revision]/file``. What exists is a path.
+
+    Raises
+    ------
+    ValueError
+        If it begins as an address of the Hub and is none, or is a single word that is almost a published name.
+
+    Examples
+    --------
+    >>> str(parse("cryosiam_lamella"))
+    'hf://frosinastojanovska/cryosiam_v1.0/cryosiam_lamella.ckpt'
+    """
+    if text.lower().startswith(_SCHEME):
+        found = _URI.fullmatch(_SCHEME + text[len(_SCHEME) :])
+        if not found or ".." in found["file"].split("/"):
+            raise ValueError("must be written hf://owner/repository/file")
+        return HubFile(found["repository"], found["file"], found["revision"] or "main")
+    path = Path(text)
+    if not re.fullmatch(r"[\w-]+", text) or path.exists():
+        return path
+    if text in PUBLISHED:
+        return PUBLISHED[text].source
+    if (name := nearest(text)) is not None:
+        raise ValueError(f"must be a file, or the name of a published model, such as {name}")
+    return path
+
+
+def nearest(name: str) -> str | None:
+    """The published model whose name is most like `name`, which may be a path; ``None`` if none is."""
+    found = difflib.get_close_matches(Path(name).name.lower().removesuffix(".ckpt"), PUBLISHED, 1, 0.7)
+    return found[0] if found else None
+
+
+def cached(source: HubFile) -> Path | None:
+    """Where a file lies in the cache; ``None`` if it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(source.repository, source.file, revision=source.revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def fetch(source: HubFile) -> Path:
+    """Fetch a file of the Hub, unless it is in the cache.
+
+    Returns
+    -------
+    Path
+        The file in the cache, whole.
+
+    Raises
+    ------
+    CheckpointError
+        If it is not there, or cannot be fetched or kept.
+    """
+    if (found := cached(source)) is not None:
+        return found
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()  # a log would hold a line for each step
+    by_hand = (
+        f"Download it elsewhere from {source.url}, copy it to a folder that this machine reads, and set trained_model "
+        "to its path"
+    )
+    try:
+        # Asked for first, since it fails at once where the download would try for minutes.
+        metadata = huggingface_hub.get_hf_file_metadata(source.url)
+        path = Path(huggingface_hub.hf_hub_download(source.repository, source.file, revision=source.revision))
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError) as error:
+        what = "file" if isinstance(error, errors.EntryNotFoundError) else "repository or revision"
+        raise CheckpointError(
+            f"the Hugging Face Hub must have this {what}, and let you read it", place=source,
+            remedy="Check its spelling; log in with 'hf auth login' if it is private",
+        ) from None  # fmt: skip
+    except errors.OfflineModeIsEnabled:
+        raise CheckpointError(
+            "the model must be in the cache while HF_HUB_OFFLINE is set",
+            place=source,
+            value=f"nothing in {constants.HF_HUB_CACHE}",
+            remedy=f"Unset HF_HUB_OFFLINE, or: {by_hand[0].lower()}{by_hand[1:]}",
+        ) from None
+    except Exception as error:
+        # Of the disk, the network or the server: the libraries below raise errors of many kinds.
+        of_disk = isinstance(error, OSError) and error.errno is not None and error.filename is not None
+        raise CheckpointError(
+            f"the model's file must fit into the cache {constants.HF_HUB_CACHE}" if of_disk
+            else "the model's file must be fetched from the Hugging Face Hub, whole",
+            place=source,
+            value=error.strerror if of_disk and isinstance(error, OSError) else _first_line(error),
+            remedy="Set HF_HOME to a folder that can be written and has room" if of_disk else by_hand,
+        ) from None  # fmt: skip
+    _verify(path, metadata.etag or "", source)
+    return path
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}"[:200] if text else type(error).__name__
+
+
+def _verify(path: Path, etag: str, source: HubFile) -> None:
+    """Compare a file that was just fetched with the hash that the Hub keeps of each large file, SHA-256."""
+    if not _SHA256.fullmatch(etag):
+        return  # a small file, kept under Git's own hash
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != etag:
+        path.resolve().unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        raise CheckpointError(
+            "the model's file must be the one that the Hugging Face Hub describes",
+            place=source,
+            value=f"SHA-256 {found} instead of {etag}",
+            remedy="It was removed from the cache; try again",
+        )
+
+
+def locate(model: Path | HubFile) -> Path:
+    """The path of a checkpoint, fetched if need be.
+
+    Raises
+    ------
+    CheckpointError
+        See `fetch`.
+    """
+    return fetch(model) if isinstance(model, HubFile) else model
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What is known of a published model as plain values; ``None`` is what CryoSiam's pages do not say.
+
+    Returns
+    -------
+    dict
+        The attributes of `PublishedModel`, `name`, `source` (for ``trained_model``), `url`, and `path` in the cache.
+    """
+    model = find(name)
+    where = {"source": str(model.source), "url": model.source.url, "path": cached(model.source)}
+    return {"name": name, **asdict(model), **where}
+
+
+def in_words(name: str) -> str:
+    """The same as lines of text."""
+    about = describe(name)
+    names, voxels = about["class_names"], " × ".join(map(str, about["patch"]))
+    lines = [f"{about['task']}: {about['about']}"]
+    made_for = f"voxels of about {about['voxel_size_angstrom']:g} Å, {about['contrast']}"
+    if about["task"] != "denoising":
+        lines.append(f"classes: {', '.join(names) if names else 'CryoSiam does not document which label is which'}")
+        made_for += ", intensities {:g} to {:g}".format(*about["scaling"])
+    lines += [
+        f"made for: {made_for}; patches of {voxels} voxels",
+        f"in the cache: {about['path'] or 'no'}",
+        f"download: {about['url']}",
+    ]
+    return "\n".join((name, *(f"    {line}" for line in lines)))

@@ -1,0 +1,1 @@
+"""A collection's way through the stages: plan, ledger, workers, progress."""

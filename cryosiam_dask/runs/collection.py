@@ -1,0 +1,440 @@
+"""Many tomograms: in which order, how many at a time, what failed, and who else works on them.
+
+Tomograms are begun in order, and each is finished as early as possible: of all calls that wait, those of the tomogram
+that was begun first are run first. The next one is begun early enough that no device waits for it to be read, and late
+enough that few are in work at a time. What does not need the devices is done beside them.
+
+A tomogram that fails is recorded and the others go on, unless all of them fail of the same. Several runs on the same
+folders share the tomograms between them (`cryosiam_dask.runs.ledger.Claims`).
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import re
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from cryosiam_dask.core.executor import (
+    GuardedExecutor,
+    Interrupted,
+    SerialExecutor,
+    SharedExecutor,
+    TakenOver,
+    patiently,
+)
+from cryosiam_dask.errors import LostClusterError, OutputError, may_pass
+from cryosiam_dask.runs.ledger import Claims, Ledger, claim_path, open_claims, read_entries, sweep, sweep_parts
+from cryosiam_dask.runs.plan import Job, RunPlan
+from cryosiam_dask.runs.progress import Reporter
+from cryosiam_dask.runs.tomogram import (
+    NOTE,
+    Outcome,
+    collect,
+    complete,
+    failed,
+    forget_failure,
+    has_work_stores,
+    segment,
+    work_stores,
+)
+
+#: Errors that are of one tomogram, however many have them.
+_OF_ITS_OWN = {"TomogramError", "MaskError"}
+#: Errors that are of no tomogram: a single one ends the run while nothing has succeeded yet.
+_OF_ALL = {"CheckpointError", "ClusterError", "DeviceError", "LostDeviceError", "DiskError"}
+#: So many failures of one kind in a row end the run, whatever they are.
+_IN_A_ROW = 3
+#: Times that the disk may not answer to a claim, one look apart, before the tomogram is begun and says what is wrong.
+_REFUSED = 15
+#: Seconds after which tomograms that others worked on are looked at again.
+_LOOK = 2.0
+
+
+def run(
+    plans: RunPlan | Sequence[RunPlan],
+    reporter: Reporter,
+    *,
+    device: Literal["cpu", "cuda"] = "cpu",
+    executor: SharedExecutor | None = None,
+    timeline: bool = False,
+    stop: threading.Event | None = None,
+) -> list[Outcome]:
+    """Segment the tomograms of a plan, or of several for the same tomograms.
+
+    Parameters
+    ----------
+    plans
+        From `plan_run`, in the order in which each tomogram needs them.
+    reporter
+        Told what happens.
+    device
+        What the workers run the networks on.
+    executor
+        Runs the pieces of every stage; by default this process does.
+    timeline
+        Whether to draw ``<stem>_timeline.png``, when each worker read, computed and wrote each block.
+    stop
+        Once set, no more pieces are begun; those at work are finished and recorded.
+
+    Returns
+    -------
+    list of Outcome
+        One for each tomogram and plan, those that were done before included. Failures are outcomes, not exceptions.
+
+    Raises
+    ------
+    LostClusterError
+        If the workers are gone; the same run goes on from there.
+    """
+    plans = [plans] if isinstance(plans, RunPlan) else list(plans)
+    for plan in plans:
+        make_folders(plan)
+        _sweep_parts(plan)
+    executor = executor or SerialExecutor()
+    with open_claims() as claims:
+        for folder in {plan.configuration.prediction_folder for plan in plans}:
+            with suppress(OSError):
+                sweep(folder, claims)
+        for plan in plans:
+            _tidy(plan, claims)
+        for path in (claim_path(plan.configuration.prediction_folder, j.stem) for plan in plans for j in plan.skipped):
+            with suppress(OSError):  # of a run that was killed when the tomogram was just done
+                if path.exists() and claims.take(path):
+                    claims.release(path)
+        collection = _Collection(plans, reporter, device, executor, timeline, stop or threading.Event(), claims)
+        outcomes = collection.work()
+    for plan in plans:
+        collect(plan.configuration, outcomes)
+    return outcomes
+
+
+def outcomes_before(plans: Sequence[RunPlan]) -> list[Outcome]:
+    """What is known before anything is begun: which tomograms are skipped, and which have failed of their names."""
+    refused: dict[str, Outcome] = {}
+    for plan in plans:
+        for stem, error in plan.refused:
+            kind = type(error).__name__
+            refused.setdefault(stem, Outcome(stem, "failed", error=str(error), kind=kind, stage=plan.name))
+    return [
+        *refused.values(),
+        *(Outcome(job.stem, "skipped", stage=plan.name) for plan in plans for job in plan.skipped),
+    ]
+
+
+def forget_failures(plans: Sequence[RunPlan]) -> None:
+    """Record of tomograms all of whose outputs are there that they are done, where the last run of them failed."""
+    with open_claims() as claims:
+        for plan in plans:
+            folder = plan.configuration.prediction_folder
+            for job in plan.skipped:
+                entries, _ = read_entries(folder, job.stem)
+                claim = claim_path(folder, job.stem)
+                with suppress(OSError):  # a record is no reason for a run to fail
+                    if entries and entries[-1].get("status") == "failed" and claims.take(claim):
+                        try:
+                            forget_failure(Ledger(folder, job.stem))
+                        finally:
+                            claims.release(claim)
+
+
+def make_folders(plan: RunPlan) -> None:
+    """Make the folders that a run writes to.
+
+    Raises
+    ------
+    OutputError, StorageError
+        If one cannot be made.
+    """
+    for key in ("prediction_folder", "work_folder"):
+        folder: Path | None = getattr(plan.configuration, key)
+        try:
+            if folder:
+                patiently(partial(folder.mkdir, parents=True, exist_ok=True))
+        except OSError as error:
+            raise OutputError(
+                "must be a folder that can be made",
+                place=f"key {key}",
+                value=f"{folder}: {error.strerror}",
+                remedy=f"Set {key} to another folder or change the permissions",
+            ) from None
+
+
+def remove_left_overs(plan: RunPlan) -> None:
+    """Remove what tasks in flight wrote after their tomogram had failed; to be called when the workers are gone."""
+    _sweep_parts(plan, own=True)
+    with open_claims() as claims:
+        for job in () if plan.configuration.keep_work else (*plan.jobs, *plan.unmeasured):
+            _remove_work(plan, job, claims, only=lambda ledger: ledger.last("store") is None)
+
+
+def _sweep_parts(plan: RunPlan, own: bool = False) -> None:
+    """Remove what was still to become an output or a work store."""
+    configuration = plan.configuration
+    for folder in filter(None, (configuration.prediction_folder, configuration.work_folder)):
+        with suppress(OSError):
+            sweep_parts(folder, own=own)
+
+
+def _tidy(plan: RunPlan, claims: Claims) -> None:
+    """Remove the intermediate arrays of tomograms that were done just before a run was killed."""
+    with suppress(OSError):
+        if plan.configuration.keep_work or not has_work_stores(plan.configuration):
+            return
+        for job in plan.skipped:
+            _remove_work(plan, job, claims, only=lambda ledger: True)
+
+
+def _remove_work(plan: RunPlan, job: Job, claims: Claims, only: Callable[[Ledger], bool]) -> None:
+    claim = claim_path(plan.configuration.prediction_folder, job.stem)
+    with suppress(OutputError, OSError):
+        stores = work_stores(plan.configuration, job.stem)
+        if stores and claims.take(claim):
+            try:
+                if only(Ledger(plan.configuration.prediction_folder, job.stem)):
+                    for folder in stores:
+                        shutil.rmtree(folder)
+            finally:
+                claims.release(claim)
+
+
+@dataclass(eq=False, slots=True)
+class _Work:
+    """A tomogram that is being worked on, or waits for it; where it is `predicted`, only what is made of that lacks."""
+
+    order: int
+    stem: str
+    jobs: list[tuple[RunPlan, Job]]
+    claims: list[Path]
+    predicted: bool = False
+    thread: threading.Thread | None = None
+    preparing: bool = True
+    taken_over: bool = False
+    refused: int = 0  # claims that the disk did not let this process take
+    outcomes: list[Outcome] = field(default_factory=list)
+
+
+class _Collection:
+    """The state of a run over many tomograms."""
+
+    def __init__(
+        self,
+        plans: Sequence[RunPlan],
+        reporter: Reporter,
+        device: Literal["cpu", "cuda"],
+        executor: SharedExecutor,
+        timeline: bool,
+        stop: threading.Event,
+        claims: Claims,
+    ) -> None:
+        self.reporter, self.device, self.executor, self.timeline = reporter, device, executor, timeline
+        self.stop, self.claims = stop, claims
+        self.skipped = outcomes_before(plans)
+        works: dict[str, _Work] = {}
+        for plan in plans:
+            for job in plan.jobs:
+                work = works.setdefault(job.stem, _Work(0, job.stem, [], []))
+                work.jobs.append((plan, job))
+                work.claims.append(claim_path(plan.configuration.prediction_folder, job.stem))
+        self.waiting = deque(sorted(works.values(), key=lambda work: work.stem))
+        for plan in plans:
+            for job in plan.unmeasured:
+                claim = claim_path(plan.configuration.prediction_folder, job.stem)
+                self.waiting.append(_Work(0, job.stem, [(plan, job)], [claim], predicted=True))
+        for order, work in enumerate(self.waiting):
+            work.order = order
+        self.elsewhere: deque[_Work] = deque()
+        self.active: list[_Work] = []
+        self.others: dict[str, tuple[bool, int]] = {}  # of tomograms of which another work is left: failed, voxels
+        self.ended: queue.SimpleQueue[_Work] = queue.SimpleQueue()
+        self.blocks = 1  # of a tomogram, as far as known
+        self.over = False
+        self.lost: LostClusterError | None = None
+        self.failures: list[str] = []
+        self.noted = set[str]()
+        self.succeeded = False  # a block has been predicted
+        self.written = False  # an output has
+
+    def work(self) -> list[Outcome]:
+        """Go through all tomograms."""
+        everything = sorted([*self.waiting], key=lambda work: work.order)
+        looked = 0.0
+        try:
+            while self.waiting or self.active or self.elsewhere:
+                if self.stop.is_set() and not self.over:
+                    self.over = True
+                    self.executor.drain()
+                    self.reporter.say("stopping: what is in work is brought to a point from which it can go on")
+                if self.over and not self.active:
+                    break
+                if not self.waiting and self.elsewhere and time.monotonic() - looked > _LOOK:
+                    looked = time.monotonic()
+                    self.waiting, self.elsewhere = self.elsewhere, deque()
+                if not self.over and self.waiting and self._admits():
+                    self._begin(self.waiting.popleft())
+                    continue
+                with suppress(queue.Empty):
+                    self._end(self.ended.get(timeout=0.2))
+        except BaseException:
+            self.over = True
+            self.executor.abandon()
+            for work in self.active:
+                if work.thread:
+                    work.thread.join(timeout=30)
+            raise
+        if self.lost:
+            raise self.lost
+        return [*self.skipped, *self._outcomes(everything)]
+
+    def _admits(self) -> bool:
+        """Whether another tomogram should be begun."""
+        if not self.active:
+            return True
+        preparing = sum(work.preparing for work in self.active) * self.blocks
+        return len(self.active) < 4 + self.executor.workers and preparing < self.executor.hunger
+
+    def _begin(self, work: _Work) -> None:
+        taken: list[Path] = []
+        for path in work.claims:
+            try:
+                claimed_now = self.claims.take(path)
+            except OSError as error:
+                work.refused += 1
+                if not may_pass(error) or work.refused > _REFUSED:
+                    break  # what is wrong with the disk, the tomogram will say
+                claimed_now = False
+            if not claimed_now:
+                for other in taken:
+                    self.claims.release(other)
+                self.elsewhere.append(work)
+                return
+            taken.append(path)
+        self.active.append(work)
+        work.preparing, work.taken_over = True, False
+        work.outcomes.clear()
+        self.reporter.begin(work.stem)
+        work.thread = threading.Thread(target=self._segment, args=(work,), daemon=True, name=work.stem)
+        work.thread.start()
+
+    def _segment(self, work: _Work) -> None:
+        """A tomogram, in a thread of its own."""
+
+        def progress(name: str, done: int, total: int) -> None:
+            predicts = name.split()[-1] == "predict"
+            if predicts and done == 0:
+                work.preparing, self.blocks = False, max(1, total)
+            if predicts and done:
+                self.succeeded = True
+            self.reporter.step(work.stem, name, done, total)
+
+        began = time.time()
+        shared = self.executor.share(work.stem, work.order, progress)
+        # Where a disk takes no claim, the tomogram says what is wrong with it.
+        claims = tuple(filter(self.claims.keeps, work.claims))
+
+        def guard() -> None:
+            if not all(map(self.claims.holds, claims)):
+                raise TakenOver
+
+        # As long as others are left, a tomogram need not be cut into pieces for all workers.
+        executor = GuardedExecutor(shared, guard, lambda: len(self.waiting) + len(self.active))
+        try:
+            if work.predicted:
+                work.outcomes.append(complete(*work.jobs[0], executor))
+                return
+            steps = segment(
+                work.jobs,
+                device=self.device,
+                executor=executor,
+                timeline=self.timeline,
+                say=lambda message: self._say(work.stem, message),
+                guard=guard,
+            )
+            for outcome in steps:
+                work.outcomes.append(outcome)
+        except LostClusterError as error:
+            self.lost, self.over = error, True
+        except TakenOver:
+            work.taken_over = True
+        except Interrupted:
+            pass  # what is missing is left
+        except BaseException as error:  # of whoever handles errors, too
+            plan, job = work.jobs[min(len(work.outcomes), len(work.jobs) - 1)]
+            work.outcomes = [*work.outcomes[: len(work.jobs) - 1], failed(plan, job, began, error)]
+        finally:
+            self.ended.put(work)
+
+    def _say(self, stem: str, message: str) -> None:
+        """Tell the user; what was decided about a file alone is told of the first of those that are alike."""
+        note = re.sub(r"\d+", "0", message)
+        if not message.startswith(NOTE) or note not in self.noted:
+            self.noted.add(note)
+            self.reporter.say(f"{stem}: {message}")
+
+    def _end(self, work: _Work) -> None:
+        self.active.remove(work)
+        work.thread = None
+        for path in work.claims:
+            self.claims.release(path)
+        if work.taken_over:
+            self.reporter.say(f"{work.stem}: left to another run, which took it over while this one stood still")
+            self.elsewhere.append(work)
+            return
+        failed, voxels = self.others.pop(work.stem, (False, 0))
+        parts, left = list[str](), len(work.outcomes) < len(work.jobs)
+        for outcome, (_, job) in zip(work.outcomes, work.jobs, strict=False):
+            stage = f"{outcome.stage}: " if outcome.stage else ""
+            if outcome.status == "failed":
+                parts.append(f"{stage}FAILED: {outcome.error}")
+                failed, left = True, False
+                self._consider(outcome)
+            elif outcome.status == "done":
+                self.failures.clear()
+                self.written = True
+                voxels += 0 if work.predicted else math.prod(outcome.shape)
+                parts.append(f"{stage}done in {outcome.seconds:.0f} s, {job.output}")
+            else:
+                parts.append(f"{stage}is there already, {job.output}")
+        if left:
+            parts.append("left as it is, to go on from here")
+        message = "; ".join(parts)
+        if any(other.stem == work.stem for other in (*self.waiting, *self.active, *self.elsewhere)):
+            self.others[work.stem] = failed, voxels  # what another model lacks of it is still to come
+            self.reporter.say(f"{work.stem}: {message}")
+        elif left:
+            self.reporter.end(work.stem, message, left=True)
+        else:
+            self.reporter.end(work.stem, message, failed=failed, voxels=voxels)
+
+    def _consider(self, outcome: Outcome) -> None:
+        """End the run if what a tomogram failed of will befall all others."""
+        if outcome.kind in _OF_ITS_OWN or self.over:
+            return
+        self.failures = [kind for kind in self.failures if kind == outcome.kind] + [outcome.kind]
+        proved = self.written if outcome.kind == "DiskError" else self.succeeded
+        at_once = not proved and outcome.kind in _OF_ALL
+        if (at_once or len(self.failures) >= _IN_A_ROW) and (self.waiting or self.active):
+            self.over = True
+            self.executor.drain()
+            self.reporter.say(
+                "stopping: the first tomogram failed of what would befall all others"
+                if at_once
+                else f"stopping: {_IN_A_ROW} tomograms in a row failed of the same"
+            )
+
+    def _outcomes(self, works: Iterable[_Work]) -> list[Outcome]:
+        found = []
+        for work in works:
+            found += work.outcomes
+            if len(work.outcomes) < len(work.jobs) and not any(o.status == "failed" for o in work.outcomes):
+                found += [Outcome(work.stem, "left", stage=plan.name) for plan, _ in work.jobs[len(work.outcomes) :]]
+        return found

@@ -1,0 +1,525 @@
+"""What a run tells the person who watches it: a live line on a terminal, plain lines in a log.
+
+How much longer it takes is told by a `Pace`: from the seconds that each kind of work has taken for its voxels, and the
+voxels that are left for each model, so that all models count from the first blocks on.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from statistics import fmean
+from typing import Protocol
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from cryosiam_dask.core.log import LOG, TOLD
+
+
+class Reporter(Protocol):
+    """Receives what happens in a run, from any thread; several tomograms may be in work at the same time."""
+
+    def begin(self, tomogram: str) -> None:
+        """Work on a tomogram begins."""
+        ...
+
+    def step(self, tomogram: str, name: str, done: int, total: int) -> None:
+        """`done` of `total` pieces of the step `name` of a tomogram are done."""
+        ...
+
+    def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0, left: bool = False) -> None:
+        """Work on a tomogram ended; `message` says how, `voxels` how much was segmented, `left` that more is to do."""
+        ...
+
+    def say(self, message: str) -> None:
+        """Something that a user should know."""
+        ...
+
+    def close(self) -> None:
+        """The run is over."""
+        ...
+
+
+@dataclass(slots=True)
+class _Kind:
+    """One kind of work, such as ``lamella predict``, in all tomograms."""
+
+    pieces: int = 0
+    seconds: float = 0.0
+    voxels: float = 0.0
+
+
+@dataclass(slots=True)
+class _Tomogram:
+    """What is left of one, by model, and how far its steps are."""
+
+    voxels: Mapping[str, float]
+    steps: dict[str, float] = field(default_factory=dict)
+
+
+class Pace:
+    """How far a run is, and how long what is left will take.
+
+    1. For each kind of work (a model's blocks, the reading of tomograms, what is made of the labels) the seconds that
+       workers spent and the voxels that this was for give a rate. The blocks of a model that has not begun yet are
+       taken to be as fast as another model's; other work counts from when it is first seen.
+    2. What is in flight is taken to be half done.
+    3. Time left is to time gone as work left is to work done, in seconds of the workers; but it is no less than the
+       steps of any one tomogram take, one after the other.
+
+    Parameters
+    ----------
+    total
+        Tomograms in the run.
+    voxels
+        Of each tomogram, by model: how many the network is shown, those that patches share counted as often as they
+        are. Without them only whole tomograms tell the time.
+    workers
+        That work at the same time.
+    clock
+        Seconds.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        voxels: Mapping[str, Mapping[str, float]] | None = None,
+        workers: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total, self.ended, self.failed = total, 0, 0
+        self._workers, self._clock, self._began = workers, clock, clock()
+        self._tomograms = {name: _Tomogram(models) for name, models in (voxels or {}).items()}
+        self._models = {model for tomogram in self._tomograms.values() for model in tomogram.voxels}
+        self._kinds: dict[str, _Kind] = {}
+        self._lock = threading.RLock()
+
+    def begin(self, tomogram: str) -> None:
+        """See `Reporter`."""
+
+    def step(self, tomogram: str, name: str, done: int, total: int) -> None:
+        """See `Reporter`."""
+        with self._lock:
+            found = self._tomograms.get(tomogram)
+            if found is None or not total:
+                return
+            before = found.steps.get(name, 0.0) if done else 0.0
+            found.steps[name] = done / total
+            self._kinds.setdefault(name, _Kind()).voxels += self._voxels(found, name) * (done / total - before)
+
+    def watch(self, step: str, seconds: float | None) -> None:
+        """A piece of a step came back, `seconds` after a worker had been given it; ``None``: it is tried again."""
+        with self._lock:
+            if seconds is not None:
+                kind = self._kinds.setdefault(step, _Kind())
+                kind.pieces += 1
+                kind.seconds += seconds
+
+    def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0, left: bool = False) -> None:
+        """See `Reporter`."""
+        with self._lock:
+            self._tomograms.pop(tomogram, None)
+            if not left:
+                self.ended += 1
+                self.failed += failed
+
+    def say(self, message: str) -> None:
+        """See `Reporter`."""
+
+    def close(self) -> None:
+        """See `Reporter`."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tomograms that have not ended, as far as they were told."""
+        return tuple(self._tomograms)
+
+    def share(self) -> float:
+        """How much of the run is done, 0 to 1."""
+        with self._lock:
+            done, left = self._seconds()
+            return done / (done + left) if done else self.ended / max(1, self.total)
+
+    def seconds_left(self) -> float | None:
+        """How long it will take from now on; ``None`` while nothing tells."""
+        with self._lock:
+            elapsed, (done, left) = self._clock() - self._began, self._seconds()
+            if done:
+                return max(elapsed * left / done, self._longest())
+            return elapsed / self.ended * (self.total - self.ended) if self.ended else None
+
+    def _seconds(self) -> tuple[float, float]:
+        """Of the workers: those that were spent and those to come; none while no block of a network is done."""
+        rates = self._rates()
+        left = sum(
+            count * sum(seconds for _, seconds in self._to_come(tomogram, rates)) for tomogram, count in self._groups()
+        )
+        done = sum(kind.seconds for kind in self._kinds.values()) if rates else 0.0
+        blocks = [kind for name, kind in self._kinds.items() if kind.pieces and _is_of_network(name)]
+        in_flight = self._workers / 2 * sum(k.seconds for k in blocks) / max(1, sum(k.pieces for k in blocks))
+        in_flight = min(in_flight, left / 2)
+        return done + in_flight, left - in_flight
+
+    def _groups(self) -> Iterator[tuple[_Tomogram, int]]:
+        """The tomograms that have not ended; those that have not begun are one for each size."""
+        alike: dict[tuple[tuple[str, float], ...], tuple[_Tomogram, int]] = {}
+        for tomogram in self._tomograms.values():
+            if tomogram.steps:
+                yield tomogram, 1
+            else:
+                key = tuple(tomogram.voxels.items())
+                alike[key] = tomogram, alike.get(key, (tomogram, 0))[1] + 1
+        yield from alike.values()
+
+    def _rates(self) -> dict[str, float]:
+        """Seconds of a worker for a voxel, by kind of work in the order of the steps; none without a network's."""
+        rates = {name: kind.seconds / kind.voxels for name, kind in self._kinds.items() if kind.voxels and kind.seconds}
+        networks = [rate for name, rate in rates.items() if _is_of_network(name)]
+        for model in self._models if networks else ():
+            rates.setdefault(f"{model} predict".strip(), fmean(networks))
+        return rates if networks else {}
+
+    def _to_come(self, tomogram: _Tomogram, rates: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+        """Kinds of work that a tomogram still needs, and their seconds."""
+        order = {name: number for number, name in enumerate(rates) if name in self._kinds}
+        at = max((order[name] for name in tomogram.steps if name in order), default=-1)
+        for name, rate in rates.items():
+            # Steps follow each other: one that others had and this one passed by is not to come.
+            if name in tomogram.steps or order.get(name, at + 1) > at:
+                yield name, rate * self._voxels(tomogram, name) * (1 - tomogram.steps.get(name, 0.0))
+
+    def _longest(self) -> float:
+        """Seconds that the steps of one tomogram take, one after the other, if all workers are at them."""
+        rates, longest = self._rates(), 0.0
+        for tomogram, _ in self._groups():
+            path = 0.0
+            for name, seconds in self._to_come(tomogram, rates):
+                kind = self._kinds.get(name)
+                piece = kind.seconds / kind.pieces if kind and kind.pieces else 0.0
+                path += max(seconds / self._workers, min(seconds, piece))
+            longest = max(longest, path)
+        return longest
+
+    def _voxels(self, tomogram: _Tomogram, step: str) -> float:
+        model = step.split()[0]
+        if model in self._models:
+            return tomogram.voxels.get(model, 0.0)
+        return max(tomogram.voxels.values(), default=0.0)  # of a single model, or done once for all
+
+    def remarks(self) -> list[str]:
+        """What else there is to say of the whole."""
+        words = [f"{self.failed} failed"] if self.failed else []
+        return [*words, *([self.rate()] if self.rate() else [])]
+
+    def rate(self) -> str:
+        """Tomograms an hour, once there are any."""
+        done, hours = self.ended - self.failed, (self._clock() - self._began) / 3600
+        if done < 1 or hours <= 0 or self.total < 2:
+            return ""
+        number = done / hours
+        return f"{number:.0f} tomograms/h" if number >= 9.95 else f"{number:.2g} tomograms/h"
+
+    def __str__(self) -> str:
+        words = [f"{self.ended} of {self.total} done", *self.remarks()]
+        left = self.seconds_left()
+        if left is not None and self.ended < self.total:
+            words.append(f"{duration(left)} left")
+        return ", ".join(words)
+
+
+def _is_of_network(step: str) -> bool:
+    return step.split()[-1] == "predict"
+
+
+class LogReporter:
+    """Plain lines, at most three for a tomogram: its beginning, its end, and now and then how far the run is.
+
+    Parameters
+    ----------
+    console
+        Where to print.
+    pace
+        Of the run, which is told what happens before this reporter is.
+    interval
+        Seconds between two lines that say how far the run is.
+    """
+
+    def __init__(self, console: Console, pace: Pace, interval: float = 30.0) -> None:
+        self._console, self._pace, self._interval = console, pace, interval
+        self._begun: dict[str, int] = {}  # numbers of tomograms, which may begin again
+        self._told, self._lines = time.monotonic(), 0
+        self._lock = threading.RLock()
+
+    def begin(self, tomogram: str) -> None:
+        """See `Reporter`."""
+        with self._lock:
+            if tomogram not in self._begun:
+                self._begun[tomogram] = len(self._begun) + 1
+                self.say(f"{tomogram}: begins ({self._begun[tomogram]} of {self._pace.total})")
+
+    def step(self, tomogram: str, name: str, done: int, total: int) -> None:
+        """See `Reporter`."""
+        with self._lock:
+            now = time.monotonic()
+            if not 0 < done < total or now - self._told < self._interval or self._lines >= len(self._begun):
+                return
+            if self._pace.seconds_left() is not None:
+                self._told, self._lines = now, self._lines + 1
+                self.say(f"{tomogram}: {name} {done}/{total} ({self._pace})")
+
+    def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0, left: bool = False) -> None:
+        """See `Reporter`."""
+        with self._lock:
+            self.say(f"{tomogram}: {message}" + (f" ({self._pace})" if self._pace.total > 1 else ""))
+
+    def say(self, message: str) -> None:
+        """See `Reporter`."""
+        with self._lock:
+            self._console.print(f"{time.strftime('%H:%M:%S')} {message}", markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """See `Reporter`."""
+
+
+@dataclass(slots=True)
+class _Line:
+    """A step of a tomogram on the terminal."""
+
+    step: str
+    began: float
+    done: int = 0
+    total: int = 1
+
+
+class TerminalReporter:
+    """A bar for the run and one for every tomogram in work, each with the time that is left.
+
+    What does not fit gives way in this order: the middle of names, tomograms an hour, the length of the bars.
+
+    Parameters
+    ----------
+    console
+        A terminal.
+    pace
+        Of the run, which is told what happens before this reporter is.
+    """
+
+    def __init__(self, console: Console, pace: Pace) -> None:
+        self._pace, self._lines, self._console = pace, dict[str, _Line](), console
+        self._lock = threading.RLock()
+        self._live = Live(
+            console=console, get_renderable=self.render, refresh_per_second=4, redirect_stdout=False, transient=False
+        )
+        self._live.start()
+
+    def begin(self, tomogram: str) -> None:
+        """See `Reporter`."""
+
+    def step(self, tomogram: str, name: str, done: int, total: int) -> None:
+        """See `Reporter`."""
+        with self._lock:
+            line = self._lines.setdefault(tomogram, _Line("", 0))  # the same one, so that no other one jumps
+            if name != line.step or done == 0:
+                line.step, line.began = name, time.monotonic()
+            line.done, line.total = done, total
+
+    def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0, left: bool = False) -> None:
+        """See `Reporter`."""
+        with self._lock:
+            self._lines.pop(tomogram, None)
+        self.say(f"{tomogram}: {message}")
+
+    def say(self, message: str) -> None:
+        """See `Reporter`."""
+        self._console.print(message, markup=False, highlight=False)
+
+    def close(self) -> None:
+        """See `Reporter`."""
+        self._live.stop()
+
+    def render(self) -> Table:
+        """The lines as they are now."""
+        with self._lock:
+            pace, lines, names = self._pace, dict(self._lines), (*self._pace.names, *self._lines)
+            title = f"{pace.ended} of {pace.total} tomogram{'s' * (pace.total != 1)}"
+            title += f", {pace.failed} failed" if pace.failed else ""
+            rows = [(title, "", pace.share(), pace.seconds_left())]
+            for tomogram, line in lines.items():
+                gone, share = time.monotonic() - line.began, line.done / max(1, line.total)
+                rows.append((tomogram, line.step, share, gone / share * (1 - share) if share else None))
+        widths = _widths(self._console.width, rows[0][0], [row[:2] for row in rows[1:]], pace.rate())
+        table = Table.grid(padding=(0, 1))
+        for width in (widths.text, widths.bar, 5, widths.time):
+            table.add_column(width=width, no_wrap=True, overflow="crop")
+        for number, (name, step, share, left) in enumerate(rows):
+            label = f"{shortened(name, widths.name, names):{widths.name}} {shortened(step, widths.step)}"
+            note = f"  {pace.rate()}" if number == 0 and widths.rate else ""
+            table.add_row(
+                Text(label if number else shortened(name, widths.text)),
+                ProgressBar(total=1.0, completed=share, width=widths.bar),
+                Text(f"{int(100 * share)} %".rjust(5)),
+                Text(("-:--:--" if left is None else duration(left)).rjust(_TIME) + f" left{note}"),
+            )
+        return table
+
+
+_TIME = 8  # columns of 99:59:59
+
+
+@dataclass(frozen=True, slots=True)
+class _Widths:
+    """Of the columns, in characters: name, step, the bar, what stands after it; and whether it tells the rate."""
+
+    name: int
+    step: int
+    bar: int
+    time: int
+    rate: bool
+
+    @property
+    def text(self) -> int:
+        """Of name and step together."""
+        return self.name + 1 + self.step
+
+
+_NAME = 24  # the least while there is a rate
+_STEP = 16, 22  # at most, on a terminal of less than 100 columns and on others
+_BAR = 8, 14, 40  # least, usual, longest
+
+
+def _widths(width: int, title: str, lines: Sequence[tuple[str, str]], rate: str) -> _Widths:
+    """How wide each column is on a terminal of `width`, with the `title` of the first line and names and steps."""
+    least, usual, longest = _BAR
+    step = min(_STEP[width >= 100], max((len(step) for _, step in lines), default=0))
+    name = max(len(title) - 1 - step, *(len(name) for name, _ in lines), 1)
+    left = _TIME + len(" left")
+    # One column stays free, since some terminals break a line that ends at their edge.
+    room = width - 1 - 3 - 5 - left - 1 - step  # of name, bar and rate
+    told = f"  {rate}" if rate else ""
+    if min(name, _NAME) + usual + len(told) > room:
+        told = ""
+    room -= len(told)
+    name = max(least, min(name, max(room - usual, min(_NAME, room - least))))
+    return _Widths(name, step, max(least, min(longest, room - name)), left + len(told), bool(told))
+
+
+def shortened(name: str, width: int, among: Iterable[str] = ()) -> str:
+    """A name without its middle, where it is too long, or without another part if that tells it from others.
+
+    Parameters
+    ----------
+    name
+        What is too long.
+    width
+        Characters, of which one stands for what is left out.
+    among
+        Names that should stay different from each other.
+
+    Examples
+    --------
+    >>> shortened("Position_01_lamella3_TS_010_9.96Apx_denoised", 21)
+    'Position_0…x_denoised'
+    >>> names = ["Position_01_TS_010_denoised", "Position_01_TS_011_denoised"]
+    >>> [shortened(name, 17, names) for name in names]
+    ['Positi…0_denoised', 'Positi…1_denoised']
+    """
+    if len(name) <= width:
+        return name
+    return _cut(name, width, _head(width, tuple(among)))
+
+
+def _cut(name: str, width: int, head: int) -> str:
+    if len(name) <= width:
+        return name
+    tail = width - 1 - head
+    return f"{name[:head]}…{name[len(name) - tail :]}" if width > 1 else "…"[:width]
+
+
+@lru_cache(maxsize=64)
+def _head(width: int, names: tuple[str, ...]) -> int:
+    """How many characters of a name's beginning to keep so that all names differ; if none do, about half."""
+    middle, different = max(0, width - 1) // 2, len(set(names))
+    places = sorted(range(max(1, width)), key=lambda head: abs(head - middle))
+    return next((head for head in places if len({_cut(name, width, head) for name in names}) == different), middle)
+
+
+class FileReporter(LogReporter):
+    """The lines of a `LogReporter`, to the log file of the run.
+
+    Parameters
+    ----------
+    pace
+        See `LogReporter`.
+    """
+
+    def __init__(self, pace: Pace) -> None:
+        super().__init__(Console(emoji=False, quiet=True), pace, interval=60.0)
+
+    def say(self, message: str) -> None:
+        """See `Reporter`."""
+        LOG.info(message, extra=TOLD)
+
+
+class Reporters:
+    """Tells several reporters the same.
+
+    Parameters
+    ----------
+    reporters
+        Whom.
+    """
+
+    def __init__(self, *reporters: Reporter) -> None:
+        self._reporters: Sequence[Reporter] = reporters
+
+    def begin(self, tomogram: str) -> None:
+        """See `Reporter`."""
+        for reporter in self._reporters:
+            reporter.begin(tomogram)
+
+    def step(self, tomogram: str, name: str, done: int, total: int) -> None:
+        """See `Reporter`."""
+        for reporter in self._reporters:
+            reporter.step(tomogram, name, done, total)
+
+    def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0, left: bool = False) -> None:
+        """See `Reporter`."""
+        for reporter in self._reporters:
+            reporter.end(tomogram, message, failed=failed, voxels=voxels, left=left)
+
+    def say(self, message: str) -> None:
+        """See `Reporter`."""
+        for reporter in self._reporters:
+            reporter.say(message)
+
+    def close(self) -> None:
+        """See `Reporter`."""
+        for reporter in self._reporters:
+            reporter.close()
+
+
+def make_reporter(console: Console, pace: Pace) -> Reporter:
+    """Live bars where `console` is a terminal, plain lines elsewhere; `pace` must be told of everything before."""
+    return TerminalReporter(console, pace) if console.is_terminal else LogReporter(console, pace)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, of four days and more the days.
+
+    Examples
+    --------
+    >>> duration(3723.4), duration(400_000)
+    ('1:02:03', '5 days')
+    """
+    if seconds >= 4 * 86400:
+        return f"{seconds / 86400:.0f} days"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -1,0 +1,414 @@
+"""Workers as Slurm jobs, submitted through dask-jobqueue for as long as a run lasts.
+
+What a job is like stands in a file of dask-jobqueue's own form, or in Dask's configuration. What follows from it is
+added here: a worker for each GPU, pinned to it by dask-cuda, or for each CPU core; threads that read and write while
+one computes; an end a little before the walltime, so that its blocks go elsewhere in order; and keys, known to this
+user alone, without which nobody can connect to the scheduler.
+
+A job that has ended, at its walltime or with its node, is submitted again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import math
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import dask
+import yaml
+from distributed import Client, Status
+from distributed.security import Security
+
+from cryosiam_dask.errors import ClusterError, ConfigurationError, LostClusterError, unread
+from cryosiam_dask.runs.cluster import (
+    KEEP_MEMORY,
+    THREADS,
+    Setup,
+    leave_at_once,
+    own_settings,
+    register_in_workers,
+    require_own_address,
+    require_versions,
+)
+
+#: Seconds between two looks at jobs that have ended.
+_LOOK = 15.0
+#: Name of what is made here within ``jobqueue`` of Dask's configuration.
+_NAME = "cryosiam-dask"
+
+
+@contextmanager
+def open_slurm(
+    jobs: str,
+    workers: int,
+    *,
+    folder: Path,
+    dashboard_address: str = "127.0.0.1:8787",
+    seconds: float = 3600.0,
+    stop: threading.Event | None = None,
+    say: Callable[[str], None] = lambda message: None,
+) -> Iterator[Client]:
+    """Submit jobs whose workers join a scheduler in this process, and cancel them at the end.
+
+    Parameters
+    ----------
+    jobs
+        What a job is like: a YAML file of dask-jobqueue's form (``jobqueue: slurm: …``), or the name of such a section
+        in Dask's configuration.
+    workers
+        How many: GPUs where the jobs ask for some, else CPU workers. As many jobs as they need are submitted, and as
+        soon as there is one worker the run begins.
+    folder
+        On a disk that all nodes see; the keys lie there meanwhile.
+    dashboard_address
+        Where the Dask dashboard listens.
+    seconds
+        In which there must be a worker.
+    stop
+        Once set, no worker is waited for any longer.
+    say
+        Told what a user should know.
+
+    Yields
+    ------
+    distributed.Client
+
+    Raises
+    ------
+    ConfigurationError
+        If the file or section cannot be used.
+    ClusterError
+        If dask-jobqueue or Slurm is missing, a job is refused, no worker comes or one has other versions.
+    """
+    section = read_jobs(jobs)
+    require_own_address(dashboard_address)
+    from dask_jobqueue.slurm import SLURMCluster, SLURMJob
+
+    refused: list[str] = []
+
+    class _Job(SLURMJob):  # type: ignore[misc]  # untyped
+        """Keeps why it was refused, for the thread that waits for it."""
+
+        def __init__(self, *args: Any, security: Security, **options: Any) -> None:
+            super().__init__(*args, security=_quoted(security), **options)
+
+        async def start(self) -> None:
+            try:
+                await super().start()
+            except (OSError, RuntimeError, ValueError) as error:
+                refused.append(_reason(error))
+                self.status = Status.running  # which its cluster takes for granted
+
+        async def close(self) -> None:
+            await super().close()
+            self.status = Status.closed
+
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="Port .* is already in use")
+        keys = stack.enter_context(TemporaryDirectory(prefix=".cryosiam-dask-tls-", dir=folder))
+        stack.enter_context(dask.config.set({f"jobqueue.{_NAME}": section, **own_settings()}))
+        try:
+            cluster = SLURMCluster(
+                config_name=_NAME,
+                job_cls=_Job,
+                processes=section["processes"],  # of the configuration it does not see that a job has several workers
+                security=_security(Path(keys)),
+                protocol="tls://",
+                silence_logs="critical",
+                scheduler_options={
+                    "dashboard_address": dashboard_address,
+                    **section["scheduler-options"],
+                    "jupyter": False,  # a server for code, on the dashboard's port
+                },
+            )
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
+            raise ClusterError(
+                "a scheduler must be able to start on this node",
+                place=f"--slurm {jobs}",
+                value=str(error),
+                remedy="Correct interface or scheduler-options: ip address lists the interfaces",
+            ) from None
+        stack.enter_context(cluster)
+        client = stack.enter_context(Client(cluster, set_as_default=False))
+        register_in_workers(client, Setup(leave_at_once), "leave")
+        count = math.ceil(workers / section["processes"])
+        cluster.scale(jobs=count)
+        say(f"{count} Slurm {'jobs' if count > 1 else 'job'} submitted; the run begins with the first worker")
+        _wait_for_worker(cluster, client, refused, seconds, stop or threading.Event(), f"--slurm {jobs}")
+        require_versions(client, f"--slurm {jobs}")
+        over = threading.Event()
+        keeper = threading.Thread(
+            target=_keep, args=(cluster, client, count, refused, over, say), daemon=True, name="slurm"
+        )
+        keeper.start()
+        try:
+            yield client
+        finally:
+            over.set()
+            keeper.join()
+
+
+def read_jobs(jobs: str) -> dict[str, Any]:
+    """What dask-jobqueue is to be told of a job; submits nothing.
+
+    Parameters
+    ----------
+    jobs
+        See `open_slurm`.
+
+    Returns
+    -------
+    dict
+        Keys of dask-jobqueue's configuration; ``processes`` is the number of workers in a job.
+
+    Raises
+    ------
+    ConfigurationError
+        With the first key that cannot be used.
+    ClusterError
+        If dask-jobqueue or Slurm is missing.
+    """
+    if importlib.util.find_spec("dask_jobqueue") is None:
+        raise ClusterError(
+            "running as Slurm jobs needs dask-jobqueue",
+            place=f"--slurm {jobs}",
+            value="no dask_jobqueue",
+            remedy="Install the extra, for example pip install 'cryosiam-dask[gpu-cu12,hpc]'",
+        )
+    if missing := [name for name in ("sbatch", "scancel") if shutil.which(name) is None]:
+        raise ClusterError(
+            "Slurm's commands must be there",
+            place=f"--slurm {jobs}",
+            value=f"no {' and no '.join(missing)}",
+            remedy="Run this command on a node from which jobs are submitted",
+        )
+    _load_dask_jobqueue()
+    defaults: dict[str, Any] = dask.config.get("jobqueue.slurm")
+    given, place = _given(jobs)
+    for key, value in given.items():
+        if key not in defaults:
+            near = difflib.get_close_matches(key, defaults, 1, 0.5)
+            raise ConfigurationError(
+                "dask-jobqueue does not know this key",
+                place=f"{place}, key {key}",
+                remedy=f"Did you mean {near[0]}?" if near else f"It knows {', '.join(sorted(defaults))}",
+            )
+        if isinstance(defaults[key], list) and not isinstance(value, list):
+            raise ConfigurationError(
+                "must be a list",
+                place=f"{place}, key {key}",
+                value=repr(value),
+                remedy="Write each value on a line of its own, behind a hyphen",
+            )
+        if key in ("cores", "processes") and value is not None and not (isinstance(value, int) and value > 0):
+            raise ConfigurationError("must be a whole number above 0", place=f"{place}, key {key}", value=repr(value))
+    section = {**defaults, **given}
+    for key, example in (("cores", "8, the CPU cores of a job"), ("memory", "'64 GB', of a job")):
+        if not section[key]:
+            raise ConfigurationError("this key is required", place=f"{place}, key {key}", remedy=f"Set it to {example}")
+    gpus = [_number_of_gpus(directive) for directive in section["job-extra-directives"]]
+    on_gpus = any(gpus) or "dask_cuda" in section["worker-command"]
+    if on_gpus and section["worker-command"] == "distributed.cli.dask_worker":
+        section["worker-command"] = "dask_cuda.cli"
+    section["processes"] = section["processes"] or max(1, *gpus, 1 if on_gpus else section["cores"])
+    # Before the user's own arguments, which thereby count more. Without a limit: a worker that is paused would hang.
+    section["worker-extra-args"] = [
+        "--nthreads",
+        THREADS,
+        "--memory-limit",
+        0,
+        "--no-dashboard",
+        *section["worker-extra-args"],
+    ]
+    environment: dict[str, object] = dict(KEEP_MEMORY)
+    if section["walltime"]:
+        # Blocks of a worker that leaves go elsewhere at once; those of one that is killed, when it is missed.
+        lifetime = _seconds(section["walltime"], place)
+        environment["DASK_DISTRIBUTED__WORKER__LIFETIME__DURATION"] = f"{lifetime - min(300, lifetime // 4)}s"
+    exports = [f"export {name}={value}" for name, value in environment.items()]
+    section["job-script-prologue"] = [*exports, *section["job-script-prologue"]]
+    return section
+
+
+def _load_dask_jobqueue() -> None:
+    """Bring its defaults into Dask's configuration, and take back Ctrl-C, which it would make a silent exit."""
+    handler = signal.getsignal(signal.SIGINT)
+    importlib.import_module("dask_jobqueue")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, handler)
+
+
+def _given(jobs: str) -> tuple[dict[str, Any], str]:
+    """The keys that a user wrote, with hyphens as dask-jobqueue's documentation has them, and where they stand."""
+    path = Path(jobs).expanduser()
+    if not path.exists() and "/" not in jobs and not jobs.endswith((".yaml", ".yml")):
+        found = dask.config.get(f"jobqueue.{jobs}", None)
+        known = ", ".join(dask.config.get("jobqueue"))
+        place = f"--slurm {jobs}"
+        if not isinstance(found, Mapping):
+            raise ConfigurationError(
+                "must be a YAML file, or a section of jobqueue in Dask's configuration",
+                place=place,
+                remedy=f"Compare it with configs/slurm.yaml; the sections that are there are {known}",
+            )
+    else:
+        place = str(path)
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            sections = content["jobqueue"]
+            found = sections["slurm"] if "slurm" in sections else next(iter(sections.values()))
+        except OSError as error:
+            rule, value = unread(error, "must be readable")
+            raise ConfigurationError(rule, place=place, value=value, remedy="Check --slurm") from None
+        except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, AttributeError, StopIteration):
+            found = None
+        if not isinstance(found, Mapping):
+            raise ConfigurationError(
+                "must be YAML with the keys of a job below jobqueue and slurm",
+                place=place,
+                remedy="Compare it with configs/slurm.yaml",
+            )
+    return {str(key).replace("_", "-"): value for key, value in found.items()}, place
+
+
+def _number_of_gpus(directive: str) -> int:
+    """How many GPUs a directive of sbatch asks for; 0 if it is about something else."""
+    if not re.match(r"(--gres[= ](.*,)?gpu|--gpus|-G)", directive):
+        return 0
+    number = re.search(r"(?:[:= ]|^-G)(\d+)$", directive.strip())
+    return int(number[1]) if number else 1
+
+
+def _seconds(walltime: object, place: str) -> int:
+    """A walltime of Slurm: minutes, minutes:seconds, hours:minutes:seconds or days-hours[:minutes[:seconds]]."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", walltime if isinstance(walltime, str) else "")
+    if not found:
+        raise ConfigurationError(
+            "must be a time as Slurm writes it, in quotes, as YAML takes it for a number otherwise",
+            place=f"{place}, key walltime",
+            value=repr(walltime),
+            remedy="Write for example '04:00:00'",
+        )
+    days, first, second, third = (int(value) if value else 0 for value in found.groups())
+    if found[1] is not None or found[4] is not None:
+        return ((days * 24 + first) * 60 + second) * 60 + third
+    return first * 60 + second
+
+
+def _security(folder: Path) -> Security:
+    """Certificates for everybody in this run: those of Dask's configuration, or new ones, written into `folder`."""
+    configured = Security()
+    if configured.tls_ca_file:
+        return configured
+    role = Security.temporary().get_tls_config_for_role("worker")
+    paths = {}
+    for name in ("ca_file", "cert", "key"):
+        paths[name] = str((folder / f"{name}.pem").absolute())
+        Path(paths[name]).write_text(role[name])
+    return Security(
+        require_encryption=True,
+        tls_ca_file=paths["ca_file"],
+        **{f"tls_{who}_{what}": paths[what] for who in ("client", "scheduler", "worker") for what in ("cert", "key")},
+    )
+
+
+def _quoted(security: Security) -> Security:
+    """The same for the job's script, in which dask-jobqueue writes paths as they are."""
+    role = security.get_tls_config_for_role("worker")
+    paths = {name: shlex.quote(role[name]) for name in ("ca_file", "cert", "key") if role[name]}
+    return Security(tls_ca_file=paths["ca_file"], tls_worker_cert=paths.get("cert"), tls_worker_key=paths.get("key"))
+
+
+def _reason(error: Exception) -> str:
+    """What sbatch itself said, of the text of an error of dask-jobqueue."""
+    text = str(error)
+    said = text.partition("stderr:\n")[2].strip() or text
+    return " ".join(said.split())
+
+
+def _refusal(place: str, reason: str) -> ClusterError:
+    return ClusterError(
+        "sbatch must accept the job",
+        place=place,
+        value=reason,
+        remedy="Correct the file or section: queue, account, walltime, cores, memory and job-extra-directives",
+    )
+
+
+def _wait_for_worker(
+    cluster: Any, client: Client, refused: list[str], seconds: float, stop: threading.Event, place: str
+) -> None:
+    began = looked = time.monotonic()
+    while not client.nthreads():
+        now = time.monotonic()
+        if refused:
+            raise _refusal(place, refused[0])
+        if stop.wait(0.2):
+            raise LostClusterError(
+                "a job must start before the run is to end", place=place, remedy="Repeat the command"
+            )
+        value = f"none within {seconds / 60:.0f} min"
+        if now - looked > _LOOK:
+            looked = now
+            jobs = {str(job.job_id) for job in list(cluster.workers.values()) if job.job_id}
+            if jobs and not jobs & _in_queue(jobs):
+                value, seconds = "jobs that ended before there was one", 0.0
+        if now - began > seconds:
+            raise ClusterError(
+                "the jobs must bring a worker",
+                place=place,
+                value=value,
+                remedy="squeue --me tells why jobs wait, and slurm-<job>.out, or log-directory, what they said; "
+                "--worker-timeout gives them longer",
+            )
+
+
+def _in_queue(jobs: set[str]) -> set[str]:
+    """Those of the jobs that wait or run, as far as Slurm tells."""
+    try:
+        done = subprocess.run(
+            ["squeue", "--me", "--noheader", "--format=%i"], capture_output=True, text=True, timeout=60
+        )
+    except (OSError, subprocess.SubprocessError):
+        return jobs
+    return jobs if done.returncode else jobs & set(done.stdout.split())
+
+
+def _keep(
+    cluster: Any, client: Client, count: int, refused: list[str], over: threading.Event, say: Callable[[str], None]
+) -> None:
+    """Submit jobs again that had workers and have none for two looks."""
+    seen: set[Any] = set()
+    missing: set[Any] = set()
+    while not over.wait(_LOOK):
+        with suppress(Exception):  # of a scheduler that is gone, which the run finds out itself
+            there = {str(worker["name"]) for worker in client.scheduler_info(n_workers=-1)["workers"].values()}
+            alive = {
+                name
+                for name, spec in list(cluster.worker_spec.items())
+                if there & ({f"{name}{suffix}" for suffix in spec["group"]} if "group" in spec else {str(name)})
+            }
+            seen |= alive
+            gone = (seen - alive) & missing
+            missing = seen - alive
+            if gone:
+                seen -= gone
+                cluster.sync(cluster.scale_down, gone)
+                cluster.scale(jobs=count)
+                say(f"{len(gone)} Slurm {'jobs' if len(gone) > 1 else 'job'} ended and submitted again")
+            if refused:
+                say(f"attention: a job was not accepted: {refused.pop()}")

@@ -1,0 +1,1043 @@
+"""Connected components of a chunked label volume, found as if the volume were one array.
+
+A component is a set of voxels of one class that hang together at 6-, 18- or 26-connectivity. Chunks (here *blocks*: one
+or more whole chunks) are labelled on their own, and only what happens at their borders is put together:
+
+1. Pass 1, one task a block: label it, and return for each provisional label its voxels, its first voxel and its class,
+   with the labels on the six border planes, compressed.
+2. Number the provisional labels of all blocks consecutively: offsets are the cumulative sum of the counts, in 64 bits.
+3. Compare the two planes on either side of every cut, at every shift within the plane that the connectivity allows
+   (1, 5 or 9). Touching voxels of different blocks always face each other across such a cut, so edges and corners need
+   nothing else. A pair counts only if both sides are of one class.
+4. Merge the pairs with a graph search over just the labels that occur in one (a few per cent).
+5. Number the components 1 .. K by their first voxel in C order, which makes the numbers independent of the blocks.
+6. Pass 2, one task a block: read and label it again (cheaper than storing labels), look the final numbers up, write.
+
+Nothing here depends on the size of a volume but the tables: about 40 bytes a provisional label, with the caller alone.
+A component is filtered and measured by its whole, after the merge, never by what one block sees of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
+from typing import Any, Literal, Protocol, TypeAlias
+
+import numpy as np
+from numcodecs import LZ4
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from cryosiam_dask.core.executor import SERIAL, Executor
+from cryosiam_dask.errors import DeviceError, LabelsError
+
+ArrayModule: TypeAlias = Literal["numpy", "cupy"]
+Index: TypeAlias = tuple[int, int, int]
+Slices: TypeAlias = tuple[slice, slice, slice]
+
+BLOCK_VOXELS = 1 << 22
+"""How many voxels one task labels, at most: smaller chunks are labelled several at a time, so that handing tasks out
+does not outweigh them. A task takes about 15 bytes a voxel of its block."""
+
+_LARGEST_BLOCK = 1 << 29  # a provisional label fits 29 bits: see `_touching`
+_REACH = {6: 1, 18: 2, 26: 3}  # along how many axes at once a step to a neighbour may move
+_PROBABILITY_ONE = 1 << 30  # probabilities are summed as integers, so that the sum does not depend on the blocks
+_PLANES = LZ4()  # border planes are mostly background
+# What is measured of a component: how two parts of it are put together, the dtype, and the shape of one entry.
+_COLUMNS: dict[str, tuple[np.ufunc, Any, tuple[int, ...]]] = {
+    "voxels": (np.add, np.int64, ()),
+    "coordinate_sums": (np.add, np.int64, (3,)),
+    "lower": (np.minimum, np.int64, (3,)),
+    "upper": (np.maximum, np.int64, (3,)),
+    "probability_sum": (np.add, np.int64, ()),
+    "probability_max": (np.maximum, np.float32, ()),
+}
+
+
+class ChunkedArray(Protocol):
+    """A zarr array, a Dask array, or whatever has a shape, a dtype and NumPy's slicing.
+
+    Its `chunks`, where it has them, are taken as the unit of reading and writing.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> Any: ...
+    def __getitem__(self, key: Any, /) -> Any: ...
+
+
+class WritableArray(ChunkedArray, Protocol):
+    """A chunked array that takes whole blocks."""
+
+    def __setitem__(self, key: Any, value: Any, /) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """All that differs between a CPU and a GPU.
+
+    Attributes
+    ----------
+    xp
+        The module of arrays, numpy or cupy.
+    ndimage
+        `scipy.ndimage` or `cupyx.scipy.ndimage`.
+    label
+        ``label(block, connectivity) -> (labels, count)``: the components of each class of a C-contiguous (z, y, x)
+        block, numbered from 1.
+    to_host
+        Copies a device array to a NumPy array; nothing to do on the CPU.
+    """
+
+    xp: Any
+    ndimage: Any
+    label: Callable[[Any, int], tuple[Any, int]]
+    to_host: Callable[[Any], NDArray[Any]]
+
+
+@cache
+def backend(array_module: ArrayModule) -> Backend:
+    """Return what runs on `array_module`; imported on first use, in the process that computes.
+
+    Raises
+    ------
+    DeviceError
+        If cupy or cucim is asked for and cannot be imported.
+    """
+    if array_module == "numpy":
+        import cc3d
+        from scipy import ndimage
+
+        def on_cpu(block: NDArray[Any], connectivity: int) -> tuple[NDArray[Any], int]:
+            labels, count = cc3d.connected_components(block, connectivity=connectivity, return_N=True)
+            return labels, int(count)
+
+        return Backend(np, ndimage, on_cpu, np.asarray)
+    try:
+        import cupy
+        from cucim.skimage import measure
+        from cupyx.scipy import ndimage
+    except ImportError as error:
+        raise DeviceError(
+            "components on a GPU need cupy and cucim",
+            value=error,
+            remedy="Install the extra gpu-cu12 or gpu-cu13, or run on the CPU",
+        ) from error
+
+    def on_gpu(block: Any, connectivity: int) -> tuple[Any, int]:
+        labels, count = measure.label(block, background=0, connectivity=_REACH[connectivity], return_num=True)
+        return labels, int(count)
+
+    return Backend(cupy, ndimage, on_gpu, cupy.asnumpy)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """A volume cut into equal blocks, the last of an axis ragged. Everything is (z, y, x).
+
+    Attributes
+    ----------
+    shape
+        Voxels of the volume; a 2-D image is a volume of one slice.
+    block
+        Voxels of a block.
+    ndim
+        Axes of the array itself, 2 or 3.
+    """
+
+    shape: Index
+    block: Index
+    ndim: int
+
+    @classmethod
+    def of(cls, array: ChunkedArray, block: Sequence[int] | None = None, *, voxels: int | None = None) -> Blocks:
+        """Cut `array` into blocks of whole chunks of it, of up to `voxels` (`BLOCK_VOXELS`), unless `block` is given.
+
+        Raises
+        ------
+        LabelsError
+            If the array is neither 2-D nor 3-D, or a block is too large to be labelled at once.
+        """
+        ndim = len(array.shape)
+        if ndim not in (2, 3) or (block is not None and len(block) != ndim):
+            raise LabelsError(
+                "components are found in 2-D or 3-D arrays, in blocks of as many axes",
+                value=f"shape {tuple(array.shape)}, block {block}",
+                remedy="Pass one volume or image at a time",
+            )
+        lead = (1,) * (3 - ndim)
+        shape = (*lead, *(int(size) for size in array.shape))
+        voxels = BLOCK_VOXELS if voxels is None else voxels
+        edges = _grown([*lead, *chunk_shape(array)], shape, voxels) if block is None else [*lead, *block]
+        if min(edges) < 1 or math.prod(map(min, edges, shape)) >= _LARGEST_BLOCK:
+            raise LabelsError(
+                f"a block must hold from 1 to {_LARGEST_BLOCK - 1} voxels",
+                value=tuple(edges),
+                remedy="Store the array in chunks of 64 to 256 voxels along each axis",
+            )
+        return cls((shape[0], shape[1], shape[2]), (edges[0], edges[1], edges[2]), ndim)
+
+    @classmethod
+    def between(cls, array: ChunkedArray, output: ChunkedArray) -> Blocks:
+        """Cut `array` into blocks of whole chunks of `output`: tasks may read across chunks, but must write whole ones.
+
+        Raises
+        ------
+        LabelsError
+            If the shapes differ, or a block is too large.
+        """
+        blocks = cls.of(output)
+        blocks = cls.of(array, blocks.block[3 - blocks.ndim :])
+        blocks.require_whole_chunks(output)
+        return blocks
+
+    @property
+    def counts(self) -> Index:
+        """Number of blocks along each axis; one, of no voxels, along an axis of length 0."""
+        z, y, x = (max(1, -(-size // edge)) for size, edge in zip(self.shape, self.block, strict=True))
+        return z, y, x
+
+    @property
+    def indices(self) -> list[Index]:
+        """The block indices in C order."""
+        z, y, x = self.counts
+        return list(itertools.product(range(z), range(y), range(x)))
+
+    def slices(self, index: Index) -> Slices:
+        """Where block `index` lies in the volume."""
+        z, y, x = (
+            slice(i * edge, min((i + 1) * edge, size))
+            for i, edge, size in zip(index, self.block, self.shape, strict=True)
+        )
+        return z, y, x
+
+    def extent(self, index: Index) -> Index:
+        """Shape of block `index`."""
+        z, y, x = (part.stop - part.start for part in self.slices(index))
+        return z, y, x
+
+    def read(self, array: ChunkedArray, index: Index) -> NDArray[Any]:
+        """Return block `index` of `array` as a C-contiguous (z, y, x) NumPy array in native byte order."""
+        part = np.asarray(array[self.slices(index)[3 - self.ndim :]])
+        # cc3d wants memory that it could write to, though it does not.
+        return np.require(part, part.dtype.newbyteorder("="), ["C", "W"]).reshape(self.extent(index))
+
+    def write(self, array: WritableArray, index: Index, values: NDArray[Any] | int) -> None:
+        """Write block `index` of `array`; `values` is a (z, y, x) block or one number for all of it."""
+        where = self.slices(index)[3 - self.ndim :]
+        array[where] = values if isinstance(values, int) else values.reshape([part.stop - part.start for part in where])
+
+    def require_whole_chunks(self, output: ChunkedArray) -> None:
+        """Refuse an output of another shape, or one in which two blocks would write one chunk.
+
+        Raises
+        ------
+        LabelsError
+            With the axis, the chunk and the block.
+        """
+        if tuple(output.shape) != self.shape[3 - self.ndim :]:
+            raise LabelsError(
+                f"the output must have the shape of its input, {self.shape[3 - self.ndim :]}",
+                value=output.shape,
+                remedy="Make the output in that shape",
+            )
+        for axis, chunk in enumerate(chunk_shape(output), start=3 - self.ndim):
+            if self.block[axis] % chunk and self.block[axis] < self.shape[axis]:
+                raise LabelsError(
+                    f"output chunks of {chunk} voxels do not divide the block edge {self.block[axis]} on axis "
+                    f"{axis - 3 + self.ndim}, so two tasks would write one chunk",
+                    remedy=f"Make the output with chunks that divide {self.block[3 - self.ndim :]}",
+                )
+
+
+def _grown(edges: list[int], shape: Sequence[int], voxels: int) -> list[int]:
+    """Double the shortest edge that the volume exceeds, as long as the block holds no more than `voxels` voxels."""
+    while short := [axis for axis in range(3) if edges[axis] < shape[axis]]:
+        axis = min(short, key=lambda axis: edges[axis])
+        grown = [edge * 2 if other == axis else edge for other, edge in enumerate(edges)]
+        if math.prod(map(min, grown, shape)) > voxels:
+            break
+        edges = grown
+    return edges
+
+
+def chunk_shape(array: ChunkedArray) -> tuple[int, ...]:
+    """Return the unit in which `array` is written: its shards, its chunks, or single voxels where it has neither."""
+    chunks = getattr(array, "shards", None) or getattr(array, "chunks", None) or (1,) * len(array.shape)
+    # Dask spells chunks out along each axis; the largest stands for them, since reading need not be aligned.
+    return tuple(int(max(edge)) if isinstance(edge, tuple) else int(edge) for edge in chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class Labelling:
+    """How each block is labelled, the same in both passes.
+
+    Attributes
+    ----------
+    blocks
+        Where the blocks lie.
+    connectivity
+        6 (faces), 18 (and edges) or 26 (and corners). In a 2-D image 6 means 4 neighbours, 18 and 26 mean 8.
+    classes
+        The classes whose components are looked for; None for all but 0, the background.
+    n_classes
+        Labels must be below it; None to accept any.
+    array_module
+        "numpy" labels on the CPU, "cupy" on the GPU.
+    """
+
+    blocks: Blocks
+    connectivity: int = 26
+    classes: tuple[int, ...] | None = None
+    n_classes: int | None = None
+    array_module: ArrayModule = "numpy"
+
+    def __post_init__(self) -> None:
+        if self.connectivity not in _REACH:
+            raise LabelsError(
+                "connectivity must be 6, 18 or 26",
+                value=self.connectivity,
+                remedy="Count the neighbours in 3-D, for an image too",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Measurements:
+    """What is measured of each component, component 1 first.
+
+    Attributes
+    ----------
+    centroids
+        Mean (z, y, x) of the voxel indices, float64, (K, 3).
+    lower, upper
+        Bounding box in voxels, lower inclusive and upper exclusive, int64, (K, 3).
+    touches_border
+        Whether a voxel lies on a face of the volume, bool, (K,).
+    mean_probability, max_probability
+        Of the component's own class over its voxels (the mean to 1e-9), float64 and float32, (K,); None without
+        probabilities.
+    """
+
+    centroids: NDArray[np.float64]
+    lower: NDArray[np.int64]
+    upper: NDArray[np.int64]
+    touches_border: NDArray[np.bool_]
+    mean_probability: NDArray[np.float64] | None
+    max_probability: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    """The components of a volume, numbered 1 .. K by their first voxel in C order; arrays of K begin with component 1.
+
+    Attributes
+    ----------
+    labelling
+        How the blocks were labelled.
+    offsets
+        Provisional labels before each block, in C order of the blocks, and their total at the end, int64.
+    numbers
+        Final number of each provisional label, 0 where it was dropped.
+    voxels
+        Voxels of each component, int64, (K,).
+    classes
+        Class of each component, in the dtype of the labels, (K,).
+    first
+        Raster index of the first voxel of each component, int64, (K,).
+    measurements
+        None unless asked for.
+    """
+
+    labelling: Labelling
+    offsets: NDArray[np.int64]
+    numbers: NDArray[Any]
+    voxels: NDArray[np.int64]
+    classes: NDArray[Any]
+    first: NDArray[np.int64]
+    measurements: Measurements | None = None
+
+    def __len__(self) -> int:
+        return len(self.voxels)
+
+    def per_block(self, values: NDArray[Any]) -> list[tuple[Index, NDArray[Any]]]:
+        """Pair each block with its part of `values`, which holds one value for each provisional label."""
+        parts = itertools.pairwise(self.offsets.tolist())
+        return [
+            (index, values[start:stop])
+            for index, (start, stop) in zip(self.labelling.blocks.indices, parts, strict=True)
+        ]
+
+    def select(self, keep: NDArray[np.bool_]) -> Components:
+        """Return only the components where `keep`, (K,), holds, numbered 1 .. K' in the same order."""
+        renumber = np.zeros(len(self) + 1, dtype=self.numbers.dtype)
+        renumber[1:][keep] = np.arange(1, np.count_nonzero(keep) + 1)
+        measured = self.measurements
+        if measured is not None:
+            measured = Measurements(
+                measured.centroids[keep],
+                measured.lower[keep],
+                measured.upper[keep],
+                measured.touches_border[keep],
+                None if measured.mean_probability is None else measured.mean_probability[keep],
+                None if measured.max_probability is None else measured.max_probability[keep],
+            )
+        return replace(
+            self,
+            numbers=renumber[self.numbers],
+            voxels=self.voxels[keep],
+            classes=self.classes[keep],
+            first=self.first[keep],
+            measurements=measured,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """What `remove_small` did, one entry for each class, index = label.
+
+    Attributes
+    ----------
+    found, removed
+        Components of the class, and how many of them were removed; 0 for a class that was left alone.
+    removed_voxels
+        Voxels that became background.
+    """
+
+    found: tuple[int, ...]
+    removed: tuple[int, ...]
+    removed_voxels: tuple[int, ...]
+
+
+def find_components(
+    labels: ChunkedArray,
+    *,
+    connectivity: int = 26,
+    classes: Sequence[int] | None = None,
+    n_classes: int | None = None,
+    measure: bool = False,
+    probabilities: ChunkedArray | None = None,
+    block: Sequence[int] | None = None,
+    executor: Executor = SERIAL,
+    array_module: ArrayModule = "numpy",
+) -> Components:
+    """Find the connected components of every class of a label volume (pass 1 and the merge).
+
+    Parameters
+    ----------
+    labels
+        (z, y, x) or (y, x), boolean or integer, 0 is background. A Dask array is computed once here and once more in
+        `write_instances`.
+    connectivity
+        6, 18 or 26 neighbours; 4, 8 or 8 in a 2-D image.
+    classes
+        The classes to look at; all by default.
+    n_classes
+        Refuse labels from this number on; any label is accepted by default.
+    measure
+        Whether to fill `Components.measurements`, in the same pass.
+    probabilities
+        (class, z, y, x) or (class, y, x): measured over each component, in the channel of its class (in channel 0 if
+        that is the only one). Read in the same pass; implies `measure`.
+    block
+        Voxels that one task labels; whole chunks of `labels`, several of them where they are small, by default.
+    executor, array_module
+        Where the tasks run, and on which arrays.
+
+    Returns
+    -------
+    Components
+        Equal for any chunks, block, executor and order of the tasks.
+
+    Raises
+    ------
+    LabelsError
+        If the labels are not integers, negative, or not below `n_classes`, or an argument does not fit the array.
+    """
+    if np.dtype(labels.dtype).kind not in "bui":
+        raise LabelsError("labels must be integers", value=np.dtype(labels.dtype), remedy="Convert them first")
+    labelling = Labelling(
+        Blocks.of(labels, block), connectivity, None if classes is None else tuple(classes), n_classes, array_module
+    )
+    if probabilities is not None and probabilities.shape[1:] != tuple(labels.shape):
+        raise LabelsError(
+            f"probabilities must have a class axis and then the shape of the labels, {tuple(labels.shape)}",
+            value=tuple(probabilities.shape),
+            remedy="Take labels and probabilities of the same prediction, or predict again",
+        )
+    task = partial(
+        _describe_block,
+        labels=labels,
+        labelling=labelling,
+        measure=measure or probabilities is not None,
+        probabilities=probabilities,
+    )
+    return _merged(
+        labelling,
+        executor.map(task, labelling.blocks.indices, name="label"),
+        np.dtype(labels.dtype),
+        task.keywords["measure"],
+        probabilities is not None,
+    )
+
+
+def write_instances(
+    components: Components, labels: ChunkedArray, output: WritableArray, *, executor: Executor = SERIAL
+) -> None:
+    """Write the number of each voxel's component, 0 for the background (pass 2).
+
+    Parameters
+    ----------
+    components
+        What `find_components` returned for `labels`, perhaps after `Components.select`.
+    labels
+        The same array as before.
+    output
+        An array of the same shape, of unsigned or signed integers, whose chunks divide the blocks. Written in full.
+    executor
+        Where the tasks run.
+
+    Raises
+    ------
+    LabelsError
+        If the dtype of the output cannot hold the number of components, or its shape or chunks do not fit.
+    """
+    blocks = components.labelling.blocks
+    blocks.require_whole_chunks(output)
+    _require_two_arrays(labels, output)
+    if np.dtype(output.dtype).kind not in "ui" or np.iinfo(output.dtype).max < len(components):
+        raise LabelsError(
+            f"the output's dtype must hold {len(components)} components",
+            value=np.dtype(output.dtype),
+            remedy=f"Make the output as {instances_dtype(len(components))}",
+        )
+    task = partial(_write_block, labels=labels, output=output, labelling=components.labelling)
+    executor.map(task, components.per_block(components.numbers), name="number")
+
+
+def remove_small(
+    labels: ChunkedArray,
+    output: WritableArray,
+    sizes: Sequence[int],
+    *,
+    removed: WritableArray | None = None,
+    n_classes: int | None = None,
+    connectivity: int = 26,
+    executor: Executor = SERIAL,
+    array_module: ArrayModule = "numpy",
+) -> Removal:
+    """Copy labels without the components that are too small.
+
+    Parameters
+    ----------
+    labels
+        (z, y, x) or (y, x), 0 is background.
+    output
+        Another array of the same shape and dtype, in chunks of its own. Written in full.
+    sizes
+        One entry for each class, index = label: a component stays if it has *more* voxels than that, and becomes
+        background otherwise. -1 leaves the class alone. The entry of the background has no effect.
+    removed
+        An array like `output`, for the labels that were removed, 0 elsewhere. Written in full.
+    n_classes
+        Classes of the segmentation, the background included; as many as there are sizes by default.
+    connectivity
+        What makes a component; CryoSiam uses 26.
+    executor, array_module
+        Where the tasks run, and on which arrays.
+
+    Returns
+    -------
+    Removal
+        What was found and removed in each class.
+
+    Raises
+    ------
+    LabelsError
+        If `sizes` has not one entry of -1 or more for each class, or the labels hold another class.
+    """
+    n_classes = len(sizes) if n_classes is None else n_classes
+    if len(sizes) != n_classes:
+        raise LabelsError(
+            f"sizes must have one entry for each of the {n_classes} labels, the background first",
+            place="sizes",
+            value=f"{len(sizes)} entries, {list(sizes)}",
+            remedy="Write -1 for a label to be left alone",
+        )
+    if any(size < -1 for size in sizes):
+        raise LabelsError(
+            "a size must be a number of voxels",
+            place="sizes",
+            value=list(sizes),
+            remedy="Write -1 for a label to be left alone",
+        )
+    if not np.can_cast(labels.dtype, output.dtype):
+        raise LabelsError(
+            f"the output must hold labels of {np.dtype(labels.dtype)}",
+            value=np.dtype(output.dtype),
+            remedy="Make the output in the dtype of the labels",
+        )
+    _require_two_arrays(labels, output)
+    blocks = Blocks.between(labels, output)
+    components = find_components(
+        labels,
+        connectivity=connectivity,
+        # No component has less than one voxel, so a size of 0 keeps all of them too.
+        classes=[label for label, size in enumerate(sizes) if label and size > 0],
+        n_classes=n_classes,
+        block=blocks.block[3 - blocks.ndim :],
+        executor=executor,
+        array_module=array_module,
+    )
+    stays = components.voxels > np.asarray(sizes)[components.classes.astype(np.int64)]
+    if removed is not None:
+        components.labelling.blocks.require_whole_chunks(removed)
+    task = partial(_filter_block, labels=labels, output=output, removed=removed, labelling=components.labelling)
+    executor.map(task, components.per_block(np.append(True, stays)[components.numbers]), name="remove small")
+
+    def per_class(of: NDArray[np.bool_], weights: NDArray[np.int64] | None = None) -> tuple[int, ...]:
+        counted = np.bincount(
+            components.classes[of].astype(np.int64), None if weights is None else weights[of], minlength=n_classes
+        )
+        return tuple(int(count) for count in counted)
+
+    return Removal(per_class(stays | True), per_class(~stays), per_class(~stays, components.voxels))
+
+
+def largest_component(
+    mask: ChunkedArray,
+    *,
+    connectivity: int = 26,
+    block: Sequence[int] | None = None,
+    executor: Executor = SERIAL,
+    array_module: ArrayModule = "numpy",
+) -> tuple[Components, int]:
+    """Return the components of a mask and the number of the one with the most voxels, the first of equals.
+
+    Parameters
+    ----------
+    mask
+        (z, y, x) or (y, x), 0 and 1.
+    connectivity, block, executor, array_module
+        As of `find_components`.
+
+    Returns
+    -------
+    tuple of Components and int
+        The number is 0 where the mask is empty. `relabel_block` gives the component in a block.
+    """
+    components = find_components(
+        mask, connectivity=connectivity, block=block, executor=executor, array_module=array_module
+    )
+    return components, int(np.argmax(components.voxels)) + 1 if len(components) else 0
+
+
+def relabel_block(labels: ChunkedArray, labelling: Labelling, index: Index, values: NDArray[Any]) -> NDArray[Any]:
+    """Return block `index` with each voxel's provisional label replaced by its entry in `values`, background by 0.
+
+    Parameters
+    ----------
+    labels, labelling
+        What was given to, and is held by, the `Components`.
+    index, values
+        One item of `Components.per_block`.
+    """
+    blocks = labelling.blocks
+    if not values.any():
+        return np.zeros(blocks.extent(index), dtype=values.dtype)
+    labelled, device = _label_block(labels, labelling, index), backend(labelling.array_module)
+    return device.to_host(device.xp.asarray(np.append(values.dtype.type(0), values)).take(labelled.labels))
+
+
+def instances_dtype(count: int) -> np.dtype[Any]:
+    """Return the smallest unsigned dtype that holds `count`.
+
+    >>> instances_dtype(255), instances_dtype(256)
+    (dtype('uint8'), dtype('uint16'))
+    """
+    return np.min_scalar_type(count)
+
+
+def require_channel(label: int, channels: int) -> None:
+    """Refuse a label without a channel of its own among so many `channels` of probabilities; one is that of all.
+
+    Raises
+    ------
+    LabelsError
+        With the label and the number of channels.
+    """
+    if label >= channels > 1:
+        raise LabelsError(
+            "each label must have its channel of probabilities",
+            value=f"label {label} and {channels} channels",
+            remedy="Take labels and probabilities of the same prediction, or predict again",
+        )
+
+
+def _require_two_arrays(labels: ChunkedArray, output: ChunkedArray) -> None:
+    store = getattr(output, "store_path", None)
+    # Compared by name, since zarr takes two stores in memory for one if they have the same content.
+    if output is labels or (store is not None and str(store) == str(getattr(labels, "store_path", None))):
+        raise LabelsError(
+            "the output must be another array than the labels, which are read twice", remedy="Write to a new array"
+        )
+
+
+# ---- the tasks ----
+
+
+@dataclass(frozen=True, slots=True)
+class _Description:
+    """What pass 1 returns of a block: a row of each column for each provisional label, and the border planes.
+
+    `planes` holds low z, high z, low y, high y, low x, high x: uint32 labels, compressed; nothing if there are none.
+    """
+
+    count: int
+    columns: dict[str, NDArray[Any]]
+    planes: list[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class _Labelled:
+    """A block on the host, and on the device its voxels of the classes looked for and their labels 1 .. count."""
+
+    block: NDArray[Any]
+    wanted: Any = None
+    labels: Any = None
+    count: int = 0
+
+
+def _label_block(labels: ChunkedArray, labelling: Labelling, index: Index) -> _Labelled:
+    """Read, check and label block `index`."""
+    block = labelling.blocks.read(labels, index)
+    if block.dtype.kind == "b":
+        block = block.view(np.uint8)
+    if block.size:
+        where = f"labels[{', '.join(f'{part.start}:{part.stop}' for part in labelling.blocks.slices(index))}]"
+        if block.dtype.kind == "i" and block.min() < 0:
+            raise LabelsError(
+                "labels must not be negative", place=where, value=block.min(), remedy="Write 0 for the background"
+            )
+        if labelling.n_classes is not None and block.max() >= labelling.n_classes:
+            raise LabelsError(
+                f"labels must be below the number of classes, {labelling.n_classes}",
+                place=where,
+                value=block.max(),
+                remedy="Count the background as a class, and give every class its entry",
+            )
+    wanted = block
+    if labelling.classes is not None:
+        wanted = np.zeros_like(block)
+        for label in labelling.classes:
+            np.copyto(wanted, block, where=block == label)
+    if not wanted.any():
+        return _Labelled(block)
+    device = backend(labelling.array_module)
+    wanted = device.xp.asarray(wanted)
+    return _Labelled(block, wanted, *device.label(wanted, labelling.connectivity))
+
+
+def _describe_block(
+    index: Index,
+    *,
+    labels: ChunkedArray,
+    labelling: Labelling,
+    measure: bool,
+    probabilities: ChunkedArray | None,
+) -> _Description:
+    """Pass 1 of one block."""
+    labelled = _label_block(labels, labelling, index)
+    if not labelled.count:
+        return _Description(0, {}, [])
+    device = backend(labelling.array_module)
+    starts, lengths, run_labels = _runs(labelled, device)
+    columns = _columns(starts, lengths, run_labels, labelled.count, labelling.blocks, index, measure)
+    columns["class"] = labelled.block.reshape(-1)[columns.pop("local")]
+    if probabilities is not None:
+        own = _own_probabilities(labelled.block, labelling, index, columns["class"], probabilities)
+        columns |= _probability_columns(own, device.to_host(labelled.labels), labelled.count)
+    planes = [
+        _PLANES.encode(device.to_host(labelled.labels[(slice(None),) * axis + (side,)]).astype(np.uint32))
+        for axis in range(3)
+        for side in (0, -1)
+    ]
+    return _Description(labelled.count, columns, planes)
+
+
+def _runs(labelled: _Labelled, device: Backend) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Return start, length and provisional label of each stretch of one class along x, in C order.
+
+    All that is measured follows from these, which are far fewer than the voxels.
+    """
+    xp, flat = device.xp, labelled.wanted.reshape(-1)
+    begins = xp.empty(flat.size, dtype=bool)
+    xp.not_equal(flat[1:], flat[:-1], out=begins[1:])
+    begins[:: labelled.wanted.shape[-1]] = True
+    starts = xp.flatnonzero(begins)
+    lengths = xp.diff(starts, append=flat.size)
+    foreground = xp.flatnonzero(flat[starts])
+    starts, lengths = starts[foreground], lengths[foreground]
+    run_labels = labelled.labels.reshape(-1)[starts].astype(np.int64)
+    return device.to_host(starts), device.to_host(lengths), device.to_host(run_labels)
+
+
+def _columns(
+    starts: NDArray[Any],
+    lengths: NDArray[Any],
+    run_labels: NDArray[Any],
+    count: int,
+    blocks: Blocks,
+    index: Index,
+    measure: bool,
+) -> dict[str, NDArray[Any]]:
+    """Return what is known of each provisional label: row 0 belongs to label 1."""
+
+    def total(weights: NDArray[Any]) -> NDArray[np.int64]:
+        # bincount adds in float64: exact, since no sum over a block reaches 2**53.
+        return np.bincount(run_labels, weights, minlength=count + 1)[1:].astype(np.int64)
+
+    def extreme(ufunc: np.ufunc, values: NDArray[Any]) -> NDArray[np.int64]:
+        result = np.full(count + 1, -1 if ufunc is np.maximum else np.iinfo(np.int64).max)
+        ufunc.at(result, run_labels, values)
+        return result[1:]
+
+    origin = np.array([part.start for part in blocks.slices(index)])
+    local = extreme(np.minimum, starts)
+    extent = blocks.extent(index)
+    position = np.stack(np.unravel_index(local, extent), axis=1) + origin
+    first = (position[:, 0] * blocks.shape[1] + position[:, 1]) * blocks.shape[2] + position[:, 2]
+    columns: dict[str, NDArray[Any]] = {"voxels": total(lengths).astype(np.uint32), "first": first, "local": local}
+    if measure:
+        z, y, x = (part + start for part, start in zip(np.unravel_index(starts, extent), origin, strict=True))
+        last_x = x + lengths - 1
+        # The x of a run are x .. last_x, of mean (x + last_x) / 2: the product is even.
+        columns["coordinate_sums"] = np.stack(
+            [total(z * lengths), total(y * lengths), total((x + last_x) * lengths // 2)], axis=1
+        )
+        columns["lower"] = np.stack([extreme(np.minimum, low) for low in (z, y, x)], axis=1)
+        columns["upper"] = np.stack([extreme(np.maximum, high + 1) for high in (z, y, last_x)], axis=1)
+    return columns
+
+
+def _own_probabilities(
+    block: NDArray[Any],
+    labelling: Labelling,
+    index: Index,
+    present: NDArray[Any],
+    probabilities: ChunkedArray,
+) -> NDArray[np.float32]:
+    """Return the probability of each voxel's own class, reading only the channels that are `present`."""
+    own = np.zeros(block.shape, dtype=np.float32)
+    channels = probabilities.shape[0]
+    where = labelling.blocks.slices(index)[3 - labelling.blocks.ndim :]
+    for label in np.unique(present).tolist():
+        require_channel(label, channels)
+        channel = np.asarray(probabilities[(label if channels > 1 else 0, *where)]).reshape(block.shape)
+        np.copyto(own, channel, where=block == label)
+    return own
+
+
+def _probability_columns(own: NDArray[np.float32], provisional: NDArray[Any], count: int) -> dict[str, NDArray[Any]]:
+    sums = np.zeros(count + 1, dtype=np.int64)
+    largest = np.zeros(count + 1, dtype=np.float32)
+    np.add.at(sums, provisional, np.rint(own.astype(np.float64) * _PROBABILITY_ONE).astype(np.int64))
+    np.maximum.at(largest, provisional, own)
+    return {"probability_sum": sums[1:], "probability_max": largest[1:]}
+
+
+def _write_block(
+    item: tuple[Index, NDArray[Any]], *, labels: ChunkedArray, output: WritableArray, labelling: Labelling
+) -> None:
+    """Pass 2 of one block: `item` is its index and the final number of each of its provisional labels."""
+    index, numbers = item
+    labelling.blocks.write(output, index, relabel_block(labels, labelling, index, numbers.astype(output.dtype)))
+
+
+def _filter_block(
+    item: tuple[Index, NDArray[np.bool_]],
+    *,
+    labels: ChunkedArray,
+    output: WritableArray,
+    removed: WritableArray | None,
+    labelling: Labelling,
+) -> None:
+    """Pass 2 of one block: `item` is its index and whether each of its provisional labels stays."""
+    index, stays = item
+    blocks = labelling.blocks
+    if stays.all():
+        before = block = blocks.read(labels, index)
+    else:
+        labelled = _label_block(labels, labelling, index)
+        before, block = labelled.block, labelled.block.copy()
+        starts, lengths, run_labels = _runs(labelled, backend(labelling.array_module))
+        goes = ~stays[run_labels - 1]
+        # What goes is little: finding its voxels costs a fraction of looking up the component of every voxel.
+        starts, lengths = starts[goes], lengths[goes]
+        voxels = np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+        voxels += np.arange(len(voxels))
+        block.reshape(-1)[voxels] = 0
+    blocks.write(output, index, block.astype(output.dtype, copy=False))
+    if removed is not None:
+        blocks.write(removed, index, 0 if stays.all() else (before - block).astype(removed.dtype, copy=False))
+
+
+# ---- the merge ----
+
+
+def _merged(
+    labelling: Labelling,
+    descriptions: list[_Description],
+    class_dtype: np.dtype[Any],
+    measure: bool,
+    with_probabilities: bool,
+) -> Components:
+    """Put the blocks together: steps 2 to 5 of the module's description."""
+
+    offsets = _offsets([description.count for description in descriptions])
+
+    def gathered(name: str, dtype: Any, shape: tuple[int, ...] = ()) -> NDArray[Any]:
+        column = np.empty((offsets[-1], *shape), dtype=dtype)
+        # Block by block, so that hardly more than one copy of the column is ever held.
+        for description, start, stop in zip(descriptions, offsets, offsets[1:], strict=False):
+            if description.count:
+                column[start:stop] = description.columns.pop(name)
+        return column
+
+    classes = gathered("class", class_dtype)
+    first = gathered("first", np.int64)
+    nothing = np.zeros((0, 2), dtype=np.int64)
+    others, roots = _roots(np.concatenate([nothing, *_touching(labelling, descriptions, offsets, classes)]), first)
+    for description in descriptions:
+        description.planes.clear()
+    # These tables are what the caller needs most memory for: let each go as soon as the next is made.
+    is_root = np.ones(len(first), dtype=bool)
+    is_root[others] = False
+    in_order = np.flatnonzero(is_root)
+    first = first[in_order]
+    order = np.argsort(first)
+    first = first[order]
+    in_order = in_order[order]
+    del order
+    numbers = np.zeros(len(is_root), dtype=instances_dtype(len(in_order)))
+    numbers[in_order] = np.arange(1, len(in_order) + 1, dtype=numbers.dtype)
+    numbers[others] = numbers[roots]
+
+    def merged(name: str) -> NDArray[Any]:
+        merge, dtype, shape = _COLUMNS[name]
+        column = gathered(name, dtype, shape)
+        merge.at(column, roots, column[others])
+        return column[in_order]
+
+    voxels = merged("voxels")
+    measurements = None
+    if measure:
+        lower, upper = merged("lower"), merged("upper")
+        at_border = (lower == 0) | (upper == np.array(labelling.blocks.shape))
+        measurements = Measurements(
+            centroids=merged("coordinate_sums") / voxels[:, None],
+            lower=lower,
+            upper=upper,
+            # A 2-D image has no border in z.
+            touches_border=at_border[:, 3 - labelling.blocks.ndim :].any(axis=1),
+            mean_probability=merged("probability_sum") / voxels / _PROBABILITY_ONE if with_probabilities else None,
+            max_probability=merged("probability_max") if with_probabilities else None,
+        )
+    return Components(labelling, offsets, numbers, voxels, classes[in_order], first, measurements)
+
+
+def _offsets(counts: Sequence[int]) -> NDArray[np.int64]:
+    """Return how many provisional labels come before each block, and their total.
+
+    >>> _offsets([3, 0, 2])
+    array([0, 3, 3, 5])
+    """
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+# Which part of a neighbour's plane lies in the margin, and where there: before, beside, behind.
+_FROM = {-1: slice(-1, None), 0: slice(None), 1: slice(0, 1)}
+_TO = {-1: slice(0, 1), 0: slice(1, -1), 1: slice(-1, None)}
+
+
+def _touching(
+    labelling: Labelling, descriptions: list[_Description], offsets: NDArray[np.int64], classes: NDArray[Any]
+) -> Iterator[NDArray[np.int64]]:
+    """Yield, for each plane between two blocks, the pairs of provisional labels that touch across it, (m, 2).
+
+    Labels are counted through the whole volume from 0. The pair's first label lies before the cut, its second behind
+    it: in the block that faces the first, or beside that one along a later axis (beside it along an earlier axis is the
+    business of that axis's cuts).
+    """
+    blocks = labelling.blocks
+    indices = blocks.indices
+    position = {index: place for place, index in enumerate(indices)}
+    steps = [
+        step for step in itertools.product((-1, 0, 1), repeat=2) if sum(map(abs, step)) < _REACH[labelling.connectivity]
+    ]
+
+    @lru_cache(maxsize=4 * max(blocks.counts))
+    def plane(index: Index, axis: int, high: bool) -> NDArray[np.uint32]:
+        unpacked = _PLANES.decode(descriptions[position[index]].planes[2 * axis + high])
+        return np.frombuffer(unpacked, dtype=np.uint32).reshape(np.delete(blocks.extent(index), axis))
+
+    for axis, index in itertools.product(range(3), indices):
+        beyond = [i + (a == axis) for a, i in enumerate(index)]
+        if beyond[axis] == blocks.counts[axis] or not descriptions[position[index]].count:
+            continue
+        near = plane(index, axis, True)
+        # What lies behind the cut, with a margin of one voxel, each label tagged with the block that it is from.
+        far = np.zeros((near.shape[0] + 2, near.shape[1] + 2), dtype=np.int64)
+        far_offsets = np.zeros(9, dtype=np.int64)
+        first_axis, second_axis = (a for a in range(3) if a != axis)
+        for tag, (a, b) in enumerate(itertools.product((-1, 0, 1), repeat=2)):
+            neighbour = list(beyond)
+            neighbour[first_axis] += a
+            neighbour[second_axis] += b
+            place = position.get((neighbour[0], neighbour[1], neighbour[2]))
+            if (
+                (a and first_axis < axis)
+                or (b and second_axis < axis)
+                or place is None
+                or not descriptions[place].count
+            ):
+                continue
+            part = plane(indices[place], axis, False)[_FROM[a], _FROM[b]].astype(np.int64)
+            far[_TO[a], _TO[b]] = np.where(part, part | tag << 29, 0)
+            far_offsets[tag] = offsets[place]
+        where = np.flatnonzero(near)
+        rows, columns = np.divmod(where, near.shape[1])
+        at = (rows + 1) * far.shape[1] + columns + 1
+        ahead = far.reshape(-1)[at + np.array([[a * far.shape[1] + b] for a, b in steps])]
+        # One integer holds a pair, label before (29 bits), tag (4), label behind (29), and sorts fast.
+        keys = np.unique((near.reshape(-1)[where].astype(np.int64) << 33 | ahead)[ahead > 0])
+        before = offsets[position[index]] + (keys >> 33) - 1
+        behind = far_offsets[keys >> 29 & 15] + (keys & (1 << 29) - 1) - 1
+        same_class = classes[before] == classes[behind]
+        yield np.stack([before[same_class], behind[same_class]], axis=1)
+
+
+def _roots(pairs: NDArray[np.int64], first: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the provisional labels that are merged into another one, and that other one of each.
+
+    Of all that hang together, the root is the label with the first voxel in C order.
+
+    >>> _roots(np.array([[0, 2], [2, 5]]), first=np.array([7, 1, 3, 9, 8, 4]))
+    (array([0, 5]), array([2, 2]))
+    """
+    if not len(pairs):
+        return pairs[:, 0], pairs[:, 0]
+    nodes, ends = np.unique(pairs, return_inverse=True)
+    before, behind = ends.reshape(-1, 2).T
+    graph = coo_array((np.ones(len(pairs), dtype=bool), (before, behind)), shape=(len(nodes), len(nodes)))
+    groups, group = connected_components(graph, directed=False)
+    earliest = np.full(groups, -1)
+    in_order = np.argsort(-first[nodes])
+    earliest[group[in_order]] = nodes[in_order]  # the last to be written, that of the first voxel, stays
+    roots = earliest[group]
+    merged = roots != nodes
+    return nodes[merged], roots[merged]

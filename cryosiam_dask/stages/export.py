@@ -1,0 +1,582 @@
+"""The other formats that labels are written in, beside the HDF5 file: OME-Zarr and MRC.
+
+``<stem>.ome.zarr`` (see `cryosiam_dask.stages.ome_zarr`) holds the tomogram and its labels, ``<stem>_labels.mrc`` the
+labels, and ``<stem>__<class>.mrc`` 1 where a voxel is of that class and 0 elsewhere. Each carries the fingerprint of
+the prediction that it was made from, so that one that is missing or outdated is made from the written prediction,
+without inference. Voxel size and position are those of the prediction:
+
+Viewers place an MRC file by its origin, or, if that is 0, by its start times the voxel size. An OME-Zarr image has one
+position, its translation, which is set so that both lie at the same place.
+"""
+
+from __future__ import annotations
+
+import glob
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mrcfile
+import numpy as np
+import zarr
+
+from cryosiam_dask.config import Configuration
+from cryosiam_dask.core.executor import SERIAL, Executor
+from cryosiam_dask.errors import CryosiamDaskError, LabelsError, OutputError, TomogramError, may_pass
+from cryosiam_dask.files.folders import real
+from cryosiam_dask.files.predictions import Sliceable, StoredDataset, open_dataset, read_attributes, write_mrc
+from cryosiam_dask.model.classes import file_names, given_names, named
+from cryosiam_dask.stages.ingest import IngestReport, ingest, read_header, require_free
+from cryosiam_dask.stages.ome_zarr import SEGMENTATION, read_own_attributes, write_ome_zarr
+
+#: Before the fingerprint, in the only place of an MRC header that takes text: of labels, and of the mask of a class.
+MRC_LABEL, MASK_LABEL = "cryosiam_dask ", "cryosiam_dask mask "
+_ENDINGS = {"ome-zarr": ".ome.zarr", "mrc": "_labels.mrc"}
+#: What an OME-Zarr image says of the prediction that it was made from.
+_CARRIED = (
+    "software", "source", "checkpoint", "checkpoint_sha256", "threshold", "patch_size", "postprocessing_sizes",
+    "voxel_size_angstrom", "origin_angstrom", "nstart", "class_names", "fingerprint",
+)  # fmt: skip
+
+
+def format_path(folder: Path, stem: str, name: str) -> Path:
+    """The file of a tomogram in one of the other formats."""
+    return folder / f"{stem}{_ENDINGS[name]}"
+
+
+def mask_paths(folder: Path, stem: str, class_names: Sequence[str]) -> list[Path]:
+    """A tomogram's masks of its classes, which `cryosiam_dask.model.classes.file_names` names."""
+    return [folder / f"{stem}__{name}.mrc" for name in file_names(class_names)]
+
+
+def _masks(folder: Path, stem: str) -> dict[Path, str]:
+    """The masks of classes that this program wrote for a tomogram, with their fingerprints."""
+    paths = [path for path in folder.glob(f"{glob.escape(stem)}__*.mrc") if path.stem.rpartition("__")[0] == stem]
+    found = {path: read_mrc_fingerprint(path, MASK_LABEL) for path in paths}
+    return {path: fingerprint for path, fingerprint in found.items() if fingerprint is not None}
+
+
+def other_formats(configuration: Configuration) -> tuple[str, ...]:
+    """What ``output_formats`` asks for beside HDF5, each once."""
+    return tuple(name for name in _ENDINGS if name in configuration.output_formats)
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A tomogram to be written beside its labels.
+
+    Attributes
+    ----------
+    voxels
+        (z, y, x) or (y, x).
+    minimum
+        The lowest finite voxel, which stands for those that are not finite.
+    """
+
+    voxels: Sliceable
+    minimum: float
+
+    @classmethod
+    def of(cls, voxels: Any, report: IngestReport) -> Placed:
+        """What `cryosiam_dask.stages.ingest.ingest` gives."""
+        return cls(voxels, report.statistics.minimum or 0.0)
+
+
+def write_other_formats(
+    folder: Path,
+    stem: str,
+    formats: Sequence[str],
+    labels: Sliceable,
+    *,
+    tomogram: Placed | None,
+    attributes: Mapping[str, Any],
+    executor: Executor = SERIAL,
+) -> None:
+    """Write labels in other formats than HDF5; each appears complete or not at all.
+
+    Parameters
+    ----------
+    folder, stem
+        Where they go, and the tomogram's name.
+    formats
+        ``"ome-zarr"``, ``"mrc"``.
+    labels
+        (z, y, x) or (y, x), uint8.
+    tomogram
+        Needed for ``"ome-zarr"`` alone.
+    attributes
+        Those of the predictions file: ``voxel_size_angstrom``, ``origin_angstrom``, ``nstart``, ``class_names``,
+        ``fingerprint`` and others, as far as they are known.
+    executor
+        Runs the pieces.
+
+    Raises
+    ------
+    LabelsError
+        If labels and tomogram differ in shape.
+    OutputError
+        If a file cannot be written; an earlier one is then untouched.
+    """
+    size, origin, nstart = (attributes.get(name) for name in ("voxel_size_angstrom", "origin_angstrom", "nstart"))
+    for name in formats:
+        path = format_path(folder, stem, name)
+        if name == "mrc":
+            write = partial(
+                write_mrc,
+                labels=labels,
+                voxel_size_angstrom=size,
+                origin_angstrom=origin,
+                nstart=nstart,
+                label=MRC_LABEL + attributes.get("fingerprint", ""),
+            )
+            executor.map(write, [path], name="export")
+        elif tomogram is not None:
+            write_ome_zarr(
+                path,
+                tomogram.voxels,
+                labels,
+                class_names=attributes.get("class_names") or (),
+                voxel_size_angstrom=size,
+                position_angstrom=position_angstrom(size, origin, nstart),
+                minimum=tomogram.minimum,
+                attributes={key: attributes[key] for key in _CARRIED if attributes.get(key) is not None},
+                executor=executor,
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _OfClass:
+    """1 where labels are of a class and 0 elsewhere, told where they are read."""
+
+    labels: Sliceable
+    label: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.labels.shape
+
+    @property
+    def dtype(self) -> np.dtype[np.uint8]:
+        return np.dtype(np.uint8)
+
+    def __getitem__(self, region: Any, /) -> Any:
+        return (np.asarray(self.labels[region]) == self.label).astype(np.uint8)
+
+
+def write_masks(
+    folder: Path, stem: str, labels: Sliceable, *, attributes: Mapping[str, Any], executor: Executor = SERIAL
+) -> None:
+    """Write an MRC file for each class, 1 where there is any of it and 0 elsewhere, and remove those of other classes.
+
+    Parameters
+    ----------
+    folder, stem, labels, attributes, executor
+        As of `write_other_formats`; ``class_names`` must name all labels.
+
+    Raises
+    ------
+    OutputError
+        If one of them would replace a file that this program did not make, and then none is written, or if a file
+        cannot be written.
+    """
+    paths = mask_paths(folder, stem, attributes["class_names"])
+    for path in paths:
+        if path.exists() and read_mrc_fingerprint(path, MASK_LABEL) is None:
+            raise OutputError(
+                "an export must not replace what was not made from a prediction", place=path, remedy="Move it away"
+            )
+    write = partial(_write_mask, labels, attributes)
+    executor.map(write, list(enumerate(paths, 1)), name="export")
+    for path in set(_masks(folder, stem)).difference(paths):
+        path.unlink()
+
+
+def _write_mask(labels: Sliceable, attributes: Mapping[str, Any], each: tuple[int, Path]) -> None:
+    label, path = each
+    write_mrc(
+        path,
+        _OfClass(labels, label),
+        voxel_size_angstrom=attributes.get("voxel_size_angstrom"),
+        origin_angstrom=attributes.get("origin_angstrom"),
+        nstart=attributes.get("nstart"),
+        label=MASK_LABEL + attributes.get("fingerprint", ""),
+    )
+
+
+def position_angstrom(
+    voxel_size: Sequence[float | None] | None, origin: Sequence[float] | None, nstart: Sequence[int] | None
+) -> tuple[float, ...] | None:
+    """Where viewers of MRC files put the first voxel: at the origin, or, if that is 0, at start times voxel size.
+
+    >>> position_angstrom((10, 10, 10), (0, 0, 0), (0, -3, 2))
+    (0.0, -30.0, 20.0)
+    """
+    if origin is not None and any(origin):
+        return tuple(map(float, origin))
+    if voxel_size is None or nstart is None:
+        return None
+    return tuple(float(start) * (size or 0.0) for start, size in zip(nstart, voxel_size, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------ what is there
+
+
+def formats_done(configuration: Configuration, stem: str, fingerprint: str, names: Sequence[str]) -> bool:
+    """Whether all formats that are wanted were made from the prediction of this fingerprint, with these names."""
+    return all(
+        _fingerprint(name, format_path(configuration.prediction_folder, stem, name), names) == fingerprint
+        for name in other_formats(configuration)
+    )
+
+
+def _fingerprint(name: str, path: Path, names: Sequence[str] | None = None) -> str | None:
+    """The fingerprint that a file carries: "" without one, ``None`` if it is not ours, or of other names."""
+    if name == "mrc":
+        return read_mrc_fingerprint(path)
+    own = read_own_attributes(path)
+    if not own or not (path / "labels" / SEGMENTATION).is_dir():  # a tomogram that was converted has no labels
+        return None
+    if names is not None and own.get("class_names") != list(names):
+        return None
+    return str(own.get("fingerprint", ""))
+
+
+def foreign_formats(folder: Path, stem: str, formats: Sequence[str]) -> list[Path]:
+    """What stands in the place of other formats and was not made from a prediction by this program.
+
+    Parameters
+    ----------
+    folder, stem, formats
+        As of `write_other_formats`.
+    """
+    paths = {name: format_path(folder, stem, name) for name in formats}
+    return [path for name, path in paths.items() if path.exists() and _fingerprint(name, path) is None]
+
+
+def read_mrc_fingerprint(path: Path, mark: str = MRC_LABEL) -> str | None:
+    """The fingerprint in an MRC file's header, after `mark`; ``None`` for other files and what cannot be read."""
+    try:
+        with mrcfile.open(path, header_only=True) as mrc:
+            label = bytes(mrc.header.label[0]).decode("ascii", "replace")
+    except (OSError, ValueError):
+        return None
+    return label.removeprefix(mark).strip() if label.startswith(mark) else None
+
+
+def remove_outdated_formats(folder: Path, stem: str, fingerprint: str | None, keep: Sequence[str] = ()) -> list[str]:
+    """Remove what was made from another prediction than that of this fingerprint.
+
+    Parameters
+    ----------
+    folder, stem, fingerprint
+        Which files, and the fingerprint that they should carry.
+    keep
+        Formats to leave alone, as they will be replaced.
+
+    Returns
+    -------
+    list of str
+        What needs attention.
+    """
+    removed = []
+    for path in (format_path(folder, stem, name) for name in _ENDINGS if name not in keep):
+        name = "ome-zarr" if path.is_dir() else "mrc"
+        if path.exists() and _fingerprint(name, path) not in (None, fingerprint):
+            shutil.rmtree(real(path)) if path.is_dir() else path.unlink()
+            removed.append(
+                f"{path.name} held other labels and has been removed; 'cryosiam-dask export --format {name}' makes it"
+            )
+    masks = [path for path, found in _masks(folder, stem).items() if found != fingerprint]
+    for path in masks:
+        path.unlink()
+    if masks:
+        removed.append(
+            f"the masks {', '.join(sorted(path.name for path in masks))} were those of other labels and have been "
+            "removed; 'cryosiam-dask export --format mrc --per-class' makes them"
+        )
+    return removed
+
+
+# ---------------------------------------------------------------------------------------- from what is written already
+
+
+def export_prediction(
+    configuration: Configuration,
+    prediction: Path,
+    formats: Sequence[str],
+    *,
+    per_class: bool = False,
+    work: zarr.Group,
+    executor: Executor = SERIAL,
+) -> tuple[str, ...]:
+    """Write a predictions file in other formats, whoever wrote it.
+
+    Parameters
+    ----------
+    configuration
+        Its ``data_folder`` and ``file_extension`` name the tomograms, ``class_names`` the labels.
+    prediction
+        ``<stem>_preds.h5``.
+    formats
+        ``"ome-zarr"``, ``"mrc"``.
+    per_class
+        Whether the MRC file is one for each class.
+    work
+        Holds a copy of the tomogram for the time being, unless that is zarr itself.
+    executor
+        Runs the pieces.
+
+    Returns
+    -------
+    tuple of str
+        What needs attention.
+
+    Raises
+    ------
+    OutputError
+        If the prediction cannot be read, its tomogram is not there though an OME-Zarr image is wanted, or nothing can
+        be written.
+    TomogramError
+        If the tomogram cannot be read.
+    LabelsError
+        If labels and tomogram differ in shape, or the labels are no whole numbers from 0 to 255.
+    """
+    stem = prediction.name.removesuffix("_preds.h5")
+    whole = [name for name in formats if name != "mrc" or not per_class]
+    for path in foreign_formats(prediction.parent, stem, whole):
+        raise OutputError(
+            "an export must not replace what was not made from a prediction", place=path, remedy="Move it away"
+        )
+    labels, attributes = uint8_labels(prediction), written_attributes(configuration, prediction, patient=True)
+    source = find_source(configuration, stem, attributes)
+    tomogram, warnings = None, list[str]()
+    if source is not None and ("ome-zarr" in formats or not attributes.get("voxel_size_angstrom")):
+        header = read_header(source, **configuration.reading)
+        require_shape(prediction, labels.shape, source, header.shape)
+    if "ome-zarr" in formats:
+        if source is None:
+            raise OutputError(
+                "an OME-Zarr image holds the tomogram beside its labels, so the tomogram must be there",
+                place=prediction,
+                value=f"no {stem}{configuration.file_extension} in {configuration.data_folder}",
+                remedy="Correct data_folder and file_extension, or ask for 'mrc' alone",
+            )
+        voxels, report = ingest(source, work.store, executor=executor, **configuration.reading)
+        tomogram = Placed.of(voxels, report)
+        warnings += report.warnings
+    stored = attributes.get("class_names") or ()
+    count = max(len(stored), _highest(labels, executor))
+    attributes["class_names"] = list(named(given_names(configuration) or stored, count))
+    folder = prediction.parent
+    write_other_formats(folder, stem, whole, labels, tomogram=tomogram, attributes=attributes, executor=executor)
+    if len(whole) < len(formats):
+        write_masks(folder, stem, labels, attributes=attributes, executor=executor)
+    return tuple(warnings)
+
+
+def written_attributes(configuration: Configuration, prediction: Path, *, patient: bool = False) -> dict[str, Any]:
+    """The attributes of a predictions file, and what it does not tell of its tomogram from the header of that.
+
+    CryoSiam's own files tell nothing, and those of this program no voxel size where the header had none.
+
+    Parameters
+    ----------
+    configuration
+        Its ``data_folder`` and ``file_extension`` name the tomograms.
+    prediction
+        ``<stem>_preds.h5``.
+    patient
+        Whether to raise what may pass, instead of leaving out what the tomogram would tell.
+
+    Returns
+    -------
+    dict
+        See `cryosiam_dask.files.predictions.read_attributes`. A tomogram that is not there, cannot be read or has
+        another shape than the labels tells nothing.
+
+    Raises
+    ------
+    OutputError
+        If the predictions file cannot be read.
+    OSError, TomogramError
+        Where `patient`, if the disk of the tomogram does not answer.
+    """
+    attributes = read_attributes(prediction)
+    shape = open_dataset(prediction, "labels").shape
+    size = attributes.get("voxel_size_angstrom")
+    if (
+        not isinstance(size, list)
+        or len(size) != len(shape)
+        or not all(isinstance(v, float | int | None) for v in size)
+    ):
+        size = None  # nothing, or what another program means by the name
+    if size and all(size):
+        return attributes
+    attributes = {name: value for name, value in attributes.items() if size or name != "voxel_size_angstrom"}
+    try:
+        source = find_source(configuration, prediction.name.removesuffix("_preds.h5"), attributes)
+        if source is None:
+            return attributes
+        header = read_header(source, **configuration.reading)
+    except (OSError, CryosiamDaskError) as error:
+        if patient and may_pass(error):
+            raise
+        return attributes
+    if header.shape != shape:
+        return attributes
+    told = header.attributes()
+    if size and not all(told["voxel_size_angstrom"]):
+        told["voxel_size_angstrom"] = size
+    names = ("voxel_size_angstrom", "origin_angstrom", "nstart", "axes", "source")
+    return {**attributes, **{name: told[name] for name in names if name == names[0] or name not in attributes}}
+
+
+def find_source(configuration: Configuration, stem: str, attributes: Mapping[str, Any]) -> Path | None:
+    """The tomogram that a prediction with these attributes was made from; ``None`` where it is not there.
+
+    Raises
+    ------
+    TomogramError
+        If ``data_folder`` cannot be looked into.
+    """
+    names = [f"{stem}{configuration.file_extension}"]
+    if isinstance(attributes.get("source"), str):
+        names.append(Path(attributes["source"]).name)
+    try:
+        return next((path for name in names if (path := configuration.data_folder / name).exists()), None)
+    except OSError as error:
+        raise TomogramError(
+            "data_folder must be a folder that can be looked into",
+            place=configuration.data_folder,
+            value=error.strerror,
+            remedy="Change its permissions",
+        ) from None
+
+
+def require_shape(prediction: Path, labels: tuple[int, ...], source: Path, tomogram: tuple[int, ...]) -> None:
+    """Refuse labels of another shape than their tomogram.
+
+    Raises
+    ------
+    LabelsError
+        If they are.
+    """
+    if labels != tomogram:
+        raise LabelsError(
+            f"the labels must have the shape of their tomogram {source}, {tomogram}",
+            place=prediction,
+            value=labels,
+            remedy="Set data_folder and file_extension (or ome_zarr_level) to what they were made from",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Uint8:
+    """Labels of any whole-number dtype, checked and converted where they are read."""
+
+    stored: StoredDataset
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def dtype(self) -> np.dtype[np.uint8]:
+        return np.dtype(np.uint8)
+
+    def __getitem__(self, region: Any, /) -> Any:
+        values = np.asarray(self.stored[region])
+        if values.size and (values.min() < 0 or values.max() > 255):
+            raise LabelsError(
+                "labels must lie between 0 and 255",
+                place=self.stored.path,
+                value=f"{values.min()} to {values.max()}",
+                remedy="Predict again, or correct the file that was edited",
+            )
+        return values.astype(np.uint8)
+
+
+def uint8_labels(prediction: Path) -> _Uint8:
+    """The labels of a predictions file, whoever wrote it, as uint8.
+
+    Raises
+    ------
+    LabelsError
+        If they are no whole numbers, or, where a region is read, do not lie between 0 and 255.
+    """
+    stored = open_dataset(prediction, "labels")
+    if stored.dtype.kind not in "iu":
+        raise LabelsError(
+            "labels must be whole numbers", place=prediction, value=stored.dtype, remedy="Run semantic-predict again"
+        )
+    return _Uint8(stored)
+
+
+def _highest(labels: Sliceable, executor: Executor) -> int:
+    slabs = [slice(first, first + 64) for first in range(0, labels.shape[0], 64)]
+    return max(executor.map(partial(_highest_of_slab, labels), slabs, name="count"))
+
+
+def _highest_of_slab(labels: Sliceable, slab: slice) -> int:
+    highest = 0
+    for first in range(0, labels.shape[1], 512):
+        highest = max(highest, int(np.max(labels[(slab, slice(first, first + 512))])))
+    return highest
+
+
+# --------------------------------------------------------------------------------------------------------- conversion
+
+
+def convert_to_ome_zarr(
+    source: str | Path,
+    target: str | Path,
+    *,
+    level: int = 0,
+    dataset: str | None = None,
+    overwrite: bool = False,
+    executor: Executor = SERIAL,
+) -> IngestReport:
+    """Convert a tomogram to an OME-Zarr image of several levels.
+
+    Parameters
+    ----------
+    source, level, dataset, overwrite, executor
+        As of `cryosiam_dask.stages.ingest.convert`.
+    target
+        Folder of the image, for example ``tomogram.ome.zarr``.
+
+    Returns
+    -------
+    IngestReport
+        See `cryosiam_dask.stages.ingest.ingest`.
+
+    Raises
+    ------
+    TomogramError
+        If the file cannot be read.
+    OutputError
+        If the target exists or cannot be written.
+    """
+    target = Path(target)
+    header = read_header(source, level=level, dataset=dataset)
+    require_free(target, overwrite=overwrite)
+    work = target.with_name(f".{target.name}.work")
+    try:
+        voxels, report = ingest(source, work, level=level, dataset=dataset, executor=executor)
+        write_ome_zarr(
+            target,
+            voxels,
+            voxel_size_angstrom=header.voxel_size_angstrom,
+            position_angstrom=position_angstrom(header.voxel_size_angstrom, header.origin_angstrom, header.nstart),
+            minimum=report.statistics.minimum or 0.0,
+            attributes={**header.attributes(), "statistics": report.statistics.attributes()},
+            executor=executor,
+        )
+    except OutputError as error:
+        raise type(error)(error.rule, place=target, value=error.value, remedy=error.remedy) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return report

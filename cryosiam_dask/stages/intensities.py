@@ -1,0 +1,279 @@
+"""The intensities of a tomogram, from a sample that costs as little for four gigavoxels as for four million.
+
+A tomogram lies in pieces that are read at once: chunks, or some rows of a section. `evenly_spread` chooses pieces that
+are evenly spread along each axis and hold no more than so many voxels together; a tomogram with no more than that is
+read in full. A compressed file can only be read from its beginning, so the sample is its first sections.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cryosiam_dask.core.diagnosis import Contrast, Intensities
+from cryosiam_dask.files.tomogram import TomogramHeader
+from cryosiam_dask.stages.ingest import MrcHeader, read_beginning, read_part
+
+SAMPLE_VOXELS = 1 << 22  # 16 MiB of float32, a fraction of a second
+SAMPLE_STREAM_BYTES = 64 * 2**20  # of a compressed file, uncompressed
+_ROWS_VOXELS = 1 << 14  # read at once from a file that has no chunks
+_CENTRAL = (0.005, 0.995)  # quantiles between which the central 99 % lie
+
+Region: TypeAlias = tuple[slice, ...]
+
+# See `contrast`.
+_BIN, _BINS = 3, 8  # voxels, and bins along either edge of a tile
+_TAIL = 4  # of the 64 bins of a tile, those taken for its brightest and for its darkest
+_REPEATED = 0.25  # share of a tile's voxels
+_ASYMMETRY, _STANDARD_ERRORS, _TILES = 0.05, 8.0, 32
+_MEDIAN = 0.02
+
+
+class Array(Protocol):
+    """A zarr array, an HDF5 dataset, or whatever else has a shape and NumPy's slicing."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __getitem__(self, region: Any, /) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Some voxels of a tomogram.
+
+    Attributes
+    ----------
+    values
+        Their intensities, one axis, float32.
+    share
+        Of the tomogram's voxels, 0 to 1.
+    where
+        Which voxels these are, in words.
+    parts
+        The same as they lie in the tomogram, neighbours beside neighbours: (z, y, x) or (y, x) each.
+    """
+
+    values: NDArray[np.float32]
+    share: float
+    where: str
+    parts: tuple[NDArray[np.float32], ...] = ()
+
+
+def evenly_spread(shape: Sequence[int], piece: Sequence[int], voxels: int) -> list[Region]:
+    """Choose pieces of an array that are evenly spread along each axis.
+
+    Parameters
+    ----------
+    shape, piece
+        Of the array and of its pieces, which begin at multiples of their own shape.
+    voxels
+        How many voxels all pieces together may have; one piece is taken even if it has more.
+
+    Returns
+    -------
+    list of tuple of slice
+        In C order; all pieces where they hold no more voxels.
+
+    Examples
+    --------
+    >>> evenly_spread((10, 4), (2, 4), voxels=16)
+    [(slice(2, 4, None), slice(0, 4, None)), (slice(6, 8, None), slice(0, 4, None))]
+    """
+    counts = [-(-size // edge) for size, edge in zip(shape, piece, strict=True)]
+    chosen = list(counts)
+    if math.prod(shape) > voxels:
+        while math.prod(chosen) > 1 and math.prod(chosen) * math.prod(piece) > voxels:
+            axis = chosen.index(max(chosen))
+            chosen[axis] = chosen[axis] * 9 // 10
+    starts = [
+        # The middles of so many equal parts of the axis.
+        [(2 * i + 1) * count // (2 * number) * edge for i in range(number)]
+        for count, number, edge in zip(counts, chosen, piece, strict=True)
+    ]
+    return [
+        tuple(slice(a, min(a + edge, size)) for a, edge, size in zip(corner, piece, shape, strict=True))
+        for corner in product(*starts)
+    ]
+
+
+def sample_file(header: TomogramHeader, voxels: int = SAMPLE_VOXELS) -> Sample:
+    """Take a sample of a tomogram file.
+
+    Parameters
+    ----------
+    header
+        From `cryosiam_dask.stages.ingest.read_header`.
+    voxels
+        How many to take at most, of a file that is not compressed.
+
+    Raises
+    ------
+    TomogramError
+        If the file cannot be read, or is shorter than its header says.
+    """
+    if isinstance(header, MrcHeader) and header.compressed:
+        beginning = read_beginning(header, SAMPLE_STREAM_BYTES)
+        sections = header.axes.index(0)
+        read, there = beginning.shape[sections], header.shape[sections]
+        where = "all voxels" if read == there else f"the first {read} of the {there} sections of the compressed file"
+        return _sample([_thinned(beginning, voxels)], read / there, where)
+    piece = header.stored_chunks
+    if math.prod(piece) == 1:  # rows of it
+        axes = header.axes if isinstance(header, MrcHeader) else range(len(header.shape))
+        rows, columns = [header.shape[list(axes).index(axis)] for axis in range(len(header.shape))][-2:]
+        in_file = (1, min(rows, max(_BIN * _BINS, _ROWS_VOXELS // columns)), columns)[-len(header.shape) :]
+        piece = tuple(in_file[axis] for axis in axes)
+    return _sample_pieces(header.shape, piece, voxels, partial(read_part, header))
+
+
+def sample_array(array: Array, voxels: int = SAMPLE_VOXELS) -> Sample:
+    """Take a sample of a stored array: chunks of it, if it has any.
+
+    Parameters
+    ----------
+    array
+        (z, y, x) or (y, x), real numbers.
+    voxels
+        How many to take at most, but for chunks that have more.
+    """
+    chunks = getattr(array, "chunks", None)
+    if chunks is None:
+        *others, columns = array.shape
+        chunks = (*([1] * len(others)), columns)
+    return _sample_pieces(array.shape, chunks, voxels, array.__getitem__)
+
+
+def _sample_pieces(
+    shape: Sequence[int], piece: Sequence[int], voxels: int, read: Callable[[Region], NDArray[Any]]
+) -> Sample:
+    whole = math.prod(shape) <= voxels
+    regions = evenly_spread(shape, shape if whole else piece, voxels)
+    # A piece of more voxels than wanted gives up some of them.
+    parts = [_thinned(np.asarray(read(region)), max(1, voxels // len(regions))) for region in regions]
+    taken = sum(math.prod(s.stop - s.start for s in region) for region in regions)
+    where = "all voxels" if whole else f"{len(regions)} evenly spread pieces of it"
+    return _sample(parts, taken / math.prod(shape), where)
+
+
+def _thinned(part: NDArray[Any], voxels: int) -> NDArray[Any]:
+    """Every so manieth section of a part, and rows and columns of it too where it still has more than `voxels`."""
+    for axis in range(part.ndim):
+        step = min(part.shape[axis], -(-part.size // voxels))
+        part = part[(slice(None),) * axis + (slice(None, None, step),)]
+    return part
+
+
+def intensities(sample: Sample, minimum: float, maximum: float) -> Intensities:
+    """Say how the intensities of a sample fall into [`minimum`, `maximum`]."""
+    finite = sample.values[np.isfinite(sample.values)]
+    count = max(1, sample.values.size)
+    quantiles: list[Any] = [None] * 3
+    if finite.size:
+        quantiles = np.quantile(finite, (_CENTRAL[0], 0.5, _CENTRAL[1])).tolist()
+    return Intensities(
+        share=sample.share,
+        where=sample.where,
+        lowest=float(finite.min()) if finite.size else None,
+        highest=float(finite.max()) if finite.size else None,
+        median=quantiles[1],
+        central=(quantiles[0], quantiles[2]) if finite.size else None,
+        below=int(np.count_nonzero(finite < minimum)) / count,
+        above=int(np.count_nonzero(finite > maximum)) / count,
+        non_finite=1 - finite.size / count,
+        contrast=contrast(sample),
+    )
+
+
+def contrast(sample: Sample) -> Contrast | None:
+    """Tell whether dense matter is bright or dark.
+
+    Membranes, filaments and complexes are denser than what is between them and fill the smaller part of it. So, near
+    any place, the densest voxels lie further from the median than the thinnest ones.
+
+    1. Voxels are averaged 3 × 3 in a section, against noise, and grouped to tiles of 24 × 24 voxels, in which the
+       specimen's slow changes, such as from a lamella to the vacuum, do not count.
+    2. The asymmetry of a tile is (bright + dark - 2 median) / (bright - dark), from -1 to 1, of the means of its
+       brightest and darkest sixteenth.
+    3. A tile counts as much as its bright and dark differ, so that the lamella outweighs the vacuum, but no more than
+       the tile that ranks at nine tenths, so that gold beads do not outweigh the lamella. Tiles in which a quarter of
+       the voxels are the same extreme number (padding, labels) do not count.
+
+    Parameters
+    ----------
+    sample
+        With its `parts`.
+
+    Returns
+    -------
+    Literal or None
+        ``None`` where the mean asymmetry is below 0.05 or below eight of its standard errors, there are fewer than 32
+        tiles, or the median asymmetry, weighted likewise, is not above 0.02 to the same side: the straight edge of a
+        hole may decide the mean, not the median. Phantoms with noise, a missing wedge, gold, ice, fringes or vacuum
+        have 0.07 to 0.4 and more than twelve standard errors, with the sign of their contrast; where noise hides
+        everything it is below 0.02, and of noise alone below six standard errors.
+
+    Examples
+    --------
+    >>> beads = np.zeros((32, 48, 48), np.float32)
+    >>> beads[:, ::11, ::7] = 1
+    >>> beads += np.random.default_rng(0).normal(0, 0.1, beads.shape)
+    >>> contrast(Sample(beads.ravel(), 1, "all voxels", (beads,)))
+    'bright on dark'
+    >>> contrast(Sample(beads.ravel(), 1, "all voxels", (-beads,)))
+    'dark on bright'
+    """
+    found = [_asymmetries(part) for part in sample.parts]
+    if not found:
+        return None
+    asymmetries, spans = (np.concatenate(each) for each in zip(*found, strict=True))
+    if len(spans) < _TILES:
+        return None
+    weights = np.minimum(spans, np.quantile(spans, 0.9)) / spans.max()
+    mean = np.average(asymmetries, weights=weights)
+    error = np.linalg.norm(weights * (asymmetries - mean)) / weights.sum()
+    order = np.argsort(asymmetries)
+    heavier = np.cumsum(weights[order])
+    median = asymmetries[order][np.searchsorted(heavier, heavier[-1] / 2)]
+    if abs(mean) < max(_ASYMMETRY, _STANDARD_ERRORS * error) or median * np.sign(mean) < _MEDIAN:
+        return None
+    return "bright on dark" if mean > 0 else "dark on bright"
+
+
+def _asymmetries(part: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of each tile of a part that counts: its asymmetry, and how much its bright and dark differ."""
+    sections = np.moveaxis(part, np.argmin(part.shape), 0) if part.ndim == 3 else part.reshape(-1, *part.shape[-2:])
+    edge = _BIN * _BINS
+    count, rows, columns = len(sections), sections.shape[1] // edge, sections.shape[2] // edge
+    whole = sections[:, : rows * edge, : columns * edge]
+    tiles = whole.reshape(count, rows, _BINS, _BIN, columns, _BINS, _BIN).transpose(0, 1, 4, 2, 5, 3, 6)
+    tiles = tiles.reshape(-1, _BINS**2, _BIN**2)
+    finite = np.isfinite(tiles).all((1, 2))
+    repeated = [
+        (tiles == extreme(tiles, axis=(1, 2), keepdims=True)).mean((1, 2)) for extreme in (np.min, np.max) if tiles.size
+    ]
+    tiles = tiles[finite & np.all([share < _REPEATED for share in repeated], axis=0)]
+    bins = np.sort(tiles.mean(2, dtype=np.float64))
+    dark, bright, median = bins[:, :_TAIL].mean(1), bins[:, -_TAIL:].mean(1), np.median(bins, 1)
+    spans = bright - dark
+    counting = spans > 0
+    return ((bright + dark - 2 * median)[counting] / spans[counting]), spans[counting]
+
+
+def _sample(parts: Sequence[NDArray[Any]], share: float, where: str) -> Sample:
+    values = _float32(np.concatenate([part.reshape(-1) for part in parts]))
+    ends = np.cumsum([part.size for part in parts])
+    views = np.split(values, ends[:-1])
+    shapes = [part.shape for part in parts]
+    return Sample(values, share, where, tuple(v.reshape(s) for v, s in zip(views, shapes, strict=True)))
+
+
+def _float32(values: NDArray[Any]) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # infinite then, and counted as such, as the network's scaling does it
+        return values.astype(np.float32)

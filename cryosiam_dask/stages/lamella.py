@@ -1,0 +1,453 @@
+"""From lamella probabilities to a clean lamella mask, on chunked arrays.
+
+1. Smooth the probability with a Gaussian, one axis after the other, and compare it with the threshold, block by block.
+   Every block is read with the halo that the Gaussian reaches, so that each voxel is a sum of the very numbers, in
+   the same order, as in the whole array.
+2. Find the largest 26-connected component (`cryosiam_dask.stages.components`).
+3. Reduce the component to the corners of its convex hull in each z-slice: the ends of its rows hold all of them.
+4. Fill, block by block, the hull of each slice, or the hull of the whole component.
+
+Hulls are those of scikit-image: a voxel counts with the middles of its faces, half a voxel away from its centre, and
+belongs to a hull if its centre lies in it or on its surface. All coordinates are therefore halves of integers; doubled,
+they and the half-spaces between them are integers too, and what lies on a surface is decided without rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial import ConvexHull
+
+from cryosiam_dask.core.executor import SERIAL, Executor
+from cryosiam_dask.errors import LabelsError
+from cryosiam_dask.stages.components import (
+    ArrayModule,
+    Blocks,
+    ChunkedArray,
+    Index,
+    Labelling,
+    WritableArray,
+    backend,
+    largest_component,
+    relabel_block,
+)
+
+SIGMA = (10.0, 5.0, 5.0)
+"""Width of the Gaussian in voxels, (z, y, x)."""
+
+TRUNCATE = 4.0
+"""Where the Gaussian ends, in sigmas."""
+
+_SMOOTHED_VOXELS = 1 << 23  # of a block to smooth: halos take half of the work at this size, more below it
+
+Corners: TypeAlias = NDArray[np.int64]  # (n, axes): voxels whose convex hull is wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Thickness:
+    """How thick a lamella is along z, in voxels, of the columns (y, x) that hold any of it.
+
+    It is measured along z, not across the faces: of a lamella that is tilted by α it is 1 / cos α times the distance of
+    these.
+
+    Attributes
+    ----------
+    mean, lowest, highest
+        Voxels of the lamella in a column.
+    """
+
+    mean: float
+    lowest: int
+    highest: int
+
+    @classmethod
+    def of(cls, columns: Sequence[int] | NDArray[np.int64]) -> Thickness | None:
+        """From how many columns hold 0, 1, 2 … voxels of the lamella; ``None`` if no column holds any.
+
+        >>> Thickness.of([7, 0, 1, 3])
+        Thickness(mean=2.75, lowest=2, highest=3)
+        """
+        counts = np.asarray(columns, np.int64).copy()
+        counts[0] = 0
+        held = np.flatnonzero(counts)
+        if not held.size:
+            return None
+        return cls(float(held @ counts[held] / counts.sum()), int(held[0]), int(held[-1]))
+
+    def described(self, voxel_size_angstrom: Sequence[float | None] | None) -> dict[str, float | str]:
+        """The same in nm, or in voxels where the edge of a voxel along z, the first of three, is unknown.
+
+        >>> Thickness(50, 7, 57).described((14, 14, 14))
+        {'mean': 70.0, 'lowest': 9.8, 'highest': 79.8, 'unit': 'nm'}
+        """
+        edge = voxel_size_angstrom[0] if voxel_size_angstrom else None
+        numbers = (voxels * edge / 10 if edge else voxels for voxels in (self.mean, self.lowest, self.highest))
+        return {**dict(zip(("mean", "lowest", "highest"), numbers, strict=True)), "unit": "nm" if edge else "voxels"}
+
+
+def thickness_words(described: Mapping[str, float | str]) -> str:
+    """A thickness, as `Thickness.described` gives it, in words.
+
+    >>> thickness_words(Thickness(50, 7, 57).described(None))
+    'mean thickness 50 voxels (7 to 57)'
+    """
+    mean, lowest, highest = (f"{described[key]:.3g}" for key in ("mean", "lowest", "highest"))
+    return f"mean thickness {mean} {described['unit']} ({lowest} to {highest})"
+
+
+def stored_thickness(attributes: Mapping[str, Any]) -> dict[str, float | str]:
+    """What the attributes of a prediction tell of its thickness, as `Thickness.described`; empty if nothing."""
+    stored, size = attributes.get("thickness_voxels"), attributes.get("voxel_size_angstrom")
+    if not isinstance(stored, list | tuple) or len(stored) != 3 or not all(isinstance(n, int | float) for n in stored):
+        return {}
+    known = isinstance(size, list | tuple) and len(size) == 3 and isinstance(size[0], int | float)
+    return Thickness(stored[0], int(stored[1]), int(stored[2])).described(size if known else None)
+
+
+def count_columns(labels: ChunkedArray, *, executor: Executor = SERIAL) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Count the voxels of each label, and the columns along z by how many voxels of any label they hold.
+
+    Parameters
+    ----------
+    labels
+        (z, y, x), whole numbers from 0 to 255, 0 is background. They are read once, a block at a time.
+    executor
+        Runs the pieces, one for all blocks above each other.
+
+    Returns
+    -------
+    voxels : (256,)
+        Of each label.
+    columns : (z + 1,)
+        How many columns (y, x) hold 0, 1, 2 … voxels that are not background; see `Thickness.of`.
+    """
+    blocks = Blocks.of(labels)
+    where = [(y, x) for z, y, x in blocks.indices if z == 0]
+    voxels, columns = np.zeros(256, np.int64), np.zeros(blocks.shape[0] + 1, np.int64)
+    for of_labels, of_columns in executor.map(partial(_count_in_columns, labels, blocks), where, name="count"):
+        voxels += of_labels
+        columns += of_columns
+    return voxels, columns
+
+
+def _count_in_columns(
+    labels: ChunkedArray, blocks: Blocks, column: tuple[int, int]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    _, y, x = blocks.extent((0, *column))
+    voxels, held = np.zeros(256, np.int64), np.zeros((y, x), np.int64)
+    for z in range(blocks.counts[0]):
+        block = blocks.read(labels, (z, *column))
+        for label in range(int(block.max()) + 1):
+            voxels[label] += np.count_nonzero(block == label)
+        held += np.count_nonzero(block, axis=0)
+    return voxels, np.bincount(held.reshape(-1), minlength=blocks.shape[0] + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class HalfSpaces:
+    """A convex body in doubled voxel coordinates: the points p with ``normals @ p <= offsets``, exactly.
+
+    Attributes
+    ----------
+    normals
+        (facets, axes), int64, pointing outwards.
+    offsets
+        (facets,), int64.
+    """
+
+    normals: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class LamellaReport:
+    """What became of a lamella.
+
+    Attributes
+    ----------
+    found
+        False if no smoothed probability lies above the threshold: the labels were then copied as they are.
+    component_voxels
+        Voxels of the largest component of the thresholded, smoothed probability.
+    z_slices
+        The slices that it touches, first inclusive and last exclusive.
+    voxels
+        Voxels of the output that are not 0.
+    """
+
+    found: bool
+    component_voxels: int
+    z_slices: tuple[int, int]
+    voxels: int
+
+
+def postprocess_lamella(
+    probabilities: ChunkedArray,
+    labels: ChunkedArray,
+    output: WritableArray,
+    *,
+    threshold: float,
+    hull: Literal["slices", "volume"],
+    work: Any,
+    executor: Executor = SERIAL,
+    array_module: ArrayModule = "numpy",
+) -> LamellaReport:
+    """Replace thresholded labels by the convex hull of the lamella.
+
+    Parameters
+    ----------
+    probabilities
+        (z, y, x), or (class, z, y, x) of which class 0 is taken; float32, already multiplied by a mask if there is one.
+    labels
+        (z, y, x), the thresholded labels.
+    output
+        (z, y, x) in the dtype of the labels, in chunks of its own; another array than `labels`. Written in full.
+    threshold
+        Smoothed probabilities above it are lamella.
+    hull
+        "slices": in each z-slice that the component touches, the 2-D hull of what lies in that slice; other slices
+        keep their labels. "volume": the 3-D hull of the component, and nothing else.
+    work
+        A zarr group, for one temporary array of one byte a voxel, ``lamella_above_threshold``; it is left there.
+    executor, array_module
+        Where the tasks run, and on which arrays.
+
+    Returns
+    -------
+    LamellaReport
+
+    Raises
+    ------
+    LabelsError
+        If an array is not 3-D or the shapes differ.
+    """
+    shape = tuple(labels.shape)
+    if len(shape) != 3 or tuple(probabilities.shape[-3:]) != shape or len(probabilities.shape) not in (3, 4):
+        raise LabelsError(
+            "lamella post-processing needs (z, y, x) labels, and probabilities of the same shape for each class",
+            value=f"labels {shape}, probabilities {tuple(probabilities.shape)}",
+            remedy="Turn parameters.network.postprocessing off for 2-D images",
+        )
+    filled = Blocks.between(labels, output)
+    smoothed = Blocks.of(labels, voxels=_SMOOTHED_VOXELS)
+    above = work.create_array(
+        "lamella_above_threshold",
+        shape=shape,
+        chunks=tuple(max(1, min(edge, size)) for edge, size in zip(smoothed.block, shape, strict=True)),
+        dtype="uint8",
+        overwrite=True,
+    )
+    task = partial(
+        _threshold_block,
+        probabilities=probabilities,
+        output=above,
+        blocks=smoothed,
+        threshold=np.float32(threshold),
+        array_module=array_module,
+    )
+    executor.map(task, smoothed.indices, name="smooth")
+
+    components, number = largest_component(above, block=smoothed.block, executor=executor, array_module=array_module)
+    copied = partial(_fill_block, labels=labels, output=output, blocks=filled)
+    if not number:
+        voxels = executor.map(copied, [(index, None) for index in filled.indices], name="copy labels")
+        return LamellaReport(found=False, component_voxels=0, z_slices=(0, 0), voxels=sum(voxels))
+
+    layers: list[list[tuple[Index, NDArray[np.bool_]]]] = [[] for _ in range(smoothed.counts[0])]
+    for index, inside in components.per_block(components.numbers == number):
+        layers[index[0]].append((index, inside))
+    corners = executor.map(
+        partial(_layer_corners, above=above, labelling=components.labelling), layers, name="find hulls"
+    )
+    slices = [slice_corners for layer in corners for slice_corners in layer]
+    touched = [z for z, slice_corners in enumerate(slices) if len(slice_corners)]
+
+    items: list[tuple[Index, list[Corners] | HalfSpaces | None]]
+    if hull == "slices":
+        items = [(index, slices[filled.slices(index)[0]]) for index in filled.indices]
+    else:
+        body = half_spaces(np.concatenate([np.insert(slices[z], 0, z, axis=1) for z in touched]))
+        items = [(index, body) for index in filled.indices]
+    voxels = executor.map(copied, items, name="fill hulls")
+    return LamellaReport(
+        found=True,
+        component_voxels=int(components.voxels[number - 1]),
+        z_slices=(touched[0], touched[-1] + 1),
+        voxels=sum(voxels),
+    )
+
+
+# ---- the tasks ----
+
+
+def _threshold_block(
+    index: Index,
+    *,
+    probabilities: ChunkedArray,
+    output: WritableArray,
+    blocks: Blocks,
+    threshold: np.float32,
+    array_module: ArrayModule,
+) -> None:
+    """Smooth one block and write where it exceeds the threshold."""
+    device = backend(array_module)
+    core = blocks.slices(index)
+    window = []
+    for part, size, sigma in zip(core, blocks.shape, SIGMA, strict=True):
+        halo = int(TRUNCATE * sigma + 0.5)
+        # Outside the volume are zeros, which the filter itself supplies.
+        window.append(slice(max(0, part.start - halo), min(size, part.stop + halo)))
+    channel = (0,) * (len(probabilities.shape) - 3)
+    smooth = device.xp.asarray(np.asarray(probabilities[(*channel, *window)], dtype=np.float32))
+    if not smooth.any():
+        blocks.write(output, index, 0)
+        return
+    for axis, (part, seen, sigma) in enumerate(zip(core, window, SIGMA, strict=True)):
+        smooth = device.ndimage.gaussian_filter1d(smooth, sigma, axis, mode="constant", truncate=TRUNCATE)
+        kept = slice(part.start - seen.start, part.stop - seen.start)
+        smooth = smooth[(slice(None),) * axis + (kept,)]
+    blocks.write(output, index, device.to_host((smooth > threshold).astype(np.uint8)))
+
+
+def _layer_corners(
+    layer: Sequence[tuple[Index, NDArray[np.bool_]]], *, above: ChunkedArray, labelling: Labelling
+) -> list[Corners]:
+    """Return the corners, (y, x), of the component's hull in each z-slice of one layer of blocks.
+
+    `layer` holds the index of each block, and which of its provisional labels belong to the component.
+    """
+    blocks = labelling.blocks
+    depth, height = blocks.extent(layer[0][0])[0], blocks.shape[1]
+    left = np.full((depth, height), np.iinfo(np.int32).max, dtype=np.int32)
+    right = np.full((depth, height), -1, dtype=np.int32)
+    for index, inside in layer:
+        if not inside.any():
+            continue
+        component = relabel_block(above, labelling, index, inside)
+        _, rows, columns = blocks.slices(index)
+        some = component.any(axis=2)
+        first = np.where(some, columns.start + component.argmax(axis=2), np.iinfo(np.int32).max)
+        last = np.where(some, columns.stop - 1 - component[:, :, ::-1].argmax(axis=2), -1)
+        left[:, rows] = np.minimum(left[:, rows], first)
+        right[:, rows] = np.maximum(right[:, rows], last)
+    return [_corners(left[z], right[z]) for z in range(depth)]
+
+
+def _corners(left: NDArray[np.int32], right: NDArray[np.int32]) -> Corners:
+    """Return the voxels, (y, x), at the corners of the hull of the rows [left, right]; a right of -1 means none."""
+    rows = np.flatnonzero(right >= 0)
+    if not len(rows):
+        return np.zeros((0, 2), dtype=np.int64)
+    ends = np.concatenate([np.stack([rows, left[rows]], axis=1), np.stack([rows, right[rows]], axis=1)])
+    ends = np.unique(ends, axis=0)
+    # Half a voxel in each direction makes a body even of one voxel, and leaves every corner a corner.
+    hull = ConvexHull(_face_centres(ends))
+    return np.unique(ends[hull.vertices // 4], axis=0)
+
+
+def _fill_block(
+    item: tuple[Index, list[Corners] | HalfSpaces | None],
+    *,
+    labels: ChunkedArray,
+    output: WritableArray,
+    blocks: Blocks,
+) -> int:
+    """Write one block and return how many of its voxels are not 0.
+
+    `item` is its index and what to fill: the hull corners of each of its slices (none: the labels stay), the body that
+    replaces the labels, or nothing.
+    """
+    index, hull = item
+    z, y, x = blocks.slices(index)
+    rows = np.arange(y.start, y.stop)
+    if isinstance(hull, HalfSpaces):
+        lines = np.stack(np.meshgrid(np.arange(z.start, z.stop), rows, indexing="ij"), axis=-1).reshape(-1, 2)
+        block = _inside(_cutting(hull, (z, y, x)), lines, x).reshape(blocks.extent(index)).astype(output.dtype)
+    else:
+        block = blocks.read(labels, index).copy()
+        for z_slice, corners in enumerate(hull or []):
+            if len(corners):
+                block[z_slice] = _inside(half_spaces(corners), rows[:, None], x)
+    blocks.write(output, index, block)
+    return int(np.count_nonzero(block))
+
+
+# ---- hulls ----
+
+
+def _face_centres(voxels: NDArray[Any]) -> NDArray[np.int64]:
+    """Return the middles of the faces of each voxel in doubled coordinates: 2 * axes points a voxel, in order.
+
+    >>> _face_centres(np.array([[3, 5]])).tolist()
+    [[5, 10], [7, 10], [6, 9], [6, 11]]
+    """
+    steps = np.repeat(np.eye(voxels.shape[1], dtype=np.int64), 2, axis=0)
+    steps[::2] *= -1
+    return (2 * voxels.astype(np.int64)[:, None] + steps).reshape(-1, voxels.shape[1])
+
+
+def half_spaces(voxels: Corners) -> HalfSpaces:
+    """Return the convex hull of voxels, each with the middles of its faces.
+
+    Parameters
+    ----------
+    voxels
+        (n, axes), int64, in 2-D or 3-D; one is enough.
+
+    Examples
+    --------
+    >>> body = half_spaces(np.array([[0, 0]]))
+    >>> sorted(zip(body.normals.tolist(), body.offsets.tolist()))
+    [([-1, -1], 1), ([-1, 1], 1), ([1, -1], 1), ([1, 1], 1)]
+    """
+    points = _face_centres(voxels)
+    hull = ConvexHull(points)
+    facets = points[hull.simplices]  # (facets, axes corners, axes)
+    if voxels.shape[1] == 2:
+        along = facets[:, 1] - facets[:, 0]
+        normals = np.stack([along[:, 1], -along[:, 0]], axis=1)
+    else:
+        normals = np.cross(facets[:, 1] - facets[:, 0], facets[:, 2] - facets[:, 0])
+    # Qhull knows which side is outside; its own normals are rounded.
+    normals[(normals * hull.equations[:, :-1]).sum(axis=1) < 0] *= -1
+    offsets = (normals * facets[:, 0]).sum(axis=1)
+    return HalfSpaces(normals, offsets)
+
+
+def _cutting(body: HalfSpaces, region: tuple[slice, ...]) -> HalfSpaces:
+    """Return the half-spaces that cut a region, or one that holds nothing of it where there is such a one."""
+    first, last = (2 * np.array(ends) for ends in zip(*((part.start, part.stop - 1) for part in region), strict=True))
+    nearest = (body.normals * np.where(body.normals > 0, first, last)).sum(axis=1)
+    farthest = (body.normals * np.where(body.normals > 0, last, first)).sum(axis=1)
+    kept = farthest > body.offsets
+    if (nearest > body.offsets).any():
+        kept = np.arange(len(nearest)) == np.argmax(nearest - body.offsets)
+    return HalfSpaces(body.normals[kept], body.offsets[kept])
+
+
+def _inside(body: HalfSpaces, lines: NDArray[np.int64], x: slice) -> NDArray[np.bool_]:
+    """Return which voxels with x in `x` of each line are inside `body`: (lines, x).
+
+    `lines` holds the leading coordinates, (y,) or (z, y). The body cuts a line in one stretch, so that each facet is
+    looked at once a line, not once a voxel.
+    """
+    low = np.full(len(lines), x.start)
+    high = np.full(len(lines), x.stop - 1)
+    for normal, offset in zip(body.normals, body.offsets, strict=True):
+        if (low > high).all():
+            break
+        room = offset - 2 * (lines @ normal[:-1])  # 2 * normal[-1] * x must not exceed it
+        slope = 2 * int(normal[-1])
+        if slope > 0:
+            np.minimum(high, room // slope, out=high)
+        elif slope < 0:
+            np.maximum(low, -(room // -slope), out=low)
+        else:
+            high[room < 0] = -1
+    across = np.arange(x.start, x.stop)
+    return (across >= low[:, None]) & (across <= high[:, None])

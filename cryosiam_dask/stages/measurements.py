@@ -1,0 +1,369 @@
+"""Instances of a segmentation and what is measured of each: a file of instance numbers, and tables.
+
+For a tomogram ``<stem>_components.h5`` (dataset ``instances``) with ``<stem>_components.csv`` and ``.parquet``, and for
+all tomograms of a folder ``components.csv`` and ``components.parquet``. A table holds one row for each component:
+
+============================================== =========================================================================
+``tomogram``, ``class``, ``class_name``        names, and the class as a number
+``label``                                      the number in ``instances``
+``voxels``, ``volume_nm3``                     size
+``z``, ``y``, ``x``                            centroid: mean of the voxel indices, which count from 0
+``z_angstrom``, ``y_angstrom``, ``x_angstrom`` the same from the centre of the first voxel, in Å
+``z_min``, ``z_max``, ``y_min``, …             bounding box in voxels, its upper end exclusive
+``mean_probability``, ``max_probability``      of the component's own class; empty without probabilities
+``touches_border``                             whether the volume may cut it
+============================================== =========================================================================
+
+What depends on an unknown voxel size is empty. An image is a volume of one slice, whose z in Å and volume are empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from cryosiam_dask.core.executor import SERIAL, Executor
+from cryosiam_dask.errors import LabelsError, OutputError
+from cryosiam_dask.files.folders import visible
+from cryosiam_dask.files.predictions import (
+    INSTANCES,
+    dataset_names,
+    read_attributes,
+    replacing,
+    require_voxels,
+    write_bytes,
+    write_instances_hdf5,
+)
+from cryosiam_dask.model.classes import named
+from cryosiam_dask.runs.ledger import collection_claim, open_claims
+from cryosiam_dask.stages.components import (
+    ArrayModule,
+    ChunkedArray,
+    Components,
+    find_components,
+    instances_dtype,
+    write_instances,
+)
+
+CONNECTIVITY = 26
+COLLECTION = "components"  # name of the tables of all tomograms
+STAR_MARK = "# cryosiam_dask"  # how a STAR file of this program begins
+_OF_EVERY_TABLE = {"tomogram", "class", "voxels"}  # columns
+
+
+def component_files(folder: Path, stem: str) -> tuple[Path, Path, Path]:
+    """The files of a tomogram's components: HDF5, CSV, Parquet."""
+    return (
+        folder / f"{stem}_components.h5",
+        folder / f"{stem}_components.csv",
+        folder / f"{stem}_components.parquet",
+    )
+
+
+def write_components(
+    folder: Path,
+    stem: str,
+    labels: ChunkedArray,
+    *,
+    work: zarr.Group,
+    attributes: Mapping[str, Any],
+    probabilities: ChunkedArray | None = None,
+    executor: Executor = SERIAL,
+    array_module: ArrayModule = "numpy",
+) -> Components:
+    """Find, number and measure the components of a tomogram, and write their three files.
+
+    The HDF5 file comes last: where it carries a fingerprint, the tables belong to it.
+
+    Parameters
+    ----------
+    folder, stem
+        Where the files go, and the tomogram's name.
+    labels
+        (z, y, x) or (y, x), integers, 0 is background.
+    work
+        Holds the instances for the time being, as the array ``instances``.
+    attributes
+        For the HDF5 file, as in `cryosiam_dask.files.predictions.write_hdf5`; ``voxel_size_angstrom`` and
+        ``class_names`` also for the tables.
+    probabilities
+        (class, z, y, x) or (class, y, x).
+    executor, array_module
+        Where the pieces run, and on which arrays.
+
+    Raises
+    ------
+    LabelsError
+        If the labels are not integers, negative, or of another shape than the probabilities.
+    OutputError
+        If there are no voxels, or a file cannot be written.
+    """
+    hdf5, *tables = component_files(folder, stem)
+    require_own(hdf5, *tables)
+    require_voxels(hdf5, labels)
+    components = find_components(
+        labels,
+        connectivity=CONNECTIVITY,
+        measure=True,
+        probabilities=probabilities,
+        executor=executor,
+        array_module=array_module,
+    )
+    blocks = components.labelling.blocks
+    instances = work.create_array(
+        "instances",
+        shape=labels.shape,
+        chunks=tuple(map(min, blocks.block, blocks.shape))[3 - blocks.ndim :],
+        dtype=instances_dtype(len(components)),
+        fill_value=0,
+        overwrite=True,
+    )
+    write_instances(components, labels, instances, executor=executor)
+    table = component_table(
+        components, stem, attributes.get("voxel_size_angstrom"), class_names=attributes.get("class_names")
+    )
+    for path in tables:
+        write_table(path, table)
+    write = partial(write_instances_hdf5, instances=instances, attributes={**attributes, "connectivity": CONNECTIVITY})
+    executor.map(write, [hdf5], name="export")
+    return components
+
+
+def remove_outdated(folder: Path, stem: str, fingerprint: str | None) -> bool:
+    """Remove the components of a tomogram unless they were made from the labels of this fingerprint.
+
+    A file of that name that this program did not make stays.
+
+    Returns
+    -------
+    bool
+        Whether there was anything to remove.
+    """
+    files = component_files(folder, stem)
+    try:
+        if fingerprint and read_attributes(files[0]).get("fingerprint") == fingerprint:
+            return False
+    except OutputError:
+        pass  # missing or damaged
+    found = [path for path in files if made_here(path)]
+    for path in found:
+        path.unlink()
+    return bool(found)
+
+
+def made_here(path: Path) -> bool:
+    """Whether this program made a table, a list or a file of components, as far as its content tells."""
+    try:
+        if path.suffix == ".h5":
+            return INSTANCES in dataset_names(path)
+        if path.suffix == ".parquet":
+            from pyarrow import parquet  # type: ignore[import-untyped]
+
+            return set(parquet.read_schema(path).names) >= _OF_EVERY_TABLE
+        with path.open(encoding="utf-8", errors="replace") as file:
+            beginning = file.read(4096)
+    except (OSError, ValueError, OutputError):
+        return False
+    if path.suffix == ".csv":
+        return set(beginning.partition("\n")[0].split(",")) >= _OF_EVERY_TABLE
+    # Before lists were marked, the tomogram stood first in them.
+    return beginning.startswith(STAR_MARK) or (
+        beginning.startswith("# Created by") and "_rlnTomoName #1\n" in beginning
+    )
+
+
+def require_own(*paths: Path) -> None:
+    """Refuse to replace files that this program did not make.
+
+    Raises
+    ------
+    OutputError
+        If there is one.
+    """
+    for path in paths:
+        if path.exists() and not made_here(path):
+            raise OutputError(
+                "an output must not replace a file that this program did not make",
+                place=path,
+                remedy="Move it away, or rename it",
+            )
+
+
+def component_table(
+    components: Components,
+    tomogram: str,
+    voxel_size_angstrom: Sequence[float | None] | None = None,
+    *,
+    class_names: Sequence[str] | None = None,
+) -> Any:
+    """Return what is measured of each component as a pandas.DataFrame, in the columns of the module's description.
+
+    Parameters
+    ----------
+    components
+        From `cryosiam_dask.stages.components.find_components` with ``measure=True``.
+    tomogram
+        Its name.
+    voxel_size_angstrom
+        Along z, y and x (or y and x); ``None`` where it is unknown.
+    class_names
+        Of the classes from 1 on; ``"class 1"`` and so on where they have none.
+
+    Raises
+    ------
+    LabelsError
+        If nothing was measured.
+    """
+    import pandas
+
+    measured, count = components.measurements, len(components)
+    if measured is None:
+        raise LabelsError("a table needs measurements", remedy="Call find_components with measure=True")
+    names = named(class_names, int(components.classes.max(initial=0)))
+    size = voxel_size(components.labelling.blocks.ndim, voxel_size_angstrom)
+    columns: dict[str, Any] = {
+        "tomogram": pandas.Series([tomogram] * count, dtype="str"),
+        "class": components.classes.astype(np.int64),
+        "class_name": pandas.Series([names[label - 1] for label in components.classes.tolist()], dtype="str"),
+        "label": np.arange(1, count + 1),
+        "voxels": components.voxels,
+        "volume_nm3": components.voxels * (size.prod() / 1000),
+    }
+    columns |= dict(zip("zyx", measured.centroids.T, strict=True))
+    columns |= {f"{axis}_angstrom": measured.centroids[:, i] * size[i] for i, axis in enumerate("zyx")}
+    for i, axis in enumerate("zyx"):
+        columns |= {f"{axis}_min": measured.lower[:, i], f"{axis}_max": measured.upper[:, i]}
+    for name, values in (("mean", measured.mean_probability), ("max", measured.max_probability)):
+        columns[f"{name}_probability"] = np.full(count, np.nan) if values is None else values.astype(np.float64)
+    columns["touches_border"] = measured.touches_border
+    return pandas.DataFrame(columns)
+
+
+def voxel_size(ndim: int, voxel_size_angstrom: Sequence[float | None] | None) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return the voxel size along z, y and x in Å, NaN where it is unknown and along z of an image."""
+    known = [np.nan if not size else float(size) for size in voxel_size_angstrom or ()]
+    return np.array([np.nan] * (3 - ndim) + known) if len(known) == ndim else np.full(3, np.nan)
+
+
+def write_table(path: Path, table: Any) -> None:
+    """Write a pandas.DataFrame as CSV or, by the ending of `path`, Parquet; complete or not at all.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written; an earlier file is then untouched.
+    """
+    write_bytes(
+        path, table.to_parquet(index=False) if path.suffix == ".parquet" else table.to_csv(index=False).encode()
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How many components a class has, and how many voxels its median and its largest one."""
+
+    count: int
+    median: float
+    largest: int
+
+
+def component_sizes(folder: Path, stem: str) -> dict[int, Sizes] | None:
+    """Return the sizes of the components of each class that has any, ``None`` where they were not measured.
+
+    Raises
+    ------
+    OutputError
+        If the table cannot be read.
+    """
+    import pandas
+
+    path = component_files(folder, stem)[2]
+    if not path.exists():
+        return None
+    try:
+        voxels = pandas.read_parquet(path, columns=["class", "voxels"]).groupby("class")["voxels"]
+        rows = voxels.agg(["size", "median", "max"]).itertuples()
+        return {int(label): Sizes(int(count), float(median), int(largest)) for label, count, median, largest in rows}
+    except (OSError, ValueError, KeyError) as error:  # what pyarrow raises of a damaged file is one of these
+        raise OutputError(
+            "the table of components must be readable",
+            place=path,
+            value=error,
+            remedy="Remove the file and run 'cryosiam-dask components' again",
+        ) from None
+
+
+def collect_tables(folder: Path, is_there: Callable[[str], bool] = lambda stem: True) -> None:
+    """Put the tables of all tomograms of a folder together, ``components.csv`` and ``components.parquet``.
+
+    Without any table both are removed.
+
+    Parameters
+    ----------
+    folder
+        Which one.
+    is_there
+        Whether a tomogram (stem) still has a prediction there; tables of others stay and are left out.
+
+    Raises
+    ------
+    OutputError
+        If a table cannot be read, or the result cannot be written.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    ending = "_components.parquet"
+    text_file, table_file = (folder / f"{COLLECTION}{ending}" for ending in (".csv", ".parquet"))
+    with holding(folder):
+        schemas = {
+            path: _of_table(path, parquet.read_schema)
+            for path in visible(folder, ending)
+            if is_there(path.name.removesuffix(ending))
+        }
+        paths = [path for path, found in schemas.items() if set(found.names) >= _OF_EVERY_TABLE]
+        if not paths:
+            for path in filter(made_here, (text_file, table_file)):
+                path.unlink()
+            return
+        require_own(text_file, table_file)
+        schema = pyarrow.unify_schemas([schemas[path] for path in paths], promote_options="permissive")
+        # One table after the other: a collection has millions of components.
+        with replacing(text_file) as text, replacing(table_file) as sink, parquet.ParquetWriter(sink, schema) as writer:
+            for path in paths:
+                found = _of_table(path, parquet.read_table)
+                columns = {
+                    field.name: found[field.name].cast(field.type)
+                    if field.name in found.column_names
+                    else pyarrow.nulls(len(found), field.type)
+                    for field in schema
+                }
+                table = pyarrow.table(columns, schema=schema)
+                writer.write_table(table)
+                text.write(table.to_pandas().to_csv(index=False, header=path == paths[0]).encode())
+
+
+def _of_table(path: Path, read: Callable[[Path], Any]) -> Any:
+    try:
+        return read(path)
+    except (OSError, ValueError, KeyError) as error:  # what pyarrow raises of a damaged file is one of these
+        raise OutputError(
+            "the table must be readable to be collected",
+            place=path,
+            value=error,
+            remedy="Remove the file and run 'cryosiam-dask components' again",
+        ) from None
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Wait until no other run puts the tables of `folder` together, and keep others from it for the time being."""
+    with open_claims() as claims, claims.holding(collection_claim(folder)):
+        yield

@@ -1,0 +1,74 @@
+"""A picture of who did what when: whether reading and writing hid behind the network, or kept it waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from cryosiam_dask.stages.predict import BlockTimes
+
+_WIDTH, _LANE, _LEFT, _TOP = 1200, 22, 96, 60
+# Colours of Okabe and Ito, told apart with any common colour blindness.
+_COLOURS = {"read": (86, 180, 233), "compute": (213, 94, 0), "write": (0, 158, 115)}
+
+
+def busy_share(times: Sequence[BlockTimes]) -> float:
+    """Share of the time for which the workers' devices computed, from the first block's beginning to the last's end.
+
+    Parameters
+    ----------
+    times
+        Of all blocks of a tomogram, at least one.
+    """
+    began = min(block.compute[0] for block in times)
+    ended = max(block.compute[1] for block in times)
+    workers = len({block.worker for block in times})
+    return sum(block.compute[1] - block.compute[0] for block in times) / max(1e-9, workers * (ended - began))
+
+
+def write_timeline(path: Path, times: Sequence[BlockTimes], title: str) -> None:
+    """Draw a lane for each step of each worker, time from left to right.
+
+    Parameters
+    ----------
+    path
+        PNG file; replaced if it is there.
+    times
+        Of all blocks of a tomogram, at least one.
+    title
+        Written above.
+    """
+    font = ImageFont.load_default(13)
+    workers = sorted({block.worker for block in times})
+    began = min(block.read[0] for block in times)
+    seconds = max(1e-9, max(block.write[1] for block in times) - began)
+    height = _TOP + len(workers) * (4 * _LANE) + 40
+    picture = Image.new("RGB", (_LEFT + _WIDTH + 30, height), "white")
+    pen = ImageDraw.Draw(picture)
+    text = f"{title}: {len(times)} blocks in {seconds:.1f} s, devices busy {busy_share(times):.0%} of the time"
+    pen.text((10, 10), text, fill="black", font=font)
+
+    def across(time: float) -> float:
+        return _LEFT + _WIDTH * (time - began) / seconds
+
+    for number, worker in enumerate(workers):
+        for lane, (step, colour) in enumerate(_COLOURS.items()):
+            y = _TOP + number * 4 * _LANE + lane * _LANE
+            pen.text((10, y), f"{number + 1}: {step}", fill="black", font=font)
+            pen.line((_LEFT, y + _LANE - 4, _LEFT + _WIDTH, y + _LANE - 4), fill=(225, 225, 225))
+            for block in times:
+                if block.worker == worker:
+                    start, stop = getattr(block, step)
+                    # At least a pixel each, and a gap between neighbours.
+                    pen.rectangle(
+                        (across(start), y, max(across(start) + 1, across(stop) - 2), y + _LANE - 5), fill=colour
+                    )
+    bottom = height - 30
+    for tenth in range(11):
+        x = _LEFT + _WIDTH * tenth / 10
+        pen.line((x, bottom - 4, x, bottom), fill="black")
+        pen.text((x - 10, bottom + 4), f"{seconds * tenth / 10:.1f}", fill="black", font=font)
+    pen.text((10, bottom + 4), "seconds", fill="black", font=font)
+    picture.save(path)
