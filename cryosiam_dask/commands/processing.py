@@ -20,7 +20,8 @@ import scipy.fft
 import zarr
 from numpy.typing import NDArray
 
-from cryosiam_dask.core.percentiles import Region, percentiles
+from cryosiam_dask.core.arrays import Region
+from cryosiam_dask.core.percentiles import percentiles
 from cryosiam_dask.errors import OutputError, TomogramError, not_written
 from cryosiam_dask.files.folders import visible
 from cryosiam_dask.files.predictions import write_mrc_floats

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cryosiam_dask.core.arrays import Region
 from cryosiam_dask.core.executor import SERIAL, Executor
 
-Region: TypeAlias = tuple[slice, ...]
 _HALF = 1 << 16
 _SIGN = np.uint32(1 << 31)
 

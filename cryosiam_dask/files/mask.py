@@ -23,21 +23,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from cryosiam_dask.core.arrays import Region
 from cryosiam_dask.errors import MaskError
 from cryosiam_dask.files.predictions import open_hdf5
 
 WORKING_BYTES = 64 * 2**20  # for one part of a block
 DATASET = "labels"
 _LOOK = 64  # voxels along each axis
-
-Region: TypeAlias = tuple[slice, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +59,11 @@ class Mask:
     shape: tuple[int, ...]
     stored_shape: tuple[int, ...]
     full: bool = False
+
+    @property
+    def dtype(self) -> np.dtype[np.uint8]:
+        """Of the voxels: 0 outside, 1 inside."""
+        return np.dtype(np.uint8)
 
     def __getitem__(self, region: Region) -> NDArray[np.uint8]:
         """Read a region: see `read_mask`."""

@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 import h5py
 import numpy as np
@@ -36,6 +36,7 @@ from numcodecs import Zlib
 from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
+from cryosiam_dask.core.arrays import Region, Sliceable, regions_of
 from cryosiam_dask.errors import OutputError, not_written
 from cryosiam_dask.files.folders import real
 from cryosiam_dask.runs.ledger import part_name
@@ -50,18 +51,6 @@ BLOCK_CHUNKS = 4  # chunks along each axis that are in memory at once: 64 MiB
 GZIP_LEVEL = 1  # every HDF5 reader has gzip; higher levels cost time and gain little
 _AGAIN = "Run semantic-predict again"
 MRC_BLOCK = 128  # sections and rows of an MRC file that are in memory at once
-
-Region: TypeAlias = tuple[slice, ...]
-
-
-class Sliceable(Protocol):
-    """An array that is read a region at a time: zarr, h5py, numpy."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> Any: ...
-    def __getitem__(self, region: Region, /) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,7 +369,7 @@ def write_mrc(
     require_voxels(path, labels)
     shape = labels.shape
     # Whole rows, so that what is in memory makes one run of bytes in each section.
-    regions = list(_regions(shape, (*[MRC_BLOCK] * (len(shape) - 1), shape[-1])))
+    regions = list(regions_of(shape, (*[MRC_BLOCK] * (len(shape) - 1), shape[-1])))
     counts = np.zeros(256, np.int64)
     for region in regions:
         counts += np.bincount(_uint8(labels[region]).ravel(), minlength=256)
@@ -420,7 +409,7 @@ def write_mrc_floats(
     header = _mrc_header(shape, dtype, voxel_size_angstrom, origin_angstrom, nstart, label)
     low, high, total, squares, count = math.inf, -math.inf, 0.0, 0.0, 0
     with replacing(Path(path), alone=True) as sink:
-        for region in _regions(shape, (*[MRC_BLOCK] * (len(shape) - 1), shape[-1])):
+        for region in regions_of(shape, (*[MRC_BLOCK] * (len(shape) - 1), shape[-1])):
             block = np.asarray(voxels[region], dtype)
             _write_rows(sink, region, block, shape)
             if (finite := block[np.isfinite(block)].astype(np.float64)).size:
@@ -627,9 +616,9 @@ def _write(file: Any, sink: _Sink, name: str, source: Sliceable, dtype: np.dtype
             sink.check()
         return dataset
     encode = partial(_encode, chunk=chunk)
-    for region in _regions(source.shape, (*classes, *(BLOCK_CHUNKS * size for size in chunk[len(classes) :]))):
+    for region in regions_of(source.shape, (*classes, *(BLOCK_CHUNKS * size for size in chunk[len(classes) :]))):
         block = np.asarray(source[region]).astype(dtype, casting="safe", copy=False)
-        parts = list(_regions(block.shape, chunk))
+        parts = list(regions_of(block.shape, chunk))
         for part, encoded in zip(parts, pool.map(encode, (block[part] for part in parts)), strict=True):
             dataset.id.write_direct_chunk(tuple(r.start + p.start for r, p in zip(region, part, strict=True)), encoded)
         sink.check()
@@ -668,15 +657,6 @@ def _encode(values: NDArray[Any], *, chunk: tuple[int, ...]) -> bytes:
     padded[tuple(slice(0, size) for size in values.shape)] = values
     by_byte = padded.view(np.uint8).reshape(-1, values.dtype.itemsize).T
     return zlib.compress(by_byte.tobytes(), GZIP_LEVEL)
-
-
-def _regions(shape: Sequence[int], step: Sequence[int]) -> Iterator[Region]:
-    """Divide an array of `shape` into blocks of `step`, smaller at the far rim, in C order."""
-    edges = (
-        [slice(start, min(start + width, size)) for start in range(0, size, width)]
-        for size, width in zip(shape, step, strict=True)
-    )
-    return itertools.product(*edges)
 
 
 def _uint8(values: Any) -> NDArray[np.uint8]:

@@ -31,6 +31,7 @@ import h5py
 import numpy as np
 import zarr
 
+from cryosiam_dask.core.arrays import Region
 from cryosiam_dask.errors import TomogramError
 from cryosiam_dask.files.predictions import open_hdf5
 
@@ -49,8 +50,6 @@ ANGSTROM: Mapping[str, float] = {
     **dict.fromkeys(("meter", "metre", "m"), 1e10),
 }
 _PLAUSIBLE_ANGSTROM = (0.01, 1000.0)
-
-Region: TypeAlias = tuple[slice, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,14 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from cryosiam_dask.core.arrays import Region
 from cryosiam_dask.model.architecture import EXPANSION, Architecture
 
 _CONVOLUTION: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 _BATCH_NORM: dict[int, type[nn.BatchNorm2d] | type[nn.BatchNorm3d]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _LINEAR = {2: "bilinear", 3: "trilinear"}
-
-Region = tuple[slice, ...]
-"""Part of a patch, a slice with start and stop for each spatial axis."""
 
 
 class ResNet(nn.Module):

@@ -39,6 +39,7 @@ from numpy.typing import NDArray
 from cryosiam_dask._version import __version__
 from cryosiam_dask.commands.report import remember
 from cryosiam_dask.config import Configuration
+from cryosiam_dask.core.arrays import Sliceable
 from cryosiam_dask.core.diagnosis import Intensities
 from cryosiam_dask.core.diagnosis import blank as why_blank
 from cryosiam_dask.core.executor import (
@@ -133,7 +134,7 @@ from cryosiam_dask.stages.lamella import (
 )
 from cryosiam_dask.stages.measurements import COLLECTION, collect_tables, remove_outdated, write_components
 from cryosiam_dask.stages.predict import BlockTimes, StoredPrediction, create_outputs, predict_store, tomogram_chunks
-from cryosiam_dask.stages.preview import Sliceable, preview_file, read_fingerprint, write_preview
+from cryosiam_dask.stages.preview import preview_file, read_fingerprint, write_preview
 from cryosiam_dask.stages.timeline import write_timeline
 
 

@@ -24,10 +24,11 @@ import numpy as np
 import zarr
 
 from cryosiam_dask.config import Configuration
+from cryosiam_dask.core.arrays import Sliceable
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.errors import CryosiamDaskError, LabelsError, OutputError, TomogramError, may_pass
 from cryosiam_dask.files.folders import real
-from cryosiam_dask.files.predictions import Sliceable, StoredDataset, open_dataset, read_attributes, write_mrc
+from cryosiam_dask.files.predictions import StoredDataset, open_dataset, read_attributes, write_mrc
 from cryosiam_dask.model.classes import file_names, given_names, named
 from cryosiam_dask.stages.ingest import IngestReport, ingest, read_header, require_free
 from cryosiam_dask.stages.ome_zarr import SEGMENTATION, read_own_attributes, write_ome_zarr

@@ -33,13 +33,13 @@ from mrcfile.dtypes import HEADER_DTYPE
 from zarr.codecs import BloscCodec
 from zarr.storage import StoreLike
 
+from cryosiam_dask.core.arrays import Region
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.core.local_store import AnyDiskStore
 from cryosiam_dask.errors import OutputError, TomogramError, not_written
 from cryosiam_dask.files.folders import replacing_folder
 from cryosiam_dask.files.tomogram import (
     HDF5_ENDINGS,
-    Region,
     TomogramHeader,
     Voxels,
     ZarrHeader,

@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cryosiam_dask.core.arrays import Region, Sliceable
 from cryosiam_dask.core.diagnosis import Contrast, Intensities
 from cryosiam_dask.files.tomogram import TomogramHeader
 from cryosiam_dask.stages.ingest import MrcHeader, read_beginning, read_part
@@ -26,7 +27,6 @@ SAMPLE_STREAM_BYTES = 64 * 2**20  # of a compressed file, uncompressed
 _ROWS_VOXELS = 1 << 14  # read at once from a file that has no chunks
 _CENTRAL = (0.005, 0.995)  # quantiles between which the central 99 % lie
 
-Region: TypeAlias = tuple[slice, ...]
 
 # See `contrast`.
 _BIN, _BINS = 3, 8  # voxels, and bins along either edge of a tile
@@ -34,14 +34,6 @@ _TAIL = 4  # of the 64 bins of a tile, those taken for its brightest and for its
 _REPEATED = 0.25  # share of a tile's voxels
 _ASYMMETRY, _STANDARD_ERRORS, _TILES = 0.05, 8.0, 32
 _MEDIAN = 0.02
-
-
-class Array(Protocol):
-    """A zarr array, an HDF5 dataset, or whatever else has a shape and NumPy's slicing."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    def __getitem__(self, region: Any, /) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +125,7 @@ def sample_file(header: TomogramHeader, voxels: int = SAMPLE_VOXELS) -> Sample:
     return _sample_pieces(header.shape, piece, voxels, partial(read_part, header))
 
 
-def sample_array(array: Array, voxels: int = SAMPLE_VOXELS) -> Sample:
+def sample_array(array: Sliceable, voxels: int = SAMPLE_VOXELS) -> Sample:
     """Take a sample of a stored array: chunks of it, if it has any.
 
     Parameters

@@ -27,13 +27,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec
 
+from cryosiam_dask.core.arrays import Region, Sliceable
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.core.local_store import AnyDiskStore
 from cryosiam_dask.errors import LabelsError, OutputError, not_written
@@ -49,18 +50,7 @@ OWN = "cryosiam_dask"  # attribute of the group that holds what is not part of t
 _DEPTH = 64  # sections that are made at once
 _COMPRESSOR = BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle")
 
-Region: TypeAlias = tuple[slice, ...]
 Reduction: TypeAlias = Literal["mean", "mode"]
-
-
-class Sliceable(Protocol):
-    """An array that is read a region at a time: zarr, HDF5, numpy. It travels to the workers."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> Any: ...
-    def __getitem__(self, region: Region, /) -> Any: ...
 
 
 def write_ome_zarr(

@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from scipy import ndimage
 
+from cryosiam_dask.core.arrays import Sliceable
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.files.folders import real
 from cryosiam_dask.model.classes import COLOURS, named, percentage
@@ -67,15 +68,6 @@ _OWN_FONT = Path(__file__).parents[1] / "data" / "fonts" / "DejaVuSans.ttf"  # t
 _OTHER_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf")
 _PANELS, _FINGERPRINT, _THUMBNAIL = "panels", "fingerprint", "thumbnail"  # texts within the PNG file
 _THUMBNAIL_BYTES = 24_000
-
-
-class Sliceable(Protocol):
-    """A numpy, zarr or HDF5 array, or anything else that gives a region for a tuple of slices."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def __getitem__(self, index: Any, /) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +250,7 @@ def write_preview(
     OSError
         If the file cannot be written.
     """
-    blocks = Blocks.of(labels)  # type: ignore[arg-type]  # of the dtype nothing is asked
+    blocks = Blocks.of(labels)
     shape, volume = blocks.shape, blocks.ndim == 3
     size = _voxel_size(voxel_size_angstrom, blocks.ndim)
     scale = _Scale.of(shape, _spacing(size), volume, abreast=2 if truth is None else 3)
@@ -468,7 +460,7 @@ def _read_slices(
         greys.append(np.zeros((scale.binned(rows), scale.binned(columns)), np.float32))
         colours.append(np.zeros((scale.pixels[rows], scale.pixels[columns]), np.int64))
         masks.append(np.zeros(colours[-1].shape, bool))
-    blocks = Blocks.of(tomogram)  # type: ignore[arg-type]
+    blocks = Blocks.of(tomogram)
     tiles = [
         _Tile(number, _thin(blocks.slices(index), plane))
         for number, plane in enumerate(planes)
@@ -601,10 +593,10 @@ def _along_column(
     counts: dict[int, NDArray[np.int64]] = {}
     of_z, inside = np.zeros(blocks.shape[0], np.int64), 0
     for z in range(blocks.counts[0]):
-        block = blocks.read(labels, (z, *column))  # type: ignore[arg-type]
+        block = blocks.read(labels, (z, *column))
         of_z[blocks.slices((z, *column))[0]] = np.count_nonzero(block, axis=(1, 2))
         if lamella is not None:
-            inside += int(np.count_nonzero(blocks.read(lamella, (z, *column))))  # type: ignore[arg-type]
+            inside += int(np.count_nonzero(blocks.read(lamella, (z, *column))))
         highest = int(block.max())
         for label in range(1, highest + 1) if highest <= 20 else np.unique(block[block > 0]).tolist():
             of_class = block == label

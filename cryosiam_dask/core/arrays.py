@@ -1,0 +1,29 @@
+"""Regions of arrays, and arrays that are read a region at a time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, TypeAlias
+
+#: A slice for each axis, in the order of the array's axes.
+Region: TypeAlias = tuple[slice, ...]
+
+
+class Sliceable(Protocol):
+    """An array that is read a region at a time: zarr, HDF5, NumPy. It can be sent to workers."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> Any: ...
+    def __getitem__(self, region: Any, /) -> Any: ...
+
+
+def regions_of(shape: Sequence[int], step: Sequence[int]) -> Iterator[Region]:
+    """Divide an array of `shape` into blocks of `step`, smaller at the far rim, in C order."""
+    edges = (
+        [slice(start, min(start + width, size)) for start in range(0, size, width)]
+        for size, width in zip(shape, step, strict=True)
+    )
+    return itertools.product(*edges)
