@@ -11,13 +11,22 @@ Region: TypeAlias = tuple[slice, ...]
 
 
 class Sliceable(Protocol):
-    """An array that is read a region at a time: zarr, HDF5, NumPy. It can be sent to workers."""
+    """An array that is read a region at a time: zarr, Dask, HDF5, NumPy, or another with their slicing.
+
+    Its `chunks`, where it has them, are taken as the unit of reading and writing.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
     def dtype(self) -> Any: ...
     def __getitem__(self, region: Any, /) -> Any: ...
+
+
+class WritableArray(Sliceable, Protocol):
+    """An array that takes whole blocks."""
+
+    def __setitem__(self, key: Any, value: Any, /) -> None: ...
 
 
 def regions_of(shape: Sequence[int], step: Sequence[int]) -> Iterator[Region]:

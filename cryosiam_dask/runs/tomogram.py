@@ -112,7 +112,7 @@ from cryosiam_dask.stages.centers import (
     write_centers,
     write_cryosiam_centers,
 )
-from cryosiam_dask.stages.components import ArrayModule, Blocks, ChunkedArray, remove_small, require_channel
+from cryosiam_dask.stages.components import ArrayModule, Blocks, remove_small, require_channel
 from cryosiam_dask.stages.export import (
     MRC_LABEL,
     Placed,
@@ -1313,8 +1313,8 @@ _INHERITED = ("source", "voxel_size_angstrom", "origin_angstrom", "nstart", "axe
 def _update_components(
     configuration: Configuration,
     stem: str,
-    labels: ChunkedArray,
-    probabilities: ChunkedArray | None,
+    labels: Sliceable,
+    probabilities: Sliceable | None,
     attributes: Mapping[str, Any],
     work: zarr.Group,
     executor: Executor,

@@ -40,12 +40,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cryosiam_dask.core.arrays import Sliceable
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.errors import ConfigurationError, LabelsError, OutputError
 from cryosiam_dask.files.folders import visible
 from cryosiam_dask.files.predictions import write_bytes
 from cryosiam_dask.model.classes import file_names
-from cryosiam_dask.stages.components import ChunkedArray, Components, find_components
+from cryosiam_dask.stages.components import Components, find_components
 from cryosiam_dask.stages.measurements import (
     CONNECTIVITY,
     STAR_MARK,
@@ -84,7 +85,7 @@ class Eroded:
         Whether what lies outside the volume counts as of the class (scipy's ``border_value``).
     """
 
-    labels: ChunkedArray
+    labels: Sliceable
     border: bool = False
 
     @property
@@ -119,7 +120,7 @@ class Eroded:
 def write_centers(
     folder: Path,
     stem: str,
-    labels: ChunkedArray,
+    labels: Sliceable,
     *,
     min_voxels: int | Sequence[int] = 0,
     erode: bool = False,
@@ -219,7 +220,7 @@ def _smallest(min_voxels: int | Sequence[int], classes: NDArray[Any]) -> NDArray
 
 
 def cryosiam_centers(
-    stem: str, labels: ChunkedArray, *, min_voxels: int | Sequence[int] = 100, executor: Executor = SERIAL
+    stem: str, labels: Sliceable, *, min_voxels: int | Sequence[int] = 100, executor: Executor = SERIAL
 ) -> Any:
     """Find the particles of a tomogram as CryoSiam's ``semantic_to_centers`` does.
 

@@ -24,7 +24,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numcodecs import LZ4
@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from cryosiam_dask.core.arrays import Sliceable, WritableArray
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.errors import DeviceError, LabelsError
 
@@ -56,25 +57,6 @@ _COLUMNS: dict[str, tuple[np.ufunc, Any, tuple[int, ...]]] = {
     "probability_sum": (np.add, np.int64, ()),
     "probability_max": (np.maximum, np.float32, ()),
 }
-
-
-class ChunkedArray(Protocol):
-    """A zarr array, a Dask array, or whatever has a shape, a dtype and NumPy's slicing.
-
-    Its `chunks`, where it has them, are taken as the unit of reading and writing.
-    """
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> Any: ...
-    def __getitem__(self, key: Any, /) -> Any: ...
-
-
-class WritableArray(ChunkedArray, Protocol):
-    """A chunked array that takes whole blocks."""
-
-    def __setitem__(self, key: Any, value: Any, /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +137,7 @@ class Blocks:
     ndim: int
 
     @classmethod
-    def of(cls, array: ChunkedArray, block: Sequence[int] | None = None, *, voxels: int | None = None) -> Blocks:
+    def of(cls, array: Sliceable, block: Sequence[int] | None = None, *, voxels: int | None = None) -> Blocks:
         """Cut `array` into blocks of whole chunks of it, of up to `voxels` (`BLOCK_VOXELS`), unless `block` is given.
 
         Raises
@@ -183,7 +165,7 @@ class Blocks:
         return cls((shape[0], shape[1], shape[2]), (edges[0], edges[1], edges[2]), ndim)
 
     @classmethod
-    def between(cls, array: ChunkedArray, output: ChunkedArray) -> Blocks:
+    def between(cls, array: Sliceable, output: Sliceable) -> Blocks:
         """Cut `array` into blocks of whole chunks of `output`: tasks may read across chunks, but must write whole ones.
 
         Raises
@@ -221,7 +203,7 @@ class Blocks:
         z, y, x = (part.stop - part.start for part in self.slices(index))
         return z, y, x
 
-    def read(self, array: ChunkedArray, index: Index) -> NDArray[Any]:
+    def read(self, array: Sliceable, index: Index) -> NDArray[Any]:
         """Return block `index` of `array` as a C-contiguous (z, y, x) NumPy array in native byte order."""
         part = np.asarray(array[self.slices(index)[3 - self.ndim :]])
         # cc3d wants memory that it could write to, though it does not.
@@ -232,7 +214,7 @@ class Blocks:
         where = self.slices(index)[3 - self.ndim :]
         array[where] = values if isinstance(values, int) else values.reshape([part.stop - part.start for part in where])
 
-    def require_whole_chunks(self, output: ChunkedArray) -> None:
+    def require_whole_chunks(self, output: Sliceable) -> None:
         """Refuse an output of another shape, or one in which two blocks would write one chunk.
 
         Raises
@@ -266,7 +248,7 @@ def _grown(edges: list[int], shape: Sequence[int], voxels: int) -> list[int]:
     return edges
 
 
-def chunk_shape(array: ChunkedArray) -> tuple[int, ...]:
+def chunk_shape(array: Sliceable) -> tuple[int, ...]:
     """Return the unit in which `array` is written: its shards, its chunks, or single voxels where it has neither."""
     chunks = getattr(array, "shards", None) or getattr(array, "chunks", None) or (1,) * len(array.shape)
     # Dask spells chunks out along each axis; the largest stands for them, since reading need not be aligned.
@@ -414,13 +396,13 @@ class Removal:
 
 
 def find_components(
-    labels: ChunkedArray,
+    labels: Sliceable,
     *,
     connectivity: int = 26,
     classes: Sequence[int] | None = None,
     n_classes: int | None = None,
     measure: bool = False,
-    probabilities: ChunkedArray | None = None,
+    probabilities: Sliceable | None = None,
     block: Sequence[int] | None = None,
     executor: Executor = SERIAL,
     array_module: ArrayModule = "numpy",
@@ -486,7 +468,7 @@ def find_components(
 
 
 def write_instances(
-    components: Components, labels: ChunkedArray, output: WritableArray, *, executor: Executor = SERIAL
+    components: Components, labels: Sliceable, output: WritableArray, *, executor: Executor = SERIAL
 ) -> None:
     """Write the number of each voxel's component, 0 for the background (pass 2).
 
@@ -520,7 +502,7 @@ def write_instances(
 
 
 def remove_small(
-    labels: ChunkedArray,
+    labels: Sliceable,
     output: WritableArray,
     sizes: Sequence[int],
     *,
@@ -609,7 +591,7 @@ def remove_small(
 
 
 def largest_component(
-    mask: ChunkedArray,
+    mask: Sliceable,
     *,
     connectivity: int = 26,
     block: Sequence[int] | None = None,
@@ -636,7 +618,7 @@ def largest_component(
     return components, int(np.argmax(components.voxels)) + 1 if len(components) else 0
 
 
-def relabel_block(labels: ChunkedArray, labelling: Labelling, index: Index, values: NDArray[Any]) -> NDArray[Any]:
+def relabel_block(labels: Sliceable, labelling: Labelling, index: Index, values: NDArray[Any]) -> NDArray[Any]:
     """Return block `index` with each voxel's provisional label replaced by its entry in `values`, background by 0.
 
     Parameters
@@ -678,7 +660,7 @@ def require_channel(label: int, channels: int) -> None:
         )
 
 
-def _require_two_arrays(labels: ChunkedArray, output: ChunkedArray) -> None:
+def _require_two_arrays(labels: Sliceable, output: Sliceable) -> None:
     store = getattr(output, "store_path", None)
     # Compared by name, since zarr takes two stores in memory for one if they have the same content.
     if output is labels or (store is not None and str(store) == str(getattr(labels, "store_path", None))):
@@ -712,7 +694,7 @@ class _Labelled:
     count: int = 0
 
 
-def _label_block(labels: ChunkedArray, labelling: Labelling, index: Index) -> _Labelled:
+def _label_block(labels: Sliceable, labelling: Labelling, index: Index) -> _Labelled:
     """Read, check and label block `index`."""
     block = labelling.blocks.read(labels, index)
     if block.dtype.kind == "b":
@@ -745,10 +727,10 @@ def _label_block(labels: ChunkedArray, labelling: Labelling, index: Index) -> _L
 def _describe_block(
     index: Index,
     *,
-    labels: ChunkedArray,
+    labels: Sliceable,
     labelling: Labelling,
     measure: bool,
-    probabilities: ChunkedArray | None,
+    probabilities: Sliceable | None,
 ) -> _Description:
     """Pass 1 of one block."""
     labelled = _label_block(labels, labelling, index)
@@ -829,7 +811,7 @@ def _own_probabilities(
     labelling: Labelling,
     index: Index,
     present: NDArray[Any],
-    probabilities: ChunkedArray,
+    probabilities: Sliceable,
 ) -> NDArray[np.float32]:
     """Return the probability of each voxel's own class, reading only the channels that are `present`."""
     own = np.zeros(block.shape, dtype=np.float32)
@@ -851,7 +833,7 @@ def _probability_columns(own: NDArray[np.float32], provisional: NDArray[Any], co
 
 
 def _write_block(
-    item: tuple[Index, NDArray[Any]], *, labels: ChunkedArray, output: WritableArray, labelling: Labelling
+    item: tuple[Index, NDArray[Any]], *, labels: Sliceable, output: WritableArray, labelling: Labelling
 ) -> None:
     """Pass 2 of one block: `item` is its index and the final number of each of its provisional labels."""
     index, numbers = item
@@ -861,7 +843,7 @@ def _write_block(
 def _filter_block(
     item: tuple[Index, NDArray[np.bool_]],
     *,
-    labels: ChunkedArray,
+    labels: Sliceable,
     output: WritableArray,
     removed: WritableArray | None,
     labelling: Labelling,

@@ -23,15 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import ConvexHull
 
+from cryosiam_dask.core.arrays import Sliceable, WritableArray
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.errors import LabelsError
 from cryosiam_dask.stages.components import (
     ArrayModule,
     Blocks,
-    ChunkedArray,
     Index,
     Labelling,
-    WritableArray,
     backend,
     largest_component,
     relabel_block,
@@ -109,7 +108,7 @@ def stored_thickness(attributes: Mapping[str, Any]) -> dict[str, float | str]:
     return Thickness(stored[0], int(stored[1]), int(stored[2])).described(size if known else None)
 
 
-def count_columns(labels: ChunkedArray, *, executor: Executor = SERIAL) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def count_columns(labels: Sliceable, *, executor: Executor = SERIAL) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Count the voxels of each label, and the columns along z by how many voxels of any label they hold.
 
     Parameters
@@ -136,7 +135,7 @@ def count_columns(labels: ChunkedArray, *, executor: Executor = SERIAL) -> tuple
 
 
 def _count_in_columns(
-    labels: ChunkedArray, blocks: Blocks, column: tuple[int, int]
+    labels: Sliceable, blocks: Blocks, column: tuple[int, int]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     _, y, x = blocks.extent((0, *column))
     voxels, held = np.zeros(256, np.int64), np.zeros((y, x), np.int64)
@@ -187,8 +186,8 @@ class LamellaReport:
 
 
 def postprocess_lamella(
-    probabilities: ChunkedArray,
-    labels: ChunkedArray,
+    probabilities: Sliceable,
+    labels: Sliceable,
     output: WritableArray,
     *,
     threshold: float,
@@ -288,7 +287,7 @@ def postprocess_lamella(
 def _threshold_block(
     index: Index,
     *,
-    probabilities: ChunkedArray,
+    probabilities: Sliceable,
     output: WritableArray,
     blocks: Blocks,
     threshold: np.float32,
@@ -315,7 +314,7 @@ def _threshold_block(
 
 
 def _layer_corners(
-    layer: Sequence[tuple[Index, NDArray[np.bool_]]], *, above: ChunkedArray, labelling: Labelling
+    layer: Sequence[tuple[Index, NDArray[np.bool_]]], *, above: Sliceable, labelling: Labelling
 ) -> list[Corners]:
     """Return the corners, (y, x), of the component's hull in each z-slice of one layer of blocks.
 
@@ -353,7 +352,7 @@ def _corners(left: NDArray[np.int32], right: NDArray[np.int32]) -> Corners:
 def _fill_block(
     item: tuple[Index, list[Corners] | HalfSpaces | None],
     *,
-    labels: ChunkedArray,
+    labels: Sliceable,
     output: WritableArray,
     blocks: Blocks,
 ) -> int:

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import zarr
 
+from cryosiam_dask.core.arrays import Sliceable
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.errors import LabelsError, OutputError
 from cryosiam_dask.files.folders import visible
@@ -43,14 +44,7 @@ from cryosiam_dask.files.predictions import (
 )
 from cryosiam_dask.model.classes import named
 from cryosiam_dask.runs.ledger import collection_claim, open_claims
-from cryosiam_dask.stages.components import (
-    ArrayModule,
-    ChunkedArray,
-    Components,
-    find_components,
-    instances_dtype,
-    write_instances,
-)
+from cryosiam_dask.stages.components import ArrayModule, Components, find_components, instances_dtype, write_instances
 
 CONNECTIVITY = 26
 COLLECTION = "components"  # name of the tables of all tomograms
@@ -70,11 +64,11 @@ def component_files(folder: Path, stem: str) -> tuple[Path, Path, Path]:
 def write_components(
     folder: Path,
     stem: str,
-    labels: ChunkedArray,
+    labels: Sliceable,
     *,
     work: zarr.Group,
     attributes: Mapping[str, Any],
-    probabilities: ChunkedArray | None = None,
+    probabilities: Sliceable | None = None,
     executor: Executor = SERIAL,
     array_module: ArrayModule = "numpy",
 ) -> Components:
