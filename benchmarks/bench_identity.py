@@ -21,7 +21,7 @@ import zarr
 sys.path[:0] = [str(Path(__file__).parent)]
 from bench_inference import machine  # noqa: E402
 
-from cryosiam_dask.files.tomogram import source_content, source_identity  # noqa: E402
+from cryosiam_dask.files.identity import source_content, source_identity  # noqa: E402
 
 
 def make_chunks(folder: Path, count: int) -> int:

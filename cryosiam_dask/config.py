@@ -314,7 +314,7 @@ class Configuration(_Model):
 
     @property
     def reading(self) -> dict[str, Any]:
-        """Which part of a tomogram file is meant: keywords of `cryosiam_dask.stages.ingest.read_header`."""
+        """Which part of a tomogram file is meant: keywords of `cryosiam_dask.files.tomogram.read_header`."""
         return {"level": self.ome_zarr_level, "dataset": self.hdf5_dataset, "unsigned": self.mrc_unsigned}
 
     @property

@@ -55,7 +55,7 @@ def test_lists_hold_what_the_reference_finds_in_the_whole_array(
     labels = smooth_volume(shape, seed)
     stored = zarr.create_array(folder / "labels.zarr", data=labels, chunks=tuple(min(chunk, n) for n in shape))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cryosiam_dask.stages.components.BLOCK_VOXELS", 1)  # one block for each chunk
+        patch.setattr("cryosiam_dask.core.blocks.BLOCK_VOXELS", 1)  # one block for each chunk
         counts = write_centers(folder, stem, stored, min_voxels=min_voxels, erode=erode, classes=(1, 2),
                                voxel_size_angstrom=SIZE[-len(shape) :])  # fmt: skip
     collect_centers(folder)

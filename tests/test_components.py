@@ -22,11 +22,12 @@ from scipy import ndimage
 from skimage.measure import label as skimage_label
 from skimage.measure import regionprops
 
+from cryosiam_dask.core import blocks
+from cryosiam_dask.core.blocks import Blocks
 from cryosiam_dask.errors import LabelsError
 from cryosiam_dask.runs.cluster import DaskExecutor, open_cluster
 from cryosiam_dask.stages import components as module
 from cryosiam_dask.stages.components import (
-    Blocks,
     find_components,
     instances_dtype,
     largest_component,
@@ -348,7 +349,7 @@ class Unlucky(DaskExecutor):
     [("label", True), ("number", False), ("number", True), ("remove small", False), ("remove small", True)],
 )
 def test_a_worker_that_is_killed_changes_nothing(client, step, amid, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_VOXELS", 1)  # one block for each chunk
+    monkeypatch.setattr(blocks, "BLOCK_VOXELS", 1)  # one block for each chunk
     labels, sizes = blobs((24, 26, 28)), [-1, 5, 9, -1, 20]
     group = zarr.open_group(tmp_path / "work.zarr", mode="w")
     stored = store(labels, (8, 8, 8), group)
@@ -496,7 +497,7 @@ def test_removal_equals_labelling_each_class_of_the_whole_array(case, sizes):
     stored = store(labels, chunks)
     output = zarr.group({}).create_array("output", shape=labels.shape, chunks=chunks, dtype=labels.dtype, fill_value=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BLOCK_VOXELS", 1)  # one block for each chunk
+        patch.setattr(blocks, "BLOCK_VOXELS", 1)  # one block for each chunk
         summary = remove_small(stored, output, sizes, n_classes=5)
     reference = removed(labels, sizes)
     np.testing.assert_array_equal(output[:], reference)
@@ -511,7 +512,7 @@ def test_removal_equals_labelling_each_class_of_the_whole_array(case, sizes):
 
 @pytest.mark.parametrize("block", [(8, 8, 8), (4, 8, 8), (4, 4, 8), (4, 4, 4)])
 def test_more_than_the_size_stays_however_many_chunks_cut_it(block, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_VOXELS", 1)
+    monkeypatch.setattr(blocks, "BLOCK_VOXELS", 1)
     labels = np.zeros((8, 24, 8), dtype=np.uint8)
     for i, voxels in enumerate((63, 64, 65)):  # around the centre of 8 x 8 x 8 voxels: cut by 1, 2, 4 or 8 chunks
         cube = np.zeros((8, 8, 8), dtype=np.uint8)

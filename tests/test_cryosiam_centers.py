@@ -91,7 +91,7 @@ def test_labels_in_chunks_give_the_same_rows(tmp_path: Path, monkeypatch: pytest
     with h5py.File(GOLDEN / "scalar_minimum" / "preds" / "TS_1_6.80Apx_preds.h5") as file:
         labels = file["labels"][()]
     whole = cryosiam_centers("TS", labels, min_voxels=3)
-    monkeypatch.setattr("cryosiam_dask.stages.components.BLOCK_VOXELS", 1)
+    monkeypatch.setattr("cryosiam_dask.core.blocks.BLOCK_VOXELS", 1)
     stored = zarr.create_array(tmp_path / "labels.zarr", data=labels, chunks=(5, 7, 6))
     pandas.testing.assert_frame_equal(
         cryosiam_centers("TS", stored, min_voxels=3), whole, check_exact=False, rtol=1e-12

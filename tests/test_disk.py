@@ -17,7 +17,8 @@ from test_cli import COMMAND, call, write_tomogram, write_yaml
 from test_resume import contents
 
 from cryosiam_dask.errors import OutputError
-from cryosiam_dask.files.predictions import write_hdf5, write_mrc
+from cryosiam_dask.files.mrc import write_mrc
+from cryosiam_dask.files.predictions import write_hdf5
 from cryosiam_dask.stages.export import remove_outdated_formats
 from cryosiam_dask.stages.ome_zarr import write_ome_zarr
 from cryosiam_dask.stages.preview import write_preview
@@ -244,11 +245,10 @@ def test_an_output_that_may_not_be_read_is_said_to_be_so(tmp_path: Path) -> None
     script = (
         "import sys; from pathlib import Path\n"
         "from cryosiam_dask.errors import CryosiamDaskError\n"
-        "from cryosiam_dask.files import predictions as labels_to_hdf5\n"
-        "from cryosiam_dask.stages import ingest as mrc_to_zarr\n"
+        "from cryosiam_dask.files import hdf5, tomogram\n"
         "path = Path(sys.argv[1])\n"
-        "for act in (labels_to_hdf5.read_attributes, lambda path: labels_to_hdf5.open_dataset(path, 'labels'),\n"
-        "    mrc_to_zarr.read_header):\n"
+        "for act in (hdf5.read_attributes, lambda path: hdf5.open_dataset(path, 'labels'),\n"
+        "    tomogram.read_header):\n"
         "    try: act(path)\n"
         "    except CryosiamDaskError as error: print(error)\n"
     )

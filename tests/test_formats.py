@@ -23,8 +23,9 @@ from zarr.storage import MemoryStore
 from cryosiam_dask.commands.segment import convert_file, export_predictions
 from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, Problems
+from cryosiam_dask.files.atomic import part_name
 from cryosiam_dask.runs.collection import remove_left_overs, run
-from cryosiam_dask.runs.ledger import part_name, read_outcomes
+from cryosiam_dask.runs.ledger import read_outcomes
 from cryosiam_dask.runs.plan import plan_run
 from cryosiam_dask.runs.tomogram import Outcome, export, find_predictions, measure, postprocess
 from cryosiam_dask.stages import ome_zarr

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from cryosiam_dask.core.phantom import make_phantom
 from cryosiam_dask.errors import TomogramError
-from cryosiam_dask.stages.ingest import read_header
+from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.stages.intensities import (
     SAMPLE_VOXELS,
     Sample,

@@ -18,15 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cryosiam_dask.errors import OutputError
-from cryosiam_dask.files import predictions as labels_to_hdf5
-from cryosiam_dask.files.predictions import (
-    exportable_array,
-    read_attributes,
-    replace_labels,
-    write_hdf5,
-    write_instances_hdf5,
-    write_mrc,
-)
+from cryosiam_dask.files import mrc, predictions
+from cryosiam_dask.files.hdf5 import read_attributes
+from cryosiam_dask.files.mrc import write_mrc
+from cryosiam_dask.files.predictions import exportable_array, replace_labels, write_hdf5, write_instances_hdf5
 
 
 def random_labels(shape: tuple[int, ...], classes: int = 5) -> np.ndarray:
@@ -74,8 +69,8 @@ def test_any_reader_finds_what_was_written(
     scores.flat[0] = np.nan
     with pytest.MonkeyPatch.context() as patch:
         for name in ("CHUNK", "CHUNK_OF_WIDER"):
-            patch.setattr(labels_to_hdf5, name, {2: (chunk,) * 2, 3: (chunk,) * 3})
-        patch.setattr(labels_to_hdf5, "BLOCK_CHUNKS", blocks)
+            patch.setattr(predictions, name, {2: (chunk,) * 2, 3: (chunk,) * 3})
+        patch.setattr(predictions, "BLOCK_CHUNKS", blocks)
         write_hdf5(path, labels, probabilities=scores, distances=-scores, attributes={})
     with h5py.File(path) as file:
         assert set(file) == {"labels", "probs", "distances"}
@@ -191,7 +186,7 @@ def test_mrcfile_reads_and_approves(
     labels = random_labels(tuple(shape), classes)
     labels.flat[-1] = classes - 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(labels_to_hdf5, "MRC_BLOCK", block)
+        patch.setattr(mrc, "MRC_BLOCK", block)
         write_mrc(path, labels, voxel_size_angstrom=[7.5] * len(shape), label="labels of a test")
     assert mrcfile.validate(path)
     with mrcfile.open(path) as file:

@@ -15,10 +15,10 @@ from skimage.filters import gaussian
 from skimage.measure import label as skimage_label
 from skimage.morphology import convex_hull_image
 
+from cryosiam_dask.core.blocks import Blocks
 from cryosiam_dask.core.executor import SERIAL
 from cryosiam_dask.errors import LabelsError
 from cryosiam_dask.stages import lamella as module
-from cryosiam_dask.stages.components import Blocks
 from cryosiam_dask.stages.lamella import (
     Thickness,
     count_columns,
@@ -33,7 +33,7 @@ from cryosiam_dask.stages.lamella import (
 def small_blocks(monkeypatch):
     """One chunk to a block, so that small volumes have many blocks and every halo crosses some."""
     monkeypatch.setattr(module, "_SMOOTHED_VOXELS", 1)
-    monkeypatch.setattr("cryosiam_dask.stages.components.BLOCK_VOXELS", 1)
+    monkeypatch.setattr("cryosiam_dask.core.blocks.BLOCK_VOXELS", 1)
 
 
 def processed(probabilities, labels, threshold, hull, chunks, group=None, executor=SERIAL):
@@ -96,7 +96,7 @@ def test_equal_to_the_whole_array(shape, chunks, seed, sigma, quantile):
     component = largest(probabilities, threshold)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_SMOOTHED_VOXELS", 1)
-        patch.setattr("cryosiam_dask.stages.components.BLOCK_VOXELS", 1)
+        patch.setattr("cryosiam_dask.core.blocks.BLOCK_VOXELS", 1)
         report, output = processed(probabilities, labels, threshold, "slices", chunks)
         np.testing.assert_array_equal(output, slice_hulls(component, labels))
         assert report.component_voxels == component.sum()

@@ -19,21 +19,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cryosiam_dask.files.predictions import replacing
-from cryosiam_dask.runs import ledger
-from cryosiam_dask.runs.ledger import (
-    VERSION,
-    Claims,
-    Ledger,
-    claim_path,
-    open_claims,
-    part_name,
-    process_is_gone,
-    read_entries,
-    read_outcomes,
-    sweep,
-    sweep_parts,
-)
+from cryosiam_dask.core import processes
+from cryosiam_dask.files import claims
+from cryosiam_dask.files.atomic import part_name, replacing, sweep_parts
+from cryosiam_dask.files.claims import Claims, claim_path, open_claims, process_is_gone, sweep
+from cryosiam_dask.runs.ledger import VERSION, Ledger, read_entries, read_outcomes
 
 FIRST = {"what": "ledger", "version": VERSION}
 WRITTEN = [
@@ -56,13 +46,13 @@ def test_a_start_of_a_machine_has_a_name_where_there_is_no_proc(
     def refuse(path: Path) -> str:
         raise FileNotFoundError(path)
 
-    assert ledger.boot_id.__wrapped__()
+    assert processes.boot_id.__wrapped__()
     monkeypatch.setattr(Path, "read_text", refuse)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert ledger.boot_id.__wrapped__() == ""
+    assert processes.boot_id.__wrapped__() == ""
     (tmp_path / "sysctl").write_bytes(b"#!/bin/sh\n[ $2 = kern.bootsessionuuid ] && echo 5D41-$1\n")
     (tmp_path / "sysctl").chmod(0o755)
-    assert ledger.boot_id.__wrapped__() == "5D41--n"
+    assert processes.boot_id.__wrapped__() == "5D41--n"
 
 
 def test_what_is_appended_is_read_by_the_next(tmp_path: Path) -> None:
@@ -237,7 +227,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(ledger, "time", clock)
+    monkeypatch.setattr(claims, "time", clock)
     return clock
 
 
@@ -261,7 +251,7 @@ def test_one_holds_a_claim_and_gives_it_back(tmp_path: Path, clock: Clock) -> No
 def test_a_claim_of_a_process_that_was_killed_is_taken_at_once(tmp_path: Path) -> None:
     path = claim_path(tmp_path, "TS_1")
     code = (
-        "import sys, time; from pathlib import Path; from cryosiam_dask.runs.ledger import Claims\n"
+        "import sys, time; from pathlib import Path; from cryosiam_dask.files.claims import Claims\n"
         "assert Claims().take(Path(sys.argv[1])); print('taken', flush=True); time.sleep(100)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)

@@ -25,8 +25,9 @@ from mrcfile.dtypes import HEADER_DTYPE
 from zarr.storage import MemoryStore
 
 from cryosiam_dask.errors import OutputError, TomogramError
-from cryosiam_dask.stages import ingest as mrc_to_zarr
-from cryosiam_dask.stages.ingest import convert, ingest, read_header, stem
+from cryosiam_dask.files.tomogram import read_header, stem
+from cryosiam_dask.stages import ingest as ingest_module
+from cryosiam_dask.stages.ingest import convert, ingest
 
 MODES = {0: "i1", 1: "i2", 2: "f4", 4: "c8", 6: "u2", 12: "f2"}
 IMOD_STAMP = 1146047817
@@ -78,7 +79,7 @@ def volume(shape: tuple[int, ...] = (5, 6, 7), dtype: str = "i2") -> np.ndarray:
     return (random.normal(size=shape) * 40 + 60).clip(0, 120).astype(dtype)
 
 
-def read(path: Path, **options: Any) -> tuple[zarr.Array, mrc_to_zarr.IngestReport]:
+def read(path: Path, **options: Any) -> tuple[zarr.Array, ingest_module.IngestReport]:
     return ingest(path, MemoryStore(), **options)
 
 
@@ -139,7 +140,7 @@ def test_any_mode_order_layout_and_chunking(
     path.write_bytes(gzip.compress(raw, 1) if compressed else raw)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mrc_to_zarr, "PIECE_BYTES", piece)
+        patch.setattr(ingest_module, "PIECE_BYTES", piece)
         array, report = read(path, chunks=[min(c, 9) for c in chunks])
 
     columns, rows, sections = axes
@@ -197,7 +198,7 @@ def test_chunks(tmp_path: Path) -> None:
 
 
 def test_large_sections_of_compressed_files_get_thin_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mrc_to_zarr, "STREAM_BYTES", 1000)  # three sections of 300 bytes
+    monkeypatch.setattr(ingest_module, "STREAM_BYTES", 1000)  # three sections of 300 bytes
     data = volume((20, 10, 30), "i1")
     path = tmp_path / "x.mrc.gz"
     path.write_bytes(gzip.compress(mrc_bytes(data, mapc=3, maps=1)))
@@ -341,7 +342,7 @@ def test_non_finite_voxels_are_stored_and_counted(tmp_path: Path) -> None:
     assert report.warnings == ("3 voxels are NaN or infinite; they are treated as the minimum",)
 
     array, report = read(write(tmp_path / "x.mrc", np.full((2, 3, 4), np.nan, np.float32)))
-    assert report.statistics == mrc_to_zarr.Statistics(None, None, None, 24)
+    assert report.statistics == ingest_module.Statistics(None, None, None, 24)
     assert array.attrs["statistics"]["mean"] is None
 
 

@@ -22,7 +22,8 @@ from test_cli import call, write_tomogram
 
 from cryosiam_dask.commands.info import inspect
 from cryosiam_dask.errors import CryosiamDaskError, TomogramError
-from cryosiam_dask.stages.ingest import convert, read_header
+from cryosiam_dask.files.tomogram import read_header
+from cryosiam_dask.stages.ingest import convert
 
 VOXELS = np.random.default_rng(0).random((12, 20, 16), np.float32)
 

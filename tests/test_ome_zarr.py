@@ -24,9 +24,9 @@ from ome_zarr_models.v05 import Image, ImageLabel, Labels
 from skimage.measure import block_reduce
 
 from cryosiam_dask.errors import LabelsError, OutputError
+from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.model.classes import COLOURS
 from cryosiam_dask.stages import ome_zarr
-from cryosiam_dask.stages.ingest import read_header
 from cryosiam_dask.stages.intensities import sample_array
 from cryosiam_dask.stages.ome_zarr import (
     contrast_limits,

@@ -33,11 +33,12 @@ from cryosiam_dask.core.executor import SerialExecutor, patiently
 from cryosiam_dask.core.grid import make_grid
 from cryosiam_dask.core.log import LOG
 from cryosiam_dask.errors import OutputError, Problems, StorageError, TomogramError, may_pass
+from cryosiam_dask.files.claims import claim_path
 from cryosiam_dask.runs import cluster, ledger
 from cryosiam_dask.runs import tomogram as pipeline
 from cryosiam_dask.runs.cluster import DaskExecutor, open_cluster
 from cryosiam_dask.runs.collection import run
-from cryosiam_dask.runs.ledger import Ledger, claim_path, read_entries, read_outcomes
+from cryosiam_dask.runs.ledger import Ledger, read_entries, read_outcomes
 from cryosiam_dask.runs.plan import plan_run
 from cryosiam_dask.runs.tomogram import find_predictions, list_centers
 from cryosiam_dask.stages import ingest as mrc_to_zarr
@@ -410,8 +411,8 @@ def test_file_systems_without_hard_links_do(folder: Path, monkeypatch: pytest.Mo
 #: The command, with claims that are given up after two seconds.
 SHORT = (
     "from cryosiam_dask import cli\n"
-    "from cryosiam_dask.runs import ledger\n"
-    "if __name__ == '__main__':\n    ledger.BEAT, ledger.PATIENCE = 0.2, 2.0\n    cli.main()"
+    "from cryosiam_dask.files import claims\n"
+    "if __name__ == '__main__':\n    claims.BEAT, claims.PATIENCE = 0.2, 2.0\n    cli.main()"
 )
 
 

@@ -28,9 +28,10 @@ from cryosiam_dask.commands import segment as runner
 from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.core.executor import Interrupted, SerialExecutor
 from cryosiam_dask.errors import Problems
+from cryosiam_dask.files.claims import Claims, claim_path, open_claims
 from cryosiam_dask.model.classes import percentage
 from cryosiam_dask.runs.collection import make_folders, run
-from cryosiam_dask.runs.ledger import Claims, Ledger, claim_path, open_claims, read_outcomes
+from cryosiam_dask.runs.ledger import Ledger, read_outcomes
 from cryosiam_dask.runs.plan import plan_run
 from cryosiam_dask.runs.tomogram import Outcome, _work_group, export, find_predictions, list_centers, measure
 from cryosiam_dask.runs.tomogram import postprocess as postprocess_files

@@ -26,7 +26,7 @@ from cryosiam_dask.commands.status import print_overview
 from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, Problems, TomogramError
 from cryosiam_dask.files.folders import left_out
-from cryosiam_dask.files.tomogram import source_identity
+from cryosiam_dask.files.identity import source_identity
 from cryosiam_dask.runs.plan import RunPlan, _settings, find_tomograms, plan_run, removal_sizes, with_sizes
 from cryosiam_dask.runs.tomogram import find_predictions
 

@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from cryosiam_dask.files.hdf5 import open_dataset
 from cryosiam_dask.files.mask import open_mask
-from cryosiam_dask.files.predictions import open_dataset, write_hdf5
+from cryosiam_dask.files.predictions import write_hdf5
 from cryosiam_dask.model.classes import percentage
 from cryosiam_dask.stages import preview
 from cryosiam_dask.stages.preview import (

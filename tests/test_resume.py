@@ -19,7 +19,8 @@ import yaml
 from test_cli import call, start, write_tomogram, write_yaml
 
 from cryosiam_dask.core.grid import make_grid
-from cryosiam_dask.runs.ledger import process_is_gone, read_entries
+from cryosiam_dask.files.claims import process_is_gone
+from cryosiam_dask.runs.ledger import read_entries
 
 #: More of them can be tried by hand.
 KILLS = int(os.environ.get("CRYOSIAM_DASK_KILLS", "3"))

@@ -24,8 +24,10 @@ from numcodecs import Pickle
 from zarr.storage import MemoryStore
 
 from cryosiam_dask.errors import TomogramError
-from cryosiam_dask.files.tomogram import ArrayView, is_newer_in_part, newest_chunk, source_content, source_identity
-from cryosiam_dask.stages.ingest import Statistics, convert, ingest, read_header
+from cryosiam_dask.files.identity import is_newer_in_part, newest_chunk, source_content, source_identity
+from cryosiam_dask.files.tomogram import read_header
+from cryosiam_dask.files.zarr import ArrayView
+from cryosiam_dask.stages.ingest import Statistics, convert, ingest
 
 NGFF = [("0.4", 2), ("0.5", 3)]
 SHAPE = (12, 15, 17)

@@ -21,7 +21,7 @@ from rich.table import Table
 from cryosiam_dask.config import read_models
 from cryosiam_dask.core.phantom import CLASS_NAMES, dice, make_phantom, write_phantom
 from cryosiam_dask.errors import OutputError
-from cryosiam_dask.files.predictions import open_hdf5
+from cryosiam_dask.files.hdf5 import open_hdf5
 from cryosiam_dask.stages.preview import write_preview
 
 if TYPE_CHECKING:  # imported where they are used: the network's libraries take seconds

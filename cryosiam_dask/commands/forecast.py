@@ -33,12 +33,13 @@ from cryosiam_dask.core.diagnosis import Intensities
 from cryosiam_dask.core.grid import Grid, make_grid
 from cryosiam_dask.core.json_values import as_json
 from cryosiam_dask.errors import CryosiamDaskError, DeviceError, TomogramError
+from cryosiam_dask.files.header import TomogramHeader
 from cryosiam_dask.files.mask import Mask, read_stored
-from cryosiam_dask.files.tomogram import TomogramHeader, ZarrHeader
+from cryosiam_dask.files.tomogram import read_header, read_part
+from cryosiam_dask.files.zarr import ZarrHeader
 from cryosiam_dask.runs.ledger import read_outcomes
 from cryosiam_dask.runs.plan import Job, RunPlan, find_tomograms, removal_sizes
 from cryosiam_dask.stages.export import format_path, other_formats
-from cryosiam_dask.stages.ingest import read_header, read_part
 from cryosiam_dask.stages.intensities import evenly_spread, intensities, sample_file
 from cryosiam_dask.stages.preview import most_bytes, preview_file
 

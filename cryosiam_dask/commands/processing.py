@@ -23,11 +23,14 @@ from numpy.typing import NDArray
 from cryosiam_dask.core.arrays import Region
 from cryosiam_dask.core.percentiles import percentiles
 from cryosiam_dask.errors import OutputError, TomogramError, not_written
+from cryosiam_dask.files.atomic import part_name
 from cryosiam_dask.files.folders import visible
-from cryosiam_dask.files.predictions import write_mrc_floats
-from cryosiam_dask.files.tomogram import HDF5_ENDINGS, TomogramHeader, Voxels, is_zarr
-from cryosiam_dask.runs.ledger import part_name
-from cryosiam_dask.stages.ingest import MRC_ENDINGS, TOMOGRAM_ENDINGS, ingest, read_header, read_part
+from cryosiam_dask.files.hdf5 import HDF5_ENDINGS
+from cryosiam_dask.files.header import TomogramHeader
+from cryosiam_dask.files.mrc import MRC_ENDINGS, write_mrc_floats
+from cryosiam_dask.files.tomogram import TOMOGRAM_ENDINGS, read_header, read_part
+from cryosiam_dask.files.zarr import Voxels, is_zarr
+from cryosiam_dask.stages.ingest import ingest
 
 _PIECE = 256  # voxels along each axis of what is read at once: 64 MiB of float32
 

@@ -18,10 +18,9 @@ import json
 import math
 import os
 import re
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from importlib.resources import files
@@ -37,17 +36,13 @@ from cryosiam_dask.config import Configuration
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.core.log import FOLDER as LOGS
 from cryosiam_dask.core.log import latest_log
-from cryosiam_dask.errors import CryosiamDaskError, OutputError
+from cryosiam_dask.files.atomic import write_bytes
+from cryosiam_dask.files.claims import FOLDER
 from cryosiam_dask.files.folders import visible, without_predictions
-from cryosiam_dask.files.predictions import StoredDataset, open_dataset, read_attributes, write_bytes
 from cryosiam_dask.model.classes import COLOURS, are_images, given_names, hexadecimal, named, percentage
-from cryosiam_dask.runs.ledger import FOLDER
-from cryosiam_dask.stages.components import Blocks
-from cryosiam_dask.stages.export import written_attributes
-from cryosiam_dask.stages.ingest import MRC_ENDINGS, read_header
-from cryosiam_dask.stages.lamella import Thickness, count_columns, stored_thickness
-from cryosiam_dask.stages.measurements import Sizes, component_files, component_sizes, holding
-from cryosiam_dask.stages.preview import preview_file, read_fingerprint, thumbnails
+from cryosiam_dask.stages.measurements import holding
+from cryosiam_dask.stages.preview import preview_file
+from cryosiam_dask.stages.summary import KEPT, Summary, mrc_extension, remember
 
 REPORT = "report.html"
 PICTURES_BYTES = 11 * 10**6  # of all thumbnails together, so that a page remains below 20 MB
@@ -158,67 +153,6 @@ def _latest_log(configuration: Configuration) -> str | None:
     return None if log is None else quote(os.fsencode(f"{log.parent.name}/{log.name}"))
 
 
-# -------------------------------------------------------------------------------------------------------- what is known
-
-
-@dataclass(slots=True)
-class _Tomogram:
-    """What is known of a tomogram.
-
-    Attributes
-    ----------
-    name
-        Its stem.
-    status
-        ``"done"``, ``"skipped"``, ``"failed"``, or ``"missing"`` where it has no output.
-    shape
-        (z, y, x) or (y, x) in voxels; empty if unknown.
-    voxel_size_angstrom
-        Along each axis, ``None`` where it is unknown.
-    voxels
-        Of each label, from 0; empty if unknown.
-    lamella
-        Share of the volume within the mask.
-    thickness
-        Of the lamella, see `cryosiam_dask.stages.lamella.Thickness.described`; empty if unknown.
-    sizes
-        Of the components of each class, if they were measured.
-    seconds
-        Spent on it.
-    warnings, notes, error
-        What needs attention, what was decided about the file, and why it failed.
-    class_names
-        Of the labels from 1 on, as its output has them.
-    pictures
-        Thumbnail, WebP, in all its sizes, the largest first.
-    """
-
-    name: str
-    status: str = "missing"
-    shape: tuple[int, ...] = ()
-    voxel_size_angstrom: tuple[float | None, ...] = ()
-    voxels: tuple[int, ...] = ()
-    lamella: float | None = None
-    thickness: Mapping[str, Any] = field(default_factory=dict)
-    sizes: Mapping[int, Sizes] | None = None
-    seconds: float | None = None
-    warnings: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    error: str = ""
-    class_names: tuple[str, ...] = ()
-    pictures: tuple[bytes, ...] = field(default=(), repr=False)
-
-    def share(self, label: int, of_lamella: bool) -> float | None:
-        """Of the volume, or of the lamella, that has a label."""
-        total = sum(self.voxels) * (self.lamella or 0 if of_lamella else 1)
-        return self.voxels[label] / total if total and label < len(self.voxels) else 0.0 if total else None
-
-    def voxel_nm3(self) -> float | None:
-        """Volume of a voxel."""
-        sizes = [size for size in self.voxel_size_angstrom if size]
-        return math.prod(sizes) / 1000 if len(sizes) == 3 else None
-
-
 def _names(configuration: Configuration) -> set[str]:
     """Names of the tomograms that a prediction folder has outputs of."""
     folder = configuration.prediction_folder
@@ -226,206 +160,14 @@ def _names(configuration: Configuration) -> set[str]:
         return set()
     names = {path.name.removesuffix("_preds.h5") for path in visible(folder, "_preds.h5")}
     if configuration.save_original_file_extension:
-        found = {path.stem for path in visible(folder, _mrc_extension(configuration))}
+        found = {path.stem for path in visible(folder, mrc_extension(configuration))}
         # Not the masks of their classes.
         found = {name for name in found if name.rpartition("__")[0] not in found | names}
         names |= {name for name in found if name.removesuffix("_labels") not in found - {name}}  # another format
     return names
 
 
-def _mrc_extension(configuration: Configuration) -> str:
-    """Of predictions that have their tomograms' names; none is ever compressed, and those of other files are MRC."""
-    extension = configuration.file_extension.removesuffix(".gz")
-    return extension if Path(extension).suffix in MRC_ENDINGS or extension in MRC_ENDINGS else ".mrc"
-
-
-def remember(configuration: Configuration, picture_bytes: int, name: str) -> _Tomogram:
-    """What the outputs of a tomogram tell of it: as it was kept, or else read and kept.
-
-    Parameters
-    ----------
-    configuration
-        As of `write_report`.
-    picture_bytes
-        The thumbnail is the largest that takes no more, or the smallest.
-    name
-        The tomogram's.
-    """
-    note = configuration.prediction_folder / FOLDER / KEPT / f"{name}.json"
-    made_of = json.dumps([_KEPT_VERSION, configuration.model_dump_json(include=_READ), _files(configuration, name)])
-    with suppress(OSError, ValueError, TypeError, KeyError), note.open("rb") as file:
-        facts = json.loads(file.readline())
-        if facts.pop("made_of") == made_of:
-            lengths = facts.pop("pictures")  # the smallest first, so that the others need not be read
-            if facts["sizes"] is not None:
-                facts["sizes"] = {int(label): Sizes(*sizes) for label, sizes in facts["sizes"].items()}
-            tomogram = _Tomogram(name, "done", **facts)
-            number = max(1, sum(length <= picture_bytes for length in lengths))
-            content = file.read(sum(lengths[:number]))
-            tomogram.pictures = (content[-lengths[number - 1] :],) if lengths else ()
-            return tomogram
-    tomogram = _look_at(configuration, name)
-    if tomogram.status == "done":
-        facts = {field: getattr(tomogram, field) for field in _FACTS}
-        if tomogram.sizes is not None:
-            facts["sizes"] = {label: [s.count, s.median, s.largest] for label, s in tomogram.sizes.items()}
-        pictures = tomogram.pictures[::-1]
-        facts |= {"made_of": made_of, "pictures": [len(picture) for picture in pictures]}
-        part = note.with_name(f".{uuid.uuid4().hex}")
-        with suppress(OSError):  # a disk that is full, or a folder of somebody else's
-            note.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                part.write_bytes(b"\n".join((json.dumps(facts).encode(), b"".join(pictures))))
-                part.replace(note)
-            finally:
-                part.unlink(missing_ok=True)
-    fitting = [picture for picture in tomogram.pictures if len(picture) <= picture_bytes]
-    tomogram.pictures = tuple(fitting[:1] or tomogram.pictures[-1:])
-    return tomogram
-
-
-KEPT = "report"  # folder in that of the ledgers
-_KEPT_VERSION = 2
-_FACTS = ("shape", "voxel_size_angstrom", "voxels", "lamella", "thickness", "sizes", "warnings", "class_names")
-#: What decides where the facts of a tomogram are read.
-_READ = {
-    "data_folder", "mask_folder", "file_extension", "ome_zarr_level", "hdf5_dataset", "save_original_file_extension",
-}  # fmt: skip
-
-
-def _files(configuration: Configuration, name: str) -> list[tuple[int, int] | None]:
-    """Sizes and times of the files that tell of a tomogram."""
-    folder, masks = configuration.prediction_folder, configuration.mask_folder
-    paths = [
-        folder / f"{name}_preds.h5",
-        component_files(folder, name)[2],
-        preview_file(folder, name),
-        configuration.data_folder / f"{name}{configuration.file_extension}",
-        *([masks / f"{name}_preds.h5"] if masks else []),
-        *([folder / f"{name}{_mrc_extension(configuration)}"] if configuration.save_original_file_extension else []),
-    ]
-    return list(map(_size_and_time, paths))
-
-
-def _size_and_time(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
-
-
-def _look_at(configuration: Configuration, name: str) -> _Tomogram:
-    """Read what the outputs of a tomogram tell of it."""
-    folder, tomogram = configuration.prediction_folder, _Tomogram(name)
-    path = folder / f"{name}_preds.h5"
-    fingerprint, thickness = None, dict[str, Any]()
-    try:
-        component_files(folder, name)[2].exists()  # the longest name
-    except OSError:  # it is too long for the disk, and the tomogram has failed of it
-        return tomogram
-    try:
-        if path.exists():
-            attributes = written_attributes(configuration, path)
-            fingerprint = attributes.get("fingerprint")
-            tomogram.shape = open_dataset(path, "labels").shape
-            tomogram.voxels, thickness = _voxels(path, attributes, configuration.parameters.network.postprocessing)
-            tomogram.voxel_size_angstrom = _sizes(attributes.get("voxel_size_angstrom"), len(tomogram.shape))
-            tomogram.warnings = tuple(str(attributes.get("warnings") or "").splitlines())
-            names = attributes.get("class_names")
-            tomogram.class_names = tuple(map(str, names)) if isinstance(names, list) else ()
-            tomogram.status = "done"
-        elif configuration.save_original_file_extension:
-            header = read_header(folder / f"{name}{_mrc_extension(configuration)}")
-            tomogram.shape, tomogram.voxel_size_angstrom = header.shape, header.voxel_size_angstrom
-            tomogram.status = "done"
-        tomogram.sizes = component_sizes(folder, name)
-    except CryosiamDaskError as error:
-        if path.exists():
-            tomogram.status, tomogram.error = "failed", str(error)
-    tomogram.lamella, of_mask = _lamella(configuration, tomogram)
-    tomogram.thickness = thickness or of_mask
-    preview = preview_file(folder, name)
-    if fingerprint is None or read_fingerprint(preview) == fingerprint:  # otherwise it shows other labels
-        tomogram.pictures = thumbnails(preview)
-    return tomogram
-
-
-def _sizes(value: object, ndim: int) -> tuple[float | None, ...]:
-    """Voxel sizes as an attribute tells them; none where another program means something else by its name."""
-    if not isinstance(value, list) or len(value) != ndim:
-        return ()
-    return tuple(value) if all(v is None or isinstance(v, int | float) for v in value) else ()
-
-
-def _voxels(
-    path: Path, attributes: Mapping[str, Any], as_lamella: bool
-) -> tuple[tuple[int, ...], dict[str, float | str]]:
-    """Voxels of each label of a prediction, and how thick a lamella is; counted where the file tells no voxels.
-
-    Of files of earlier versions, which tell voxels alone, the thickness stays unknown: counting takes seconds for each.
-    """
-    known, thickness = attributes.get("voxels"), stored_thickness(attributes)
-    as_lamella = as_lamella and len(open_dataset(path, "labels").shape) == 3
-    if isinstance(known, list) and all(isinstance(n, int) for n in known):
-        return tuple(known), thickness if as_lamella else {}
-    labels = open_dataset(path, "labels")
-    if labels.dtype.kind not in "biu":
-        raise OutputError("labels must be whole numbers", place=path, value=labels.dtype, remedy="Predict again")
-    checked = _Checked(labels)
-    if as_lamella:
-        counts, columns = count_columns(checked)
-        found = Thickness.of(columns)
-        size = attributes.get("voxel_size_angstrom")
-        thickness = found.described(size if isinstance(size, list) and len(size) == 3 else None) if found else {}
-    else:
-        blocks, counts = Blocks.of(checked), np.zeros(256, np.int64)
-        for index in blocks.indices:
-            counts += np.bincount(blocks.read(checked, index).reshape(-1), minlength=256)
-    return tuple(counts[: int(np.flatnonzero(counts)[-1]) + 1].tolist()), thickness
-
-
-@dataclass(frozen=True, slots=True)
-class _Checked:
-    """Labels that are refused where they are read unless they lie between 0 and 255."""
-
-    stored: StoredDataset
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.stored.shape
-
-    @property
-    def chunks(self) -> tuple[int, ...] | None:
-        return self.stored.chunks
-
-    @property
-    def dtype(self) -> Any:
-        return self.stored.dtype
-
-    def __getitem__(self, region: Any, /) -> Any:
-        block = self.stored[region]
-        if block.min() < 0 or block.max() > 255:
-            raise OutputError("labels must lie between 0 and 255", place=self.stored.path, remedy="Predict again")
-        return block
-
-
-def _lamella(configuration: Configuration, tomogram: _Tomogram) -> tuple[float | None, dict[str, float | str]]:
-    """Share of a tomogram that lies within its mask, and how thick that is."""
-    path = configuration.mask_folder and configuration.mask_folder / f"{tomogram.name}_preds.h5"
-    try:
-        if not path or not path.exists():
-            return None, {}
-        attributes = read_attributes(path)
-        if open_dataset(path, "labels").shape == tomogram.shape:  # CryoSiam's own tell no voxel size
-            attributes.setdefault("voxel_size_angstrom", list(tomogram.voxel_size_angstrom))
-        (outside, *inside), thickness = _voxels(path, attributes, True)
-    except (OSError, CryosiamDaskError):
-        return None, {}  # a mask that cannot be read has failed its tomogram
-    return sum(inside) / max(1, outside + sum(inside)), thickness
-
-
-def _with_outcome(tomogram: _Tomogram, outcome: Mapping[str, Any]) -> _Tomogram:
+def _with_outcome(tomogram: Summary, outcome: Mapping[str, Any]) -> Summary:
     """Put what the run knows to what the outputs tell; of a tomogram that was skipped the run knows little."""
     tomogram.status = outcome.get("status") or tomogram.status
     tomogram.shape = tuple(outcome.get("shape") or tomogram.shape)
@@ -435,9 +177,6 @@ def _with_outcome(tomogram: _Tomogram, outcome: Mapping[str, Any]) -> _Tomogram:
     tomogram.notes = tuple(outcome.get("notes") or ())
     tomogram.error = outcome.get("error") or tomogram.error
     return tomogram
-
-
-# ------------------------------------------------------------------------------------------------------------- the page
 
 
 @dataclass(frozen=True, slots=True)
@@ -482,7 +221,7 @@ class _Column:
         return float(np.median(values)) if values else None
 
 
-def _page(configuration: Configuration, tomograms: Sequence[_Tomogram], warnings: Sequence[str], state: str) -> str:
+def _page(configuration: Configuration, tomograms: Sequence[Summary], warnings: Sequence[str], state: str) -> str:
     count = max((len(t.voxels) for t in tomograms), default=0) - 1
     count = max(count, len(configuration.class_names or ()), max((max(t.sizes or [0]) for t in tomograms), default=0))
     given = given_names(configuration) or next((t.class_names for t in tomograms if t.class_names), ())
@@ -529,7 +268,7 @@ def _is_told(column: _Column) -> bool:
     return len(values) >= _FEWEST and any(values)
 
 
-def _columns(tomograms: Sequence[_Tomogram], names: Sequence[str], of_lamella: bool) -> list[_Column]:
+def _columns(tomograms: Sequence[Summary], names: Sequence[str], of_lamella: bool) -> list[_Column]:
     shapes = [_Cell(" × ".join(map(str, t.shape)), math.prod(t.shape) if t.shape else None) for t in tomograms]
     columns = [
         _Column(f"shape ({'y, x' if are_images(t.shape for t in tomograms) else 'z, y, x'})", 0, shapes),
@@ -556,7 +295,7 @@ def _columns(tomograms: Sequence[_Tomogram], names: Sequence[str], of_lamella: b
     return columns
 
 
-def _voxel_size(tomogram: _Tomogram) -> _Cell:
+def _voxel_size(tomogram: Summary) -> _Cell:
     sizes = tomogram.voxel_size_angstrom
     if not sizes:
         return _Cell("", None)
@@ -567,7 +306,7 @@ def _voxel_size(tomogram: _Tomogram) -> _Cell:
     return _Cell(text, min((size for size in sizes if size), default=None))
 
 
-def _thicknesses(tomograms: Sequence[_Tomogram]) -> _Column:
+def _thicknesses(tomograms: Sequence[Summary]) -> _Column:
     """Mean and range of each; in one unit, in which they can be compared."""
     units = [t.thickness.get("unit") for t in tomograms]
     unit = "nm" if "nm" in units else "voxels"
@@ -593,14 +332,14 @@ def _shares(shares: Sequence[float | None]) -> list[_Cell]:
     ]
 
 
-def _number_of(tomogram: _Tomogram, label: int) -> _Cell:
+def _number_of(tomogram: Summary, label: int) -> _Cell:
     if tomogram.sizes is None:
         return _Cell("", None)
     sizes = tomogram.sizes.get(label)
     return _Cell(f"{sizes.count:,}" if sizes else "0", sizes.count if sizes else 0)
 
 
-def _size(tomogram: _Tomogram, label: int, what: str, physical: bool) -> _Cell:
+def _size(tomogram: Summary, label: int, what: str, physical: bool) -> _Cell:
     sizes = (tomogram.sizes or {}).get(label)
     if not sizes:
         return _Cell("", None)
@@ -638,7 +377,7 @@ def outliers(values: Sequence[float | None]) -> list[str]:
     return ["" if v is None or abs(v - median) <= far else "high" if v > median else "low" for v in values]
 
 
-def _row(number: int, tomogram: _Tomogram, columns: Sequence[_Column], configuration: Configuration) -> dict[str, Any]:
+def _row(number: int, tomogram: Summary, columns: Sequence[_Column], configuration: Configuration) -> dict[str, Any]:
     """What the template says of a tomogram."""
     cells = [column.cells[number] for column in columns]
     far = [
@@ -676,7 +415,7 @@ def _groups(columns: Sequence[_Column]) -> list[tuple[int, int, int]]:
     return groups
 
 
-def _counts(tomograms: Sequence[_Tomogram], rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, str, str]]:
+def _counts(tomograms: Sequence[Summary], rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, str, str]]:
     """Number, what it counts, and what kind of number it is."""
     done = sum(t.status in ("done", "skipped") for t in tomograms)
     failed = sum(t.status == "failed" for t in tomograms)

@@ -37,7 +37,8 @@ from cryosiam_dask.errors import (
     Problems,
 )
 from cryosiam_dask.files.folders import left_out
-from cryosiam_dask.files.tomogram import TomogramHeader
+from cryosiam_dask.files.header import TomogramHeader
+from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.model.classes import are_images
 from cryosiam_dask.model.predictor import (
     largest_patch,
@@ -88,7 +89,7 @@ from cryosiam_dask.runs.tomogram import (
     postprocess,
 )
 from cryosiam_dask.stages.export import convert_to_ome_zarr, other_formats
-from cryosiam_dask.stages.ingest import convert, read_header, require_free
+from cryosiam_dask.stages.ingest import convert, require_free
 from cryosiam_dask.stages.intensities import Sample, intensities, sample_file
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -682,7 +683,7 @@ def convert_file(
     Returns
     -------
     dict
-        The same as JSON values: those of `cryosiam_dask.files.tomogram.TomogramHeader.attributes`, ``statistics``,
+        The same as JSON values: those of `cryosiam_dask.files.header.TomogramHeader.attributes`, ``statistics``,
         ``shape`` (z, y, x), ``dtype``, ``target``.
     """
     if not target.name.lower().endswith(".zarr"):

@@ -29,13 +29,15 @@ import numpy as np
 
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, not_written
+from cryosiam_dask.files.hdf5 import open_dataset
+from cryosiam_dask.files.header import TomogramHeader
 from cryosiam_dask.files.mask import open_mask
-from cryosiam_dask.files.predictions import open_dataset
-from cryosiam_dask.files.tomogram import TomogramHeader, ZarrHeader
+from cryosiam_dask.files.tomogram import read_header, read_part
+from cryosiam_dask.files.zarr import ZarrHeader
 from cryosiam_dask.model.classes import COLOURS, given_names, named
 from cryosiam_dask.runs.tomogram import find_predictions
 from cryosiam_dask.stages.export import find_source, position_angstrom, require_shape, uint8_labels, written_attributes
-from cryosiam_dask.stages.ingest import ingest, read_header, read_part
+from cryosiam_dask.stages.ingest import ingest
 from cryosiam_dask.stages.intensities import Sample, sample_array, sample_file
 from cryosiam_dask.stages.ome_zarr import contrast_limits
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from cryosiam_dask.errors import OutputError, TomogramError, may_pass
-from cryosiam_dask.runs.ledger import part_name
 
 
 def unusable(path: Path) -> str:
@@ -88,32 +85,6 @@ def real(path: Path) -> Path:
             remedy="Remove the link, or mount the disk that it leads to",
         )
     return found
-
-
-@contextmanager
-def replacing_folder(target: Path) -> Iterator[Path]:
-    """Give a hidden folder that takes the place of `target` when the block has ended well.
-
-    An earlier folder stays as it is until then. The one that is given does not exist yet; it vanishes if the block
-    ends otherwise. See `cryosiam_dask.runs.ledger.sweep_parts` for what is left by a process that was killed. Where a
-    link stands in the place of `target`, it is what that leads to.
-    """
-    target = real(target)
-    part = target.with_name(part_name(target.name))
-    old = part.with_suffix(".old")
-    try:
-        yield part
-        if target.exists():
-            target.replace(old)
-        try:
-            part.replace(target)
-        except OSError:
-            if old.exists():
-                old.replace(target)
-            raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def without_predictions(folder: Path) -> OutputError:

@@ -32,7 +32,7 @@ from scipy import ndimage
 
 from cryosiam_dask.core.arrays import Region
 from cryosiam_dask.errors import MaskError
-from cryosiam_dask.files.predictions import open_hdf5
+from cryosiam_dask.files.hdf5 import open_hdf5
 
 WORKING_BYTES = 64 * 2**20  # for one part of a block
 DATASET = "labels"

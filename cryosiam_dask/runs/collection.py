@@ -5,7 +5,7 @@ that was begun first are run first. The next one is begun early enough that no d
 enough that few are in work at a time. What does not need the devices is done beside them.
 
 A tomogram that fails is recorded and the others go on, unless all of them fail of the same. Several runs on the same
-folders share the tomograms between them (`cryosiam_dask.runs.ledger.Claims`).
+folders share the tomograms between them (`cryosiam_dask.files.claims.Claims`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ from cryosiam_dask.core.executor import (
     patiently,
 )
 from cryosiam_dask.errors import LostClusterError, OutputError, may_pass
-from cryosiam_dask.runs.ledger import Claims, Ledger, claim_path, open_claims, read_entries, sweep, sweep_parts
+from cryosiam_dask.files.atomic import sweep_parts
+from cryosiam_dask.files.claims import Claims, claim_path, open_claims, sweep
+from cryosiam_dask.runs.ledger import Ledger, read_entries
 from cryosiam_dask.runs.plan import Job, RunPlan
 from cryosiam_dask.runs.progress import Reporter
 from cryosiam_dask.runs.tomogram import (

@@ -46,8 +46,8 @@ from cryosiam_dask.runs.ledger import read_entries
 # What reads files is imported where it is used: a path that is wrong is to be told at once.
 if TYPE_CHECKING:
     from cryosiam_dask.core.diagnosis import Intensities
+    from cryosiam_dask.files.header import TomogramHeader
     from cryosiam_dask.files.mask import Mask
-    from cryosiam_dask.files.tomogram import TomogramHeader
     from cryosiam_dask.model.checkpoint import Checkpoint
     from cryosiam_dask.model.predictor import PredictorSpec
 
@@ -233,7 +233,7 @@ class RunPlan:
     def looked_into(self) -> RunPlan:
         """The plan with the shapes of its tomograms, and what stands in the way of single ones."""
         from cryosiam_dask.files.mask import look_at_mask
-        from cryosiam_dask.stages.ingest import read_header
+        from cryosiam_dask.files.tomogram import read_header
 
         shapes, jobs = set(), []
         for job in self.jobs:
@@ -1005,7 +1005,7 @@ def _why_no_tomogram(path: Path) -> str:
     try:
         if why or path.is_file():
             return why
-        from cryosiam_dask.files.tomogram import is_zarr
+        from cryosiam_dask.files.zarr import is_zarr
 
         return "" if path.is_dir() and (path.suffix == ".zarr" or is_zarr(path)) else "no file"
     except OSError as error:
@@ -1183,7 +1183,7 @@ def _check_network(
 
 
 def _output_path(configuration: Configuration, source: Path, stem: str) -> Path:
-    from cryosiam_dask.stages.ingest import MRC_ENDINGS
+    from cryosiam_dask.files.mrc import MRC_ENDINGS
 
     if configuration.save_original_file_extension and not configuration.save_internal_files:
         name = source.name.removesuffix(".gz")
@@ -1230,7 +1230,7 @@ def known_identity(configuration: Configuration, source: Path, stem: str) -> lis
     source, stem
         The tomogram and its name.
     """
-    from cryosiam_dask.files.tomogram import is_newer_in_part, source_content, source_identity
+    from cryosiam_dask.files.identity import is_newer_in_part, source_content, source_identity
 
     identity = source_identity(source)
     entries, _ = read_entries(configuration.prediction_folder, stem)
@@ -1248,7 +1248,7 @@ def known_identity(configuration: Configuration, source: Path, stem: str) -> lis
 def _fingerprint(
     configuration: Configuration, source: Path, stem: str, mask: Path | None, settings: Mapping[str, Any]
 ) -> str:
-    from cryosiam_dask.stages.ingest import read_header
+    from cryosiam_dask.files.tomogram import read_header
 
     files = [known_identity(configuration, source, stem), _mask_identity(mask) if mask else None]
     decided = ""
@@ -1294,7 +1294,7 @@ def _mask_identity(path: Path) -> list[Any]:
 
 def _read_fingerprint(output: Path) -> str | None:
     """The fingerprint of an output; ``None`` for a file of another program or one that cannot be read."""
-    from cryosiam_dask.files.predictions import read_attributes
+    from cryosiam_dask.files.hdf5 import read_attributes
     from cryosiam_dask.stages.export import read_mrc_fingerprint
 
     try:
@@ -1317,7 +1317,7 @@ def components_done(path: Path | None, fingerprint: str, names: Sequence[str]) -
     names
         Of the labels from 1 on.
     """
-    from cryosiam_dask.files.predictions import read_attributes
+    from cryosiam_dask.files.hdf5 import read_attributes
 
     if path is None:
         return True

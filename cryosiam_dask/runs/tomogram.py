@@ -37,9 +37,9 @@ import zarr
 from numpy.typing import NDArray
 
 from cryosiam_dask._version import __version__
-from cryosiam_dask.commands.report import remember
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.core.arrays import Sliceable
+from cryosiam_dask.core.blocks import Blocks
 from cryosiam_dask.core.diagnosis import Intensities
 from cryosiam_dask.core.diagnosis import blank as why_blank
 from cryosiam_dask.core.executor import (
@@ -59,6 +59,7 @@ from cryosiam_dask.core.executor import (
 from cryosiam_dask.core.grid import Grid, make_grid
 from cryosiam_dask.core.local_store import AnyDiskStore
 from cryosiam_dask.core.log import LOG, TOLD
+from cryosiam_dask.core.processes import boot_id
 from cryosiam_dask.errors import (
     ClusterError,
     CryosiamDaskError,
@@ -70,29 +71,18 @@ from cryosiam_dask.errors import (
     may_pass,
     not_written,
 )
+from cryosiam_dask.files.atomic import part_name, sweep_parts
+from cryosiam_dask.files.claims import Claims, claim_path, open_claims
+from cryosiam_dask.files.hdf5 import StoredDataset, dataset_names, open_dataset, open_hdf5, read_attributes
+from cryosiam_dask.files.header import TomogramHeader
+from cryosiam_dask.files.identity import is_newer_in_part, newest_chunk, source_content, source_identity
 from cryosiam_dask.files.mask import open_mask
-from cryosiam_dask.files.predictions import (
-    StoredDataset,
-    dataset_names,
-    exportable_array,
-    open_dataset,
-    open_hdf5,
-    read_attributes,
-    replace_labels,
-    write_hdf5,
-    write_mrc,
-)
-from cryosiam_dask.files.tomogram import (
-    TomogramHeader,
-    Voxels,
-    ZarrHeader,
-    is_newer_in_part,
-    newest_chunk,
-    source_content,
-    source_identity,
-)
+from cryosiam_dask.files.mrc import write_mrc
+from cryosiam_dask.files.predictions import exportable_array, replace_labels, write_hdf5
+from cryosiam_dask.files.tomogram import read_header
+from cryosiam_dask.files.zarr import Voxels, ZarrHeader
 from cryosiam_dask.model.classes import counted, given_names, named, shares
-from cryosiam_dask.runs.ledger import Claims, Ledger, boot_id, claim_path, open_claims, part_name, sweep_parts
+from cryosiam_dask.runs.ledger import Ledger
 from cryosiam_dask.runs.plan import (
     Job,
     RunPlan,
@@ -112,7 +102,7 @@ from cryosiam_dask.stages.centers import (
     write_centers,
     write_cryosiam_centers,
 )
-from cryosiam_dask.stages.components import ArrayModule, Blocks, remove_small, require_channel
+from cryosiam_dask.stages.components import ArrayModule, remove_small, require_channel
 from cryosiam_dask.stages.export import (
     MRC_LABEL,
     Placed,
@@ -123,7 +113,7 @@ from cryosiam_dask.stages.export import (
     write_other_formats,
     written_attributes,
 )
-from cryosiam_dask.stages.ingest import IngestReport, Statistics, ingest, read_header
+from cryosiam_dask.stages.ingest import IngestReport, Statistics, ingest
 from cryosiam_dask.stages.intensities import Sample, intensities, sample_array, sample_file
 from cryosiam_dask.stages.lamella import (
     Thickness,
@@ -135,6 +125,7 @@ from cryosiam_dask.stages.lamella import (
 from cryosiam_dask.stages.measurements import COLLECTION, collect_tables, remove_outdated, write_components
 from cryosiam_dask.stages.predict import BlockTimes, StoredPrediction, create_outputs, predict_store, tomogram_chunks
 from cryosiam_dask.stages.preview import preview_file, read_fingerprint, write_preview
+from cryosiam_dask.stages.summary import remember
 from cryosiam_dask.stages.timeline import write_timeline
 
 

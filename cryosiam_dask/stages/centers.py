@@ -43,8 +43,8 @@ from numpy.typing import NDArray
 from cryosiam_dask.core.arrays import Sliceable
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.errors import ConfigurationError, LabelsError, OutputError
+from cryosiam_dask.files.atomic import write_bytes
 from cryosiam_dask.files.folders import visible
-from cryosiam_dask.files.predictions import write_bytes
 from cryosiam_dask.model.classes import file_names
 from cryosiam_dask.stages.components import Components, find_components
 from cryosiam_dask.stages.measurements import (

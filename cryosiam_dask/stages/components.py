@@ -20,7 +20,6 @@ A component is filtered and measured by its whole, after the merge, never by wha
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
@@ -33,18 +32,13 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from cryosiam_dask.core.arrays import Sliceable, WritableArray
+from cryosiam_dask.core.blocks import Blocks, Index
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.errors import DeviceError, LabelsError
 
 ArrayModule: TypeAlias = Literal["numpy", "cupy"]
-Index: TypeAlias = tuple[int, int, int]
-Slices: TypeAlias = tuple[slice, slice, slice]
-
-BLOCK_VOXELS = 1 << 22
 """How many voxels one task labels, at most: smaller chunks are labelled several at a time, so that handing tasks out
 does not outweigh them. A task takes about 15 bytes a voxel of its block."""
-
-_LARGEST_BLOCK = 1 << 29  # a provisional label fits 29 bits: see `_touching`
 _REACH = {6: 1, 18: 2, 26: 3}  # along how many axes at once a step to a neighbour may move
 _PROBABILITY_ONE = 1 << 30  # probabilities are summed as integers, so that the sum does not depend on the blocks
 _PLANES = LZ4()  # border planes are mostly background
@@ -116,143 +110,6 @@ def backend(array_module: ArrayModule) -> Backend:
         return labels, int(count)
 
     return Backend(cupy, ndimage, on_gpu, cupy.asnumpy)
-
-
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """A volume cut into equal blocks, the last of an axis ragged. Everything is (z, y, x).
-
-    Attributes
-    ----------
-    shape
-        Voxels of the volume; a 2-D image is a volume of one slice.
-    block
-        Voxels of a block.
-    ndim
-        Axes of the array itself, 2 or 3.
-    """
-
-    shape: Index
-    block: Index
-    ndim: int
-
-    @classmethod
-    def of(cls, array: Sliceable, block: Sequence[int] | None = None, *, voxels: int | None = None) -> Blocks:
-        """Cut `array` into blocks of whole chunks of it, of up to `voxels` (`BLOCK_VOXELS`), unless `block` is given.
-
-        Raises
-        ------
-        LabelsError
-            If the array is neither 2-D nor 3-D, or a block is too large to be labelled at once.
-        """
-        ndim = len(array.shape)
-        if ndim not in (2, 3) or (block is not None and len(block) != ndim):
-            raise LabelsError(
-                "components are found in 2-D or 3-D arrays, in blocks of as many axes",
-                value=f"shape {tuple(array.shape)}, block {block}",
-                remedy="Pass one volume or image at a time",
-            )
-        lead = (1,) * (3 - ndim)
-        shape = (*lead, *(int(size) for size in array.shape))
-        voxels = BLOCK_VOXELS if voxels is None else voxels
-        edges = _grown([*lead, *chunk_shape(array)], shape, voxels) if block is None else [*lead, *block]
-        if min(edges) < 1 or math.prod(map(min, edges, shape)) >= _LARGEST_BLOCK:
-            raise LabelsError(
-                f"a block must hold from 1 to {_LARGEST_BLOCK - 1} voxels",
-                value=tuple(edges),
-                remedy="Store the array in chunks of 64 to 256 voxels along each axis",
-            )
-        return cls((shape[0], shape[1], shape[2]), (edges[0], edges[1], edges[2]), ndim)
-
-    @classmethod
-    def between(cls, array: Sliceable, output: Sliceable) -> Blocks:
-        """Cut `array` into blocks of whole chunks of `output`: tasks may read across chunks, but must write whole ones.
-
-        Raises
-        ------
-        LabelsError
-            If the shapes differ, or a block is too large.
-        """
-        blocks = cls.of(output)
-        blocks = cls.of(array, blocks.block[3 - blocks.ndim :])
-        blocks.require_whole_chunks(output)
-        return blocks
-
-    @property
-    def counts(self) -> Index:
-        """Number of blocks along each axis; one, of no voxels, along an axis of length 0."""
-        z, y, x = (max(1, -(-size // edge)) for size, edge in zip(self.shape, self.block, strict=True))
-        return z, y, x
-
-    @property
-    def indices(self) -> list[Index]:
-        """The block indices in C order."""
-        z, y, x = self.counts
-        return list(itertools.product(range(z), range(y), range(x)))
-
-    def slices(self, index: Index) -> Slices:
-        """Where block `index` lies in the volume."""
-        z, y, x = (
-            slice(i * edge, min((i + 1) * edge, size))
-            for i, edge, size in zip(index, self.block, self.shape, strict=True)
-        )
-        return z, y, x
-
-    def extent(self, index: Index) -> Index:
-        """Shape of block `index`."""
-        z, y, x = (part.stop - part.start for part in self.slices(index))
-        return z, y, x
-
-    def read(self, array: Sliceable, index: Index) -> NDArray[Any]:
-        """Return block `index` of `array` as a C-contiguous (z, y, x) NumPy array in native byte order."""
-        part = np.asarray(array[self.slices(index)[3 - self.ndim :]])
-        # cc3d wants memory that it could write to, though it does not.
-        return np.require(part, part.dtype.newbyteorder("="), ["C", "W"]).reshape(self.extent(index))
-
-    def write(self, array: WritableArray, index: Index, values: NDArray[Any] | int) -> None:
-        """Write block `index` of `array`; `values` is a (z, y, x) block or one number for all of it."""
-        where = self.slices(index)[3 - self.ndim :]
-        array[where] = values if isinstance(values, int) else values.reshape([part.stop - part.start for part in where])
-
-    def require_whole_chunks(self, output: Sliceable) -> None:
-        """Refuse an output of another shape, or one in which two blocks would write one chunk.
-
-        Raises
-        ------
-        LabelsError
-            With the axis, the chunk and the block.
-        """
-        if tuple(output.shape) != self.shape[3 - self.ndim :]:
-            raise LabelsError(
-                f"the output must have the shape of its input, {self.shape[3 - self.ndim :]}",
-                value=output.shape,
-                remedy="Make the output in that shape",
-            )
-        for axis, chunk in enumerate(chunk_shape(output), start=3 - self.ndim):
-            if self.block[axis] % chunk and self.block[axis] < self.shape[axis]:
-                raise LabelsError(
-                    f"output chunks of {chunk} voxels do not divide the block edge {self.block[axis]} on axis "
-                    f"{axis - 3 + self.ndim}, so two tasks would write one chunk",
-                    remedy=f"Make the output with chunks that divide {self.block[3 - self.ndim :]}",
-                )
-
-
-def _grown(edges: list[int], shape: Sequence[int], voxels: int) -> list[int]:
-    """Double the shortest edge that the volume exceeds, as long as the block holds no more than `voxels` voxels."""
-    while short := [axis for axis in range(3) if edges[axis] < shape[axis]]:
-        axis = min(short, key=lambda axis: edges[axis])
-        grown = [edge * 2 if other == axis else edge for other, edge in enumerate(edges)]
-        if math.prod(map(min, grown, shape)) > voxels:
-            break
-        edges = grown
-    return edges
-
-
-def chunk_shape(array: Sliceable) -> tuple[int, ...]:
-    """Return the unit in which `array` is written: its shards, its chunks, or single voxels where it has neither."""
-    chunks = getattr(array, "shards", None) or getattr(array, "chunks", None) or (1,) * len(array.shape)
-    # Dask spells chunks out along each axis; the largest stands for them, since reading need not be aligned.
-    return tuple(int(max(edge)) if isinstance(edge, tuple) else int(edge) for edge in chunks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -669,9 +526,6 @@ def _require_two_arrays(labels: Sliceable, output: Sliceable) -> None:
         )
 
 
-# ---- the tasks ----
-
-
 @dataclass(frozen=True, slots=True)
 class _Description:
     """What pass 1 returns of a block: a row of each column for each provisional label, and the border planes.
@@ -866,9 +720,6 @@ def _filter_block(
     blocks.write(output, index, block.astype(output.dtype, copy=False))
     if removed is not None:
         blocks.write(removed, index, 0 if stays.all() else (before - block).astype(removed.dtype, copy=False))
-
-
-# ---- the merge ----
 
 
 def _merged(

@@ -28,9 +28,11 @@ from cryosiam_dask.core.arrays import Sliceable
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.errors import CryosiamDaskError, LabelsError, OutputError, TomogramError, may_pass
 from cryosiam_dask.files.folders import real
-from cryosiam_dask.files.predictions import StoredDataset, open_dataset, read_attributes, write_mrc
+from cryosiam_dask.files.hdf5 import StoredDataset, open_dataset, read_attributes
+from cryosiam_dask.files.mrc import write_mrc
+from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.model.classes import file_names, given_names, named
-from cryosiam_dask.stages.ingest import IngestReport, ingest, read_header, require_free
+from cryosiam_dask.stages.ingest import IngestReport, ingest, require_free
 from cryosiam_dask.stages.ome_zarr import SEGMENTATION, read_own_attributes, write_ome_zarr
 
 #: Before the fingerprint, in the only place of an MRC header that takes text: of labels, and of the mask of a class.
@@ -395,7 +397,7 @@ def written_attributes(configuration: Configuration, prediction: Path, *, patien
     Returns
     -------
     dict
-        See `cryosiam_dask.files.predictions.read_attributes`. A tomogram that is not there, cannot be read or has
+        See `cryosiam_dask.files.hdf5.read_attributes`. A tomogram that is not there, cannot be read or has
         another shape than the labels tells nothing.
 
     Raises

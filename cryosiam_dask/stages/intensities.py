@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from cryosiam_dask.core.arrays import Region, Sliceable
 from cryosiam_dask.core.diagnosis import Contrast, Intensities
-from cryosiam_dask.files.tomogram import TomogramHeader
-from cryosiam_dask.stages.ingest import MrcHeader, read_beginning, read_part
+from cryosiam_dask.files.header import TomogramHeader
+from cryosiam_dask.files.mrc import MrcHeader, read_beginning
+from cryosiam_dask.files.tomogram import read_part
 
 SAMPLE_VOXELS = 1 << 22  # 16 MiB of float32, a fraction of a second
 SAMPLE_STREAM_BYTES = 64 * 2**20  # of a compressed file, uncompressed
@@ -101,7 +102,7 @@ def sample_file(header: TomogramHeader, voxels: int = SAMPLE_VOXELS) -> Sample:
     Parameters
     ----------
     header
-        From `cryosiam_dask.stages.ingest.read_header`.
+        From `cryosiam_dask.files.tomogram.read_header`.
     voxels
         How many to take at most, of a file that is not compressed.
 

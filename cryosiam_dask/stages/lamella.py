@@ -24,17 +24,10 @@ from numpy.typing import NDArray
 from scipy.spatial import ConvexHull
 
 from cryosiam_dask.core.arrays import Sliceable, WritableArray
+from cryosiam_dask.core.blocks import Blocks, Index
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.errors import LabelsError
-from cryosiam_dask.stages.components import (
-    ArrayModule,
-    Blocks,
-    Index,
-    Labelling,
-    backend,
-    largest_component,
-    relabel_block,
-)
+from cryosiam_dask.stages.components import ArrayModule, Labelling, backend, largest_component, relabel_block
 
 SIGMA = (10.0, 5.0, 5.0)
 """Width of the Gaussian in voxels, (z, y, x)."""

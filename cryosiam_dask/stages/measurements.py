@@ -32,18 +32,12 @@ import zarr
 from cryosiam_dask.core.arrays import Sliceable
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.errors import LabelsError, OutputError
+from cryosiam_dask.files.atomic import replacing, require_voxels, write_bytes
+from cryosiam_dask.files.claims import collection_claim, open_claims
 from cryosiam_dask.files.folders import visible
-from cryosiam_dask.files.predictions import (
-    INSTANCES,
-    dataset_names,
-    read_attributes,
-    replacing,
-    require_voxels,
-    write_bytes,
-    write_instances_hdf5,
-)
+from cryosiam_dask.files.hdf5 import INSTANCES, dataset_names, read_attributes
+from cryosiam_dask.files.predictions import write_instances_hdf5
 from cryosiam_dask.model.classes import named
-from cryosiam_dask.runs.ledger import collection_claim, open_claims
 from cryosiam_dask.stages.components import ArrayModule, Components, find_components, instances_dtype, write_instances
 
 CONNECTIVITY = 26

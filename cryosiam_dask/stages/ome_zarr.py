@@ -38,7 +38,7 @@ from cryosiam_dask.core.arrays import Region, Sliceable
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.core.local_store import AnyDiskStore
 from cryosiam_dask.errors import LabelsError, OutputError, not_written
-from cryosiam_dask.files.folders import replacing_folder
+from cryosiam_dask.files.atomic import replacing_folder
 from cryosiam_dask.model.classes import COLOURS
 from cryosiam_dask.stages.intensities import Sample, intensities, sample_array
 

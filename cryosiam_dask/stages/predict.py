@@ -37,7 +37,7 @@ from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.core.grid import DEFAULT_BLOCK_SIZE, Block, Grid, make_grid, wrapped_segments
 from cryosiam_dask.errors import OutputError
 from cryosiam_dask.files.mask import Mask, read_mask
-from cryosiam_dask.files.tomogram import Voxels
+from cryosiam_dask.files.zarr import Voxels
 from cryosiam_dask.model.predictor import PredictorSpec, load_predictor, normalise
 
 Array = npt.NDArray[Any]

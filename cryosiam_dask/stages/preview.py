@@ -38,11 +38,11 @@ from PIL.PngImagePlugin import PngInfo
 from scipy import ndimage
 
 from cryosiam_dask.core.arrays import Sliceable
+from cryosiam_dask.core.blocks import Blocks, Index
 from cryosiam_dask.core.executor import SERIAL, Executor
+from cryosiam_dask.files.atomic import part_name
 from cryosiam_dask.files.folders import real
 from cryosiam_dask.model.classes import COLOURS, named, percentage
-from cryosiam_dask.runs.ledger import part_name
-from cryosiam_dask.stages.components import Blocks, Index
 from cryosiam_dask.stages.lamella import Thickness, thickness_words
 
 PALETTE = COLOURS  # label 1 has the first

@@ -1,0 +1,276 @@
+"""What the outputs of a tomogram tell of it, read once and kept beside its ledger."""
+
+from __future__ import annotations
+
+import json
+import math
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cryosiam_dask.config import Configuration
+from cryosiam_dask.core.blocks import Blocks
+from cryosiam_dask.errors import CryosiamDaskError, OutputError
+from cryosiam_dask.files.claims import FOLDER
+from cryosiam_dask.files.hdf5 import StoredDataset, open_dataset, read_attributes
+from cryosiam_dask.files.mrc import MRC_ENDINGS
+from cryosiam_dask.files.tomogram import read_header
+from cryosiam_dask.stages.export import written_attributes
+from cryosiam_dask.stages.lamella import Thickness, count_columns, stored_thickness
+from cryosiam_dask.stages.measurements import Sizes, component_files, component_sizes
+from cryosiam_dask.stages.preview import preview_file, read_fingerprint, thumbnails
+
+
+@dataclass(slots=True)
+class Summary:
+    """What is known of a tomogram.
+
+    Attributes
+    ----------
+    name
+        Its stem.
+    status
+        ``"done"``, ``"skipped"``, ``"failed"``, or ``"missing"`` where it has no output.
+    shape
+        (z, y, x) or (y, x) in voxels; empty if unknown.
+    voxel_size_angstrom
+        Along each axis, ``None`` where it is unknown.
+    voxels
+        Of each label, from 0; empty if unknown.
+    lamella
+        Share of the volume within the mask.
+    thickness
+        Of the lamella, see `cryosiam_dask.stages.lamella.Thickness.described`; empty if unknown.
+    sizes
+        Of the components of each class, if they were measured.
+    seconds
+        Spent on it.
+    warnings, notes, error
+        What needs attention, what was decided about the file, and why it failed.
+    class_names
+        Of the labels from 1 on, as its output has them.
+    pictures
+        Thumbnail, WebP, in all its sizes, the largest first.
+    """
+
+    name: str
+    status: str = "missing"
+    shape: tuple[int, ...] = ()
+    voxel_size_angstrom: tuple[float | None, ...] = ()
+    voxels: tuple[int, ...] = ()
+    lamella: float | None = None
+    thickness: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Mapping[int, Sizes] | None = None
+    seconds: float | None = None
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    error: str = ""
+    class_names: tuple[str, ...] = ()
+    pictures: tuple[bytes, ...] = field(default=(), repr=False)
+
+    def share(self, label: int, of_lamella: bool) -> float | None:
+        """Of the volume, or of the lamella, that has a label."""
+        total = sum(self.voxels) * (self.lamella or 0 if of_lamella else 1)
+        return self.voxels[label] / total if total and label < len(self.voxels) else 0.0 if total else None
+
+    def voxel_nm3(self) -> float | None:
+        """Volume of a voxel."""
+        sizes = [size for size in self.voxel_size_angstrom if size]
+        return math.prod(sizes) / 1000 if len(sizes) == 3 else None
+
+
+def mrc_extension(configuration: Configuration) -> str:
+    """Of predictions that have their tomograms' names; none is ever compressed, and those of other files are MRC."""
+    extension = configuration.file_extension.removesuffix(".gz")
+    return extension if Path(extension).suffix in MRC_ENDINGS or extension in MRC_ENDINGS else ".mrc"
+
+
+def remember(configuration: Configuration, picture_bytes: int, name: str) -> Summary:
+    """What the outputs of a tomogram tell of it: as it was kept, or else read and kept.
+
+    Parameters
+    ----------
+    configuration
+        As of `write_report`.
+    picture_bytes
+        The thumbnail is the largest that takes no more, or the smallest.
+    name
+        The tomogram's.
+    """
+    note = configuration.prediction_folder / FOLDER / KEPT / f"{name}.json"
+    made_of = json.dumps([_KEPT_VERSION, configuration.model_dump_json(include=_READ), _files(configuration, name)])
+    with suppress(OSError, ValueError, TypeError, KeyError), note.open("rb") as file:
+        facts = json.loads(file.readline())
+        if facts.pop("made_of") == made_of:
+            lengths = facts.pop("pictures")  # the smallest first, so that the others need not be read
+            if facts["sizes"] is not None:
+                facts["sizes"] = {int(label): Sizes(*sizes) for label, sizes in facts["sizes"].items()}
+            tomogram = Summary(name, "done", **facts)
+            number = max(1, sum(length <= picture_bytes for length in lengths))
+            content = file.read(sum(lengths[:number]))
+            tomogram.pictures = (content[-lengths[number - 1] :],) if lengths else ()
+            return tomogram
+    tomogram = _look_at(configuration, name)
+    if tomogram.status == "done":
+        facts = {field: getattr(tomogram, field) for field in _FACTS}
+        if tomogram.sizes is not None:
+            facts["sizes"] = {label: [s.count, s.median, s.largest] for label, s in tomogram.sizes.items()}
+        pictures = tomogram.pictures[::-1]
+        facts |= {"made_of": made_of, "pictures": [len(picture) for picture in pictures]}
+        part = note.with_name(f".{uuid.uuid4().hex}")
+        with suppress(OSError):  # a disk that is full, or a folder of somebody else's
+            note.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                part.write_bytes(b"\n".join((json.dumps(facts).encode(), b"".join(pictures))))
+                part.replace(note)
+            finally:
+                part.unlink(missing_ok=True)
+    fitting = [picture for picture in tomogram.pictures if len(picture) <= picture_bytes]
+    tomogram.pictures = tuple(fitting[:1] or tomogram.pictures[-1:])
+    return tomogram
+
+
+KEPT = "report"  # folder in that of the ledgers
+_KEPT_VERSION = 2
+_FACTS = ("shape", "voxel_size_angstrom", "voxels", "lamella", "thickness", "sizes", "warnings", "class_names")
+#: What decides where the facts of a tomogram are read.
+_READ = {
+    "data_folder", "mask_folder", "file_extension", "ome_zarr_level", "hdf5_dataset", "save_original_file_extension",
+}  # fmt: skip
+
+
+def _files(configuration: Configuration, name: str) -> list[tuple[int, int] | None]:
+    """Sizes and times of the files that tell of a tomogram."""
+    folder, masks = configuration.prediction_folder, configuration.mask_folder
+    paths = [
+        folder / f"{name}_preds.h5",
+        component_files(folder, name)[2],
+        preview_file(folder, name),
+        configuration.data_folder / f"{name}{configuration.file_extension}",
+        *([masks / f"{name}_preds.h5"] if masks else []),
+        *([folder / f"{name}{mrc_extension(configuration)}"] if configuration.save_original_file_extension else []),
+    ]
+    return list(map(_size_and_time, paths))
+
+
+def _size_and_time(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _look_at(configuration: Configuration, name: str) -> Summary:
+    """Read what the outputs of a tomogram tell of it."""
+    folder, tomogram = configuration.prediction_folder, Summary(name)
+    path = folder / f"{name}_preds.h5"
+    fingerprint, thickness = None, dict[str, Any]()
+    try:
+        component_files(folder, name)[2].exists()  # the longest name
+    except OSError:  # it is too long for the disk, and the tomogram has failed of it
+        return tomogram
+    try:
+        if path.exists():
+            attributes = written_attributes(configuration, path)
+            fingerprint = attributes.get("fingerprint")
+            tomogram.shape = open_dataset(path, "labels").shape
+            tomogram.voxels, thickness = _voxels(path, attributes, configuration.parameters.network.postprocessing)
+            tomogram.voxel_size_angstrom = _sizes(attributes.get("voxel_size_angstrom"), len(tomogram.shape))
+            tomogram.warnings = tuple(str(attributes.get("warnings") or "").splitlines())
+            names = attributes.get("class_names")
+            tomogram.class_names = tuple(map(str, names)) if isinstance(names, list) else ()
+            tomogram.status = "done"
+        elif configuration.save_original_file_extension:
+            header = read_header(folder / f"{name}{mrc_extension(configuration)}")
+            tomogram.shape, tomogram.voxel_size_angstrom = header.shape, header.voxel_size_angstrom
+            tomogram.status = "done"
+        tomogram.sizes = component_sizes(folder, name)
+    except CryosiamDaskError as error:
+        if path.exists():
+            tomogram.status, tomogram.error = "failed", str(error)
+    tomogram.lamella, of_mask = _lamella(configuration, tomogram)
+    tomogram.thickness = thickness or of_mask
+    preview = preview_file(folder, name)
+    if fingerprint is None or read_fingerprint(preview) == fingerprint:  # otherwise it shows other labels
+        tomogram.pictures = thumbnails(preview)
+    return tomogram
+
+
+def _sizes(value: object, ndim: int) -> tuple[float | None, ...]:
+    """Voxel sizes as an attribute tells them; none where another program means something else by its name."""
+    if not isinstance(value, list) or len(value) != ndim:
+        return ()
+    return tuple(value) if all(v is None or isinstance(v, int | float) for v in value) else ()
+
+
+def _voxels(
+    path: Path, attributes: Mapping[str, Any], as_lamella: bool
+) -> tuple[tuple[int, ...], dict[str, float | str]]:
+    """Voxels of each label of a prediction, and how thick a lamella is; counted where the file tells no voxels.
+
+    Of files of earlier versions, which tell voxels alone, the thickness stays unknown: counting takes seconds for each.
+    """
+    known, thickness = attributes.get("voxels"), stored_thickness(attributes)
+    as_lamella = as_lamella and len(open_dataset(path, "labels").shape) == 3
+    if isinstance(known, list) and all(isinstance(n, int) for n in known):
+        return tuple(known), thickness if as_lamella else {}
+    labels = open_dataset(path, "labels")
+    if labels.dtype.kind not in "biu":
+        raise OutputError("labels must be whole numbers", place=path, value=labels.dtype, remedy="Predict again")
+    checked = _Checked(labels)
+    if as_lamella:
+        counts, columns = count_columns(checked)
+        found = Thickness.of(columns)
+        size = attributes.get("voxel_size_angstrom")
+        thickness = found.described(size if isinstance(size, list) and len(size) == 3 else None) if found else {}
+    else:
+        blocks, counts = Blocks.of(checked), np.zeros(256, np.int64)
+        for index in blocks.indices:
+            counts += np.bincount(blocks.read(checked, index).reshape(-1), minlength=256)
+    return tuple(counts[: int(np.flatnonzero(counts)[-1]) + 1].tolist()), thickness
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """Labels that are refused where they are read unless they lie between 0 and 255."""
+
+    stored: StoredDataset
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def chunks(self) -> tuple[int, ...] | None:
+        return self.stored.chunks
+
+    @property
+    def dtype(self) -> Any:
+        return self.stored.dtype
+
+    def __getitem__(self, region: Any, /) -> Any:
+        block = self.stored[region]
+        if block.min() < 0 or block.max() > 255:
+            raise OutputError("labels must lie between 0 and 255", place=self.stored.path, remedy="Predict again")
+        return block
+
+
+def _lamella(configuration: Configuration, tomogram: Summary) -> tuple[float | None, dict[str, float | str]]:
+    """Share of a tomogram that lies within its mask, and how thick that is."""
+    path = configuration.mask_folder and configuration.mask_folder / f"{tomogram.name}_preds.h5"
+    try:
+        if not path or not path.exists():
+            return None, {}
+        attributes = read_attributes(path)
+        if open_dataset(path, "labels").shape == tomogram.shape:  # CryoSiam's own tell no voxel size
+            attributes.setdefault("voxel_size_angstrom", list(tomogram.voxel_size_angstrom))
+        (outside, *inside), thickness = _voxels(path, attributes, True)
+    except (OSError, CryosiamDaskError):
+        return None, {}  # a mask that cannot be read has failed its tomogram
+    return sum(inside) / max(1, outside + sum(inside)), thickness
