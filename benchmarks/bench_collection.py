@@ -58,9 +58,11 @@ from checkpoints import SMALL, write  # noqa: E402  # a checkpoint of CryoSiam's
 from cryosiam_dask.config import read_configuration  # noqa: E402
 from cryosiam_dask.core.grid import Patch, make_grid  # noqa: E402
 from cryosiam_dask.runs import collection  # noqa: E402
-from cryosiam_dask.runs.cluster import THREADS, DaskExecutor, Setup, join_cluster  # noqa: E402
+from cryosiam_dask.runs.cluster import join_cluster  # noqa: E402
+from cryosiam_dask.runs.dask_executor import THREADS, DaskExecutor  # noqa: E402
 from cryosiam_dask.runs.plan import RunPlan, plan_run  # noqa: E402
 from cryosiam_dask.runs.progress import LogReporter, Pace  # noqa: E402
+from cryosiam_dask.runs.workers import Setup  # noqa: E402
 from cryosiam_dask.stages import predict as zarr_to_labels  # noqa: E402
 
 PATCH, BLOCK_SIZE = 16, 8  # the smallest blocks that there are: of one patch, almost all of them

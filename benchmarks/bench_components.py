@@ -39,7 +39,8 @@ from scipy import ndimage
 from skimage.measure import label as skimage_label
 from skimage.measure import regionprops
 
-from cryosiam_dask.runs.cluster import DaskExecutor, open_cluster
+from cryosiam_dask.runs.cluster import open_cluster
+from cryosiam_dask.runs.dask_executor import DaskExecutor
 from cryosiam_dask.stages.components import find_components, instances_dtype, remove_small, write_instances
 
 MEMBRANES = (312, 928, 960)

@@ -24,7 +24,8 @@ import zarr
 
 from cryosiam_dask.core.grid import Patch, make_grid
 from cryosiam_dask.model.predictor import PredictorSpec
-from cryosiam_dask.runs.cluster import DaskExecutor, open_cluster
+from cryosiam_dask.runs.cluster import open_cluster
+from cryosiam_dask.runs.dask_executor import DaskExecutor
 from cryosiam_dask.stages import predict as zarr_to_labels
 
 

@@ -51,7 +51,8 @@ from cryosiam_dask.files.mask import Mask, open_mask
 from cryosiam_dask.model.checkpoint import read_checkpoint
 from cryosiam_dask.model.network import Architecture, Network, build_network
 from cryosiam_dask.model.predictor import PredictorSpec, predictor_spec
-from cryosiam_dask.runs.cluster import DaskExecutor, open_cluster
+from cryosiam_dask.runs.cluster import open_cluster
+from cryosiam_dask.runs.dask_executor import DaskExecutor
 from cryosiam_dask.stages.predict import StoredPrediction, create_outputs, predict_store
 
 THRESHOLD = 0.1

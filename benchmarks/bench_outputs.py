@@ -34,8 +34,7 @@ from bench_overhead import Quiet  # noqa: E402
 from checkpoints import write  # noqa: E402  # a checkpoint of CryoSiam's format with random weights
 
 from cryosiam_dask.config import read_configuration  # noqa: E402
-from cryosiam_dask.runs import collection  # noqa: E402
-from cryosiam_dask.runs import tomogram as pipeline  # noqa: E402
+from cryosiam_dask.runs import collection, outputs  # noqa: E402
 from cryosiam_dask.runs.plan import plan_run  # noqa: E402
 from cryosiam_dask.stages.ome_zarr import write_ome_zarr  # noqa: E402
 from cryosiam_dask.stages.preview import write_preview  # noqa: E402
@@ -142,14 +141,14 @@ def run(shape: tuple[int, ...], divide: int, patch: int, folder: Path) -> dict[s
         write_preview(*arguments, **options)
         spent[0] += time.perf_counter() - began
 
-    pipeline.write_preview = timed
+    outputs.write_preview = timed
     try:
         plan = plan_run(read_configuration(folder / "config.yaml"))
         began = time.perf_counter()
         (outcome,) = collection.run(plan, Quiet())
         seconds = time.perf_counter() - began
     finally:
-        pipeline.write_preview = write_preview
+        outputs.write_preview = write_preview
     assert outcome.status == "done", outcome.error
     return {
         "method": "run",

@@ -43,8 +43,9 @@ from checkpoints import SMALL, write  # noqa: E402  # a checkpoint of CryoSiam's
 from cryosiam_dask.config import read_configuration  # noqa: E402
 from cryosiam_dask.core.grid import Patch  # noqa: E402
 from cryosiam_dask.runs import collection  # noqa: E402
-from cryosiam_dask.runs import tomogram as pipeline  # noqa: E402
-from cryosiam_dask.runs.cluster import DaskExecutor, open_cluster  # noqa: E402
+from cryosiam_dask.runs import tomogram as one_tomogram  # noqa: E402
+from cryosiam_dask.runs.cluster import open_cluster  # noqa: E402
+from cryosiam_dask.runs.dask_executor import DaskExecutor  # noqa: E402
 from cryosiam_dask.runs.plan import plan_run  # noqa: E402
 from cryosiam_dask.stages import predict as zarr_to_labels  # noqa: E402
 from cryosiam_dask.stages.timeline import busy_share  # noqa: E402
@@ -205,8 +206,8 @@ def bench(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             return rows
         client.run(install_null_network, options.sleep)
         blocks: list[Any] = []
-        watched = pipeline.predict_store
-        pipeline.predict_store = lambda *a, **k: blocks.extend(watched(*a, **k)) or blocks  # type: ignore[assignment]
+        watched = one_tomogram.predict_store
+        one_tomogram.predict_store = lambda *a, **k: blocks.extend(watched(*a, **k)) or blocks  # type: ignore[assignment]
         shutil.rmtree(folder / "out")
         began = time.perf_counter()
         timeline = options.output is not None
@@ -220,7 +221,7 @@ def bench(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         if timeline:
             picture = folder / "out" / "t_timeline.png"
             options.output.with_suffix(".png").write_bytes(picture.read_bytes())
-        pipeline.predict_store = watched
+        one_tomogram.predict_store = watched
     return rows
 
 

@@ -37,12 +37,12 @@ from scipy import ndimage
 sys.path[:0] = [str(Path(__file__).parent)]
 from bench_inference import machine  # noqa: E402
 
-from cryosiam_dask.commands.segment import report_on  # noqa: E402
+from cryosiam_dask.commands.written import report_on  # noqa: E402
 from cryosiam_dask.config import Configuration, read_configuration  # noqa: E402
 from cryosiam_dask.files.claims import FOLDER  # noqa: E402
 from cryosiam_dask.files.predictions import write_hdf5  # noqa: E402
 from cryosiam_dask.runs.ledger import Ledger  # noqa: E402
-from cryosiam_dask.runs.tomogram import Outcome  # noqa: E402
+from cryosiam_dask.runs.outcome import Outcome  # noqa: E402
 from cryosiam_dask.stages.measurements import write_components  # noqa: E402
 from cryosiam_dask.stages.preview import preview_file, write_preview  # noqa: E402
 

@@ -31,7 +31,8 @@ from checkpoints import write
 
 from cryosiam_dask.core.grid import block_size_for, make_grid
 from cryosiam_dask.model.predictor import predictor_spec
-from cryosiam_dask.runs.cluster import DaskExecutor, open_cluster
+from cryosiam_dask.runs.cluster import open_cluster
+from cryosiam_dask.runs.dask_executor import DaskExecutor
 from cryosiam_dask.stages.predict import StoredPrediction, create_outputs, predict_store
 
 

@@ -21,7 +21,7 @@ _HOMES = {
     "config": ("read_configuration",),
     "runs.plan": ("plan_run",),
     "runs.collection": ("run",),
-    "runs.tomogram": ("export", "list_centers", "measure", "postprocess"),
+    "runs.written": ("export", "list_centers", "measure", "postprocess"),
     "files.tomogram": ("read_header",),
     "stages.ingest": ("convert", "ingest"),
     "model.checkpoint": ("read_checkpoint",),
@@ -39,7 +39,8 @@ _HOMES = {
     "stages.ome_zarr": ("write_ome_zarr",),
     "model.classes": ("class_names",),
     "stages.preview": ("write_preview",),
-    "runs.cluster": ("DaskExecutor", "open_cluster"),
+    "runs.cluster": ("open_cluster",),
+    "runs.dask_executor": ("DaskExecutor",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -34,7 +34,7 @@ from cryosiam_dask.errors import ClusterError, CryosiamDaskError, DiskError
 
 if TYPE_CHECKING:
     from cryosiam_dask.config import Configuration
-    from cryosiam_dask.runs.tomogram import Outcome
+    from cryosiam_dask.runs.outcome import Outcome
 
 #: Of CryoSiam's own commands that have another name here.
 _RENAMED = {"semantic-postprocessing": "semantic-postprocess"}
@@ -306,7 +306,7 @@ def _segment(
     with _plain_errors(drains=True) as stop:
         # What takes long to load comes after what a user may have mistyped.
         from cryosiam_dask.config import read_model, read_models
-        from cryosiam_dask.runs.plan import require_paths
+        from cryosiam_dask.runs.find import require_paths
 
         console = _console(quiet, verbose, as_json)
         warned: list[str] = []
@@ -359,7 +359,7 @@ def semantic_postprocess(
     """
     with _plain_errors():
         configuration = _predicted(config_file, model, filename, sizes=True)
-        from cryosiam_dask.commands.segment import postprocess_again
+        from cryosiam_dask.commands.written import postprocess_again
 
         console = _console(quiet, verbose, as_json)
         _exit(postprocess_again(configuration, console, filename=filename, workers=workers), as_json=as_json)
@@ -381,7 +381,7 @@ def components(
     """
     with _plain_errors():
         configuration = _predicted(config_file, model, filename)
-        from cryosiam_dask.commands.segment import measure_predictions
+        from cryosiam_dask.commands.written import measure_predictions
 
         console = _console(quiet, verbose, as_json)
         _exit(measure_predictions(configuration, console, filename=filename, workers=workers), as_json=as_json)
@@ -415,7 +415,7 @@ def semantic_to_centers(
     """
     with _plain_errors():
         configuration = _predicted(config_file, model, filename)
-        from cryosiam_dask.commands.segment import list_particles
+        from cryosiam_dask.commands.written import list_particles
 
         console = _console(quiet, verbose, as_json)
         outcomes = list_particles(
@@ -443,7 +443,7 @@ def report(config_file: ConfigFile, model: Model = None) -> None:
         configuration = read_model(config_file, model)
         if not configuration.prediction_folder.exists():
             raise without_predictions(configuration.prediction_folder)
-        from cryosiam_dask.commands.segment import report_again
+        from cryosiam_dask.commands.written import report_again
 
         report_again(configuration, Console(emoji=False))
 
@@ -473,7 +473,7 @@ def export(
     """
     with _plain_errors():
         configuration = _predicted(config_file, model, filename)
-        from cryosiam_dask.commands.segment import export_predictions
+        from cryosiam_dask.commands.written import export_predictions
 
         names = [each.value for each in formats or ()]
         console = _console(quiet, verbose, as_json)
@@ -535,7 +535,7 @@ def plan(
     with _plain_errors(writes=False):
         from cryosiam_dask.commands.plan import show_plan
         from cryosiam_dask.config import read_models
-        from cryosiam_dask.runs.plan import require_paths
+        from cryosiam_dask.runs.find import require_paths
 
         if not as_json:  # where all problems are printed, whatever that takes
             require_paths(read_models(config_file, model), filename)
@@ -663,7 +663,7 @@ def convert(
         from cryosiam_dask.files.folders import require_there
 
         require_there(source)
-        from cryosiam_dask.commands.segment import convert_file
+        from cryosiam_dask.commands.convert import convert_file
 
         report = convert_file(
             source, target, _console(quiet, False, as_json), level=level, dataset=dataset, overwrite=overwrite,
@@ -819,7 +819,7 @@ def demo(
 def _predicted(config_file: Path, model: str | None, filename: str | None = None, **needed: bool) -> Configuration:
     """The configuration of a command for written predictions, if there are any: asked before the rest is loaded."""
     from cryosiam_dask.config import read_model
-    from cryosiam_dask.runs.plan import find_predictions
+    from cryosiam_dask.runs.find import find_predictions
 
     configuration = read_model(config_file, model)
     find_predictions(configuration, filename, **needed)

@@ -17,7 +17,9 @@ from scipy import ndimage
 
 from cryosiam_dask.commands.report import write_report
 from cryosiam_dask.config import Configuration, read_configuration
-from cryosiam_dask.runs.tomogram import Outcome, export, find_predictions, list_centers, measure, postprocess
+from cryosiam_dask.runs.find import find_predictions
+from cryosiam_dask.runs.outcome import Outcome
+from cryosiam_dask.runs.written import export, list_centers, measure, postprocess
 
 SHAPE = (6, 7, 8)
 

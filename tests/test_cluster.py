@@ -29,6 +29,7 @@ from distributed import Client
 from distributed.comm import connect
 from tornado.web import RequestHandler
 
+import cryosiam_dask
 from cryosiam_dask.core.executor import Interrupted
 from cryosiam_dask.errors import (
     ClusterError,
@@ -38,8 +39,10 @@ from cryosiam_dask.errors import (
     LostDeviceError,
     TomogramError,
 )
-from cryosiam_dask.runs import cluster
-from cryosiam_dask.runs.cluster import DaskExecutor, Setup, ask, describe_devices, open_cluster, register_in_workers
+from cryosiam_dask.runs import cluster, dask_executor
+from cryosiam_dask.runs.cluster import open_cluster
+from cryosiam_dask.runs.dask_executor import DaskExecutor
+from cryosiam_dask.runs.workers import Setup, ask, describe_devices, forwarded_warnings, register_in_workers
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +84,9 @@ def test_workers_have_loaded_what_tasks_need_before_the_first(client: Client) ->
     """Threads of a worker that import the same modules at the same time see each other's half made."""
     DaskExecutor(client)
     for found in client.run(loaded).values():
-        assert {
-            "cryosiam_dask.stages.ingest",
-            "cryosiam_dask.stages.predict",
-            "cryosiam_dask.files.predictions",
-        } <= found
-        assert {f"cryosiam_dask.{name}" for name in cluster._TASKS} <= found
+        rooms = [Path(cryosiam_dask.__file__).parent / room for room in ("files", "stages")]
+        names = {f"cryosiam_dask.{room.name}.{path.stem}" for room in rooms for path in room.glob("[a-z]*.py")}
+        assert names <= found
 
 
 class Fatal:
@@ -599,7 +599,7 @@ def warn_of(path: str) -> int:
 def test_a_warning_of_a_name_that_is_not_utf8_costs_no_worker(client: Client, caplog: pytest.LogCaptureFixture) -> None:
     client.wait_for_workers(2)
     odd = os.fsdecode(b"/data/\xb5 dir/x.mrc")
-    with cluster.forwarded_warnings(client), caplog.at_level(logging.WARNING, "py.warnings"):
+    with forwarded_warnings(client), caplog.at_level(logging.WARNING, "py.warnings"):
         before = set(client.run(os.getpid).values())
         executor = DaskExecutor(client)
         assert set(executor.share(odd, 0, lambda *_: None).map(warn_of, [odd] * 4, name="warn")) <= before
@@ -610,7 +610,7 @@ def test_a_warning_of_a_name_that_is_not_utf8_costs_no_worker(client: Client, ca
 
 
 def test_it_is_said_that_no_worker_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "_ALONE_SECONDS", 1.5)
+    monkeypatch.setattr(dask_executor, "_ALONE_SECONDS", 1.5)
     said: queue.SimpleQueue[str] = queue.SimpleQueue()
     with scheduler_and_worker(tmp_path) as (joined, _):
         executor = DaskExecutor(joined, say=said.put)

@@ -20,18 +20,19 @@ from test_cli import call, start
 from test_pipeline import Listener, configure, write_tomogram
 
 from cryosiam_dask.commands.forecast import forecast
-from cryosiam_dask.commands.segment import report_on
 from cryosiam_dask.commands.status import states
+from cryosiam_dask.commands.written import report_on
 from cryosiam_dask.config import read_pipeline
 from cryosiam_dask.core.executor import SerialExecutor, SharedExecutor
 from cryosiam_dask.core.grid import block_size_for, make_grid
 from cryosiam_dask.errors import DeviceError, LostClusterError, OutputError, Problems
 from cryosiam_dask.runs import collection, ledger
-from cryosiam_dask.runs.cluster import DaskExecutor, open_cluster
+from cryosiam_dask.runs.cluster import open_cluster
 from cryosiam_dask.runs.collection import run
+from cryosiam_dask.runs.dask_executor import DaskExecutor
 from cryosiam_dask.runs.ledger import VERSION, read_entries, read_outcomes
+from cryosiam_dask.runs.outcome import Outcome
 from cryosiam_dask.runs.plan import RunPlan, plan_run
-from cryosiam_dask.runs.tomogram import Outcome
 from cryosiam_dask.stages.predict import BlockTimes
 
 STEMS = ("TS_0", "TS_1", "TS_2", "TS_3", "TS_4")
@@ -176,7 +177,7 @@ def test_names_that_differ_in_case_only_need_a_disk_that_tells_them_apart(
 ) -> None:
     renamed(folder, "TS_a", "ts_A", "other")
     assert not plan(folder).refused
-    monkeypatch.setattr("cryosiam_dask.runs.plan._ignores_case", lambda folder: True)
+    monkeypatch.setattr("cryosiam_dask.runs.find._ignores_case", lambda folder: True)
     ((stem, error),) = plan(folder).refused
     assert stem == "ts_A" and "its outputs would be those of TS_a.mrc" in str(error)
 

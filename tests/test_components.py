@@ -25,7 +25,8 @@ from skimage.measure import regionprops
 from cryosiam_dask.core import blocks
 from cryosiam_dask.core.blocks import Blocks
 from cryosiam_dask.errors import LabelsError
-from cryosiam_dask.runs.cluster import DaskExecutor, open_cluster
+from cryosiam_dask.runs.cluster import open_cluster
+from cryosiam_dask.runs.dask_executor import DaskExecutor
 from cryosiam_dask.stages import components as module
 from cryosiam_dask.stages.components import (
     find_components,

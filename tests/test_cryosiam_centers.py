@@ -15,7 +15,9 @@ import zarr
 from test_cli import call
 
 from cryosiam_dask.config import Configuration, read_configuration
-from cryosiam_dask.runs.tomogram import Outcome, find_predictions, list_centers
+from cryosiam_dask.runs.find import find_predictions
+from cryosiam_dask.runs.outcome import Outcome
+from cryosiam_dask.runs.written import list_centers
 from cryosiam_dask.stages.centers import cryosiam_centers
 
 GOLDEN = Path(__file__).parent / "data" / "centers"

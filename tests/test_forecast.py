@@ -26,8 +26,8 @@ from cryosiam_dask.core.grid import make_grid
 from cryosiam_dask.files.mask import open_mask, read_mask
 from cryosiam_dask.runs.collection import run
 from cryosiam_dask.runs.ledger import Ledger, read_outcomes
+from cryosiam_dask.runs.outcome import Outcome, record
 from cryosiam_dask.runs.plan import plan_run
-from cryosiam_dask.runs.tomogram import Outcome, record
 from cryosiam_dask.stages.ingest import convert
 
 SHAPE = (40, 36, 44)

@@ -20,14 +20,17 @@ from test_cli import call
 from test_pipeline import Listener
 from zarr.storage import MemoryStore
 
-from cryosiam_dask.commands.segment import convert_file, export_predictions
+from cryosiam_dask.commands.convert import convert_file
+from cryosiam_dask.commands.written import export_predictions
 from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, Problems
 from cryosiam_dask.files.atomic import part_name
 from cryosiam_dask.runs.collection import remove_left_overs, run
+from cryosiam_dask.runs.find import find_predictions
 from cryosiam_dask.runs.ledger import read_outcomes
+from cryosiam_dask.runs.outcome import Outcome
 from cryosiam_dask.runs.plan import plan_run
-from cryosiam_dask.runs.tomogram import Outcome, export, find_predictions, measure, postprocess
+from cryosiam_dask.runs.written import export, measure, postprocess
 from cryosiam_dask.stages import ome_zarr
 from cryosiam_dask.stages.export import convert_to_ome_zarr, formats_done, read_mrc_fingerprint, remove_outdated_formats
 from cryosiam_dask.stages.ingest import convert, ingest

@@ -153,7 +153,7 @@ def test_refusals_name_rule_value_place_and_remedy() -> None:
 
 
 def test_docstring_examples() -> None:
-    assert doctest.testmod(cryosiam_dask.grid).failed == 0
+    assert doctest.testmod(cryosiam_dask.core.grid).failed == 0
 
 
 @given(

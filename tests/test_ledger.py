@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cryosiam_dask.core import processes
+from cryosiam_dask.core import machine
 from cryosiam_dask.files import claims
 from cryosiam_dask.files.atomic import part_name, replacing, sweep_parts
 from cryosiam_dask.files.claims import Claims, claim_path, open_claims, process_is_gone, sweep
@@ -46,13 +46,13 @@ def test_a_start_of_a_machine_has_a_name_where_there_is_no_proc(
     def refuse(path: Path) -> str:
         raise FileNotFoundError(path)
 
-    assert processes.boot_id.__wrapped__()
+    assert machine.boot_id.__wrapped__()
     monkeypatch.setattr(Path, "read_text", refuse)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert processes.boot_id.__wrapped__() == ""
+    assert machine.boot_id.__wrapped__() == ""
     (tmp_path / "sysctl").write_bytes(b"#!/bin/sh\n[ $2 = kern.bootsessionuuid ] && echo 5D41-$1\n")
     (tmp_path / "sysctl").chmod(0o755)
-    assert processes.boot_id.__wrapped__() == "5D41--n"
+    assert machine.boot_id.__wrapped__() == "5D41--n"
 
 
 def test_what_is_appended_is_read_by_the_next(tmp_path: Path) -> None:

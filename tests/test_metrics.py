@@ -12,7 +12,8 @@ from distributed import Client
 from prometheus_client.parser import text_string_to_metric_families
 from test_pipeline import Listener
 
-from cryosiam_dask.runs.cluster import DaskExecutor, open_cluster
+from cryosiam_dask.runs.cluster import open_cluster
+from cryosiam_dask.runs.dask_executor import DaskExecutor
 from cryosiam_dask.runs.metrics import Meter
 
 Samples = dict[tuple[str, str], float]

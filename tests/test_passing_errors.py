@@ -26,7 +26,7 @@ from test_cli import write_yaml
 from test_collection import Acting
 from test_pipeline import Listener, configure, segment, write_tomogram
 
-from cryosiam_dask.commands.segment import report_on
+from cryosiam_dask.commands.written import report_on
 from cryosiam_dask.config import read_configuration
 from cryosiam_dask.core import executor
 from cryosiam_dask.core.executor import SerialExecutor, patiently
@@ -34,13 +34,14 @@ from cryosiam_dask.core.grid import make_grid
 from cryosiam_dask.core.log import LOG
 from cryosiam_dask.errors import OutputError, Problems, StorageError, TomogramError, may_pass
 from cryosiam_dask.files.claims import claim_path
-from cryosiam_dask.runs import cluster, ledger
-from cryosiam_dask.runs import tomogram as pipeline
-from cryosiam_dask.runs.cluster import DaskExecutor, open_cluster
+from cryosiam_dask.runs import dask_executor, ledger, outputs, tomogram, workspace
+from cryosiam_dask.runs.cluster import open_cluster
 from cryosiam_dask.runs.collection import run
+from cryosiam_dask.runs.dask_executor import DaskExecutor
+from cryosiam_dask.runs.find import find_predictions
 from cryosiam_dask.runs.ledger import Ledger, read_entries, read_outcomes
 from cryosiam_dask.runs.plan import plan_run
-from cryosiam_dask.runs.tomogram import find_predictions, list_centers
+from cryosiam_dask.runs.written import list_centers
 from cryosiam_dask.stages import ingest as mrc_to_zarr
 from cryosiam_dask.stages.export import convert_to_ome_zarr
 
@@ -50,7 +51,7 @@ BLOCKS = len(make_grid(SHAPE, (16, 16, 16), 8).indices())
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (executor, cluster, pipeline):
+    for module in (executor, dask_executor, tomogram):
         monkeypatch.setattr(module, "PAUSES", (0.01, 0.02, 0.03))
 
 
@@ -196,7 +197,7 @@ def test_a_block_whose_disk_fails_is_done_by_another_worker(tmp_path: Path) -> N
 @pytest.mark.parametrize("call", [1, 3, 40])
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(pipeline, "Ledger"), (ledger.Ledger, "append"), (pipeline, "make_grid"), (pipeline, "write_hdf5")],
+    [(workspace, "Ledger"), (ledger.Ledger, "append"), (tomogram, "make_grid"), (tomogram, "write_hdf5")],
 )
 def test_one_failure_costs_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int
@@ -278,13 +279,13 @@ def test_a_disk_that_fails_once_leaves_no_number_out(folder: Path, monkeypatch: 
     (outcome,) = list_centers(configuration, predictions, Listener())
     assert (outcome.status, outcome.warnings) == ("done", ())
     # Nor does it take a list out of the collection.
-    ail(monkeypatch, pipeline, "read_attributes", f"{STEM}_preds.h5")
-    pipeline.collect(configuration, [])
+    ail(monkeypatch, outputs, "read_attributes", f"{STEM}_preds.h5")
+    outputs.collect(configuration, [])
     assert len(pandas.read_csv(folder / "out" / "class1_centers.csv")) == 1
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ESTALE, "Stale file handle"), RuntimeError("of nobody's doing")])
-@pytest.mark.parametrize("at", ["write_hdf5", "_without_small"])
+@pytest.mark.parametrize("at", ["write_hdf5", "without_small"])
 def test_predicted_blocks_outlive_whatever_comes_after_them(
     folder: Path, monkeypatch: pytest.MonkeyPatch, at: str, error: Exception
 ) -> None:
@@ -294,7 +295,7 @@ def test_predicted_blocks_outlive_whatever_comes_after_them(
     configuration = configure(folder, {"postprocessing_sizes": [-1, 5]}, block_size=8)
     listener = Listener()
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, at, fail)
+        patch.setattr(tomogram, at, fail)
         (outcome,) = run(plan_run(configuration), listener)
     assert outcome.status == "failed" and str(error.args[-1]) in outcome.error
     assert predicted(folder) == BLOCKS and any(
@@ -347,7 +348,7 @@ def test_a_tomogram_that_was_copied_or_touched_is_the_same(folder: Path, monkeyp
         other.replace(source)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "write_hdf5", stale)
+        patch.setattr(tomogram, "write_hdf5", stale)
         run(plan_run(configuration), Listener())
     touch()
     counting = Counting()
@@ -377,8 +378,8 @@ def test_an_error_of_what_handles_errors_is_a_failure_that_is_told(
     def broken(*_: object, **__: object) -> None:
         raise ValueError("the handler's own")
 
-    monkeypatch.setattr(pipeline, "_segment", stale_for_good)
-    monkeypatch.setattr(pipeline, "record", broken)
+    monkeypatch.setattr(tomogram, "_segment", stale_for_good)
+    monkeypatch.setattr(tomogram, "record", broken)
     LOG.addHandler(handler)
     try:
         (outcome,) = run(plan_run(configure(folder)), Listener())

@@ -24,18 +24,21 @@ from skimage.measure import label as label_whole
 from skimage.measure import regionprops
 
 from cryosiam_dask import __version__
-from cryosiam_dask.commands import segment as runner
+from cryosiam_dask.commands import segment as segment_command
 from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.core.executor import Interrupted, SerialExecutor
 from cryosiam_dask.errors import Problems
 from cryosiam_dask.files.claims import Claims, claim_path, open_claims
 from cryosiam_dask.model.classes import percentage
 from cryosiam_dask.runs.collection import make_folders, run
+from cryosiam_dask.runs.find import find_predictions
 from cryosiam_dask.runs.ledger import Ledger, read_outcomes
+from cryosiam_dask.runs.outcome import Outcome
 from cryosiam_dask.runs.plan import plan_run
-from cryosiam_dask.runs.tomogram import Outcome, _work_group, export, find_predictions, list_centers, measure
-from cryosiam_dask.runs.tomogram import postprocess as postprocess_files
 from cryosiam_dask.runs.tomogram import segment as segment_one
+from cryosiam_dask.runs.workspace import work_group
+from cryosiam_dask.runs.written import export, list_centers, measure
+from cryosiam_dask.runs.written import postprocess as postprocess_files
 from cryosiam_dask.stages.preview import preview_file, read_fingerprint, write_preview
 
 SHAPE = (24, 20, 22)
@@ -437,7 +440,7 @@ def test_a_kept_work_store_outlives_commands_and_other_data_sets(folder: Path) -
 def test_what_a_command_left_that_was_killed_is_removed(folder: Path, work: str | None) -> None:
     configuration = configure(folder, **({"work_folder": str(folder / work)} if work else {}))
     segment(configuration)
-    group = _work_group(configuration, "TS_1")
+    group = work_group(configuration, "TS_1")
     group.__enter__()  # and nothing more of it
     left = list((folder / (work or "out")).glob("TS_1.*.scratch.zarr"))
     assert len(left) == 1
@@ -606,7 +609,7 @@ def test_what_failed_once_is_done_when_its_outputs_are_there(folder: Path) -> No
     segment(configuration)
     before = read_outcomes(folder / "out")["TS_1"]
     Ledger(folder / "out", "TS_1").append("outcome", **{**before, "status": "failed", "error": "x", "kind": "y"})
-    runner.segment({"": configuration}, Console(quiet=True), device="cpu")
+    segment_command.segment({"": configuration}, Console(quiet=True), device="cpu")
     assert read_outcomes(folder / "out")["TS_1"] == before
 
 

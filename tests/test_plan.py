@@ -27,8 +27,9 @@ from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, Problems, TomogramError
 from cryosiam_dask.files.folders import left_out
 from cryosiam_dask.files.identity import source_identity
-from cryosiam_dask.runs.plan import RunPlan, _settings, find_tomograms, plan_run, removal_sizes, with_sizes
-from cryosiam_dask.runs.tomogram import find_predictions
+from cryosiam_dask.runs.find import find_predictions, find_tomograms
+from cryosiam_dask.runs.fingerprint import removal_sizes, settings_of, with_sizes
+from cryosiam_dask.runs.plan import RunPlan, plan_run
 
 
 @pytest.fixture
@@ -484,7 +485,7 @@ def test_what_is_read_otherwise_than_before_is_another_input_and_nothing_else_is
 
     def same_as_before() -> bool:
         plan = plan_run(configure(folder, file_extension=source.suffix), filename=source.name)
-        settings = _settings(plan.configuration, plan.checkpoint, plan.patch, plan.threshold)
+        settings = settings_of(plan.configuration, plan.checkpoint, plan.patch, plan.threshold)
         made_of = [[source_identity(source), None], settings]
         before = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
         return plan.jobs[0].prediction_fingerprint == before

@@ -14,9 +14,9 @@ import pytest
 from rich.console import Console
 
 from cryosiam_dask.cli import _console
-from cryosiam_dask.commands.segment import print_table, say
+from cryosiam_dask.commands.console import print_table, say
+from cryosiam_dask.runs.outcome import Outcome
 from cryosiam_dask.runs.progress import LogReporter, Pace, Reporter, Reporters, TerminalReporter, make_reporter
-from cryosiam_dask.runs.tomogram import Outcome
 
 NAME = "Position_01_lamella3_TS_010_9.96Apx_denoised"
 

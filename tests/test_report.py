@@ -27,13 +27,13 @@ from rich.console import Console
 from scipy.stats import median_abs_deviation
 
 from cryosiam_dask.commands.report import is_current, outliers, write_report
-from cryosiam_dask.commands.segment import report_again, report_on
+from cryosiam_dask.commands.written import report_again, report_on
 from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.errors import OutputError
 from cryosiam_dask.files.mrc import write_mrc
 from cryosiam_dask.files.predictions import write_hdf5
 from cryosiam_dask.runs.ledger import Ledger
-from cryosiam_dask.runs.tomogram import Outcome
+from cryosiam_dask.runs.outcome import Outcome
 from cryosiam_dask.stages.measurements import write_components
 from cryosiam_dask.stages.preview import preview_file, write_preview
 

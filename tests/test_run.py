@@ -27,13 +27,14 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from cryosiam_dask.cli import app
-from cryosiam_dask.commands.segment import _look_first, print_table
+from cryosiam_dask.commands.console import print_table
+from cryosiam_dask.commands.segment import _look_first
 from cryosiam_dask.commands.status import seconds_left, states
 from cryosiam_dask.config import STAGES, Configuration, read_configuration, read_model, read_models, read_pipeline
 from cryosiam_dask.errors import ConfigurationError, Problems
 from cryosiam_dask.runs.ledger import Ledger
+from cryosiam_dask.runs.outcome import Outcome
 from cryosiam_dask.runs.plan import plan_run
-from cryosiam_dask.runs.tomogram import Outcome
 
 BIN = Path(sys.executable).parent
 CASE = "lamella_then_semantic"

@@ -22,7 +22,8 @@ from cryosiam_dask.cli import _plain_errors
 from cryosiam_dask.core import log as run_log
 from cryosiam_dask.core.log import LOG, LogFile, begin_logs, latest_log, logged, traceback_file
 from cryosiam_dask.errors import TomogramError
-from cryosiam_dask.runs.cluster import forwarded_warnings, open_cluster
+from cryosiam_dask.runs.cluster import open_cluster
+from cryosiam_dask.runs.workers import forwarded_warnings
 
 __all__ = ["folder"]
 ENTRY = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} (DEBUG|INFO|WARNING|ERROR) |    ")

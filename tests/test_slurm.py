@@ -24,7 +24,7 @@ from test_run import CASE, pipeline_of
 
 from cryosiam_dask.errors import ClusterError, ConfigurationError, LostClusterError
 from cryosiam_dask.runs import slurm
-from cryosiam_dask.runs.cluster import DaskExecutor
+from cryosiam_dask.runs.dask_executor import DaskExecutor
 from cryosiam_dask.runs.slurm import open_slurm, read_jobs
 
 COMMANDS = {

@@ -26,7 +26,7 @@ from cryosiam_dask.stages.preview import write_preview
 
 if TYPE_CHECKING:  # imported where they are used: the network's libraries take seconds
     from cryosiam_dask.commands.segment import Device
-    from cryosiam_dask.runs.tomogram import Outcome
+    from cryosiam_dask.runs.outcome import Outcome
 
 SEEDS: Mapping[str, int] = {"phantom_1": 1, "phantom_2": 2}
 
@@ -48,7 +48,8 @@ def run_demo(folder: Path, console: Console, *, device: Device = "auto", workers
     OutputError
         If the folder cannot be written to.
     """
-    from cryosiam_dask.commands.segment import say, segment
+    from cryosiam_dask.commands.console import say
+    from cryosiam_dask.commands.segment import segment
 
     outcomes: list[Outcome] = []
     for config_file in prepare_demo(folder, console)[:2]:

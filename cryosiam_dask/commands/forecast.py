@@ -37,8 +37,10 @@ from cryosiam_dask.files.header import TomogramHeader
 from cryosiam_dask.files.mask import Mask, read_stored
 from cryosiam_dask.files.tomogram import read_header, read_part
 from cryosiam_dask.files.zarr import ZarrHeader
+from cryosiam_dask.runs.find import find_tomograms
+from cryosiam_dask.runs.fingerprint import removal_sizes
 from cryosiam_dask.runs.ledger import read_outcomes
-from cryosiam_dask.runs.plan import Job, RunPlan, find_tomograms, removal_sizes
+from cryosiam_dask.runs.plan import Job, RunPlan
 from cryosiam_dask.stages.export import format_path, other_formats
 from cryosiam_dask.stages.intensities import evenly_spread, intensities, sample_file
 from cryosiam_dask.stages.preview import most_bytes, preview_file

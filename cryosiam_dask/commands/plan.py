@@ -73,7 +73,8 @@ def show_plan(
         unreadable,
     )
     from cryosiam_dask.config import read_models
-    from cryosiam_dask.runs.plan import RunPlan, masks_of, memory_of_machine, on_this_machine, plan_run
+    from cryosiam_dask.core.machine import memory_of_machine
+    from cryosiam_dask.runs.plan import RunPlan, masks_of, on_this_machine, plan_run
 
     problems: list[CryosiamDaskError] = []
     plans: list[RunPlan] = []

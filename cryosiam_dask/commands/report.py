@@ -64,7 +64,7 @@ def write_report(
     configuration
         The YAML file that the predictions were made with.
     outcomes
-        What became of tomograms, by their names: any of the attributes of `cryosiam_dask.runs.tomogram.Outcome`. Those
+        What became of tomograms, by their names: any of the attributes of `cryosiam_dask.runs.outcome.Outcome`. Those
         of which the folder holds no output, because they failed, are listed too.
     warnings
         What needs attention in the run as a whole; ``None``: what did in the latest one that told any.

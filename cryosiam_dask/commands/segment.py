@@ -3,43 +3,31 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
-import shlex
-import socket
-import sys
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from distributed import Client
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
 
+from cryosiam_dask.commands.console import attend, counted, open_logs, print_aloud, print_table, say
 from cryosiam_dask.commands.forecast import disk_warnings
-from cryosiam_dask.commands.report import REPORT, is_current, link_latest_log, write_report
+from cryosiam_dask.commands.written import report_on
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.core.diagnosis import Intensities, gathered
-from cryosiam_dask.core.executor import patiently
-from cryosiam_dask.core.log import LOG, TOLD, begin_logs, logged
+from cryosiam_dask.core.log import LOG, TOLD, logged
+from cryosiam_dask.core.machine import cores, memory_of_machine
 from cryosiam_dask.errors import (
     ClusterError,
     ConfigurationError,
     CryosiamDaskError,
     DeviceError,
-    OutputError,
     Problems,
 )
-from cryosiam_dask.files.folders import left_out
 from cryosiam_dask.files.header import TomogramHeader
 from cryosiam_dask.files.tomogram import read_header
-from cryosiam_dask.model.classes import are_images
 from cryosiam_dask.model.predictor import (
     largest_patch,
     load_predictor,
@@ -48,48 +36,23 @@ from cryosiam_dask.model.predictor import (
     require_precision,
     resolve_device,
 )
-from cryosiam_dask.runs.cluster import (
-    DaskExecutor,
+from cryosiam_dask.runs.cluster import is_loopback, join_cluster, open_cluster, reported, who_else_enters
+from cryosiam_dask.runs.collection import forget_failures, make_folders, outcomes_before, remove_left_overs, run
+from cryosiam_dask.runs.dask_executor import DaskExecutor
+from cryosiam_dask.runs.metrics import Meter
+from cryosiam_dask.runs.outcome import Outcome
+from cryosiam_dask.runs.plan import USABLE, RunPlan, masks_of, on_this_machine, plan_run, require_memory
+from cryosiam_dask.runs.progress import FileReporter, Pace, Reporters, make_reporter
+from cryosiam_dask.runs.slurm import open_slurm, read_jobs
+from cryosiam_dask.runs.workers import (
     Setup,
     ask,
     describe_devices,
     forwarded_warnings,
-    is_loopback,
-    join_cluster,
+    log_workers,
     memory_of_workers,
-    open_cluster,
     register_in_workers,
-    reported,
-    versions,
-    who_else_enters,
 )
-from cryosiam_dask.runs.collection import forget_failures, make_folders, outcomes_before, remove_left_overs, run
-from cryosiam_dask.runs.ledger import read_outcomes
-from cryosiam_dask.runs.metrics import Meter
-from cryosiam_dask.runs.plan import (
-    USABLE,
-    RunPlan,
-    cores,
-    find_predictions,
-    find_tomograms,
-    masks_of,
-    memory_of_machine,
-    on_this_machine,
-    plan_run,
-    require_memory,
-    unreadable_folder,
-)
-from cryosiam_dask.runs.progress import FileReporter, Pace, Reporters, make_reporter
-from cryosiam_dask.runs.slurm import open_slurm, read_jobs
-from cryosiam_dask.runs.tomogram import (
-    Outcome,
-    export,
-    list_centers,
-    measure,
-    postprocess,
-)
-from cryosiam_dask.stages.export import convert_to_ome_zarr, other_formats
-from cryosiam_dask.stages.ingest import convert, require_free
 from cryosiam_dask.stages.intensities import Sample, intensities, sample_file
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -204,7 +167,7 @@ def segment(
     _require_any(plans)
     for plan in plans:
         make_folders(plan)
-    _begin_logs("run" if len(plans) > 1 else "semantic-predict", [plan.configuration for plan in plans], console)
+    open_logs("run" if len(plans) > 1 else "semantic-predict", [plan.configuration for plan in plans], console)
     for plan in plans:
         LOG.debug(
             "model%s: %s (SHA-256 %s), patch %s, halo %d, threshold %g; %d to segment, %d to measure, %d skipped",
@@ -260,7 +223,7 @@ def segment(
                 )  # fmt: skip
             else:
                 wanted = count or workers
-                say(console, f"starting {_number(wanted, 'worker')}" if wanted else "starting a worker for each GPU")
+                say(console, f"starting {counted(wanted, 'worker')}" if wanted else "starting a worker for each GPU")
                 client = stack.enter_context(
                     open_cluster(chosen, count or workers or 0, dashboard_address=dashboard_address)
                 )
@@ -274,7 +237,7 @@ def segment(
                 require_memory(plans, alone, of_gpu)
                 plans = [plan.with_memory(int(USABLE * shared), of_gpu) for plan in plans]
             stack.enter_context(forwarded_warnings(client))
-            _log_workers(client, found_device)
+            log_workers(client, found_device)
             if performance_report is not None:
                 stack.enter_context(reported(client, performance_report, partial(attend, console)))
             if any(plan.jobs for plan in plans):
@@ -285,7 +248,7 @@ def segment(
                     register_in_workers(client, setup, f"model {plan.name}")
             say(
                 console,
-                f"{_number(total, 'tomogram')} on {_number(len(client.nthreads()), f'{chosen} worker')}; "
+                f"{counted(total, 'tomogram')} on {counted(len(client.nthreads()), f'{chosen} worker')}; "
                 f"dashboard {client.dashboard_link}",
             )
             largest = max(plans, key=lambda plan: plan.bytes_per_worker)
@@ -405,202 +368,6 @@ def _device_of(found: Literal["cpu", "cuda"], wanted: Device) -> Literal["cpu", 
     return "cpu" if wanted == "cpu" else found
 
 
-@logged
-def postprocess_again(
-    configuration: Configuration, console: Console, *, filename: str | None = None, workers: int | None = None
-) -> list[Outcome]:
-    """Apply ``postprocessing_sizes`` to written predictions, and print what becomes of it.
-
-    Parameters
-    ----------
-    configuration, console, filename, workers
-        See `segment`.
-    """
-    predictions = find_predictions(configuration, filename, sizes=True)
-    _begin_logs("semantic-postprocess", [configuration], console)
-    _say_left_out(configuration, filename, console)
-    outcomes = _with_predictions(partial(postprocess, configuration, predictions), len(predictions), console, workers)
-    report_on(configuration, outcomes, console)
-    return outcomes
-
-
-@logged
-def measure_predictions(
-    configuration: Configuration, console: Console, *, filename: str | None = None, workers: int | None = None
-) -> list[Outcome]:
-    """Number and measure the components of written predictions, and print what becomes of it.
-
-    Parameters
-    ----------
-    configuration, console, filename, workers
-        See `segment`.
-    """
-    predictions = find_predictions(configuration, filename)
-    _begin_logs("components", [configuration], console)
-    _say_left_out(configuration, filename, console)
-    outcomes = _with_predictions(partial(measure, configuration, predictions), len(predictions), console, workers)
-    report_on(configuration, outcomes, console)
-    return outcomes
-
-
-@logged
-def export_predictions(
-    configuration: Configuration,
-    console: Console,
-    *,
-    formats: Sequence[str] = (),
-    per_class: bool = False,
-    filename: str | None = None,
-    workers: int | None = None,
-) -> list[Outcome]:
-    """Write predictions in other formats, and print what becomes of it.
-
-    Parameters
-    ----------
-    configuration, console, filename, workers
-        See `segment`.
-    formats
-        ``"ome-zarr"``, ``"mrc"``; none: those of the key ``output_formats``.
-    per_class
-        Whether the MRC file is one for each class.
-
-    Raises
-    ------
-    ConfigurationError
-        If neither names a format, or MRC is none of them though there is to be a file for each class.
-    """
-    formats = formats or other_formats(configuration)
-    if per_class and "mrc" not in formats:
-        raise ConfigurationError(
-            "masks of classes are MRC files", place="option --per-class", value=list(formats) or None,
-            remedy="Add --format mrc",
-        )  # fmt: skip
-    if not formats:
-        raise ConfigurationError(
-            "must name a format other than HDF5",
-            place="key output_formats",
-            value=list(configuration.output_formats),
-            remedy="Add 'ome-zarr' or 'mrc' to it, or give --format",
-        )
-    predictions = find_predictions(configuration, filename)
-    _begin_logs("export", [configuration], console)
-    _say_left_out(configuration, filename, console)
-    action = partial(export, configuration, predictions, formats=formats, per_class=per_class)
-    return _with_predictions(action, len(predictions), console, workers)
-
-
-@logged
-def list_particles(
-    configuration: Configuration,
-    console: Console,
-    *,
-    filename: str | None = None,
-    min_voxels: int | None = None,
-    erode: bool = False,
-    form: Literal["relion", "cryosiam"] = "relion",
-    workers: int | None = None,
-) -> list[Outcome]:
-    """Write particle lists of written predictions, and print what becomes of it.
-
-    Parameters
-    ----------
-    configuration, console, filename, workers
-        See `segment`.
-    min_voxels, erode, form
-        See `cryosiam_dask.runs.tomogram.list_centers`.
-    """
-    predictions = find_predictions(configuration, filename)
-    _begin_logs("semantic-to-centers", [configuration], console)
-    _say_left_out(configuration, filename, console)
-    action = partial(list_centers, configuration, predictions, min_voxels=min_voxels, erode=erode, form=form)
-    return _with_predictions(action, len(predictions), console, workers)
-
-
-def _say_left_out(configuration: Configuration, filename: str | None, console: Console) -> None:
-    """Say which predictions are none, where all are asked for."""
-    if filename is None and configuration.test_files is None:
-        found = left_out(configuration.prediction_folder, "_preds.h5")
-        if found:
-            say(console, f"note: {found}")
-
-
-def report_again(configuration: Configuration, console: Console) -> None:
-    """Write the page of a collection from what its folder holds, and say where it is.
-
-    Parameters
-    ----------
-    configuration, console
-        See `segment`.
-    """
-    try:
-        path = write_report(configuration, _recorded(configuration))
-        _say_left_out(configuration, None, console)
-    except OSError as error:
-        raise unreadable_folder("prediction_folder", configuration.prediction_folder, error) from None
-    say(console, f"report: {path}")
-
-
-def _recorded(configuration: Configuration) -> dict[str, dict[str, Any]]:
-    """What earlier runs recorded of tomograms, less what the outputs themselves tell better."""
-    folder, masks = configuration.prediction_folder, configuration.mask_folder
-
-    def told(stem: str, outcome: Mapping[str, Any]) -> set[str]:
-        known = {"status"} if outcome.get("status") == "done" else set()
-        return known | ({"voxels"} if (folder / f"{stem}_preds.h5").exists() else set())
-
-    recorded = read_outcomes(folder)
-    if masks is not None:  # what had no mask never came to this model
-        names = {path.name.removesuffix(configuration.file_extension) for path in find_tomograms(configuration)}
-        try:
-            of_masks = read_outcomes(masks)
-        except OSError:  # whoever may not look into it, has no outcomes of it
-            of_masks = {}
-        for stem, outcome in of_masks.items():
-            if outcome.get("status") == "failed" and stem in names and not (masks / f"{stem}_preds.h5").exists():
-                if (folder / f"{stem}_preds.h5").exists():
-                    continue
-                error = f"it has no lamella mask: {outcome.get('error')}"
-                recorded.setdefault(stem, {"status": "failed", "shape": outcome.get("shape"), "error": error})
-    result = {}
-    for stem, outcome in recorded.items():
-        known = told(stem, outcome)
-        result[stem] = {name: value for name, value in outcome.items() if name not in known}
-    return result
-
-
-def report_on(
-    configuration: Configuration, outcomes: Sequence[Outcome], console: Console, warnings: Sequence[str] | None = None
-) -> None:
-    """Write the page of a collection after a run, and say where it is; a page is no reason for a run to fail.
-
-    Parameters
-    ----------
-    configuration, outcomes, console
-        Of the run.
-    warnings
-        See `cryosiam_dask.commands.report.write_report`.
-    """
-
-    def write() -> Path:
-        if all(each.status == "skipped" for each in outcomes) and is_current(configuration):
-            link_latest_log(configuration)
-            return configuration.prediction_folder / REPORT
-        recorded = _recorded(configuration)
-        now = {
-            # The seconds are those of the prediction, which are recorded, and not of what was made of it since.
-            each.stem: {**asdict(each), "seconds": recorded.get(each.stem, {}).get("seconds")}
-            for each in outcomes
-            if each.status != "skipped"
-        }
-        return write_report(configuration, {**recorded, **now}, warnings=warnings)
-
-    try:
-        say(console, f"report: {patiently(write)}")
-    except Exception as error:
-        attend(console, f"the report could not be written: {error}")
-        LOG.debug("the report could not be written", exc_info=error)
-
-
 #: Tomograms whose intensities are looked at before a run, which takes a second or so.
 _LOOKED_AT_FIRST = 3
 
@@ -638,83 +405,8 @@ def _look_first(plans: Sequence[RunPlan], console: Console) -> set[tuple[str, st
     for line, names in models.items():
         line = f"attention{line}" if len(names) == len(plans) else f"attention, {' and '.join(names)}{line}"
         LOG.warning("%s", line, extra=TOLD)
-        _print_aloud(console, line)
+        print_aloud(console, line)
     return told
-
-
-def _with_predictions(
-    action: Callable[..., list[Outcome]], count: int, console: Console, workers: int | None
-) -> list[Outcome]:
-    """Do something with written predictions on a cluster of CPU workers, and print what becomes of it."""
-    say(console, f"starting {_number(workers or cores(), 'worker')}")
-    with open_cluster("cpu", workers or cores()) as client, forwarded_warnings(client):
-        _log_workers(client, "cpu")
-        pace = Pace(count)
-        reporter = Reporters(pace, make_reporter(console, pace), FileReporter(pace))
-        try:
-            outcomes = action(reporter, executor=DaskExecutor(client))
-        finally:
-            reporter.close()
-    print_table(console, outcomes)
-    return outcomes
-
-
-def convert_file(
-    source: Path,
-    target: Path,
-    console: Console,
-    *,
-    level: int = 0,
-    dataset: str | None = None,
-    overwrite: bool = False,
-    workers: int | None = None,
-) -> dict[str, Any]:
-    """Convert one tomogram to zarr, and print what was found in it.
-
-    Parameters
-    ----------
-    source, level, dataset, overwrite
-        See `cryosiam_dask.stages.ingest.convert`.
-    target
-        An OME-Zarr image where its name ends with ``.ome.zarr``, a single array with ``.zarr``.
-    console, workers
-        See `segment`.
-
-    Returns
-    -------
-    dict
-        The same as JSON values: those of `cryosiam_dask.files.header.TomogramHeader.attributes`, ``statistics``,
-        ``shape`` (z, y, x), ``dtype``, ``target``.
-    """
-    if not target.name.lower().endswith(".zarr"):
-        raise OutputError(
-            "a converted tomogram is a folder of zarr, and is called so",
-            place=target,
-            remedy=f"Call it {target.stem}.zarr, or {target.stem}.ome.zarr for an image of several levels",
-        )
-    header = read_header(source, level=level, dataset=dataset)  # what is wrong is said before workers start
-    header.require_complete()
-    require_free(target, overwrite=overwrite)
-    make = convert_to_ome_zarr if target.name.lower().endswith(".ome.zarr") else convert
-    with open_cluster("cpu", 1 if header.compressed else workers or cores()) as client:
-        executor = DaskExecutor(client)
-        report = make(source, target, level=level, dataset=dataset, executor=executor, overwrite=overwrite)
-    statistics = report.statistics
-    say(console, f"{target}: {' × '.join(map(str, header.shape))} (z, y, x), {header.dtype}")
-    if statistics.minimum is not None:
-        say(console, f"intensities {statistics.minimum:g} to {statistics.maximum:g}, mean {statistics.mean:g}")
-    for note in header.notes:
-        say(console, f"note: {note}")
-    for warning in report.warnings:
-        attend(console, warning)
-    return {
-        "target": str(target),
-        "shape": list(header.shape),
-        "dtype": str(header.dtype),
-        **header.attributes(),
-        "warnings": list(report.warnings),
-        "statistics": statistics.attributes(),
-    }
 
 
 def _with_largest_patch(
@@ -729,92 +421,3 @@ def _with_largest_patch(
     data = configuration.parameters.data.model_copy(update={"patch_size": patch})
     parameters = configuration.parameters.model_copy(update={"data": data})
     return configuration.model_copy(update={"parameters": parameters})
-
-
-def say(console: Console, message: str) -> None:
-    """Print a line as it is, and log it."""
-    LOG.info("%s", message, extra=TOLD)
-    console.print(message, markup=False, highlight=False, soft_wrap=True)
-
-
-def attend(console: Console, message: str) -> None:
-    """Print what needs attention, on a console that is quiet as well, and log it."""
-    LOG.warning("%s", message, extra=TOLD)
-    _print_aloud(console, f"attention: {message}")
-
-
-def _print_aloud(console: Console, message: str) -> None:
-    quiet, console.quiet = console.quiet, False
-    console.print(message, markup=False, highlight=False, soft_wrap=True)
-    console.quiet = quiet
-
-
-#: Of what is installed, the versions that results, speed or files depend on.
-_PACKAGES = (
-    "connected-components-3d", "cucim-cu12", "cucim-cu13", "cupy-cuda12x", "cupy-cuda13x", "dask-cuda", "h5py",
-    "mrcfile", "numcodecs", "pillow", "scikit-image", "scipy",
-)  # fmt: skip
-
-
-def _begin_logs(command: str, configurations: Sequence[Configuration], console: Console) -> None:
-    """Begin the log files of a run, and write down what it is run with."""
-    paths = begin_logs([configuration.prediction_folder for configuration in configurations], command)
-    found = versions()
-    for name in _PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    LOG.debug("command: %s", shlex.join(sys.argv))
-    LOG.debug("in %s on %s, process %d", Path.cwd(), socket.gethostname(), os.getpid())
-    LOG.debug("versions: %s", ", ".join(f"{name} {number}" for name, number in found.items()))
-    LOG.debug("machine: %s, %d cores, %.1f GB for the workers", platform.platform(), cores(), memory_of_machine() / 1e9)
-    for configuration in configurations:
-        LOG.debug("settings of %s: %s", configuration.place, configuration.model_dump_json(by_alias=True, indent=1))
-    for path in paths:
-        say(console, f"log: {path}")
-    if len(paths) < len(configurations):
-        attend(console, "no log file could be made beside the outputs")
-
-
-def _log_workers(client: Client, device: str) -> None:
-    """Write down where the work is done."""
-    gpus = ask(client, name_of_gpu) if device == "cuda" else {}
-    for address, worker in client.scheduler_info(n_workers=-1)["workers"].items():
-        name = gpus.get(address) or device
-        LOG.debug("worker %s: %s, %d threads, on %s", address, name, worker["nthreads"], worker["host"])
-
-
-def _number(count: int, thing: str) -> str:
-    return f"{count} {thing}{'s' * (count != 1)}"
-
-
-_FOR_ALL = 125  # columns of a terminal that hold a table with all that is known
-
-
-def print_table(console: Console, outcomes: Sequence[Outcome], told: Collection[tuple[str, str]] = ()) -> None:
-    """Print what became of every tomogram, and after it what needs attention but was not `told` of it before."""
-    several = any(outcome.stage for outcome in outcomes)
-    wide = console if console.is_terminal else Console(emoji=False, file=console.file, width=160, quiet=console.quiet)
-    brief = wide.width < _FOR_ALL
-    axes = "y, x" if are_images(outcome.shape for outcome in outcomes) else "z, y, x"
-    model, shape = ("model",) if several else (), () if brief else (f"shape ({axes})",)
-    found = [escape("\n".join(outcome.found(brief))) for outcome in outcomes]
-    last = ("found",) if any(found) else ()
-    table = Table(Column("tomogram", overflow="fold"), *model, "status", *shape, "seconds", *last)
-    for outcome, what in zip(outcomes, found, strict=True):
-        table.add_row(
-            escape(outcome.stem),
-            *((outcome.stage,) if several else ()),
-            outcome.status,
-            *(() if brief else (" × ".join(map(str, outcome.shape)),)),
-            f"{outcome.seconds:.1f}" if outcome.seconds else "",
-            *((what,) if last else ()),
-        )
-    wide.print(table)
-    said = ((outcome.stem, warning) for outcome in outcomes for warning in outcome.warnings)
-    for whom, warning in gathered(pair for pair in said if pair not in told):
-        _print_aloud(console, f"attention, {whom}: {warning}")
-    for outcome in outcomes:
-        if outcome.error:
-            _print_aloud(console, f"failed, {outcome.stem}: {outcome.error}")
-            if outcome.details and os.environ.get("CRYOSIAM_DASK_DEBUG"):
-                _print_aloud(console, outcome.details)

@@ -17,8 +17,8 @@ from rich.table import Table
 from cryosiam_dask.config import Configuration, read_models
 from cryosiam_dask.core.log import latest_log
 from cryosiam_dask.files.claims import claim_path, process_is_gone
+from cryosiam_dask.runs.find import find_sources, left_out_tomograms, refused_names, shown, unreadable_folder
 from cryosiam_dask.runs.ledger import read_entries
-from cryosiam_dask.runs.plan import find_sources, left_out_tomograms, refused_names, shown, unreadable_folder
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ from cryosiam_dask.files.mask import open_mask
 from cryosiam_dask.files.tomogram import read_header, read_part
 from cryosiam_dask.files.zarr import ZarrHeader
 from cryosiam_dask.model.classes import COLOURS, given_names, named
-from cryosiam_dask.runs.tomogram import find_predictions
+from cryosiam_dask.runs.find import find_predictions
 from cryosiam_dask.stages.export import find_source, position_angstrom, require_shape, uint8_labels, written_attributes
 from cryosiam_dask.stages.ingest import ingest
 from cryosiam_dask.stages.intensities import Sample, sample_array, sample_file
@@ -116,7 +116,7 @@ def first_prediction(configuration: Configuration, filename: str | None = None) 
     Raises
     ------
     Problems, ConfigurationError
-        See `cryosiam_dask.runs.tomogram.find_predictions`.
+        See `cryosiam_dask.runs.find.find_predictions`.
     """
     if filename is not None:
         return find_predictions(configuration, filename)[0]

@@ -2,8 +2,8 @@
 
 A stage knows nothing of Dask. It hands a plain function and a list of items (chunk indices, slabs) to an executor and
 receives the results in the order of the items. `SerialExecutor` runs them here, one after the other, and is the default
-of every stage, so that each can be called from a notebook; `cryosiam_dask.runs.cluster.DaskExecutor` runs them on the
-workers of a Dask cluster.
+of every stage, so that each can be called from a notebook; `cryosiam_dask.runs.dask_executor.DaskExecutor` runs them
+on the workers of a Dask cluster.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cryosiam_dask.core.arrays import Sliceable
-from cryosiam_dask.core.processes import boot_id, is_running, process_namespace
+from cryosiam_dask.core.machine import boot_id, is_running, process_namespace
 from cryosiam_dask.errors import OutputError, not_written
 from cryosiam_dask.files.folders import real
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cryosiam_dask.core.processes import boot_id, is_running, process_namespace
+from cryosiam_dask.core.machine import boot_id, is_running, process_namespace
 from cryosiam_dask.files.atomic import ABANDONED_SECONDS
 
 FOLDER = ".ledger"

@@ -36,19 +36,13 @@ from cryosiam_dask.errors import LostClusterError, OutputError, may_pass
 from cryosiam_dask.files.atomic import sweep_parts
 from cryosiam_dask.files.claims import Claims, claim_path, open_claims, sweep
 from cryosiam_dask.runs.ledger import Ledger, read_entries
+from cryosiam_dask.runs.outcome import NOTE, Outcome, failed
+from cryosiam_dask.runs.outputs import collect
 from cryosiam_dask.runs.plan import Job, RunPlan
 from cryosiam_dask.runs.progress import Reporter
-from cryosiam_dask.runs.tomogram import (
-    NOTE,
-    Outcome,
-    collect,
-    complete,
-    failed,
-    forget_failure,
-    has_work_stores,
-    segment,
-    work_stores,
-)
+from cryosiam_dask.runs.tomogram import segment
+from cryosiam_dask.runs.workspace import forget_failure, has_work_stores, work_stores
+from cryosiam_dask.runs.written import complete
 
 #: Errors that are of one tomogram, however many have them.
 _OF_ITS_OWN = {"TomogramError", "MaskError"}

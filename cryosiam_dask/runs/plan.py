@@ -6,17 +6,11 @@ fingerprint in the output tells. One made otherwise stands in the way until the 
 
 from __future__ import annotations
 
-import difflib
-import errno
-import hashlib
-import json
 import math
 import os
 import socket
 import time
-import unicodedata
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +20,7 @@ from cryosiam_dask.config import STAGES, Configuration
 from cryosiam_dask.core.diagnosis import alike, beyond_lamella, contrast, scaling
 from cryosiam_dask.core.executor import patiently
 from cryosiam_dask.core.grid import DEFAULT_BLOCK_SIZE, Grid, block_size_for, make_grid
+from cryosiam_dask.core.machine import cores, memory_of_machine
 from cryosiam_dask.errors import (
     CheckpointError,
     ConfigurationError,
@@ -35,13 +30,31 @@ from cryosiam_dask.errors import (
     Problems,
     TomogramError,
     may_pass,
-    not_there,
 )
-from cryosiam_dask.files.folders import left_out, unusable, visible
 from cryosiam_dask.model.architecture import default_threshold, peak_bytes, required_divisor, required_halo
-from cryosiam_dask.model.classes import class_names, named
+from cryosiam_dask.model.classes import class_names
 from cryosiam_dask.model.published import locate
-from cryosiam_dask.runs.ledger import read_entries
+from cryosiam_dask.runs.find import (
+    all_tomograms,
+    check_prediction_folder,
+    find_masks,
+    find_tomograms,
+    left_out_tomograms,
+    missing_mask,
+    not_readable,
+    refused_names,
+    shown,
+)
+from cryosiam_dask.runs.fingerprint import (
+    components_done,
+    fingerprint_of,
+    identity_of,
+    made_otherwise,
+    read_fingerprint,
+    removal_sizes,
+    settings_of,
+    with_sizes,
+)
 
 # What reads files is imported where it is used: a path that is wrong is to be told at once.
 if TYPE_CHECKING:
@@ -51,8 +64,6 @@ if TYPE_CHECKING:
     from cryosiam_dask.model.checkpoint import Checkpoint
     from cryosiam_dask.model.predictor import PredictorSpec
 
-#: Raised whenever a change of the code changes a result, so that outputs of before are not taken for done.
-NUMBERS_VERSION = 2
 
 _PROCESS_BYTES = 700 * 2**20  # Python with its libraries, one process
 #: Share of a memory that is planned with: estimates are rough, and others use some of it.
@@ -434,8 +445,8 @@ class RunPlan:
 
     def with_fingerprint(self, job: Job) -> Job:
         """The job with its fingerprints, of the tomogram and the mask as they are now: a mask may have been to come."""
-        settings = _settings(self.configuration, self.checkpoint, self.patch, self.threshold)
-        prediction = _fingerprint(self.configuration, job.source, job.stem, job.mask, settings)
+        settings = settings_of(self.configuration, self.checkpoint, self.patch, self.threshold)
+        prediction = fingerprint_of(self.configuration, job.source, job.stem, job.mask, settings)
         sizes = removal_sizes(self.configuration)
         return replace(job, prediction_fingerprint=prediction, fingerprint=with_sizes(prediction, sizes))
 
@@ -448,15 +459,15 @@ class RunPlan:
         OutputError
             If there is one that was made otherwise, and may not be replaced.
         """
-        now = _identity(job.output)
+        now = identity_of(job.output)
         if now is None or (now == job.found and self.overwrite_all):
             return False
-        fits = _read_fingerprint(job.output) == job.fingerprint
+        fits = read_fingerprint(job.output) == job.fingerprint
         if fits and not self.outdated(job):
             return True
         if self.overwrite or fits:
             return False
-        raise _made_otherwise(job.output)
+        raise made_otherwise(job.output)
 
     def outdated(self, job: Job) -> str:
         """What is wanted beside the output of a job and was not made from it, as a sentence; empty if nothing."""
@@ -491,40 +502,6 @@ class RunPlan:
             halo=self.halo,
             precision=self.configuration.hyper_parameters.precision,
         )
-
-
-def require_paths(configurations: Mapping[str, Configuration], filename: str | None = None) -> None:
-    """Refuse paths that are wrong, before anything is loaded that takes longer than looking at them.
-
-    Parameters
-    ----------
-    configurations
-        Of each model, in their order; see `cryosiam_dask.config.read_models`.
-    filename
-        See `plan_run`, which finds the same, and more.
-
-    Raises
-    ------
-    Problems
-        With all of them.
-    """
-    from cryosiam_dask.model.checkpoint import open_checkpoint
-
-    problems: list[CryosiamDaskError] = []
-    for number, configuration in enumerate(configurations.values()):
-        try:
-            sources = _find_tomograms(configuration, filename, problems)
-            if number == 0:  # later ones take the masks that the first makes
-                _find_masks(configuration, sources, (), problems)
-            _check_prediction_folder(configuration, problems)
-            if isinstance(configuration.trained_model, Path):
-                open_checkpoint(configuration.trained_model).close()
-        except CheckpointError as error:
-            problems.append(error)
-        except OSError:  # which may pass: `plan_run` is patient
-            pass
-    if problems:
-        raise Problems({str(problem): problem for problem in problems}.values())  # models share their tomograms
 
 
 def plan_run(
@@ -586,13 +563,13 @@ def _plan_run(
     from cryosiam_dask.stages.export import foreign_formats, format_path, formats_done, other_formats
 
     problems: list[CryosiamDaskError] = []
-    sources = _find_tomograms(configuration, filename, problems)
+    sources = all_tomograms(configuration, filename, problems)
     refused = refused_names(configuration, sources)
     sources = [source for source in sources if source not in refused]
     if refused and not sources:
         problems += refused.values()
-    masks = _find_masks(configuration, sources, masks_to_come, problems)
-    _check_prediction_folder(configuration, problems)
+    masks = find_masks(configuration, sources, masks_to_come, problems)
+    check_prediction_folder(configuration, problems)
     notes = [f"the key {key} has no effect here" for key in configuration.unused]
     if filename is None and name in ("", STAGES[0]):  # models of a pipeline have their tomograms in common
         notes += left_out_tomograms(configuration)
@@ -610,7 +587,7 @@ def _plan_run(
         raise Problems(problems)
     jobs, unmeasured, skipped = [], [], []
     outputs: dict[Path, Path] = {}
-    settings = _settings(configuration, checkpoint, patch, threshold)
+    settings = settings_of(configuration, checkpoint, patch, threshold)
     for source, mask in zip(sources, masks, strict=True):
         stem = source.name.removesuffix(configuration.file_extension)
         output = _output_path(configuration, source, stem)
@@ -619,16 +596,16 @@ def _plan_run(
         problem: CryosiamDaskError | None = None
         try:
             if mask is not None and not to_come and not mask.is_file():
-                raise _missing_mask(source, mask)
+                raise missing_mask(source, mask)
             if not to_come:
-                prediction = _fingerprint(configuration, source, stem, mask, settings)
+                prediction = fingerprint_of(configuration, source, stem, mask, settings)
         except MaskError as error:
             problem = error
         except OSError as error:
-            problem = None if may_pass(error) else _not_readable(source, mask, error)
+            problem = None if may_pass(error) else not_readable(source, mask, error)
         fingerprint = with_sizes(prediction, removal_sizes(configuration)) if prediction else ""
         components = configuration.prediction_folder / f"{stem}_components.h5" if configuration.components else None
-        job = Job(source, stem, output, mask, components, prediction, fingerprint, _identity(output), problem)
+        job = Job(source, stem, output, mask, components, prediction, fingerprint, identity_of(output), problem)
         formats = other_formats(configuration)
         others = [format_path(configuration.prediction_folder, stem, name) for name in formats]
         foreign = [] if overwrite else foreign_formats(configuration.prediction_folder, stem, formats)
@@ -653,10 +630,10 @@ def _plan_run(
         elif problem is not None:
             jobs.append(job)
         elif foreign:
-            problems += [_made_otherwise(path) for path in foreign]
+            problems += [made_otherwise(path) for path in foreign]
         elif not output.exists() or overwrite_all or to_come:
             jobs.append(job)
-        elif _read_fingerprint(output) == job.fingerprint:
+        elif read_fingerprint(output) == job.fingerprint:
             names = class_names(configuration, max(2, checkpoint.architecture.out_channels) - 1)
             measured = components_done(components, fingerprint, names)
             if measured and formats_done(configuration, stem, fingerprint, names) and preview_done(configuration, job):
@@ -668,7 +645,7 @@ def _plan_run(
         elif overwrite:
             jobs.append(job)
         else:
-            problems.append(_made_otherwise(output))
+            problems.append(made_otherwise(output))
         outputs[output] = source
     hopeless = [job.problem for job in jobs if job.problem is not None]
     if len(hopeless) == len(sources):
@@ -679,60 +656,6 @@ def _plan_run(
         configuration, checkpoint, patch, threshold, tuple(jobs), tuple(unmeasured), tuple(skipped), tuple(notes),
         tuple((shown(source.name.removesuffix(configuration.file_extension)), why) for source, why in refused.items()),
     )  # fmt: skip
-
-
-#: Bytes by which the names of what is made of a tomogram, or lies beside it meanwhile, are longer than its own.
-_LONGER = 60
-
-
-def refused_names(configuration: Configuration, sources: Sequence[Path]) -> dict[Path, TomogramError]:
-    """Those of some tomograms of whose names no output can be called, and why.
-
-    Names are text in every table, list and page; a disk says how long they may be, and may take upper and lower case
-    for the same.
-    """
-    folder = next((each for each in _upwards(configuration.prediction_folder) if each.is_dir()), Path("/"))
-    try:
-        longest = os.pathconf(folder, "PC_NAME_MAX") - _LONGER
-    except (OSError, ValueError, AttributeError):
-        longest = 255 - _LONGER
-    ignores_case = _ignores_case(folder)
-    found: dict[Path, TomogramError] = {}
-    taken: dict[str, Path] = {}
-    for source in sources:
-        stem, rule = source.name.removesuffix(configuration.file_extension), ""
-        same = taken.setdefault(unicodedata.normalize("NFC", stem).casefold(), source) if ignores_case else source
-        if shown(stem) != stem:
-            rule = "its name must be UTF-8 text without tabs or other control characters: lists and tables contain it"
-        elif len(os.fsencode(stem)) > longest:
-            rule = (
-                f"its name must have at most {longest} bytes without its extension: the names of its outputs are longer"
-            )
-        elif same != source:
-            rule = f"its outputs would be those of {same.name}: {folder} takes upper and lower case for the same"
-        if rule:
-            found[source] = TomogramError(rule, place=shown(str(source)), remedy="Rename it, or make a link to it")
-    return found
-
-
-def shown(name: str) -> str:
-    """A file name as text: bytes that are none, and control characters, as Python writes them."""
-    text = name.encode("utf-8", "backslashreplace").decode()
-    return "".join(c if unicodedata.category(c) not in ("Cc", "Zl", "Zp") else ascii(c)[1:-1] for c in text)
-
-
-def _upwards(folder: Path) -> tuple[Path, ...]:
-    whole = folder.absolute()
-    return whole, *whole.parents
-
-
-def _ignores_case(folder: Path) -> bool:
-    """Whether a disk takes upper and lower case for the same, asked without writing."""
-    for each in _upwards(folder):
-        if each.name.swapcase() != each.name:
-            other = each.with_name(each.name.swapcase())
-            return other.exists() and each.samefile(other)
-    return False
 
 
 def on_this_machine(plans: Sequence[RunPlan], workers: int | None) -> tuple[list[RunPlan], int]:
@@ -777,18 +700,6 @@ def require_memory(plans: Sequence[RunPlan], host: int, device: int | None = Non
         raise Problems(problems)
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def memory_of_machine() -> int:
-    """Bytes of memory that all workers together may use."""
-    from distributed.system import MEMORY_LIMIT  # what control groups and limits leave
-
-    return int(MEMORY_LIMIT)
-
-
 def masks_of(plans: Sequence[RunPlan], configuration: Configuration, filename: str | None = None) -> set[str]:
     """The tomograms (stems) whose masks the model before makes in the same run, for `plan_run`.
 
@@ -804,301 +715,6 @@ def masks_of(plans: Sequence[RunPlan], configuration: Configuration, filename: s
     return {
         source.name.removesuffix(configuration.file_extension) for source in find_tomograms(configuration, filename)
     }
-
-
-def find_sources(configuration: Configuration) -> list[Path]:
-    """The tomogram files of a configuration.
-
-    Raises
-    ------
-    Problems
-        If there are none, or one that is named is missing.
-    """
-    problems: list[CryosiamDaskError] = []
-    sources = _find_tomograms(configuration, None, problems)
-    if problems:
-        raise Problems(problems)
-    return sources
-
-
-def find_tomograms(configuration: Configuration, filename: str | None = None) -> list[Path]:
-    """The tomograms of a configuration, as far as they are there; see `plan_run` for what is not."""
-    return _find_tomograms(configuration, filename, [])
-
-
-def _find_tomograms(
-    configuration: Configuration, filename: str | None, problems: list[CryosiamDaskError]
-) -> list[Path]:
-    try:
-        return _tomograms(configuration, filename, problems)
-    except OSError as error:
-        if may_pass(error):
-            raise
-        problems.append(unreadable_folder("data_folder", configuration.data_folder, error))
-        return []
-
-
-def name_in_data_folder(configuration: Configuration, name: str, place: str) -> str:
-    """The name in `data_folder` of what a user calls a tomogram: its path from there, or from the current folder.
-
-    Raises
-    ------
-    ConfigurationError
-        If it is the path of something elsewhere.
-    """
-    folder, path = configuration.data_folder, Path(name)
-    if path.name == name:
-        return name
-    for parent in ((folder / path).parent, path.parent):
-        if parent.is_dir() and parent.resolve().is_relative_to(folder.resolve()):
-            return str(parent.resolve().relative_to(folder.resolve()) / path.name)
-    raise ConfigurationError(
-        f"the tomogram must be a file in data_folder, which is {folder}",
-        place=place,
-        value=name,
-        remedy="Name a file there, or change data_folder",
-    )
-
-
-def find_predictions(configuration: Configuration, filename: str | None = None, *, sizes: bool = False) -> list[Path]:
-    """The written predictions of a configuration.
-
-    Parameters
-    ----------
-    configuration
-        The YAML file.
-    filename
-        Name of a single tomogram; rules over ``test_files``.
-    sizes
-        Whether ``postprocessing_sizes`` are needed.
-
-    Raises
-    ------
-    Problems
-        If one is missing, or there are none, or the configuration lacks ``postprocessing_sizes``.
-    ConfigurationError
-        If the folder cannot be looked into.
-    """
-    try:
-        return patiently(partial(_find_predictions, configuration, filename, sizes))
-    except OSError as error:
-        raise unreadable_folder("prediction_folder", configuration.prediction_folder, error) from None
-
-
-def _find_predictions(configuration: Configuration, filename: str | None, sizes: bool) -> list[Path]:
-    folder, extension = configuration.prediction_folder, configuration.file_extension
-    names = (filename,) if filename is not None else configuration.test_files
-    if names is None:
-        predictions = visible(folder, "_preds.h5") if folder.is_dir() else []
-    else:
-        place = "--filename" if filename is not None else "key test_files"
-        names = tuple(Path(name_in_data_folder(configuration, name, place)).name for name in names)
-        predictions = [folder / f"{name.removesuffix(extension)}_preds.h5" for name in names]
-    problems: list[CryosiamDaskError] = [
-        OutputError(
-            not_there(path), place="key prediction_folder", remedy="Run semantic-predict first, or correct the name"
-        )
-        for path in predictions or [folder / "*_preds.h5"]
-        if not path.is_file()
-    ]
-    if sizes and configuration.parameters.network.postprocessing_sizes is None:
-        problems.append(
-            ConfigurationError(
-                "this key is required to remove small components",
-                place="key parameters.network.postprocessing_sizes",
-                remedy="Add a list with one entry per label, such as [ -1, 5000, -1, -1, -1 ]",
-            )
-        )
-    if problems:
-        raise Problems(problems)
-    return predictions
-
-
-def unreadable_folder(key: str, folder: Path, error: OSError) -> ConfigurationError:
-    """The error to raise where the kernel did not let a folder be looked into."""
-    return ConfigurationError(
-        "must be a folder that can be looked into",
-        place=f"key {key}",
-        value=f"{error.filename or folder}: {error.strerror}",
-        remedy=f"Change the permissions of the folder, or {key}",
-    )
-
-
-def _tomograms(configuration: Configuration, filename: str | None, problems: list[CryosiamDaskError]) -> list[Path]:
-    folder, extension = configuration.data_folder, configuration.file_extension
-    if not folder.is_dir():
-        problems.append(_missing("data_folder", folder, "folder"))
-        return []
-    if filename is not None or configuration.test_files is not None:
-        place = "--filename" if filename is not None else "key test_files"
-        names = (filename,) if filename is not None else configuration.test_files or ()
-        sources = []
-        for name in names:
-            try:
-                name = name_in_data_folder(configuration, name, place)
-            except ConfigurationError as error:
-                problems.append(error)
-                continue
-            if not _is_tomogram(folder / name) and _is_tomogram(folder / f"{name}{extension}"):
-                name += extension
-            if not name.endswith(extension):
-                problems.append(
-                    ConfigurationError(
-                        f"the names of tomograms must end with file_extension, which is {extension}",
-                        place=place,
-                        value=name,
-                        remedy="Change the name or file_extension",
-                    )
-                )
-            elif why := _why_no_tomogram(folder / name):
-                near = difflib.get_close_matches(name, [path.name for path in folder.iterdir()], 1, 0.7)
-                problems.append(
-                    ConfigurationError(
-                        f"the tomogram must be a file in data_folder, which is {folder}",
-                        place=place,
-                        value=f"{name} ({why})",
-                        remedy=f"Did you mean {near[0]}?" if near and near[0] != name else "Check the name",
-                    )
-                )
-            else:
-                sources.append(folder / name)
-        if not names:
-            problems.append(
-                ConfigurationError("must name at least one tomogram, or be null", place=place, remedy="Set it to null")
-            )
-        return list(dict.fromkeys(sources))
-    sources = sorted(path for path in folder.iterdir() if path.name.endswith(extension) and _is_tomogram(path))
-    if folder.resolve() == configuration.prediction_folder.resolve():
-        sources = [path for path in sources if not _is_output(path)]
-    if not sources:
-        found = sorted({"".join(path.suffixes[-1:]) for path in folder.iterdir() if _is_tomogram(path)} - {""})
-        others = "; ".join(left_out_tomograms(configuration))
-        problems.append(
-            ConfigurationError(
-                f"there must be at least one file whose name ends with file_extension, which is {extension}",
-                place=f"key data_folder, {folder}",
-                value=others or (f"files ending with {', '.join(found[:8])}" if found else "no file at all"),
-                remedy="Check data_folder and file_extension",
-            )
-        )
-    return sources
-
-
-def left_out_tomograms(configuration: Configuration) -> list[str]:
-    """What `data_folder` holds that could be taken for a tomogram and is none, as a sentence, if there is anything."""
-    folder = configuration.data_folder
-    with suppress(OSError):
-        if configuration.test_files is None and folder.is_dir():
-            found = left_out(folder, configuration.file_extension, _why_no_tomogram)
-            return [found] if found else []
-    return []
-
-
-def _is_tomogram(path: Path) -> bool:
-    return not _why_no_tomogram(path)
-
-
-def _why_no_tomogram(path: Path) -> str:
-    """Why this can be no tomogram, which any file can, and the folder of a zarr; empty if it can. One that lacks its
-    metadata fails later, with its name."""
-    why = unusable(path)
-    try:
-        if why or path.is_file():
-            return why
-        from cryosiam_dask.files.zarr import is_zarr
-
-        return "" if path.is_dir() and (path.suffix == ".zarr" or is_zarr(path)) else "no file"
-    except OSError as error:
-        return "" if may_pass(error) else str(error.strerror)
-
-
-def _is_output(path: Path) -> bool:
-    """Whether this is one of the files that a run leaves in a folder that may also be that of the tomograms."""
-    if path.name.endswith(("_preds.h5", "_components.h5", ".work.zarr")):
-        return True
-    from cryosiam_dask.stages.export import read_mrc_fingerprint
-    from cryosiam_dask.stages.ome_zarr import SEGMENTATION, read_own_attributes
-
-    if path.name.endswith("_labels.mrc"):
-        return read_mrc_fingerprint(path) is not None
-    return (path / "labels" / SEGMENTATION).is_dir() and bool(read_own_attributes(path))
-
-
-def _find_masks(
-    configuration: Configuration,
-    sources: Sequence[Path],
-    to_come: Collection[str],
-    problems: list[CryosiamDaskError],
-) -> list[Path | None]:
-    folder = configuration.mask_folder
-    if folder is None:
-        return [None] * len(sources)
-    if not folder.is_dir() and not to_come:
-        problems.append(_missing("mask_folder", folder, "folder"))
-        return [None] * len(sources)
-    masks = [folder / f"{s.name.removesuffix(configuration.file_extension)}_preds.h5" for s in sources]
-    missing = [
-        _missing_mask(source, mask)
-        for source, mask in zip(sources, masks, strict=True)
-        if not mask.is_file() and mask.name.removesuffix("_preds.h5") not in to_come
-    ]
-    if len(missing) == len(sources):  # otherwise those of others fail alone
-        problems += missing if len(missing) <= _FEW else [_without_masks(folder, masks[0], len(missing))]
-    return list(masks)
-
-
-_FEW = 3  # of which each is named
-
-
-def _without_masks(folder: Path, first: Path, count: int) -> MaskError:
-    return MaskError(
-        f"holds no lamella mask of any of the {count} tomograms, such as {first.name}",
-        place=f"key mask_folder, {folder}",
-        remedy="Run the lamella prediction first, or correct mask_folder",
-    )
-
-
-def _missing_mask(source: Path, mask: Path) -> MaskError:
-    return MaskError(
-        f"there must be a lamella mask for {source.name}",
-        place="key mask_folder",
-        value=f"no file {mask}",
-        remedy="Run the lamella prediction first, or leave it out with test_files",
-    )
-
-
-def _not_readable(source: Path, mask: Path | None, error: OSError) -> CryosiamDaskError:
-    of_mask = mask is not None and str(error.filename) == str(mask)
-    return (MaskError if of_mask else TomogramError)(
-        f"the {'lamella mask' if of_mask else 'tomogram'} must be readable",
-        place=error.filename or source,
-        value=error.strerror or error,
-        remedy="Change its permissions, copy it again, or leave it out with test_files",
-    )
-
-
-def _missing(key: str, path: Path, kind: str) -> ConfigurationError:
-    rule = f"must be a {kind}, and {path} is none" if path.exists() else not_there(path)
-    remedy = f"Run the lamella prediction first, or correct {key}" if key == "mask_folder" else f"Correct {key}"
-    return ConfigurationError(rule, place=f"key {key}", remedy=remedy)
-
-
-def _check_prediction_folder(configuration: Configuration, problems: list[CryosiamDaskError]) -> None:
-    for key in ("prediction_folder", "work_folder"):
-        path = getattr(configuration, key)
-        if path is None:
-            continue
-        existing = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            what = "read-only" if existing.is_dir() else "a file" if existing.exists() else "a link that leads nowhere"
-            problems.append(
-                OutputError(
-                    "must be a folder that can be written to, or one that can be made",
-                    place=f"key {key}",
-                    value=f"{path} ({existing} is {what})",
-                    remedy=f"Set {key} to another folder, change its permissions, or mount the disk that it is on",
-                )
-            )
 
 
 def _check_network(
@@ -1191,142 +807,6 @@ def _output_path(configuration: Configuration, source: Path, stem: str) -> Path:
     return configuration.prediction_folder / f"{stem}_preds.h5"
 
 
-def _settings(
-    configuration: Configuration, checkpoint: Checkpoint, patch: tuple[int, ...], threshold: float
-) -> dict[str, Any]:
-    """What the numbers of an output depend on, besides its input."""
-    network, data = configuration.parameters.network, configuration.parameters.data
-    return {
-        "numbers_version": NUMBERS_VERSION,
-        "checkpoint_sha256": checkpoint.sha256,
-        "patch_size": list(patch),
-        "halo": data.halo,
-        "precision": configuration.hyper_parameters.precision,
-        "scaling": [data.min, data.max, data.mean, data.std],
-        "threshold": threshold,
-        "hull": ("volume" if network.hull_3d else "slices") if network.postprocessing else None,
-        "save_internal_files": configuration.save_internal_files,
-        # Only where they are set, so that outputs of before stay what they are.
-        **({"invert": True} if data.invert else {}),
-        **{name: value for name, value in configuration.reading.items() if value or value is False},
-    }
-
-
-def removal_sizes(configuration: Configuration) -> list[int]:
-    """``postprocessing_sizes`` without trailing entries that do nothing; empty if none does anything."""
-    sizes = list(configuration.parameters.network.postprocessing_sizes or ())
-    while sizes and sizes[-1] == -1:
-        sizes.pop()
-    return sizes
-
-
-def known_identity(configuration: Configuration, source: Path, stem: str) -> list[Any]:
-    """What tells a tomogram from another one or a later one: as it was recorded, where its times alone have changed.
-
-    Parameters
-    ----------
-    configuration
-        Whose ``prediction_folder`` holds the record.
-    source, stem
-        The tomogram and its name.
-    """
-    from cryosiam_dask.files.identity import is_newer_in_part, source_content, source_identity
-
-    identity = source_identity(source)
-    entries, _ = read_entries(configuration.prediction_folder, stem)
-    found = next((entry for entry in reversed(entries) if entry["what"] == "source"), None)
-    if (
-        found
-        and found["identity"] != identity
-        and not is_newer_in_part(source, found.get("newest", 0))
-        and found["content"] == source_content(source)
-    ):
-        return list(found["identity"])
-    return identity
-
-
-def _fingerprint(
-    configuration: Configuration, source: Path, stem: str, mask: Path | None, settings: Mapping[str, Any]
-) -> str:
-    from cryosiam_dask.files.tomogram import read_header
-
-    files = [known_identity(configuration, source, stem), _mask_identity(mask) if mask else None]
-    decided = ""
-    if not source.is_dir():
-        try:
-            decided = read_header(source, **configuration.reading).decided
-        except TomogramError as error:  # such a tomogram fails alone, later
-            if may_pass(error) and isinstance(error.__cause__, OSError):
-                raise error.__cause__ from None
-    # Only where there is something, so that outputs of before stay what they are.
-    settings = {**settings, **({"decided": decided} if decided else {})}
-    return hashlib.sha256(json.dumps([files, settings], sort_keys=True).encode()).hexdigest()
-
-
-def _made_otherwise(output: Path) -> OutputError:
-    if not os.access(output, os.R_OK):
-        return OutputError(
-            "an output that is there must be readable",
-            place=output,
-            value=os.strerror(errno.EACCES),
-            remedy="Change its permissions, or set another prediction_folder",
-        )
-    return OutputError(
-        "this output was made from another input, checkpoint or other settings",
-        place=output,
-        remedy="Replace it with --overwrite, or set another prediction_folder",
-    )
-
-
-def _identity(path: Path) -> tuple[int, ...] | None:
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _mask_identity(path: Path) -> list[Any]:
-    """By its content, which is the same whenever it is made; compressed, it is small."""
-    with path.open("rb") as file:
-        return [path.name, hashlib.file_digest(file, "sha256").hexdigest()]
-
-
-def _read_fingerprint(output: Path) -> str | None:
-    """The fingerprint of an output; ``None`` for a file of another program or one that cannot be read."""
-    from cryosiam_dask.files.hdf5 import read_attributes
-    from cryosiam_dask.stages.export import read_mrc_fingerprint
-
-    try:
-        if output.suffix == ".h5":
-            return read_attributes(output).get("fingerprint")
-        return read_mrc_fingerprint(output)
-    except OutputError:
-        return None
-
-
-def components_done(path: Path | None, fingerprint: str, names: Sequence[str]) -> bool:
-    """Whether a tomogram's components, where they are wanted, are those of its output, with the names that are wanted.
-
-    Parameters
-    ----------
-    path
-        Their HDF5 file, or ``None``.
-    fingerprint
-        Of the output.
-    names
-        Of the labels from 1 on.
-    """
-    from cryosiam_dask.files.hdf5 import read_attributes
-
-    if path is None:
-        return True
-    tables = [path.with_suffix(ending) for ending in (".csv", ".parquet")]
-    if not all(table.is_file() for table in tables) or _read_fingerprint(path) != fingerprint:
-        return False
-    return named(read_attributes(path).get("class_names"), len(names)) == tuple(names)
-
-
 def preview_done(configuration: Configuration, job: Job) -> bool:
     """Whether a tomogram's picture, where it is wanted, shows its output; no network runs again for a picture alone."""
     from cryosiam_dask.stages.preview import preview_file, read_fingerprint
@@ -1334,10 +814,6 @@ def preview_done(configuration: Configuration, job: Job) -> bool:
     if not configuration.preview or job.output.suffix != ".h5":
         return True
     return read_fingerprint(preview_file(configuration.prediction_folder, job.stem)) == job.fingerprint
-
-
-def with_sizes(prediction_fingerprint: str, sizes: Sequence[int]) -> str:
-    return hashlib.sha256(json.dumps([prediction_fingerprint, list(sizes)]).encode()).hexdigest()
 
 
 def _edge(patch: Sequence[int]) -> str:

@@ -33,16 +33,9 @@ from distributed import Client, Status
 from distributed.security import Security
 
 from cryosiam_dask.errors import ClusterError, ConfigurationError, LostClusterError, unread
-from cryosiam_dask.runs.cluster import (
-    KEEP_MEMORY,
-    THREADS,
-    Setup,
-    leave_at_once,
-    own_settings,
-    register_in_workers,
-    require_own_address,
-    require_versions,
-)
+from cryosiam_dask.runs.cluster import KEEP_MEMORY, own_settings, require_own_address
+from cryosiam_dask.runs.dask_executor import THREADS
+from cryosiam_dask.runs.workers import Setup, leave_at_once, register_in_workers, require_versions
 
 #: Seconds between two looks at jobs that have ended.
 _LOOK = 15.0

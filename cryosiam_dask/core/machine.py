@@ -1,4 +1,4 @@
-"""Processes, and the start of the machine that they belong to."""
+"""This machine: its cores, its memory, its processes and its start."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import os
 import subprocess
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+# What reads files is imported where it is used: a path that is wrong is to be told at once.
+if TYPE_CHECKING:
+    pass
 
 
 def is_running(process: int) -> bool:
@@ -38,3 +43,15 @@ def process_namespace() -> str:
         return str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         return ""
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_of_machine() -> int:
+    """Bytes of memory that all workers together may use."""
+    from distributed.system import MEMORY_LIMIT  # what control groups and limits leave
+
+    return int(MEMORY_LIMIT)

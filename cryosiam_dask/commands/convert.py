@@ -1,0 +1,77 @@
+"""`convert`: a tomogram to zarr or OME-Zarr."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cryosiam_dask.commands.console import attend, say
+from cryosiam_dask.core.machine import cores
+from cryosiam_dask.errors import (
+    OutputError,
+)
+from cryosiam_dask.files.tomogram import read_header
+from cryosiam_dask.runs.cluster import open_cluster
+from cryosiam_dask.runs.dask_executor import DaskExecutor
+from cryosiam_dask.stages.export import convert_to_ome_zarr
+from cryosiam_dask.stages.ingest import convert, require_free
+
+
+def convert_file(
+    source: Path,
+    target: Path,
+    console: Console,
+    *,
+    level: int = 0,
+    dataset: str | None = None,
+    overwrite: bool = False,
+    workers: int | None = None,
+) -> dict[str, Any]:
+    """Convert one tomogram to zarr, and print what was found in it.
+
+    Parameters
+    ----------
+    source, level, dataset, overwrite
+        See `cryosiam_dask.stages.ingest.convert`.
+    target
+        An OME-Zarr image where its name ends with ``.ome.zarr``, a single array with ``.zarr``.
+    console, workers
+        See `segment`.
+
+    Returns
+    -------
+    dict
+        The same as JSON values: those of `cryosiam_dask.files.header.TomogramHeader.attributes`, ``statistics``,
+        ``shape`` (z, y, x), ``dtype``, ``target``.
+    """
+    if not target.name.lower().endswith(".zarr"):
+        raise OutputError(
+            "a converted tomogram is a folder of zarr, and is called so",
+            place=target,
+            remedy=f"Call it {target.stem}.zarr, or {target.stem}.ome.zarr for an image of several levels",
+        )
+    header = read_header(source, level=level, dataset=dataset)  # what is wrong is said before workers start
+    header.require_complete()
+    require_free(target, overwrite=overwrite)
+    make = convert_to_ome_zarr if target.name.lower().endswith(".ome.zarr") else convert
+    with open_cluster("cpu", 1 if header.compressed else workers or cores()) as client:
+        executor = DaskExecutor(client)
+        report = make(source, target, level=level, dataset=dataset, executor=executor, overwrite=overwrite)
+    statistics = report.statistics
+    say(console, f"{target}: {' × '.join(map(str, header.shape))} (z, y, x), {header.dtype}")
+    if statistics.minimum is not None:
+        say(console, f"intensities {statistics.minimum:g} to {statistics.maximum:g}, mean {statistics.mean:g}")
+    for note in header.notes:
+        say(console, f"note: {note}")
+    for warning in report.warnings:
+        attend(console, warning)
+    return {
+        "target": str(target),
+        "shape": list(header.shape),
+        "dtype": str(header.dtype),
+        **header.attributes(),
+        "warnings": list(report.warnings),
+        "statistics": statistics.attributes(),
+    }

@@ -1,0 +1,247 @@
+"""The commands on predictions that are already written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from cryosiam_dask.commands.console import attend, counted, open_logs, print_table, say
+from cryosiam_dask.commands.report import REPORT, is_current, link_latest_log, write_report
+from cryosiam_dask.config import Configuration
+from cryosiam_dask.core.executor import patiently
+from cryosiam_dask.core.log import LOG, logged
+from cryosiam_dask.core.machine import cores
+from cryosiam_dask.errors import (
+    ConfigurationError,
+)
+from cryosiam_dask.files.folders import left_out
+from cryosiam_dask.runs.cluster import open_cluster
+from cryosiam_dask.runs.dask_executor import DaskExecutor
+from cryosiam_dask.runs.find import find_predictions, find_tomograms, unreadable_folder
+from cryosiam_dask.runs.ledger import read_outcomes
+from cryosiam_dask.runs.outcome import Outcome
+from cryosiam_dask.runs.progress import FileReporter, Pace, Reporters, make_reporter
+from cryosiam_dask.runs.workers import (
+    forwarded_warnings,
+    log_workers,
+)
+from cryosiam_dask.runs.written import export, list_centers, measure, postprocess
+from cryosiam_dask.stages.export import other_formats
+
+
+@logged
+def postprocess_again(
+    configuration: Configuration, console: Console, *, filename: str | None = None, workers: int | None = None
+) -> list[Outcome]:
+    """Apply ``postprocessing_sizes`` to written predictions, and print what becomes of it.
+
+    Parameters
+    ----------
+    configuration, console, filename, workers
+        See `segment`.
+    """
+    predictions = find_predictions(configuration, filename, sizes=True)
+    open_logs("semantic-postprocess", [configuration], console)
+    _say_left_out(configuration, filename, console)
+    outcomes = _with_predictions(partial(postprocess, configuration, predictions), len(predictions), console, workers)
+    report_on(configuration, outcomes, console)
+    return outcomes
+
+
+@logged
+def measure_predictions(
+    configuration: Configuration, console: Console, *, filename: str | None = None, workers: int | None = None
+) -> list[Outcome]:
+    """Number and measure the components of written predictions, and print what becomes of it.
+
+    Parameters
+    ----------
+    configuration, console, filename, workers
+        See `segment`.
+    """
+    predictions = find_predictions(configuration, filename)
+    open_logs("components", [configuration], console)
+    _say_left_out(configuration, filename, console)
+    outcomes = _with_predictions(partial(measure, configuration, predictions), len(predictions), console, workers)
+    report_on(configuration, outcomes, console)
+    return outcomes
+
+
+@logged
+def export_predictions(
+    configuration: Configuration,
+    console: Console,
+    *,
+    formats: Sequence[str] = (),
+    per_class: bool = False,
+    filename: str | None = None,
+    workers: int | None = None,
+) -> list[Outcome]:
+    """Write predictions in other formats, and print what becomes of it.
+
+    Parameters
+    ----------
+    configuration, console, filename, workers
+        See `segment`.
+    formats
+        ``"ome-zarr"``, ``"mrc"``; none: those of the key ``output_formats``.
+    per_class
+        Whether the MRC file is one for each class.
+
+    Raises
+    ------
+    ConfigurationError
+        If neither names a format, or MRC is none of them though there is to be a file for each class.
+    """
+    formats = formats or other_formats(configuration)
+    if per_class and "mrc" not in formats:
+        raise ConfigurationError(
+            "masks of classes are MRC files", place="option --per-class", value=list(formats) or None,
+            remedy="Add --format mrc",
+        )  # fmt: skip
+    if not formats:
+        raise ConfigurationError(
+            "must name a format other than HDF5",
+            place="key output_formats",
+            value=list(configuration.output_formats),
+            remedy="Add 'ome-zarr' or 'mrc' to it, or give --format",
+        )
+    predictions = find_predictions(configuration, filename)
+    open_logs("export", [configuration], console)
+    _say_left_out(configuration, filename, console)
+    action = partial(export, configuration, predictions, formats=formats, per_class=per_class)
+    return _with_predictions(action, len(predictions), console, workers)
+
+
+@logged
+def list_particles(
+    configuration: Configuration,
+    console: Console,
+    *,
+    filename: str | None = None,
+    min_voxels: int | None = None,
+    erode: bool = False,
+    form: Literal["relion", "cryosiam"] = "relion",
+    workers: int | None = None,
+) -> list[Outcome]:
+    """Write particle lists of written predictions, and print what becomes of it.
+
+    Parameters
+    ----------
+    configuration, console, filename, workers
+        See `segment`.
+    min_voxels, erode, form
+        See `cryosiam_dask.runs.written.list_centers`.
+    """
+    predictions = find_predictions(configuration, filename)
+    open_logs("semantic-to-centers", [configuration], console)
+    _say_left_out(configuration, filename, console)
+    action = partial(list_centers, configuration, predictions, min_voxels=min_voxels, erode=erode, form=form)
+    return _with_predictions(action, len(predictions), console, workers)
+
+
+def _say_left_out(configuration: Configuration, filename: str | None, console: Console) -> None:
+    """Say which predictions are none, where all are asked for."""
+    if filename is None and configuration.test_files is None:
+        found = left_out(configuration.prediction_folder, "_preds.h5")
+        if found:
+            say(console, f"note: {found}")
+
+
+def report_again(configuration: Configuration, console: Console) -> None:
+    """Write the page of a collection from what its folder holds, and say where it is.
+
+    Parameters
+    ----------
+    configuration, console
+        See `segment`.
+    """
+    try:
+        path = write_report(configuration, recorded_outcomes(configuration))
+        _say_left_out(configuration, None, console)
+    except OSError as error:
+        raise unreadable_folder("prediction_folder", configuration.prediction_folder, error) from None
+    say(console, f"report: {path}")
+
+
+def recorded_outcomes(configuration: Configuration) -> dict[str, dict[str, Any]]:
+    """What earlier runs recorded of tomograms, less what the outputs themselves tell better."""
+    folder, masks = configuration.prediction_folder, configuration.mask_folder
+
+    def told(stem: str, outcome: Mapping[str, Any]) -> set[str]:
+        known = {"status"} if outcome.get("status") == "done" else set()
+        return known | ({"voxels"} if (folder / f"{stem}_preds.h5").exists() else set())
+
+    recorded = read_outcomes(folder)
+    if masks is not None:  # what had no mask never came to this model
+        names = {path.name.removesuffix(configuration.file_extension) for path in find_tomograms(configuration)}
+        try:
+            of_masks = read_outcomes(masks)
+        except OSError:  # whoever may not look into it, has no outcomes of it
+            of_masks = {}
+        for stem, outcome in of_masks.items():
+            if outcome.get("status") == "failed" and stem in names and not (masks / f"{stem}_preds.h5").exists():
+                if (folder / f"{stem}_preds.h5").exists():
+                    continue
+                error = f"it has no lamella mask: {outcome.get('error')}"
+                recorded.setdefault(stem, {"status": "failed", "shape": outcome.get("shape"), "error": error})
+    result = {}
+    for stem, outcome in recorded.items():
+        known = told(stem, outcome)
+        result[stem] = {name: value for name, value in outcome.items() if name not in known}
+    return result
+
+
+def report_on(
+    configuration: Configuration, outcomes: Sequence[Outcome], console: Console, warnings: Sequence[str] | None = None
+) -> None:
+    """Write the page of a collection after a run, and say where it is; a page is no reason for a run to fail.
+
+    Parameters
+    ----------
+    configuration, outcomes, console
+        Of the run.
+    warnings
+        See `cryosiam_dask.commands.report.write_report`.
+    """
+
+    def write() -> Path:
+        if all(each.status == "skipped" for each in outcomes) and is_current(configuration):
+            link_latest_log(configuration)
+            return configuration.prediction_folder / REPORT
+        recorded = recorded_outcomes(configuration)
+        now = {
+            # The seconds are those of the prediction, which are recorded, and not of what was made of it since.
+            each.stem: {**asdict(each), "seconds": recorded.get(each.stem, {}).get("seconds")}
+            for each in outcomes
+            if each.status != "skipped"
+        }
+        return write_report(configuration, {**recorded, **now}, warnings=warnings)
+
+    try:
+        say(console, f"report: {patiently(write)}")
+    except Exception as error:
+        attend(console, f"the report could not be written: {error}")
+        LOG.debug("the report could not be written", exc_info=error)
+
+
+def _with_predictions(
+    action: Callable[..., list[Outcome]], count: int, console: Console, workers: int | None
+) -> list[Outcome]:
+    """Do something with written predictions on a cluster of CPU workers, and print what becomes of it."""
+    say(console, f"starting {counted(workers or cores(), 'worker')}")
+    with open_cluster("cpu", workers or cores()) as client, forwarded_warnings(client):
+        log_workers(client, "cpu")
+        pace = Pace(count)
+        reporter = Reporters(pace, make_reporter(console, pace), FileReporter(pace))
+        try:
+            outcomes = action(reporter, executor=DaskExecutor(client))
+        finally:
+            reporter.close()
+    print_table(console, outcomes)
+    return outcomes

@@ -1,0 +1,412 @@
+"""The tomograms, masks and predictions that a configuration names."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import unicodedata
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cryosiam_dask.config import Configuration
+from cryosiam_dask.core.executor import patiently
+from cryosiam_dask.errors import (
+    CheckpointError,
+    ConfigurationError,
+    CryosiamDaskError,
+    MaskError,
+    OutputError,
+    Problems,
+    TomogramError,
+    may_pass,
+    not_there,
+)
+from cryosiam_dask.files.folders import left_out, unusable, visible
+
+# What reads files is imported where it is used: a path that is wrong is to be told at once.
+if TYPE_CHECKING:
+    pass
+
+
+def require_paths(configurations: Mapping[str, Configuration], filename: str | None = None) -> None:
+    """Refuse paths that are wrong, before anything is loaded that takes longer than looking at them.
+
+    Parameters
+    ----------
+    configurations
+        Of each model, in their order; see `cryosiam_dask.config.read_models`.
+    filename
+        See `plan_run`, which finds the same, and more.
+
+    Raises
+    ------
+    Problems
+        With all of them.
+    """
+    from cryosiam_dask.model.checkpoint import open_checkpoint
+
+    problems: list[CryosiamDaskError] = []
+    for number, configuration in enumerate(configurations.values()):
+        try:
+            sources = all_tomograms(configuration, filename, problems)
+            if number == 0:  # later ones take the masks that the first makes
+                find_masks(configuration, sources, (), problems)
+            check_prediction_folder(configuration, problems)
+            if isinstance(configuration.trained_model, Path):
+                open_checkpoint(configuration.trained_model).close()
+        except CheckpointError as error:
+            problems.append(error)
+        except OSError:  # which may pass: `plan_run` is patient
+            pass
+    if problems:
+        raise Problems({str(problem): problem for problem in problems}.values())  # models share their tomograms
+
+
+#: Bytes by which the names of what is made of a tomogram, or lies beside it meanwhile, are longer than its own.
+_LONGER = 60
+
+
+def refused_names(configuration: Configuration, sources: Sequence[Path]) -> dict[Path, TomogramError]:
+    """Those of some tomograms of whose names no output can be called, and why.
+
+    Names are text in every table, list and page; a disk says how long they may be, and may take upper and lower case
+    for the same.
+    """
+    folder = next((each for each in _upwards(configuration.prediction_folder) if each.is_dir()), Path("/"))
+    try:
+        longest = os.pathconf(folder, "PC_NAME_MAX") - _LONGER
+    except (OSError, ValueError, AttributeError):
+        longest = 255 - _LONGER
+    ignores_case = _ignores_case(folder)
+    found: dict[Path, TomogramError] = {}
+    taken: dict[str, Path] = {}
+    for source in sources:
+        stem, rule = source.name.removesuffix(configuration.file_extension), ""
+        same = taken.setdefault(unicodedata.normalize("NFC", stem).casefold(), source) if ignores_case else source
+        if shown(stem) != stem:
+            rule = "its name must be UTF-8 text without tabs or other control characters: lists and tables contain it"
+        elif len(os.fsencode(stem)) > longest:
+            rule = (
+                f"its name must have at most {longest} bytes without its extension: the names of its outputs are longer"
+            )
+        elif same != source:
+            rule = f"its outputs would be those of {same.name}: {folder} takes upper and lower case for the same"
+        if rule:
+            found[source] = TomogramError(rule, place=shown(str(source)), remedy="Rename it, or make a link to it")
+    return found
+
+
+def shown(name: str) -> str:
+    """A file name as text: bytes that are none, and control characters, as Python writes them."""
+    text = name.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if unicodedata.category(c) not in ("Cc", "Zl", "Zp") else ascii(c)[1:-1] for c in text)
+
+
+def _upwards(folder: Path) -> tuple[Path, ...]:
+    whole = folder.absolute()
+    return whole, *whole.parents
+
+
+def _ignores_case(folder: Path) -> bool:
+    """Whether a disk takes upper and lower case for the same, asked without writing."""
+    for each in _upwards(folder):
+        if each.name.swapcase() != each.name:
+            other = each.with_name(each.name.swapcase())
+            return other.exists() and each.samefile(other)
+    return False
+
+
+def find_sources(configuration: Configuration) -> list[Path]:
+    """The tomogram files of a configuration.
+
+    Raises
+    ------
+    Problems
+        If there are none, or one that is named is missing.
+    """
+    problems: list[CryosiamDaskError] = []
+    sources = all_tomograms(configuration, None, problems)
+    if problems:
+        raise Problems(problems)
+    return sources
+
+
+def find_tomograms(configuration: Configuration, filename: str | None = None) -> list[Path]:
+    """The tomograms of a configuration, as far as they are there; see `plan_run` for what is not."""
+    return all_tomograms(configuration, filename, [])
+
+
+def all_tomograms(configuration: Configuration, filename: str | None, problems: list[CryosiamDaskError]) -> list[Path]:
+    try:
+        return _tomograms(configuration, filename, problems)
+    except OSError as error:
+        if may_pass(error):
+            raise
+        problems.append(unreadable_folder("data_folder", configuration.data_folder, error))
+        return []
+
+
+def name_in_data_folder(configuration: Configuration, name: str, place: str) -> str:
+    """The name in `data_folder` of what a user calls a tomogram: its path from there, or from the current folder.
+
+    Raises
+    ------
+    ConfigurationError
+        If it is the path of something elsewhere.
+    """
+    folder, path = configuration.data_folder, Path(name)
+    if path.name == name:
+        return name
+    for parent in ((folder / path).parent, path.parent):
+        if parent.is_dir() and parent.resolve().is_relative_to(folder.resolve()):
+            return str(parent.resolve().relative_to(folder.resolve()) / path.name)
+    raise ConfigurationError(
+        f"the tomogram must be a file in data_folder, which is {folder}",
+        place=place,
+        value=name,
+        remedy="Name a file there, or change data_folder",
+    )
+
+
+def find_predictions(configuration: Configuration, filename: str | None = None, *, sizes: bool = False) -> list[Path]:
+    """The written predictions of a configuration.
+
+    Parameters
+    ----------
+    configuration
+        The YAML file.
+    filename
+        Name of a single tomogram; rules over ``test_files``.
+    sizes
+        Whether ``postprocessing_sizes`` are needed.
+
+    Raises
+    ------
+    Problems
+        If one is missing, or there are none, or the configuration lacks ``postprocessing_sizes``.
+    ConfigurationError
+        If the folder cannot be looked into.
+    """
+    try:
+        return patiently(partial(_find_predictions, configuration, filename, sizes))
+    except OSError as error:
+        raise unreadable_folder("prediction_folder", configuration.prediction_folder, error) from None
+
+
+def _find_predictions(configuration: Configuration, filename: str | None, sizes: bool) -> list[Path]:
+    folder, extension = configuration.prediction_folder, configuration.file_extension
+    names = (filename,) if filename is not None else configuration.test_files
+    if names is None:
+        predictions = visible(folder, "_preds.h5") if folder.is_dir() else []
+    else:
+        place = "--filename" if filename is not None else "key test_files"
+        names = tuple(Path(name_in_data_folder(configuration, name, place)).name for name in names)
+        predictions = [folder / f"{name.removesuffix(extension)}_preds.h5" for name in names]
+    problems: list[CryosiamDaskError] = [
+        OutputError(
+            not_there(path), place="key prediction_folder", remedy="Run semantic-predict first, or correct the name"
+        )
+        for path in predictions or [folder / "*_preds.h5"]
+        if not path.is_file()
+    ]
+    if sizes and configuration.parameters.network.postprocessing_sizes is None:
+        problems.append(
+            ConfigurationError(
+                "this key is required to remove small components",
+                place="key parameters.network.postprocessing_sizes",
+                remedy="Add a list with one entry per label, such as [ -1, 5000, -1, -1, -1 ]",
+            )
+        )
+    if problems:
+        raise Problems(problems)
+    return predictions
+
+
+def unreadable_folder(key: str, folder: Path, error: OSError) -> ConfigurationError:
+    """The error to raise where the kernel did not let a folder be looked into."""
+    return ConfigurationError(
+        "must be a folder that can be looked into",
+        place=f"key {key}",
+        value=f"{error.filename or folder}: {error.strerror}",
+        remedy=f"Change the permissions of the folder, or {key}",
+    )
+
+
+def _tomograms(configuration: Configuration, filename: str | None, problems: list[CryosiamDaskError]) -> list[Path]:
+    folder, extension = configuration.data_folder, configuration.file_extension
+    if not folder.is_dir():
+        problems.append(not_found("data_folder", folder, "folder"))
+        return []
+    if filename is not None or configuration.test_files is not None:
+        place = "--filename" if filename is not None else "key test_files"
+        names = (filename,) if filename is not None else configuration.test_files or ()
+        sources = []
+        for name in names:
+            try:
+                name = name_in_data_folder(configuration, name, place)
+            except ConfigurationError as error:
+                problems.append(error)
+                continue
+            if not _is_tomogram(folder / name) and _is_tomogram(folder / f"{name}{extension}"):
+                name += extension
+            if not name.endswith(extension):
+                problems.append(
+                    ConfigurationError(
+                        f"the names of tomograms must end with file_extension, which is {extension}",
+                        place=place,
+                        value=name,
+                        remedy="Change the name or file_extension",
+                    )
+                )
+            elif why := _why_no_tomogram(folder / name):
+                near = difflib.get_close_matches(name, [path.name for path in folder.iterdir()], 1, 0.7)
+                problems.append(
+                    ConfigurationError(
+                        f"the tomogram must be a file in data_folder, which is {folder}",
+                        place=place,
+                        value=f"{name} ({why})",
+                        remedy=f"Did you mean {near[0]}?" if near and near[0] != name else "Check the name",
+                    )
+                )
+            else:
+                sources.append(folder / name)
+        if not names:
+            problems.append(
+                ConfigurationError("must name at least one tomogram, or be null", place=place, remedy="Set it to null")
+            )
+        return list(dict.fromkeys(sources))
+    sources = sorted(path for path in folder.iterdir() if path.name.endswith(extension) and _is_tomogram(path))
+    if folder.resolve() == configuration.prediction_folder.resolve():
+        sources = [path for path in sources if not _is_output(path)]
+    if not sources:
+        found = sorted({"".join(path.suffixes[-1:]) for path in folder.iterdir() if _is_tomogram(path)} - {""})
+        others = "; ".join(left_out_tomograms(configuration))
+        problems.append(
+            ConfigurationError(
+                f"there must be at least one file whose name ends with file_extension, which is {extension}",
+                place=f"key data_folder, {folder}",
+                value=others or (f"files ending with {', '.join(found[:8])}" if found else "no file at all"),
+                remedy="Check data_folder and file_extension",
+            )
+        )
+    return sources
+
+
+def left_out_tomograms(configuration: Configuration) -> list[str]:
+    """What `data_folder` holds that could be taken for a tomogram and is none, as a sentence, if there is anything."""
+    folder = configuration.data_folder
+    with suppress(OSError):
+        if configuration.test_files is None and folder.is_dir():
+            found = left_out(folder, configuration.file_extension, _why_no_tomogram)
+            return [found] if found else []
+    return []
+
+
+def _is_tomogram(path: Path) -> bool:
+    return not _why_no_tomogram(path)
+
+
+def _why_no_tomogram(path: Path) -> str:
+    """Why this can be no tomogram, which any file can, and the folder of a zarr; empty if it can. One that lacks its
+    metadata fails later, with its name."""
+    why = unusable(path)
+    try:
+        if why or path.is_file():
+            return why
+        from cryosiam_dask.files.zarr import is_zarr
+
+        return "" if path.is_dir() and (path.suffix == ".zarr" or is_zarr(path)) else "no file"
+    except OSError as error:
+        return "" if may_pass(error) else str(error.strerror)
+
+
+def _is_output(path: Path) -> bool:
+    """Whether this is one of the files that a run leaves in a folder that may also be that of the tomograms."""
+    if path.name.endswith(("_preds.h5", "_components.h5", ".work.zarr")):
+        return True
+    from cryosiam_dask.stages.export import read_mrc_fingerprint
+    from cryosiam_dask.stages.ome_zarr import SEGMENTATION, read_own_attributes
+
+    if path.name.endswith("_labels.mrc"):
+        return read_mrc_fingerprint(path) is not None
+    return (path / "labels" / SEGMENTATION).is_dir() and bool(read_own_attributes(path))
+
+
+def find_masks(
+    configuration: Configuration,
+    sources: Sequence[Path],
+    to_come: Collection[str],
+    problems: list[CryosiamDaskError],
+) -> list[Path | None]:
+    folder = configuration.mask_folder
+    if folder is None:
+        return [None] * len(sources)
+    if not folder.is_dir() and not to_come:
+        problems.append(not_found("mask_folder", folder, "folder"))
+        return [None] * len(sources)
+    masks = [folder / f"{s.name.removesuffix(configuration.file_extension)}_preds.h5" for s in sources]
+    missing = [
+        missing_mask(source, mask)
+        for source, mask in zip(sources, masks, strict=True)
+        if not mask.is_file() and mask.name.removesuffix("_preds.h5") not in to_come
+    ]
+    if len(missing) == len(sources):  # otherwise those of others fail alone
+        problems += missing if len(missing) <= _FEW else [_without_masks(folder, masks[0], len(missing))]
+    return list(masks)
+
+
+_FEW = 3  # of which each is named
+
+
+def _without_masks(folder: Path, first: Path, count: int) -> MaskError:
+    return MaskError(
+        f"holds no lamella mask of any of the {count} tomograms, such as {first.name}",
+        place=f"key mask_folder, {folder}",
+        remedy="Run the lamella prediction first, or correct mask_folder",
+    )
+
+
+def missing_mask(source: Path, mask: Path) -> MaskError:
+    return MaskError(
+        f"there must be a lamella mask for {source.name}",
+        place="key mask_folder",
+        value=f"no file {mask}",
+        remedy="Run the lamella prediction first, or leave it out with test_files",
+    )
+
+
+def not_readable(source: Path, mask: Path | None, error: OSError) -> CryosiamDaskError:
+    of_mask = mask is not None and str(error.filename) == str(mask)
+    return (MaskError if of_mask else TomogramError)(
+        f"the {'lamella mask' if of_mask else 'tomogram'} must be readable",
+        place=error.filename or source,
+        value=error.strerror or error,
+        remedy="Change its permissions, copy it again, or leave it out with test_files",
+    )
+
+
+def not_found(key: str, path: Path, kind: str) -> ConfigurationError:
+    rule = f"must be a {kind}, and {path} is none" if path.exists() else not_there(path)
+    remedy = f"Run the lamella prediction first, or correct {key}" if key == "mask_folder" else f"Correct {key}"
+    return ConfigurationError(rule, place=f"key {key}", remedy=remedy)
+
+
+def check_prediction_folder(configuration: Configuration, problems: list[CryosiamDaskError]) -> None:
+    for key in ("prediction_folder", "work_folder"):
+        path = getattr(configuration, key)
+        if path is None:
+            continue
+        existing = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            what = "read-only" if existing.is_dir() else "a file" if existing.exists() else "a link that leads nowhere"
+            problems.append(
+                OutputError(
+                    "must be a folder that can be written to, or one that can be made",
+                    place=f"key {key}",
+                    value=f"{path} ({existing} is {what})",
+                    remedy=f"Set {key} to another folder, change its permissions, or mount the disk that it is on",
+                )
+            )

@@ -1,0 +1,168 @@
+"""Whether an output was made from the same input with the same settings."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cryosiam_dask.config import Configuration
+from cryosiam_dask.errors import (
+    OutputError,
+    TomogramError,
+    may_pass,
+)
+from cryosiam_dask.model.classes import named
+from cryosiam_dask.runs.ledger import read_entries
+
+# What reads files is imported where it is used: a path that is wrong is to be told at once.
+if TYPE_CHECKING:
+    from cryosiam_dask.model.checkpoint import Checkpoint
+
+
+#: Raised whenever a change of the code changes a result, so that outputs of before are not taken for done.
+NUMBERS_VERSION = 2
+
+
+def settings_of(
+    configuration: Configuration, checkpoint: Checkpoint, patch: tuple[int, ...], threshold: float
+) -> dict[str, Any]:
+    """What the numbers of an output depend on, besides its input."""
+    network, data = configuration.parameters.network, configuration.parameters.data
+    return {
+        "numbers_version": NUMBERS_VERSION,
+        "checkpoint_sha256": checkpoint.sha256,
+        "patch_size": list(patch),
+        "halo": data.halo,
+        "precision": configuration.hyper_parameters.precision,
+        "scaling": [data.min, data.max, data.mean, data.std],
+        "threshold": threshold,
+        "hull": ("volume" if network.hull_3d else "slices") if network.postprocessing else None,
+        "save_internal_files": configuration.save_internal_files,
+        # Only where they are set, so that outputs of before stay what they are.
+        **({"invert": True} if data.invert else {}),
+        **{name: value for name, value in configuration.reading.items() if value or value is False},
+    }
+
+
+def removal_sizes(configuration: Configuration) -> list[int]:
+    """``postprocessing_sizes`` without trailing entries that do nothing; empty if none does anything."""
+    sizes = list(configuration.parameters.network.postprocessing_sizes or ())
+    while sizes and sizes[-1] == -1:
+        sizes.pop()
+    return sizes
+
+
+def known_identity(configuration: Configuration, source: Path, stem: str) -> list[Any]:
+    """What tells a tomogram from another one or a later one: as it was recorded, where its times alone have changed.
+
+    Parameters
+    ----------
+    configuration
+        Whose ``prediction_folder`` holds the record.
+    source, stem
+        The tomogram and its name.
+    """
+    from cryosiam_dask.files.identity import is_newer_in_part, source_content, source_identity
+
+    identity = source_identity(source)
+    entries, _ = read_entries(configuration.prediction_folder, stem)
+    found = next((entry for entry in reversed(entries) if entry["what"] == "source"), None)
+    if (
+        found
+        and found["identity"] != identity
+        and not is_newer_in_part(source, found.get("newest", 0))
+        and found["content"] == source_content(source)
+    ):
+        return list(found["identity"])
+    return identity
+
+
+def fingerprint_of(
+    configuration: Configuration, source: Path, stem: str, mask: Path | None, settings: Mapping[str, Any]
+) -> str:
+    from cryosiam_dask.files.tomogram import read_header
+
+    files = [known_identity(configuration, source, stem), _mask_identity(mask) if mask else None]
+    decided = ""
+    if not source.is_dir():
+        try:
+            decided = read_header(source, **configuration.reading).decided
+        except TomogramError as error:  # such a tomogram fails alone, later
+            if may_pass(error) and isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None
+    # Only where there is something, so that outputs of before stay what they are.
+    settings = {**settings, **({"decided": decided} if decided else {})}
+    return hashlib.sha256(json.dumps([files, settings], sort_keys=True).encode()).hexdigest()
+
+
+def made_otherwise(output: Path) -> OutputError:
+    if not os.access(output, os.R_OK):
+        return OutputError(
+            "an output that is there must be readable",
+            place=output,
+            value=os.strerror(errno.EACCES),
+            remedy="Change its permissions, or set another prediction_folder",
+        )
+    return OutputError(
+        "this output was made from another input, checkpoint or other settings",
+        place=output,
+        remedy="Replace it with --overwrite, or set another prediction_folder",
+    )
+
+
+def identity_of(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _mask_identity(path: Path) -> list[Any]:
+    """By its content, which is the same whenever it is made; compressed, it is small."""
+    with path.open("rb") as file:
+        return [path.name, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def read_fingerprint(output: Path) -> str | None:
+    """The fingerprint of an output; ``None`` for a file of another program or one that cannot be read."""
+    from cryosiam_dask.files.hdf5 import read_attributes
+    from cryosiam_dask.stages.export import read_mrc_fingerprint
+
+    try:
+        if output.suffix == ".h5":
+            return read_attributes(output).get("fingerprint")
+        return read_mrc_fingerprint(output)
+    except OutputError:
+        return None
+
+
+def components_done(path: Path | None, fingerprint: str, names: Sequence[str]) -> bool:
+    """Whether a tomogram's components, where they are wanted, are those of its output, with the names that are wanted.
+
+    Parameters
+    ----------
+    path
+        Their HDF5 file, or ``None``.
+    fingerprint
+        Of the output.
+    names
+        Of the labels from 1 on.
+    """
+    from cryosiam_dask.files.hdf5 import read_attributes
+
+    if path is None:
+        return True
+    tables = [path.with_suffix(ending) for ending in (".csv", ".parquet")]
+    if not all(table.is_file() for table in tables) or read_fingerprint(path) != fingerprint:
+        return False
+    return named(read_attributes(path).get("class_names"), len(names)) == tuple(names)
+
+
+def with_sizes(prediction_fingerprint: str, sizes: Sequence[int]) -> str:
+    return hashlib.sha256(json.dumps([prediction_fingerprint, list(sizes)]).encode()).hexdigest()
