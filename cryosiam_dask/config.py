@@ -34,8 +34,8 @@ from pydantic import (
     model_validator,
 )
 
-from cryosiam_dask.core.executor import patiently
-from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, Problems, not_there, unread
+from cryosiam_dask.core.executor import with_retries
+from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, Problems, not_there, why_unreadable
 from cryosiam_dask.model.published import HubFile, parse
 
 #: Keys of CryoSiam's files that have no meaning here: devices are chosen by ``--device`` and ``--workers``, and
@@ -541,10 +541,10 @@ def read_model(path: Path | str, model: str | None = None) -> Configuration:
 def _read_yaml(path: Path) -> dict[str, Any]:
     text = ""
     try:
-        text = patiently(partial(path.read_text, encoding="utf-8"))
+        text = with_retries(partial(path.read_text, encoding="utf-8"))
         values = yaml.load(text, _UniqueKeys)
     except OSError as error:
-        rule, value = unread(error, "the configuration file must be readable")
+        rule, value = why_unreadable(error, "the configuration file must be readable")
         files = _yaml_files(path if path.is_dir() else path.parent)
         near = files[:1] if path.is_dir() else difflib.get_close_matches(str(path), files, 1, 0.5)
         remedy = f"Did you mean {near[0]}?" if near else "Check the name of the configuration file"

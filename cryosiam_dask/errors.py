@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 #: What the kernel says while the server of a network disk is away, restarts or is busy; the same call may succeed soon.
-_PASSING = {
+_TRANSIENT = {
     getattr(errno, name)
     for name in (
         "EAGAIN", "EBUSY", "ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "EINTR", "EIO",
@@ -28,15 +28,15 @@ _PASSING = {
 }  # fmt: skip
 
 
-def may_pass(error: BaseException | None) -> bool:
+def is_transient(error: BaseException | None) -> bool:
     """Whether an error is one of the disk that may be gone a moment later, or was raised because of one."""
     while error is not None:
         if isinstance(error, CryosiamDaskError):
-            return error.passing
+            return error.transient
         if isinstance(error, OSError):
             # HDF5 tells the number in its text alone when it reads or writes.
             told = re.search(r"\berrno = (\d+)", str(error)) if error.errno is None else None
-            if (int(told[1]) if told else error.errno) in _PASSING:
+            if (int(told[1]) if told else error.errno) in _TRANSIENT:
                 return True
         error = error.__cause__ or error.__context__
     return False
@@ -58,14 +58,14 @@ class CryosiamDaskError(Exception):
 
     Attributes
     ----------
-    passing
-        Whether it was made while an error was handled that may pass (see `may_pass`).
+    transient
+        Whether it was made while an error was handled that may pass (see `is_transient`).
     """
 
     def __init__(self, rule: str, *, place: object = "", value: object = None, remedy: str = "") -> None:
         super().__init__(rule, place, value, remedy)
         self.rule, self.place, self.value, self.remedy = rule, str(place), value, remedy
-        self.passing = may_pass(sys.exception())
+        self.transient = is_transient(sys.exception())
 
     def __str__(self) -> str:
         place = f"{self.place}: " if self.place else ""
@@ -76,14 +76,14 @@ class CryosiamDaskError(Exception):
 
     def __reduce__(self) -> tuple[Callable[..., CryosiamDaskError], tuple[Any, ...]]:
         # Errors travel from the workers to the client: keyword-only arguments need this.
-        return _rebuild, (type(self), self.rule, self.place, self.value, self.remedy, self.passing)
+        return _rebuild, (type(self), self.rule, self.place, self.value, self.remedy, self.transient)
 
 
 def _rebuild(
-    cls: type[CryosiamDaskError], rule: str, place: str, value: object, remedy: str, passing: bool
+    cls: type[CryosiamDaskError], rule: str, place: str, value: object, remedy: str, transient: bool
 ) -> CryosiamDaskError:
     error = cls(rule, place=place, value=value, remedy=remedy)
-    error.passing = passing
+    error.transient = transient
     return error
 
 
@@ -142,7 +142,7 @@ def not_there(path: Path) -> str:
     return f"does not exist: {path}" + ("" if path.is_absolute() else f" (seen from {Path.cwd()})")
 
 
-def unread(error: OSError, rule: str) -> tuple[str, str | None]:
+def why_unreadable(error: OSError, rule: str) -> tuple[str, str | None]:
     """Rule and value of the error to raise where a file could not be opened that must be there, as `rule` says."""
     return ("does not exist", None) if isinstance(error, FileNotFoundError) else (rule, error.strerror or str(error))
 
@@ -187,7 +187,7 @@ class Problems(CryosiamDaskError):
     def __init__(self, problems: Iterable[CryosiamDaskError], outcomes: Iterable[Any] = ()) -> None:
         self.problems, self.outcomes = tuple(problems), tuple(outcomes)
         super().__init__(f"{len(self.problems)} problems")
-        self.passing = any(problem.passing for problem in self.problems)
+        self.transient = any(problem.transient for problem in self.problems)
 
     def __str__(self) -> str:
         return "\n".join(str(problem) for problem in self.problems)

@@ -8,14 +8,14 @@ from cryosiam_dask.core.diagnosis import (
     CLIPPED,
     SLIVER,
     Intensities,
-    alike,
     beyond_lamella,
     blank,
     contrast,
-    gathered,
+    merged_warnings,
     out_of_memory,
     percent,
     scaling,
+    shared_warnings,
 )
 
 
@@ -160,7 +160,7 @@ DARK, BRIGHT = "dark on bright", "bright on dark"
     ],
 )  # fmt: skip
 def test_what_all_tomograms_share_is_said_once(found: list[Intensities], words: list[tuple[int, str]]) -> None:
-    sentences, instead = alike(found, 0, 1, None)
+    sentences, instead = shared_warnings(found, 0, 1, None)
     for count, word in words:
         assert any(word in sentence and number == count for sentence, number in sentences), sentences
     assert bool(sentences) == bool(words) == bool(instead)
@@ -171,7 +171,7 @@ def test_what_all_tomograms_share_is_said_once(found: list[Intensities], words: 
 @pytest.mark.parametrize("fitting", [0, 2])
 def test_where_no_one_range_suits_all_that_is_said_beside_their_own(fitting: int) -> None:
     found = [looked(-3, 3, None), looked(-3000, 3000, None), *[looked(0, 1, None, 0, 0)] * fitting]
-    ((sentence, count),), instead = alike(found, 0, 1, None)
+    ((sentence, count),), instead = shared_warnings(found, 0, 1, None)
     assert count == 2 and "no min and max suit all" in sentence and "processing-invert-scale" in sentence
     assert not instead
 
@@ -179,7 +179,7 @@ def test_where_no_one_range_suits_all_that_is_said_beside_their_own(fitting: int
 def test_the_same_is_said_once_of_many() -> None:
     said = [(f"TS_{i}", f"its mask /m/TS_{i}.h5 has {i} voxels") for i in range(1, 9)]
     said += [("a", "no voxel size"), ("TS_1", "no voxel size"), ("a", "no voxel size"), ("b", "another thing")]
-    assert gathered(said) == [
+    assert merged_warnings(said) == [
         ("TS_1, TS_2, TS_3 and 5 others (the numbers are those of TS_1)", "its mask /m/TS_1.h5 has 1 voxels"),
         ("a and TS_1", "no voxel size"),
         ("b", "another thing"),

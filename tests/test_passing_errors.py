@@ -29,10 +29,10 @@ from test_pipeline import Listener, configure, segment, write_tomogram
 from cryosiam_dask.commands.written import report_on
 from cryosiam_dask.config import read_configuration
 from cryosiam_dask.core import executor
-from cryosiam_dask.core.executor import SerialExecutor, patiently
+from cryosiam_dask.core.executor import SerialExecutor, with_retries
 from cryosiam_dask.core.grid import make_grid
 from cryosiam_dask.core.log import LOG
-from cryosiam_dask.errors import OutputError, Problems, StorageError, TomogramError, may_pass
+from cryosiam_dask.errors import OutputError, Problems, StorageError, TomogramError, is_transient
 from cryosiam_dask.files.claims import claim_path
 from cryosiam_dask.runs import dask_executor, ledger, outputs, tomogram, workspace
 from cryosiam_dask.runs.cluster import open_cluster
@@ -52,7 +52,7 @@ BLOCKS = len(make_grid(SHAPE, (16, 16, 16), 8).indices())
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (executor, dask_executor, tomogram):
-        monkeypatch.setattr(module, "PAUSES", (0.01, 0.02, 0.03))
+        monkeypatch.setattr(module, "RETRY_PAUSES", (0.01, 0.02, 0.03))
 
 
 @pytest.fixture
@@ -107,15 +107,17 @@ class Counting(SerialExecutor):
 def test_what_passes_is_known_wherever_it_is_told(name: str) -> None:
     number = getattr(errno, name)
     raised = OSError(number, os.strerror(number), "x")
-    assert may_pass(raised)
-    assert may_pass(OSError(f"Can't synchronously read data (file read failed: time = x, errno = {number}, error ...)"))
+    assert is_transient(raised)
+    assert is_transient(
+        OSError(f"Can't synchronously read data (file read failed: time = x, errno = {number}, error ...)")
+    )
     try:
         try:
             raise raised
         except OSError:
             raise TomogramError("must be readable", place="x") from None
     except TomogramError as error:
-        assert may_pass(error) and may_pass(pickle.loads(pickle.dumps(error)))
+        assert is_transient(error) and is_transient(pickle.loads(pickle.dumps(error)))
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,7 @@ def test_what_passes_is_known_wherever_it_is_told(name: str) -> None:
     ],
 )
 def test_what_stays_is_not_tried_again(error: Exception | None) -> None:
-    assert not may_pass(error)
+    assert not is_transient(error)
     calls = 0
 
     def work() -> None:
@@ -141,16 +143,16 @@ def test_what_stays_is_not_tried_again(error: Exception | None) -> None:
 
     if error:
         with pytest.raises(type(error)):
-            patiently(work)
+            with_retries(work)
     assert calls == (error is not None)
 
 
 def test_a_disk_that_fails_for_good_is_said_with_a_remedy() -> None:
     with pytest.raises(StorageError, match=r"^/disk/file: the disk must answer; found Stale file handle, 4 times in"):
-        patiently(stale)
+        with_retries(stale)
     with pytest.raises(StorageError) as raised:
         SerialExecutor().map(stale, [1], name="x")
-    assert "goes on from the blocks that are done" in str(raised.value) and not may_pass(raised.value)
+    assert "goes on from the blocks that are done" in str(raised.value) and not is_transient(raised.value)
 
 
 # -------------------------------------------------------------------------------- the workers

@@ -17,8 +17,8 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from cryosiam_dask.config import Configuration
-from cryosiam_dask.core.diagnosis import gathered
-from cryosiam_dask.core.log import LOG, TOLD, begin_logs
+from cryosiam_dask.core.diagnosis import merged_warnings
+from cryosiam_dask.core.log import LOG, SHOWN, begin_logs
 from cryosiam_dask.core.machine import cores, memory_of_machine
 from cryosiam_dask.model.classes import are_images
 from cryosiam_dask.runs.outcome import Outcome
@@ -29,13 +29,13 @@ from cryosiam_dask.runs.workers import (
 
 def say(console: Console, message: str) -> None:
     """Print a line as it is, and log it."""
-    LOG.info("%s", message, extra=TOLD)
+    LOG.info("%s", message, extra=SHOWN)
     console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def attend(console: Console, message: str) -> None:
     """Print what needs attention, on a console that is quiet as well, and log it."""
-    LOG.warning("%s", message, extra=TOLD)
+    LOG.warning("%s", message, extra=SHOWN)
     print_aloud(console, f"attention: {message}")
 
 
@@ -99,7 +99,7 @@ def print_table(console: Console, outcomes: Sequence[Outcome], told: Collection[
         )
     wide.print(table)
     said = ((outcome.stem, warning) for outcome in outcomes for warning in outcome.warnings)
-    for whom, warning in gathered(pair for pair in said if pair not in told):
+    for whom, warning in merged_warnings(pair for pair in said if pair not in told):
         print_aloud(console, f"attention, {whom}: {warning}")
     for outcome in outcomes:
         if outcome.error:

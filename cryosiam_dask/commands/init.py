@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from cryosiam_dask.config import read_pipeline
-from cryosiam_dask.core.diagnosis import scaling, told_apart
+from cryosiam_dask.core.diagnosis import distinct_digits, scaling
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, OutputError, Problems, not_there
 from cryosiam_dask.files.folders import visible
 from cryosiam_dask.files.header import TomogramHeader
@@ -172,7 +172,7 @@ def _scaling(samples: Sequence[Sample]) -> tuple[tuple[float, float], list[str]]
     spans = bounds[:, 1] - bounds[:, 0]
     apart = spans.max() > 2 * spans.min() or np.ptp(bounds[:, 0]) > spans.min()
     doubts = ["the tomograms differ in the range of their intensities: scale them alike first"] if apart else []
-    low, high = map(float, told_apart(low, high))
+    low, high = map(float, distinct_digits(low, high))
     return (low, high), doubts
 
 

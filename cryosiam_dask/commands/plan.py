@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Column, Table
 
-from cryosiam_dask.core.diagnosis import gathered, percent
+from cryosiam_dask.core.diagnosis import merged_warnings, percent
 from cryosiam_dask.errors import CryosiamDaskError, Problems
 from cryosiam_dask.files.folders import require_there
 from cryosiam_dask.model.classes import are_images, shares
@@ -228,7 +228,7 @@ def _print_plan(
         *(
             (stage, f", {whom}: {warning}")
             for stage, found in stages.items()
-            for whom, warning in gathered(
+            for whom, warning in merged_warnings(
                 (t.stem, warning)
                 for t in found.tomograms
                 for warning in t.warnings

@@ -16,8 +16,8 @@ from cryosiam_dask.commands.console import attend, counted, open_logs, print_alo
 from cryosiam_dask.commands.forecast import disk_warnings
 from cryosiam_dask.commands.written import report_on
 from cryosiam_dask.config import Configuration
-from cryosiam_dask.core.diagnosis import Intensities, gathered
-from cryosiam_dask.core.log import LOG, TOLD, logged
+from cryosiam_dask.core.diagnosis import Intensities, merged_warnings
+from cryosiam_dask.core.log import LOG, SHOWN, logged
 from cryosiam_dask.core.machine import cores, memory_of_machine
 from cryosiam_dask.errors import (
     ClusterError,
@@ -178,7 +178,7 @@ def segment(
         for note in plan.notes:
             say(console, f"note: {note}")
         for stem, why in plan.refused:
-            LOG.error("%s: %s", stem, why, extra=TOLD)
+            LOG.error("%s: %s", stem, why, extra=SHOWN)
         for job in plan.skipped:
             say(console, f"{job.stem}: skipped, {job.output} was made from the same input, checkpoint and settings")
         for job in plan.unmeasured:
@@ -400,11 +400,11 @@ def _look_first(plans: Sequence[RunPlan], console: Console) -> set[tuple[str, st
         where = "" if len(found) == count else ", looked at before the run"
         lines = [f": {number} of {count} tomograms{where}: {sentence}" for sentence, number in sentences]
         of_single = [(stem, sentence) for stem, sentence in of_single if not sentence.startswith(tuple(instead))]
-        for line in (*lines, *(f", {whom}: {sentence}" for whom, sentence in gathered(of_single))):
+        for line in (*lines, *(f", {whom}: {sentence}" for whom, sentence in merged_warnings(of_single))):
             models.setdefault(line, []).append(plan.name)
     for line, names in models.items():
         line = f"attention{line}" if len(names) == len(plans) else f"attention, {' and '.join(names)}{line}"
-        LOG.warning("%s", line, extra=TOLD)
+        LOG.warning("%s", line, extra=SHOWN)
         print_aloud(console, line)
     return told
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from cryosiam_dask.commands.console import attend, counted, open_logs, print_table, say
 from cryosiam_dask.commands.report import REPORT, is_current, link_latest_log, write_report
 from cryosiam_dask.config import Configuration
-from cryosiam_dask.core.executor import patiently
+from cryosiam_dask.core.executor import with_retries
 from cryosiam_dask.core.log import LOG, logged
 from cryosiam_dask.core.machine import cores
 from cryosiam_dask.errors import (
@@ -224,7 +224,7 @@ def report_on(
         return write_report(configuration, {**recorded, **now}, warnings=warnings)
 
     try:
-        say(console, f"report: {patiently(write)}")
+        say(console, f"report: {with_retries(write)}")
     except Exception as error:
         attend(console, f"the report could not be written: {error}")
         LOG.debug("the report could not be written", exc_info=error)

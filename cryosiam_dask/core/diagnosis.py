@@ -108,7 +108,7 @@ sees next to no contrast. Write below parameters.data 'min: 0.48' and 'max: 0.51
     low, high = central
     if low == high:
         return (f"almost all voxels are {low:g}: there is nothing to see. Check the file",)
-    between = " and ".join(told_apart(low, high))
+    between = " and ".join(distinct_digits(low, high))
     remedy = "Write below parameters.data " + " and ".join(f"'{line}'" for line in to_write(central, None))
     if below + above > CLIPPED:
         return (
@@ -172,17 +172,17 @@ def to_write(central: tuple[float, float] | None, found: str | None) -> tuple[st
     """
     lines: tuple[str, ...] = ()
     if central is not None and central[0] < central[1]:
-        low, high = told_apart(*central)
+        low, high = distinct_digits(*central)
         lines = (f"min: {low}", f"max: {high}")
     return (*lines, "invert: true") if found == "dark on bright" else lines
 
 
-def told_apart(low: float, high: float) -> tuple[str, str]:
+def distinct_digits(low: float, high: float) -> tuple[str, str]:
     """Two numbers with as many digits as tell them apart.
 
     Examples
     --------
-    >>> told_apart(-9996.3, 7653.2), told_apart(0.123456, 0.123589)
+    >>> distinct_digits(-9996.3, 7653.2), distinct_digits(0.123456, 0.123589)
     (('-10000', '7650'), ('0.12346', '0.12359'))
     """
     digits = max(3, 2 - math.floor(math.log10((high - low) / max(abs(low), abs(high)))))
@@ -190,7 +190,7 @@ def told_apart(low: float, high: float) -> tuple[str, str]:
     return f"{low:.12g}", f"{high:.12g}"
 
 
-def alike(
+def shared_warnings(
     found: Sequence[Intensities], minimum: float, maximum: float, invert: bool | None
 ) -> tuple[list[tuple[str, int]], set[str]]:
     """Say once what is wrong with the intensities of all tomograms of a collection.
@@ -232,7 +232,7 @@ def alike(
     return sentences, instead
 
 
-def gathered(said: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+def merged_warnings(said: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """Say once what is said of several tomograms, but for its numbers.
 
     Parameters
@@ -247,7 +247,7 @@ def gathered(said: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 
     Examples
     --------
-    >>> gathered([("a", "3 voxels are NaN"), ("b", "no mask"), ("c", "7 voxels are NaN"), ("d", "no mask")])
+    >>> merged_warnings([("a", "3 voxels are NaN"), ("b", "no mask"), ("c", "7 voxels are NaN"), ("d", "no mask")])
     [('a and c (the numbers are those of a)', '3 voxels are NaN'), ('b and d', 'no mask')]
     """
     groups: dict[str, dict[str, str]] = {}

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from cryosiam_dask.core.log import LOG
-from cryosiam_dask.errors import CryosiamDaskError, StorageError, may_pass
+from cryosiam_dask.errors import CryosiamDaskError, StorageError, is_transient
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -26,7 +26,7 @@ Progress = Callable[[str, int, int], None]
 
 #: Seconds before what met an error of the disk that may pass is tried again: a server that restarts, or another one
 #: that takes its place, is there within about half a minute.
-PAUSES = (1.0, 5.0, 25.0)
+RETRY_PAUSES = (1.0, 5.0, 25.0)
 
 
 class Interrupted(Exception):
@@ -37,8 +37,8 @@ class TakenOver(Interrupted):
     """Another run works on the tomogram, which this one left alone for too long, as a laptop does that slept."""
 
 
-def patiently(work: Callable[[], R], check: Callable[[], None] = lambda: None) -> R:
-    """Return ``work()``, tried again after each of `PAUSES` where an error of the disk ends it that may pass.
+def with_retries(work: Callable[[], R], check: Callable[[], None] = lambda: None) -> R:
+    """Return ``work()``, tried again after each of `RETRY_PAUSES` where an error of the disk ends it that may pass.
 
     Parameters
     ----------
@@ -52,18 +52,18 @@ def patiently(work: Callable[[], R], check: Callable[[], None] = lambda: None) -
     StorageError
         If the disk fails for longer.
     """
-    for pause in PAUSES:
+    for pause in RETRY_PAUSES:
         try:
             return work()
         except Exception as error:
-            if not may_pass(error):
+            if not is_transient(error):
                 raise
             LOG.warning("%s: tried again in %g s", error, pause)
         wait(pause, check)
     try:
         return work()
     except Exception as error:
-        last = lasting(error)
+        last = retries_exhausted(error)
         if last is error:
             raise
         raise last from error
@@ -77,18 +77,19 @@ def wait(seconds: float, check: Callable[[], None]) -> None:
         time.sleep(min(left, 0.2))
 
 
-def lasting(error: Exception) -> Exception:
+def retries_exhausted(error: Exception) -> Exception:
     """What to raise of an error that was to pass and has not."""
-    if not may_pass(error):
+    if not is_transient(error):
         return error
     if not isinstance(error, CryosiamDaskError):
         error = StorageError(
             "the disk must answer",
             place=getattr(error, "filename", None) or "",
-            value=f"{getattr(error, 'strerror', None) or error}, {len(PAUSES) + 1} times in {sum(PAUSES):.0f} s",
+            value=f"{getattr(error, 'strerror', None) or error}, {len(RETRY_PAUSES) + 1} times in "
+            f"{sum(RETRY_PAUSES):.0f} s",
         )
     error.remedy = "Look at the disk, then repeat the command: it goes on from the blocks that are done"
-    error.passing = False
+    error.transient = False
     return error
 
 
@@ -143,7 +144,7 @@ class SharedExecutor(Executor, Protocol):
         ...
 
     @property
-    def hunger(self) -> int:
+    def tasks_wanted(self) -> int:
         """How many more calls should wait so that no device soon has nothing to do; 0 until a first one succeeded."""
         ...
 
@@ -160,7 +161,7 @@ class SerialExecutor:
     """Runs every call in this process, in order."""
 
     workers = 1
-    hunger = 0
+    tasks_wanted = 0
 
     def __init__(self) -> None:
         self._drained = False
@@ -179,7 +180,7 @@ class SerialExecutor:
         for item in items:
             if self._drained:
                 raise Interrupted
-            results.append(patiently(partial(function, item)))
+            results.append(with_retries(partial(function, item)))
             if done:
                 done(item, results[-1])
         return results

@@ -31,8 +31,8 @@ _LONGEST = 2**16  # characters of an entry
 
 LOG = logging.getLogger("cryosiam_dask")
 LOG.addHandler(logging.NullHandler())  # a library is silent
-#: Of records that the user has read already, for ``--verbose``: ``LOG.info("…", extra=TOLD)``.
-TOLD = {"told": True}
+#: Of records that the user has read already, for ``--verbose``: ``LOG.info("…", extra=SHOWN)``.
+SHOWN = {"shown": True}
 #: What is logged: our own words, and Python's warnings.
 _LOGGERS = (LOG, logging.getLogger("py.warnings"))
 # Names of files may hold what a terminal would obey.
@@ -145,7 +145,7 @@ def _ending() -> Iterator[None]:
         yield
     except BaseException as error:
         foreseen = isinstance(error, CryosiamDaskError | KeyboardInterrupt)
-        LOG.error("ended by %s", str(error) or type(error).__name__, exc_info=error, extra=TOLD)
+        LOG.error("ended by %s", str(error) or type(error).__name__, exc_info=error, extra=SHOWN)
         paths = [handler.path for handler in LOG.handlers if isinstance(handler, LogFile) and handler not in before]
         if paths and not foreseen:
             error.add_note(f"{_NOTE}{paths[-1]}")
@@ -179,7 +179,7 @@ def print_log(console: Console) -> None:
     handler.setFormatter(_Formatter("%(message)s"))
 
     def emit(record: logging.LogRecord) -> None:
-        if not getattr(record, "told", False):
+        if not getattr(record, "shown", False):
             console.print(handler.format(record), markup=False, highlight=False, soft_wrap=True)
 
     handler.emit = emit  # type: ignore[method-assign]

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from cryosiam_dask.errors import OutputError, TomogramError, may_pass
+from cryosiam_dask.errors import OutputError, TomogramError, is_transient
 
 
 def unusable(path: Path) -> str:
@@ -23,7 +23,7 @@ def unusable(path: Path) -> str:
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP) and path.is_symlink():
             return f"a link that leads nowhere: {path.readlink()}"
-        return "" if may_pass(error) else str(error.strerror)  # whoever opens it tries again
+        return "" if is_transient(error) else str(error.strerror)  # whoever opens it tries again
     return ""
 
 

@@ -27,7 +27,7 @@ from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cryosiam_dask.errors import CheckpointError, unread
+from cryosiam_dask.errors import CheckpointError, why_unreadable
 from cryosiam_dask.model.architecture import Architecture
 from cryosiam_dask.model.published import nearest
 
@@ -247,7 +247,7 @@ def open_checkpoint(path: str | Path) -> BufferedReader:
         return Path(path).open("rb")
     except OSError as error:
         model = nearest(str(path)) if isinstance(error, FileNotFoundError) else None
-        rule, value = unread(error, "the checkpoint must be a file that can be read")
+        rule, value = why_unreadable(error, "the checkpoint must be a file that can be read")
         raise CheckpointError(
             rule,
             place=path,

@@ -30,9 +30,9 @@ from cryosiam_dask.core.executor import (
     SerialExecutor,
     SharedExecutor,
     TakenOver,
-    patiently,
+    with_retries,
 )
-from cryosiam_dask.errors import LostClusterError, OutputError, may_pass
+from cryosiam_dask.errors import LostClusterError, OutputError, is_transient
 from cryosiam_dask.files.atomic import sweep_parts
 from cryosiam_dask.files.claims import Claims, claim_path, open_claims, sweep
 from cryosiam_dask.runs.ledger import Ledger, read_entries
@@ -155,7 +155,7 @@ def make_folders(plan: RunPlan) -> None:
         folder: Path | None = getattr(plan.configuration, key)
         try:
             if folder:
-                patiently(partial(folder.mkdir, parents=True, exist_ok=True))
+                with_retries(partial(folder.mkdir, parents=True, exist_ok=True))
         except OSError as error:
             raise OutputError(
                 "must be a folder that can be made",
@@ -296,7 +296,7 @@ class _Collection:
         if not self.active:
             return True
         preparing = sum(work.preparing for work in self.active) * self.blocks
-        return len(self.active) < 4 + self.executor.workers and preparing < self.executor.hunger
+        return len(self.active) < 4 + self.executor.workers and preparing < self.executor.tasks_wanted
 
     def _begin(self, work: _Work) -> None:
         taken: list[Path] = []
@@ -305,7 +305,7 @@ class _Collection:
                 claimed_now = self.claims.take(path)
             except OSError as error:
                 work.refused += 1
-                if not may_pass(error) or work.refused > _REFUSED:
+                if not is_transient(error) or work.refused > _REFUSED:
                     break  # what is wrong with the disk, the tomogram will say
                 claimed_now = False
             if not claimed_now:

@@ -23,14 +23,14 @@ from distributed import Client, Future, KilledWorker, SchedulerPlugin
 from distributed.comm import CommClosedError
 from distributed.protocol.pickle import dumps, loads
 
-from cryosiam_dask.core.executor import PAUSES, Executor, Interrupted, Progress, lasting
+from cryosiam_dask.core.executor import RETRY_PAUSES, Executor, Interrupted, Progress, retries_exhausted
 from cryosiam_dask.core.log import LOG
 from cryosiam_dask.errors import (
     CryosiamDaskError,
     DeviceError,
     LostClusterError,
     LostDeviceError,
-    may_pass,
+    is_transient,
 )
 from cryosiam_dask.runs.workers import R, Setup, T, load_tasks, register_in_workers
 
@@ -132,7 +132,7 @@ class DaskExecutor:
         return _Share(self, tomogram, order, progress)
 
     @property
-    def hunger(self) -> int:
+    def tasks_wanted(self) -> int:
         """See `cryosiam_dask.core.executor.SharedExecutor`."""
         with self._lock:
             waiting = sum(len(step.waiting) for step in self._steps if step.overlap)
@@ -323,8 +323,8 @@ class DaskExecutor:
         elif isinstance(error, CancelledError | asyncio.CancelledError | CommClosedError | KilledWorker):
             # The scheduler forgot it, as one does that was started anew, or gave it up.
             self._retry(outcome.future, flight, _died(step.name), restart=False)
-        elif may_pass(error) and step.pauses[number] < len(PAUSES):
-            pause = PAUSES[step.pauses[number]]
+        elif is_transient(error) and step.pauses[number] < len(RETRY_PAUSES):
+            pause = RETRY_PAUSES[step.pauses[number]]
             LOG.warning(
                 "%s, piece %d, worker %s: %s: tried again in %g s", step.prefix, number, flight.address, error, pause
             )
@@ -333,7 +333,7 @@ class DaskExecutor:
             step.paused.append((time.monotonic() + pause, number))
             self.watch(step.name, None)
         else:
-            self._end(step, lasting(error) if isinstance(error, Exception) else error)
+            self._end(step, retries_exhausted(error) if isinstance(error, Exception) else error)
 
     def _retry(self, future: Future, flight: _Flight, error: CryosiamDaskError, restart: bool = True) -> None:
         """Let another process do a call that failed by no fault of its own; `error` if it has too often."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cryosiam_dask.config import Configuration
-from cryosiam_dask.core.executor import patiently
+from cryosiam_dask.core.executor import with_retries
 from cryosiam_dask.errors import (
     CheckpointError,
     ConfigurationError,
@@ -21,7 +21,7 @@ from cryosiam_dask.errors import (
     OutputError,
     Problems,
     TomogramError,
-    may_pass,
+    is_transient,
     not_there,
 )
 from cryosiam_dask.files.folders import left_out, unusable, visible
@@ -143,7 +143,7 @@ def all_tomograms(configuration: Configuration, filename: str | None, problems: 
     try:
         return _tomograms(configuration, filename, problems)
     except OSError as error:
-        if may_pass(error):
+        if is_transient(error):
             raise
         problems.append(unreadable_folder("data_folder", configuration.data_folder, error))
         return []
@@ -191,7 +191,7 @@ def find_predictions(configuration: Configuration, filename: str | None = None, 
         If the folder cannot be looked into.
     """
     try:
-        return patiently(partial(_find_predictions, configuration, filename, sizes))
+        return with_retries(partial(_find_predictions, configuration, filename, sizes))
     except OSError as error:
         raise unreadable_folder("prediction_folder", configuration.prediction_folder, error) from None
 
@@ -320,7 +320,7 @@ def _why_no_tomogram(path: Path) -> str:
 
         return "" if path.is_dir() and (path.suffix == ".zarr" or is_zarr(path)) else "no file"
     except OSError as error:
-        return "" if may_pass(error) else str(error.strerror)
+        return "" if is_transient(error) else str(error.strerror)
 
 
 def _is_output(path: Path) -> bool:

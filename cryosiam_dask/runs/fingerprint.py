@@ -14,7 +14,7 @@ from cryosiam_dask.config import Configuration
 from cryosiam_dask.errors import (
     OutputError,
     TomogramError,
-    may_pass,
+    is_transient,
 )
 from cryosiam_dask.model.classes import named
 from cryosiam_dask.runs.ledger import read_entries
@@ -93,7 +93,7 @@ def fingerprint_of(
         try:
             decided = read_header(source, **configuration.reading).decided
         except TomogramError as error:  # such a tomogram fails alone, later
-            if may_pass(error) and isinstance(error.__cause__, OSError):
+            if is_transient(error) and isinstance(error.__cause__, OSError):
                 raise error.__cause__ from None
     # Only where there is something, so that outputs of before stay what they are.
     settings = {**settings, **({"decided": decided} if decided else {})}

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cryosiam_dask.errors import may_pass
+from cryosiam_dask.errors import is_transient
 from cryosiam_dask.files.claims import FOLDER
 
 VERSION = 1
@@ -147,7 +147,7 @@ def _read(path: Path, patient: bool = False) -> tuple[list[dict[str, Any]], str,
     except FileNotFoundError:
         return [], "", 0
     except OSError as error:
-        if patient and may_pass(error):
+        if patient and is_transient(error):
             raise
         return [], f"cannot be read ({error.strerror})", 0
     entries, whole = [], 0

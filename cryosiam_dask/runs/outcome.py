@@ -16,7 +16,7 @@ from cryosiam_dask.core.executor import (
     Interrupted,
     all_workers,
 )
-from cryosiam_dask.core.log import LOG, TOLD
+from cryosiam_dask.core.log import LOG, SHOWN
 from cryosiam_dask.errors import (
     ClusterError,
     CryosiamDaskError,
@@ -159,7 +159,7 @@ def failure_of(
 
 def log_warnings(outcome: Outcome) -> Outcome:
     for warning in outcome.warnings:
-        LOG.warning("%s: %s", outcome.stem, warning, extra=TOLD)
+        LOG.warning("%s: %s", outcome.stem, warning, extra=SHOWN)
     return outcome
 
 

@@ -19,14 +19,14 @@ from cryosiam_dask.core.arrays import Sliceable
 from cryosiam_dask.core.blocks import Blocks
 from cryosiam_dask.core.executor import (
     Executor,
-    patiently,
+    with_retries,
 )
 from cryosiam_dask.core.log import LOG
 from cryosiam_dask.errors import (
     CryosiamDaskError,
     OutputError,
     StorageError,
-    may_pass,
+    is_transient,
 )
 from cryosiam_dask.files.hdf5 import read_attributes
 from cryosiam_dask.files.mask import open_mask
@@ -113,13 +113,13 @@ def update_center_lists(configuration: Configuration, outcomes: list[Outcome], s
         try:
             return labels_of(path, read_attributes(path))
         except (OSError, OutputError) as error:
-            if may_pass(error):
+            if is_transient(error):
                 raise
             return None
 
     pattern = configuration.tilt_series_pattern
     try:
-        for stem in patiently(partial(collect_centers, folder, labels_now, tilt_series_pattern=pattern)):
+        for stem in with_retries(partial(collect_centers, folder, labels_now, tilt_series_pattern=pattern)):
             say(f"{stem}: {_OUTDATED_LISTS}")
     except Exception as error:
         outcomes.append(failure_of("class…_centers.csv", (), time.time(), error, folder))
@@ -233,7 +233,7 @@ def draw_preview(
         executor=executor,
     )
     try:
-        patiently(draw)
+        with_retries(draw)
     except ENDING:
         raise
     except Exception as error:
@@ -308,11 +308,11 @@ def collect(configuration: Configuration, outcomes: list[Outcome]) -> None:
             collect_tables(folder, is_there)
 
     try:
-        patiently(collect_these)
+        with_retries(collect_these)
     except Exception as error:
         outcomes.append(failure_of(path.name, (), time.time(), error, path))
     try:
-        listed = any(patiently(lambda: list(folder.glob("class*_centers.csv"))))
+        listed = any(with_retries(lambda: list(folder.glob("class*_centers.csv"))))
     except (OSError, StorageError):
         return
     if listed:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cryosiam_dask.config import STAGES, Configuration
-from cryosiam_dask.core.diagnosis import alike, beyond_lamella, contrast, scaling
-from cryosiam_dask.core.executor import patiently
+from cryosiam_dask.core.diagnosis import beyond_lamella, contrast, scaling, shared_warnings
+from cryosiam_dask.core.executor import with_retries
 from cryosiam_dask.core.grid import DEFAULT_BLOCK_SIZE, Grid, block_size_for, make_grid
 from cryosiam_dask.core.machine import cores, memory_of_machine
 from cryosiam_dask.errors import (
@@ -29,7 +29,7 @@ from cryosiam_dask.errors import (
     OutputError,
     Problems,
     TomogramError,
-    may_pass,
+    is_transient,
 )
 from cryosiam_dask.model.architecture import default_threshold, peak_bytes, required_divisor, required_halo
 from cryosiam_dask.model.classes import class_names
@@ -257,7 +257,7 @@ class RunPlan:
                     if job.mask is not None and job.fingerprint:
                         look_at_mask(job.mask, header.shape)
                 except (TomogramError, MaskError) as error:
-                    problem = None if may_pass(error) else error
+                    problem = None if is_transient(error) else error
             jobs.append(replace(job, problem=problem, shape=shape))
         return replace(self, jobs=tuple(jobs), shapes=tuple(sorted(shapes)))
 
@@ -326,9 +326,9 @@ class RunPlan:
         return [f"{sentence}{judged}" for sentence in (*sentences, *contrast(found.contrast, data.invert))]
 
     def attention_to_all(self, found: Sequence[Intensities]) -> tuple[list[tuple[str, int]], set[str]]:
-        """What needs attention in the intensities of several tomograms; see `cryosiam_dask.core.diagnosis.alike`."""
+        """Return `cryosiam_dask.core.diagnosis.shared_warnings` of several tomograms."""
         data = self.configuration.parameters.data
-        return alike(found, data.min, data.max, data.invert)
+        return shared_warnings(found, data.min, data.max, data.invert)
 
     def require_usable(self, header: TomogramHeader) -> None:
         """Refuse an image where the model is for tomograms, the other way round, and what is mostly missing.
@@ -540,7 +540,7 @@ def plan_run(
     run = f"{time.strftime('%Y-%m-%dT%H:%M:%S')}-{socket.gethostname()}-{os.getpid()}"
     try:
         overwrite |= overwrite_all
-        plan = patiently(partial(_plan_run, configuration, filename, overwrite, overwrite_all, name, masks_to_come))
+        plan = with_retries(partial(_plan_run, configuration, filename, overwrite, overwrite_all, name, masks_to_come))
         return replace(plan, overwrite=overwrite, overwrite_all=overwrite_all, name=name, run=run)
     except OSError as error:
         raise ConfigurationError(
@@ -602,7 +602,7 @@ def _plan_run(
         except MaskError as error:
             problem = error
         except OSError as error:
-            problem = None if may_pass(error) else not_readable(source, mask, error)
+            problem = None if is_transient(error) else not_readable(source, mask, error)
         fingerprint = with_sizes(prediction, removal_sizes(configuration)) if prediction else ""
         components = configuration.prediction_folder / f"{stem}_components.h5" if configuration.components else None
         job = Job(source, stem, output, mask, components, prediction, fingerprint, identity_of(output), problem)

@@ -20,7 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cryosiam_dask.core.log import LOG, TOLD
+from cryosiam_dask.core.log import LOG, SHOWN
 
 
 class Reporter(Protocol):
@@ -464,7 +464,7 @@ class FileReporter(LogReporter):
 
     def say(self, message: str) -> None:
         """See `Reporter`."""
-        LOG.info(message, extra=TOLD)
+        LOG.info(message, extra=SHOWN)
 
 
 class Reporters:

@@ -32,7 +32,7 @@ import yaml
 from distributed import Client, Status
 from distributed.security import Security
 
-from cryosiam_dask.errors import ClusterError, ConfigurationError, LostClusterError, unread
+from cryosiam_dask.errors import ClusterError, ConfigurationError, LostClusterError, why_unreadable
 from cryosiam_dask.runs.cluster import KEEP_MEMORY, own_settings, require_own_address
 from cryosiam_dask.runs.dask_executor import THREADS
 from cryosiam_dask.runs.workers import Setup, leave_at_once, register_in_workers, require_versions
@@ -265,7 +265,7 @@ def _given(jobs: str) -> tuple[dict[str, Any], str]:
             sections = content["jobqueue"]
             found = sections["slurm"] if "slurm" in sections else next(iter(sections.values()))
         except OSError as error:
-            rule, value = unread(error, "must be readable")
+            rule, value = why_unreadable(error, "must be readable")
             raise ConfigurationError(rule, place=place, value=value, remedy="Check --slurm") from None
         except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, AttributeError, StopIteration):
             found = None

@@ -33,12 +33,12 @@ from cryosiam_dask.config import Configuration
 from cryosiam_dask.core.diagnosis import Intensities
 from cryosiam_dask.core.diagnosis import blank as why_blank
 from cryosiam_dask.core.executor import (
-    PAUSES,
+    RETRY_PAUSES,
     SERIAL,
     Executor,
     Interrupted,
     NamedExecutor,
-    lasting,
+    retries_exhausted,
     wait,
 )
 from cryosiam_dask.core.grid import Grid, make_grid
@@ -46,7 +46,7 @@ from cryosiam_dask.core.machine import boot_id
 from cryosiam_dask.errors import (
     CryosiamDaskError,
     LostClusterError,
-    may_pass,
+    is_transient,
 )
 from cryosiam_dask.files.header import TomogramHeader
 from cryosiam_dask.files.mrc import write_mrc
@@ -131,7 +131,7 @@ def segment(
     """
     at = _At(*jobs[0])
     told = set[str]()
-    for pause in (*PAUSES, None):
+    for pause in (*RETRY_PAUSES, None):
         try:
             for outcome in _segment_all(jobs, at, device, executor, timeline, say, guard):
                 if outcome.stage not in told:  # as those are that were done before a pause
@@ -142,8 +142,10 @@ def segment(
             raise
         except Exception as error:
             guard()
-            if pause is None or not may_pass(error):
-                outcome = failure_of(at.job.stem, at.shape, at.began, lasting(error), at.job.output, at.plan.name)
+            if pause is None or not is_transient(error):
+                outcome = failure_of(
+                    at.job.stem, at.shape, at.began, retries_exhausted(error), at.job.output, at.plan.name
+                )
                 yield record(at.plan, outcome, at.began, device, executor, goes_on=isinstance(error, RESUMABLE))
                 return
             say(f"{error}: tried again in {pause:g} s")

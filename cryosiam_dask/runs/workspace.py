@@ -27,7 +27,7 @@ from cryosiam_dask.core.local_store import AnyDiskStore
 from cryosiam_dask.core.log import LOG
 from cryosiam_dask.errors import (
     OutputError,
-    may_pass,
+    is_transient,
 )
 from cryosiam_dask.files.atomic import part_name
 from cryosiam_dask.files.identity import is_newer_in_part, newest_chunk, source_content, source_identity
@@ -67,7 +67,7 @@ def open_workspace(
     try:
         yield Workspace(folder, group, ledger)
     except Exception as error:
-        if isinstance(error, RESUMABLE) or may_pass(error) or has_blocks(ledger):
+        if isinstance(error, RESUMABLE) or is_transient(error) or has_blocks(ledger):
             count = len(ledger.since("block", "blocks"))
             if count and not isinstance(error, Interrupted):
                 say(f"its {count} predicted blocks are kept in {folder}")
@@ -99,7 +99,7 @@ def _open_store(configuration: Configuration, stem: str, ledger: Ledger) -> tupl
             if group.attrs.get("store") == store["token"]:
                 return folder, group
         except Exception as error:  # whatever is wrong with it, it is not the one
-            if may_pass(error):
+            if is_transient(error):
                 raise
     token = uuid.uuid4().hex
     for name in _work_names(configuration, stem):

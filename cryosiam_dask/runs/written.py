@@ -24,7 +24,7 @@ from cryosiam_dask.core.executor import (
     Interrupted,
     SharedExecutor,
     TakenOver,
-    patiently,
+    with_retries,
 )
 from cryosiam_dask.errors import (
     LostClusterError,
@@ -268,7 +268,7 @@ def _list_as_cryosiam(
     names = max(known, key=len, default=())
     classes = max(1, given - 1) if given else len(names)
     try:
-        counts = patiently(
+        counts = with_retries(
             lambda: write_cryosiam_centers(
                 folder, tables, classes, there=lambda stem: (folder / f"{stem}_preds.h5").exists()
             )
@@ -326,12 +326,12 @@ def _attempt(
 
     begun = False
     try:
-        if not patiently(partial(claims.take, claim)):
+        if not with_retries(partial(claims.take, claim)):
             return None
         reporter.begin(stem)
         begun = True
         own = GuardedExecutor(executor.share(stem, 0, partial(reporter.step, stem)), guard)
-        outcome = replace(patiently(partial(work, own), guard), seconds=time.time() - began)
+        outcome = replace(with_retries(partial(work, own), guard), seconds=time.time() - began)
         log_warnings(outcome)
         reporter.end(stem, f"done in {outcome.seconds:.0f} s, {path.parent}")
     except TakenOver:
@@ -375,7 +375,7 @@ def complete(plan: RunPlan, job: Job, executor: Executor) -> Outcome:
     """
     began = time.time()
     try:
-        return patiently(partial(_complete, plan, job, executor))
+        return with_retries(partial(_complete, plan, job, executor))
     except (Interrupted, LostClusterError):
         raise
     except Exception as error:

@@ -26,7 +26,7 @@ import zarr
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.core.arrays import Sliceable
 from cryosiam_dask.core.executor import SERIAL, Executor
-from cryosiam_dask.errors import CryosiamDaskError, LabelsError, OutputError, TomogramError, may_pass
+from cryosiam_dask.errors import CryosiamDaskError, LabelsError, OutputError, TomogramError, is_transient
 from cryosiam_dask.files.folders import real
 from cryosiam_dask.files.hdf5 import StoredDataset, open_dataset, read_attributes
 from cryosiam_dask.files.mrc import write_mrc
@@ -425,7 +425,7 @@ def written_attributes(configuration: Configuration, prediction: Path, *, patien
             return attributes
         header = read_header(source, **configuration.reading)
     except (OSError, CryosiamDaskError) as error:
-        if patient and may_pass(error):
+        if patient and is_transient(error):
             raise
         return attributes
     if header.shape != shape:
