@@ -181,7 +181,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")
 OutcomesAsJson = Annotated[
     bool, typer.Option("--json", help="Print what became of each tomogram as JSON, and all else to standard error.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but what needs attention.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and failures.")]
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Print also what else is in the log: versions, settings, tracebacks.")
 ]
@@ -501,7 +501,7 @@ def view(
         configuration = read_model(config_file, model)
         from cryosiam_dask.commands.view import view
 
-        view(configuration, print, lambda message: _complain(f"attention: {message}"), filename=filename)
+        view(configuration, print, lambda message: _complain(f"warning: {message}"), filename=filename)
 
 
 @app.command(cls=Configured)
@@ -764,7 +764,7 @@ def match_pixel_size(
             _say(console, f"{target}: voxels of {' × '.join(f'{size:.3f}' for size in found.after)} Å (z, y, x)")
             if any(abs(size / pixel_size - 1) > _FAR_OFF for size in found.after):
                 asked = f"the {pixel_size:g} Å that were asked for"
-                _say(console, f"attention: that is not {asked}, since an axis has too few voxels")
+                _say(console, f"warning: that is not {asked}, since an axis has too few voxels")
 
         _each(files(input_path, output_path), prepare)
 

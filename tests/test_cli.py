@@ -174,7 +174,7 @@ def test_run_skip_overwrite_and_postprocess(folder: Path) -> None:
     one = ("--config-file", "config.yaml", "--filename", "TS_1.mrc", "--timeline")
     output = call("semantic-predict", *one, "--workers", 1, folder=folder)
     assert "dashboard http://127.0.0.1:" in output and "1 tomogram on " in output
-    assert output.count("attention: no mask_folder is set: expect false positives outside the lamella") == 1
+    assert output.count("warning: no mask_folder is set: expect false positives outside the lamella") == 1
     assert "expect false positives outside the lamella" in (folder / "out" / "report.html").read_text()
     of_one = {".ledger", "TS_1_preds.h5", "TS_1_preview.png", "TS_1_timeline.png", "logs", "report.html"}
     assert {path.name for path in (folder / "out").iterdir()} == of_one
@@ -316,7 +316,7 @@ def test_a_disk_that_is_full_is_said_and_leaves_nothing(folder: Path) -> None:
     output = call("semantic-predict", *arguments, folder=folder, status=1, preexec_fn=limit)
     assert "failed, TS_3: " in output and "File too large" in output
     # Pictures are larger here, and no reason for a tomogram to fail.
-    assert re.search(r"attention, .*TS_1.*: its picture TS_0_preview.png could not be drawn: .*File too large", output)
+    assert re.search(r"warning, .*TS_1.*: its picture TS_0_preview.png could not be drawn: .*File too large", output)
     assert sorted(p.name for p in (folder / "out").iterdir()) == [
         ".ledger", *(f"TS_{i}_preds.h5" for i in range(3)), "logs", "report.html",
     ]  # fmt: skip

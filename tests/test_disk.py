@@ -113,7 +113,7 @@ def test_a_disk_that_is_full_ends_the_run_and_more_room_completes_it(
     assert status == 1, said
     assert "No space left on device" in said and "Free space" in said
     # As plan says before.
-    assert re.search(r"attention: out: (there must be .* of free disk space|up to .* may be needed)", said), said
+    assert re.search(r"warning: out: (there must be .* of free disk space|up to .* may be needed)", said), said
     assert "stopping: the first tomogram failed of what would befall all others" in said
     assert re.search(r"TS_2\W+left", said)
     expected = contents(whole / "whole")

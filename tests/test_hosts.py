@@ -135,7 +135,7 @@ def test_work_of_a_host_that_is_cut_off_goes_elsewhere(hosts: Hosts, tmp_path: P
     hosts.cut_off("worker1")
     output, _ = run.communicate(timeout=300)
     assert run.returncode == 0 and "Traceback" not in output, output
-    assert f"attention: tcp://{hosts.address('scheduler')}:8786 has no TLS" in output
+    assert f"warning: tcp://{hosts.address('scheduler')}:8786 has no TLS" in output
     assert "1 tomogram on 2 cpu workers" in output
     expected = golden.expected(CASE)
     for name, key in (("lamella", "lamella_slicewise"), ("semantic", "semantic")):

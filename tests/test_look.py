@@ -76,7 +76,7 @@ def test_plan_by_its_entry_point(folder: Path) -> None:
     done = call("plan", "--config_file=config.yaml", "--workers", 1)
     assert sorted(folder.rglob("*")) == before
     assert LONG in done.stdout and "24 × 20 × 22" in done.stdout and not done.stderr
-    assert f"attention, {LONG}: 0 % of its voxels lie below min 0 and 99.8 % above max 1, where" in done.stdout
+    assert f"warning, {LONG}: 0 % of its voxels lie below min 0 and 99.8 % above max 1, where" in done.stdout
     assert "writes, TS_1: out/TS_1_preds.h5" in done.stdout
     values = json.loads(call("plan", "--config-file", "config.yaml", "--filename", "TS_1.mrc", "--json").stdout)
     assert [t["stem"] for t in values["tomograms"]] == ["TS_1"] and values["problems"] == []
@@ -157,13 +157,13 @@ def test_plan_of_a_pipeline_says_nothing_twice(pipeline: Path) -> None:
     assert len(lines) == len(set(lines))
     assert text.count("99.8 % above max 1") == 1 and text.count("24 × 20 × 22") == 2
     kinds = [line.split(",")[0].split(":")[0] for line in lines if line[:1].isalpha()]
-    assert kinds == [*["attention"] * kinds.count("attention"), *["writes"] * 4]  # first what one has to read
+    assert kinds == [*["warning"] * kinds.count("warning"), *["writes"] * 4]  # first what one has to read
     assert "not known before a run with the same model on such a device" in text
     # What only one model has to say, names it.
     values = yaml.safe_load((pipeline / "pipeline.yaml").read_text())
     values["semantic"]["parameters"] = {"data": {"patch_size": [32, 32, 32]}}
     (pipeline / "pipeline.yaml").write_text(yaml.safe_dump(values))
-    assert "\nattention, semantic: patch_size is [32, 32, 32]" in printed(show_plan, pipeline / "pipeline.yaml")
+    assert "\nwarning, semantic: patch_size is [32, 32, 32]" in printed(show_plan, pipeline / "pipeline.yaml")
     text = printed(show_plan, pipeline / "pipeline.yaml", model="lamella", filename="TS_1")
     assert "out/lamella/TS_1_preds.h5" in text and "semantic" not in text
     with pytest.raises(Problems, match=r"does not exist: out/lamella .*Run the lamella prediction first"):

@@ -168,7 +168,7 @@ def test_a_collection_of_odd_names_and_bad_files(tmp_path: Path) -> None:
     config = "--config-file=config.yaml"
     output = call("plan", config, folder=tmp_path, status=1)
     assert output.count("error: ") == 1 and f"error: {data / 'bad html.mrc'}: " in output and not out.exists()
-    assert "attention, really hdf5: the name ends with .mrc, but the content is HDF5" in output
+    assert "warning, really hdf5: the name ends with .mrc, but the content is HDF5" in output
     output = call("semantic-predict", config, folder=tmp_path, status=1)
     assert output.count("\nfailed, ") == 1 and "failed, bad html: " in output
     done = [*NAMES, "really hdf5"]

@@ -245,7 +245,7 @@ def test_reporter_fits_the_console() -> None:
     assert isinstance(make_reporter(Console(file=io.StringIO()), Pace(1)), LogReporter)
 
 
-def test_table_names_what_needs_attention() -> None:
+def test_table_is_followed_by_warnings() -> None:
     file = io.StringIO()
     outcomes = [
         Outcome(
@@ -279,7 +279,7 @@ def test_table_names_what_needs_attention() -> None:
         strict=False,
     ):
         assert found in line
-    assert "attention, TS_1: no lamella found" in text
+    assert "warning, TS_1: no lamella found" in text
     assert "failed, TS_2: TS_2.mrc: the file is cut short." in text
     assert "TS_3[bin4]" in text and "skipped" in text
     file = io.StringIO()

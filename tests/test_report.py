@@ -231,7 +231,7 @@ def test_names_that_are_too_long_for_the_disk_spoil_no_page(tmp_path: Path) -> N
     assert set(Page(write_report(configure(tmp_path), outcomes)).rows) == set(outcomes)
 
 
-def test_what_needs_attention_in_a_whole_run_stands_on_this_page_and_later_ones(tmp_path: Path) -> None:
+def test_warnings_about_a_whole_run_stand_on_this_page_and_later_ones(tmp_path: Path) -> None:
     configuration = configure(tmp_path)
     write(tmp_path, "run", make_labels(0))
     sentence = "patch_size is [<b>32</b>], the model was trained with 16"

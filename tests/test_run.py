@@ -123,7 +123,7 @@ def test_one_pass_on_a_cluster_gives_what_cryosiam_gave(folder: Path, cluster: t
     before = (folder / "out" / "semantic" / "TS_a_6.80Apx_preds.h5").stat().st_mtime_ns
     output = call("run", "--config-file", "pipeline.yaml", "--scheduler-file", cluster[0], folder=folder)
     assert "lamella: done" in output and "semantic: is there already" in output
-    assert "attention: tcp://127.0.0.1:" in output and "has no TLS: every user of this machine can run" in output
+    assert "warning: tcp://127.0.0.1:" in output and "has no TLS: every user of this machine can run" in output
     assert (folder / "out" / "semantic" / "TS_a_6.80Apx_preds.h5").stat().st_mtime_ns == before
     assert call("status", "--config-file", "pipeline.yaml", folder=folder).strip() == "2 done"
 
@@ -328,7 +328,7 @@ def test_what_the_models_cannot_see_is_said_before_the_run(tmp_path: Path) -> No
     console = Console(file=io.StringIO(), width=80)
     told = _look_first(plans, console)
     said = console.file.getvalue().splitlines()
-    beginning = "attention: 3 of 5 tomograms, looked at before the run: "
+    beginning = "warning: 3 of 5 tomograms, looked at before the run: "
     assert len(said) == 2 and all(line.startswith(beginning) for line in said)
     assert "'min: " in said[0] and "'invert: true'" in said[1]
     assert {stem for stem, _ in told} == {"TS_0", "TS_2", "TS_4"}
@@ -336,10 +336,10 @@ def test_what_the_models_cannot_see_is_said_before_the_run(tmp_path: Path) -> No
     outcomes = [Outcome(f"TS_{seed}", "done", warnings=(sentence,)) for seed in range(5)]
     console = Console(file=io.StringIO(), width=80)
     print_table(console, outcomes, told)
-    assert f"attention, TS_1 and TS_3: {sentence}\n" in console.file.getvalue()
-    assert console.file.getvalue().count("attention") == 1
+    assert f"warning, TS_1 and TS_3: {sentence}\n" in console.file.getvalue()
+    assert console.file.getvalue().count("warning") == 1
     plans[0] = plan_run(Configuration.model_validate(models["lamella"] | {"test_files": ["TS_1.mrc"]}), name="lamella")
     console = Console(file=io.StringIO(), width=80)
     _look_first(plans, console)
-    assert console.file.getvalue().count("attention, lamella, TS_1: ") == 2
-    assert console.file.getvalue().count("attention, semantic: 3 of 5 tomograms, ") == 2
+    assert console.file.getvalue().count("warning, lamella, TS_1: ") == 2
+    assert console.file.getvalue().count("warning, semantic: 3 of 5 tomograms, ") == 2

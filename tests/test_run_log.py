@@ -42,8 +42,8 @@ def test_a_run_is_logged_with_what_the_user_does_not_see(folder: Path) -> None:
     found = {each["stem"]: each for each in json.loads(out)["tomograms"]}
     assert {stem: each["status"] for stem, each in found.items()} == {"TS_0": "failed", "TS_1": "done", "TS_2": "done"}
     assert found["TS_1"]["shape"] == [24, 20, 22] and "MRC header" in found["TS_0"]["error"]
-    # Nothing but what needs attention, and no traceback.
-    assert [line.split(":")[0] for line in err.splitlines()] == ["failed, TS_0", "attention"]
+    # Only failures and warnings, and no traceback.
+    assert [line.split(":")[0] for line in err.splitlines()] == ["failed, TS_0", "warning"]
     (log,) = logs(folder / "out")
     text = log.read_text()
     assert all(map(ENTRY.match, text.splitlines()))

@@ -153,7 +153,7 @@ def test_both_models_on_jobs_give_what_cryosiam_gave(tmp_path: Path, fake: FakeS
         with h5py.File(folder / "out" / name / "TS_a_6.80Apx_preds.h5") as file:
             np.testing.assert_array_equal(file["labels"][:], expected[key])
         assert not list((folder / "out" / name).glob(".cryosiam*")) + list((folder / "out" / name).glob("*.zarr"))
-    assert "2 Slurm jobs submitted" in output and "attention: tls" not in output and "has no TLS" not in output
+    assert "2 Slurm jobs submitted" in output and "warning: tls" not in output and "has no TLS" not in output
     assert len(fake.jobs()) == 2 and fake.all_cancelled()
     for script in fake.scripts():
         lines = script.splitlines()

@@ -33,10 +33,10 @@ def say(console: Console, message: str) -> None:
     console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
-def attend(console: Console, message: str) -> None:
-    """Print what needs attention, on a console that is quiet as well, and log it."""
+def warn(console: Console, message: str) -> None:
+    """Print a warning, even on a quiet console, and log it."""
     LOG.warning("%s", message, extra=SHOWN)
-    print_aloud(console, f"attention: {message}")
+    print_aloud(console, f"warning: {message}")
 
 
 def print_aloud(console: Console, message: str) -> None:
@@ -68,7 +68,7 @@ def open_logs(command: str, configurations: Sequence[Configuration], console: Co
     for path in paths:
         say(console, f"log: {path}")
     if len(paths) < len(configurations):
-        attend(console, "no log file could be made beside the outputs")
+        warn(console, "no log file could be made beside the outputs")
 
 
 def counted(count: int, thing: str) -> str:
@@ -79,7 +79,7 @@ _FOR_ALL = 125  # columns of a terminal that hold a table with all that is known
 
 
 def print_table(console: Console, outcomes: Sequence[Outcome], told: Collection[tuple[str, str]] = ()) -> None:
-    """Print what became of every tomogram, and after it what needs attention but was not `told` of it before."""
+    """Print the outcome of every tomogram, then the warnings that are not among those `told` before the run."""
     several = any(outcome.stage for outcome in outcomes)
     wide = console if console.is_terminal else Console(emoji=False, file=console.file, width=160, quiet=console.quiet)
     brief = wide.width < _FOR_ALL
@@ -100,7 +100,7 @@ def print_table(console: Console, outcomes: Sequence[Outcome], told: Collection[
     wide.print(table)
     said = ((outcome.stem, warning) for outcome in outcomes for warning in outcome.warnings)
     for whom, warning in merged_warnings(pair for pair in said if pair not in told):
-        print_aloud(console, f"attention, {whom}: {warning}")
+        print_aloud(console, f"warning, {whom}: {warning}")
     for outcome in outcomes:
         if outcome.error:
             print_aloud(console, f"failed, {outcome.stem}: {outcome.error}")

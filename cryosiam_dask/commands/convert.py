@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cryosiam_dask.commands.console import attend, say
+from cryosiam_dask.commands.console import say, warn
 from cryosiam_dask.core.machine import cores
 from cryosiam_dask.errors import (
     OutputError,
@@ -66,7 +66,7 @@ def convert_file(
     for note in header.notes:
         say(console, f"note: {note}")
     for warning in report.warnings:
-        attend(console, warning)
+        warn(console, warning)
     return {
         "target": str(target),
         "shape": list(header.shape),

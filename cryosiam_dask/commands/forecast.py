@@ -117,7 +117,7 @@ class TomogramForecast:
     preview
         The picture that it draws, which `output_bytes` counts too; ``None`` without.
     notes, warnings
-        What was decided about the file, and what needs attention.
+        What was decided about the file, and warnings.
     problems
         Why it cannot be done.
     """
@@ -207,8 +207,7 @@ class Forecast:
     disks
         The file systems that are written to.
     notes, warnings, problems
-        What a user should know before the run, what needs attention, and why it could not succeed, other than those of
-        single tomograms.
+        Notes, warnings and errors about the run as a whole, not about single tomograms.
     shared
         How warnings of single tomograms begin that `warnings` says of all of them.
     seconds
@@ -501,7 +500,7 @@ def _stage(
     tomograms.sort(key=lambda tomogram: tomogram.source)
     notes = list(plan.notes)
     found = [t.intensities for t in tomograms if t.intensities is not None]
-    shared, instead = plan.attention_to_all(found)
+    shared, instead = plan.shared_warnings(found)
     of_all = [f"{count} of {len(found)} tomograms: {sentence}" for sentence, count in shared]
     warnings = (*plan.warnings(workers, memory_bytes), *of_all)
     patches = sum(t.patches for t in tomograms if t.action == "segment")
@@ -538,7 +537,7 @@ def _stage(
 
 
 def disk_warnings(plans: Sequence[RunPlan]) -> tuple[str, ...]:
-    """What needs attention on the disks: the same in a run as before it.
+    """Warn about the disks, before a run and during it alike.
 
     Parameters
     ----------
@@ -679,7 +678,7 @@ def _tomogram(
         mask = known.get("mask")
         # Where but a part was looked at, there may be something elsewhere.
         coverage = mask.coverage if mask and (mask.exact or mask.coverage) else None
-        warnings = plan.attention(header, known.get("intensities"), mask=opened, coverage=coverage)
+        warnings = plan.warnings_of(header, known.get("intensities"), mask=opened, coverage=coverage)
     return TomogramForecast(
         job.stem,
         job.source,

@@ -121,7 +121,7 @@ class Information:
     parts
         The arrays that it holds.
     notes, warnings
-        What was decided about it, and what needs attention.
+        What was decided about it, and warnings.
     """
 
     path: Path
@@ -236,7 +236,7 @@ def _tomogram(path: Path) -> Information:
 
 
 def _tomogram_facts(header: TomogramHeader) -> tuple[dict[str, Any], list[str], list[str]]:
-    """What a header and a sample of its voxels tell, what suits it to the models, and what needs attention."""
+    """Facts from a header and a sample of its voxels, notes on how it suits the models, and warnings."""
     found = intensities(sample_file(header), 0, 1)
     facts: dict[str, Any] = {
         "shape": list(header.shape),

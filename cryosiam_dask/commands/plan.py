@@ -198,7 +198,7 @@ def _print_plan(
     seconds: float | None,
     warnings: Sequence[str] = (),
 ) -> None:
-    """The forecasts of all models, what they have in common once: what needs attention before the list of outputs."""
+    """Print the forecasts of all models, what they share only once: warnings first, then the outputs."""
     console = _unbroken(console)
     facts = {name: _facts(found) for name, found in stages.items()}
     shared = _in_common(facts.values())
@@ -237,7 +237,7 @@ def _print_plan(
         ),
     ]
     for sentence, of in [*_each_once(told, stages), *((f": {warning}", "") for warning in warnings)]:
-        _say(console, f"attention{of}{sentence}")
+        _say(console, f"warning{of}{sentence}")
     for line in _outputs([t for found in stages.values() for t in found.tomograms]):
         _say(console, line)
 
@@ -407,7 +407,7 @@ def _print_information(console: Console, found: Information) -> None:
     for note in found.notes:
         _say(console, f"note: {note}")
     for warning in found.warnings:
-        _say(console, f"attention: {warning}")
+        _say(console, f"warning: {warning}")
 
 
 def _print_parts(console: Console, parts: Sequence[Part], facts: Mapping[str, Any]) -> None:

@@ -67,7 +67,7 @@ def write_report(
         What became of tomograms, by their names: any of the attributes of `cryosiam_dask.runs.outcome.Outcome`. Those
         of which the folder holds no output, because they failed, are listed too.
     warnings
-        What needs attention in the run as a whole; ``None``: what did in the latest one that told any.
+        Warnings about the run as a whole; ``None``: those of the latest run that had any.
     executor
         Runs one task for each tomogram.
 
@@ -98,7 +98,7 @@ def write_report(
 
 
 def _kept_warnings(folder: Path, warnings: Sequence[str] | None) -> Sequence[str]:
-    """Keep what needs attention in a run as a whole, for pages that are written later; or take what was kept."""
+    """Keep the warnings about a run as a whole for pages that are written later, or read those that were kept."""
     note = folder / FOLDER / KEPT / ".run.json"  # no tomogram is called so
     with suppress(OSError, ValueError):
         if warnings is None:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from cryosiam_dask.commands.console import attend, counted, open_logs, print_aloud, print_table, say
+from cryosiam_dask.commands.console import counted, open_logs, print_aloud, print_table, say, warn
 from cryosiam_dask.commands.forecast import disk_warnings
 from cryosiam_dask.commands.written import report_on
 from cryosiam_dask.config import Configuration
@@ -106,7 +106,7 @@ def segment(
     timeline, stop
         See `cryosiam_dask.runs.collection.run`.
     warned
-        Takes what needs attention in the run as a whole.
+        Receives the warnings about the run as a whole.
 
     Raises
     ------
@@ -192,12 +192,12 @@ def segment(
         return outcomes
     total = len({job.stem for plan in plans for job in (*plan.jobs, *plan.unmeasured)})
     for sentence in disk_warnings(plans):
-        attend(console, sentence)
+        warn(console, sentence)
         if warned is not None:
             warned.append(sentence)
     told = _look_first(plans, console)
     if not is_loopback(dashboard_address):
-        attend(console, f"whoever reaches {dashboard_address} can watch this run, without a password")
+        warn(console, f"whoever reaches {dashboard_address} can watch this run, without a password")
     try:
         with ExitStack() as stack:
             if joins:
@@ -208,7 +208,7 @@ def segment(
                     )
                 )  # fmt: skip
                 if others := who_else_enters(client):
-                    attend(
+                    warn(
                         console,
                         f"{client.scheduler.address} has no TLS: {others} can run what he likes as you. Dask's "
                         "documentation of TLS says how to close it",
@@ -239,7 +239,7 @@ def segment(
             stack.enter_context(forwarded_warnings(client))
             log_workers(client, found_device)
             if performance_report is not None:
-                stack.enter_context(reported(client, performance_report, partial(attend, console)))
+                stack.enter_context(reported(client, performance_report, partial(warn, console)))
             if any(plan.jobs for plan in plans):
                 say(console, f"loading the network{'s' * (len([plan for plan in plans if plan.jobs]) > 1)}")
             for plan in plans:
@@ -282,7 +282,7 @@ def segment(
     for plan in plans:
         sentences = plan.warnings(count or None, memory_of_machine())
         for sentence in sentences:
-            attend(console, sentence)
+            warn(console, sentence)
             if warned is not None:
                 warned.append(sentence)
         report_on(plan.configuration, _of_stage(outcomes, plan), console, sentences if plan.jobs else None)
@@ -394,16 +394,16 @@ def _look_first(plans: Sequence[RunPlan], console: Console) -> set[tuple[str, st
                     samples[job.source] = header, sample_file(header)
                 header, sample = samples[job.source]
                 found[job.stem] = intensities(sample, data.min, data.max)
-                of_single += [(job.stem, s) for s in plan.attention_to_intensities(header, found[job.stem])]
+                of_single += [(job.stem, s) for s in plan.intensity_warnings(header, found[job.stem])]
         told.update(of_single)
-        sentences, instead = plan.attention_to_all(list(found.values()))
+        sentences, instead = plan.shared_warnings(list(found.values()))
         where = "" if len(found) == count else ", looked at before the run"
         lines = [f": {number} of {count} tomograms{where}: {sentence}" for sentence, number in sentences]
         of_single = [(stem, sentence) for stem, sentence in of_single if not sentence.startswith(tuple(instead))]
         for line in (*lines, *(f", {whom}: {sentence}" for whom, sentence in merged_warnings(of_single))):
             models.setdefault(line, []).append(plan.name)
     for line, names in models.items():
-        line = f"attention{line}" if len(names) == len(plans) else f"attention, {' and '.join(names)}{line}"
+        line = f"warning{line}" if len(names) == len(plans) else f"warning, {' and '.join(names)}{line}"
         LOG.warning("%s", line, extra=SHOWN)
         print_aloud(console, line)
     return told

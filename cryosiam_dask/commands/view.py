@@ -127,7 +127,7 @@ def first_prediction(configuration: Configuration, filename: str | None = None) 
 
 @contextmanager
 def layers(
-    configuration: Configuration, prediction: Path, attend: Callable[[str], None] = lambda message: None
+    configuration: Configuration, prediction: Path, warn: Callable[[str], None] = lambda message: None
 ) -> Iterator[list[Layer]]:
     """Gather what napari is to show of a tomogram: itself, its lamella where there is one, and its labels.
 
@@ -137,7 +137,7 @@ def layers(
         The YAML file.
     prediction
         ``<stem>_preds.h5``.
-    attend
+    warn
         Told what cannot be shown.
 
     Raises
@@ -155,7 +155,7 @@ def layers(
     with ExitStack() as stack:
         if source is None:
             missing = f"no {stem}{configuration.file_extension} in {configuration.data_folder}"
-            attend(f"{missing}: the labels are shown alone")
+            warn(f"{missing}: the labels are shown alone")
         else:
             header = read_header(source, **configuration.reading)
             require_shape(prediction, labels.shape, source, header.shape)
@@ -171,7 +171,7 @@ def layers(
                 options = {"name": "lamella", "opacity": 0.5}
                 found.append(Layer("labels", levels, {**place, **options}, {1: _LAMELLA}, contour=2))
             except CryosiamDaskError as error:
-                attend(f"the lamella is not shown: {error}")
+                warn(f"the lamella is not shown: {error}")
         levels = _levels(_lazy(labels.shape, labels.dtype, labels.__getitem__, labels.stored.chunks))
         yield found + _of_classes(levels, _names(configuration, attributes, levels), place)
 
@@ -342,7 +342,7 @@ def show(found: Sequence[Layer], title: str) -> Any:
 def view(
     configuration: Configuration,
     say: Callable[[str], None],
-    attend: Callable[[str], None],
+    warn: Callable[[str], None],
     *,
     filename: str | None = None,
 ) -> None:
@@ -352,7 +352,7 @@ def view(
     ----------
     configuration, filename
         See `first_prediction`.
-    say, attend
+    say, warn
         Told what is opened, and what cannot be shown.
 
     Raises
@@ -365,7 +365,7 @@ def view(
     prediction = first_prediction(configuration, filename)
     require_napari()
     stem = prediction.name.removesuffix("_preds.h5")
-    with layers(configuration, prediction, attend) as found:
+    with layers(configuration, prediction, warn) as found:
         require_screen()
         names = [str(layer.options["name"]) for layer in found]
         say(f"{stem} is open in napari: {', '.join(names)}. Close its window to end")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from cryosiam_dask.commands.console import attend, counted, open_logs, print_table, say
+from cryosiam_dask.commands.console import counted, open_logs, print_table, say, warn
 from cryosiam_dask.commands.report import REPORT, is_current, link_latest_log, write_report
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.core.executor import with_retries
@@ -226,7 +226,7 @@ def report_on(
     try:
         say(console, f"report: {with_retries(write)}")
     except Exception as error:
-        attend(console, f"the report could not be written: {error}")
+        warn(console, f"the report could not be written: {error}")
         LOG.debug("the report could not be written", exc_info=error)
 
 

@@ -55,7 +55,7 @@ class TomogramHeader(ABC):
     notes
         What was decided, for the log.
     warnings
-        What looks wrong with the file and may need attention.
+        What looks wrong with the file.
     compressed
         Whether the file can only be read from its beginning to its end.
     incomplete

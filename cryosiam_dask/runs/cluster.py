@@ -312,10 +312,10 @@ def who_else_enters(client: Client) -> str | None:
 
 
 @contextmanager
-def reported(client: Client, path: Path, attend: Callable[[str], None]) -> Iterator[None]:
+def reported(client: Client, path: Path, warn: Callable[[str], None]) -> Iterator[None]:
     """Write Dask's report of what every worker did meanwhile to an HTML file, which needs no network to be read.
 
-    A page is no reason for a run to fail: what is wrong with it, `attend` is told.
+    `warn` receives the message if the page cannot be written; the run does not fail for it.
     """
     report = performance_report(filename=str(path), mode="inline")
     with client.as_current():
@@ -326,7 +326,7 @@ def reported(client: Client, path: Path, attend: Callable[[str], None]) -> Itera
             try:
                 report.__exit__(None, None, None)
             except Exception as error:
-                attend(f"{path}: the performance report could not be written: {error}")
+                warn(f"{path}: the performance report could not be written: {error}")
 
 
 @contextmanager

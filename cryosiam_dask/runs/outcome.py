@@ -53,7 +53,7 @@ class Outcome:
     voxels
         Voxels of each label.
     warnings
-        What needs attention.
+        Warnings.
     error
         Why it failed.
     details

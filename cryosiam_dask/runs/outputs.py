@@ -173,7 +173,7 @@ def update_components(
 ) -> tuple[list[str], dict[str, int]]:
     """Write the components of new labels, or remove those of earlier ones.
 
-    Returns what needs attention, and how many components each class has.
+    Returns warnings and the number of components of each class.
     """
     folder = configuration.prediction_folder
     outdated, warnings = remove_outdated(folder, stem, attributes.get("fingerprint")), list[str]()
@@ -213,7 +213,7 @@ def draw_preview(
     attributes: Mapping[str, Any],
     executor: Executor,
 ) -> list[str]:
-    """Draw a tomogram with its new labels; returns what needs attention. A picture is no reason to fail."""
+    """Draw a tomogram with its new labels and return warnings; a picture that cannot be drawn is only a warning."""
     path = preview_file(configuration.prediction_folder, stem)
     if not configuration.preview:
         path.unlink(missing_ok=True)  # what it shows are earlier labels

@@ -277,7 +277,7 @@ class RunPlan:
         require_aspect(mask)
         return mask
 
-    def attention(
+    def warnings_of(
         self,
         header: TomogramHeader,
         found: Intensities | None,
@@ -286,7 +286,7 @@ class RunPlan:
         mask: Mask | None = None,
         coverage: float | None = None,
     ) -> tuple[str, ...]:
-        """What needs attention in a tomogram and its mask: the same before a run and after it.
+        """Warn about a tomogram and its mask, before a run and after it alike.
 
         Parameters
         ----------
@@ -303,7 +303,7 @@ class RunPlan:
         """
         warnings = list(header.warnings)
         if found is not None:
-            warnings += self.attention_to_intensities(header, found)
+            warnings += self.intensity_warnings(header, found)
             if non_finite or (non_finite is None and found.non_finite):
                 many = "some" if non_finite is None else str(non_finite)
                 warnings.append(f"{many} voxels are NaN or infinite; they are treated as the minimum")
@@ -316,8 +316,8 @@ class RunPlan:
             warnings += beyond_lamella(self.checkpoint.architecture.out_channels, coverage)
         return tuple(warnings)
 
-    def attention_to_intensities(self, header: TomogramHeader, found: Intensities) -> list[str]:
-        """The part of `attention` that says whether the model can see anything, and rightly."""
+    def intensity_warnings(self, header: TomogramHeader, found: Intensities) -> list[str]:
+        """Warn if the model cannot see the contrast of a tomogram, or sees it inverted."""
         data = self.configuration.parameters.data
         # What lies at the beginning need not be like the rest.
         partly = header.compressed and found.share < 1
@@ -325,8 +325,8 @@ class RunPlan:
         sentences = scaling(found.below, found.above, found.central, data.min, data.max)
         return [f"{sentence}{judged}" for sentence in (*sentences, *contrast(found.contrast, data.invert))]
 
-    def attention_to_all(self, found: Sequence[Intensities]) -> tuple[list[tuple[str, int]], set[str]]:
-        """Return `cryosiam_dask.core.diagnosis.shared_warnings` of several tomograms."""
+    def shared_warnings(self, found: Sequence[Intensities]) -> tuple[list[tuple[str, int]], set[str]]:
+        """Warn about several tomograms at once; see `cryosiam_dask.core.diagnosis.shared_warnings`."""
         data = self.configuration.parameters.data
         return shared_warnings(found, data.min, data.max, data.invert)
 
@@ -383,7 +383,7 @@ class RunPlan:
                 )
 
     def warnings(self, workers: int | None, memory: int | None) -> tuple[str, ...]:
-        """What needs attention in the run as a whole, and not in single tomograms: the same before it and after it.
+        """Warn about the run as a whole, before it and after it alike.
 
         Parameters
         ----------

@@ -404,4 +404,4 @@ def _keep(
                 cluster.scale(jobs=count)
                 say(f"{len(gone)} Slurm {'jobs' if len(gone) > 1 else 'job'} ended and submitted again")
             if refused:
-                say(f"attention: a job was not accepted: {refused.pop()}")
+                say(f"warning: a job was not accepted: {refused.pop()}")

@@ -352,7 +352,7 @@ def _segment(
     inside = None if mask is None else sum(block["inside"] for block in blocks)
     coverage = None if inside is None else float(inside / math.prod(header.shape))
     blank = voxels[0] == math.prod(header.shape)
-    found_before = plan.attention(
+    found_before = plan.warnings_of(
         header, seen, non_finite=report.statistics.non_finite, mask=mask, coverage=None if blank else coverage
     )
     warnings = [*found_before, *warnings]

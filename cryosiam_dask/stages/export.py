@@ -282,7 +282,7 @@ def remove_outdated_formats(folder: Path, stem: str, fingerprint: str | None, ke
     Returns
     -------
     list of str
-        What needs attention.
+        Warnings.
     """
     removed = []
     for path in (format_path(folder, stem, name) for name in _ENDINGS if name not in keep):
@@ -335,7 +335,7 @@ def export_prediction(
     Returns
     -------
     tuple of str
-        What needs attention.
+        Warnings.
 
     Raises
     ------

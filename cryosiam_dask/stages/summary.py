@@ -51,7 +51,7 @@ class Summary:
     seconds
         Spent on it.
     warnings, notes, error
-        What needs attention, what was decided about the file, and why it failed.
+        Warnings, what was decided about the file, and why it failed.
     class_names
         Of the labels from 1 on, as its output has them.
     pictures
