@@ -53,7 +53,6 @@ from rich.console import Console
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
 from bench_inference import machine  # noqa: E402
 from bench_overhead import make_tomogram  # noqa: E402
-from checkpoints import SMALL, write  # noqa: E402  # a checkpoint of CryoSiam's format with random weights
 
 from cryosiam_dask.config import read_configuration  # noqa: E402
 from cryosiam_dask.core.grid import Patch, make_grid  # noqa: E402
@@ -63,7 +62,8 @@ from cryosiam_dask.runs.dask_executor import THREADS, DaskExecutor  # noqa: E402
 from cryosiam_dask.runs.plan import RunPlan, plan_run  # noqa: E402
 from cryosiam_dask.runs.progress import LogReporter, Pace  # noqa: E402
 from cryosiam_dask.runs.workers import Setup  # noqa: E402
-from cryosiam_dask.stages import predict as zarr_to_labels  # noqa: E402
+from cryosiam_dask.stages import predict  # noqa: E402
+from support.checkpoints import SMALL, write  # noqa: E402  # a checkpoint of CryoSiam's format with random weights
 
 PATCH, BLOCK_SIZE = 16, 8  # the smallest blocks that there are: of one patch, almost all of them
 
@@ -105,7 +105,7 @@ class SimulatedPredictor:
 def install(seconds: float, folder: Path) -> None:
     """Replace the network in this process."""
     predictor = SimulatedPredictor(seconds, folder)
-    zarr_to_labels.load_predictor = lambda spec: predictor  # type: ignore[assignment]
+    predict.load_predictor = lambda spec: predictor  # type: ignore[assignment]
 
 
 def serve(address: str, workers: int) -> None:

@@ -26,7 +26,7 @@ from cryosiam_dask.core.grid import Patch, make_grid
 from cryosiam_dask.model.predictor import PredictorSpec
 from cryosiam_dask.runs.cluster import open_cluster
 from cryosiam_dask.runs.dask_executor import DaskExecutor
-from cryosiam_dask.stages import predict as zarr_to_labels
+from cryosiam_dask.stages import predict
 
 
 class NullPredictor:
@@ -43,7 +43,7 @@ class NullPredictor:
 
 def install_null_network() -> None:
     """Replace the network in this process."""
-    zarr_to_labels.load_predictor = lambda spec: NullPredictor()  # type: ignore[assignment]
+    predict.load_predictor = lambda spec: NullPredictor()  # type: ignore[assignment]
 
 
 def measure(size: int, patch: int, block_size: int, repeat: int, workers: int) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def measure(size: int, patch: int, block_size: int, repeat: int, workers: int) -
         tomogram = zarr.create_array(
             Path(folder) / "t.zarr",
             shape=grid.shape,
-            chunks=zarr_to_labels.tomogram_chunks(grid),
+            chunks=predict.tomogram_chunks(grid),
             dtype="float32",
             compressors=None,
         )
@@ -70,16 +70,16 @@ def measure(size: int, patch: int, block_size: int, repeat: int, workers: int) -
             )
         group = zarr.open_group(Path(folder) / "labels.zarr")
         for _ in range(repeat):
-            outputs = zarr_to_labels.create_outputs(group, grid, 2, ["labels"], overwrite=True)
+            outputs = predict.create_outputs(group, grid, 2, ["labels"], overwrite=True)
             began = time.perf_counter()
-            stored = zarr_to_labels.StoredPrediction(spec, grid, tomogram, outputs)
-            zarr_to_labels.predict_store(stored, executor=DaskExecutor(client))
+            stored = predict.StoredPrediction(spec, grid, tomogram, outputs)
+            predict.predict_store(stored, executor=DaskExecutor(client))
             seconds["own halo from the store"].append(time.perf_counter() - began)
             first = da.from_zarr(outputs["labels"]).sum().compute()
 
-            outputs = zarr_to_labels.create_outputs(group, grid, 2, ["labels"], overwrite=True)
+            outputs = predict.create_outputs(group, grid, 2, ["labels"], overwrite=True)
             began = time.perf_counter()
-            lazy = zarr_to_labels.predict(da.from_zarr(tomogram), spec, block_size=block_size)["labels"]
+            lazy = predict.predict(da.from_zarr(tomogram), spec, block_size=block_size)["labels"]
             stores = da.store(lazy, outputs["labels"], compute=False, lock=False)
             client.compute(stores).result()
             seconds["map_overlap"].append(time.perf_counter() - began)

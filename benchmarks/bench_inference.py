@@ -44,8 +44,6 @@ from PIL import Image, ImageDraw
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from checkpoints import write  # a checkpoint of CryoSiam's format with random weights
-
 from cryosiam_dask.core.grid import Grid, block_size_for, make_grid
 from cryosiam_dask.files.mask import Mask, open_mask
 from cryosiam_dask.model.checkpoint import read_checkpoint
@@ -54,6 +52,7 @@ from cryosiam_dask.model.predictor import PredictorSpec, predictor_spec
 from cryosiam_dask.runs.cluster import open_cluster
 from cryosiam_dask.runs.dask_executor import DaskExecutor
 from cryosiam_dask.stages.predict import StoredPrediction, create_outputs, predict_store
+from support.checkpoints import write  # a checkpoint of CryoSiam's format with random weights
 
 THRESHOLD = 0.1
 

@@ -31,13 +31,13 @@ import yaml
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
 from bench_inference import architecture, machine  # noqa: E402
 from bench_overhead import Quiet  # noqa: E402
-from checkpoints import write  # noqa: E402  # a checkpoint of CryoSiam's format with random weights
 
 from cryosiam_dask.config import read_configuration  # noqa: E402
 from cryosiam_dask.runs import collection, outputs  # noqa: E402
 from cryosiam_dask.runs.plan import plan_run  # noqa: E402
 from cryosiam_dask.stages.ome_zarr import write_ome_zarr  # noqa: E402
 from cryosiam_dask.stages.preview import write_preview  # noqa: E402
+from support.checkpoints import write  # noqa: E402  # a checkpoint of CryoSiam's format with random weights
 
 TILE = 128
 

@@ -38,7 +38,6 @@ from scipy import ndimage
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
 from bench_inference import machine  # noqa: E402
-from checkpoints import SMALL, write  # noqa: E402  # a checkpoint of CryoSiam's format with random weights
 
 from cryosiam_dask.config import read_configuration  # noqa: E402
 from cryosiam_dask.core.grid import Patch  # noqa: E402
@@ -47,8 +46,9 @@ from cryosiam_dask.runs import tomogram as one_tomogram  # noqa: E402
 from cryosiam_dask.runs.cluster import open_cluster  # noqa: E402
 from cryosiam_dask.runs.dask_executor import DaskExecutor  # noqa: E402
 from cryosiam_dask.runs.plan import plan_run  # noqa: E402
-from cryosiam_dask.stages import predict as zarr_to_labels  # noqa: E402
+from cryosiam_dask.stages import predict  # noqa: E402
 from cryosiam_dask.stages.timeline import busy_share  # noqa: E402
+from support.checkpoints import SMALL, write  # noqa: E402  # a checkpoint of CryoSiam's format with random weights
 
 
 class NullPredictor:
@@ -73,7 +73,7 @@ class NullPredictor:
 def install_null_network(seconds: float) -> None:
     """Replace the network in this process."""
     predictor = NullPredictor(seconds)
-    zarr_to_labels.load_predictor = lambda spec: predictor  # type: ignore[assignment]
+    predict.load_predictor = lambda spec: predictor  # type: ignore[assignment]
 
 
 class Quiet:

@@ -27,13 +27,13 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from bench_inference import THRESHOLD, _warm, architecture, machine
-from checkpoints import write
 
 from cryosiam_dask.core.grid import block_size_for, make_grid
 from cryosiam_dask.model.predictor import predictor_spec
 from cryosiam_dask.runs.cluster import open_cluster
 from cryosiam_dask.runs.dask_executor import DaskExecutor
 from cryosiam_dask.stages.predict import StoredPrediction, create_outputs, predict_store
+from support.checkpoints import write
 
 
 def grown(base: tuple[int, ...], times: int) -> tuple[int, ...]:

@@ -8,12 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import numpy as np
 import pytest
 import torch
-from checkpoints import SMALL
-from golden import CASES, FOLDER, configuration
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +18,9 @@ from cryosiam_dask.errors import CheckpointError
 from cryosiam_dask.model import checkpoint as module
 from cryosiam_dask.model.checkpoint import look_at_checkpoint, read_checkpoint
 from cryosiam_dask.model.network import build_network
+from support import checkpoints
+from support.checkpoints import SMALL
+from support.golden import CASES, FOLDER, configuration
 
 VARIANTS = {
     "small": SMALL,

@@ -9,13 +9,10 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import checkpoints
-import golden
 import h5py
 import mrcfile
 import numpy as np
@@ -25,54 +22,11 @@ import zarr
 
 from cryosiam_dask import __version__
 from cryosiam_dask.core.grid import block_size_for, make_grid
+from support import golden
+from support.command import COMMAND, call, start
+from support.inputs import BLOCK_SIZE, LARGE, make_folder, write_tomogram, write_yaml
 
-COMMAND = Path(sys.executable).with_name("cryosiam-dask")
-LARGE, BLOCK_SIZE = (40, 80, 80), 32  # in many blocks, so that there is time to stop a run among them
 LAMELLA = golden.FOLDER / "lamella_then_semantic"
-
-
-def start(*arguments: object, folder: Path, **options: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [COMMAND, *map(str, arguments)],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"},
-        **options,
-    )
-
-
-def call(*arguments: object, folder: Path, status: int = 0, **options: Any) -> str:
-    """Run a command to its end; returns what it printed."""
-    process = start(*arguments, folder=folder, **options)
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == status, out + err
-    assert "Traceback" not in out + err
-    return out + err
-
-
-def write_yaml(path: Path, values: dict[str, Any]) -> Path:
-    path.write_text(yaml.safe_dump(values))
-    return path
-
-
-def write_tomogram(path: Path, seed: int = 0, shape: tuple[int, ...] = (24, 20, 22)) -> None:
-    with mrcfile.new(path) as mrc:
-        mrc.set_data(np.random.default_rng(seed).random(shape, np.float32))
-        mrc.voxel_size = 9.96
-
-
-def make_folder(folder: Path) -> Path:
-    """Three tomograms, a checkpoint, and ``config.yaml`` with relative paths."""
-    (folder / "data").mkdir()
-    for seed in range(3):
-        write_tomogram(folder / "data" / f"TS_{seed}.mrc", seed)
-    checkpoints.write(folder / "model.ckpt", seed=35)
-    write_yaml(
-        folder / "config.yaml", {"data_folder": "data", "prediction_folder": "out", "trained_model": "model.ckpt"}
-    )
-    return folder
 
 
 @pytest.fixture

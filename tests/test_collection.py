@@ -6,18 +6,15 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import pytest
 import yaml
 from distributed import Client
 from rich.console import Console
-from test_cli import call, start
-from test_pipeline import Listener, configure, write_tomogram
 
 from cryosiam_dask.commands.forecast import forecast
 from cryosiam_dask.commands.status import states
@@ -34,6 +31,10 @@ from cryosiam_dask.runs.ledger import VERSION, read_entries, read_outcomes
 from cryosiam_dask.runs.outcome import Outcome
 from cryosiam_dask.runs.plan import RunPlan, plan_run
 from cryosiam_dask.stages.predict import BlockTimes
+from support import checkpoints
+from support.command import call, start
+from support.inputs import configure, write_tomogram
+from support.runs import Acting, Listener
 
 STEMS = ("TS_0", "TS_1", "TS_2", "TS_3", "TS_4")
 SHAPE = (16, 32, 32)
@@ -57,24 +58,6 @@ def folder(tmp_path: Path) -> Path:
         write_tomogram(tmp_path / "data" / f"{stem}.mrc", seed, SHAPE)
     checkpoints.write(tmp_path / "model.ckpt", seed=35)
     return tmp_path
-
-
-class Acting(SerialExecutor):
-    """Does something when three blocks have been predicted and recorded, or so many calls of another step."""
-
-    def __init__(self, act: Callable[[SerialExecutor], object], step: str = "predict", count: int = 3) -> None:
-        super().__init__()
-        self.act, self.step, self.count, self.done = act, step, count, 0
-
-    def map(self, function: Any, items: Any, *, name: str, overlap: bool = False, done: Any = None) -> list[Any]:
-        def count(item: Any, result: Any) -> None:
-            if done:
-                done(item, result)
-            self.done += name == self.step
-            if name == self.step and self.done == self.count:
-                self.act(self)
-
-        return super().map(function, items, name=name, overlap=overlap, done=count)
 
 
 class Stopper(Listener):

@@ -14,7 +14,6 @@ import dask.array as da
 import numpy as np
 import pytest
 import zarr
-from golden import configuration, expected
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -36,6 +35,7 @@ from cryosiam_dask.stages.components import (
     remove_small,
     write_instances,
 )
+from support.golden import configuration, expected
 
 REACH = {6: 1, 18: 2, 26: 3}
 

@@ -12,13 +12,13 @@ import pytest
 import starfile
 import yaml
 import zarr
-from test_cli import call
 
 from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.runs.find import find_predictions
 from cryosiam_dask.runs.outcome import Outcome
 from cryosiam_dask.runs.written import list_centers
 from cryosiam_dask.stages.centers import cryosiam_centers
+from support.command import call
 
 GOLDEN = Path(__file__).parent / "data" / "centers"
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())

@@ -9,12 +9,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import checkpoints
 import h5py
 import numpy as np
 import pytest
-from test_cli import COMMAND, call, write_tomogram, write_yaml
-from test_resume import contents
 
 from cryosiam_dask.errors import OutputError
 from cryosiam_dask.files.mrc import write_mrc
@@ -22,6 +19,9 @@ from cryosiam_dask.files.predictions import write_hdf5
 from cryosiam_dask.stages.export import remove_outdated_formats
 from cryosiam_dask.stages.ome_zarr import write_ome_zarr
 from cryosiam_dask.stages.preview import write_preview
+from support import checkpoints
+from support.command import COMMAND, call, contents
+from support.inputs import write_tomogram, write_yaml
 
 STEMS = ("TS_0", "TS_1", "TS_2")
 RUN = ("semantic-predict", "--config-file", "config.yaml", "--device", "cpu", "--workers", "1")
@@ -198,14 +198,13 @@ def test_folders_that_may_not_be_looked_into_are_named(tmp_path: Path) -> None:
         "import io, sys; from pathlib import Path; from rich.console import Console\n"
         "from cryosiam_dask.errors import CryosiamDaskError\n"
         "from cryosiam_dask import config\n"
-        "from cryosiam_dask.commands import plan as look\n"
-        "from cryosiam_dask.commands import status as overview\n"
+        "from cryosiam_dask.commands import plan, status\n"
         "from cryosiam_dask.runs import find\n"
         "from cryosiam_dask.commands import written\n"
         "console = Console(file=io.StringIO())\n"
         "for name, file, act in (\n"
-        "    ('plan', 'c.yaml', lambda f: look.show_plan(f, console)),\n"
-        "    ('status', 'c.yaml', lambda f: overview.print_overview(f, console)),\n"
+        "    ('plan', 'c.yaml', lambda f: plan.show_plan(f, console)),\n"
+        "    ('status', 'c.yaml', lambda f: status.print_overview(f, console)),\n"
         "    ('report', 'c.yaml', lambda f: written.report_again(config.read_configuration(f), console)),\n"
         "    ('components', 'c.yaml', lambda f: find.find_predictions(config.read_configuration(f))),\n"
         "    ('home', 'home.yaml', config.read_configuration),\n"

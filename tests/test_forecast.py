@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import h5py
 import mrcfile
 import numpy as np
@@ -29,6 +28,7 @@ from cryosiam_dask.runs.ledger import Ledger, read_outcomes
 from cryosiam_dask.runs.outcome import Outcome, record
 from cryosiam_dask.runs.plan import plan_run
 from cryosiam_dask.stages.ingest import convert
+from support import checkpoints
 
 SHAPE = (40, 36, 44)
 

@@ -12,14 +12,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import golden
 import h5py
 import numpy as np
 import pytest
-from test_cli import write_yaml
-from test_run import CASE, pipeline_of
 
 from cryosiam_dask.runs.ledger import read_entries
+from support import golden
+from support.inputs import PIPELINE_CASE as CASE
+from support.inputs import pipeline_of_case, write_yaml
 
 BIN = Path(sys.executable).parent
 HOSTS = ("scheduler", "worker1", "worker2", "client")
@@ -101,7 +101,7 @@ def until(condition: Any, *processes: subprocess.Popen[str]) -> None:
 def test_work_of_a_host_that_is_cut_off_goes_elsewhere(hosts: Hosts, tmp_path: Path) -> None:
     folder = tmp_path / "case"
     shutil.copytree(golden.FOLDER / CASE, folder)
-    values = pipeline_of(folder)
+    values = pipeline_of_case()
     for model in ("lamella", "semantic"):
         values[model]["block_size"] = 4  # many blocks
     write_yaml(folder / "pipeline.yaml", values)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import checkpoints
 import h5py
 import mrcfile
 import numpy as np
@@ -19,6 +18,7 @@ from cryosiam_dask.errors import ConfigurationError, OutputError, Problems
 from cryosiam_dask.model.network import Architecture
 from cryosiam_dask.model.published import PUBLISHED
 from cryosiam_dask.runs.plan import plan_run
+from support import checkpoints
 
 BRIGHT = make_phantom(7, (60, 72, 72)).tomogram
 

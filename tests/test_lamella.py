@@ -7,7 +7,6 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 import zarr
-from golden import expected
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
@@ -27,6 +26,7 @@ from cryosiam_dask.stages.lamella import (
     stored_thickness,
     thickness_words,
 )
+from support.golden import expected
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from urllib.request import urlopen
 import pytest
 from distributed import Client
 from prometheus_client.parser import text_string_to_metric_families
-from test_pipeline import Listener
 
 from cryosiam_dask.runs.cluster import open_cluster
 from cryosiam_dask.runs.dask_executor import DaskExecutor
 from cryosiam_dask.runs.metrics import Meter
+from support.runs import Listener
 
 Samples = dict[tuple[str, str], float]
 

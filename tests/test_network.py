@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checkpoints import SMALL
 from torch import nn
 
 from cryosiam_dask.model.architecture import peak_bytes, required_divisor, required_halo
 from cryosiam_dask.model.network import BiFPN, build_network, fold_batch_norms
+from support.checkpoints import SMALL
 
 VARIANTS = {
     "fpn": SMALL,

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import h5py
 import mrcfile
 import numpy as np
@@ -18,12 +17,14 @@ import pytest
 import yaml
 import zarr
 from numcodecs import Blosc
-from test_cli import call, write_tomogram
 
 from cryosiam_dask.commands.info import inspect
 from cryosiam_dask.errors import CryosiamDaskError, TomogramError
 from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.stages.ingest import convert
+from support import checkpoints
+from support.command import call
+from support.inputs import write_tomogram
 
 VOXELS = np.random.default_rng(0).random((12, 20, 16), np.float32)
 

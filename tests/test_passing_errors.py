@@ -16,15 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import h5py
 import numpy as np
 import pandas
 import pytest
 from rich.console import Console
-from test_cli import write_yaml
-from test_collection import Acting
-from test_pipeline import Listener, configure, segment, write_tomogram
 
 from cryosiam_dask.commands.written import report_on
 from cryosiam_dask.config import read_configuration
@@ -42,8 +38,11 @@ from cryosiam_dask.runs.find import find_predictions
 from cryosiam_dask.runs.ledger import Ledger, read_entries, read_outcomes
 from cryosiam_dask.runs.plan import plan_run
 from cryosiam_dask.runs.written import list_centers
-from cryosiam_dask.stages import ingest as mrc_to_zarr
+from cryosiam_dask.stages import ingest
 from cryosiam_dask.stages.export import convert_to_ome_zarr
+from support import checkpoints
+from support.inputs import configure, write_tomogram, write_yaml
+from support.runs import Acting, Listener, segment
 
 STEM, SHAPE = "TS_1", (24, 32, 32)
 BLOCKS = len(make_grid(SHAPE, (16, 16, 16), 8).indices())
@@ -215,7 +214,7 @@ def test_one_failure_costs_nothing(
 
 
 def test_a_read_of_the_tomogram_that_fails_once_costs_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mrc_to_zarr, "_copy_row", failing(mrc_to_zarr._copy_row, range(1, 2), errno.EIO))
+    monkeypatch.setattr(ingest, "_copy_row", failing(ingest._copy_row, range(1, 2), errno.EIO))
     assert segment(configure(folder))[STEM].status == "done"
 
 
@@ -310,10 +309,10 @@ def test_predicted_blocks_outlive_whatever_comes_after_them(
 
 
 def test_a_failure_amid_the_blocks_costs_those_in_flight(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cryosiam_dask.stages import predict as zarr_to_labels
+    from cryosiam_dask.stages import predict
 
     with monkeypatch.context() as patch:
-        patch.setattr(zarr_to_labels, "_force_to_disk", failing(zarr_to_labels._force_to_disk, range(5, 9999)))
+        patch.setattr(predict, "_force_to_disk", failing(predict._force_to_disk, range(5, 9999)))
         assert segment(configure(folder, block_size=8))[STEM].kind == "StorageError"
     assert predicted(folder) == 4
     counting = Counting()
@@ -405,7 +404,7 @@ def test_file_systems_without_hard_links_do(folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "link", refuse)
     (outcome,) = run(plan_run(configure(folder, output_formats=["hdf5", "ome-zarr"])), Listener())
     assert outcome.status == "done", outcome.error
-    mrc_to_zarr.convert(folder / "data" / f"{STEM}.mrc", folder / "x.zarr")
+    ingest.convert(folder / "data" / f"{STEM}.mrc", folder / "x.zarr")
     convert_to_ome_zarr(folder / "data" / f"{STEM}.mrc", folder / "x.ome.zarr")
 
 

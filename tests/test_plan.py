@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import h5py
 import mrcfile
 import numpy as np
@@ -30,6 +29,7 @@ from cryosiam_dask.files.identity import source_identity
 from cryosiam_dask.runs.find import find_predictions, find_tomograms
 from cryosiam_dask.runs.fingerprint import removal_sizes, settings_of, with_sizes
 from cryosiam_dask.runs.plan import RunPlan, plan_run
+from support import checkpoints
 
 
 @pytest.fixture

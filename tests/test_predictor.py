@@ -8,14 +8,11 @@ import threading
 from dataclasses import replace
 from itertools import product
 
-import checkpoints
-import golden
 import h5py
 import mrcfile
 import numpy as np
 import pytest
 import torch
-from checkpoints import SMALL
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -33,6 +30,8 @@ from cryosiam_dask.model.predictor import (
     normalise,
     predictor_spec,
 )
+from support import checkpoints, golden
+from support.checkpoints import SMALL
 
 EVERYTHING = ("labels", "probabilities", "distances")
 

@@ -9,14 +9,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import checkpoints
 import pytest
-from hub import Hub, serve
-from test_cli import write_tomogram, write_yaml
 
 from cryosiam_dask.errors import CheckpointError
 from cryosiam_dask.model.checkpoint import read_checkpoint
 from cryosiam_dask.model.published import PUBLISHED, REPOSITORY, HubFile, nearest, parse
+from support import checkpoints
+from support.hub import Hub, serve
+from support.inputs import write_tomogram, write_yaml
 
 FILE = f"{REPOSITORY}/cryosiam_lamella.ckpt"
 CONTENT = bytes(range(256)) * 1000

@@ -12,15 +12,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import psutil
 import pytest
 import yaml
-from test_cli import call, start, write_tomogram, write_yaml
 
 from cryosiam_dask.core.grid import make_grid
 from cryosiam_dask.files.claims import process_is_gone
 from cryosiam_dask.runs.ledger import read_entries
+from support import checkpoints
+from support.command import call, contents, start
+from support.inputs import write_tomogram, write_yaml
 
 #: More of them can be tried by hand.
 KILLS = int(os.environ.get("CRYOSIAM_DASK_KILLS", "3"))
@@ -56,13 +57,6 @@ def folder(whole: Path) -> Path:
     shutil.rmtree(whole / "out", ignore_errors=True)
     shutil.rmtree(whole / "work", ignore_errors=True)
     return whole
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """All outputs but the report, which tells times, and is there."""
-    found = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    assert found.pop("report.html")
-    return found
 
 
 def blocks(folder: Path, stem: str) -> int:

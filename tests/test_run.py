@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import shutil
 import signal
@@ -15,8 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import checkpoints
-import golden
 import h5py
 import mrcfile
 import numpy as np
@@ -35,44 +32,20 @@ from cryosiam_dask.errors import ConfigurationError, Problems
 from cryosiam_dask.runs.ledger import Ledger
 from cryosiam_dask.runs.outcome import Outcome
 from cryosiam_dask.runs.plan import plan_run
+from support import checkpoints, golden
+from support.command import call
+from support.inputs import PIPELINE_CASE as CASE
+from support.inputs import pipeline_of_case
 
 BIN = Path(sys.executable).parent
-CASE = "lamella_then_semantic"
-
-
-def pipeline_of(folder: Path) -> dict[str, Any]:
-    """The golden case's two files as one."""
-    lamella = golden.configuration(CASE, "config_lamella_slicewise.yaml")
-    semantic = golden.configuration(CASE, "config_semantic.yaml")
-    del semantic["mask_folder"]
-    common = {key: lamella.pop(key) for key in ("data_folder", "file_extension", "test_files")}
-    for values, name in ((lamella, "lamella"), (semantic, "semantic")):
-        values.update(prediction_folder=f"out/{name}", save_internal_files=False)
-    for key in common:
-        del semantic[key]
-    return {**common, "lamella": lamella, "semantic": semantic}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "case"
     shutil.copytree(golden.FOLDER / CASE, folder)
-    (folder / "pipeline.yaml").write_text(yaml.safe_dump(pipeline_of(folder)))
+    (folder / "pipeline.yaml").write_text(yaml.safe_dump(pipeline_of_case()))
     return folder
-
-
-def call(*arguments: object, folder: Path, status: int = 0) -> str:
-    done = subprocess.run(
-        [BIN / "cryosiam-dask", *map(str, arguments)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"},
-        timeout=300,
-    )
-    assert done.returncode == status, done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -13,19 +13,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import checkpoints
-import golden
 import h5py
 import numpy as np
 import pytest
 import yaml
-from test_cli import call, start, write_tomogram, write_yaml
-from test_run import CASE, pipeline_of
 
 from cryosiam_dask.errors import ClusterError, ConfigurationError, LostClusterError
 from cryosiam_dask.runs import slurm
 from cryosiam_dask.runs.dask_executor import DaskExecutor
 from cryosiam_dask.runs.slurm import open_slurm, read_jobs
+from support import checkpoints, golden
+from support.command import call, start
+from support.inputs import PIPELINE_CASE as CASE
+from support.inputs import pipeline_of_case, write_tomogram, write_yaml
 
 COMMANDS = {
     "sbatch": """
@@ -145,7 +145,7 @@ def folder(tmp_path: Path) -> Path:
 def test_both_models_on_jobs_give_what_cryosiam_gave(tmp_path: Path, fake: FakeSlurm) -> None:
     folder = tmp_path / "case"
     shutil.copytree(golden.FOLDER / CASE, folder)
-    write_yaml(folder / "pipeline.yaml", pipeline_of(folder))
+    write_yaml(folder / "pipeline.yaml", pipeline_of_case())
     jobs = fake.describe(queue="long", account="me", job_script_prologue=["export MARK=1"], log_directory="logs")
     output = call("run", "--config-file", "pipeline.yaml", "--slurm", jobs, "--workers", 2, folder=folder)
     expected = golden.expected(CASE)

@@ -8,15 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import checkpoints
-import golden
 import h5py
 import mrcfile
 import numpy as np
 import pandas
 import pytest
 import starfile
-import yaml
 import zarr
 from PIL import Image
 from rich.console import Console
@@ -25,7 +22,7 @@ from skimage.measure import regionprops
 
 from cryosiam_dask import __version__
 from cryosiam_dask.commands import segment as segment_command
-from cryosiam_dask.config import Configuration, read_configuration
+from cryosiam_dask.config import Configuration
 from cryosiam_dask.core.executor import Interrupted, SerialExecutor
 from cryosiam_dask.errors import Problems
 from cryosiam_dask.files.claims import Claims, claim_path, open_claims
@@ -40,39 +37,11 @@ from cryosiam_dask.runs.workspace import work_group
 from cryosiam_dask.runs.written import export, list_centers, measure
 from cryosiam_dask.runs.written import postprocess as postprocess_files
 from cryosiam_dask.stages.preview import preview_file, read_fingerprint, write_preview
+from support import checkpoints, golden
+from support.inputs import SHAPE, configure, write_tomogram
+from support.runs import Listener, segment
 
-SHAPE = (24, 20, 22)
 LEDGER = [".ledger", *(f".ledger/{stem}.jsonl" for stem in ("TS_1", "TS_2_9.96Apx", "TS_3"))]
-
-
-class Listener:
-    """A reporter that remembers."""
-
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def begin(self, tomogram: str) -> None:
-        self.messages.append(f"begin {tomogram}")
-
-    def step(self, tomogram: str, name: str, done: int, total: int) -> None:
-        self.messages.append(name)
-
-    def end(self, tomogram: str, message: str, **options: Any) -> None:
-        self.messages.append(message)
-
-    def say(self, message: str) -> None:
-        self.messages.append(message)
-
-    def close(self) -> None:
-        self.messages.append("close")
-
-
-def write_tomogram(path: Path, seed: int, shape: tuple[int, ...] = SHAPE) -> None:
-    with mrcfile.new(path) as mrc:
-        mrc.set_data(np.random.default_rng(seed).random(shape, np.float32))
-        mrc.voxel_size = 9.96
-        mrc.header.origin = (10, 20, 30)
-        mrc.nstart = (1, 2, 3)
 
 
 @pytest.fixture
@@ -82,22 +51,6 @@ def folder(tmp_path: Path) -> Path:
         write_tomogram(tmp_path / "data" / f"{stem}.mrc", seed)
     checkpoints.write(tmp_path / "model.ckpt", seed=35)  # all three labels occur
     return tmp_path
-
-
-def configure(folder: Path, network: dict[str, Any] | None = None, **changes: Any) -> Configuration:
-    values = {
-        "data_folder": str(folder / "data"),
-        "prediction_folder": str(folder / "out"),
-        "trained_model": str(folder / "model.ckpt"),
-        "parameters": {"network": network or {}},
-        **changes,
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(values))
-    return read_configuration(folder / "config.yaml")
-
-
-def segment(configuration: Configuration, **options: Any) -> dict[str, Outcome]:
-    return {outcome.stem: outcome for outcome in run(plan_run(configuration, **options), Listener())}
 
 
 def postprocess(configuration: Configuration, filename: str | None = None) -> list[Outcome]:

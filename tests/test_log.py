@@ -15,18 +15,23 @@ from typing import Any
 
 import pytest
 import typer
-from test_cli import LARGE, call, folder, start, write_tomogram
 
 from cryosiam_dask import __version__
 from cryosiam_dask.cli import _plain_errors
-from cryosiam_dask.core import log as run_log
+from cryosiam_dask.core import log as log_module
 from cryosiam_dask.core.log import LOG, LogFile, begin_logs, latest_log, logged, traceback_file
 from cryosiam_dask.errors import TomogramError
 from cryosiam_dask.runs.cluster import open_cluster
 from cryosiam_dask.runs.workers import forwarded_warnings
+from support.command import call, start
+from support.inputs import LARGE, make_folder, write_tomogram
 
-__all__ = ["folder"]
 ENTRY = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} (DEBUG|INFO|WARNING|ERROR) |    ")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_folder(tmp_path)
 
 
 def logs(folder: Path) -> list[Path]:
@@ -183,6 +188,6 @@ def test_a_disk_without_room_stops_no_run(tmp_path: Path, monkeypatch: pytest.Mo
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run_log, "LogFile", full)
+    monkeypatch.setattr(log_module, "LogFile", full)
     (tmp_path / "other").mkdir()
     assert begin_logs([tmp_path / "other"], "test") == []

@@ -1,4 +1,4 @@
-"""The golden cases: what CryoSiam itself wrote for small inputs (see ``data/golden/README.md``)."""
+"""The golden cases: what CryoSiam itself wrote for small inputs (see ``tests/data/golden/README.md``)."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-FOLDER = Path(__file__).parent / "data" / "golden"
+FOLDER = Path(__file__).parents[1] / "data" / "golden"
 
 #: Cases of one model each; ``lamella_then_semantic`` is made otherwise.
 CASES = sorted(path.parent.name for path in FOLDER.glob("*/config.yaml"))

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import h5py
 import mrcfile
 import numpy as np
@@ -26,6 +25,7 @@ from cryosiam_dask.commands.plan import show_files, show_plan
 from cryosiam_dask.config import STAGES
 from cryosiam_dask.errors import Problems
 from cryosiam_dask.runs.ledger import read_outcomes
+from support import checkpoints
 
 COMMAND = Path(sys.executable).with_name("cryosiam-dask")
 SHAPE = (24, 20, 22)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import dask
 import dask.array as da
-import golden
 import h5py
 import numpy as np
 import pytest
@@ -30,6 +29,7 @@ from cryosiam_dask.stages.predict import (
     predict_store,
     predict_stored_block,
 )
+from support import golden
 
 NAMES = ("labels", "probabilities", "distances")
 

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import h5py
 import mrcfile
 import numpy as np
@@ -16,8 +15,6 @@ import yaml
 import zarr
 from ome_zarr_models import open_ome_zarr
 from rich.console import Console
-from test_cli import call
-from test_pipeline import Listener
 from zarr.storage import MemoryStore
 
 from cryosiam_dask.commands.convert import convert_file
@@ -35,6 +32,9 @@ from cryosiam_dask.stages import ome_zarr
 from cryosiam_dask.stages.export import convert_to_ome_zarr, formats_done, read_mrc_fingerprint, remove_outdated_formats
 from cryosiam_dask.stages.ingest import convert, ingest
 from cryosiam_dask.stages.ome_zarr import read_own_attributes, write_ome_zarr
+from support import checkpoints
+from support.command import call
+from support.runs import Listener
 
 SHAPE = (24, 20, 22)
 STEM = "TS 01 µ_9.96Apx"

@@ -12,8 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import checkpoints
-import golden
 import h5py
 import mrcfile
 import numpy as np
@@ -26,6 +24,7 @@ from cryosiam_dask.errors import CryosiamDaskError
 from cryosiam_dask.files.predictions import write_hdf5, write_instances_hdf5
 from cryosiam_dask.model.checkpoint import read_checkpoint, read_settings
 from cryosiam_dask.stages.ingest import convert
+from support import checkpoints, golden
 
 VOXELS = np.random.default_rng(0).integers(-50, 50, (6, 7, 8)).astype(np.int16)
 

@@ -1,0 +1,40 @@
+"""The program as a user starts it: a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+COMMAND = Path(sys.executable).with_name("cryosiam-dask")
+
+
+def start(*arguments: object, folder: Path, **options: Any) -> subprocess.Popen[str]:
+    """A command that runs in a folder."""
+    return subprocess.Popen(
+        [COMMAND, *map(str, arguments)],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"},
+        **options,
+    )
+
+
+def call(*arguments: object, folder: Path, status: int = 0, **options: Any) -> str:
+    """Run a command to its end; returns what it printed."""
+    process = start(*arguments, folder=folder, **options)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == status, out + err
+    assert "Traceback" not in out + err
+    return out + err
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All outputs but the report, which tells times, and is there."""
+    found = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert found.pop("report.html")
+    return found
