@@ -717,7 +717,7 @@ def processing_invert_scale(
             words = ["inverted"] * invert
             if bounds is not None:
                 words.append("{:g} became 0 and {:g} became 1".format(*(bound + 0.0 for bound in bounds)))  # no -0
-            _say(console, f"{target}: {', '.join(words) or 'intensities as they were'}")
+            _inform(console, f"{target}: {', '.join(words) or 'intensities as they were'}")
 
         _each(files(input_path, output_path), prepare)
 
@@ -757,14 +757,14 @@ def match_pixel_size(
             found = plan_resampling(source, pixel_size, input_pixel_size)
             shapes = " to ".join(" × ".join(map(str, shape)) for shape in (found.header.shape, found.shape))
             memory, disk = (math.ceil(number / 1e8) / 10 for number in (found.memory_bytes, found.disk_bytes))
-            _say(
+            _inform(
                 console, f"{source}: {shapes} voxels, takes about {memory} GB of memory and {disk} GB beside the output"
             )
             match_pixel_size(found, target)
-            _say(console, f"{target}: voxels of {' × '.join(f'{size:.3f}' for size in found.after)} Å (z, y, x)")
+            _inform(console, f"{target}: voxels of {' × '.join(f'{size:.3f}' for size in found.after)} Å (z, y, x)")
             if any(abs(size / pixel_size - 1) > _FAR_OFF for size in found.after):
                 asked = f"the {pixel_size:g} Å that were asked for"
-                _say(console, f"warning: that is not {asked}, since an axis has too few voxels")
+                _inform(console, f"warning: that is not {asked}, since an axis has too few voxels")
 
         _each(files(input_path, output_path), prepare)
 
@@ -785,7 +785,7 @@ def _each(pairs: Sequence[tuple[Path, Path]], prepare: Callable[[Path, Path], No
         raise typer.Exit(1 if failed < len(pairs) else 2)
 
 
-def _say(console: Console, line: str) -> None:
+def _inform(console: Console, line: str) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

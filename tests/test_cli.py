@@ -252,7 +252,7 @@ def test_a_stopped_run_leaves_nothing_half_written_and_goes_on(predicted: Path, 
     assert "TS_0: skipped" in output and "TS_1: skipped" in output
     size = block_size_for(LARGE, (16, 16, 16), BLOCK_SIZE, 2)
     blocks = len(make_grid(LARGE, (16, 16, 16), size).indices())
-    assert f"TS_2: {done} of {blocks} blocks are there already" in output
+    assert f"TS_2: {done} of {blocks} blocks are already done" in output
     outputs = [f"TS_{i}_{ending}" for i in range(3) for ending in ("preds.h5", "preview.png")]
     assert sorted(path.name for path in (folder / "out").iterdir()) == [".ledger", *outputs, "logs", "report.html"]
     for name in outputs:

@@ -613,7 +613,7 @@ def test_it_is_said_that_no_worker_is_left(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(dask_executor, "_ALONE_SECONDS", 1.5)
     said: queue.SimpleQueue[str] = queue.SimpleQueue()
     with scheduler_and_worker(tmp_path) as (joined, _):
-        executor = DaskExecutor(joined, say=said.put)
+        executor = DaskExecutor(joined, inform=said.put)
         assert executor.map(square, range(4), name="square") == [0, 1, 4, 9]
         assert said.empty()
         (nanny,) = joined.run(os.getppid).values()

@@ -211,7 +211,7 @@ def test_a_stopped_run_says_what_is_left_and_goes_on(folder: Path, client: Clien
     assert {o.stem: o.voxels for o in again if o.status == "done"}.items() <= {
         o.stem: o.voxels for o in expected
     }.items()
-    assert any("blocks are there already" in text for text in listener.messages)
+    assert any("blocks are already done" in text for text in listener.messages)
     assert contents(folder) == whole and not list((folder / "out").glob("*.zarr"))
 
 
@@ -234,7 +234,7 @@ def test_a_tomogram_ends_once_whatever_is_made_of_it(folder: Path) -> None:
     # The mask is there, without what is to be measured in it; and the model inside it has nothing yet.
     run(pipeline(folder)[:1], Listener())
     plans = pipeline(folder, components=True)
-    assert plans[0].unmeasured and plans[1].jobs
+    assert plans[0].incomplete and plans[1].jobs
     counter = Counter()
     assert {outcome.status for outcome in run(plans, counter)} == {"done"}
     assert counter.ended == [("TS_0", False)]
@@ -280,7 +280,7 @@ def test_a_record_that_does_not_fit_is_not_believed(folder: Path, fault: str) ->
     listener = Listener()
     (outcome,) = run(plan(folder, test_files=["TS_0.mrc"], **changes), listener)
     assert outcome.status == "done", outcome.error
-    assert any("there already" in text for text in listener.messages) == (fault == "nothing")
+    assert any("already done" in text for text in listener.messages) == (fault == "nothing")
     found = contents(folder)
     shutil.rmtree(folder / "out")
     run(plan(folder, test_files=["TS_0.mrc"], **changes), Listener())
@@ -303,7 +303,7 @@ def test_what_was_done_before_devices_failed_is_kept(folder: Path, error: Except
         assert read_outcomes(folder / "out")["TS_0"]["status"] == "failed"
     listener = Listener()
     (outcome,) = run(plan(folder, **options), listener)
-    assert outcome.status == "done" and "TS_0: 3 of 8 blocks are there already" in listener.messages
+    assert outcome.status == "done" and "TS_0: 3 of 8 blocks are already done" in listener.messages
     assert read_outcomes(folder / "out")["TS_0"]["status"] == "done"
 
 
@@ -323,7 +323,7 @@ def pipeline(folder: Path, **common: Any) -> list[RunPlan]:
     }
     (folder / "pipeline.yaml").write_text(yaml.safe_dump(values))
     found = read_pipeline(folder / "pipeline.yaml")
-    return [plan_run(found[name], name=name, masks_to_come={"TS_0"} if name == "semantic" else ()) for name in found]
+    return [plan_run(found[name], name=name, pending_masks={"TS_0"} if name == "semantic" else ()) for name in found]
 
 
 def test_both_models_of_a_pipeline_may_have_one_work_folder(folder: Path) -> None:
@@ -341,7 +341,7 @@ def test_what_is_made_of_outputs_is_stopped_shared_and_lost_like_all_else(
     options = {"test_files": [f"{stem}.mrc" for stem in STEMS[:4]], "preview": False}
     run(plan(folder, **options), Listener())
     missing = plan(folder, components=True, **options)
-    assert [job.stem for job in missing.unmeasured] == list(STEMS[:4])
+    assert [job.stem for job in missing.incomplete] == list(STEMS[:4])
 
     def lose(executor: SerialExecutor) -> None:
         raise LostClusterError("x")
@@ -362,7 +362,7 @@ def test_what_is_made_of_outputs_is_stopped_shared_and_lost_like_all_else(
     assert [{outcome.status for outcome in outcomes} <= {"done", "skipped"} for outcomes in found] == [True, True]
     done = sorted(outcome.stem for outcomes in found for outcome in outcomes if outcome.status == "done")
     assert done == list(STEMS[2:4])
-    assert not plan(folder, components=True, **options).unmeasured
+    assert not plan(folder, components=True, **options).incomplete
 
 
 def test_two_runs_at_once_share_the_tomograms(folder: Path) -> None:
@@ -388,8 +388,8 @@ class Successor(Listener):
         super().__init__()
         self.claim = claim
 
-    def say(self, message: str) -> None:
-        super().say(message)
+    def inform(self, message: str) -> None:
+        super().inform(message)
         if "left to another run" in message:
             self.claim.unlink()
 
@@ -413,7 +413,7 @@ def test_a_tomogram_that_was_taken_over_is_left_to_the_other_run(folder: Path, f
     assert [outcome.status for outcome in outcomes] == ["done", "done"]
     told = [text for text in listener.messages if text.startswith(("TS_0: left to another run", "begin TS"))]
     assert [text.split(":")[0] for text in told] == ["begin TS_0", "TS_0", "begin TS_1", "begin TS_0"]
-    assert contents(folder) == whole and any("blocks are there already" in text for text in listener.messages)
+    assert contents(folder) == whole and any("blocks are already done" in text for text in listener.messages)
 
 
 class Counting(SerialExecutor):

@@ -30,7 +30,7 @@ class Reporter:
     def __init__(self) -> None:
         self.said: list[str] = []
 
-    def say(self, message: str) -> None:
+    def inform(self, message: str) -> None:
         self.said.append(message)
 
     def __getattr__(self, name: str) -> Any:

@@ -302,7 +302,7 @@ def test_formats_that_are_missing_or_outdated_are_made_without_inference(folder:
     model = folder / "model.ckpt"
     configuration = configure(folder, output_formats=BOTH)
     plan = plan_run(configuration)
-    assert not plan.jobs and not plan.skipped and [job.stem for job in plan.unmeasured] == [STEM]
+    assert not plan.jobs and not plan.skipped and [job.stem for job in plan.incomplete] == [STEM]
     written = (folder / "out" / f"{STEM}_preds.h5").stat().st_mtime_ns
     (outcome,) = segment(configuration)
     assert (outcome.status, outcome.shape) == ("done", SHAPE)
@@ -312,11 +312,11 @@ def test_formats_that_are_missing_or_outdated_are_made_without_inference(folder:
     assert {outcome.status for outcome in segment(configuration)} == {"skipped"}
 
     mrc.unlink()
-    assert len(plan_run(configuration).unmeasured) == 1
+    assert len(plan_run(configuration).incomplete) == 1
     segment(configuration)
     group = zarr.open_group(image)
     group.attrs["cryosiam_dask"] = {**group.attrs["cryosiam_dask"], "fingerprint": "of another prediction"}
-    assert len(plan_run(configuration).unmeasured) == 1
+    assert len(plan_run(configuration).incomplete) == 1
     segment(configuration)
     assert {outcome.status for outcome in segment(configuration)} == {"skipped"}
     renamed = configure(folder, output_formats=BOTH, class_names=["one", "two"])
@@ -364,7 +364,7 @@ def test_a_failure_leaves_the_prediction_and_nothing_else(folder: Path, monkeypa
     left = [f"{STEM}.work.zarr", f"{STEM}_preds.h5", f"{STEM}_preview.png"]
     assert names(folder / "out") == [".ledger", *left]
     assert read_outcomes(folder / "out")[STEM]["status"] == "failed"
-    assert [job.stem for job in plan_run(configuration).unmeasured] == [STEM]
+    assert [job.stem for job in plan_run(configuration).incomplete] == [STEM]
     segment(configuration)
     assert names(folder / "out") == [".ledger", f"{STEM}.ome.zarr", f"{STEM}_preds.h5", f"{STEM}_preview.png"]
     outcome = read_outcomes(folder / "out")[STEM]
@@ -498,7 +498,7 @@ def test_names_of_classes_reach_the_tables(folder: Path) -> None:
     assert list(table.columns[:4]) == ["tomogram", "class", "class_name", "label"]
     assert set(zip(table["class"], table["class_name"], strict=True)) == {(1, "class 1"), (2, "class 2")}
     renamed = configure(folder, components=True, class_names=["Membran µ", "actin"])
-    assert len(plan_run(renamed).unmeasured) == 1
+    assert len(plan_run(renamed).incomplete) == 1
     segment(renamed)
     assert {outcome.status for outcome in segment(renamed)} == {"skipped"}
     for read, ending in ((pandas.read_csv, "csv"), (pandas.read_parquet, "parquet")):

@@ -39,7 +39,7 @@ class Silent:
     def begin(self, tomogram: str) -> None: ...
     def step(self, tomogram: str, name: str, done: int, total: int) -> None: ...
     def end(self, tomogram: str, message: str, **options: Any) -> None: ...
-    def say(self, message: str) -> None: ...
+    def inform(self, message: str) -> None: ...
     def close(self) -> None: ...
 
 
@@ -350,7 +350,7 @@ def test_a_run_says_what_was_said_before_it(folder: Path, classes: int) -> None:
     voxels = np.random.default_rng(1).random((20, 18, 17), np.float32)
     for name, change in UNFIT.items():
         write_tomogram(folder / "data" / f"{name}.mrc", change(voxels))
-    planned = plan_run(configure(folder)).looked_into()
+    planned = plan_run(configure(folder)).with_shapes()
     before = forecast(planned.configuration, planned)
     outcomes = {outcome.stem: outcome for outcome in run(planned, Silent())}
     recorded = read_outcomes(planned.configuration.prediction_folder)
@@ -371,7 +371,7 @@ def test_a_run_says_what_was_said_before_it(folder: Path, classes: int) -> None:
 def test_a_mask_of_another_shape_is_said_and_one_of_other_proportions_fails_alone(folder: Path) -> None:
     write_mask(folder / "masks" / "TS_1_preds.h5", np.ones([n // 2 for n in SHAPE], np.uint8))
     write_mask(folder / "masks" / "TS_2_preds.h5", np.ones(SHAPE[::-1], np.uint8))
-    planned = plan_run(configure(folder, mask_folder=str(folder / "masks"))).looked_into()
+    planned = plan_run(configure(folder, mask_folder=str(folder / "masks"))).with_shapes()
     found = forecast(planned.configuration, planned)
     said = f"{folder}/masks/TS_1_preds.h5 has 20 × 18 × 22 voxels and is resized to 40 × 36 × 44"
     first, second = run(planned, Silent())

@@ -435,7 +435,7 @@ def test_a_run_that_stands_still_is_taken_over_and_leaves_the_tomogram_when_it_w
         assert before < BLOCKS
         second = subprocess.run(command, timeout=120, check=False, **{**pipes, "stdout": subprocess.PIPE})
         assert second.returncode == 0, second.stdout
-        assert f"{before} of {BLOCKS} blocks are there already" in second.stdout
+        assert f"{before} of {BLOCKS} blocks are already done" in second.stdout
         written = (folder / "out" / f"{STEM}_preds.h5").stat()
     finally:
         os.killpg(first.pid, signal.SIGCONT)

@@ -110,7 +110,7 @@ def test_keys_without_effect_and_labels_without_size_are_noted(folder: Path) -> 
     plan = plan_run(configure(folder, log_dir="x", parameters__network__postprocessing_sizes=[-1, 5]))
     assert plan.notes == (
         "the key log_dir has no effect here",
-        "postprocessing_sizes has 2 entries for the 3 labels 0 to 2: the labels from 2 on are left alone",
+        "postprocessing_sizes has 2 entries for the 3 labels 0 to 2: labels from 2 on are not filtered",
     )
 
 
@@ -143,7 +143,7 @@ FAULTS: dict[str, tuple[dict[str, Any], Callable[[Path], object], str]] = {
     "patch of two axes": ({"parameters__data__patch_size": [16, 16]}, lambda f: None,
         r"key parameters.data.patch_size: must be 3 multiples of 8.*found \[16, 16\]\. Set it to \[16, 16, 16\]"),
     "halo too small": ({"parameters__data__halo": 10, "parameters__data__patch_size": [32, 32, 32]}, lambda f: None,
-        r"key parameters.data.halo: must be at least 11, which this network needs.*less than half of patch_size "
+        r"parameters.data.halo: must be at least 11, the halo that this network needs.*less than half of patch_size "
         r"\[32, 32, 32\]; found 10\. Set it to 11"),
     "halo of half a patch": ({"parameters__data__halo": 16, "parameters__data__patch_size": [64, 32, 32]},
         lambda f: None, r"key parameters.data.halo: .*found 16\. Set it to 11"),
@@ -287,7 +287,7 @@ def test_components_that_are_missing_or_of_other_labels_are_made(folder: Path) -
     for job in plan_run(configuration).jobs:
         with h5py.File(job.output, "w") as file:
             file.attrs["fingerprint"] = job.fingerprint
-    job = next(j for j in plan_run(configuration).unmeasured if j.stem == "TS_018_9.96Apx")
+    job = next(j for j in plan_run(configuration).incomplete if j.stem == "TS_018_9.96Apx")
     assert job.components == folder / "out" / "TS_018_9.96Apx_components.h5"
     for ending in (".csv", ".parquet"):
         (folder / "out" / f"TS_018_9.96Apx_components{ending}").touch()
@@ -297,9 +297,9 @@ def test_components_that_are_missing_or_of_other_labels_are_made(folder: Path) -
         plan = plan_run(configuration)
         assert not plan.jobs
         assert [j.stem for j in plan.skipped] == ["TS_018_9.96Apx"] * done
-        assert [j.stem for j in plan.unmeasured] == ["TS_018_9.96Apx"] * (not done) + ["TS_1"]
+        assert [j.stem for j in plan.incomplete] == ["TS_018_9.96Apx"] * (not done) + ["TS_1"]
     (folder / "out" / "TS_018_9.96Apx_components.parquet").unlink()
-    assert len(plan_run(configuration).unmeasured) == 2
+    assert len(plan_run(configuration).incomplete) == 2
     assert len(plan_run(configure(folder, preview=False)).skipped) == 2
 
 
@@ -320,7 +320,7 @@ def many_classes(folder: Path, **changes: Any) -> RunPlan:
     for path in (folder / "data").iterdir():
         with mrcfile.new(path, overwrite=True) as mrc:
             mrc.set_data(np.zeros((26, 26, 26), np.float32))
-    return plan_run(configure(folder, save_internal_files=True, **changes)).looked_into()
+    return plan_run(configure(folder, save_internal_files=True, **changes)).with_shapes()
 
 
 def test_blocks_are_bounded_by_the_tomogram(folder: Path) -> None:
@@ -376,7 +376,7 @@ def test_what_does_not_fit_is_refused_with_what_does(folder: Path) -> None:
 
 def test_what_is_of_one_tomogram_stands_in_its_way_alone(folder: Path) -> None:
     def jobs() -> dict[str, str]:
-        plan = plan_run(configure(folder, mask_folder=str(folder / "masks"))).looked_into()
+        plan = plan_run(configure(folder, mask_folder=str(folder / "masks"))).with_shapes()
         return {job.stem: str(job.problem or "") for job in plan.jobs}
 
     mask = folder / "masks" / "TS_1_preds.h5"

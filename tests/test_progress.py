@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from cryosiam_dask.cli import _console
-from cryosiam_dask.commands.console import print_table, say
+from cryosiam_dask.commands.console import inform, print_table
 from cryosiam_dask.runs.outcome import Outcome
 from cryosiam_dask.runs.progress import LogReporter, Pace, Reporter, Reporters, TerminalReporter, make_reporter
 
@@ -229,7 +229,7 @@ def test_tomograms_an_hour() -> None:
 
 def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     console = _console(False, False)
-    say(console, ":x: [bold]")
+    inform(console, ":x: [bold]")
     print_table(console, [Outcome(":warning:[b]", "skipped")])
     printed = capsys.readouterr().out
     assert ":x: [bold]" in printed and ":warning:[b]" in printed

@@ -162,5 +162,5 @@ def test_blocks_that_are_recorded_are_not_predicted_again(folder: Path) -> None:
     (folder / "config.yaml").write_text(configuration)
     for stem, count in recorded.items():
         if count:
-            assert re.search(rf"{stem}: {count} of {BLOCKS} blocks are there already", output)
+            assert re.search(rf"{stem}: {count} of {BLOCKS} blocks are already done", output)
     assert {path: path.stat().st_mtime_ns if path.exists() else None for path in chunks} == chunks

@@ -139,7 +139,7 @@ def test_a_scheduler_that_goes_away_leaves_what_was_done(tmp_path: Path, cluster
     ))  # fmt: skip
     assert [(state.state, state.blocks > 0) for state in found] == [("stopped", True)]
     output = call("semantic-predict", "--config-file", "config.yaml", "--workers", 1, folder=tmp_path)
-    assert " blocks are there already" in output and (tmp_path / "out" / "TS_preds.h5").exists()
+    assert " blocks are already done" in output and (tmp_path / "out" / "TS_preds.h5").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------- the file

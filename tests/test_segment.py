@@ -32,7 +32,7 @@ from cryosiam_dask.runs.find import find_predictions
 from cryosiam_dask.runs.ledger import Ledger, read_outcomes
 from cryosiam_dask.runs.outcome import Outcome
 from cryosiam_dask.runs.plan import plan_run
-from cryosiam_dask.runs.tomogram import segment as segment_one
+from cryosiam_dask.runs.tomogram import segment_tomogram as segment_one
 from cryosiam_dask.runs.workspace import work_group
 from cryosiam_dask.runs.written import export, list_centers, measure
 from cryosiam_dask.runs.written import postprocess as postprocess_files
@@ -284,9 +284,9 @@ def test_what_a_stopped_run_saw_is_remembered(folder: Path) -> None:
         jobs, said = [(plan, job) for job in plan.jobs], list[str]()
         with pytest.raises(Interrupted):
             list(segment_one(jobs, executor=StopsBeforeTheLastBlock()))
-        (outcome,) = segment_one(jobs, executor=SerialExecutor(), say=said.append)
+        (outcome,) = segment_one(jobs, executor=SerialExecutor(), inform=said.append)
         assert outcome.warnings == whole["TS_1"].warnings and words in outcome.warnings[0]
-        (message,) = [text for text in said if "blocks are there already" in text]
+        (message,) = [text for text in said if "blocks are already done" in text]
         count, all_blocks = (int(word) for word in message.split() if word.isdigit())
         assert count == all_blocks - 1 > 0
         shutil.rmtree(folder / "whole")
@@ -302,7 +302,7 @@ def test_no_lamella_keeps_the_thresholded_labels_and_warns(folder: Path) -> None
     thresholded = labels(folder)
     outcomes = segment(configure(folder, {"threshold": 0.999, "postprocessing": True}), overwrite_all=True)
     assert any("no lamella found" in warning for warning in outcomes["TS_1"].warnings)
-    assert any("the labels are as the network gave them" in warning for warning in outcomes["TS_1"].warnings)
+    assert any("The labels are the network's own" in warning for warning in outcomes["TS_1"].warnings)
     np.testing.assert_array_equal(labels(folder), thresholded)
 
 
@@ -339,8 +339,8 @@ class Waiting(Listener):
         super().__init__()
         self.other, self.claim = other, claim
 
-    def say(self, message: str) -> None:
-        super().say(message)
+    def inform(self, message: str) -> None:
+        super().inform(message)
         if "another run works on it" in message:
             self.other.release(self.claim)
 
@@ -417,7 +417,7 @@ def test_blocks_of_a_stopped_run_outlive_an_export(folder: Path) -> None:
     export(configuration, find_predictions(configuration), Listener(), formats=["mrc"])
     listener = Listener()
     assert [outcome.status for outcome in run(plan_run(configuration, overwrite=True), listener)] == ["done"]
-    assert any("TS_1: 1 of " in message and "are there already" in message for message in listener.messages)
+    assert any("TS_1: 1 of " in message and "are already done" in message for message in listener.messages)
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures

@@ -238,7 +238,9 @@ def test_a_job_that_ends_is_submitted_again(
     folder = tmp_path / "out put"
     folder.mkdir()
     jobs = str(fake.describe(processes=processes))
-    with open_slurm(jobs, 2 * processes, folder=tmp_path, dashboard_address="127.0.0.1:0", say=told.append) as client:
+    with open_slurm(
+        jobs, 2 * processes, folder=tmp_path, dashboard_address="127.0.0.1:0", inform=told.append
+    ) as client:
         client.wait_for_workers(2 * processes, timeout=60)
         first = fake.jobs()
         assert len(first) == 2

@@ -27,7 +27,7 @@ from cryosiam_dask.runs.workers import (
 )
 
 
-def say(console: Console, message: str) -> None:
+def inform(console: Console, message: str) -> None:
     """Print a line as it is, and log it."""
     LOG.info("%s", message, extra=SHOWN)
     console.print(message, markup=False, highlight=False, soft_wrap=True)
@@ -66,7 +66,7 @@ def open_logs(command: str, configurations: Sequence[Configuration], console: Co
     for configuration in configurations:
         LOG.debug("settings of %s: %s", configuration.place, configuration.model_dump_json(by_alias=True, indent=1))
     for path in paths:
-        say(console, f"log: {path}")
+        inform(console, f"log: {path}")
     if len(paths) < len(configurations):
         warn(console, "no log file could be made beside the outputs")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cryosiam_dask.commands.console import say, warn
+from cryosiam_dask.commands.console import inform, warn
 from cryosiam_dask.core.machine import cores
 from cryosiam_dask.errors import (
     OutputError,
@@ -60,11 +60,11 @@ def convert_file(
         executor = DaskExecutor(client)
         report = make(source, target, level=level, dataset=dataset, executor=executor, overwrite=overwrite)
     statistics = report.statistics
-    say(console, f"{target}: {' × '.join(map(str, header.shape))} (z, y, x), {header.dtype}")
+    inform(console, f"{target}: {' × '.join(map(str, header.shape))} (z, y, x), {header.dtype}")
     if statistics.minimum is not None:
-        say(console, f"intensities {statistics.minimum:g} to {statistics.maximum:g}, mean {statistics.mean:g}")
+        inform(console, f"intensities {statistics.minimum:g} to {statistics.maximum:g}, mean {statistics.mean:g}")
     for note in header.notes:
-        say(console, f"note: {note}")
+        inform(console, f"note: {note}")
     for warning in report.warnings:
         warn(console, warning)
     return {

@@ -48,12 +48,12 @@ def run_demo(folder: Path, console: Console, *, device: Device = "auto", workers
     OutputError
         If the folder cannot be written to.
     """
-    from cryosiam_dask.commands.console import say
+    from cryosiam_dask.commands.console import inform
     from cryosiam_dask.commands.segment import segment
 
     outcomes: list[Outcome] = []
     for config_file in prepare_demo(folder, console)[:2]:
-        say(console, f"\ncryosiam-dask semantic-predict --config-file {config_file}")
+        inform(console, f"\ncryosiam-dask semantic-predict --config-file {config_file}")
         outcomes += segment(read_models(config_file), console, device=device, workers=workers, overwrite=True)
     if all(outcome.status != "failed" for outcome in outcomes):
         _compare(folder, console)

@@ -484,7 +484,7 @@ def _stage(
     voxels = max(_LEAST_MASK_VOXELS, MASK_VOXELS // max(1, len(plan.jobs)))
     tomograms = [
         *(_tomogram(configuration, plan, job, workers, voxels, job.stem in converted, sampled) for job in plan.jobs),
-        *(_measured(configuration, plan, job) for job in plan.unmeasured),
+        *(_measured(configuration, plan, job) for job in plan.incomplete),
         *(
             TomogramForecast(
                 job.stem,
@@ -554,7 +554,7 @@ def disk_warnings(plans: Sequence[RunPlan]) -> tuple[str, ...]:
                 kept = plan is not plans[-1] and job.stem in last
                 room: dict[str, Any] = dict(_disk_bytes(plan.configuration, plan, job, header, kept))
                 tomograms.append(TomogramForecast(job.stem, job.source, "segment", **room))
-        tomograms += [_measured(plan.configuration, plan, job) for job in plan.unmeasured]
+        tomograms += [_measured(plan.configuration, plan, job) for job in plan.incomplete]
         needs += _needs(plan.configuration, tomograms, USUALLY_AT_ONCE)
     warnings, problems = _judged(_disks(needs))
     return (*problems, *warnings)

@@ -74,7 +74,7 @@ def show_plan(
     )
     from cryosiam_dask.config import read_models
     from cryosiam_dask.core.machine import memory_of_machine
-    from cryosiam_dask.runs.plan import RunPlan, masks_of, on_this_machine, plan_run
+    from cryosiam_dask.runs.plan import RunPlan, masks_made_before, on_this_machine, plan_run
 
     problems: list[CryosiamDaskError] = []
     plans: list[RunPlan] = []
@@ -82,13 +82,13 @@ def show_plan(
     try:
         configurations = read_models(config_file, model)
         for name, configuration in configurations.items():
-            to_come = masks_of(plans, configuration, filename) if name != next(iter(configurations)) else set()
+            to_come = masks_made_before(plans, configuration, filename) if name != next(iter(configurations)) else set()
             automatic = configuration.parameters.data.patch_size == "auto"
             try:
                 plans.append(
                     plan_run(
                         configuration, filename=filename, overwrite=overwrite,
-                        overwrite_all=overwrite_all or automatic, name=name, masks_to_come=to_come,
+                        overwrite_all=overwrite_all or automatic, name=name, pending_masks=to_come,
                     )
                 )  # fmt: skip
             except CryosiamDaskError as error:
@@ -98,7 +98,7 @@ def show_plan(
             if chosen == "cpu":
                 plans, workers = on_this_machine(plans, workers)
             else:
-                plans = [plan.looked_into() for plan in plans]
+                plans = [plan.with_shapes() for plan in plans]
             paces = [(pace_of_trial if trial else pace_of_runs)(plan, chosen, workers) for plan in plans]
     except CryosiamDaskError as error:
         problems += _single(error)
@@ -222,7 +222,7 @@ def _print_plan(
         (stage, f", {t.stem}: {note}") for stage, found in stages.items() for t in found.tomograms for note in t.notes
     ]
     for note, of in _each_once(notes, stages):
-        _say(console, f"note{of}{note}")
+        _inform(console, f"note{of}{note}")
     told = [
         *((stage, f": {warning}") for stage, found in stages.items() for warning in found.warnings),
         *(
@@ -237,9 +237,9 @@ def _print_plan(
         ),
     ]
     for sentence, of in [*_each_once(told, stages), *((f": {warning}", "") for warning in warnings)]:
-        _say(console, f"warning{of}{sentence}")
+        _inform(console, f"warning{of}{sentence}")
     for line in _outputs([t for found in stages.values() for t in found.tomograms]):
-        _say(console, line)
+        _inform(console, line)
 
 
 def _facts(found: Forecast) -> dict[str, str]:
@@ -332,7 +332,7 @@ def _of_disks(disks: Sequence[Disk]) -> list[tuple[str, str]]:
 def _print_problems(problems: Sequence[str]) -> None:
     errors = Console(emoji=False, stderr=True)
     for problem in problems:
-        _say(errors, f"error: {problem}")
+        _inform(errors, f"error: {problem}")
 
 
 _ACTIONS = {"segment": "to segment", "measure": "to measure", "skip": "skipped", "refuse": "refused"}
@@ -400,14 +400,14 @@ def _row(t: TomogramForecast, axes: str) -> dict[str, str]:
 
 def _print_information(console: Console, found: Information) -> None:
     console = _unbroken(console)
-    _say(console, f"{found.path}: {found.kind}")
+    _inform(console, f"{found.path}: {found.kind}")
     _print_facts(console, list(_flat(found.facts)))
     if found.parts:
         _print_parts(console, found.parts, found.facts)
     for note in found.notes:
-        _say(console, f"note: {note}")
+        _inform(console, f"note: {note}")
     for warning in found.warnings:
-        _say(console, f"warning: {warning}")
+        _inform(console, f"warning: {warning}")
 
 
 def _print_parts(console: Console, parts: Sequence[Part], facts: Mapping[str, Any]) -> None:
@@ -497,7 +497,7 @@ def _unbroken(console: Console) -> Console:
     return console if console.is_terminal else Console(emoji=False, file=console.file, width=10_000)
 
 
-def _say(console: Console, message: str) -> None:
+def _inform(console: Console, message: str) -> None:
     console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from cryosiam_dask.commands.console import counted, open_logs, print_aloud, print_table, say, warn
+from cryosiam_dask.commands.console import counted, inform, open_logs, print_aloud, print_table, warn
 from cryosiam_dask.commands.forecast import disk_warnings
 from cryosiam_dask.commands.written import report_on
 from cryosiam_dask.config import Configuration
@@ -41,7 +41,7 @@ from cryosiam_dask.runs.collection import forget_failures, make_folders, outcome
 from cryosiam_dask.runs.dask_executor import DaskExecutor
 from cryosiam_dask.runs.metrics import Meter
 from cryosiam_dask.runs.outcome import Outcome
-from cryosiam_dask.runs.plan import USABLE, RunPlan, masks_of, on_this_machine, plan_run, require_memory
+from cryosiam_dask.runs.plan import USABLE, RunPlan, masks_made_before, on_this_machine, plan_run, require_memory
 from cryosiam_dask.runs.progress import FileReporter, Pace, Reporters, make_reporter
 from cryosiam_dask.runs.slurm import open_slurm, read_jobs
 from cryosiam_dask.runs.workers import (
@@ -142,7 +142,7 @@ def segment(
         for name, configuration in configurations.items():
             configuration = configuration.absolute() if elsewhere else configuration
             first = name == next(iter(configurations))
-            before = set[str]() if first else masks_of(plans, configuration, filename)
+            before = set[str]() if first else masks_made_before(plans, configuration, filename)
             try:
                 if not problems and not elsewhere:
                     require_precision(configuration.hyper_parameters.precision, chosen)
@@ -161,7 +161,7 @@ def segment(
         raise Problems(problems)
     count = 0  # all GPUs
     if elsewhere or chosen == "cuda":
-        plans = [plan.looked_into() for plan in plans]
+        plans = [plan.with_shapes() for plan in plans]
     else:
         plans, count = on_this_machine(plans, workers)
     _require_any(plans)
@@ -173,24 +173,24 @@ def segment(
             "model%s: %s (SHA-256 %s), patch %s, halo %d, threshold %g; %d to segment, %d to measure, %d skipped",
             f" {plan.name}".rstrip(), plan.configuration.trained_model, plan.checkpoint.sha256, plan.patch, plan.halo,
             plan.threshold,
-            len(plan.jobs), len(plan.unmeasured), len(plan.skipped),
+            len(plan.jobs), len(plan.incomplete), len(plan.skipped),
         )  # fmt: skip
         for note in plan.notes:
-            say(console, f"note: {note}")
+            inform(console, f"note: {note}")
         for stem, why in plan.refused:
             LOG.error("%s: %s", stem, why, extra=SHOWN)
         for job in plan.skipped:
-            say(console, f"{job.stem}: skipped, {job.output} was made from the same input, checkpoint and settings")
-        for job in plan.unmeasured:
-            say(console, f"{job.stem}: {job.output} is up to date, {plan.outdated(job)}")
+            inform(console, f"{job.stem}: skipped, {job.output} was made from the same input, checkpoint and settings")
+        for job in plan.incomplete:
+            inform(console, f"{job.stem}: {job.output} is up to date, {plan.outdated(job)}")
     forget_failures(plans)
-    if not any(plan.jobs or plan.unmeasured for plan in plans):
+    if not any(plan.jobs or plan.incomplete for plan in plans):
         outcomes = outcomes_before(plans)
         print_table(console, outcomes)
         for plan in plans:
             report_on(plan.configuration, _of_stage(outcomes, plan), console)
         return outcomes
-    total = len({job.stem for plan in plans for job in (*plan.jobs, *plan.unmeasured)})
+    total = len({job.stem for plan in plans for job in (*plan.jobs, *plan.incomplete)})
     for sentence in disk_warnings(plans):
         warn(console, sentence)
         if warned is not None:
@@ -218,12 +218,12 @@ def segment(
                     open_slurm(
                         slurm, workers or 1, folder=plans[0].configuration.prediction_folder,
                         dashboard_address=dashboard_address, seconds=60 * (worker_timeout or 60), stop=stop,
-                        say=partial(say, console),
+                        inform=partial(inform, console),
                     )
                 )  # fmt: skip
             else:
                 wanted = count or workers
-                say(console, f"starting {counted(wanted, 'worker')}" if wanted else "starting a worker for each GPU")
+                inform(console, f"starting {counted(wanted, 'worker')}" if wanted else "starting a worker for each GPU")
                 client = stack.enter_context(
                     open_cluster(chosen, count or workers or 0, dashboard_address=dashboard_address)
                 )
@@ -241,18 +241,18 @@ def segment(
             if performance_report is not None:
                 stack.enter_context(reported(client, performance_report, partial(warn, console)))
             if any(plan.jobs for plan in plans):
-                say(console, f"loading the network{'s' * (len([plan for plan in plans if plan.jobs]) > 1)}")
+                inform(console, f"loading the network{'s' * (len([plan for plan in plans if plan.jobs]) > 1)}")
             for plan in plans:
                 if plan.jobs:
                     setup = Setup(partial(load_predictor, plan.spec(chosen)))
                     register_in_workers(client, setup, f"model {plan.name}")
-            say(
+            inform(
                 console,
                 f"{counted(total, 'tomogram')} on {counted(len(client.nthreads()), f'{chosen} worker')}; "
                 f"dashboard {client.dashboard_link}",
             )
             largest = max(plans, key=lambda plan: plan.bytes_per_worker)
-            say(
+            inform(
                 console,
                 f"memory of a worker: about {math.ceil(largest.block_bytes / 1e8) / 10} GB for two blocks, "
                 f"{math.ceil(largest.network_bytes / 1e8) / 10} GB for the network"
@@ -269,7 +269,7 @@ def segment(
                 reporter.watch(step, seconds)
                 pace.watch(step, seconds)
 
-            executor = DaskExecutor(client, watch=watch, say=reporter.say)
+            executor = DaskExecutor(client, watch=watch, inform=reporter.inform)
             try:
                 outcomes = run(plans, reporter, device=chosen, executor=executor, timeline=timeline, stop=stop)
             finally:
@@ -312,7 +312,7 @@ def _planned(
     filename: str | None,
     overwrite: bool,
     overwrite_all: bool,
-    masks_to_come: Collection[str],
+    pending_masks: Collection[str],
     device: Literal["cpu", "cuda"] | None,
     workers: int | None,
     console: Console,
@@ -330,7 +330,7 @@ def _planned(
                 )
             ]
         )
-    make = partial(plan_run, filename=filename, name=name, masks_to_come=masks_to_come)
+    make = partial(plan_run, filename=filename, name=name, pending_masks=pending_masks)
     # Where the patch is still to be chosen, what was made with another one is looked at afterwards.
     plan = make(configuration, overwrite=overwrite, overwrite_all=overwrite_all or automatic)
     if automatic and device is not None:
@@ -347,7 +347,7 @@ def _require_any(plans: Sequence[RunPlan]) -> None:
         for job in plan.jobs:
             first.setdefault(job.stem, (plan.name, job.problem))
     found = {stem: (name, problem) for stem, (name, problem) in first.items() if problem is not None}
-    if found and len(found) == len(first) and not any(plan.skipped or plan.unmeasured for plan in plans):
+    if found and len(found) == len(first) and not any(plan.skipped or plan.incomplete for plan in plans):
         raise Problems(
             [problem for _, problem in found.values()],
             [
@@ -413,10 +413,12 @@ def _with_largest_patch(
     plan: RunPlan, device: Literal["cpu", "cuda"], workers: int | None, console: Console
 ) -> Configuration:
     """The configuration of a plan with the largest patch that the device can take for its tomograms."""
-    extent = tuple(max(sizes) for sizes in zip(plan.patch, *plan.looked_into().shapes, strict=True))
+    extent = tuple(max(sizes) for sizes in zip(plan.patch, *plan.with_shapes().shapes, strict=True))
     memory = int(USABLE * memory_of_machine() / (workers or cores()))
     patch = largest_patch(plan.spec(device), extent, memory)
-    say(console, f"patch_size {list(patch)} is the largest that fits; results depend on it, so write it into the file")
+    inform(
+        console, f"patch_size {list(patch)} is the largest that fits; results depend on it, so write it into the file"
+    )
     configuration = plan.configuration
     data = configuration.parameters.data.model_copy(update={"patch_size": patch})
     parameters = configuration.parameters.model_copy(update={"data": data})

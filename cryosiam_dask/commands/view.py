@@ -341,7 +341,7 @@ def show(found: Sequence[Layer], title: str) -> Any:
 
 def view(
     configuration: Configuration,
-    say: Callable[[str], None],
+    inform: Callable[[str], None],
     warn: Callable[[str], None],
     *,
     filename: str | None = None,
@@ -352,7 +352,7 @@ def view(
     ----------
     configuration, filename
         See `first_prediction`.
-    say, warn
+    inform, warn
         Told what is opened, and what cannot be shown.
 
     Raises
@@ -368,7 +368,7 @@ def view(
     with layers(configuration, prediction, warn) as found:
         require_screen()
         names = [str(layer.options["name"]) for layer in found]
-        say(f"{stem} is open in napari: {', '.join(names)}. Close its window to end")
+        inform(f"{stem} is open in napari: {', '.join(names)}. Close its window to end")
         import napari
 
         show(found, f"{stem}, cryosiam-dask")

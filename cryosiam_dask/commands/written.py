@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from cryosiam_dask.commands.console import counted, open_logs, print_table, say, warn
+from cryosiam_dask.commands.console import counted, inform, open_logs, print_table, warn
 from cryosiam_dask.commands.report import REPORT, is_current, link_latest_log, write_report
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.core.executor import with_retries
@@ -150,7 +150,7 @@ def _say_left_out(configuration: Configuration, filename: str | None, console: C
     if filename is None and configuration.test_files is None:
         found = left_out(configuration.prediction_folder, "_preds.h5")
         if found:
-            say(console, f"note: {found}")
+            inform(console, f"note: {found}")
 
 
 def report_again(configuration: Configuration, console: Console) -> None:
@@ -166,7 +166,7 @@ def report_again(configuration: Configuration, console: Console) -> None:
         _say_left_out(configuration, None, console)
     except OSError as error:
         raise unreadable_folder("prediction_folder", configuration.prediction_folder, error) from None
-    say(console, f"report: {path}")
+    inform(console, f"report: {path}")
 
 
 def recorded_outcomes(configuration: Configuration) -> dict[str, dict[str, Any]]:
@@ -224,7 +224,7 @@ def report_on(
         return write_report(configuration, {**recorded, **now}, warnings=warnings)
 
     try:
-        say(console, f"report: {with_retries(write)}")
+        inform(console, f"report: {with_retries(write)}")
     except Exception as error:
         warn(console, f"the report could not be written: {error}")
         LOG.debug("the report could not be written", exc_info=error)
@@ -234,7 +234,7 @@ def _with_predictions(
     action: Callable[..., list[Outcome]], count: int, console: Console, workers: int | None
 ) -> list[Outcome]:
     """Do something with written predictions on a cluster of CPU workers, and print what becomes of it."""
-    say(console, f"starting {counted(workers or cores(), 'worker')}")
+    inform(console, f"starting {counted(workers or cores(), 'worker')}")
     with open_cluster("cpu", workers or cores()) as client, forwarded_warnings(client):
         log_workers(client, "cpu")
         pace = Pace(count)

@@ -40,7 +40,7 @@ from cryosiam_dask.runs.outcome import NOTE, Outcome, failed
 from cryosiam_dask.runs.outputs import collect
 from cryosiam_dask.runs.plan import Job, RunPlan
 from cryosiam_dask.runs.progress import Reporter
-from cryosiam_dask.runs.tomogram import segment
+from cryosiam_dask.runs.tomogram import segment_tomogram
 from cryosiam_dask.runs.workspace import forget_failure, has_work_stores, work_stores
 from cryosiam_dask.runs.written import complete
 
@@ -169,7 +169,7 @@ def remove_left_overs(plan: RunPlan) -> None:
     """Remove what tasks in flight wrote after their tomogram had failed; to be called when the workers are gone."""
     _sweep_parts(plan, own=True)
     with open_claims() as claims:
-        for job in () if plan.configuration.keep_work else (*plan.jobs, *plan.unmeasured):
+        for job in () if plan.configuration.keep_work else (*plan.jobs, *plan.incomplete):
             _remove_work(plan, job, claims, only=lambda ledger: ledger.last("store") is None)
 
 
@@ -243,7 +243,7 @@ class _Collection:
                 work.claims.append(claim_path(plan.configuration.prediction_folder, job.stem))
         self.waiting = deque(sorted(works.values(), key=lambda work: work.stem))
         for plan in plans:
-            for job in plan.unmeasured:
+            for job in plan.incomplete:
                 claim = claim_path(plan.configuration.prediction_folder, job.stem)
                 self.waiting.append(_Work(0, job.stem, [(plan, job)], [claim], predicted=True))
         for order, work in enumerate(self.waiting):
@@ -269,7 +269,7 @@ class _Collection:
                 if self.stop.is_set() and not self.over:
                     self.over = True
                     self.executor.drain()
-                    self.reporter.say("stopping: what is in work is brought to a point from which it can go on")
+                    self.reporter.inform("stopping: what is in work is brought to a point from which it can go on")
                 if self.over and not self.active:
                     break
                 if not self.waiting and self.elsewhere and time.monotonic() - looked > _LOOK:
@@ -347,12 +347,12 @@ class _Collection:
             if work.predicted:
                 work.outcomes.append(complete(*work.jobs[0], executor))
                 return
-            steps = segment(
+            steps = segment_tomogram(
                 work.jobs,
                 device=self.device,
                 executor=executor,
                 timeline=self.timeline,
-                say=lambda message: self._say(work.stem, message),
+                inform=lambda message: self._inform(work.stem, message),
                 guard=guard,
             )
             for outcome in steps:
@@ -369,12 +369,12 @@ class _Collection:
         finally:
             self.ended.put(work)
 
-    def _say(self, stem: str, message: str) -> None:
+    def _inform(self, stem: str, message: str) -> None:
         """Tell the user; what was decided about a file alone is told of the first of those that are alike."""
         note = re.sub(r"\d+", "0", message)
         if not message.startswith(NOTE) or note not in self.noted:
             self.noted.add(note)
-            self.reporter.say(f"{stem}: {message}")
+            self.reporter.inform(f"{stem}: {message}")
 
     def _end(self, work: _Work) -> None:
         self.active.remove(work)
@@ -382,7 +382,7 @@ class _Collection:
         for path in work.claims:
             self.claims.release(path)
         if work.taken_over:
-            self.reporter.say(f"{work.stem}: left to another run, which took it over while this one stood still")
+            self.reporter.inform(f"{work.stem}: left to another run, which took it over while this one stood still")
             self.elsewhere.append(work)
             return
         failed, voxels = self.others.pop(work.stem, (False, 0))
@@ -405,7 +405,7 @@ class _Collection:
         message = "; ".join(parts)
         if any(other.stem == work.stem for other in (*self.waiting, *self.active, *self.elsewhere)):
             self.others[work.stem] = failed, voxels  # what another model lacks of it is still to come
-            self.reporter.say(f"{work.stem}: {message}")
+            self.reporter.inform(f"{work.stem}: {message}")
         elif left:
             self.reporter.end(work.stem, message, left=True)
         else:
@@ -421,7 +421,7 @@ class _Collection:
         if (at_once or len(self.failures) >= _IN_A_ROW) and (self.waiting or self.active):
             self.over = True
             self.executor.drain()
-            self.reporter.say(
+            self.reporter.inform(
                 "stopping: the first tomogram failed of what would befall all others"
                 if at_once
                 else f"stopping: {_IN_A_ROW} tomograms in a row failed of the same"

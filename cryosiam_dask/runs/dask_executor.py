@@ -66,7 +66,7 @@ class DaskExecutor:
     watch
         Told the step of every call that is done, and the seconds from when a worker had been given it; ``None`` where
         another one is given it instead.
-    say
+    inform
         Told where there is no worker for long.
     """
 
@@ -77,11 +77,11 @@ class DaskExecutor:
         *,
         hang_seconds: float = HANG_SECONDS,
         watch: Callable[[str, float | None], None] = lambda step, seconds: None,
-        say: Callable[[str], None] = lambda message: None,
+        inform: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.client = client
         self.watch = watch
-        self.say = say
+        self.inform = inform
         self.progress = progress
         self.hang_seconds = hang_seconds
         self._steps: list[_Step] = []
@@ -219,7 +219,7 @@ class DaskExecutor:
             self._seen = now
         elif now - self._seen > _ALONE_SECONDS:
             self._seen = math.inf
-            self.say("no worker is left: what is in work goes on once another one comes to the scheduler")
+            self.inform("no worker is left: what is in work goes on once another one comes to the scheduler")
         usual = {name: statistics.median(times) for name, times in self._durations.items()}
         with self._lock:
             for future, flight in list(self._flying.items()):

@@ -77,9 +77,9 @@ class Meter:
                 self._tomograms[_OUTCOMES[failed]] += 1
         self._reporter.end(tomogram, message, failed=failed, voxels=voxels, left=left)
 
-    def say(self, message: str) -> None:
+    def inform(self, message: str) -> None:
         """See `cryosiam_dask.runs.progress.Reporter`."""
-        self._reporter.say(message)
+        self._reporter.inform(message)
 
     def close(self) -> None:
         """See `cryosiam_dask.runs.progress.Reporter`."""

@@ -104,7 +104,7 @@ def _count_block(labels: zarr.Array[Any], blocks: Blocks, index: tuple[int, int,
     return counts
 
 
-def update_center_lists(configuration: Configuration, outcomes: list[Outcome], say: Callable[[str], None]) -> None:
+def update_center_lists(configuration: Configuration, outcomes: list[Outcome], inform: Callable[[str], None]) -> None:
     """Bring the lists of all tomograms up to date."""
     folder = configuration.prediction_folder
 
@@ -120,7 +120,7 @@ def update_center_lists(configuration: Configuration, outcomes: list[Outcome], s
     pattern = configuration.tilt_series_pattern
     try:
         for stem in with_retries(partial(collect_centers, folder, labels_now, tilt_series_pattern=pattern)):
-            say(f"{stem}: {_OUTDATED_LISTS}")
+            inform(f"{stem}: {_OUTDATED_LISTS}")
     except Exception as error:
         outcomes.append(failure_of("class…_centers.csv", (), time.time(), error, folder))
 

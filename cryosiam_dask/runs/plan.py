@@ -1,7 +1,7 @@
-"""Before a run: everything that it needs is looked at, and all that stands in its way is reported at once.
+"""Plan a run: check everything that it needs, and report all problems at once.
 
-Nothing is written. A tomogram whose output was made from the same input, checkpoint and settings is skipped; a
-fingerprint in the output tells. One made otherwise stands in the way until the user allows it to be replaced.
+Nothing is written. A tomogram is skipped if the fingerprint in its output shows that it was made from the same input,
+checkpoint and settings. An output made from others is a problem until the user allows the program to replace it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from cryosiam_dask.runs.fingerprint import (
     with_sizes,
 )
 
-# What reads files is imported where it is used: a path that is wrong is to be told at once.
+# Imported where it is used, since it takes seconds: a wrong path is reported at once.
 if TYPE_CHECKING:
     from cryosiam_dask.core.diagnosis import Intensities
     from cryosiam_dask.files.header import TomogramHeader
@@ -65,8 +65,8 @@ if TYPE_CHECKING:
     from cryosiam_dask.model.predictor import PredictorSpec
 
 
-_PROCESS_BYTES = 700 * 2**20  # Python with its libraries, one process
-#: Share of a memory that is planned with: estimates are rough, and others use some of it.
+_PROCESS_BYTES = 700 * 2**20  # of one process: Python with its libraries
+#: Share of the memory that a plan may use: estimates are rough, and other programs use some of it.
 USABLE = 0.8
 _GPU = "a worker's GPU"
 
@@ -80,23 +80,23 @@ class Job:
     source
         The tomogram file.
     stem
-        Its name without the extension; names the outputs.
+        Its name without the extension, from which the outputs are named.
     output
-        The file that the run makes.
+        The predictions file.
     mask
         The lamella mask's file, or ``None``.
     components
-        The instances that the run makes besides, or ``None``.
+        The components file, or ``None``.
     prediction_fingerprint
         Hash of everything that the labels depend on before small components are removed.
     fingerprint
-        Hash of everything that the output depends on. Both are empty while the mask is still to be made.
+        Hash of everything that the output depends on. Both are empty while the mask is pending.
     found
-        What tells the output that was there before the run from a later one, or ``None``.
+        Identity of the output that existed before the run, or ``None``; see `identity_of`.
     problem
-        Why this tomogram cannot be done; others can.
+        Why this tomogram cannot be segmented, while others can.
     shape
-        Of the tomogram, (z, y, x); empty where it was not looked at.
+        Of the tomogram, (z, y, x); empty if its header was not read.
     """
 
     source: Path
@@ -125,26 +125,26 @@ class RunPlan:
         Probability threshold.
     jobs
         Tomograms to segment.
-    unmeasured
-        Tomograms whose output was made so, but not their components, other formats or picture.
+    incomplete
+        Tomograms whose output is up to date, but not their components, other formats or preview.
     skipped
-        Tomograms all of whose outputs were made from the same input, checkpoint and settings.
+        Tomograms whose outputs are all up to date.
     notes
-        What a user should know before the run.
+        Messages for the user.
     refused
-        Tomograms of whose names no output can be called, as they are shown, and why; each fails alone.
+        Tomograms whose names cannot be used for outputs, as they are shown, each with its error.
     overwrite
         Whether outputs made from other inputs or settings may be replaced.
     overwrite_all
-        Whether all outputs are made again.
+        Whether all outputs are made again, including those that are up to date.
     name
-        Which of several models this is, where there are several.
+        Of the model, if there are several.
     run
-        Names the run in the ledgers.
+        Name of the run in the ledgers.
     shapes
-        Of the tomograms of `jobs`, each once, as far as they are known: see `looked_into`.
+        Distinct shapes of the tomograms of `jobs`, as far as they are known; see `with_shapes`.
     room
-        Bytes that a worker has for its two blocks; ``None`` where it is not known.
+        Bytes that a worker has for its two blocks; ``None`` if unknown.
     """
 
     configuration: Configuration
@@ -152,7 +152,7 @@ class RunPlan:
     patch: tuple[int, ...]
     threshold: float
     jobs: tuple[Job, ...]
-    unmeasured: tuple[Job, ...]
+    incomplete: tuple[Job, ...]
     skipped: tuple[Job, ...]
     notes: tuple[str, ...]
     refused: tuple[tuple[str, TomogramError], ...] = ()
@@ -165,7 +165,7 @@ class RunPlan:
 
     @property
     def labels(self) -> int:
-        """Number of labels that the model can give, background included."""
+        """Number of labels of the model, including the background."""
         return max(2, self.checkpoint.architecture.out_channels)
 
     @property
@@ -175,13 +175,13 @@ class RunPlan:
 
     @property
     def model(self) -> list[Any]:
-        """What the time for a patch depends on, beside the device."""
+        """Everything that the time for a patch depends on, except the device."""
         precision = self.configuration.hyper_parameters.precision
         return [self.checkpoint.sha256, list(self.patch), self.halo, precision]
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        """What the network is asked for: keys of `cryosiam_dask.stages.predict.OUTPUTS`."""
+        """Outputs of the network that are needed: keys of `cryosiam_dask.stages.predict.OUTPUTS`."""
         internal = self.configuration.save_internal_files
         wanted = ["labels"]
         if internal or self.configuration.parameters.network.postprocessing:
@@ -192,27 +192,27 @@ class RunPlan:
 
     @property
     def halo(self) -> int:
-        """Voxels at each side of a patch that are not kept, 0 for CryoSiam's patches."""
+        """Voxels at each side of a patch that are discarded; 0 for CryoSiam's patches."""
         return self.configuration.parameters.data.halo or 0
 
     @property
     def network_bytes(self) -> int:
-        """Memory that the network needs for a patch on a worker's device, estimated, in bytes."""
+        """Estimated memory that the network needs for a patch on a worker's device, in bytes."""
         return peak_bytes(self.checkpoint.architecture, self.patch)
 
     @property
     def block_bytes(self) -> int:
-        """Memory of a worker for the two blocks that it holds: one computes while another is read or written."""
+        """Memory of a worker for its two blocks, in bytes: one is predicted while another is read or written."""
         return max(self._bytes_of(self.blocks(shape)) for shape in self._shapes)
 
     @property
     def least_bytes_per_worker(self) -> int:
-        """As `bytes_per_worker`, with the smallest blocks that may be taken."""
+        """As `bytes_per_worker`, with the smallest possible blocks."""
         return replace(self, room=0).bytes_per_worker
 
     @property
     def bytes_per_worker(self) -> int:
-        """Memory that a CPU worker needs, estimated from patch, block and network, in bytes."""
+        """Estimated memory that a CPU worker needs for process, blocks and network, in bytes."""
         return _PROCESS_BYTES + self.block_bytes + self.network_bytes
 
     @property
@@ -225,24 +225,27 @@ class RunPlan:
         return 2 * (math.prod(grid.largest_window) * 4 + math.prod(grid.largest_block) * per_voxel)
 
     def blocks(self, shape: tuple[int, ...], workers: int = 1) -> Grid:
-        """The blocks of a tomogram of `shape`, (z, y, x): as large as the configuration says or, where it says nothing,
-        as the memory allows, and at least two for each of the `workers` where there are so many."""
+        """Cut a tomogram of `shape`, (z, y, x), into blocks.
+
+        Their size is that of the configuration or, by default, the largest that fits into memory and still gives each
+        of the `workers` two blocks, if the tomogram is large enough.
+        """
         return make_grid(shape, self.patch, self.block_size(shape, workers), self.halo)
 
     def block_size(self, shape: tuple[int, ...], workers: int = 1) -> int:
-        """The block edge that `blocks` aims for, in voxels."""
+        """Return the block edge that `blocks` aims for, in voxels."""
         own = self.configuration.block_size
         if own is not None or self.room is None:
             return block_size_for(shape, self.patch, own or DEFAULT_BLOCK_SIZE, workers, self.halo)
-        return self._fitting(shape, self.room, workers)
+        return self._largest_block_size(shape, self.room, workers)
 
-    def _fitting(self, shape: tuple[int, ...], room: int, workers: int = 1) -> int:
+    def _largest_block_size(self, shape: tuple[int, ...], room: int, workers: int = 1) -> int:
         return block_size_for(
             shape, self.patch, DEFAULT_BLOCK_SIZE, workers, self.halo, lambda grid: self._bytes_of(grid) <= room
         )
 
-    def looked_into(self) -> RunPlan:
-        """The plan with the shapes of its tomograms, and what stands in the way of single ones."""
+    def with_shapes(self) -> RunPlan:
+        """Return the plan with the shapes of its tomograms, and with the problems of single tomograms."""
         from cryosiam_dask.files.mask import look_at_mask
         from cryosiam_dask.files.tomogram import read_header
 
@@ -262,7 +265,7 @@ class RunPlan:
         return replace(self, jobs=tuple(jobs), shapes=tuple(sorted(shapes)))
 
     def mask_of(self, job: Job, shape: tuple[int, ...]) -> Mask | None:
-        """The mask of a job for its tomogram of `shape`, (z, y, x).
+        """Open the mask of a job for its tomogram of `shape`, (z, y, x).
 
         Raises
         ------
@@ -293,13 +296,13 @@ class RunPlan:
         header
             Of the tomogram.
         found
-            How its intensities fall into ``parameters.data.min`` and ``max``; ``None`` where they cannot be read.
+            How its intensities lie in ``parameters.data.min`` to ``max``; ``None`` if they cannot be read.
         non_finite
-            Voxels that are NaN or infinite, where they have been counted.
+            Number of voxels that are NaN or infinite, if they were counted.
         mask
-            Its mask, if there is one.
+            Its mask, if it has one.
         coverage
-            Share of the tomogram inside the mask, 0 to 1; ``None`` where it is not known.
+            Share of the tomogram inside the mask, 0 to 1; ``None`` if unknown.
         """
         warnings = list(header.warnings)
         if found is not None:
@@ -319,9 +322,9 @@ class RunPlan:
     def intensity_warnings(self, header: TomogramHeader, found: Intensities) -> list[str]:
         """Warn if the model cannot see the contrast of a tomogram, or sees it inverted."""
         data = self.configuration.parameters.data
-        # What lies at the beginning need not be like the rest.
+        # The beginning of a compressed file may differ from the rest.
         partly = header.compressed and found.share < 1
-        judged = f" (judged by {found.where}, which is read from its beginning only)" if partly else ""
+        judged = f" (judged by {found.where}: only its beginning is read)" if partly else ""
         sentences = scaling(found.below, found.above, found.central, data.min, data.max)
         return [f"{sentence}{judged}" for sentence in (*sentences, *contrast(found.contrast, data.invert))]
 
@@ -331,12 +334,12 @@ class RunPlan:
         return shared_warnings(found, data.min, data.max, data.invert)
 
     def require_usable(self, header: TomogramHeader) -> None:
-        """Refuse an image where the model is for tomograms, the other way round, and what is mostly missing.
+        """Refuse a truncated file, an image for a 3-D model, and a tomogram for a 2-D model.
 
         Raises
         ------
         TomogramError
-            With what is wrong.
+            If the tomogram cannot be segmented with this model.
         """
         header.require_complete()
         if len(header.shape) != len(self.patch):
@@ -344,29 +347,29 @@ class RunPlan:
                 f"the patch must have as many axes as the tomogram, which has {len(header.shape)}",
                 place=header.path,
                 value=f"shape {header.shape} and patch_size {list(self.patch)}",
-                remedy="Use a model for 2-D images or for 3-D tomograms, whichever this is, or leave it out with "
+                remedy="Use a model for 2-D images or for 3-D tomograms, as needed, or exclude this file with "
                 "test_files",
             )
 
     def with_memory(self, host: int, device: int | None = None) -> RunPlan:
-        """The plan for workers with so much memory each.
+        """Return the plan for workers with the given memory.
 
         Parameters
         ----------
         host
             Bytes that a worker may use.
         device
-            Bytes of its GPU; ``None`` where the network runs on the CPU.
+            Bytes of its GPU; ``None`` if the network runs on the CPU.
         """
         return replace(self, room=min(self._rooms(host, device).values()))
 
     def require_memory(self, host: int, device: int | None = None) -> None:
-        """Refuse what no worker has the memory for; see `with_memory`.
+        """Refuse a plan that does not fit into the memory of a worker; see `with_memory`.
 
         Raises
         ------
         ConfigurationError
-            With the block size or else the patch size that fits.
+            With a block size or, if none fits, a patch size that fits.
         """
         if not self.jobs:
             return
@@ -378,7 +381,7 @@ class RunPlan:
                     f"two blocks and the network must fit into the memory of {where}",
                     place="keys block_size and parameters.data.patch_size",
                     value=f"about {_gb(needed + total - room)} for patch_size {list(self.patch)} and block_size "
-                    f"{self._taken(room)}, of {_gb(total)}",
+                    f"{self._block_size_in(room)}, of {_gb(total)}",
                     remedy=self._remedy(host, device),
                 )
 
@@ -388,9 +391,9 @@ class RunPlan:
         Parameters
         ----------
         workers
-            On the CPUs of this machine; ``None`` where there are none.
+            Number of CPU workers on this machine; ``None`` if there are none.
         memory
-            Of the machine, in bytes; ``None`` where it is not known.
+            Of the machine, in bytes; ``None`` if unknown.
         """
         if not self.jobs:
             return ()
@@ -400,36 +403,36 @@ class RunPlan:
         if self.patch != self.checkpoint.patch_size:
             warnings.append(
                 f"patch_size is {list(self.patch)}, the model was trained with {_edge(self.checkpoint.patch_size)}: "
-                "CryoSiam always takes the latter, and results are often better with it. Leave patch_size out for that"
+                "CryoSiam always uses the latter, which often gives better results. Remove patch_size to use it"
             )
         needed = (workers or 0) * self.bytes_per_worker
         if memory is not None and needed > memory:
             fitting = max(1, memory // self.bytes_per_worker)
             lower = "" if self.configuration.block_size is None else ", lower block_size"
             warnings.append(
-                f"{workers} workers on CPUs need about {_gb(needed)}, and this machine has {_gb(memory)}. Set "
-                f"--workers to {fitting}{lower}, or run it on GPUs"
+                f"{workers} workers on CPUs need about {_gb(needed)}, but this machine has {_gb(memory)}. Set "
+                f"--workers to {fitting}{lower}, or use GPUs"
             )
         return tuple(warnings)
 
     def _rooms(self, host: int, device: int | None) -> dict[str, int]:
-        """What is left for blocks beside the network, by where it is."""
+        """Bytes left for blocks beside the network, by the memory that holds them."""
         if device is None:
             return {"a worker": host - _PROCESS_BYTES - self.network_bytes}
         batch = self.configuration.hyper_parameters.batch_size
         network = peak_bytes(self.checkpoint.architecture, self.patch, batch)
         return {_GPU: int(USABLE * device) - network, "a worker": host - _PROCESS_BYTES}
 
-    def _taken(self, room: int) -> int:
-        return self.configuration.block_size or min(self._fitting(shape, room) for shape in self._shapes)
+    def _block_size_in(self, room: int) -> int:
+        return self.configuration.block_size or min(self._largest_block_size(shape, room) for shape in self._shapes)
 
     def _remedy(self, host: int, device: int | None) -> str:
-        """What to set so that `require_memory` is content."""
+        """Name the setting with which `require_memory` passes."""
         keys = self.configuration.model_copy(update={"block_size": None})
         plan = replace(self, configuration=keys)
         room = min(plan._rooms(host, device).values())
         if replace(plan, room=room).block_bytes <= room:
-            return f"Set block_size to {plan._taken(room)}, or to null, which finds what fits"
+            return f"Set block_size to {plan._block_size_in(room)}, or to null to let the program choose"
         leave = "" if self.configuration.block_size is None else ", and block_size to null"
         divisor = required_divisor(self.checkpoint.architecture)
         for edge in range(max(self.patch) - divisor, max(2 * self.halo, divisor - 1), -divisor):
@@ -438,26 +441,26 @@ class RunPlan:
             room = min(smaller._rooms(host, device).values())
             if replace(smaller, room=room).block_bytes <= room:
                 return (
-                    f"Set patch_size to {list(patch)}{leave}, which changes the labels a little, or use "
+                    f"Set patch_size to {list(patch)}{leave}, which changes the labels slightly, or use "
                     f"{'a GPU' if device is not None else 'a machine'} with more memory"
                 )
         return "Use a machine with more memory"
 
     def with_fingerprint(self, job: Job) -> Job:
-        """The job with its fingerprints, of the tomogram and the mask as they are now: a mask may have been to come."""
+        """Return the job with fingerprints of its tomogram and mask as they are now; the mask may have been pending."""
         settings = settings_of(self.configuration, self.checkpoint, self.patch, self.threshold)
         prediction = fingerprint_of(self.configuration, job.source, job.stem, job.mask, settings)
         sizes = removal_sizes(self.configuration)
         return replace(job, prediction_fingerprint=prediction, fingerprint=with_sizes(prediction, sizes))
 
-    def made_meanwhile(self, job: Job) -> bool:
-        """Whether the output of a job, its fingerprint known, was made while it waited: by another run, or with the
-        mask that turned out to be the same.
+    def done_meanwhile(self, job: Job) -> bool:
+        """Whether the output of a job, whose fingerprint is known, was made since the plan: by another run, or earlier
+        with a mask that turns out to be the same.
 
         Raises
         ------
         OutputError
-            If there is one that was made otherwise, and may not be replaced.
+            If an output exists that was made from other inputs or settings, and may not be replaced.
         """
         now = identity_of(job.output)
         if now is None or (now == job.found and self.overwrite_all):
@@ -470,7 +473,7 @@ class RunPlan:
         raise made_otherwise(job.output)
 
     def outdated(self, job: Job) -> str:
-        """What is wanted beside the output of a job and was not made from it, as a sentence; empty if nothing."""
+        """Name what is outdated beside the output of a job, as a clause; empty if nothing is."""
         from cryosiam_dask.stages.export import formats_done
 
         names, missing = self.class_names, []
@@ -483,7 +486,7 @@ class RunPlan:
         return f"{' and '.join(missing)} {'is' if missing == ['its picture'] else 'are'} not" if missing else ""
 
     def spec(self, device: Literal["cpu", "cuda"]) -> PredictorSpec:
-        """How a worker is to run the network on `device`."""
+        """Describe for a worker how to run the network on `device`."""
         from cryosiam_dask.model.predictor import PredictorSpec
 
         data = self.configuration.parameters.data
@@ -511,43 +514,43 @@ def plan_run(
     overwrite: bool = False,
     overwrite_all: bool = False,
     name: str = "",
-    masks_to_come: Collection[str] = (),
+    pending_masks: Collection[str] = (),
 ) -> RunPlan:
-    """Look at everything that a run needs, without writing anything.
+    """Plan a run, checking everything that it needs, without writing anything.
 
     Parameters
     ----------
     configuration
         The YAML file.
     filename
-        Name of a single tomogram in the data folder; rules over ``test_files``.
+        Name of a single tomogram in the data folder; takes precedence over ``test_files``.
     overwrite
         Whether outputs made from other inputs or settings may be replaced.
     overwrite_all
-        Whether all outputs are made again, also those made from the same.
+        Whether all outputs are made again, including those that are up to date.
     name
-        Of the model, where there are several.
-    masks_to_come
-        Tomograms (stems) whose masks the same run makes before.
+        Of the model, if there are several.
+    pending_masks
+        Tomograms (stems) whose masks an earlier model of the same run makes.
 
     Raises
     ------
     Problems
-        Everything that stands in the way, at once.
+        All problems at once.
     ConfigurationError
-        If a folder cannot even be looked into.
+        If a folder cannot be read.
     """
     run = f"{time.strftime('%Y-%m-%dT%H:%M:%S')}-{socket.gethostname()}-{os.getpid()}"
     try:
         overwrite |= overwrite_all
-        plan = with_retries(partial(_plan_run, configuration, filename, overwrite, overwrite_all, name, masks_to_come))
+        plan = with_retries(partial(_plan_run, configuration, filename, overwrite, overwrite_all, name, pending_masks))
         return replace(plan, overwrite=overwrite, overwrite_all=overwrite_all, name=name, run=run)
     except OSError as error:
         raise ConfigurationError(
-            "what a configuration names must be readable",
+            "every path of a configuration must be readable",
             place=error.filename or "the configuration",
             value=error.strerror,
-            remedy="Change the permissions, or the key that names it",
+            remedy="Change its permissions, or the key that names it",
         ) from None
 
 
@@ -557,7 +560,7 @@ def _plan_run(
     overwrite: bool,
     overwrite_all: bool,
     name: str,
-    masks_to_come: Collection[str],
+    pending_masks: Collection[str],
 ) -> RunPlan:
     from cryosiam_dask.model.checkpoint import look_at_checkpoint
     from cryosiam_dask.stages.export import foreign_formats, format_path, formats_done, other_formats
@@ -568,10 +571,10 @@ def _plan_run(
     sources = [source for source in sources if source not in refused]
     if refused and not sources:
         problems += refused.values()
-    masks = find_masks(configuration, sources, masks_to_come, problems)
+    masks = find_masks(configuration, sources, pending_masks, problems)
     check_prediction_folder(configuration, problems)
     notes = [f"the key {key} has no effect here" for key in configuration.unused]
-    if filename is None and name in ("", STAGES[0]):  # models of a pipeline have their tomograms in common
+    if filename is None and name in ("", STAGES[0]):  # the models of a pipeline share their tomograms
         notes += left_out_tomograms(configuration)
     checkpoint: Checkpoint | None = None
     patch: tuple[int, ...] = ()
@@ -585,19 +588,19 @@ def _plan_run(
         problems.append(error)
     if checkpoint is None or problems:
         raise Problems(problems)
-    jobs, unmeasured, skipped = [], [], []
+    jobs, incomplete, skipped = [], [], []
     outputs: dict[Path, Path] = {}
     settings = settings_of(configuration, checkpoint, patch, threshold)
     for source, mask in zip(sources, masks, strict=True):
         stem = source.name.removesuffix(configuration.file_extension)
         output = _output_path(configuration, source, stem)
-        to_come = mask is not None and stem in masks_to_come
+        mask_pending = mask is not None and stem in pending_masks
         prediction = ""
         problem: CryosiamDaskError | None = None
         try:
-            if mask is not None and not to_come and not mask.is_file():
+            if mask is not None and not mask_pending and not mask.is_file():
                 raise missing_mask(source, mask)
-            if not to_come:
+            if not mask_pending:
                 prediction = fingerprint_of(configuration, source, stem, mask, settings)
         except MaskError as error:
             problem = error
@@ -615,7 +618,7 @@ def _plan_run(
                 OutputError(
                     "an output must not replace its own input",
                     place=output,
-                    remedy="Set prediction_folder to another folder than data_folder and mask_folder",
+                    remedy="Set prediction_folder to a folder other than data_folder and mask_folder",
                 )
             )
         elif output in outputs:
@@ -624,14 +627,14 @@ def _plan_run(
                     "two tomograms must not have the same output",
                     place=output,
                     value=f"{outputs[output]} and {source}",
-                    remedy="Segment them with another prediction_folder each",
+                    remedy="Segment them separately, each with its own prediction_folder",
                 )
             )
         elif problem is not None:
             jobs.append(job)
         elif foreign:
             problems += [made_otherwise(path) for path in foreign]
-        elif not output.exists() or overwrite_all or to_come:
+        elif not output.exists() or overwrite_all or mask_pending:
             jobs.append(job)
         elif read_fingerprint(output) == job.fingerprint:
             names = class_names(configuration, max(2, checkpoint.architecture.out_channels) - 1)
@@ -639,7 +642,7 @@ def _plan_run(
             if measured and formats_done(configuration, stem, fingerprint, names) and preview_done(configuration, job):
                 skipped.append(job)
             elif output.suffix == ".h5":
-                unmeasured.append(job)
+                incomplete.append(job)
             else:
                 jobs.append(job)
         elif overwrite:
@@ -647,26 +650,26 @@ def _plan_run(
         else:
             problems.append(made_otherwise(output))
         outputs[output] = source
-    hopeless = [job.problem for job in jobs if job.problem is not None]
-    if len(hopeless) == len(sources):
-        problems += [*refused.values(), *hopeless]
+    failing = [job.problem for job in jobs if job.problem is not None]
+    if len(failing) == len(sources):
+        problems += [*refused.values(), *failing]
     if problems:
         raise Problems(problems)
     return RunPlan(
-        configuration, checkpoint, patch, threshold, tuple(jobs), tuple(unmeasured), tuple(skipped), tuple(notes),
+        configuration, checkpoint, patch, threshold, tuple(jobs), tuple(incomplete), tuple(skipped), tuple(notes),
         tuple((shown(source.name.removesuffix(configuration.file_extension)), why) for source, why in refused.items()),
     )  # fmt: skip
 
 
 def on_this_machine(plans: Sequence[RunPlan], workers: int | None) -> tuple[list[RunPlan], int]:
-    """The plans for CPU workers of this machine, with its memory shared among them, and how many these are.
+    """Return the plans for CPU workers that share the memory of this machine, and the number of workers.
 
     Parameters
     ----------
     plans
         Of all models of a run.
     workers
-        How many are wanted; ``None``: as many as cores and memory allow.
+        Requested number; ``None``: as many as cores and memory allow.
 
     Raises
     ------
@@ -674,21 +677,21 @@ def on_this_machine(plans: Sequence[RunPlan], workers: int | None) -> tuple[list
         If not even one worker has enough memory.
     """
     memory = memory_of_machine()
-    plans = [plan.looked_into() for plan in plans]
+    plans = [plan.with_shapes() for plan in plans]
     require_memory(plans, memory)
-    # Small blocks are little slower, an idle core is.
+    # Small blocks cost little time, an idle core costs much.
     allowed = min(int(USABLE * memory / plan.least_bytes_per_worker) for plan in plans)
     count = workers or max(1, min(cores(), allowed))
     return [plan.with_memory(int(USABLE * memory / count)) for plan in plans], count
 
 
 def require_memory(plans: Sequence[RunPlan], host: int, device: int | None = None) -> None:
-    """Refuse what no worker has the memory for; see `RunPlan.require_memory`.
+    """Refuse plans that do not fit into the memory of a worker; see `RunPlan.require_memory`.
 
     Raises
     ------
     Problems
-        Of every model.
+        Those of all models.
     """
     problems = []
     for plan in plans:
@@ -700,13 +703,13 @@ def require_memory(plans: Sequence[RunPlan], host: int, device: int | None = Non
         raise Problems(problems)
 
 
-def masks_of(plans: Sequence[RunPlan], configuration: Configuration, filename: str | None = None) -> set[str]:
-    """The tomograms (stems) whose masks the model before makes in the same run, for `plan_run`.
+def masks_made_before(plans: Sequence[RunPlan], configuration: Configuration, filename: str | None = None) -> set[str]:
+    """Return the tomograms (stems) whose masks the previous model makes in the same run, for `plan_run`.
 
     Parameters
     ----------
     plans
-        Of the models before; empty if that of the one before could not be made, so that all masks may come.
+        Of the previous models; empty if the last one could not be planned, so that any mask may be pending.
     configuration, filename
         See `plan_run`.
     """
@@ -720,7 +723,7 @@ def masks_of(plans: Sequence[RunPlan], configuration: Configuration, filename: s
 def _check_network(
     configuration: Configuration, checkpoint: Checkpoint, problems: list[CryosiamDaskError], notes: list[str]
 ) -> tuple[int, ...]:
-    """Compare the configuration with the checkpoint; returns the patch that rules."""
+    """Compare the configuration with the checkpoint; return the patch shape to use."""
     architecture, network = checkpoint.architecture, configuration.parameters.network
     for key, value in (("spatial_dims", architecture.spatial_dims), ("in_channels", architecture.in_channels)):
         if getattr(network, key) != value:
@@ -733,7 +736,7 @@ def _check_network(
                 )
             )
     given = configuration.parameters.data.patch_size
-    # Only who knows the device can choose: see `cryosiam_dask.commands.segment`.
+    # "auto" depends on the device: see `cryosiam_dask.commands.segment`.
     patch = checkpoint.patch_size if given in (None, "auto") else tuple(map(int, given))
     divisor = required_divisor(architecture)
     if len(patch) != architecture.spatial_dims or any(p % divisor for p in patch):
@@ -750,7 +753,7 @@ def _check_network(
     if halo is not None and not needed <= halo < min(patch) / 2:
         problems.append(
             ConfigurationError(
-                f"must be at least {needed}, which this network needs around a core, and less than half of patch_size "
+                f"must be at least {needed}, the halo that this network needs, and less than half of patch_size "
                 f"{list(patch)}",
                 place="key parameters.data.halo",
                 value=halo,
@@ -760,7 +763,7 @@ def _check_network(
             )
         )
     if configuration.save_internal_files and not architecture.has_distance_head:
-        notes.append(f"{configuration.trained_model} has no distance head: probs are saved, distances are not")
+        notes.append(f"{configuration.trained_model} has no distance head: only probs are saved, not distances")
     if network.postprocessing and architecture.spatial_dims == 2:
         problems.append(
             ConfigurationError(
@@ -778,7 +781,7 @@ def _check_network(
                 f"must name the model's labels from 1 on, which are {labels - 1}",
                 place="key class_names",
                 value=f"{len(names)} name{'s' * (len(names) != 1)}, {list(names)}",
-                remedy="Leave out the background, label 0" if len(names) == labels else "Correct it, or set it to null",
+                remedy="Remove the background, label 0" if len(names) == labels else "Correct it, or set it to null",
             )
         )
     if sizes is not None and any(size >= 0 for size in sizes[labels:]):
@@ -793,7 +796,7 @@ def _check_network(
     elif sizes is not None and len(sizes) < labels:
         notes.append(
             f"postprocessing_sizes has {len(sizes)} entries for the {labels} labels 0 to {labels - 1}: "
-            f"the labels from {len(sizes)} on are left alone"
+            f"labels from {len(sizes)} on are not filtered"
         )
     return patch
 
@@ -808,7 +811,7 @@ def _output_path(configuration: Configuration, source: Path, stem: str) -> Path:
 
 
 def preview_done(configuration: Configuration, job: Job) -> bool:
-    """Whether a tomogram's picture, where it is wanted, shows its output; no network runs again for a picture alone."""
+    """Whether a tomogram's preview, if wanted, shows its output. The network never runs again for a preview alone."""
     from cryosiam_dask.stages.preview import preview_file, read_fingerprint
 
     if not configuration.preview or job.output.suffix != ".h5":

@@ -38,7 +38,7 @@ class Reporter(Protocol):
         """Work on a tomogram ended; `message` says how, `voxels` how much was segmented, `left` that more is to do."""
         ...
 
-    def say(self, message: str) -> None:
+    def inform(self, message: str) -> None:
         """Something that a user should know."""
         ...
 
@@ -130,7 +130,7 @@ class Pace:
                 self.ended += 1
                 self.failed += failed
 
-    def say(self, message: str) -> None:
+    def inform(self, message: str) -> None:
         """See `Reporter`."""
 
     def close(self) -> None:
@@ -262,7 +262,7 @@ class LogReporter:
         with self._lock:
             if tomogram not in self._begun:
                 self._begun[tomogram] = len(self._begun) + 1
-                self.say(f"{tomogram}: begins ({self._begun[tomogram]} of {self._pace.total})")
+                self.inform(f"{tomogram}: begins ({self._begun[tomogram]} of {self._pace.total})")
 
     def step(self, tomogram: str, name: str, done: int, total: int) -> None:
         """See `Reporter`."""
@@ -272,14 +272,14 @@ class LogReporter:
                 return
             if self._pace.seconds_left() is not None:
                 self._told, self._lines = now, self._lines + 1
-                self.say(f"{tomogram}: {name} {done}/{total} ({self._pace})")
+                self.inform(f"{tomogram}: {name} {done}/{total} ({self._pace})")
 
     def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0, left: bool = False) -> None:
         """See `Reporter`."""
         with self._lock:
-            self.say(f"{tomogram}: {message}" + (f" ({self._pace})" if self._pace.total > 1 else ""))
+            self.inform(f"{tomogram}: {message}" + (f" ({self._pace})" if self._pace.total > 1 else ""))
 
-    def say(self, message: str) -> None:
+    def inform(self, message: str) -> None:
         """See `Reporter`."""
         with self._lock:
             self._console.print(f"{time.strftime('%H:%M:%S')} {message}", markup=False, highlight=False, soft_wrap=True)
@@ -334,9 +334,9 @@ class TerminalReporter:
         """See `Reporter`."""
         with self._lock:
             self._lines.pop(tomogram, None)
-        self.say(f"{tomogram}: {message}")
+        self.inform(f"{tomogram}: {message}")
 
-    def say(self, message: str) -> None:
+    def inform(self, message: str) -> None:
         """See `Reporter`."""
         self._console.print(message, markup=False, highlight=False)
 
@@ -462,7 +462,7 @@ class FileReporter(LogReporter):
     def __init__(self, pace: Pace) -> None:
         super().__init__(Console(emoji=False, quiet=True), pace, interval=60.0)
 
-    def say(self, message: str) -> None:
+    def inform(self, message: str) -> None:
         """See `Reporter`."""
         LOG.info(message, extra=SHOWN)
 
@@ -494,10 +494,10 @@ class Reporters:
         for reporter in self._reporters:
             reporter.end(tomogram, message, failed=failed, voxels=voxels, left=left)
 
-    def say(self, message: str) -> None:
+    def inform(self, message: str) -> None:
         """See `Reporter`."""
         for reporter in self._reporters:
-            reporter.say(message)
+            reporter.inform(message)
 
     def close(self) -> None:
         """See `Reporter`."""

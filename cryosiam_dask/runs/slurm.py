@@ -52,7 +52,7 @@ def open_slurm(
     dashboard_address: str = "127.0.0.1:8787",
     seconds: float = 3600.0,
     stop: threading.Event | None = None,
-    say: Callable[[str], None] = lambda message: None,
+    inform: Callable[[str], None] = lambda message: None,
 ) -> Iterator[Client]:
     """Submit jobs whose workers join a scheduler in this process, and cancel them at the end.
 
@@ -72,7 +72,7 @@ def open_slurm(
         In which there must be a worker.
     stop
         Once set, no worker is waited for any longer.
-    say
+    inform
         Told what a user should know.
 
     Yields
@@ -140,12 +140,12 @@ def open_slurm(
         register_in_workers(client, Setup(leave_at_once), "leave")
         count = math.ceil(workers / section["processes"])
         cluster.scale(jobs=count)
-        say(f"{count} Slurm {'jobs' if count > 1 else 'job'} submitted; the run begins with the first worker")
+        inform(f"{count} Slurm {'jobs' if count > 1 else 'job'} submitted; the run begins with the first worker")
         _wait_for_worker(cluster, client, refused, seconds, stop or threading.Event(), f"--slurm {jobs}")
         require_versions(client, f"--slurm {jobs}")
         over = threading.Event()
         keeper = threading.Thread(
-            target=_keep, args=(cluster, client, count, refused, over, say), daemon=True, name="slurm"
+            target=_keep, args=(cluster, client, count, refused, over, inform), daemon=True, name="slurm"
         )
         keeper.start()
         try:
@@ -382,7 +382,7 @@ def _in_queue(jobs: set[str]) -> set[str]:
 
 
 def _keep(
-    cluster: Any, client: Client, count: int, refused: list[str], over: threading.Event, say: Callable[[str], None]
+    cluster: Any, client: Client, count: int, refused: list[str], over: threading.Event, inform: Callable[[str], None]
 ) -> None:
     """Submit jobs again that had workers and have none for two looks."""
     seen: set[Any] = set()
@@ -402,6 +402,6 @@ def _keep(
                 seen -= gone
                 cluster.sync(cluster.scale_down, gone)
                 cluster.scale(jobs=count)
-                say(f"{len(gone)} Slurm {'jobs' if len(gone) > 1 else 'job'} ended and submitted again")
+                inform(f"{len(gone)} Slurm {'jobs' if len(gone) > 1 else 'job'} ended and submitted again")
             if refused:
-                say(f"warning: a job was not accepted: {refused.pop()}")
+                inform(f"warning: a job was not accepted: {refused.pop()}")

@@ -1,13 +1,13 @@
-"""One tomogram from file to files, and what became of it.
+"""Take one tomogram through all stages, and record the outcome.
 
-`segment` takes a tomogram through the stages::
+`segment_tomogram` takes a tomogram through the stages::
 
     tomogram.mrc ─ingest─▶ zarr ─predict─▶ labels ─lamella─▶ ─remove small─▶ ─export─▶ <stem>_preds.h5
                                                                            └─number─▶ <stem>_components.h5, tables
 
-and through them again for a second model, which finds the lamella of the first one and the zarr that was made for it.
-An output appears complete or not at all. What is done is recorded block by block (`cryosiam_dask.runs.ledger`), and a
-run that was killed goes on from there. `cryosiam_dask.runs.collection` does this for many tomograms.
+and through them again for a second model, which uses the lamella mask of the first and the same zarr array. An output
+appears complete or not at all. Each finished block is recorded in the ledger (`cryosiam_dask.runs.ledger`), and a run
+that was killed resumes from there. `cryosiam_dask.runs.collection` does this for many tomograms.
 """
 
 from __future__ import annotations
@@ -91,33 +91,33 @@ from cryosiam_dask.stages.predict import BlockTimes, StoredPrediction, create_ou
 from cryosiam_dask.stages.timeline import write_timeline
 
 
-def segment(
+def segment_tomogram(
     jobs: Sequence[tuple[RunPlan, Job]],
     *,
     device: Literal["cpu", "cuda"] = "cpu",
     executor: Executor = SERIAL,
     timeline: bool = False,
-    say: Callable[[str], None] = lambda message: None,
+    inform: Callable[[str], None] = lambda message: None,
     guard: Callable[[], None] = lambda: None,
 ) -> Iterator[Outcome]:
-    """Segment one tomogram with one model after the other.
+    """Segment one tomogram with one model after another.
 
-    An error of the disk that may pass ends nothing: what has been done is kept, and the rest is tried again.
+    After a transient disk error the finished work is kept, and the rest is tried again.
 
     Parameters
     ----------
     jobs
-        What is to be done with the same tomogram, in order.
+        Plans and jobs of the same tomogram, one for each model, in order.
     device
-        What the workers run the networks on.
+        The device that the workers run the networks on.
     executor
-        Runs the pieces of every stage.
+        Runs the tasks of every stage.
     timeline
-        Whether to draw ``<stem>_timeline.png``, when each worker read, computed and wrote each block.
-    say
-        Told what a user should know.
+        Whether to draw ``<stem>_timeline.png``, which shows when each worker read, computed and wrote each block.
+    inform
+        Receives messages for the user.
     guard
-        Called before anything is recorded or removed; raises `Interrupted` where the tomogram is another run's.
+        Called before anything is recorded or removed; raises `Interrupted` if another run has taken the tomogram over.
 
     Yields
     ------
@@ -127,15 +127,15 @@ def segment(
     Raises
     ------
     Interrupted, KeyboardInterrupt
-        If the run is to end; what has been done stays done.
+        If the run is to stop; finished work is kept.
     """
-    at = _At(*jobs[0])
-    told = set[str]()
+    current = _Current(*jobs[0])
+    yielded = set[str]()
     for pause in (*RETRY_PAUSES, None):
         try:
-            for outcome in _segment_all(jobs, at, device, executor, timeline, say, guard):
-                if outcome.stage not in told:  # as those are that were done before a pause
-                    told.add(outcome.stage)
+            for outcome in _run_models(jobs, current, device, executor, timeline, inform, guard):
+                if outcome.stage not in yielded:  # a retry yields the finished stages again
+                    yielded.add(outcome.stage)
                     yield outcome
             return
         except (Interrupted, LostClusterError):
@@ -143,18 +143,17 @@ def segment(
         except Exception as error:
             guard()
             if pause is None or not is_transient(error):
-                outcome = failure_of(
-                    at.job.stem, at.shape, at.began, retries_exhausted(error), at.job.output, at.plan.name
-                )
-                yield record(at.plan, outcome, at.began, device, executor, goes_on=isinstance(error, RESUMABLE))
+                plan, job, began = current.plan, current.job, current.began
+                outcome = failure_of(job.stem, current.shape, began, retries_exhausted(error), job.output, plan.name)
+                yield record(plan, outcome, began, device, executor, goes_on=isinstance(error, RESUMABLE))
                 return
-            say(f"{error}: tried again in {pause:g} s")
+            inform(f"{error}: trying again in {pause:g} s")
             wait(pause, guard)
 
 
 @dataclass(slots=True)
-class _At:
-    """What is being done with a tomogram, for the record of what fails."""
+class _Current:
+    """The model, job and shape at hand, for the outcome of a failure."""
 
     plan: RunPlan
     job: Job
@@ -162,13 +161,13 @@ class _At:
     shape: tuple[int, ...] = ()
 
 
-def _segment_all(
+def _run_models(
     jobs: Sequence[tuple[RunPlan, Job]],
-    at: _At,
+    current: _Current,
     device: Literal["cpu", "cuda"],
     executor: Executor,
     timeline: bool,
-    say: Callable[[str], None],
+    inform: Callable[[str], None],
     guard: Callable[[], None],
 ) -> Iterator[Outcome]:
     last_plan, last = jobs[-1]
@@ -176,23 +175,23 @@ def _segment_all(
         raise jobs[0][1].problem
     header = read_header(last.source, **last_plan.configuration.reading)
     jobs[0][0].require_usable(header)
-    at.shape = header.shape
+    current.shape = header.shape
     for note in header.notes:
-        say(f"{NOTE}{note}")
-    # The last job's place outlives the others: that is where the tomogram is kept for all of them.
-    with open_workspace(last_plan.configuration, last.stem, say, guard) as shared:
+        inform(f"{NOTE}{note}")
+    # The last job's workspace is closed last, so it holds the tomogram for all models.
+    with open_workspace(last_plan.configuration, last.stem, inform, guard) as shared:
         grid = make_grid(header.shape, last_plan.patch, halo=last_plan.halo)
-        tomogram, report = _ingested(shared, last_plan.configuration, last, header, grid, executor)
-        # The same voxels as before a run, but where these are the beginning of the file.
+        tomogram, report = _ingest(shared, last_plan.configuration, last, header, grid, executor)
+        # The same voxels as before the run, except for a compressed file, of which only the beginning was sampled.
         sample = sample_array(tomogram) if header.compressed else sample_file(header)
         for plan, job in jobs:
             began = time.time()
-            at.plan, at.job, at.began = plan, job, began
+            current.plan, current.job, current.began = plan, job, began
             plan.require_usable(header)
             if job.problem is not None:
                 raise job.problem
-            at.job = job = plan.with_fingerprint(job)
-            if plan.made_meanwhile(job):
+            current.job = job = plan.with_fingerprint(job)
+            if plan.done_meanwhile(job):
                 outcome = Outcome(job.stem, "skipped", header.shape, stage=plan.name)
                 if plan is not last_plan:
                     yield outcome
@@ -200,16 +199,16 @@ def _segment_all(
             own = (
                 nullcontext(shared)
                 if job.stem == last.stem and plan is last_plan
-                else open_workspace(plan.configuration, job.stem, say, guard)
+                else open_workspace(plan.configuration, job.stem, inform, guard)
             )
             own_name = NamedExecutor(executor, plan.name) if plan.name else executor
             with own as space:
                 record_source(space.ledger, job.source)
                 try:
-                    result = _segment(plan, job, tomogram, report, sample, space, device, own_name, timeline, say)
+                    result = _run_model(plan, job, tomogram, report, sample, space, device, own_name, timeline, inform)
                 except (OSError, CryosiamDaskError):
                     raise
-                except Exception:  # of what nobody foresaw, damaged intermediate arrays may be the reason
+                except Exception:  # an unexpected error may come from damaged intermediate arrays
                     forget_damaged(plan, header.shape, space)
                     raise
                 outcome = replace(result, seconds=time.time() - began, stage=plan.name, notes=header.notes)
@@ -221,23 +220,23 @@ def _segment_all(
     if outcome.status == "done":
         log_warnings(outcome)
         record(last_plan, outcome, began, device, executor)
-    else:  # what became of it when it was made
+    else:  # skipped: the outcome of the run that made it stays the last one
         before = shared.ledger.last("outcome") or {"status": "done"}
         shared.ledger.close(**{name: value for name, value in before.items() if name != "what"})
     yield outcome
 
 
-def _ingested(
+def _ingest(
     space: Workspace, configuration: Configuration, job: Job, header: TomogramHeader, grid: Grid, executor: Executor
 ) -> tuple[Voxels, IngestReport]:
-    """The tomogram as zarr: one that is read where it is, the one that an earlier run made, or a new one."""
+    """Return the tomogram as zarr: the input itself, the copy of an earlier run, or a new copy."""
     chunks = None if header.compressed else tomogram_chunks(grid)
     compress = header.dtype.kind != "f" or configuration.keep_work
     identity = [known_identity(configuration, job.source, job.stem), configuration.reading, chunks, compress]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     found = space.ledger.last("ingested")
     in_place = isinstance(header, ZarrHeader)
-    # What the kernel had not yet written is gone with the machine.
+    # After a reboot, pages that the kernel had not written are missing from the copy.
     copied = found is not None and found["boot"] == boot_id() != "" and "tomogram" in space.group
     if found and found["key"] == key and (in_place or copied):
         values = found["statistics"]
@@ -253,7 +252,7 @@ def _ingested(
     return tomogram, report
 
 
-def _predicted(
+def _predict(
     plan: RunPlan,
     job: Job,
     tomogram: Voxels,
@@ -261,28 +260,28 @@ def _predicted(
     device: Literal["cpu", "cuda"],
     executor: Executor,
     timeline: bool,
-    say: Callable[[str], None],
+    inform: Callable[[str], None],
 ) -> tuple[dict[str, zarr.Array[Any]], list[dict[str, Any]]]:
-    """What the network says, block by block; blocks of an earlier run that are recorded are not predicted again.
+    """Predict block by block, except for the blocks that an earlier run recorded.
 
-    Returns the arrays by name, and what is recorded of every block.
+    Returns the arrays by name, and the ledger's entry of every block.
     """
     work, ledger, key, done = space.group, space.ledger, job.prediction_fingerprint, set()
     found = ledger.last("blocks")
     resumed = found is not None and found["key"] == key and all(name in work for name in plan.wanted)
     own = plan.configuration.block_size
     if found and resumed and own is not None and found["block_size"] > own:
-        say(f"block_size is {own} now: its blocks, of {found['block_size']} voxels along each axis, are begun anew")
+        inform(f"block_size is now {own}: the blocks of {found['block_size']} voxels per axis are predicted again")
         resumed = False
     block_size = found["block_size"] if found and resumed else plan.block_size(tomogram.shape, executor.workers)
     grid = make_grid(tomogram.shape, plan.patch, block_size, plan.halo)
     if resumed:
         done = {tuple(entry["index"]) for entry in ledger.since("block", "blocks")}
         outputs = {name: work_array(work, name) for name in plan.wanted}
-        say(f"{len(done)} of {len(grid.indices())} blocks are there already")
+        inform(f"{len(done)} of {len(grid.indices())} blocks are already done")
     token = uuid.uuid4().hex
     work.attrs["blocks"] = token
-    # By the files: arrays that are copied to HDF5 are of zarr's format 2, which a group of format 3 does not list.
+    # List the files: arrays that are copied to HDF5 have zarr format 2, which a group of format 3 does not list.
     for path in space.folder.iterdir():
         if path.name not in ("zarr.json", "tomogram", *(plan.wanted if resumed else ())):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -302,7 +301,7 @@ def _predicted(
     return outputs, ledger.since("block", "blocks")
 
 
-def _segment(
+def _run_model(
     plan: RunPlan,
     job: Job,
     tomogram: Voxels,
@@ -312,13 +311,13 @@ def _segment(
     device: Literal["cpu", "cuda"],
     executor: Executor,
     timeline: bool,
-    say: Callable[[str], None],
+    inform: Callable[[str], None],
 ) -> Outcome:
-    """One tomogram through one model to its files."""
+    """Take a tomogram through one model, and write its outputs."""
     configuration, network, header = plan.configuration, plan.configuration.parameters.network, report.header
     array_module: ArrayModule = "cupy" if device == "cuda" else "numpy"
     work = space.group
-    outputs, blocks = _predicted(plan, job, tomogram, space, device, executor, timeline, say)
+    outputs, blocks = _predict(plan, job, tomogram, space, device, executor, timeline, inform)
     labels, warnings = outputs["labels"], list[str]()
     if network.postprocessing:
         filled = array_like(work, "lamella", labels)
@@ -334,9 +333,9 @@ def _segment(
         ).found
         if not found:
             warnings.append(
-                f"no lamella found in the smoothed probabilities, of which none lies above the threshold "
-                f"{plan.threshold:g}: the labels are as the network gave them, with rough faces and single spots. "
-                "Lower network.threshold, and check trained_model"
+                f"no lamella found: no smoothed probability lies above the threshold {plan.threshold:g}. The labels "
+                "are the network's own, with rough faces and isolated spots. Lower network.threshold, and check "
+                "trained_model"
             )
         labels = filled
     removed, sizes = None, removal_sizes(configuration)
@@ -400,7 +399,7 @@ def _why_blank(
     blocks: Sequence[Mapping[str, Any]],
     coverage: float | None,
 ) -> str:
-    """Why nothing is left of `found` voxels of other labels than the background."""
+    """Explain why no label but the background is left of `found` voxels of other labels."""
     masked = plan.configuration.mask_folder is not None
     data, statistics = plan.configuration.parameters.data, report.statistics
     return why_blank(

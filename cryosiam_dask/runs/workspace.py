@@ -54,7 +54,7 @@ def work_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
 
 @contextmanager
 def open_workspace(
-    configuration: Configuration, stem: str, say: Callable[[str], None], guard: Callable[[], None]
+    configuration: Configuration, stem: str, inform: Callable[[str], None], guard: Callable[[], None]
 ) -> Iterator[Workspace]:
     """A zarr group for a tomogram's intermediate arrays with its ledger, of an earlier run if they fit together.
 
@@ -62,7 +62,7 @@ def open_workspace(
     """
     ledger = Ledger(configuration.prediction_folder, stem)
     if ledger.fault:
-        say(f"its ledger {ledger.fault}, so that it is begun anew")
+        inform(f"its ledger {ledger.fault}, so that it is begun anew")
     folder, group = _open_store(configuration, stem, ledger)
     try:
         yield Workspace(folder, group, ledger)
@@ -70,7 +70,7 @@ def open_workspace(
         if isinstance(error, RESUMABLE) or is_transient(error) or has_blocks(ledger):
             count = len(ledger.since("block", "blocks"))
             if count and not isinstance(error, Interrupted):
-                say(f"its {count} predicted blocks are kept in {folder}")
+                inform(f"its {count} predicted blocks are kept in {folder}")
         else:
             guard()
             shutil.rmtree(folder, ignore_errors=True)

@@ -241,7 +241,7 @@ def list_centers(
         return Outcome(stem_of(path), "done", labels.shape, warnings=warnings, particles=particles)
 
     outcomes = _each(predictions, reporter, act, executor)
-    update_center_lists(configuration, outcomes, reporter.say)
+    update_center_lists(configuration, outcomes, reporter.inform)
     return outcomes
 
 
@@ -274,7 +274,7 @@ def _list_as_cryosiam(
             )
         )
         called = named(names, classes)
-        reporter.say(f"particles: {', '.join(counted(called[label - 1], f'{n:,}') for label, n in counts.items())}")
+        reporter.inform(f"particles: {', '.join(counted(called[label - 1], f'{n:,}') for label, n in counts.items())}")
     except Exception as error:
         outcomes.append(failure_of("labels_….csv", (), time.time(), error, folder))
     return outcomes
@@ -301,7 +301,7 @@ def _each(
                 waiting.clear()
                 continue
             if path not in told:
-                reporter.say(f"{stem_of(path)}: another run works on it; waiting for that")
+                reporter.inform(f"{stem_of(path)}: another run works on it; waiting for that")
                 told.add(path)
             waiting.add(path)
             pending.append(path)

@@ -27,7 +27,7 @@ class Listener:
     def end(self, tomogram: str, message: str, **options: Any) -> None:
         self.messages.append(message)
 
-    def say(self, message: str) -> None:
+    def inform(self, message: str) -> None:
         self.messages.append(message)
 
     def close(self) -> None:
