@@ -1,7 +1,26 @@
 """Settings shared by all tests."""
 
+import os
+
+import pytest
 from hypothesis import settings
 
 # Examples on shared machines may take long; what they show must not depend on it.
 settings.register_profile("no deadline", deadline=None, derandomize=True)
 settings.load_profile("no deadline")
+
+#: The files of tests that take longest. They begin first, so that none is alone at the end.
+SLOWEST = (
+    "test_cli", "test_docs", "test_cluster", "test_resume", "test_benchmarks", "test_collection", "test_slurm",
+    "test_disk", "test_run", "test_passing_errors", "test_components", "test_hosts", "test_demo",
+)  # fmt: skip
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: many tests wait for processes."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: number for number, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
