@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 from skimage.color import rgb2lab
 
 from cryosiam_dask.config import Configuration
-from cryosiam_dask.model import classes
 from cryosiam_dask.model.classes import COLOURS, OKABE_ITO, class_names
 
 
@@ -37,7 +35,3 @@ def test_the_first_colours_lie_apart(count: int) -> None:
     lab = rgb2lab(np.array(COLOURS[:count])[None] / 255)[0]
     distance = np.linalg.norm(lab[:, None] - lab[None], axis=2) + 1000 * np.eye(count)
     assert distance.min() > (20 if count == 7 else 10)  # 2.3 is a just noticeable difference
-
-
-def test_examples() -> None:
-    assert doctest.testmod(classes).failed == 0

@@ -1,6 +1,5 @@
 """Components across chunk borders against the same volume labelled as one array."""
 
-import doctest
 import itertools
 import os
 import pickle
@@ -614,7 +613,3 @@ def test_errors_travel_from_the_workers(processes):
     with pytest.raises(LabelsError, match="must not be negative"):
         find_components(-FEW, executor=processes)
     assert pickle.loads(pickle.dumps(partial(module._describe_block, measure=False))).keywords == {"measure": False}
-
-
-def test_the_examples_in_the_docstrings():
-    assert doctest.testmod(module).failed == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import cryosiam_dask.core.grid
 from cryosiam_dask.core.grid import BlockAxis, PatchAxis, block_size_for, make_grid, wrapped_segments
 from cryosiam_dask.errors import ConfigurationError
 
@@ -150,10 +148,6 @@ def test_refusals_name_rule_value_place_and_remedy() -> None:
         PatchAxis(100, 32, 16)
     with pytest.raises(ValueError, match="odd number"):
         BlockAxis(PatchAxis(100, 32), 4)
-
-
-def test_docstring_examples() -> None:
-    assert doctest.testmod(cryosiam_dask.core.grid).failed == 0
 
 
 @given(

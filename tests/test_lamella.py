@@ -1,6 +1,5 @@
 """Lamella post-processing block by block against scikit-image on the whole array, voxel for voxel."""
 
-import doctest
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -251,10 +250,6 @@ def test_a_gpu_gives_the_golden_mask(small_blocks):
         array_module="cupy",
     )
     np.testing.assert_array_equal(output[:], golden["lamella_slicewise"])
-
-
-def test_the_examples_in_the_docstrings():
-    assert doctest.testmod(module).failed == 0
 
 
 # ------------------------------------------------------------------------------------------------------------ thickness

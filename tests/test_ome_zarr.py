@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 import pickle
 import subprocess
@@ -341,7 +340,3 @@ def test_tasks_travel_and_may_run_twice(tmp_path: Path) -> None:
 def test_attributes_of_others(tmp_path: Path) -> None:
     zarr.create_group(tmp_path / "x.zarr")
     assert read_own_attributes(tmp_path / "x.zarr") == read_own_attributes(tmp_path) == {}
-
-
-def test_examples() -> None:
-    assert doctest.testmod(ome_zarr, extraglobs={"np": np}).failed == 0

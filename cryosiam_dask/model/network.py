@@ -299,7 +299,7 @@ def _read_by_enlarging(region: Region, size: Sequence[int]) -> Region:
     """The voxels of a level of `size` from which linear enlarging by 2 makes `region` of the finer level.
 
     >>> _read_by_enlarging((slice(4, 9),), (8,))
-    (slice(1, 6, None),)
+    (slice(1, 5, None),)
     """
     return tuple(slice(max(0, (r.start - 1) // 2), min(r.stop // 2 + 1, n)) for r, n in zip(region, size, strict=True))
 
