@@ -1,10 +1,10 @@
-"""What a user can get wrong.
+"""Errors that a user can cause and mend.
 
-Every error states the rule that was broken, the value that broke it, the place where the value stands, and the remedy::
+Every error names the rule, the place, the value that breaks the rule, and the remedy::
 
     configs/config_semantic.yaml, parameters.network.threshold: must lie between 0 and 1; found 10. Set a probability.
 
-The command line prints these texts as they are; nobody should see a traceback for a bad file, key or checkpoint.
+The command line prints this text and no traceback.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-#: What the kernel says while the server of a network disk is away, restarts or is busy; the same call may succeed soon.
+#: Errors of the kernel while a file server is away, restarts or is busy; a retry may succeed.
 _TRANSIENT = {
     getattr(errno, name)
     for name in (
@@ -29,37 +29,37 @@ _TRANSIENT = {
 
 
 def is_transient(error: BaseException | None) -> bool:
-    """Whether an error is one of the disk that may be gone a moment later, or was raised because of one."""
+    """Whether an error is a disk error that may go away by itself, or was caused by one."""
     while error is not None:
         if isinstance(error, CryosiamDaskError):
             return error.transient
         if isinstance(error, OSError):
-            # HDF5 tells the number in its text alone when it reads or writes.
-            told = re.search(r"\berrno = (\d+)", str(error)) if error.errno is None else None
-            if (int(told[1]) if told else error.errno) in _TRANSIENT:
+            # When HDF5 fails to read or write, the number is only in the text of its error.
+            number = re.search(r"\berrno = (\d+)", str(error)) if error.errno is None else None
+            if (int(number[1]) if number else error.errno) in _TRANSIENT:
                 return True
         error = error.__cause__ or error.__context__
     return False
 
 
 class CryosiamDaskError(Exception):
-    """A rule that a user's input broke.
+    """An input, a setting or a resource breaks a rule.
 
     Parameters
     ----------
     rule
         What must hold, as a sentence without its full stop.
     place
-        Where the value stands: a file, a key of the configuration, a command-line option.
+        A file, a key of the configuration or a command-line option.
     value
-        The offending value; left out of the message when ``None``.
+        The value that breaks the rule; ``None`` leaves it out of the message.
     remedy
-        What to do about it, as a sentence without its full stop.
+        What to do, as a sentence without its full stop.
 
     Attributes
     ----------
     transient
-        Whether it was made while an error was handled that may pass (see `is_transient`).
+        Whether it was created while a transient disk error was handled (see `is_transient`).
     """
 
     def __init__(self, rule: str, *, place: object = "", value: object = None, remedy: str = "") -> None:
@@ -75,7 +75,7 @@ class CryosiamDaskError(Exception):
         return text if text.endswith("?") else f"{text}."
 
     def __reduce__(self) -> tuple[Callable[..., CryosiamDaskError], tuple[Any, ...]]:
-        # Errors travel from the workers to the client: keyword-only arguments need this.
+        # Workers send errors to the client. Keyword-only arguments are not pickled without this.
         return _rebuild, (type(self), self.rule, self.place, self.value, self.remedy, self.transient)
 
 
@@ -92,7 +92,7 @@ class ConfigurationError(CryosiamDaskError):
 
 
 class CheckpointError(CryosiamDaskError):
-    """A checkpoint is unsafe, foreign, incomplete or does not fit its own description."""
+    """A checkpoint is unsafe, of another program, incomplete, or does not match its own description."""
 
 
 class TomogramError(CryosiamDaskError):
@@ -104,55 +104,54 @@ class MaskError(CryosiamDaskError):
 
 
 class LabelsError(CryosiamDaskError):
-    """A label volume cannot be labelled, filtered or post-processed as asked."""
+    """Labels cannot be labelled, filtered or post-processed as requested."""
 
 
 class OutputError(CryosiamDaskError):
-    """An output cannot be written, or would replace something made otherwise."""
+    """An output cannot be written, or would replace one that was made with other settings."""
 
 
 class DiskError(OutputError):
-    """A disk is full, read-only or not permitted: whatever else goes there will fail as well."""
+    """A disk is full, read-only or not permitted, so every other output there will fail as well."""
 
 
 class StorageError(CryosiamDaskError):
-    """A disk failed several times in a row."""
+    """A disk still fails after all retries."""
 
 
-#: What the kernel calls that.
-_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 
 def not_written(error: OSError, rule: str, *, place: object, remedy: str) -> OutputError:
-    """The error to raise where the kernel refused to write.
+    """Return the error to raise if the kernel refused to write.
 
     Parameters
     ----------
     error
-        What it said.
+        The error of the kernel.
     rule, place, remedy
         See `CryosiamDaskError`.
     """
-    kind = DiskError if error.errno in _OF_THE_DISK else OutputError
+    kind = DiskError if error.errno in _DISK_ERRORS else OutputError
     return kind(rule, place=place, value=error.strerror or error, remedy=remedy)
 
 
 def not_there(path: Path) -> str:
-    """The rule that a path of a configuration breaks where nothing is there."""
+    """Return the rule for a path in a configuration that does not exist."""
     return f"does not exist: {path}" + ("" if path.is_absolute() else f" (seen from {Path.cwd()})")
 
 
 def why_unreadable(error: OSError, rule: str) -> tuple[str, str | None]:
-    """Rule and value of the error to raise where a file could not be opened that must be there, as `rule` says."""
+    """Return rule and value of the error to raise if a required file could not be opened."""
     return ("does not exist", None) if isinstance(error, FileNotFoundError) else (rule, error.strerror or str(error))
 
 
 class DeviceError(CryosiamDaskError):
-    """The device that was asked for cannot be used."""
+    """The requested device cannot be used."""
 
 
 class LostDeviceError(DeviceError):
-    """A device failed so that its process can use it no more; another process may try again."""
+    """This process can no longer use its device, but another process may."""
 
 
 class ClusterError(CryosiamDaskError):
@@ -161,7 +160,7 @@ class ClusterError(CryosiamDaskError):
     Attributes
     ----------
     temporary
-        Whether it was there, so that the same command goes on once it is there again.
+        Whether the cluster was there, so that the same command can resume when it is back.
     """
 
     temporary = False
@@ -174,14 +173,14 @@ class LostClusterError(ClusterError):
 
 
 class Problems(CryosiamDaskError):
-    """Several errors at once, so that a user mends all of them before the next run.
+    """Several errors at once, so that a user can correct all of them before the next run.
 
     Parameters
     ----------
     problems
-        The single errors, in the order in which they are shown.
+        The errors, in the order in which they are shown.
     outcomes
-        What becomes of the tomograms, where each has an error of its own.
+        Outcomes of the tomograms, if each has an error of its own.
     """
 
     def __init__(self, problems: Iterable[CryosiamDaskError], outcomes: Iterable[Any] = ()) -> None:

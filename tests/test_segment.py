@@ -232,14 +232,14 @@ def test_why_a_result_is_blank(folder: Path) -> None:
     text = why({"threshold": 1.0}, {"min": 0.25, "max": 0.5})
     below, above = (f"{100 * share:.1f} %" for share in (np.mean(voxels < 0.25), np.mean(voxels > 0.5)))
     assert f"{below} of the voxels are clipped below and {above} above. Set parameters.data.min and max to" in text
-    assert "Verify trained_model, which is model.ckpt" in text and "mask_folder" not in text
+    assert "Check that model.ckpt is the right trained_model" in text and "mask_folder" not in text
     text = why({"threshold": 1.0}, {})
     segment(configure(folder, save_internal_files=True), filename="TS_1.mrc", overwrite_all=True)
     with h5py.File(folder / "out" / "TS_1_preds.h5") as file:
         highest = file["probs"][:].max(axis=(1, 2, 3))[1:]
     listed = ", ".join(f"{p:.3g} for class {label}" for label, p in enumerate(highest, start=1))
-    assert f"The highest probability is {listed}, and network.threshold 1: lower it to less than" in text
-    assert "as it should be" in text
+    assert f"The highest probability is {listed}, and network.threshold is 1: lower it to less than" in text
+    assert "max are right" in text
     found = np.count_nonzero(labels_of_a_run(folder))
     text = why({"postprocessing_sizes": [-1, 10**6, 10**6]}, {})
     assert text.startswith(f"every voxel is background: postprocessing_sizes removed all {found:,} voxels")

@@ -11,9 +11,9 @@ Region: TypeAlias = tuple[slice, ...]
 
 
 class Sliceable(Protocol):
-    """An array that is read a region at a time: zarr, Dask, HDF5, NumPy, or another with their slicing.
+    """An array that is read a region at a time: zarr, Dask, HDF5, NumPy or anything that slices like them.
 
-    Its `chunks`, where it has them, are taken as the unit of reading and writing.
+    If it has `chunks`, these are the unit of reading and writing.
     """
 
     @property
@@ -24,13 +24,13 @@ class Sliceable(Protocol):
 
 
 class WritableArray(Sliceable, Protocol):
-    """An array that takes whole blocks."""
+    """An array that blocks are written to."""
 
     def __setitem__(self, key: Any, value: Any, /) -> None: ...
 
 
 def regions_of(shape: Sequence[int], step: Sequence[int]) -> Iterator[Region]:
-    """Divide an array of `shape` into blocks of `step`, smaller at the far rim, in C order."""
+    """Divide an array of `shape` into regions of `step`, smaller at the far edges, in C order."""
     edges = (
         [slice(start, min(start + width, size)) for start in range(0, size, width)]
         for size, width in zip(shape, step, strict=True)

@@ -22,7 +22,7 @@ _LARGEST_BLOCK = 1 << 29  # a provisional label fits 29 bits: see `_touching`
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """A volume cut into equal blocks, the last of an axis ragged. Everything is (z, y, x).
+    """A volume cut into equal blocks; the last one along an axis may be smaller. Everything is (z, y, x).
 
     Attributes
     ----------
@@ -40,7 +40,16 @@ class Blocks:
 
     @classmethod
     def of(cls, array: Sliceable, block: Sequence[int] | None = None, *, voxels: int | None = None) -> Blocks:
-        """Cut `array` into blocks of whole chunks of it, of up to `voxels` (`BLOCK_VOXELS`), unless `block` is given.
+        """Cut `array` into blocks of whole chunks.
+
+        Parameters
+        ----------
+        array
+            A volume or an image.
+        block
+            Shape of a block; chosen from the chunks if not given.
+        voxels
+            Largest size of a chosen block, `BLOCK_VOXELS` if not given.
 
         Raises
         ------
@@ -50,7 +59,7 @@ class Blocks:
         ndim = len(array.shape)
         if ndim not in (2, 3) or (block is not None and len(block) != ndim):
             raise LabelsError(
-                "components are found in 2-D or 3-D arrays, in blocks of as many axes",
+                "components can be found in 2-D and 3-D arrays, in blocks with the same number of axes",
                 value=f"shape {tuple(array.shape)}, block {block}",
                 remedy="Pass one volume or image at a time",
             )
@@ -68,7 +77,7 @@ class Blocks:
 
     @classmethod
     def between(cls, array: Sliceable, output: Sliceable) -> Blocks:
-        """Cut `array` into blocks of whole chunks of `output`: tasks may read across chunks, but must write whole ones.
+        """Cut `array` into blocks of whole chunks of `output`, so that no two tasks write to the same chunk.
 
         Raises
         ------
@@ -93,7 +102,7 @@ class Blocks:
         return list(itertools.product(range(z), range(y), range(x)))
 
     def slices(self, index: Index) -> Slices:
-        """Where block `index` lies in the volume."""
+        """Return the region of block `index`."""
         z, y, x = (
             slice(i * edge, min((i + 1) * edge, size))
             for i, edge, size in zip(index, self.block, self.shape, strict=True)
@@ -101,14 +110,14 @@ class Blocks:
         return z, y, x
 
     def extent(self, index: Index) -> Index:
-        """Shape of block `index`."""
+        """Return the shape of block `index`."""
         z, y, x = (part.stop - part.start for part in self.slices(index))
         return z, y, x
 
     def read(self, array: Sliceable, index: Index) -> NDArray[Any]:
         """Return block `index` of `array` as a C-contiguous (z, y, x) NumPy array in native byte order."""
         part = np.asarray(array[self.slices(index)[3 - self.ndim :]])
-        # cc3d wants memory that it could write to, though it does not.
+        # cc3d refuses read-only memory, although it does not write to it.
         return np.require(part, part.dtype.newbyteorder("="), ["C", "W"]).reshape(self.extent(index))
 
     def write(self, array: WritableArray, index: Index, values: NDArray[Any] | int) -> None:
@@ -117,30 +126,30 @@ class Blocks:
         array[where] = values if isinstance(values, int) else values.reshape([part.stop - part.start for part in where])
 
     def require_whole_chunks(self, output: Sliceable) -> None:
-        """Refuse an output of another shape, or one in which two blocks would write one chunk.
+        """Check that the output has the right shape and that no two blocks write to the same chunk.
 
         Raises
         ------
         LabelsError
-            With the axis, the chunk and the block.
+            If one of these does not hold.
         """
         if tuple(output.shape) != self.shape[3 - self.ndim :]:
             raise LabelsError(
                 f"the output must have the shape of its input, {self.shape[3 - self.ndim :]}",
                 value=output.shape,
-                remedy="Make the output in that shape",
+                remedy="Create the output with that shape",
             )
         for axis, chunk in enumerate(chunk_shape(output), start=3 - self.ndim):
             if self.block[axis] % chunk and self.block[axis] < self.shape[axis]:
                 raise LabelsError(
                     f"output chunks of {chunk} voxels do not divide the block edge {self.block[axis]} on axis "
                     f"{axis - 3 + self.ndim}, so two tasks would write one chunk",
-                    remedy=f"Make the output with chunks that divide {self.block[3 - self.ndim :]}",
+                    remedy=f"Create the output with chunks that divide {self.block[3 - self.ndim :]}",
                 )
 
 
 def _grown(edges: list[int], shape: Sequence[int], voxels: int) -> list[int]:
-    """Double the shortest edge that the volume exceeds, as long as the block holds no more than `voxels` voxels."""
+    """Double the shortest edge again and again, until a block would exceed `voxels` voxels or cover the volume."""
     while short := [axis for axis in range(3) if edges[axis] < shape[axis]]:
         axis = min(short, key=lambda axis: edges[axis])
         grown = [edge * 2 if other == axis else edge for other, edge in enumerate(edges)]
@@ -151,7 +160,7 @@ def _grown(edges: list[int], shape: Sequence[int], voxels: int) -> list[int]:
 
 
 def chunk_shape(array: Sliceable) -> tuple[int, ...]:
-    """Return the unit in which `array` is written: its shards, its chunks, or single voxels where it has neither."""
+    """Return the unit in which `array` is written: its shards, else its chunks, else single voxels."""
     chunks = getattr(array, "shards", None) or getattr(array, "chunks", None) or (1,) * len(array.shape)
-    # Dask spells chunks out along each axis; the largest stands for them, since reading need not be aligned.
+    # Dask lists every chunk along an axis. Reads need not be aligned, so the largest one will do.
     return tuple(int(max(edge)) if isinstance(edge, tuple) else int(edge) for edge in chunks)

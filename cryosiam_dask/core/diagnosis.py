@@ -1,14 +1,14 @@
-"""What a result that looks wrong, or is going to, most likely comes from: numbers in, sentences out.
+"""The likely cause of a result that looks wrong, in words: numbers in, sentences out.
 
-The rules are CryoSiam's table of troubles, with the numbers that tell one cause from another:
+The rules are CryoSiam's troubleshooting table, with numbers that separate the causes:
 
 =============================== ====================================================================================
-A segmentation is blank         Intensities outside [min, max] are clipped, so that a wrong scaling shows the network
-                                nothing; or no probability reaches the threshold; or the model is another one.
-It finds the wrong things       The models want dense matter bright on dark; many programs write it dark on bright.
-It finds things beyond the      The models were not trained on what surrounds a lamella: no mask, or one that covers
-lamella                         everything.
-A GPU's memory does not suffice A batch of patches is what takes it.
+A segmentation is blank         Intensities outside [min, max] are clipped, so with the wrong scaling the network
+                                sees nothing; or no probability reaches the threshold; or it is the wrong model.
+It finds the wrong things       The models expect dense matter bright on dark; many programs write it dark on bright.
+It finds things outside the     The models were not trained on what surrounds a lamella, and there is no mask, or the
+lamella                         mask covers everything.
+A GPU runs out of memory        A batch of patches is too large.
 =============================== ====================================================================================
 """
 
@@ -20,14 +20,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-#: Whether dense matter is bright or dark. CryoSiam's models want it bright.
+#: Whether dense matter is bright or dark. CryoSiam's models expect it bright.
 Contrast: TypeAlias = Literal["bright on dark", "dark on bright"]
 
-#: More voxels than this share outside [min, max] are worth a warning: the tails of a scaled tomogram are thinner.
+#: Warn if more than this share of the voxels lies outside [min, max]: the tails of a scaled tomogram are thinner.
 CLIPPED = 0.05
-#: Intensities are a sliver of [min, max] where the central 99 % of them span less than this share of it.
+#: Warn if the central 99 % of the intensities span less than this share of [min, max].
 SLIVER = 0.05
-#: A mask that leaves out less than this share of the tomogram keeps nothing from the model.
+#: Warn if a mask excludes less than this share of the tomogram.
 UNMASKED = 0.001
 _APART = (
     "their intensities do not fit min and max, and the tomograms differ so much that no min and max suit all. Bring "
@@ -39,18 +39,18 @@ _NUMBER = re.compile(r"[-+]?\d[\d.,]*(?:e[-+]?\d+)?")
 
 @dataclass(frozen=True, slots=True)
 class Intensities:
-    """How the intensities of a tomogram fall into [min, max], as far as a sample tells.
+    """How the intensities of a tomogram lie relative to [min, max], estimated from a sample.
 
     Attributes
     ----------
     share, where
-        As of `cryosiam_dask.stages.intensities.Sample`.
+        See `cryosiam_dask.stages.intensities.Sample`.
     lowest, highest, median
-        Of the finite voxels; ``None`` without any.
+        Of the finite voxels; ``None`` if there are none.
     central
-        Between which intensities the central 99 % of the finite voxels lie; ``None`` without any.
+        The range of the central 99 % of the finite voxels; ``None`` if there are none.
     below, above
-        Shares of the voxels that lie below min and above max, where they are clipped; 0 to 1.
+        Shares of the voxels below min and above max, which are clipped; 0 to 1.
     non_finite
         Share of the voxels that are NaN or infinite.
     contrast
@@ -77,23 +77,23 @@ def scaling(
     maximum: float,
     whose: str = "its",
 ) -> tuple[str, ...]:
-    """Say what is wrong with how intensities fall into [min, max].
+    """Say what is wrong with the scaling of the intensities.
 
     Parameters
     ----------
     below, above
         Shares of the voxels below `minimum` and above `maximum`, 0 to 1.
     central
-        Between which intensities the central 99 % of the voxels lie; ``None`` without finite voxels.
+        The range of the central 99 % of the voxels; ``None`` if no voxel is finite.
     minimum, maximum
         ``parameters.data.min`` and ``max``.
     whose
-        ``"their"`` where the numbers are of several tomograms.
+        ``"their"`` if the numbers describe several tomograms.
 
     Returns
     -------
     tuple of str
-        Empty where more than `SLIVER` of the range is used and no more than `CLIPPED` of the voxels are clipped.
+        Empty if at least `SLIVER` of the range is used and no more than `CLIPPED` of the voxels are clipped.
 
     Examples
     --------
@@ -125,43 +125,43 @@ sees next to no contrast. Write below parameters.data 'min: 0.48' and 'max: 0.51
 
 
 def contrast(found: str | None, invert: bool | None) -> tuple[str, ...]:
-    """Say where a tomogram is not bright on dark, as CryoSiam's models want it.
+    """Say whether the contrast of a tomogram is the wrong way round for CryoSiam's models.
 
     Parameters
     ----------
     found
         See `cryosiam_dask.stages.intensities.contrast`.
     invert
-        ``parameters.data.invert``. ``False``: whoever wrote that knows it, for another model.
+        ``parameters.data.invert``. ``False`` silences the warning about dark on bright: the user decided.
 
     Examples
     --------
     >>> contrast("dark on bright", False)
     ()
     >>> print(*contrast("dark on bright", None))
-    dense matter looks dark on bright, and CryoSiam's models want it bright on dark: write below parameters.data \
+    dense matter looks dark on bright, and CryoSiam's models expect it bright on dark: write below parameters.data \
 'invert: true', or 'invert: false' if this model was trained on such tomograms
     """
     if found == "dark on bright" and invert is None:
         return (
-            "dense matter looks dark on bright, and CryoSiam's models want it bright on dark: write below "
+            "dense matter looks dark on bright, and CryoSiam's models expect it bright on dark: write below "
             "parameters.data 'invert: true', or 'invert: false' if this model was trained on such tomograms",
         )
     if found == "bright on dark" and invert:
         return (
-            "dense matter looks bright on dark, as CryoSiam's models want it, and 'invert: true' turns that round: "
-            "leave it out unless this model was trained on tomograms that are dark on bright",
+            "dense matter looks bright on dark, as CryoSiam's models expect it, and 'invert: true' reverses that: "
+            "remove it unless this model was trained on tomograms that are dark on bright",
         )
     return ()
 
 
 def to_write(central: tuple[float, float] | None, found: str | None) -> tuple[str, ...]:
-    """The lines below ``parameters.data`` that suit a tomogram to a model that wants [0, 1] and bright on dark.
+    """Return the lines to write below ``parameters.data`` for a model that expects [0, 1] and bright on dark.
 
     Parameters
     ----------
     central
-        Between which intensities the central 99 % of the voxels lie; ``None`` without finite voxels.
+        The range of the central 99 % of the voxels; ``None`` if no voxel is finite.
     found
         See `cryosiam_dask.stages.intensities.contrast`.
 
@@ -178,7 +178,7 @@ def to_write(central: tuple[float, float] | None, found: str | None) -> tuple[st
 
 
 def distinct_digits(low: float, high: float) -> tuple[str, str]:
-    """Two numbers with as many digits as tell them apart.
+    """Round two numbers, keeping enough digits to distinguish them.
 
     Examples
     --------
@@ -193,21 +193,21 @@ def distinct_digits(low: float, high: float) -> tuple[str, str]:
 def shared_warnings(
     found: Sequence[Intensities], minimum: float, maximum: float, invert: bool | None
 ) -> tuple[list[tuple[str, int]], set[str]]:
-    """Say once what is wrong with the intensities of all tomograms of a collection.
+    """Return the warnings that hold for all tomograms of a collection, so that each is shown once.
 
     Parameters
     ----------
     found
-        Of each tomogram.
+        The intensities of each tomogram.
     minimum, maximum, invert
         The keys of ``parameters.data``.
 
     Returns
     -------
     sentences
-        Each with the number of tomograms that it is about: all, or all those whose contrast can be told.
+        Warnings, each with the number of tomograms that it is about.
     instead
-        The sentences of `scaling` and `contrast` on single ones that need not be said beside them.
+        Warnings of `scaling` and `contrast` about single tomograms that these replace.
     """
     sentences: list[tuple[str, int]] = []
     instead: set[str] = set()
@@ -217,7 +217,7 @@ def shared_warnings(
     single = [scaling(f.below, f.above, f.central, minimum, maximum) for f in found]
     ranges = [f.central for f in found if f.central is not None and f.central[0] < f.central[1]]
     low, high = min((a for a, _ in ranges), default=0.0), max((b for _, b in ranges), default=0.0)
-    one_range = all(b - a > SLIVER * (high - low) for a, b in ranges)  # that suits them all
+    one_range = all(b - a > SLIVER * (high - low) for a, b in ranges)  # one min and max suit all
     if one_range and all(single) and len(ranges) == count:
         below, above = sum(f.below for f in found) / count, sum(f.above for f in found) / count
         together = scaling(below, above, (low, high), minimum, maximum, "their")
@@ -225,25 +225,25 @@ def shared_warnings(
         instead.update(*single if together else ())
     elif not one_range and any(single):
         sentences.append((_APART, sum(map(bool, single))))
-    told = [f.contrast for f in found if f.contrast is not None]
-    if len(set(told)) == 1 and 2 * len(told) >= count:
-        sentences += [(sentence, len(told)) for sentence in contrast(told[0], invert)]
-        instead.update(contrast(told[0], invert))
+    known = [f.contrast for f in found if f.contrast is not None]
+    if len(set(known)) == 1 and 2 * len(known) >= count:
+        sentences += [(sentence, len(known)) for sentence in contrast(known[0], invert)]
+        instead.update(contrast(known[0], invert))
     return sentences, instead
 
 
 def merged_warnings(said: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Say once what is said of several tomograms, but for its numbers.
+    """Merge warnings about several tomograms that differ only in their numbers.
 
     Parameters
     ----------
     said
-        Names of tomograms, and sentences about them.
+        Pairs of a tomogram's name and a sentence about it.
 
     Returns
     -------
     list of tuple of str
-        Whom a sentence is about, and the sentence.
+        Pairs of the tomograms, as text, and a sentence about them.
 
     Examples
     --------
@@ -266,7 +266,7 @@ def merged_warnings(said: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def beyond_lamella(classes: int, coverage: float | None) -> tuple[str, ...]:
-    """Say why a model may find things outside the lamella.
+    """Say why a model may find things outside the lamella, if there is a reason.
 
     Parameters
     ----------
@@ -309,25 +309,25 @@ def blank(
     Parameters
     ----------
     lowest, highest
-        Of the tomogram's intensities; ``None`` where it has no finite ones.
+        Intensities of the tomogram; ``None`` if no voxel is finite.
     clipped
-        Shares of its voxels below and above `scale`, 0 to 1; ``None`` where they are not known.
+        Shares of its voxels below and above `scale`, 0 to 1; ``None`` if unknown.
     scale
         ``parameters.data.min`` and ``max``.
     threshold
-        ``network.threshold`` as it was used.
+        The ``network.threshold`` that was used.
     probabilities
-        The highest one of each class that was seen anywhere; ``None`` where they are not known.
+        The highest probability of each class in the tomogram; ``None`` if unknown.
     checkpoint
         Name of the model's file.
     coverage
-        Share of the tomogram inside the mask, 0 to 1; ``None`` where it is not known.
+        Share of the tomogram inside the mask, 0 to 1; ``None`` if unknown.
     masked
-        Whether there is a mask at all.
+        Whether there is a mask.
     removed_voxels
-        How many voxels of other labels ``postprocessing_sizes`` removed.
+        Number of voxels that ``postprocessing_sizes`` removed.
     class_names
-        Of the labels from 1 on, as far as they have any.
+        Names of the labels from 1 on, as far as they have names.
     """
     start = "every voxel is background"
     if removed_voxels:
@@ -340,45 +340,45 @@ def blank(
     if clipped is not None and (lowest is None or highest is None):
         return f"{start}: no voxel is a finite number. Check the file"
     if lowest is not None and lowest == highest:
-        return f"{start}: every voxel is {lowest:g}, so that there is nothing to see. Check the file"
+        return f"{start}: every voxel is {lowest:g}, so there is nothing to see. Check the file"
     minimum, maximum = scale
     causes = [start]
     range_ = "are not finite" if lowest is None or highest is None else f"run from {lowest:g} to {highest:g}"
-    seen = f"Its intensities {range_}, and min {minimum:g} to max {maximum:g} is what the network sees"
+    seen = f"Its intensities {range_}, and the network sees the range from min {minimum:g} to max {maximum:g}"
     fits = clipped is not None and sum(clipped) <= CLIPPED
     if clipped is not None:
         seen += f": {percent(clipped[0])} of the voxels are clipped below and {percent(clipped[1])} above"
     if fits:
-        causes.append(f"{seen}, as it should be with parameters.data.min and max")
+        causes.append(f"{seen}, so parameters.data.min and max are right")
     else:
         causes.append(f"{seen}. Set parameters.data.min and max to the range of the tomogram")
     causes.append(_probabilities(threshold, probabilities, masked, class_names))
-    causes.append(f"Verify trained_model, which is {checkpoint}")
+    causes.append(f"Check that {checkpoint} is the right trained_model")
     if masked:
         causes.append("Check that the masks in mask_folder are not empty")
     return ". ".join(causes)
 
 
 def _probabilities(threshold: float, highest: Sequence[float] | None, masked: bool, names: Sequence[str]) -> str:
-    """What the highest probability of each class says of the threshold."""
+    """Say what the highest probability of each class means for the threshold."""
     if highest is None:
         return f"Lower network.threshold (now {threshold:g})"
-    # With one class that is the lamella, with several the first one is the background.
+    # A single class is the lamella; of several classes, the first is the background.
     classes = [(1, highest[0])] if len(highest) == 1 else list(enumerate(highest))[1:]
     called = [*names[: len(classes)], *(f"class {label}" for label, _ in classes[len(names) :])]
     listed = ", ".join(f"{p:.3g} for {name}" for name, (_, p) in zip(called, classes, strict=True))
     most = max(p for _, p in classes)
-    text = f"The highest probability is {listed}, and network.threshold {threshold:g}"
+    text = f"The highest probability is {listed}, and network.threshold is {threshold:g}"
     if most <= threshold:
         return f"{text}: lower it to less than {most:.3g}"
     if len(highest) == 1:
-        return f"{text}: what exceeds it " + ("lies outside the mask" if masked else "has been removed")
-    outside = " or what reaches it lies outside the mask:" if masked else ""
-    return f"{text}, but the background is more probable everywhere,{outside} a lower threshold does not help"
+        return f"{text}: the voxels above it " + ("lie outside the mask" if masked else "have been removed")
+    outside = ", or the voxels above it lie outside the mask" if masked else ""
+    return f"{text}, but the background is more probable everywhere{outside}: a lower threshold does not help"
 
 
 def out_of_memory(batch_size: int, patch: Sequence[int], divisor: int = 8, free: int | None = None) -> tuple[str, str]:
-    """Say what a GPU's memory did not suffice for, and what to set instead.
+    """Say what did not fit into a GPU's memory, and what to set instead.
 
     Parameters
     ----------
@@ -389,12 +389,12 @@ def out_of_memory(batch_size: int, patch: Sequence[int], divisor: int = 8, free:
     divisor
         Number that must divide every axis of a patch.
     free
-        Bytes of the GPU that were free before; ``None`` where it is not known.
+        Bytes of the GPU that were free before; ``None`` if unknown.
 
     Returns
     -------
     tried, remedy
-        For the value and the remedy of an error.
+        The value and the remedy of an error.
 
     Examples
     --------
@@ -415,7 +415,7 @@ def out_of_memory(batch_size: int, patch: Sequence[int], divisor: int = 8, free:
 
 
 def percent(share: float) -> str:
-    """A share from 0 to 1 in words, with no 0 or 100 that is not one.
+    """Write a share from 0 to 1 as per cent; only exactly 0 and 1 become 0 % and 100 %.
 
     Examples
     --------

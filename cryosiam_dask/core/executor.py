@@ -1,9 +1,9 @@
-"""How a stage runs its per-chunk functions: an executor is an argument of every stage.
+"""Executors, which run the tasks of a stage. Every stage takes one as an argument.
 
-A stage knows nothing of Dask. It hands a plain function and a list of items (chunk indices, slabs) to an executor and
-receives the results in the order of the items. `SerialExecutor` runs them here, one after the other, and is the default
-of every stage, so that each can be called from a notebook; `cryosiam_dask.runs.dask_executor.DaskExecutor` runs them
-on the workers of a Dask cluster.
+A stage knows nothing about Dask. It gives an executor a plain function and a list of items (block indices, slabs). Each
+item is a task; the results come back in the order of the items. `SerialExecutor` runs the tasks in this process, one
+after the other. It is the default of every stage, so that a stage can be called from a notebook.
+`cryosiam_dask.runs.dask_executor.DaskExecutor` runs the tasks on the workers of a Dask cluster.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ from cryosiam_dask.errors import CryosiamDaskError, StorageError, is_transient
 T = TypeVar("T")
 R = TypeVar("R")
 
-#: Called with the name of the running step, the calls done and the calls in all.
+#: Called with a name such as ``"predict"``, the number of finished tasks and the number of all tasks.
 Progress = Callable[[str, int, int], None]
 
 
-#: Seconds before what met an error of the disk that may pass is tried again: a server that restarts, or another one
-#: that takes its place, is there within about half a minute.
+#: Seconds to wait before each retry after a transient disk error: a file server that restarts, or its replacement,
+#: usually answers within half a minute.
 RETRY_PAUSES = (1.0, 5.0, 25.0)
 
 
 class Interrupted(Exception):
-    """No more calls are begun: the run is to end, and what has been done stays done."""
+    """The run is ending: no new task starts, and finished tasks stay finished."""
 
 
 class TakenOver(Interrupted):
-    """Another run works on the tomogram, which this one left alone for too long, as a laptop does that slept."""
+    """Another run has taken over the tomogram, because this one was silent for too long (a laptop slept, say)."""
 
 
 def with_retries(work: Callable[[], R], check: Callable[[], None] = lambda: None) -> R:
-    """Return ``work()``, tried again after each of `RETRY_PAUSES` where an error of the disk ends it that may pass.
+    """Return ``work()``, retried after each of `RETRY_PAUSES` if it fails with a transient disk error.
 
     Parameters
     ----------
     work
-        May be repeated.
+        Can be called repeatedly.
     check
-        Called several times a second during a pause; what it raises ends it.
+        Called several times a second during a pause; an exception that it raises ends the pause.
 
     Raises
     ------
     StorageError
-        If the disk fails for longer.
+        If the last retry fails too.
     """
     for pause in RETRY_PAUSES:
         try:
@@ -58,7 +58,7 @@ def with_retries(work: Callable[[], R], check: Callable[[], None] = lambda: None
         except Exception as error:
             if not is_transient(error):
                 raise
-            LOG.warning("%s: tried again in %g s", error, pause)
+            LOG.warning("%s: retry in %g s", error, pause)
         wait(pause, check)
     try:
         return work()
@@ -70,7 +70,7 @@ def with_retries(work: Callable[[], R], check: Callable[[], None] = lambda: None
 
 
 def wait(seconds: float, check: Callable[[], None]) -> None:
-    """Wait, and call `check` several times a second; what it raises ends it."""
+    """Wait, and call `check` several times a second; an exception that it raises ends the wait."""
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         check()
@@ -78,7 +78,7 @@ def wait(seconds: float, check: Callable[[], None]) -> None:
 
 
 def retries_exhausted(error: Exception) -> Exception:
-    """What to raise of an error that was to pass and has not."""
+    """Return the error to raise if `error` was the last one after all retries."""
     if not is_transient(error):
         return error
     if not isinstance(error, CryosiamDaskError):
@@ -98,7 +98,7 @@ class Executor(Protocol):
 
     @property
     def workers(self) -> int:
-        """How many calls run at the same time."""
+        """How many tasks run at the same time."""
         ...
 
     def map(
@@ -115,50 +115,50 @@ class Executor(Protocol):
         Parameters
         ----------
         function
-            A picklable function (often a `functools.partial`) without side effects other than idempotent writes of
-            whole chunks: it may run more than once for an item.
+            A picklable function, often a `functools.partial`. It may run more than once for an item, so its only side
+            effects are idempotent writes of whole chunks.
         items
-            Its arguments, one call for each.
+            Its arguments, one for each task.
         name
-            What the calls are called in the dashboard and in the progress display, for example ``"smooth"``.
+            Name of the tasks in the dashboard and in the progress display, for example ``"smooth"``.
         overlap
-            Whether a worker may begin a call while it still works on another one, so that one reads or writes while
-            the other computes. The function itself sees to it that they take turns where they must. These calls are
-            the ones that keep the devices busy; all others are done beside them.
+            Whether a worker may start a task while another one still runs, so that one reads or writes while the
+            other computes. The function must do its own locking. Tasks of this kind keep the devices busy; all others
+            run beside them.
         done
-            Called here with each item and its result, in the order in which they arrive.
+            Called in this process with each item and its result, in the order of arrival.
 
         Raises
         ------
         Interrupted
-            If the run is to end and calls are left.
+            If the run ends before all tasks have started.
         """
         ...
 
 
 class SharedExecutor(Executor, Protocol):
-    """Runs the calls of several tomograms at the same time."""
+    """Runs the tasks of several tomograms at the same time."""
 
     def share(self, tomogram: str, order: int, progress: Progress) -> Executor:
-        """An executor for one tomogram; of calls that wait, those of the lowest `order` are run first."""
+        """Return an executor for one tomogram; pending tasks with the lowest `order` run first."""
         ...
 
     @property
     def tasks_wanted(self) -> int:
-        """How many more calls should wait so that no device soon has nothing to do; 0 until a first one succeeded."""
+        """How many more pending tasks would keep all devices busy; 0 until a first task has succeeded."""
         ...
 
     def drain(self) -> None:
-        """Begin no more calls; what runs is finished."""
+        """Start no more tasks; those in flight finish."""
         ...
 
     def abandon(self) -> None:
-        """Begin no more calls, and wait for none."""
+        """Start no more tasks, and do not wait for those in flight."""
         ...
 
 
 class SerialExecutor:
-    """Runs every call in this process, in order."""
+    """Runs every task in this process, in order."""
 
     workers = 1
     tasks_wanted = 0
@@ -198,14 +198,14 @@ class SerialExecutor:
 
 @dataclass(frozen=True, slots=True)
 class NamedExecutor:
-    """An executor for one of several models, whose steps bear its name.
+    """An executor for one of several models; it puts the model's name before the names of tasks.
 
     Attributes
     ----------
     executor
-        Runs the calls.
+        Runs the tasks.
     model
-        Such as ``"lamella"``: the step ``"predict"`` becomes ``"lamella predict"``.
+        For example ``"lamella"``, with which ``"predict"`` becomes ``"lamella predict"``.
     """
 
     executor: Executor
@@ -231,16 +231,16 @@ class NamedExecutor:
 
 @dataclass(frozen=True, slots=True)
 class GuardedExecutor:
-    """An executor for work that another run may take over.
+    """An executor for a tomogram that another run may take over.
 
     Attributes
     ----------
     executor
-        Runs the calls.
+        Runs the tasks.
     guard
-        Raises `TakenOver` where it has been; asked before and after calls, and before a result is recorded.
+        Raises `TakenOver` if that has happened; called before and after the tasks, and before a result is recorded.
     share
-        Of how many workers there are, one in so many is to be kept busy.
+        Returns the number of runs that share the workers.
     """
 
     executor: Executor
@@ -272,12 +272,12 @@ class GuardedExecutor:
         try:
             return self.executor.map(function, items, name=name, overlap=overlap, done=record)
         except Exception:
-            self.guard()  # most likely it failed of what the other run does
+            self.guard()  # if another run took over, that is most likely why the task failed
             raise
 
 
 def all_workers(executor: Executor) -> int:
-    """How many calls run at the same time, for whatever executors of several tomograms or models share them."""
+    """Return how many tasks run at the same time, of all tomograms and models together."""
     while isinstance(executor, NamedExecutor | GuardedExecutor):
         executor = executor.executor
     return executor.workers

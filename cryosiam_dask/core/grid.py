@@ -1,17 +1,17 @@
 """Patches, cores and blocks: the integer geometry of a run. No arrays, no Dask, no torch.
 
-Two grids are kept apart. The *patch* grid decides the numbers: what the network sees at once and which voxels it is
-believed for. The *block* grid decides speed and memory and never a value: what is read, scheduled, retried and written
-at once. Along one axis of ``size`` voxels with patches of ``patch`` voxels:
+There are two grids. The *patch* grid decides the numbers: which voxels the network sees at once, and for which of them
+its answer is kept. The *block* grid decides speed and memory, and never a value: which voxels are read, scheduled,
+retried and written at once. Along one axis of ``size`` voxels with patches of ``patch`` voxels:
 
-1. An axis shorter than the patch counts as ``patch`` voxels long (``padded``); what is missing is zeros at its end.
-2. Patches start at 0, patch/2, patch, … as long as the start lies before ``padded - patch/4``.
+1. An axis shorter than the patch is padded with zeros at its end, to ``patch`` voxels (``padded``).
+2. Patches start at 0, patch/2, patch, … while the start lies before ``padded - patch/4``.
 3. A patch that reaches past the end sees the axis wrapped around: voxel ``padded + k`` is voxel ``k``.
-4. Of each patch only the *core* is kept: the first patch keeps [0, 3/4 patch), every other one the half in its middle,
-   and the last one everything up to the end. So every voxel is owned by exactly one patch.
+4. Only the *core* of each patch is kept: [0, 3/4 patch) of the first one, the middle half of every other one, and
+   everything up to the end of the last one. So exactly one patch owns each voxel.
 5. All inner core edges are odd multiples of patch/4. A block owns a whole number of cores. With an odd number ``d`` of
-   cores to a block, block edges at ``c, 3c, 5c, …`` with ``c = d * patch/4`` are core edges and also multiples of
-   ``c``: arrays with chunks of ``c`` voxels never have a chunk that two blocks write.
+   cores per block, block edges at ``c, 3c, 5c, …`` with ``c = d * patch/4`` are core edges and multiples of ``c``. So
+   in arrays with chunks of ``c`` voxels, no two blocks write to the same chunk.
 
 >>> axis = PatchAxis(size=300, patch=128)
 >>> axis.starts
@@ -21,9 +21,9 @@ at once. Along one axis of ``size`` voxels with patches of ``patch`` voxels:
 >>> BlockAxis(axis, cores=3).edges
 (0, 96, 288, 300)
 
-These are CryoSiam's own patches. With another *halo* than patch/4 they are laid so that all cores but the last have
-``patch - 2 * halo`` voxels and begin at multiples of that, the first patch starts with the axis, and the last one keeps
-everything up to the end. Rules 1 and 3 hold as before; blocks are simply multiples of the core.
+These are CryoSiam's own patches. With a *halo* other than patch/4, all cores but the last have ``patch - 2 * halo``
+voxels and begin at multiples of that, the first patch starts with the axis, and the last one keeps everything up to
+the end. Rules 1 and 3 still hold; blocks are multiples of the core.
 
 >>> axis = PatchAxis(size=300, patch=128, halo=16)
 >>> axis.starts
@@ -43,11 +43,11 @@ from itertools import product
 
 from cryosiam_dask.errors import ConfigurationError
 
-#: Block edge in voxels when none is asked for: large against the halo, small against the memory of a worker.
+#: Default block edge in voxels: large compared with the halo, small compared with a worker's memory.
 DEFAULT_BLOCK_SIZE = 320
 
 
-#: Chunks of about so many voxels along an axis, where the patches do not decide.
+#: Largest chunk along an axis, in voxels, with patches other than CryoSiam's.
 _CHUNK = 160
 
 
@@ -62,8 +62,8 @@ class PatchAxis:
     patch
         Voxels of a patch along it, a positive multiple of 4.
     halo
-        Voxels on either side of a core that the network sees and nobody keeps, less than half of a patch;
-        patch/4, as CryoSiam has it, if 0.
+        Voxels on either side of a core that the network sees but that are not kept; less than half a patch. 0 means
+        patch/4, as in CryoSiam.
 
     Raises
     ------
@@ -124,7 +124,7 @@ class PatchAxis:
 
     @property
     def extent(self) -> int:
-        """Voxels from the first patch's start to the last one's end: the padded axis and what is wrapped around."""
+        """Voxels from the first patch's start to the last one's end, wrapped ones included."""
         return self.start(self.count - 1) + self.patch
 
     def start(self, i: int) -> int:
@@ -137,7 +137,7 @@ class PatchAxis:
         return min(self._core_start(i), self.size), min(stop, self.size)
 
     def _core_start(self, i: int) -> int:
-        # CryoSiam's first core lacks the halo on its left side and has these voxels more.
+        # CryoSiam's first core also keeps the voxels that are the left halo of other patches.
         return 0 if i == 0 else i * self.stride + (self.halo if self.exact else 0)
 
 
@@ -150,8 +150,8 @@ class BlockAxis:
     axis
         Its patches.
     cores
-        Patch cores in a block, at least 1. With CryoSiam's patches an odd number of at least 3, of which the first
-        block owns the half.
+        Patch cores per block, at least 1. With CryoSiam's patches an odd number of at least 3; the first block is half
+        as long.
     """
 
     axis: PatchAxis
@@ -163,7 +163,7 @@ class BlockAxis:
 
     @property
     def chunk(self) -> int:
-        """Voxels of an output chunk, which divide every inner block edge: half a block with CryoSiam's patches."""
+        """Voxels of an output chunk, which divides every inner block edge; half a block with CryoSiam's patches."""
         if self.axis.exact:
             return self.cores * self.axis.halo
         stride = self.axis.stride
@@ -174,7 +174,7 @@ class BlockAxis:
         """Block edges in voxels, from 0 to the size of the axis."""
         step = self.cores * self.axis.stride
         first = self.chunk if self.axis.exact else step
-        # The last core may be longer than the others: no edge may cut it.
+        # No edge may cut the last core, which may be longer than the others.
         last = self.axis.size - 1 if self.axis.exact else self.axis.core(self.axis.count - 1)[0]
         return (0, *range(first, last + 1, step), self.axis.size)
 
@@ -184,13 +184,13 @@ class BlockAxis:
         return len(self.edges) - 1
 
     def patches(self, block: int) -> range:
-        """Numbers of the patches whose cores block `block` owns."""
+        """Return the numbers of the patches whose cores block `block` owns."""
         start, stop = self.edges[block], self.edges[block + 1]
         last = self.axis.count if stop == self.axis.size else self._owner(stop)
         return range(self._owner(start), last)
 
     def _owner(self, edge: int) -> int:
-        """Number of the patch whose core begins at an inner block edge, or at 0."""
+        """Return the number of the patch whose core begins at `edge`, an inner block edge or 0."""
         return (edge - self.axis.halo) // self.axis.stride if self.axis.exact and edge else edge // self.axis.stride
 
 
@@ -201,11 +201,11 @@ class Patch:
     Attributes
     ----------
     window
-        Where it stands in the block's window, a slice an axis.
+        Region of the patch in the block's window.
     core
-        What is kept of the patch, in the patch's own voxels.
+        Region of the core in the patch.
     target
-        Where the core stands in the block, in the block's own voxels.
+        Region of the core in the block.
     """
 
     window: tuple[slice, ...]
@@ -215,17 +215,17 @@ class Patch:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One unit of work.
+    """The voxels that one task predicts.
 
     Attributes
     ----------
     index
         Its place in the block grid.
     region
-        The voxels that it owns, a slice an axis: whole output chunks.
+        The voxels that it owns, one slice per axis: whole output chunks.
     window
-        (start, stop) an axis of the voxels that its patches see. Never before 0, but past the end of the tomogram
-        where the tomogram is padded and wrapped around (see `wrapped_segments`).
+        The voxels that its patches see, (start, stop) per axis. It never starts before 0, but may end past the
+        tomogram, which is then padded and wrapped around (see `wrapped_segments`).
     patches
         Its patches in raster order; each owns at least one voxel.
     """
@@ -253,7 +253,7 @@ class Grid:
     Parameters
     ----------
     axes
-        One `BlockAxis` an axis, in array order (z, y, x).
+        One `BlockAxis` per axis, in array order (z, y, x).
     """
 
     axes: tuple[BlockAxis, ...]
@@ -270,7 +270,7 @@ class Grid:
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """Chunk shape for arrays that blocks write; none larger than the tomogram."""
+        """Chunk shape of the arrays that blocks write, no larger than the tomogram."""
         return tuple(min(a.chunk, a.axis.size) for a in self.axes)
 
     @property
@@ -280,7 +280,7 @@ class Grid:
 
     @property
     def patch_count(self) -> int:
-        """Patches of the whole tomogram."""
+        """Number of patches of the whole tomogram."""
         return math.prod(a.axis.count for a in self.axes)
 
     @property
@@ -291,7 +291,7 @@ class Grid:
     @property
     def largest_block(self) -> tuple[int, ...]:
         """Shape that no block exceeds."""
-        # Without CryoSiam's rules the last core lacks a halo behind it, and where it is the only one before it too.
+        # With other patches the last core has no halo behind it, nor in front of it if it is the only core.
         return tuple(
             min(a.cores * a.axis.stride + (0 if a.axis.exact else 2 * a.axis.halo), a.axis.size) for a in self.axes
         )
@@ -301,9 +301,9 @@ class Grid:
         return list(product(*map(range, self.block_counts)))
 
     def block(self, index: tuple[int, ...]) -> Block:
-        """The block at `index` of the block grid."""
+        """Return the block at `index` of the block grid."""
         edges = [(a.edges[i], a.edges[i + 1]) for a, i in zip(self.axes, index, strict=True)]
-        # A core that lies in the padding owns nothing and its patch need not be evaluated.
+        # A core in the padding owns no voxel of the tomogram, so its patch is skipped.
         numbers = [
             [p for p in a.patches(i) if a.axis.core(p)[0] < a.axis.core(p)[1]]
             for a, i in zip(self.axes, index, strict=True)
@@ -340,8 +340,8 @@ def make_grid(
     patch
         Shape of a patch, in the same order.
     block_size
-        Block edge in voxels to aim for; along each axis the largest number of cores that fits. With CryoSiam's patches
-        an odd number, at least 3.
+        Wanted block edge in voxels. Along each axis a block gets as many cores as fit into it; with CryoSiam's patches
+        an odd number of at least 3.
     halo
         See `PatchAxis`.
 
@@ -362,7 +362,7 @@ def make_grid(
     cores = [
         max(3, (block_size // axis.stride - 1) // 2 * 2 + 1)
         if axis.exact
-        # Wide enough that a block's halo never reaches past its neighbour.
+        # Large enough that a block's halo never reaches past its neighbour.
         else max(math.ceil(2 * axis.halo / axis.stride), block_size // axis.stride, 1)
         for axis in axes
     ]
@@ -377,21 +377,21 @@ def block_size_for(
     halo: int = 0,
     fits: Callable[[Grid], bool] = lambda grid: True,
 ) -> int:
-    """Largest block size up to `largest` that `fits` and gives every worker at least two blocks, if there is one.
+    """Return the largest block size that `fits` and gives every worker at least two blocks, else the smallest one.
 
     Parameters
     ----------
     shape, patch, halo
         See `make_grid`.
     largest
-        Block edge in voxels that must not be exceeded.
+        Largest allowed block edge in voxels.
     workers
         Number of workers.
     fits
         Whether the blocks of a grid are small enough.
     """
     axis = PatchAxis(1, min(patch), halo)
-    # One or two more cores to a block, whichever makes a difference.
+    # The number of cores per block goes up by two with CryoSiam's patches, else by one.
     step, smallest = (2 * axis.stride, 3 * axis.stride) if axis.exact else (axis.stride, axis.stride)
     size = largest
     while size > smallest:
@@ -403,7 +403,7 @@ def block_size_for(
 
 
 def wrapped_segments(start: int, stop: int, size: int, padded: int) -> list[tuple[slice, slice]]:
-    """Where the voxels of a window come from.
+    """Return where the voxels of a window come from.
 
     Parameters
     ----------
@@ -415,7 +415,7 @@ def wrapped_segments(start: int, stop: int, size: int, padded: int) -> list[tupl
     Returns
     -------
     list of (source, target)
-        Slices of the axis and of the window. What no target covers is padding.
+        Slices of the axis and of the window. Voxels of the window that no target covers are padding.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""What this program knows, as values that any reader of JSON understands."""
+"""Python values as JSON values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def as_json(value: Any) -> Any:
-    """The same as JSON values.
+    """Convert a value to JSON values.
 
     Parameters
     ----------

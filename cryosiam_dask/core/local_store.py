@@ -1,4 +1,4 @@
-"""Zarr stores on the disks that users have."""
+"""A zarr store that also works on file systems without hard links."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import errno
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
-#: What file systems say that have no hard links: BeeGFS, Samba, exFAT, some FUSE.
+#: Errors of file systems without hard links: BeeGFS, Samba, exFAT, some FUSE.
 _NO_LINKS = {errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EMLINK}
 
 
 class AnyDiskStore(LocalStore):
-    """A store on a local path, also where the file system has no hard links.
+    """A store on a local path that does not need hard links.
 
-    zarr links a new file to its name where it must not replace another one. Where that is not possible, the file is
-    written if none is there: of two processes that create the same one at the same time, the later one's stays. This
-    program creates metadata in one process alone.
+    zarr creates a file that must not replace another one as a hard link. If the file system refuses, this store
+    writes the file if there is none yet. If two processes create the same file at the same moment, the later one wins;
+    this program creates metadata in one process only.
     """
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:

@@ -1,12 +1,12 @@
-"""A log file for every run, beside its outputs: what the user was told, and what a developer asks for.
+"""A log file for every run, beside its outputs, for the user and for whoever helps them.
 
 ``<prediction_folder>/logs/<time>_<command>_<process>.log`` holds versions, settings, devices, every tomogram, every
-warning (also those that Python's libraries raise, here or in the workers) and every error with its traceback, which the
-user does not see. No file is ever written twice.
+warning (also those of libraries, here and in the workers) and every error with its traceback, which the terminal does
+not show. Every run starts a new file.
 
-* Each line goes to the kernel at once: a run that was killed leaves everything until then.
-* A file stops growing at `LARGEST` bytes, the last part of which is kept for warnings and errors.
-* A disk that takes no log is no reason for a run to fail.
+* Each line is written at once, so a killed run leaves everything up to then.
+* A file stops growing at `LARGEST` bytes; the last `RESERVED` bytes are kept for warnings and errors.
+* A run does not fail because its log cannot be written.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from rich.console import Console
 from cryosiam_dask.errors import CryosiamDaskError
 
 FOLDER = "logs"
-LARGEST, RESERVED = 16 * 2**20, 2 * 2**20  # bytes of a file, and of these for warnings and errors alone
+LARGEST, RESERVED = 16 * 2**20, 2 * 2**20  # bytes of a file, and how many of these only warnings and errors may use
 _LONGEST = 2**16  # characters of an entry
 
 LOG = logging.getLogger("cryosiam_dask")
 LOG.addHandler(logging.NullHandler())  # a library is silent
-#: Of records that the user has read already, for ``--verbose``: ``LOG.info("…", extra=SHOWN)``.
+#: Marks records that the terminal has shown already, so that ``--verbose`` does not repeat them.
 SHOWN = {"shown": True}
-#: What is logged: our own words, and Python's warnings.
+#: What is logged: our own records, and Python's warnings.
 _LOGGERS = (LOG, logging.getLogger("py.warnings"))
-# Names of files may hold what a terminal would obey.
+# File names may contain control characters that a terminal would obey.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\t\n"}
 
 P = ParamSpec("P")
@@ -43,7 +43,7 @@ R = TypeVar("R")
 
 
 class LogFile(logging.Handler):
-    """Writes records to a new file, as far as there is room.
+    """Writes records to a new file of limited size.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ class LogFile(logging.Handler):
     Raises
     ------
     OSError
-        If it exists or cannot be made.
+        If the file exists or cannot be created.
     """
 
     def __init__(self, path: Path, largest: int = LARGEST, reserved: int = RESERVED) -> None:
@@ -66,7 +66,7 @@ class LogFile(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler`."""
-        with suppress(Exception):  # of a full disk the tomograms speak
+        with suppress(Exception):  # the tomograms report a full disk
             line = self.format(record).encode("utf-8", "backslashreplace") + b"\n"
             reserved = 0 if record.levelno >= logging.WARNING else self._reserved
             if len(line) <= self._left - reserved:
@@ -82,7 +82,7 @@ class LogFile(logging.Handler):
 
 
 class _Formatter(logging.Formatter):
-    """One entry begins at the beginning of a line, and what belongs to it is indented."""
+    """Indents all lines of an entry but the first."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record).translate(_CONTROLS).rstrip("\n")
@@ -92,14 +92,14 @@ class _Formatter(logging.Formatter):
 
 
 def begin_logs(folders: Iterable[Path], command: str) -> list[Path]:
-    """Begin a log file in each of some folders; they end with the function that is `logged`.
+    """Start a log file in each folder; the log ends with the surrounding function that is `logged`.
 
     Parameters
     ----------
     folders
-        Prediction folders, which exist. A file that cannot be made is left out.
+        Existing prediction folders. Files that cannot be created are skipped.
     command
-        What runs; a part of the files' names.
+        The running command, which becomes part of the file names.
 
     Returns
     -------
@@ -128,7 +128,7 @@ def begin_logs(folders: Iterable[Path], command: str) -> list[Path]:
 
 
 def logged(function: Callable[P, R]) -> Callable[P, R]:
-    """Let the logs that a function begins end with it, whatever it ends with."""
+    """Decorate a function so that the logs it starts end with it, also if it fails."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -163,18 +163,18 @@ _NOTE = "the traceback is in "
 
 
 def traceback_file(error: BaseException) -> str | None:
-    """The log that holds the traceback of an error which nobody foresaw, if one does."""
+    """Return the log that holds the traceback of an unexpected error, if there is one."""
     notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(_NOTE)]
     return notes[-1].removeprefix(_NOTE) if notes else None
 
 
 def latest_log(folder: Path) -> Path | None:
-    """The log of the latest run on a prediction folder, if there is one."""
+    """Return the log of the latest run on a prediction folder, if there is one."""
     return max((folder / FOLDER).glob("*.log"), key=lambda path: (path.name.split("_")[0], path.name), default=None)
 
 
 def print_log(console: Console) -> None:
-    """Also print, as long as this process lives, what is logged and not told otherwise: versions, tracebacks …"""
+    """Print everything that is logged but not shown otherwise (versions, tracebacks …) until this process ends."""
     handler = logging.Handler()
     handler.setFormatter(_Formatter("%(message)s"))
 

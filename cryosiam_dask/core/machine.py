@@ -1,4 +1,4 @@
-"""This machine: its cores, its memory, its processes and its start."""
+"""This machine: its cores, memory, processes and boot id."""
 
 from __future__ import annotations
 
@@ -6,30 +6,25 @@ import os
 import subprocess
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-# What reads files is imported where it is used: a path that is wrong is to be told at once.
-if TYPE_CHECKING:
-    pass
 
 
 def is_running(process: int) -> bool:
-    """Whether there is a process of this number."""
+    """Whether a process with this number runs on this machine."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        pass  # of another user
+        pass  # it belongs to another user
     return True
 
 
 @cache
 def boot_id() -> str:
-    """A name of this start of this machine, or none; what was not forced to its disk survives no other."""
+    """Return an id of the current boot, or an empty string. Data that was not synced to disk is lost with a reboot."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:  # no Linux; macOS has one of its own
+    except OSError:  # not Linux: ask macOS
         command = ["sysctl", "-n", "kern.bootsessionuuid"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
@@ -38,7 +33,7 @@ def boot_id() -> str:
 
 
 def process_namespace() -> str:
-    """The kernel's name for the set of processes among which this one has its number."""
+    """Return the kernel's name of the namespace in which the number of this process is valid."""
     try:
         return str(Path("/proc/self/ns/pid").readlink())
     except OSError:
@@ -46,12 +41,12 @@ def process_namespace() -> str:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory_of_machine() -> int:
-    """Bytes of memory that all workers together may use."""
-    from distributed.system import MEMORY_LIMIT  # what control groups and limits leave
+    """Return the bytes of memory that all workers together may use."""
+    from distributed.system import MEMORY_LIMIT  # respects control groups and resource limits
 
     return int(MEMORY_LIMIT)

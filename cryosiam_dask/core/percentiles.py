@@ -1,9 +1,9 @@
 """Exact percentiles of a volume of any size, in two passes and constant memory.
 
-The bits of float32 numbers, read as whole numbers with the negative ones turned around, are in the order of the
-numbers. The first pass counts how many voxels have each of the 65,536 values of the upper half of these bits, which
-says in which one each wanted order statistic lies; the second counts the lower halves there. What comes out are the
-order statistics themselves, not the edges of bins, so the result does not depend on how the volume is cut into pieces.
+The bits of float32 numbers, read as integers with the negative ones reversed, sort like the numbers themselves. The
+first pass makes a histogram of the upper 16 bits, which tells in which bin each wanted order statistic lies. The second
+pass makes a histogram of the lower 16 bits within these bins. The results are the order statistics themselves, not
+the edges of bins, so they do not depend on how the volume is divided into regions.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ def percentiles(
     *,
     executor: Executor = SERIAL,
 ) -> list[float]:
-    """Percentiles of all voxels of a volume, NaN left out, as `numpy.percentile` has them of the array as float32.
+    """Return percentiles of a volume without its NaN, equal to those of `numpy.percentile` of the float32 array.
 
     Parameters
     ----------
     read
-        Gives a region of the volume, in any real dtype. Must be picklable where `executor` has processes of its own.
+        Returns a region of the volume, in any real dtype. Must be picklable if `executor` uses other processes.
     regions
-        Parts that make up the volume, each voxel in one of them. A task holds one part, and as much again as float32.
+        Regions that cover every voxel exactly once. A task holds one region, and a float32 copy of it.
     percents
         From 0 to 100.
     executor
-        Runs two passes over the parts.
+        Runs one task for each region, in two passes.
 
     Returns
     -------
     list of float
-        Linear between neighbouring order statistics; NaN where all voxels are NaN.
+        Interpolated linearly between neighbouring order statistics; NaN if all voxels are NaN.
 
     Examples
     --------
@@ -77,8 +77,8 @@ def percentiles(
 
 
 def _keys(voxels: NDArray[Any]) -> NDArray[np.uint32]:
-    """Whole numbers in the order of the voxels that are not NaN."""
-    with np.errstate(over="ignore"):  # infinite then, as the network's scaling has it
+    """Return integers that sort like the voxels, without NaN."""
+    with np.errstate(over="ignore"):  # becomes infinite, as in the network's scaling
         numbers = np.ascontiguousarray(voxels, np.float32).reshape(-1)
     bits = numbers[~np.isnan(numbers)].view(np.uint32)
     return np.where(bits & _SIGN, ~bits, bits | _SIGN)

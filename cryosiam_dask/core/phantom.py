@@ -1,14 +1,14 @@
-"""Phantom tomograms whose truth is known, for the demo and for training its two small models.
+"""Phantom tomograms with known ground truth, for the demo and for training its two small models.
 
 1. A lamella is a slab, slightly tilted against the grid, with noise only above and below it.
 2. Structures are drawn as signed distances into a volume with a margin: vesicles and tubes (membranes), globular
    particles, worm-like filaments, microtubules. The lamella's faces cut them, as milling does.
 3. The detector adds white noise, the limited tilt range takes a wedge out of the Fourier transform, and a slight blur
    stands for the denoising that CryoSiam expects before it.
-4. Dense matter is bright, as CryoSiam's models want it. Intensities are brought to 0..1, so that the documented
+4. Dense matter is bright, as CryoSiam's models expect it. Intensities are scaled to 0..1, so that the documented
    ``min: 0`` and ``max: 1`` fit.
 
-The margin keeps the Fourier transform's periodicity out of the part that is cut out at the end.
+The margin is cut off at the end, because the Fourier transform treats the volume as periodic.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ Distances = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Phantom:
-    """A simulated tomogram and what it really shows.
+    """A simulated tomogram and its ground truth.
 
     Attributes
     ----------
     tomogram
         (z, y, x), float32, 0..1; dense matter is bright.
     truth
-        (z, y, x), uint8, index into `CLASS_NAMES`; 0 outside the lamella.
+        (z, y, x), uint8, indices into `CLASS_NAMES`; 0 outside the lamella.
     lamella
         (z, y, x), uint8, 1 inside the lamella.
     voxel_size_angstrom
@@ -70,14 +70,14 @@ def make_phantom(seed: int, shape: tuple[int, int, int] = SHAPE) -> Phantom:
     Parameters
     ----------
     seed
-        Decides everything that is random.
+        Seed of the random numbers.
     shape
         (z, y, x) in voxels; z should exceed the lamella's 56 voxels.
     """
     rng = np.random.default_rng(seed)
     canvas = _Canvas(tuple(s + 2 * _MARGIN for s in shape), rng)
     lamella = _slab(canvas)
-    # From large to small, so that there is room for the large ones. Counts follow the area of the lamella.
+    # Large structures first, while there is room for them. The counts are proportional to the lamella's area.
     area = shape[1] * shape[2] / (112 * 112)
     for draw, count in ((_draw_microtubule, 1.5), (_draw_vesicle, 3), (_draw_tube, 2)):
         for _ in range(round(count * area)):
@@ -112,14 +112,14 @@ def write_phantom(phantom: Phantom, folder: Path, stem: str) -> Path:
 
 
 def dice(prediction: NDArray[np.uint8], truth: NDArray[np.uint8], n_classes: int) -> tuple[float, ...]:
-    """Dice score of each class, 2 |A ∩ B| / (|A| + |B|), in the order of the labels; 1 where both lack the class."""
+    """Return each class's Dice score, 2 |A ∩ B| / (|A| + |B|), in the order of the labels; 1 if both lack the class."""
     agreed = np.bincount(truth[prediction == truth], minlength=n_classes)
     total = np.bincount(prediction.ravel(), minlength=n_classes) + np.bincount(truth.ravel(), minlength=n_classes)
     return tuple(2 * int(a) / int(t) if t else 1.0 for a, t in zip(agreed, total, strict=True))
 
 
 class _Canvas:
-    """What has been drawn so far: density (0..1) and labels on a grid with its margin."""
+    """The volume that is drawn into, margin included: density (0..1) and labels."""
 
     def __init__(self, shape: tuple[int, ...], rng: np.random.Generator) -> None:
         self.rng = rng
@@ -128,14 +128,14 @@ class _Canvas:
         self.labels = np.zeros(shape, np.uint8)
 
     def box(self, low: NDArray[np.floating], high: NDArray[np.floating]) -> tuple[slice, ...]:
-        """The part of the grid between two corners."""
+        """Return the region between two corners."""
         return tuple(
             slice(max(0, math.floor(a)), min(s, math.ceil(b) + 1))
             for a, b, s in zip(low, high, self.shape, strict=True)
         )
 
     def point(self, depth: float) -> NDArray[np.float64]:
-        """A random point (z, y, x) whose z is at most `depth` from the middle."""
+        """Return a random point (z, y, x) whose z is at most `depth` from the middle."""
         point = self.rng.uniform(0, self.shape)
         point[0] = self.shape[0] / 2 + self.rng.uniform(-depth, depth)
         return point
@@ -145,7 +145,7 @@ class _Canvas:
         return not self.labels[box][distance < clearance].any()
 
     def draw(self, box: tuple[slice, ...], distance: Distances, label: int, density: Distances | float) -> None:
-        """Draw what lies at a negative distance, with an edge one voxel wide."""
+        """Draw the voxels whose distance is negative, with an edge one voxel wide."""
         edge = np.clip(0.5 - distance, 0, 1) * density
         np.maximum(self.density[box], edge, out=self.density[box])
         self.labels[box][distance < 0] = label
