@@ -1,11 +1,10 @@
-"""The YAML files of CryoSiam as frozen, typed models.
+"""CryoSiam's YAML files as immutable, typed models.
 
-`read_configuration` reads either of CryoSiam's two files (lamella prediction, semantic segmentation) as it stands, and
-`read_pipeline` one file for both models.
-Everything that is wrong with a file is reported at once, each problem with its key, the value found and the remedy.
-Keys that CryoSiam's own files may carry but that mean nothing here are accepted and listed in `Configuration.unused`.
+`read_configuration` reads either of CryoSiam's two files (lamella prediction, semantic segmentation) unchanged, and
+`read_pipeline` reads one file for both models. All problems of a file are reported at once, each with its key, the
+value and the remedy. Keys of CryoSiam that have no meaning here are accepted, and listed in `Configuration.unused`.
 
-Relative paths are taken from the current folder, as CryoSiam and its viewer take them.
+Relative paths are relative to the current folder, as in CryoSiam and its viewer.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ from cryosiam_dask.core.executor import with_retries
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, Problems, not_there, why_unreadable
 from cryosiam_dask.model.published import HubFile, parse
 
-#: Keys of CryoSiam's files that have no meaning here: devices are chosen by ``--device`` and ``--workers``, and
-#: training and evaluation are not part of this program.
+#: Keys of CryoSiam's files that have no meaning here: ``--device`` and ``--workers`` choose the devices, and training
+#: and evaluation are not part of this program.
 UNUSED_KEYS: Mapping[str, frozenset[str]] = {
     "": frozenset({"log_dir", "temp_dir", "labels_folder", "eval_skip_prediction"}),
     "parameters": frozenset({"gpu_devices"}),
@@ -52,7 +51,7 @@ def _expanded(path: Path) -> Path:
     try:
         return path.expanduser()
     except RuntimeError:
-        raise ValueError(f"must be a path below a home folder that is known, and {path.parts[0]} is not") from None
+        raise ValueError(f"must be below a home folder that exists, but {path.parts[0]} is unknown") from None
 
 
 _Path = Annotated[Path, Field(strict=False), AfterValidator(_expanded)]
@@ -71,7 +70,7 @@ _TrainedModel = Annotated[
 
 
 def _scientific(value: Any) -> Any:
-    """YAML takes 1e-3, without a point, for text; everybody else for a number."""
+    """Convert numbers such as 1e-3, which YAML reads as text for lack of a point."""
     return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value) else value
 
 
@@ -83,7 +82,7 @@ def _once(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _pattern(text: str) -> str:
-    """A regular expression that takes no time: without repetitions of what is repeated, and without looking back."""
+    """Check a regular expression, and refuse those that may take exponential time."""
     import warnings
 
     try:
@@ -93,12 +92,12 @@ def _pattern(text: str) -> str:
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"must be a regular expression, such as ^TS_[0-9]+: {error}") from None
     if _repeats(parsed) > 3:
-        raise ValueError("must not repeat what is repeated already, or more than three parts, which may take for ever")
+        raise ValueError("must not nest repetitions, or have more than three, because it could take for ever")
     return text
 
 
 def _repeats(parsed: Any, inside: bool = False) -> int:
-    """How many parts of a parsed regular expression are repeated; many where one is within another."""
+    """Count the repetitions in a parsed regular expression; nested ones count as many."""
     count = 0
     for kind, value in parsed:
         name, parts = str(kind), value if isinstance(value, list | tuple) else ()
@@ -124,7 +123,7 @@ _Name = Annotated[str, AfterValidator(_printable)]
 
 OutputFormat = Literal["hdf5", "ome-zarr", "mrc"]
 
-# Told apart before they are looked at, so that a fault is reported once and not for either kind.
+# A discriminated union, so that a wrong value is reported once and not for each alternative.
 _PatchSize = Annotated[
     Annotated[tuple[Annotated[int, Field(ge=4)], ...], Field(strict=False), Tag("tag-list")]
     | Annotated[Literal["auto"], Tag("tag-auto")],
@@ -141,20 +140,20 @@ _MinVoxels = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What the reference of the keys says of one, beside its type, its default and the docstring below it.
+    """What the documentation says about a key, besides its type, its default and the docstring below it.
 
-    ``docs/reference.py`` makes the reference, the file with every key and the schema for editors of all these.
+    ``docs/reference.py`` generates the reference, the file with every key, and the schema for editors from these.
 
     Attributes
     ----------
     example
-        A value as YAML writes it.
+        A value in YAML.
     unit
-        Of the value or, of a list, of its entries.
+        Unit of the value, or of the entries of a list.
     model
-        Which model it is for: ``"lamella"``, ``"semantic"``, or ``""`` for both.
+        The model that uses the key: ``"lamella"``, ``"semantic"``, or ``""`` for both.
     own
-        Whether CryoSiam does not have the key.
+        Whether the key does not exist in CryoSiam.
     """
 
     example: str = ""
@@ -173,22 +172,22 @@ class Data(_Model):
     """How intensities are scaled, and how large the network's patches are."""
 
     patch_size: Annotated[_PatchSize | None, About("[ 128, 128, 128 ]", "voxels")] = None
-    """What the network sees at once: a list (z, y, x), or (y, x) for images, of multiples of 8 (BiFPN models: 16).
-    `null`: as the model was trained; `auto`: the largest that fits into the device's memory."""
+    """Size of the patches that the network sees: a list (z, y, x), or (y, x) for images, of multiples of 8 (BiFPN
+    models: 16). `null`: that of the model's training; `auto`: the largest that fits into the device's memory."""
     halo: Annotated[Annotated[int, Field(ge=1)] | None, About("32", "voxels", own=True)] = None
-    """How much at each side of a patch is not kept. `null`: a quarter of the patch, as CryoSiam does. A larger
-    `patch_size` with a smaller halo, `[ 256, 256, 256 ]` and `32`, is faster and not quite the same."""
+    """How much at each side of a patch is not kept. `null`: a quarter of the patch, as in CryoSiam. A larger
+    `patch_size` with a smaller halo, `[ 256, 256, 256 ]` and `32`, is faster, but changes the labels a little."""
     min: Annotated[_Number, About(unit="intensity")] = 0.0
     """Intensity that becomes 0; lower ones are clipped to it."""
     max: Annotated[_Number, About(unit="intensity")] = 1.0
     """Intensity that becomes 1; higher ones are clipped to it."""
     invert: Annotated[bool | None, About("true", own=True)] = None
-    """Tomograms that are dark on bright: `max` becomes 0 and `min` becomes 1, so that each intensity v counts as
-    min + max - v. `mean` and `std` come after it. `null`: no, and a run says where it looks needed; `false`: no."""
+    """For tomograms that are dark on bright: `max` becomes 0 and `min` becomes 1, so each intensity v is replaced by
+    min + max - v, before `mean` and `std`. `null`: no, with a warning if it looks necessary; `false`: no."""
     mean: Annotated[_Number, About(unit="scaled intensity")] = 0.0
-    """Subtracted from the scaled intensities."""
+    """Number that is subtracted from the scaled intensities."""
     std: Annotated[_Number, Field(gt=0), About(unit="scaled intensity")] = 1.0
-    """What the difference is divided by."""
+    """Number that the difference is divided by."""
 
     @model_validator(mode="after")
     def _range(self) -> Self:
@@ -198,35 +197,35 @@ class Data(_Model):
 
 
 class Network(_Model):
-    """What becomes of the network's probabilities."""
+    """How the network's probabilities become labels."""
 
     in_channels: Annotated[int, Field(ge=1)] = 1
     """Channels of the input; must agree with the checkpoint."""
     spatial_dims: Annotated[int, Field(ge=2, le=3)] = 3
     """3 for tomograms, 2 for images; must agree with the checkpoint."""
     threshold: Annotated[Annotated[_Number, Field(ge=0, le=1)] | None, About("0.1", "probability")] = None
-    """Lamella: voxels with a higher probability belong to it. Several classes: a voxel where none reaches it is
-    background. `null`: 0.9 for models of one class, 0.1 for others."""
+    """Lamella: voxels with a higher probability belong to it. Several classes: a voxel is background if no class
+    reaches this probability. `null`: 0.9 for models of one class, 0.1 for others."""
     postprocessing: Annotated[bool, About(model="lamella")] = False
-    """Keep the largest smoothed component, filled to its convex hull."""
+    """Smooth the mask and keep the convex hull of its largest component."""
     hull_3d: Annotated[bool, Field(alias="3d_postprocessing"), About(model="lamella")] = False
-    """One hull in 3-D instead of one in every z-slice."""
+    """Use one convex hull in 3-D instead of one in each z-slice."""
     postprocessing_sizes: Annotated[
         Annotated[tuple[Annotated[int, Field(ge=-1)], ...], Field(strict=False)] | None,
         About("[ -1, 5000, -1, -1, -1 ]", "voxels", "semantic"),
     ] = None
-    """One entry per label, the first for label 0: components of that label with so many voxels or fewer are removed;
-    -1 leaves a label alone."""
+    """One entry per label, the first for label 0: components of that label with at most so many voxels are removed;
+    -1 keeps all."""
     min_voxels: Annotated[_MinVoxels | None, About("10", "voxels", "semantic")] = None
-    """Particle lists (`semantic-to-centers`): components of so many voxels or fewer are left out: one number, or a list
-    with one for each class. `null`: 0, in CryoSiam's form of lists 100."""
+    """Particle lists (`semantic-to-centers`) leave out components of at most so many voxels: one number, or a list with
+    one for each class. `null`: 0; 100 for lists in CryoSiam's form."""
     out_channels: Annotated[Annotated[int, Field(ge=1)] | None, About("14", model="semantic")] = None
-    """Classes, the background among them, for which CryoSiam's form of particle lists has files. `null`: those of the
-    prediction. For predicting, the checkpoint tells."""
+    """Number of classes, background included, for particle lists in CryoSiam's form. `null`: that of the prediction.
+    Predictions use the number in the checkpoint."""
 
 
 class Parameters(_Model):
-    """Of the data and of the network."""
+    """Parameters of the data and of the network."""
 
     data: Data = Data()
     network: Network = Network()
@@ -236,50 +235,49 @@ class HyperParameters(_Model):
     """How the network is run."""
 
     batch_size: Annotated[int, Field(ge=1), About(unit="patches")] = 2
-    """Patches in one forward pass on a GPU; a CPU takes one at a time. No result depends on it."""
+    """Patches per forward pass on a GPU; a CPU predicts one at a time. It does not change results."""
     precision: Annotated[Literal["fp32", "tf32", "bf16", "fp16"], About("bf16", own=True)] = "fp32"
-    """Of the network's products: `fp32`, or, on devices that have instructions for it, `tf32`, `bf16` or `fp16`."""
+    """Precision of the network's products: `fp32` or, on devices with instructions for it, `tf32`, `bf16` or `fp16`."""
 
 
 class Configuration(_Model):
     """One YAML file, for one model."""
 
     data_folder: Annotated[_Path, About("/data/dataset1/denoised")]
-    """Folder of the tomograms, denoised as the models expect them."""
+    """Folder of the tomograms, which should be denoised, as the models expect."""
     prediction_folder: Annotated[_Path, About("/data/dataset1/semantic")]
-    """Folder of the outputs; made if it is missing."""
+    """Folder of the outputs; created if it is missing."""
     trained_model: Annotated[_TrainedModel, About("/data/models/semantic.ckpt")]
     """Checkpoint of CryoSiam: a path (`.ckpt`); the name of a published model, such as `cryosiam_lamella` (the command
     `models` lists them); or `hf://owner/repository/file`. The latter two are fetched once from the Hugging Face Hub."""
     mask_folder: Annotated[
         _Path | None, BeforeValidator(lambda value: value or None), About("/data/dataset1/lamella", model="semantic")
     ] = None
-    """Folder of the lamella masks `<stem>_preds.h5`, which is the lamella's `prediction_folder`. `null`: predict
-    everywhere."""
+    """Folder of the lamella masks `<stem>_preds.h5`: the lamella's `prediction_folder`. `null`: predict everywhere."""
     file_extension: Annotated[str, Field(pattern=r"^\.[^/]*[^/.]$"), About(".ome.zarr")] = ".mrc"
     """Ending of the tomograms' names, with its dot: `.mrc`, `.rec`, `.map`, `.st`, each also with `.gz`; `.zarr`,
-    `.ome.zarr` (read in place); `.h5`, `.hdf5`. What a file is, is told by its content."""
+    `.ome.zarr` (read in place); `.h5`, `.hdf5`. The content of a file decides how it is read."""
     test_files: Annotated[
         Annotated[tuple[str, ...], Field(strict=False)] | None, About("[ 'TS_01.mrc', 'TS_02.mrc' ]")
     ] = None
     """Names of single tomograms. `null`: all of `data_folder`."""
     ome_zarr_level: Annotated[int, Field(ge=0), About("1", own=True)] = 0
-    """Which level of OME-Zarr images to segment; 0 is full resolution."""
+    """Level of OME-Zarr images to segment; 0 is full resolution."""
     hdf5_dataset: Annotated[Annotated[str, Field(min_length=1)] | None, About("volume", own=True)] = None
-    """Which dataset of HDF5 tomograms to segment. `null`: the only one that can be a tomogram."""
+    """Dataset of HDF5 tomograms to segment. `null`: the only one that can be a tomogram."""
     mrc_unsigned: Annotated[bool | None, About("True", own=True)] = None
-    """Whether the bytes of MRC files of mode 0 are unsigned (0 to 255). `null`: as the header says or, where it says
-    nothing, as the voxels look, with a warning."""
+    """Whether the bytes of MRC files of mode 0 are unsigned (0 to 255). `null`: decide by the header or, if it says
+    nothing, by the voxels, with a warning."""
     tilt_series_pattern: Annotated[
         Annotated[str, AfterValidator(_pattern)] | None, About(r"'^TS_\d+'", model="semantic", own=True)
     ] = None
-    """Particle lists: regular expression whose match in a tomogram's name, or in it the first group, is the name of its
-    tilt series, for names such as `TS_018_9.96Apx_denoised`. `null`: the name without Warp's `_9.96Apx` at its end."""
+    """Particle lists: regular expression for tomogram names such as `TS_018_9.96Apx_denoised`. Its match, or its first
+    group, is the name of the tilt series. `null`: the tomogram's name without Warp's `_9.96Apx` at its end."""
     class_names: Annotated[
         Annotated[tuple[_Name, ...], Field(strict=False), AfterValidator(_once)] | None,
         About("[ 'membrane', 'actin' ]", own=True),
     ] = None
-    """Names of the labels from 1 on, without the background, for tables, pictures and files. `null`: "class 1",
+    """Names of the labels from 1 on (without the background) for tables, pictures and files. `null`: "class 1",
     "class 2" and so on."""
     output_formats: Annotated[
         tuple[OutputFormat, ...], Field(strict=False), About("[ 'ome-zarr', 'mrc' ]", own=True)
@@ -293,14 +291,14 @@ class Configuration(_Model):
     preview: Annotated[bool, About(own=True)] = True
     """Also draw each tomogram with its labels, `<stem>_preview.png`."""
     save_original_file_extension: bool = False
-    """Write an MRC file of the input's name instead of HDF5; has no effect together with `save_internal_files`."""
+    """Write an MRC file with the input's name instead of HDF5; has no effect with `save_internal_files`."""
     work_folder: Annotated[_Path | None, About("/local_ssd/work", own=True)] = None
     """Folder of the temporary zarr stores. `null`: beside the outputs."""
     keep_work: Annotated[bool, About(own=True)] = False
-    """Keep each tomogram's zarr store (tomogram, labels) once its output is complete."""
+    """Keep each tomogram's zarr store (tomogram, labels) after its output is complete."""
     block_size: Annotated[Annotated[int, Field(ge=4)] | None, About("256", "voxels", own=True)] = None
-    """Edge of the blocks that are read, predicted and written at once: sets memory and speed, never a result. `null`:
-    the largest up to 320 of which two fit into the memory of a worker and of its GPU."""
+    """Edge of the blocks that are read, predicted and written at once. It changes memory and speed, but no result.
+    `null`: the largest edge up to 320 with which two blocks fit into the memory of a worker and of its GPU."""
     parameters: Parameters = Parameters()
     hyper_parameters: HyperParameters = HyperParameters()
 
@@ -308,27 +306,27 @@ class Configuration(_Model):
     _place: str = PrivateAttr(default="")
 
     def absolute(self) -> Configuration:
-        """The same with absolute paths, for processes that run in other folders."""
+        """Return a copy with absolute paths, for processes that run in other folders."""
         paths = {name: value.absolute() for name, value in self if isinstance(value, Path)}
         return self.model_copy(update=paths)
 
     @property
     def reading(self) -> dict[str, Any]:
-        """Which part of a tomogram file is meant: keywords of `cryosiam_dask.files.tomogram.read_header`."""
+        """Keyword arguments for `cryosiam_dask.files.tomogram.read_header`."""
         return {"level": self.ome_zarr_level, "dataset": self.hdf5_dataset, "unsigned": self.mrc_unsigned}
 
     @property
     def place(self) -> str:
-        """The file that it was read from and, of several models in it, the name."""
+        """The file that it was read from, and the name of the model if the file has several."""
         return self._place
 
     @property
     def unused(self) -> tuple[str, ...]:
-        """Keys of CryoSiam that the file holds and that have no effect here."""
+        """Keys of CryoSiam in the file that have no effect here."""
         return self._unused
 
 
-#: What pydantic calls a value of the wrong kind, in the words of a YAML file.
+#: pydantic's errors in the words of a YAML file.
 _RULES: Mapping[str, str] = {
     "string_pattern_mismatch": "must begin with a dot, such as .mrc, .rec or .mrc.gz",
     "path_type": "must be a path, written as text",
@@ -351,14 +349,14 @@ _SECTIONS: Mapping[str, type[_Model]] = {
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error: otherwise the first value would be lost without a word."""
+    """Loads YAML and refuses duplicate keys, the first of which would otherwise be lost silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             name = str(key.value)
             if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} twice", key.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep)
 
@@ -376,24 +374,24 @@ def read_configuration(path: Path | str) -> Configuration:
     ConfigurationError
         If the file cannot be read or is not YAML.
     Problems
-        All keys and values that are wrong.
+        If keys or values are wrong.
     """
     path = Path(path)
     return _configuration(_read_yaml(path), str(path))
 
 
-#: The models of a pipeline, in the order in which every tomogram needs them.
+#: The models of a pipeline, in the order in which they run.
 STAGES = ("lamella", "semantic")
-#: Keys that a pipeline's models have in common, since they are about the same tomograms.
+#: Keys that must be equal for all models of a pipeline, because they describe the tomograms.
 _SHARED_KEYS = ("data_folder", "file_extension", "test_files", "ome_zarr_level", "hdf5_dataset", "mrc_unsigned")
 
 
 def read_pipeline(path: Path | str) -> dict[str, Configuration]:
-    """Read a YAML file of two models for the same tomograms, or of one of them.
+    """Read a YAML file for two models that segment the same tomograms, or for one of them.
 
-    Below each of the keys ``lamella`` and ``semantic`` stand the keys of that model's own file. A key above them is
-    meant for both. The semantic model's ``mask_folder`` is the lamella's ``prediction_folder``. In a ``work_folder`` of
-    both, each has a folder of its own name.
+    The keys of each model stand below ``lamella`` and ``semantic``. A key outside these sections is for both models.
+    The semantic model's ``mask_folder`` is the lamella's ``prediction_folder``. In a common ``work_folder``, each model
+    uses a subfolder.
 
     Parameters
     ----------
@@ -403,14 +401,14 @@ def read_pipeline(path: Path | str) -> dict[str, Configuration]:
     Returns
     -------
     dict
-        By the names of `STAGES`, in their order, as far as they are there.
+        The models of the file by the names in `STAGES`, in that order.
 
     Raises
     ------
     ConfigurationError
-        If the file cannot be read or is not YAML, or names none of the models.
+        If the file cannot be read or is not YAML, or has none of the models.
     Problems
-        All keys and values that are wrong.
+        If keys or values are wrong.
     """
     path = Path(path)
     return _pipeline(_read_yaml(path), path)
@@ -448,16 +446,16 @@ def _pipeline(values: dict[str, Any], path: Path) -> dict[str, Configuration]:
     if not problems and len(found) == len(STAGES):
         problems += _at_odds(path, *found.values())
     if problems:
-        raise Problems({str(problem): problem for problem in problems}.values())  # what stands above both is said once
+        raise Problems({str(problem): problem for problem in problems}.values())  # a common key is reported once
     folders = [one.work_folder for one in found.values()]
     if len(folders) == len(STAGES) and folders[0] is not None and folders[0] == folders[1]:
-        # Both models are at work on a tomogram at the same time, under its name.
+        # Both models may work on a tomogram at the same time, in folders with its name.
         return {name: one.model_copy(update={"work_folder": folders[0] / name}) for name, one in found.items()}
     return found
 
 
 def _at_odds(path: Path, lamella: Configuration, semantic: Configuration) -> Iterator[ConfigurationError]:
-    """What does not fit between the models of a pipeline."""
+    """Yield contradictions between the models of a pipeline."""
     for key, one, other in (
         *((key, getattr(lamella, key), getattr(semantic, key)) for key in _SHARED_KEYS),
         ("mask_folder", lamella.prediction_folder, semantic.mask_folder),
@@ -468,38 +466,38 @@ def _at_odds(path: Path, lamella: Configuration, semantic: Configuration) -> Ite
                 if key == "mask_folder"
                 else "must be the same for both models, which segment the same tomograms",
                 place=f"{path}, key semantic.{key}",
-                value=f"{other}, and not {one}",
+                value=f"{other} instead of {one}",
                 remedy="Leave it out" if key == "mask_folder" else "Write it once, above lamella and semantic",
             )
     if lamella.prediction_folder == semantic.prediction_folder:
         yield ConfigurationError(
-            "must be another folder than the lamella's, whose files have the same names",
+            "must not be the lamella's folder, whose files have the same names",
             place=f"{path}, key semantic.prediction_folder",
             value=semantic.prediction_folder,
             remedy="Set it to another folder",
         )
     if lamella.save_original_file_extension:
         yield ConfigurationError(
-            "must be False: the semantic model reads the mask from HDF5",
+            "must be False, because the semantic model reads the mask from HDF5",
             place=f"{path}, key lamella.save_original_file_extension",
             remedy="Leave it out",
         )
 
 
 def read_models(path: Path | str, model: str | None = None) -> dict[str, Configuration]:
-    """Read a YAML file of either kind.
+    """Read a YAML file of one model or of a pipeline.
 
     Parameters
     ----------
     path
         The file.
     model
-        The only model of a pipeline that is wanted; ``None``: all.
+        The wanted model of a pipeline; all if ``None``.
 
     Returns
     -------
     dict
-        By their names, in the order in which every tomogram needs them; a single one has the name ``""``.
+        The models by their names, in the order in which they run; a single one has the name ``""``.
 
     Raises
     ------
@@ -526,13 +524,12 @@ def read_models(path: Path | str, model: str | None = None) -> dict[str, Configu
 
 
 def read_model(path: Path | str, model: str | None = None) -> Configuration:
-    """Read one model of a YAML file of either kind: the one that is named or else the last, which is about what the
-    models before it prepare.
+    """Read one model of a YAML file: `model`, or else the last one of the file.
 
     Parameters
     ----------
     path, model
-        See `read_models`, also for what it raises.
+        See `read_models`, also for the errors.
     """
     *_, found = read_models(path, model).values()
     return found
@@ -549,23 +546,23 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         near = files[:1] if path.is_dir() else difflib.get_close_matches(str(path), files, 1, 0.5)
         remedy = f"Did you mean {near[0]}?" if near else "Check the name of the configuration file"
         raise ConfigurationError(rule, place=path, value=value, remedy=remedy) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date such as 2024-13-45
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date like 2024-13-45
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        remedy = next((told for part, told in _YAML_REMEDIES.items() if part in (problem or "")), _COMPARE)
+        remedy = next((remedy for part, remedy in _YAML_REMEDIES.items() if part in (problem or "")), _COMPARE)
         if mark and re.match(r" *\t", "".join(text.splitlines()[mark.line : mark.line + 1])):
             remedy = "Indent with spaces, not tabs"
         raise ConfigurationError(
             "the configuration must be a YAML file",
             place=f"{path}, line {mark.line + 1}" if mark else path,
-            value=problem.removeprefix("found ") if problem else _unread(error),
-            remedy=_OF_DATA if isinstance(error, UnicodeDecodeError) else remedy,
+            value=problem.removeprefix("found ") if problem else _yaml_problem(error),
+            remedy=_NOT_YAML if isinstance(error, UnicodeDecodeError) else remedy,
         ) from None
     if not isinstance(values, dict):
         raise ConfigurationError(
             "the configuration must be a mapping of keys to values",
             place=path,
             value="an empty file" if values is None else type(values).__name__,
-            remedy="Write a space behind the colon of each key" if isinstance(values, str) else _COMPARE,
+            remedy="Write a space after the colon of each key" if isinstance(values, str) else _COMPARE,
         )
     return values
 
@@ -578,14 +575,14 @@ def _yaml_files(folder: Path) -> list[str]:
 
 
 _COMPARE = "Compare it with configs/config_semantic.yaml"
-_OF_DATA = "Give the YAML file of a model or a pipeline; 'cryosiam-dask info' says what is in files of data"
-#: What to do about the mistakes that are made most, by what the parser says of them.
+_NOT_YAML = "Give the YAML file of a model or a pipeline; 'cryosiam-dask info' shows what a data file holds"
+#: Remedies for the most common mistakes, by parts of the parser's messages.
 _YAML_REMEDIES: Mapping[str, str] = {
     r"'\t'": "Indent with spaces, not tabs",
-    "mapping values are not allowed": "Indent the keys of a section alike, and put text that holds ': ' into quotes",
+    "mapping values are not allowed": "Indent the keys of a section equally, and put text with ': ' into quotes",
     "unknown escape character": "Put paths with backslashes into single quotes",
-    "could not find expected ':'": "Write a colon and a space behind each key",
-    "expected <block end>": "Indent the keys of a section alike, and close what was opened before this line",
+    "could not find expected ':'": "Write a colon and a space after each key",
+    "expected <block end>": "Indent the keys of a section equally, and close brackets and quotes before this line",
     "expected ',' or": "Close the bracket of the list, and put commas between its entries",
     "found unexpected end of stream": "Close the quotes or the bracket",
     "cannot start any token": "Put this text into single quotes",
@@ -593,16 +590,16 @@ _YAML_REMEDIES: Mapping[str, str] = {
 }
 
 
-def _unread(error: Exception) -> str:
+def _yaml_problem(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return "bytes that are not UTF-8 text"
-    return "lists within lists without end" if isinstance(error, RecursionError) else f"a date that is none ({error})"
+    return "too many nested lists" if isinstance(error, RecursionError) else f"an invalid date ({error})"
 
 
 def _configuration(
     values: dict[str, Any], place: str, above: str = "", of_above: Collection[str] = ()
 ) -> Configuration:
-    """The model of what a file, or a part of it that `place` names, says; the keys `of_above` stand at `above`."""
+    """Validate the keys of a file or of a section of it; errors name `place`, or `above` for the keys `of_above`."""
     values, unused = _without_unused(values)
 
     def where(key: object) -> str:
@@ -618,14 +615,14 @@ def _configuration(
 
 
 def _missing_paths(where: Callable[[str], str], values: dict[str, Any]) -> Iterator[ConfigurationError]:
-    """What the planning of a run would find next, so that a user mends it together with the rest."""
+    """Yield errors about paths that do not exist, which the plan of a run would report only later."""
     for key in ("data_folder", "mask_folder", "trained_model"):
         value = values.get(key)
         if not isinstance(value, str) or not value:
             continue
         try:
             there = (key == "trained_model" and isinstance(parse(value), HubFile)) or Path(value).expanduser().exists()
-        except (OSError, RuntimeError, ValueError):  # what is wrong with these is said elsewhere
+        except (OSError, RuntimeError, ValueError):  # reported elsewhere
             there = True
         if not there:
             remedy = "Run the lamella prediction first, or correct it" if key == "mask_folder" else f"Correct {key}"
@@ -654,7 +651,7 @@ def _keys(section: str) -> Iterator[str]:
 
 
 def _explain(path: str, error: Any) -> ConfigurationError:
-    """One problem that pydantic found, in the words of the configuration."""
+    """Turn an error of pydantic into one in the words of the configuration."""
     location = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-", "tag-"))]
     key, kind, value = ".".join(location), error["type"], error["input"]
     place = f"{path}, key {key}" if key else f"{path}"

@@ -84,7 +84,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "less removed": ({"removed": np.zeros((3, 7, 8), np.uint8)}, r"'removed' must have the shape.*found \(3, 7, 8\)"),
     "floats removed": (
         {"removed": np.zeros(SHAPE, np.float32)},
-        "'removed' must hold labels, whole numbers; found float32",
+        "'removed' must hold integer labels; found float32",
     ),
     "floats": ({"labels": two_classes().astype(np.float32)}, "labels must be whole numbers; found float32"),
     "no voxels": ({"labels": np.zeros((6, 0, 8), np.uint8)}, r"must hold voxels; found \(6, 0, 8\)"),

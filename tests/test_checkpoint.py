@@ -293,8 +293,8 @@ def test_weights_that_are_missing_left_over_or_of_another_shape_are_named(tmp_pa
 
     text = message(checkpoints.write(tmp_path / "model.ckpt", edit=edit))
     assert "2 missing (_model_backbone.decoder.layer1.weight, _model_backbone.decoder.layer1.bias)" in text
-    assert "1 left over (_model_backbone.projector.9.weight)" in text
-    assert "2 of another kind (_model.semantic_head.6.bias (7,) instead of (3,)" in text
+    assert "1 unexpected (_model_backbone.projector.9.weight)" in text
+    assert "2 of another shape (_model.semantic_head.6.bias (7,) instead of (3,)" in text
     assert "_model.distance_head.6.bias str instead of (3,)" in text
 
 
@@ -307,8 +307,13 @@ def test_weights_that_are_missing_left_over_or_of_another_shape_are_named(tmp_pa
         (SMALL, "block_type", "basic", "_model_backbone.encoder.layer1.0.conv1.weight"),
         (SMALL, "add_fpn_later_conv", True, "missing (_model_backbone.decoder.later_conv4.weight"),
         (SMALL, "decoder_type", "bifpn", "missing (_model_backbone.decoder.p2.weight"),
-        (VARIANTS["later convolutions"], "add_fpn_later_conv", False, "left over (_model_backbone.decoder.later_conv4"),
-        (VARIANTS["deep bifpn"], "fpn_layers", 2, "left over (_model_backbone.decoder.bifpn.2.w1"),
+        (
+            VARIANTS["later convolutions"],
+            "add_fpn_later_conv",
+            False,
+            "unexpected (_model_backbone.decoder.later_conv4",
+        ),
+        (VARIANTS["deep bifpn"], "fpn_layers", 2, "unexpected (_model_backbone.decoder.bifpn.2.w1"),
         (VARIANTS["bifpn"], "fpn_layers", 2, "missing (_model_backbone.decoder.bifpn.1.w1"),
         (VARIANTS["2-D"], "spatial_dims", 3, "config.parameters.network.spatial_dims must be 3"),
     ],

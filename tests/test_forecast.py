@@ -314,7 +314,7 @@ def test_what_is_wrong_with_masks(folder: Path) -> None:
     write_tomogram(folder / "data" / "TS_3.mrc", np.random.default_rng(3).random(SHAPE, np.float32))
     write_mask(folder / "masks" / "TS_3_preds.h5", np.ones(SHAPE, np.uint8))
     found = predicted(configure(folder, mask_folder=str(folder / "masks")))
-    assert "holds only 0 (outside) and 1 (inside)" in of(found).problems[0]
+    assert "must hold only 0 (outside) and 1 (inside)" in of(found).problems[0]
     assert "is empty: every voxel will be background" in of(found, "TS_2").warnings[0]
     assert "the mask covers 100 %" in of(found, "TS_3").warnings[0]
     assert "no mask_folder is set" in predicted(configure(folder)).warnings[0]

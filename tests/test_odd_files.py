@@ -124,7 +124,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], Path], str, str]] = {
         "must be a complete gzip file", "must be a complete gzip file"),
     "HDF5 cut short": (lambda f: _truncated(hdf5(f / "a.h5", "data")), "the HDF5 file must be readable",
         "damaged or incomplete: copy or make it again"),
-    "a level that is missing": (lambda f: portal(f / "a.zarr", levels=(1,)), "those of the levels 1 are there",
+    "a level that is missing": (lambda f: portal(f / "a.zarr", levels=(1,)), "the levels that exist are 1",
         "cannot be read as a tomogram: "),
     "a damaged chunk": (lambda f: _damaged_chunk(portal(f / "a.zarr")), "chunks of a zarr array must be readable",
         "cannot be read as a tomogram: "),
@@ -147,7 +147,7 @@ def test_what_cannot_be_read_is_said_by_all(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_level_beyond_the_last(tmp_path: Path) -> None:
-    with pytest.raises(TomogramError, match=r"there must be a level 2.*found 2 levels, 0 to 1"):
+    with pytest.raises(TomogramError, match=r"level 2, which ome_zarr_level names, must exist; found 2 levels, 0 to 1"):
         read_header(portal(tmp_path / "a.zarr"), level=2)
 
 

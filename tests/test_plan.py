@@ -425,7 +425,7 @@ def test_what_is_left_out_is_said_once(folder: Path) -> None:
     plan = plan_run(configuration)
     assert [job.stem for job in plan.jobs] == ["TS_018_9.96Apx", "TS_1"]
     assert plan.notes == (
-        f"left out of {data}: .TS_1.mrc (a hidden name), ._TS_1.mrc (which macOS puts beside another file), "
+        f"left out of {data}: .TS_1.mrc (a hidden name), ._TS_1.mrc (metadata of macOS for another file), "
         f"TS_3.mrc (a link that leads nowhere: {folder}/not_mounted.mrc), "
         f"TS_4.mrc (a link that leads nowhere: {data}/TS_4.mrc), TS_5.MRC (it must end with .mrc), TS_6.mrc (no file)",
     )

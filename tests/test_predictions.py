@@ -220,8 +220,9 @@ def test_mrc_keeps_the_place_of_the_volume(tmp_path: Path) -> None:
 FULL_DISK = """
 import resource, signal, sys
 import numpy as np
-import cryosiam_dask.files.predictions as module
 from cryosiam_dask.errors import OutputError
+from cryosiam_dask.files.mrc import write_mrc
+from cryosiam_dask.files.predictions import replace_labels, write_hdf5
 
 writer, path, limit = sys.argv[1], sys.argv[2], int(sys.argv[3])
 labels = np.random.default_rng(0).integers(0, 255, (64, 256, 64)).astype(np.uint8)
@@ -229,7 +230,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails with EFBIG
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 for _ in range(2):  # a failure must not spoil the next attempt in the same process
     try:
-        getattr(module, writer)(path, labels, **({} if writer == "write_mrc" else {"attributes": {}}))
+        globals()[writer](path, labels, **({} if writer == "write_mrc" else {"attributes": {}}))
     except OutputError as error:
         print(error)
 """

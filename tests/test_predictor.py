@@ -370,7 +370,7 @@ def test_a_checkpoint_without_distances(tmp_path):
     spec = make_spec(checkpoints.write(tmp_path / "model.ckpt", replace(SMALL, distance_widths=None)))
     predictor = load_predictor(spec)
     assert predict_patches(predictor, some_patches(1, spec), {"labels"}).keys() == {"labels"}
-    with pytest.raises(CheckpointError, match="must hold a distance head"):
+    with pytest.raises(CheckpointError, match="must have a distance head"):
         predict_patches(predictor, some_patches(1, spec), {"distances"})
 
 
@@ -427,7 +427,7 @@ def test_a_checkpoint_that_changed_is_refused(tmp_path):
     path = checkpoints.write(tmp_path / "model.ckpt")
     spec = make_spec(path)
     checkpoints.write(path, seed=1)
-    with pytest.raises(CheckpointError, match="must stay as it is during a run"):
+    with pytest.raises(CheckpointError, match="must not change during a run"):
         load_predictor(spec)
 
 
@@ -515,8 +515,8 @@ def test_a_patch_that_does_not_fit_alone_is_an_error_with_numbers(spec):
     predictor._batch_size = 4
     predictor._network = network = Small(predictor._network, 0)
     message = (
-        r"found batch_size 4 and patch_size \[16, 16, 16\], and a block of \[16, 16, 16\]; smaller batches were tried "
-        r"down to 1, and that alone"
+        r"found batch_size 4 and patch_size \[16, 16, 16\], and a block of \[16, 16, 16\]; even a batch of 1 "
+        r"without another block does not fit"
     )
     with pytest.raises(DeviceError, match=message):
         predict_patches(predictor, np.zeros((1, 16, 16, 16), np.float32), EVERYTHING)

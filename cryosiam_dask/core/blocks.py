@@ -59,7 +59,7 @@ class Blocks:
         ndim = len(array.shape)
         if ndim not in (2, 3) or (block is not None and len(block) != ndim):
             raise LabelsError(
-                "components can be found in 2-D and 3-D arrays, in blocks with the same number of axes",
+                "components can be found in 2-D or 3-D arrays, in blocks with the same number of axes",
                 value=f"shape {tuple(array.shape)}, block {block}",
                 remedy="Pass one volume or image at a time",
             )

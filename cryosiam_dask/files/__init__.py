@@ -1,1 +1,1 @@
-"""What is on disk: tomograms, masks and predictions, read and written."""
+"""Reading and writing tomograms, masks and predictions."""

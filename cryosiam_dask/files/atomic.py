@@ -22,40 +22,40 @@ from cryosiam_dask.core.machine import boot_id, is_running, process_namespace
 from cryosiam_dask.errors import OutputError, not_written
 from cryosiam_dask.files.folders import real
 
-#: Seconds after which a file that was to take another's place is nobody's any more.
+#: A temporary file of another machine that has not changed for so many seconds is abandoned.
 ABANDONED_SECONDS = 3600.0
 
 
 def part_name(name: str) -> str:
-    """A hidden name under which a file or folder `name` grows, which tells the process that writes it."""
+    """Return a hidden temporary name for `name`, which identifies the process that writes it."""
     return f".{name}.{_machine()}-{os.getpid()}-{next(_PARTS)}.part"
 
 
 def sweep_parts(folder: Path, *, own: bool = False) -> None:
-    """Remove what processes that were killed left of the outputs that they wrote.
+    """Remove temporary outputs that killed processes left.
 
-    What a process of this machine writes is its own while it lives; what one of another machine does, until it has not
-    changed for an hour. Where a folder was about to take the place of an earlier one, that one is put back.
+    Those of a running process of this machine stay, and those of another machine that changed within the last hour. If
+    a process was killed while it replaced a folder, the earlier folder is put back.
 
     Parameters
     ----------
     folder
-        Of the outputs.
+        The folder of the outputs.
     own
-        Whether to remove what this process left as well, as it does where its workers ended amid a folder.
+        Whether to remove those of this process as well, for example after its workers have died.
     """
     with os.scandir(folder) as entries:
-        found = [(entry.name, told) for entry in entries if (told := _PART.match(entry.name))]
-    for name, told in found:
+        found = [(entry.name, match) for entry in entries if (match := _PART.match(entry.name))]
+    for name, match in found:
         with suppress(OSError):
-            path, target = folder / name, folder / told["name"]
-            if told["machine"] == _machine():
-                process = int(told["process"])
+            path, target = folder / name, folder / match["name"]
+            if match["machine"] == _machine():
+                process = int(match["process"])
                 if is_running(process) and not (own and process == os.getpid()):
                     continue
             elif time.time() - path.lstat().st_mtime < ABANDONED_SECONDS:
                 continue
-            if told["kind"] == "old" and not target.exists():
+            if match["kind"] == "old" and not target.exists():
                 path.rename(target)
             elif path.is_dir():
                 shutil.rmtree(path)
@@ -74,11 +74,10 @@ def _machine() -> str:
 
 @contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
-    """Give a hidden folder that takes the place of `target` when the block has ended well.
+    """Yield the path of a hidden folder that replaces `target` if the ``with`` block succeeds.
 
-    An earlier folder stays as it is until then. The one that is given does not exist yet; it vanishes if the block
-    ends otherwise. See `cryosiam_dask.files.atomic.sweep_parts` for what is left by a process that was killed. Where a
-    link stands in the place of `target`, it is what that leads to.
+    The hidden folder does not exist yet. If the block fails, it is removed and `target` stays unchanged; see
+    `sweep_parts` for killed processes. If `target` is a link, the folder that it points to is replaced.
     """
     target = real(target)
     part = target.with_name(part_name(target.name))
@@ -99,7 +98,7 @@ def replacing_folder(target: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a small file, replacing an earlier one at once when it is complete.
+    """Write a small file, replacing an earlier one atomically.
 
     Raises
     ------
@@ -111,7 +110,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def require_voxels(path: str | Path, source: Sliceable) -> None:
-    """Refuse to write an array without voxels, which neither HDF5 chunks nor MRC files can hold.
+    """Refuse to write an array without voxels, which neither HDF5 chunks nor MRC files can store.
 
     Raises
     ------
@@ -128,10 +127,10 @@ def require_voxels(path: str | Path, source: Sliceable) -> None:
 
 
 class Sink(io.FileIO):
-    """A file that keeps the first error of the operating system and from then on swallows what is written.
+    """A file that keeps the first error of the operating system and ignores all later writes.
 
-    HDF5 cannot close a file that it cannot write: on a full disk it keeps the file open for good, cannot create one of
-    that name again, and crashes the process when it ends. So it is not told; whoever writes calls `check` and gives up.
+    HDF5 cannot close a file that it cannot write: on a full disk it keeps the file open for good, cannot create another
+    one with that name, and crashes the process at exit. So the error is hidden from HDF5; the writer calls `check`.
     """
 
     error: OSError | None = None
@@ -161,23 +160,23 @@ class Sink(io.FileIO):
 
 @contextmanager
 def replacing(path: Path, *, alone: bool = False) -> Iterator[Sink]:
-    """Open a hidden file that takes the place of `path` when the block has ended well, and vanishes otherwise.
+    """Open a hidden file that replaces `path` if the ``with`` block succeeds, and is removed otherwise.
 
-    Of several processes that write the same file at the same time, each completes its own, and the last one's stays.
-    See `cryosiam_dask.files.atomic.sweep_parts` for what is left by a process that was killed.
+    If several processes write the same file at the same time, the last one to finish wins. See `sweep_parts` for
+    killed processes.
 
     Parameters
     ----------
     path
         The file.
     alone
-        Whether nobody else may have written it meanwhile: as one may that was given the work of a process that hung,
-        and whose file is the later one.
+        Whether to fail if another process has replaced `path` meanwhile. That happens if this process hung and its
+        task was retried elsewhere; the other file then stays.
 
     Raises
     ------
     OutputError
-        If it cannot be written; an earlier file is then untouched.
+        If the file cannot be written; an earlier file is then unchanged.
     """
     path = real(path)
     before = _identity(path)
@@ -187,14 +186,14 @@ def replacing(path: Path, *, alone: bool = False) -> Iterator[Sink]:
             try:
                 yield sink
             finally:
-                sink.check()  # in place of whatever HDF5 has made of it
+                sink.check()  # raises the real error instead of HDF5's
             os.fsync(sink.fileno())
         if alone and _identity(path) != before:
             raise OutputError(
                 "only one process may write an output at a time",
                 place=path,
-                value="a later one of another process",
-                remedy="Nothing is to be done: that one stays",
+                value="a newer file of another process",
+                remedy="There is nothing to do: the newer file stays",
             )
         part.replace(path)
     except OSError as error:

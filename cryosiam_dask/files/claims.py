@@ -1,4 +1,4 @@
-"""Who works on a tomogram: a file beside its ledger, in which its holder counts on while it lives."""
+"""Claims: which run works on a tomogram. A claim is a file beside the ledger that its holder keeps updating."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from cryosiam_dask.core.machine import boot_id, is_running, process_namespace
 from cryosiam_dask.files.atomic import ABANDONED_SECONDS
 
 FOLDER = ".ledger"
-#: Seconds between two counts of a claim's holder, and without a count after which it is taken for gone. Network disks
-#: show a file of another machine late, but hardly by a minute.
+#: Seconds between two updates of a claim, and seconds without an update after which its holder counts as dead. Network
+#: disks show changes of another machine late, but hardly by a minute.
 BEAT, PATIENCE = 10.0, 100.0
 
 
 class Claims:
-    """The tomograms that this process works on, held against other runs on the same folders.
+    """The tomograms that this process has claimed, so that no other run works on them.
 
-    A claim is a file that is made only if it is not there, and in which its holder counts on. Whoever finds one of
-    another process watches it, by his own clock: a claim that has not changed for `patience` seconds, or whose process
-    ran on this machine and is gone, is taken away. Neither locks, which some network disks do not have, nor clocks that
-    agree are needed.
+    A claim is a file that only one process can create, with a counter that its holder increases. A process that finds
+    the claim of another one watches it with its own clock. If the claim has not changed for `patience` seconds, or its
+    holder ran on this machine and is gone, the process takes the claim over. This needs neither file locks, which some
+    network disks lack, nor synchronous clocks.
 
-    A holder that slept for so long that its claim was taken away finds that out with its next count, and leaves the
-    claim to its successor: see `keeps`.
+    A holder that slept so long that it lost its claim notices at its next update, and leaves the claim to its
+    successor (see `keeps`).
 
     Parameters
     ----------
     beat, patience
-        Seconds; ``None``: `BEAT` and `PATIENCE`.
+        Seconds; `BEAT` and `PATIENCE` if ``None``.
     """
 
     def __init__(self, beat: float | None = None, patience: float | None = None) -> None:
@@ -54,14 +54,14 @@ class Claims:
         self._thread.start()
 
     def close(self) -> None:
-        """Give everything back."""
+        """Release all claims."""
         self._over.set()
         self._thread.join()
         for path in list(self._held):
             self.release(path)
 
     def take(self, path: Path) -> bool:
-        """Claim; returns whether this process now holds the claim `path`."""
+        """Try to get the claim `path`, and return whether this process now holds it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._lock:
             if self._create(path):
@@ -72,22 +72,22 @@ class Claims:
                 return self._create(path)
             if not self._abandoned(path, found):
                 return False
-            # Several may have found it abandoned: only who holds the right to this very content puts his own there, and
-            # nobody who looked earlier takes that away.
-            right = path.with_name(f"{path.name}.{zlib.crc32(found):08x}")
-            if not self.take(right):
+            # Several processes may find the same claim abandoned. Only the one that holds a second claim, on replacing
+            # exactly this content, replaces it; so no process replaces the claim of a successor.
+            takeover = path.with_name(f"{path.name}.{zlib.crc32(found):08x}")
+            if not self.take(takeover):
                 return False
             try:
                 return path.read_bytes() == found and self._replace(path)
             except FileNotFoundError:
                 return False
             finally:
-                self.release(right)
+                self.release(takeover)
 
     def holds(self, path: Path) -> bool:
-        """Whether the claim is still this process's: one that slept too long has lost it.
+        """Whether this process still holds the claim, according to the disk.
 
-        Where the disk does not tell, it is as it was when the holder last counted.
+        If the disk does not answer, the result is that of the last update.
         """
         try:
             return self._is_ours(path)
@@ -95,12 +95,12 @@ class Claims:
             return self.keeps(path)
 
     def keeps(self, path: Path) -> bool:
-        """Whether the claim was taken, and was still this process's when it last counted; asks no disk."""
+        """Whether this process held the claim at its last update, without reading the disk."""
         return path in self._held
 
     @contextmanager
     def holding(self, path: Path) -> Iterator[None]:
-        """Wait for a claim, and hold it for the time being."""
+        """Wait for a claim, and hold it during the ``with`` block."""
         while not self.take(path):
             time.sleep(0.2)
         try:
@@ -115,11 +115,11 @@ class Claims:
             return False
 
     def release(self, path: Path) -> None:
-        """Give a claim back."""
+        """Release a claim."""
         with self._lock:
             self._held.discard(path)
             if self.holds(path):
-                with suppress(OSError):  # then it runs out, as that of a holder that is gone does
+                with suppress(OSError):  # the claim then expires like that of a dead holder
                     path.unlink(missing_ok=True)
 
     def _content(self) -> bytes:
@@ -134,7 +134,7 @@ class Claims:
         ).encode()
 
     def _create(self, path: Path) -> bool:
-        # Linked from a whole file, so that nobody ever sees one without its content.
+        # A hard link to a complete file appears with its content.
         temporary = path.with_name(f"{path.name}.{self._token}")
         try:
             temporary.write_bytes(self._content())
@@ -185,13 +185,13 @@ class Claims:
                             continue
                         try:
                             self._replace(path)
-                        except OSError:  # a full disk: the holder lives all the same
+                        except OSError:  # a full disk: show that the holder is alive
                             os.utime(path)
 
 
 @contextmanager
 def open_claims(beat: float | None = None, patience: float | None = None) -> Iterator[Claims]:
-    """Claims that are given back at the end."""
+    """Yield `Claims` that are released at the end."""
     claims = Claims(beat, patience)
     try:
         yield claims
@@ -200,19 +200,19 @@ def open_claims(beat: float | None = None, patience: float | None = None) -> Ite
 
 
 def sweep(prediction_folder: Path, claims: Claims) -> None:
-    """Remove what processes that were killed left of files that they were about to put in their places.
+    """Remove temporary files of claims and ledgers that killed processes left.
 
     Parameters
     ----------
     prediction_folder
-        As of `Ledger`.
+        See `Ledger`.
     claims
-        Of this process.
+        The claims of this process.
     """
     folder = prediction_folder / FOLDER
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         with suppress(OSError):
-            if re.search(r"\.claim(\.[0-9a-f]{8})+$", path.name):  # the right to take a claim away
+            if re.search(r"\.claim(\.[0-9a-f]{8})+$", path.name):  # a claim on taking over a claim
                 if process_is_gone(path.read_bytes()) and claims.take(path):
                     claims.release(path)
             elif re.search(r"\.claim(\.[0-9a-f]{8})*\.[0-9a-f]{32}$|^\..*\.jsonl\.[0-9a-f]{32}$", path.name) and (
@@ -222,23 +222,23 @@ def sweep(prediction_folder: Path, claims: Claims) -> None:
 
 
 def claim_path(prediction_folder: Path, stem: str) -> Path:
-    """The claim on a tomogram of a prediction folder."""
+    """Return the path of the claim on a tomogram of a prediction folder."""
     return prediction_folder / FOLDER / f"{stem}.claim"
 
 
 def collection_claim(prediction_folder: Path) -> Path:
-    """The claim on the files that tell of all tomograms of a prediction folder: tables, lists, the report."""
+    """Return the path of the claim on the files about all tomograms of a folder: tables, lists, the report."""
     return prediction_folder / FOLDER / ".collection.claim"
 
 
 def process_is_gone(content: bytes) -> bool:
-    """Whether a claim's holder was a process of this machine that runs no more."""
+    """Whether a claim's holder was a process of this machine that no longer runs."""
     try:
         claim = json.loads(content)
         if claim["host"] != socket.gethostname():
             return False
         if claim["boot"] != boot_id() + process_namespace():
-            return False  # of another machine or container of the same name, or of before it was started again
+            return False  # another machine or container with the same name, or before a reboot
         return not is_running(claim["process"])
     except (ValueError, KeyError, TypeError):
         return False

@@ -1,4 +1,4 @@
-"""Folders: what in them counts, and those that appear complete or not at all."""
+"""Which files of a folder are used, and where links lead."""
 
 from __future__ import annotations
 
@@ -11,48 +11,47 @@ from cryosiam_dask.errors import OutputError, TomogramError, is_transient
 
 
 def unusable(path: Path) -> str:
-    """Why something in a folder can be no tomogram and no output, in words; empty if it can.
+    """Return why a path in a folder can be neither a tomogram nor an output; empty if it can.
 
-    Hidden names are of files that are still growing, or ``._TS_01.mrc``, which macOS puts beside every file on a disk
-    that is not its own.
+    Hidden files are temporary, or metadata such as ``._TS_01.mrc`` that macOS writes to foreign disks.
     """
     if path.name.startswith("."):
-        return "which macOS puts beside another file" if path.name.startswith("._") else "a hidden name"
+        return "metadata of macOS for another file" if path.name.startswith("._") else "a hidden name"
     try:
         path.stat()
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP) and path.is_symlink():
             return f"a link that leads nowhere: {path.readlink()}"
-        return "" if is_transient(error) else str(error.strerror)  # whoever opens it tries again
+        return "" if is_transient(error) else str(error.strerror)  # opening the file is retried
     return ""
 
 
 def require_there(path: Path) -> None:
-    """Refuse the path of a tomogram or another file at which nothing is, not even a link.
+    """Check that a file, a folder or a link exists.
 
     Raises
     ------
     TomogramError
-        If so.
+        If nothing is there.
     """
     if not path.exists() and not path.is_symlink():
         raise TomogramError("does not exist", place=path, remedy="Check the path")
 
 
 def visible(folder: Path, ending: str = "") -> list[Path]:
-    """What a folder holds whose name ends so and that is not `unusable`, sorted."""
+    """Return the sorted paths of a folder whose names end with `ending` and that are not `unusable`."""
     return sorted(path for path in folder.iterdir() if path.name.endswith(ending) and not unusable(path))
 
 
 def left_out(folder: Path, ending: str, why: Callable[[Path], str] = unusable) -> str:
-    """What a folder holds whose name ends so and that does not count, with the reasons; empty if there is nothing.
+    """Say which files of a folder are skipped, and why; empty if there are none.
 
     Parameters
     ----------
     folder, ending
-        As of `visible`; capitals count, so that what would fit but for them is among it.
+        See `visible`. Files that differ from `ending` only in upper and lower case are among those skipped.
     why
-        Tells why something does not count.
+        Returns why a path is skipped, or an empty string.
     """
     found = []
     for path in sorted(folder.iterdir()):
@@ -67,12 +66,12 @@ def left_out(folder: Path, ending: str, why: Callable[[Path], str] = unusable) -
 
 
 def real(path: Path) -> Path:
-    """Where an output is written: where a link leads that stands in its place, such as to a larger disk.
+    """Resolve an output that is a link, for example to a larger disk.
 
     Raises
     ------
     OutputError
-        If a link leads nowhere.
+        If the link leads nowhere.
     """
     if not path.is_symlink():
         return path
@@ -88,7 +87,7 @@ def real(path: Path) -> Path:
 
 
 def without_predictions(folder: Path) -> OutputError:
-    """The error to raise where there is nothing to report."""
+    """Return the error to raise if there is nothing to report."""
     return OutputError(
         "there must be predictions to report",
         place="key prediction_folder",

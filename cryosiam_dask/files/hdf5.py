@@ -1,4 +1,4 @@
-"""HDF5 files, read: tomograms and predictions."""
+"""Reading HDF5 files: tomograms and predictions."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from cryosiam_dask.files.header import (
     unknown_sizes,
 )
 
-LABELS, PROBABILITIES, DISTANCES = "labels", "probs", "distances"  # the names that viewers open
+LABELS, PROBABILITIES, DISTANCES = "labels", "probs", "distances"  # CryoSiam's names, which viewers look for
 INSTANCES = "instances"
-REMOVED = "removed"  # labels of the voxels that a size filter took away; with them `labels` are the unfiltered ones
+REMOVED = "removed"  # labels that a size filter set to 0; `labels + removed` are the unfiltered labels
 _AGAIN = "Run semantic-predict again"
 
 
 @dataclass(frozen=True, slots=True)
 class StoredDataset:
-    """A dataset of an HDF5 file that can be sent to other processes: the file is opened whenever a region is read.
+    """A dataset of an HDF5 file that can be sent to other processes; each read opens the file.
 
     Attributes
     ----------
     path, name
         The file and the dataset.
     shape, dtype, chunks
-        As stored; no chunks where the dataset is contiguous.
+        As stored; `chunks` is ``None`` if the dataset is contiguous.
     """
 
     path: Path
@@ -64,31 +64,30 @@ class StoredDataset:
 
 
 def open_hdf5(path: str | Path, **options: Any) -> Any:
-    """Open an HDF5 file to read it, also on a disk that knows no locks.
+    """Open an HDF5 file for reading, also on a disk without file locks.
 
     Parameters
     ----------
     path
         The file.
     options
-        Others of `h5py.File`.
+        Other options of `h5py.File`.
 
     Raises
     ------
     OSError
-        If it is no readable HDF5 file.
+        If it is not a readable HDF5 file.
     """
     return h5py.File(path, "r", locking="best-effort", **options)
 
 
 def open_dataset(path: str | Path, name: str) -> StoredDataset:
-    """Look at a dataset of a predictions file.
+    """Open a dataset of a predictions file and check its shape against the other datasets.
 
     Raises
     ------
     OutputError
-        If the file is no readable HDF5 file, holds no such dataset with voxels in it, or its datasets are not of one
-        volume.
+        If the file is not a readable HDF5 file, has no such dataset, or its datasets do not belong to one volume.
     """
     path = Path(path)
     try:
@@ -106,9 +105,7 @@ def open_dataset(path: str | Path, name: str) -> StoredDataset:
     if 0 in dataset.shape:
         raise OutputError(f"the dataset '{name}' must hold voxels", place=path, value=dataset.shape, remedy=_AGAIN)
     if removed.kind not in "iu":
-        raise OutputError(
-            f"the dataset '{REMOVED}' must hold labels, whole numbers", place=path, value=removed, remedy=_AGAIN
-        )
+        raise OutputError(f"the dataset '{REMOVED}' must hold integer labels", place=path, value=removed, remedy=_AGAIN)
     of_labels = shapes.get(LABELS)
     for other, axes, rule in ((REMOVED, 0, "have"), (PROBABILITIES, 1, "have a class axis and then")):
         if of_labels and other in shapes and shapes[other][axes:] != of_labels:
@@ -122,12 +119,12 @@ def open_dataset(path: str | Path, name: str) -> StoredDataset:
 
 
 def dataset_names(path: str | Path) -> set[str]:
-    """Names of what a predictions file holds.
+    """Return the names of the datasets of a predictions file.
 
     Raises
     ------
     OutputError
-        If the file is no readable HDF5 file.
+        If it is not a readable HDF5 file.
     """
     with reading(Path(path)) as file:
         return set(file)
@@ -144,13 +141,13 @@ def read_attributes(path: str | Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        Numbers, strings, and lists of either, with ``None`` for NaN; mappings come back as the JSON text that was
-        written. Empty for a file without attributes, such as CryoSiam's own.
+        Numbers, strings, and lists of either, with ``None`` for NaN; mappings are JSON text. Empty for a file without
+        attributes, such as CryoSiam's own.
 
     Raises
     ------
     OutputError
-        If the file is no readable HDF5 file.
+        If it is not a readable HDF5 file.
     """
     with reading(Path(path)) as file:
         return {name: _plain(value) for name, value in file.attrs.items()}
@@ -180,7 +177,7 @@ def reading(path: Path) -> Iterator[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The Python form of an attribute."""
+    """Convert an attribute to plain Python values."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, list):
@@ -200,11 +197,11 @@ class Hdf5Header(TomogramHeader):
     Attributes
     ----------
     dataset
-        Its name.
+        Name of the dataset.
     axes
-        Which of its axes are z, y and x (or y and x); others have length 1.
+        Which axes of the dataset are z, y and x (or y and x); the others have length 1.
     stored_shape
-        All of them.
+        Shape of the dataset.
     """
 
     dataset: str
@@ -215,7 +212,7 @@ class Hdf5Header(TomogramHeader):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the voxels, in native byte order, no half precision."""
+        """Of the voxels as they are read: native byte order; half precision becomes float32."""
         return np.dtype(np.float32) if self.stored_dtype == np.float16 else self.stored_dtype.newbyteorder("=")
 
     @property
@@ -238,24 +235,24 @@ class Hdf5Header(TomogramHeader):
 
 
 def is_hdf5(path: Path) -> bool:
-    """Whether a file is HDF5, by its content."""
+    """Whether the content of a file is HDF5."""
     return bool(h5py.is_hdf5(path))
 
 
 def read_hdf5_header(path: Path, *, dataset: str | None = None) -> Hdf5Header:
-    """Look at a tomogram in an HDF5 file.
+    """Read the header of a tomogram in an HDF5 file.
 
     Parameters
     ----------
     path
         The file.
     dataset
-        Name of the dataset; ``None``: the only one of three axes, or else the only one of two.
+        Name of the dataset. If ``None``, the only 3-D dataset, or else the only 2-D dataset.
 
     Raises
     ------
     TomogramError
-        If it cannot be read, or holds no such dataset.
+        If the file cannot be read or has no such dataset.
     """
     status = path.stat()
     try:
@@ -275,7 +272,7 @@ def read_hdf5_header(path: Path, *, dataset: str | None = None) -> Hdf5Header:
         notes.append(f"stored with the axes {', '.join(names)}: transposed to {', '.join('zyx'[-len(axes) :])}")
         decided = f"axes {', '.join(names)}"
     size, position, nstart = own_attributes(attributes, len(axes))
-    # As Fiji's HDF5 plugin and ilastik write it, (z, y, x).
+    # Fiji's HDF5 plugin and ilastik write this attribute, (z, y, x).
     micrometres = np.ravel(attributes.get("element_size_um", ()))
     if all(map(math.isnan, size)) and len(micrometres) == len(axes) and micrometres.dtype.kind in "iuf":
         size = [float(v) * 1e4 for v in micrometres]
@@ -302,7 +299,7 @@ def read_hdf5_header(path: Path, *, dataset: str | None = None) -> Hdf5Header:
 
 
 def _missing_in_hdf5(found: Any, path: Path) -> tuple[list[str], str]:
-    """As `_missing_chunks`, of an HDF5 dataset: of chunks, and of voxels and sources that are not there."""
+    """Find missing chunks, sources and external voxels of a dataset; returns what zarr's `_missing_chunks` does."""
     lost, total = False, math.prod(found.shape)
     if found.is_virtual:
         there, gone = 0, set()
@@ -310,7 +307,7 @@ def _missing_in_hdf5(found: Any, path: Path) -> tuple[list[str], str]:
             if _is_there(path, source.file_name, source.dset_name):
                 try:
                     there += source.vspace.get_select_npoints()
-                except RuntimeError:  # as many as its source has
+                except RuntimeError:  # an unlimited selection
                     there = total
             else:
                 gone.add(f"{source.file_name}, {source.dset_name}")
@@ -319,7 +316,7 @@ def _missing_in_hdf5(found: Any, path: Path) -> tuple[list[str], str]:
     elif found.chunks:
         counts = [-(-n // c) for n, c in zip(found.shape, found.chunks, strict=True)]
         stored = set[tuple[int, ...]]()
-        # HDF5 goes on as long as the call returns nothing.
+        # HDF5 continues the iteration while the callback returns None.
         found.id.chunk_iter(
             lambda chunk: stored.add(tuple(o // c for o, c in zip(chunk.chunk_offset, found.chunks, strict=True)))
         )
@@ -337,7 +334,7 @@ def _missing_in_hdf5(found: Any, path: Path) -> tuple[list[str], str]:
         share, many = float(not found.id.get_storage_size()), "voxels"
     if share <= 0:
         return [], ""
-    what = f"{many}, {100 * share:.1f} % of the whole, are not there and read as {found.fillvalue}"
+    what = f"{many}, {100 * share:.1f} % of the whole, are missing and read as {found.fillvalue}"
     return [what], what if share >= 1 or (lost and share > MOST_MISSING) else ""
 
 
@@ -350,13 +347,13 @@ def _is_there(path: Path, file_name: str, dataset: str) -> bool:
 
 
 def _hdf5_axes(found: Any) -> list[str] | None:
-    """What the axes of a dataset are called, if it says which are y and x: ilastik's tags, labels or scales."""
+    """Return the names of a dataset's axes (ilastik's tags, HDF5's labels or scales), if y and x are among them."""
     with suppress(ValueError, TypeError, KeyError, AttributeError):
         tags = json.loads(found.attrs["axistags"])
         tagged = [str(axis["key"]).lower() for axis in tags["axes"]]
         if len(tagged) == found.ndim:
             return _if_space(tagged)
-    # Velox puts the frames of an image last (HyperSpy's reader says so).
+    # Velox stores the frames of an image along the last axis, according to HyperSpy's reader.
     if found.ndim == 3 and re.fullmatch(r"/Data/Image/[0-9a-f]+/Data", found.name or ""):
         return ["y", "x", "z" if found.shape[2] > 1 else "t"]
     names = []
@@ -374,15 +371,15 @@ def _if_space(names: list[str]) -> list[str] | None:
 
 
 def _eman(attributes: Any) -> dict[str, Any]:
-    """The voxel size that EMAN2 and IMOD write beside a dataset, in our words."""
+    """Return the voxel size that EMAN2 and IMOD write beside a dataset, under our name."""
     size = [attributes.get(f"EMAN.apix_{axis}") for axis in "zyx"]
     return {"voxel_size_angstrom": [float(np.ravel(v)[0]) for v in size]} if None not in size else {}
 
 
 def hdf5_datasets(group: Any) -> Iterator[tuple[str, Any]]:
-    """The datasets of an HDF5 file with their names, each once, whatever links lead to it.
+    """Yield every dataset of an HDF5 file once, however many links lead to it.
 
-    Soft links and those to other files are followed; one that leads nowhere is passed over.
+    Soft and external links are followed; broken ones are skipped.
 
     Parameters
     ----------
@@ -396,7 +393,7 @@ def hdf5_datasets(group: Any) -> Iterator[tuple[str, Any]]:
     seen = set[Any]()
 
     def walk(group: Any, within: str) -> Iterator[tuple[str, Any]]:
-        # What lies here comes before what is linked to, so that a dataset has its own name.
+        # Hard links come first, so that a dataset is listed under its own name.
         hard = [name for name in group if isinstance(group.get(name, getlink=True), h5py.HardLink)]
         for name in (*hard, *(name for name in group if name not in set(hard))):
             try:
@@ -417,7 +414,7 @@ def hdf5_datasets(group: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_volume(node: Any) -> bool:
-    """Whether this is a dataset that can be a tomogram: numbers along two or three axes in space."""
+    """Whether a node is a dataset of numbers with two or three axes in space."""
     return bool(
         isinstance(node, h5py.Dataset)
         and node.dtype.kind in "iuf"
@@ -431,19 +428,19 @@ def _find_dataset(file: Any, wanted: str | None, path: Path) -> str:
     volumes: dict[int, list[str]] = {2: [], 3: []}
     described: list[str] = []
     if wanted is not None and wanted.strip("/"):
-        with suppress(KeyError, OSError):  # of a link that leads nowhere
+        with suppress(KeyError, OSError):  # a broken link
             if _is_volume(file[wanted.strip("/")]):
                 return wanted.strip("/")
     for name, node in hdf5_datasets(file):
         described.append(f"{name} ({node.dtype}, {' × '.join(map(str, node.shape or ()))})")
-        # Velox writes the metadata of an image beside it, as bytes of JSON in columns.
+        # Velox stores the JSON metadata of an image as a 2-D array of bytes beside it.
         of_velox = name.endswith("/Metadata") and "Data" in node.parent
         if _is_volume(node) and not of_velox:
             volumes[space(node.shape)].append(name)
     listed = ", ".join(described[:8]) + (" …" if len(described) > 8 else "") or "no dataset"
     if wanted is not None:
         raise TomogramError(
-            f"the dataset '{wanted}', which hdf5_dataset asks for, must be a volume of numbers",
+            f"the dataset '{wanted}', which hdf5_dataset names, must be a volume of numbers",
             place=path,
             value=listed,
             remedy="Correct hdf5_dataset, or the option --dataset",
@@ -451,7 +448,7 @@ def _find_dataset(file: Any, wanted: str | None, path: Path) -> str:
     candidates = volumes[3] or volumes[2]
     if len(candidates) != 1:
         raise TomogramError(
-            "an HDF5 tomogram must have one dataset that can be a tomogram, or hdf5_dataset must say which",
+            "an HDF5 tomogram must hold exactly one volume or image, unless hdf5_dataset names one",
             place=path,
             value=listed,
             remedy="Set hdf5_dataset, or the option --dataset, to its name"
@@ -466,5 +463,5 @@ def _no_hdf5(path: Path, error: Exception) -> TomogramError:
         "the HDF5 file must be readable",
         place=path,
         value=error,
-        remedy="The file is truncated or damaged, or needs a filter that is not installed: copy it again",
+        remedy="Copy the file again: it is truncated or damaged, or needs an HDF5 filter that is not installed",
     )

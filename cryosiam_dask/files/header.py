@@ -1,4 +1,4 @@
-"""What every tomogram file tells of itself, whatever its format."""
+"""Headers of tomograms: what all formats have in common."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def native(voxels: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> np.ndarray[Any
     return np.ascontiguousarray(voxels.real, dtype=dtype)
 
 
-#: Å of the units that axes of an OME-Zarr image may have: UDUNITS-2 as the specification asks for, and what is met.
+#: Units of OME-Zarr axes in Å: those of UDUNITS-2, which the specification requires, and others that files have.
 ANGSTROM: Mapping[str, float] = {
     **dict.fromkeys(("angstrom", "ångström", "angstroms", "å", "a"), 1.0),
     **dict.fromkeys(("picometer", "picometre", "pm"), 0.01),
@@ -35,33 +35,33 @@ _PLAUSIBLE_ANGSTROM = (0.01, 1000.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TomogramHeader(ABC):
-    """What a tomogram file holds, after every decision that its header asks for.
+    """The header of a tomogram, with every ambiguity decided.
 
     Attributes
     ----------
     path
         The file, or the folder of a zarr.
     kind
-        What it is, in words: ``"MRC mode 2"``, ``"OME-Zarr 0.4, level 0"``.
+        Kind of file, in words: ``"MRC mode 2"``, ``"OME-Zarr 0.4, level 0"``.
     shape
         (z, y, x), or (y, x) for a single image, in voxels.
     file_bytes, modified
-        Size in bytes and modification time (seconds since 1970) of the file as it lies on the disk; of a zarr, its
-        voxels without compression, and its metadata.
+        Size in bytes and modification time (seconds since 1970) of the file on disk; for zarr, the uncompressed size
+        of the voxels and the modification time of the metadata.
     voxel_size_angstrom
-        Per axis of `shape`; ``None`` where the header does not know it.
+        Per axis of `shape`; ``None`` where unknown.
     origin_angstrom, nstart
         Position of the volume in Å and in voxels, per axis of `shape`.
     notes
-        What was decided, for the log.
+        Decisions about ambiguous headers, for the log.
     warnings
         What looks wrong with the file.
     compressed
-        Whether the file can only be read from its beginning to its end.
+        Whether the file can only be read sequentially.
     incomplete
-        Why so much of it is missing that it is not to be segmented; empty if it is not.
+        What is missing, if that is too much to segment the tomogram; otherwise empty.
     decided
-        How its voxels are read, in words, where versions of before read them otherwise: outputs of those are not of it.
+        How the voxels are read, if earlier versions read them differently: their outputs are then out of date.
     """
 
     path: Path
@@ -79,19 +79,19 @@ class TomogramHeader(ABC):
     decided: str = ""
 
     def require_complete(self) -> None:
-        """Refuse what lacks too much: see `incomplete`.
+        """Check that not too much of the tomogram is missing (see `incomplete`).
 
         Raises
         ------
         TomogramError
-            With what is missing.
+            If too much is missing.
         """
         if self.incomplete:
             raise TomogramError(
                 f"no more than {MOST_MISSING:.0%} of a tomogram may be missing, unless it seems to be empty there",
                 place=self.path,
                 value=self.incomplete,
-                remedy="The copy is incomplete: copy it again, or write it with all its chunks",
+                remedy="Copy it again, for this copy is incomplete, or write it with all its chunks",
             )
 
     @property
@@ -101,7 +101,7 @@ class TomogramHeader(ABC):
 
     @property
     def stored_chunks(self) -> tuple[int, ...]:
-        """What the file holds in one piece, voxels along each axis of `shape`; 1 where it does not matter."""
+        """Shape of the chunks that are read as a whole, in voxels along the axes of `shape`; 1 if there are none."""
         return (1,) * len(self.shape)
 
     @abstractmethod
@@ -115,7 +115,7 @@ class TomogramHeader(ABC):
         """
 
     def attributes(self) -> dict[str, Any]:
-        """Attributes of the zarr array: axes, sizes in Å, and where the voxels come from (JSON values only)."""
+        """Return the attributes of the zarr array as JSON values: axes, sizes in Å, and the source."""
         return {
             "axes": list("zyx"[-len(self.shape) :]),
             "voxel_size_angstrom": list(self.voxel_size_angstrom),
@@ -129,15 +129,15 @@ class TomogramHeader(ABC):
         }
 
 
-#: Share of chunks that may be missing where those beside them are not empty.
+#: Largest share of chunks that may be missing if their neighbours are not empty.
 MOST_MISSING = 0.5
-_LOOK_BESIDE = 8  # chunks, evenly spread
+_NEIGHBOURS = 8  # number of neighbouring chunks that are read
 
 
 def ends_abruptly(
-    array: Any, fill_value: Any, piece: Sequence[int], counts: Sequence[int], missing: set[tuple[int, ...]]
+    array: Any, fill_value: Any, chunk: Sequence[int], counts: Sequence[int], missing: set[tuple[int, ...]]
 ) -> Iterator[bool]:
-    """Of some missing chunks whether the voxels next to them, of one that is there, are other than the fill value."""
+    """For some missing chunks, yield whether the adjacent voxels of an existing chunk differ from the fill value."""
     beside = []
     for index in sorted(missing):
         for axis, step in product(range(len(counts)), (-1, 1)):
@@ -145,18 +145,18 @@ def ends_abruptly(
             if 0 <= other[axis] < counts[axis] and other not in missing:
                 beside.append((other, axis, step))
                 break
-    for other, axis, step in beside[:: max(1, len(beside) // _LOOK_BESIDE)]:
-        region = [slice(n * p, min((n + 1) * p, size)) for n, p, size in zip(other, piece, array.shape, strict=True)]
+    for other, axis, step in beside[:: max(1, len(beside) // _NEIGHBOURS)]:
+        region = [slice(n * c, min((n + 1) * c, size)) for n, c, size in zip(other, chunk, array.shape, strict=True)]
         face = region[axis].stop - 1 if step < 0 else region[axis].start
         region[axis] = slice(face, face + 1)
-        with suppress(Exception):  # damaged chunks are told of when all are read
+        with suppress(Exception):  # damaged chunks are reported when all chunks are read
             voxels = np.asarray(array[tuple(region)])
             fill = np.asarray(fill_value, voxels.dtype)
             yield not bool(np.all((voxels == fill) | ((voxels != voxels) & (fill != fill))))
 
 
 def own_attributes(attributes: Mapping[str, Any], ndim: int) -> tuple[list[float], list[float], tuple[int, ...]]:
-    """Voxel size and origin in Å and start, from attributes as this program writes them."""
+    """Return voxel size (Å), origin (Å) and start from attributes that this program wrote."""
 
     def numbers(name: str, default: float) -> list[float]:
         values = attributes.get(name)
@@ -171,7 +171,7 @@ def own_attributes(attributes: Mapping[str, Any], ndim: int) -> tuple[list[float
 
 
 def space(shape: Sequence[int]) -> int:
-    """Number of axes in space, where those before the last three count if they are longer than 1."""
+    """Return the number of axes in space; those before the last three count if they are longer than 1."""
     if len(_long(shape)) == 3:
         return 3
     extra = sum(size != 1 for size in shape[:-3])
@@ -179,12 +179,12 @@ def space(shape: Sequence[int]) -> int:
 
 
 def _long(shape: Sequence[int]) -> tuple[int, ...]:
-    """The axes that are longer than 1: three of them are a volume's, even if a channel is the last axis."""
+    """Return the axes longer than 1; three of them make a volume, even if the last axis is a channel."""
     return tuple(axis for axis, size in enumerate(shape) if size > 1)
 
 
 def space_axes(shape: Sequence[int], names: Sequence[str] | None, place: Path) -> tuple[int, ...]:
-    """Which axes are z, y and x, or y and x: those of these names, or else the last ones."""
+    """Return which axes are z, y and x, or y and x: those with these names, else the last ones."""
     if names is None:
         axes = _long(shape) if len(_long(shape)) == 3 else tuple(range(max(0, len(shape) - 3), len(shape)))
         names = ["…"] * len(shape)
@@ -193,7 +193,7 @@ def space_axes(shape: Sequence[int], names: Sequence[str] | None, place: Path) -
     others = [(names[axis], size) for axis, size in enumerate(shape) if axis not in axes and size != 1]
     if others or not 2 <= len(axes) <= 3 or 0 in shape:
         raise TomogramError(
-            "must hold one volume or image, with axes of other kinds only if they have length 1",
+            "must hold one volume or image; all other axes must have length 1",
             place=place,
             value=f"shape {tuple(shape)}" + (f", axis {others[0][0]} of length {others[0][1]}" if others else ""),
             remedy="Write each volume to a file of its own",
@@ -210,21 +210,21 @@ def no_numbers(path: Path, dtype: object) -> TomogramError:
 def plausible_sizes(
     sizes: Sequence[float], details: Sequence[str] = ("", "", "")
 ) -> tuple[tuple[float | None, ...], tuple[str, ...]]:
-    """Voxel sizes as they can be, and what is to be said of the others.
+    """Return the plausible voxel sizes, and warnings about the others.
 
     Parameters
     ----------
     sizes
         Along z, y and x (or y and x) in Å, as written.
     details
-        What each was made of, for the warning.
+        How each was computed, for the warning.
 
     Returns
     -------
     sizes
-        ``None`` where unset or implausible. 0 and exactly 1 are what programs write that do not know the size.
+        ``None`` where unset or implausible. Programs that do not know the size write 0 or exactly 1.
     warnings
-        One for each that is implausible.
+        One for each implausible size.
     """
     known = sorted(size for size in sizes if size > 0 and size != 1 and math.isfinite(size))
     median = known[len(known) // 2] if len(known) == 3 else None
@@ -244,6 +244,6 @@ def plausible_sizes(
 
 
 def unknown_sizes(voxel_size: Sequence[float | None]) -> list[str]:
-    """A warning where voxel sizes are unknown."""
+    """Return a warning if voxel sizes are unknown."""
     unknown = [axis for axis, size in zip("zyx"[-len(voxel_size) :], voxel_size, strict=True) if size is None]
     return [f"voxel size along {', '.join(unknown)} is unknown"] if unknown else []

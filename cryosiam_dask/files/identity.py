@@ -1,4 +1,4 @@
-"""Whether a tomogram is still the one that was read before."""
+"""Detect whether a tomogram has changed since it was read."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from cryosiam_dask.files.zarr import ZARR_METADATA
 
 
 def source_identity(path: str | Path) -> list[Any]:
-    """What changes whenever a tomogram does, without reading its voxels: JSON values.
+    """Return JSON values that change whenever a tomogram changes, without reading its voxels.
+
+    They are, for a file, its name, size and modification time, and a hash of its beginning. For a folder, they are its
+    name, a hash of all metadata files, and a hash of the names, sizes and modification times of all files, because some
+    zarr writers replace chunks and others change them in place. That takes one disk access per file: 0.9 s for 97,336
+    chunks on a busy machine's local disk (``benchmarks/results/identity-2-cores.json``), more on a network disk.
 
     Parameters
     ----------
     path
-        A file: its name, size and modification time, and a hash of its beginning. A folder: its name, a hash of all
-        metadata files, and one of the names, sizes and modification times of all files, since some writers of zarr
-        replace chunks and others change them in place. That asks the disk once for each: 0.9 s for 97,336 chunks on the
-        local disk of a busy machine (``benchmarks/results/identity-2-cores.json``), longer on that of a network.
+        A file, or the folder of a zarr.
     """
     path = Path(path)
     if not path.is_dir():
@@ -38,25 +40,27 @@ def source_identity(path: str | Path) -> list[Any]:
     return [path.name, metadata.hexdigest(), entries.hexdigest()]
 
 
-#: Places at which a tomogram is looked at to tell whether it is the same, and bytes that are read at each.
+#: Number of samples that identify the content of a tomogram, and the bytes of each.
 _SAMPLES, _SAMPLE_BYTES = 256, 2**16
 
 
 def source_content(path: str | Path) -> str:
-    """A hash of what a tomogram holds, by samples: the same for a copy, and for a file whose times alone have changed.
+    """Return a hash of samples of a tomogram's content, which is the same for a copy or if only its times changed.
+
+    For a file, it covers the size and 256 samples of 64 KiB, the first and the last included, or the whole file if that
+    is no more. For a folder, it covers the names and sizes of all files, all metadata, and as many bytes of up to 256
+    other files.
 
     Parameters
     ----------
     path
-        A file: its size and 64 KiB at each of 256 places, the first and the last included, or the whole where that is
-        no more. A folder: the names and sizes of all files, its metadata, and as much of 256 of the others, or of all
-        where these are fewer.
+        A file, or the folder of a zarr.
     """
     path, found = Path(path), hashlib.sha256()
     if not path.is_dir():
         found.update(str(path.stat().st_size).encode())
-        for piece in _pieces(path, _SAMPLES):
-            found.update(piece)
+        for sample in _samples(path, _SAMPLES):
+            found.update(sample)
         return found.hexdigest()
     files = list(_files(path))
     others = [within for within, entry in files if entry.name not in ZARR_METADATA]
@@ -66,30 +70,30 @@ def source_content(path: str | Path) -> str:
         if entry.name in ZARR_METADATA:
             found.update(Path(entry).read_bytes())
         elif within in sampled:
-            for piece in _pieces(Path(entry), _SAMPLES // len(sampled)):
-                found.update(piece)
+            for sample in _samples(Path(entry), _SAMPLES // len(sampled)):
+                found.update(sample)
     return found.hexdigest()
 
 
-def _pieces(path: Path, places: int) -> Iterator[bytes]:
-    """What a file holds at so many places, evenly spread, or the whole where that is no more."""
+def _samples(path: Path, count: int) -> Iterator[bytes]:
+    """Yield `count` evenly spaced samples of a file, or the whole file if that is no more."""
     with path.open("rb") as file:
         last = file.seek(0, os.SEEK_END) - _SAMPLE_BYTES
-        many = min(places, -(-last // _SAMPLE_BYTES) + 1)
+        many = min(count, -(-last // _SAMPLE_BYTES) + 1)
         for i in range(max(1, many)):
             file.seek(max(0, last) * i // max(1, many - 1))
             yield file.read(_SAMPLE_BYTES)
 
 
 def newest_chunk(path: str | Path) -> int:
-    """When the last chunk of a zarr was written, in nanoseconds since the epoch; 0 of a file, or without chunks."""
+    """Return when the last chunk of a zarr was written, in nanoseconds since 1970; 0 for a file or without chunks."""
     return max(_times(path), default=0)
 
 
 def is_newer_in_part(path: str | Path, since: int) -> bool:
-    """Whether some chunks of a zarr were written after a time and others not: it was changed in place.
+    """Whether some chunks of a zarr, but not all, were written after `since`: it was then changed in place.
 
-    All those of a copy are newer, or none where the times were kept, whole seconds of them or better.
+    In a copy all chunks are newer, or none if the copy kept the times (to the second or better).
     """
     times = _times(path)
     return bool(times) and min(times) <= since < max(times)
@@ -102,7 +106,7 @@ def _times(path: str | Path) -> list[int]:
 
 
 def _files(folder: Path, within: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """The files below a folder, with their names relative to it, in order."""
+    """Yield the files below a folder in order, with their names relative to it."""
     with os.scandir(folder) as entries:
         found = sorted(entries, key=lambda entry: entry.name)
     for entry in found:

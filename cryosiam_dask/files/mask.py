@@ -1,18 +1,18 @@
 """The lamella mask of a tomogram, block by block.
 
-A mask is the dataset ``labels`` of an HDF5 file, with the values 0 and 1. If its shape is not the tomogram's, it is
-resized as ``skimage.transform.resize(mask.astype("int8"), shape, mode="constant", preserve_range=True).astype("int8")``
-does it with the whole mask in memory, voxel for voxel. The last step truncates, so that a voxel whose interpolated
-value falls short of 1 by a single rounding error is outside: every sum here is made of the same numbers in the same
-order. For a block:
+A mask is the dataset ``labels`` of an HDF5 file, with the values 0 and 1. If its shape differs from the tomogram's, it
+is resized. The result equals, voxel for voxel,
+``skimage.transform.resize(mask.astype("int8"), shape, mode="constant", preserve_range=True).astype("int8")`` of the
+whole mask, as in CryoSiam. The final cast truncates, so a single rounding error below 1 puts a voxel outside.
+Therefore every sum here adds the same numbers in the same order. For a block:
 
-1. Voxel k of an axis of n voxels stands at (k + 0.5) · (m / n) − 0.5 on the mask's axis of m voxels.
-2. The voxels of the mask on either side of the block's positions are read, and, where an axis shrinks, a margin for
-   the Gaussian that skimage smooths with: sigma (m / n − 1) / 2, cut off at 4 sigma, zeros outside the mask.
-3. Linear interpolation, zeros outside the mask. Shifting positions by the whole number of voxels at which the part
-   that was read begins is exact in floating point.
+1. Voxel k of an axis of n voxels is at (k + 0.5) · (m / n) − 0.5 on the mask's axis of m voxels.
+2. The voxels of the mask around these positions are read. If an axis shrinks, a margin is read as well, for skimage's
+   Gaussian: sigma (m / n − 1) / 2, truncated at 4 sigma, zeros outside the mask.
+3. Linear interpolation, zeros outside the mask. The positions are shifted to the region that was read; this shift by
+   whole voxels is exact in floating point.
 
-A block whose part of the mask does not fit a fixed budget is halved until it does.
+A block whose part of the mask exceeds a fixed memory budget is halved until it fits.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from cryosiam_dask.core.arrays import Region
 from cryosiam_dask.errors import MaskError
 from cryosiam_dask.files.hdf5 import open_hdf5
 
-WORKING_BYTES = 64 * 2**20  # for one part of a block
+WORKING_BYTES = 64 * 2**20  # memory budget
 DATASET = "labels"
-_LOOK = 64  # voxels along each axis
+_SAMPLE = 64  # voxels along each axis
 
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """A lamella mask that stands for a tomogram of `shape`.
+    """A lamella mask for a tomogram of `shape`.
 
     Attributes
     ----------
@@ -50,9 +50,9 @@ class Mask:
     shape
         The tomogram's: (z, y, x) or (y, x).
     stored_shape
-        The mask's in the file; resized on reading where it is another.
+        Shape of the mask in the file; if it is not `shape`, the mask is resized when it is read.
     full
-        Whether a mask of another shape is 1 throughout (it then stays 1 throughout: resizing clips to its range).
+        Whether a mask of another shape is 1 everywhere. Resizing keeps that, because it clips to the mask's range.
     """
 
     path: Path
@@ -66,12 +66,12 @@ class Mask:
         return np.dtype(np.uint8)
 
     def __getitem__(self, region: Region) -> NDArray[np.uint8]:
-        """Read a region: see `read_mask`."""
+        """Read a region; see `read_mask`."""
         return read_mask(self, region)
 
 
 def open_mask(path: str | Path, shape: tuple[int, ...]) -> Mask:
-    """Check a lamella mask and say how it fits a tomogram of `shape`.
+    """Open a lamella mask and check that it fits a tomogram of `shape`.
 
     Parameters
     ----------
@@ -88,8 +88,8 @@ def open_mask(path: str | Path, shape: tuple[int, ...]) -> Mask:
     Raises
     ------
     MaskError
-        If the file is missing or no HDF5 file, has no numeric dataset ``labels`` of as many axes as the tomogram, or
-        (where the shapes differ; otherwise `read_mask` tells) holds values other than 0 and 1.
+        If the file is missing or is not HDF5, has no numeric dataset ``labels`` with as many axes as the tomogram, or
+        holds values other than 0 and 1. The values are checked here if the shapes differ, else by `read_mask`.
     """
     path = Path(path)
     with _open(path) as labels:
@@ -98,13 +98,13 @@ def open_mask(path: str | Path, shape: tuple[int, ...]) -> Mask:
             return Mask(path, shape, stored_shape)
         whole = tuple(slice(0, size) for size in stored_shape)
         full = True
-        for part in _parts(whole, lambda part: 4 * _volume(part)):  # with the comparisons of `_binary`
+        for part in _parts(whole, lambda part: 4 * _volume(part)):  # 4 bytes per voxel in `_binary`
             full &= bool(_binary(labels, part, path).all())
     return Mask(path, shape, stored_shape, full)
 
 
 def look_at_mask(path: Path, shape: tuple[int, ...]) -> None:
-    """Check a lamella mask as `open_mask` does, by a few of its voxels.
+    """Check a lamella mask like `open_mask`, but only a few of its voxels.
 
     Raises
     ------
@@ -114,50 +114,50 @@ def look_at_mask(path: Path, shape: tuple[int, ...]) -> None:
     with _open(path) as labels:
         stored = _stored_shape(labels, path, shape)
         require_aspect(Mask(path, shape, stored))
-        # A piece in its middle, where what is no mask holds other values: chunks are decoded as a whole.
-        piece = labels.chunks or (_LOOK,) * len(stored)
-        middle = [n // 2 // p * p for n, p in zip(stored, piece, strict=True)]
+        # A chunk in the middle, where a file that is not a mask most likely has other values.
+        chunk = labels.chunks or (_SAMPLE,) * len(stored)
+        middle = [n // 2 // c * c for n, c in zip(stored, chunk, strict=True)]
         _binary(
             labels,
-            tuple(slice(m, min(m + max(p, _LOOK), n)) for m, p, n in zip(middle, piece, stored, strict=True)),
+            tuple(slice(m, min(m + max(c, _SAMPLE), n)) for m, c, n in zip(middle, chunk, stored, strict=True)),
             path,
         )
 
 
 def require_aspect(mask: Mask) -> None:
-    """Refuse a mask that would have to be distorted to the tomogram's shape: by more than its voxels were rounded.
+    """Check that a mask has the tomogram's proportions, up to rounding to whole voxels.
 
     Raises
     ------
     MaskError
-        With the order of axes that fits, if one does.
+        If it does not; the remedy names another order of the axes if that would fit.
     """
     stored, shape = mask.stored_shape, mask.shape
-    if _alike(stored, shape):
+    if _proportional(stored, shape):
         return
-    fitting = [order for order in permutations(range(len(shape))) if _alike([stored[i] for i in order], shape)]
+    fitting = [order for order in permutations(range(len(shape))) if _proportional([stored[i] for i in order], shape)]
     names = "zyx"[-len(shape) :]
     found = ", ".join(names[fitting[0].index(axis)] for axis in range(len(shape))) if fitting else ""
     raise MaskError(
-        "the mask must have the tomogram's proportions: it is resized, and would be distorted",
+        "the mask must have the tomogram's proportions, because resizing would distort it otherwise",
         place=f"{mask.path}, dataset {DATASET}",
         value=f"{_times(stored)} voxels ({', '.join(names)}) for a tomogram of {_times(shape)}",
         remedy=(
             f"Its axes seem to be in the order {found}: write it again as numpy.transpose(labels, {fitting[0]})"
             if fitting
-            else "It belongs to another tomogram, or to another cut of it: predict the lamella of this tomogram again"
+            else "It belongs to another tomogram, or was cropped differently: predict this tomogram's lamella again"
         ),
     )
 
 
-def _alike(one: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether one shape is the other times a number, in whole voxels: rounded up or down."""
+def _proportional(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether one shape is a multiple of the other, rounded up or down to whole voxels."""
 
     def rounded(small: Sequence[int], large: Sequence[int]) -> bool:
         ratios = [((s - 1) / n, (s + 1) / n) for s, n in zip(small, large, strict=True)]
         return max(low for low, _ in ratios) <= min(high for _, high in ratios)
 
-    # Of the finer one so many voxels make one of the coarser that rounding there decides.
+    # Rounding matters most in the shape with fewer voxels.
     return rounded(one, other) if math.prod(one) <= math.prod(other) else rounded(other, one)
 
 
@@ -168,7 +168,7 @@ def _times(shape: Sequence[int]) -> str:
 def _stored_shape(labels: Any, path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
     if labels.ndim != len(shape) or labels.dtype.kind not in "biuf" or 0 in labels.shape:
         raise MaskError(
-            f"the mask must be a volume of numbers with {len(shape)} axes, as the tomogram has",
+            f"the mask must be a volume of numbers with {len(shape)} axes, like the tomogram",
             place=f"{path}, dataset {DATASET}",
             value=f"shape {labels.shape}, dtype {labels.dtype}",
             remedy="Predict the lamella of this tomogram again",
@@ -177,14 +177,14 @@ def _stored_shape(labels: Any, path: Path, shape: tuple[int, ...]) -> tuple[int,
 
 
 def read_mask(mask: Mask, region: Region) -> NDArray[np.uint8]:
-    """Read the part of a mask that belongs to a block of the tomogram.
+    """Read a mask in a region of the tomogram.
 
     Parameters
     ----------
     mask
         From `open_mask`.
     region
-        The block, one slice with start and stop within the tomogram for each of its axes.
+        One slice with start and stop for each axis of the tomogram.
 
     Returns
     -------
@@ -211,19 +211,19 @@ def read_mask(mask: Mask, region: Region) -> NDArray[np.uint8]:
 def read_stored(
     mask: Mask, choose: Callable[[tuple[int, ...], tuple[int, ...]], Iterable[Region]]
 ) -> Iterator[tuple[Region, NDArray[np.uint8]]]:
-    """Read parts of a mask as it is stored, before it is resized.
+    """Read regions of a mask as it is stored, without resizing it.
 
     Parameters
     ----------
     mask
         From `open_mask`.
     choose
-        ``choose(shape, piece)`` names the parts, `piece` being what is best read at once.
+        ``choose(shape, chunk)`` returns the regions to read.
 
     Yields
     ------
     region, values : (z, y, x) or (y, x), uint8
-        The part, and 1 inside the lamella, 0 outside.
+        The region, and 1 inside the lamella, 0 outside.
 
     Raises
     ------
@@ -231,14 +231,14 @@ def read_stored(
         If the file cannot be read or holds values other than 0 and 1.
     """
     with _open(mask.path) as labels:
-        piece = labels.chunks or tuple(min(128, size) for size in mask.stored_shape)
-        for region in choose(mask.stored_shape, tuple(map(int, piece))):
+        chunk = labels.chunks or tuple(min(128, size) for size in mask.stored_shape)
+        for region in choose(mask.stored_shape, tuple(map(int, chunk))):
             yield region, _binary(labels, region, mask.path)
 
 
 @contextmanager
 def _open(path: Path) -> Iterator[Any]:
-    """Open the dataset of a mask; whatever goes wrong in HDF5 until it is closed becomes a `MaskError`."""
+    """Open the dataset of a mask, and turn every error of HDF5 in the ``with`` block into a `MaskError`."""
     try:
         with open_hdf5(path, rdcc_nbytes=WORKING_BYTES) as file:
             labels = file.get(DATASET)
@@ -270,7 +270,7 @@ def _binary(labels: Any, region: Region, path: Path) -> NDArray[np.uint8]:
     foreign = stored[(stored != 0) & (stored != 1)]
     if foreign.size:
         raise MaskError(
-            "a lamella mask holds only 0 (outside) and 1 (inside)",
+            "a lamella mask must hold only 0 (outside) and 1 (inside)",
             place=f"{path}, dataset {DATASET}",
             value=foreign[0],
             remedy="Point mask_folder to the output of a lamella prediction, not of a semantic one",
@@ -279,7 +279,7 @@ def _binary(labels: Any, region: Region, path: Path) -> NDArray[np.uint8]:
 
 
 def _parts(region: Region, cost: Callable[[Region], int]) -> Iterator[Region]:
-    """Halve a region along its widest axis until its parts cost no more than the budget (or are single voxels)."""
+    """Halve a region along its widest axis until each part fits the memory budget (or is a single voxel)."""
     widths = [s.stop - s.start for s in region]
     width = max(widths)
     if width <= 1 or cost(region) <= WORKING_BYTES:
@@ -296,12 +296,12 @@ def _volume(region: Region) -> int:
 
 
 def _sigmas(mask: Mask) -> list[float]:
-    """Of the Gaussian against aliasing along each axis, in voxels of the mask: 0 where the axis does not shrink."""
+    """Return the anti-aliasing Gaussian's sigma per axis, in voxels of the mask; 0 if the axis does not shrink."""
     return [max(0.0, (m / n - 1) / 2) for m, n in zip(mask.stored_shape, mask.shape, strict=True)]
 
 
 def _positions(mask: Mask, region: Region) -> list[NDArray[np.float64]]:
-    """Where the voxels of a region stand on each axis of the stored mask."""
+    """Return the positions of a region's voxels on each axis of the stored mask."""
     return [
         (np.arange(s.start, s.stop, dtype=np.float64) + 0.5) * (m / n) - 0.5
         for s, m, n in zip(region, mask.stored_shape, mask.shape, strict=True)
@@ -309,7 +309,7 @@ def _positions(mask: Mask, region: Region) -> list[NDArray[np.float64]]:
 
 
 def _support(mask: Mask, region: Region) -> Region:
-    """The part of the stored mask on which a region depends."""
+    """Return the region of the stored mask on which a region of the tomogram depends."""
     support = []
     for axis, sigma, m in zip(_positions(mask, region), _sigmas(mask), mask.stored_shape, strict=True):
         radius = int(4.0 * sigma + 0.5)  # as SciPy rounds it
@@ -319,14 +319,14 @@ def _support(mask: Mask, region: Region) -> Region:
 
 
 def _working_bytes(mask: Mask, region: Region) -> int:
-    """Float64 copies of the stored part, and a position per axis and a value for each voxel of the region."""
+    """Return the bytes for resizing: float64 copies of the stored region, positions and values of the voxels."""
     return 8 * (3 * _volume(_support(mask, region)) + (len(region) + 1) * _volume(region))
 
 
 def _resized(labels: Any, mask: Mask, region: Region) -> NDArray[np.uint8]:
     support = _support(mask, region)
     stored = _binary(labels, support, mask.path)
-    if not stored.any():  # zeros give zeros, and most of a volume is not near the rim of its lamella
+    if not stored.any():  # a shortcut, because most of a volume is far from its lamella
         return np.zeros(tuple(s.stop - s.start for s in region), np.uint8)
     values = stored.astype(np.float64)
     sigmas = _sigmas(mask)

@@ -1,4 +1,4 @@
-"""MRC files, read and written."""
+"""Reading and writing MRC files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cryosiam_dask.files.atomic import Sink, replacing, require_voxels
 from cryosiam_dask.files.header import TomogramHeader, native, plausible_sizes, unknown_sizes
 from cryosiam_dask.files.signatures import PACKED, resemblance_of
 
-MRC_BLOCK = 128  # sections and rows of an MRC file that are in memory at once
+MRC_BLOCK = 128  # sections and rows that are in memory at once
 
 
 def write_mrc(
@@ -38,16 +38,16 @@ def write_mrc(
     nstart: Sequence[int] | None = None,
     label: str = "",
 ) -> None:
-    """Write labels as an MRC file, replacing an earlier one at once when it is complete.
+    """Write labels as an MRC file, replacing an earlier one atomically.
 
     Parameters
     ----------
     path
-        The file, in a folder that exists. It is never compressed.
+        The file, in an existing folder. It is never compressed.
     labels : (z, y, x) or (y, x), uint8
-        Written as int8 (mode 0) where all are below 128, as uint16 (mode 6) otherwise.
+        Written as int8 (mode 0) if all are below 128, otherwise as uint16 (mode 6).
     voxel_size_angstrom
-        Along z, y and x (or y and x); ``None`` where it is unknown.
+        Along z, y and x (or y and x); ``None`` where unknown.
     origin_angstrom, nstart
         Position of the volume in Å and in voxels, in the same order.
     label
@@ -60,7 +60,7 @@ def write_mrc(
     """
     require_voxels(path, labels)
     shape = labels.shape
-    # Whole rows, so that what is in memory makes one run of bytes in each section.
+    # Whole rows, so that a region is contiguous within each section of the file.
     regions = list(regions_of(shape, (*[MRC_BLOCK] * (len(shape) - 1), shape[-1])))
     counts = np.zeros(256, np.int64)
     for region in regions:
@@ -87,14 +87,14 @@ def write_mrc_floats(
     nstart: Sequence[int] | None = None,
     label: str = "",
 ) -> None:
-    """Write intensities as an MRC file of mode 2 (float32), replacing an earlier one at once when it is complete.
+    """Write intensities as an MRC file of mode 2 (float32), replacing an earlier one atomically.
 
     Parameters
     ----------
     path, voxel_size_angstrom, origin_angstrom, nstart, label
-        See `write_mrc`, also for what is raised.
+        See `write_mrc`, also for the errors.
     voxels : (z, y, x) or (y, x), real numbers
-        Each is read once, some rows of a few sections at a time.
+        Each voxel is read once.
     """
     require_voxels(path, voxels)
     shape, dtype = voxels.shape, np.dtype("<f4")
@@ -111,7 +111,7 @@ def write_mrc_floats(
                     squares + float(finite @ finite),
                     count + finite.size,
                 )
-        if count:  # as of an unknown map otherwise
+        if count:  # otherwise the statistics stay 0, which means unknown
             mean = total / count
             header["dmin"], header["dmax"], header["dmean"] = low, high, mean
             header["rms"] = math.sqrt(max(0.0, squares / count - mean**2))
@@ -128,7 +128,7 @@ def _mrc_header(
     nstart: Sequence[int] | None,
     label: str,
 ) -> Any:
-    """The header of an MRC file without its statistics."""
+    """Return the header of an MRC file without statistics."""
     header = np.zeros((), HEADER_DTYPE.newbyteorder("<"))
     header["mode"] = mode_from_dtype(dtype)
     header["ispg"] = VOLUME_SPACEGROUP if len(shape) == 3 else IMAGE_STACK_SPACEGROUP
@@ -136,7 +136,7 @@ def _mrc_header(
     header["mapc"], header["mapr"], header["maps"] = 1, 2, 3
     header["map"], header["nversion"] = MAP_ID, 20141
     header["machst"] = machine_stamp_from_byte_order("<")
-    header["nz"] = header["mz"] = 1  # of an image
+    header["nz"] = header["mz"] = 1  # for an image
     for axis, size in zip("xyz", reversed(shape), strict=False):
         header[f"n{axis}"] = header[f"m{axis}"] = size
     for axis, size, voxel in zip("xyz", reversed(shape), reversed(voxel_size_angstrom or ()), strict=False):
@@ -151,7 +151,7 @@ def _mrc_header(
 
 
 def _write_rows(sink: Sink, region: Region, block: NDArray[Any], shape: tuple[int, ...]) -> None:
-    """Write a region of whole rows where it belongs behind the header."""
+    """Write a region of whole rows to its place in the file."""
     sections = block.reshape(-1, *block.shape[-2:])
     first = region[0].start if len(shape) == 3 else 0
     for z, rows in enumerate(sections, first):
@@ -164,28 +164,28 @@ def _uint8(values: Any) -> NDArray[np.uint8]:
     return np.asarray(values).astype(np.uint8, casting="safe", copy=False)
 
 
-STREAM_BYTES = 128 * 2**20  # what a compressed file, which can only be read in order, may hold in memory
+STREAM_BYTES = 128 * 2**20  # memory for sections of a compressed file, which can only be read sequentially
 _GZIP_MAGIC = b"\x1f\x8b\x08"
 _LARGEST_AXIS = 65535  # byte-swapped sizes are always larger than this, real ones never
 _IMOD_STAMP = 1146047817
-#: Of names of MRC files.
+#: File name endings of MRC files.
 MRC_ENDINGS = (".mrc", ".rec", ".map", ".st", ".mrcs", ".ali", ".preali")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MrcHeader(TomogramHeader):
-    """What an MRC file holds.
+    """The header of an MRC file, with every ambiguity decided.
 
     Attributes
     ----------
     mode
         The MRC mode: 0, 1, 2, 4, 6 or 12.
     file_dtype
-        Of the voxels in the file, with byte order and the signedness decided on.
+        Of the voxels in the file, with their byte order, signed or unsigned.
     axes
-        Which axis of the file's (section, row, column) array is z, y and x; (0, 1, 2) as a rule.
+        Which axis of the file's (section, row, column) array is z, y and x; usually (0, 1, 2).
     offset
-        Where the voxels begin, in bytes.
+        Position of the first voxel in the file, in bytes.
     compressed
         Whether the file is gzip-compressed.
     """
@@ -197,14 +197,14 @@ class MrcHeader(TomogramHeader):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the voxels in the zarr array: native byte order, complex voxels as their real part, no half precision."""
+        """Of the voxels as they are read: native byte order; half precision and complex voxels become float32."""
         if self.file_dtype.kind in "fc":
             return np.dtype(np.float32)
         return self.file_dtype.newbyteorder("=")
 
     @property
     def file_shape(self) -> tuple[int, ...]:
-        """Shape of the array in the file, before its axes are brought into order."""
+        """Shape of the array in the file, (section, row, column)."""
         return tuple(self.shape[self.axes.index(axis)] for axis in range(len(self.shape)))
 
     @property
@@ -217,7 +217,7 @@ class MrcHeader(TomogramHeader):
         return read_region_of(self, region)
 
     def attributes(self) -> dict[str, Any]:
-        """Also the mode; see `TomogramHeader.attributes`."""
+        """See `TomogramHeader.attributes`; also holds the mode."""
         return {**TomogramHeader.attributes(self), "mode": self.mode}
 
 
@@ -237,7 +237,7 @@ def read_mrc_header(path: Path, unsigned: bool | None) -> MrcHeader:
             f"an MRC file begins with a header of {HEADER_DTYPE.itemsize} bytes",
             place=path,
             value=f"{len(raw)} bytes",
-            remedy="The file is empty or truncated: copy it again or take it out of the folder",
+            remedy="Copy the file again or remove it from the folder: it is empty or truncated",
         )
 
     notes: list[str] = []
@@ -247,16 +247,16 @@ def read_mrc_header(path: Path, unsigned: bool | None) -> MrcHeader:
     file_dtype, decided = _voxel_dtype(header, byte_order, path, offset, compressed, unsigned, notes, warnings)
     if mrcfile.utils.spacegroup_is_volume_stack(header["ispg"]):
         raise TomogramError(
-            "must hold one volume, not a stack of volumes",
+            "an MRC file must hold one volume, not a stack of volumes",
             place=path,
             value=f"space group {header['ispg']} (a 4-D stack), {header['nz']} sections",
             remedy="Write each volume to a file of its own",
         )
 
-    # The header speaks of columns, rows and sections (nx, ny, nz and nxstart ...) or of x, y and z (cell and origin).
+    # Sizes and starts in the header are those of columns, rows and sections; cell and origin are those of x, y and z.
     order = tuple(int(header[name]) for name in ("maps", "mapr", "mapc"))
     if sorted(order) != [1, 2, 3]:
-        warnings.append(f"axis order (MAPS, MAPR, MAPC) = {order} is no order; taken as 3, 2, 1")
+        warnings.append(f"axis order (MAPS, MAPR, MAPC) = {order} is invalid; read as 3, 2, 1")
         order = (3, 2, 1)
     axes: tuple[int, ...] = tuple(order.index(axis) for axis in (3, 2, 1))
     file_shape = tuple(int(header[name]) for name in ("nz", "ny", "nx"))
@@ -269,7 +269,7 @@ def read_mrc_header(path: Path, unsigned: bool | None) -> MrcHeader:
     voxel_size = _voxel_size(header, warnings)
     origin = tuple(float(header["origin"][axis]) for axis in "zyx")
     if not all(map(math.isfinite, origin)):
-        warnings.append(f"origin {origin} is not finite; taken as 0")
+        warnings.append(f"origin {origin} is not finite; read as 0")
         origin = (0.0, 0.0, 0.0)
     if header["ispg"] == IMAGE_STACK_SPACEGROUP and file_shape[0] == 1 and axes[0] == 0:  # a single image
         shape, nstart, voxel_size, origin = shape[1:], nstart[1:], voxel_size[1:], origin[1:]
@@ -308,7 +308,7 @@ def open_file(path: Path, *, compressed: bool) -> BinaryIO:
 
 
 def _in_byte_order(raw: bytes, path: Path, file_bytes: int, warnings: list[str]) -> tuple[Any, str]:
-    """Interpret the header in the byte order of its machine stamp, or in the one in which it makes sense."""
+    """Interpret the header in the byte order of its machine stamp, or else in the one that makes sense."""
     header = np.frombuffer(raw, HEADER_DTYPE)[0]
     if bytes(header["map"])[:3] != MAP_ID[:3]:
         warnings.append("no MAP identifier in the header")
@@ -320,11 +320,11 @@ def _in_byte_order(raw: bytes, path: Path, file_bytes: int, warnings: list[str])
         known = True
     except ValueError:
         known = False
-    # A negative length of the extended header speaks against an order, but not where the other one makes no sense.
+    # A negative length of the extended header makes a byte order unlikely, unless the other one makes no sense at all.
     for least, order in itertools.product((0, -(2**31)), orders):
         header = np.frombuffer(raw, HEADER_DTYPE.newbyteorder(order))[0]
         sizes = [int(header[name]) for name in ("nx", "ny", "nz")]
-        # Modes are small numbers: in the wrong byte order they are huge, as the sizes are.
+        # Modes and sizes are small numbers, and huge ones in the wrong byte order.
         if (
             all(1 <= size <= _LARGEST_AXIS for size in sizes)
             and 0 <= header["mode"] < 256
@@ -336,11 +336,11 @@ def _in_byte_order(raw: bytes, path: Path, file_bytes: int, warnings: list[str])
             return header, order
     header = np.frombuffer(raw, HEADER_DTYPE.newbyteorder(orders[0]))[0]
     resemblance = resemblance_of(path)
-    remedy = "This is no MRC file, or a damaged one: take it out of the folder or write it again"
+    remedy = "Remove the file from the folder or write it again: it is damaged, or not an MRC file"
     if resemblance.endswith(PACKED):
-        remedy = "Decompress it: of compressed files only those of gzip are read"
+        remedy = "Decompress it: gzip is the only compression that is read"
     raise TomogramError(
-        f"an MRC header gives three sizes from 1 to {_LARGEST_AXIS} and a mode",
+        f"an MRC header must have three sizes from 1 to {_LARGEST_AXIS} and a mode",
         place=path,
         value=f"sizes {tuple(int(header[name]) for name in ('nx', 'ny', 'nz'))}, mode {header['mode']} "
         f"in a file of {file_bytes} bytes{resemblance}",
@@ -349,11 +349,11 @@ def _in_byte_order(raw: bytes, path: Path, file_bytes: int, warnings: list[str])
 
 
 def _extended_bytes(header: Any, path: Path, compressed: bool, file_bytes: int, warnings: list[str]) -> int:
-    """Bytes between the header and the voxels: as many as the header counts, none where the voxels fill the file."""
+    """Return the length of the extended header: as the header says, but 0 if the voxels fill the file."""
     counted = int(header["nsymbt"])
     try:
         itemsize = mrcfile.utils.dtype_from_mode(header["mode"]).itemsize
-    except ValueError:  # which is said next
+    except ValueError:  # `_voxel_dtype` raises the error
         return max(0, counted)
     whole = HEADER_DTYPE.itemsize + math.prod(int(header[name]) for name in ("nx", "ny", "nz")) * itemsize
     if compressed and counted:
@@ -364,8 +364,8 @@ def _extended_bytes(header: Any, path: Path, compressed: bool, file_bytes: int, 
         fills = file_bytes == whole
     if counted and fills:
         warnings.append(
-            f"the header counts an extended header of {counted} bytes (nsymbt) that is not in the file; the voxels, "
-            "which are all there, are read"
+            f"the header announces an extended header of {counted} bytes (nsymbt) that is not in the file; it is "
+            "ignored, as all voxels are there"
         )
         return 0
     if counted < 0:
@@ -373,7 +373,7 @@ def _extended_bytes(header: Any, path: Path, compressed: bool, file_bytes: int, 
             "the length of the extended header (nsymbt) must not be negative",
             place=path,
             value=counted,
-            remedy="The header is damaged: copy the file or write it again",
+            remedy="Copy the file or write it again: its header is damaged",
         )
     return counted
 
@@ -388,7 +388,7 @@ def _voxel_dtype(
     notes: list[str],
     warnings: list[str],
 ) -> tuple[np.dtype[Any], str]:
-    """Dtype of the voxels in the file; mode 0 is signed or unsigned. Also `TomogramHeader.decided`."""
+    """Return the dtype of the voxels in the file, and `TomogramHeader.decided`; mode 0 may be signed or unsigned."""
     mode = int(header["mode"])
     extra = np.frombuffer(header["extra2"].tobytes(), byte_order + "i4")
     stamp, flags = int(extra[10]), int(extra[11])  # bytes 152 and 156 of the file, after 112 bytes of header
@@ -411,58 +411,59 @@ def _voxel_dtype(
     decided = ""
     lowest, highest = float(header["dmin"]), float(header["dmax"])
     if unsigned is not None:
-        signed, why = not unsigned, f"as mrc_unsigned: {unsigned} says"
+        signed, why = not unsigned, f"because mrc_unsigned is {unsigned}"
     elif stamp == _IMOD_STAMP:
-        signed, why = bool(flags & 1), "as IMOD's flags say"
+        signed, why = bool(flags & 1), "because of IMOD's flags"
     elif highest > 127:
         signed, why = False, f"because the header's maximum is {highest:g} > 127"
     else:
-        signed, why = True, "as the standard says: neither IMOD's flags nor the header's maximum tells otherwise"
+        signed, why = True, "as in the standard: neither IMOD's flags nor the header's maximum contradict it"
         found = _some_bytes(path, offset, compressed)
         looks_unsigned = _look_unsigned(found)
-        # MRC2014: a maximum below the minimum says that nobody looked; programs of before leave zeros.
+        # In MRC2014 a maximum below the minimum means that there are no statistics; older programs leave zeros.
         if (not lowest <= highest or lowest == highest == 0) and (found > 127).any():
             if looks_unsigned is not None:
-                signed, why = not looks_unsigned, "as its voxels look: the header has no statistics of them"
+                signed, why = not looks_unsigned, "judging by its voxels: the header has no statistics"
                 decided = "" if signed else "unsigned bytes"
             reading = "signed" if signed else "unsigned"
-            look = "" if looks_unsigned is None else ", as its voxels look"
+            look = "" if looks_unsigned is None else ", judging by its voxels"
             warnings.append(
                 f"mode 0 without statistics in the header is read as {reading} bytes{look}. Set mrc_unsigned "
                 f"to {signed} if that is wrong, to {not signed} if it is right"
             )
         elif looks_unsigned:
             warnings.append(
-                f"mode 0 is read as signed bytes, as the header's statistics say ({lowest:g} to {highest:g}), but the "
-                "voxels look like unsigned ones: bright ones may be taken for dark ones. Set mrc_unsigned to True if so"
+                f"mode 0 is read as signed bytes, because of the header's statistics ({lowest:g} to {highest:g}), but "
+                "the voxels look unsigned. If they are, bright voxels are read as dark ones: set mrc_unsigned to True"
             )
     notes.append(f"mode 0 read as {'signed' if signed else 'unsigned'} bytes, {why}")
     return np.dtype(np.int8 if signed else np.uint8), decided
 
 
 def _some_bytes(path: Path, offset: int, compressed: bool) -> np.ndarray[Any, Any]:
-    """Bytes from all over a file, or from the beginning of a compressed one; whoever reads all says what is damaged."""
+    """Return a sample of a file's bytes, or the beginning of a compressed file. Damage is reported when all is read."""
     parts: list[bytes] = []
     with suppress(OSError, EOFError, zlib.error), open_file(path, compressed=compressed) as file:
         if compressed:
             file.seek(offset)
-            parts.append(file.read(_LOOK_PIECES * _LOOK_BYTES))
+            parts.append(file.read(_SAMPLES * _SAMPLE_BYTES))
         else:
-            rest = max(0, path.stat().st_size - offset - _LOOK_BYTES)
-            for number in range(_LOOK_PIECES):
-                file.seek(offset + rest * number // (_LOOK_PIECES - 1))
-                parts.append(file.read(_LOOK_BYTES))
+            rest = max(0, path.stat().st_size - offset - _SAMPLE_BYTES)
+            for number in range(_SAMPLES):
+                file.seek(offset + rest * number // (_SAMPLES - 1))
+                parts.append(file.read(_SAMPLE_BYTES))
     return np.frombuffer(b"".join(parts), np.uint8)
 
 
-_LOOK_PIECES, _LOOK_BYTES = 64, 1 << 15
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 15
 
 
 def _look_unsigned(found: np.ndarray[Any, Any]) -> bool | None:
-    """Whether bytes look like unsigned numbers; ``None`` where nothing tells.
+    """Whether bytes look like unsigned numbers; ``None`` if that cannot be decided.
 
-    On the circle of the 256 bytes the right reading is cut open where few voxels are, or at one end of them: the wrong
-    one has many voxels on both sides of the cut. What was clipped heaps up beside the right cut, and is not counted.
+    The two readings cut the circle of the 256 bytes at different places: unsigned numbers between 255 and 0, signed
+    ones between 127 and -128. At the right cut there are few voxels, at least on one side. The bytes next to a cut do
+    not count, because clipped voxels accumulate there.
     """
     counts = np.bincount(found, minlength=256)
     of_unsigned = min(counts[1:16].sum(), counts[240:255].sum())  # around 255 | 0
@@ -471,12 +472,12 @@ def _look_unsigned(found: np.ndarray[Any, Any]) -> bool | None:
         return bool(of_unsigned < of_signed)
     if (of_unsigned and of_signed) or not counts[128:].any():
         return None
-    # Nothing is on both sides of either cut: two values of a mask, or all on one side of zero, which nobody writes.
+    # Neither cut has voxels on both sides: a mask with two values, or numbers that are all above or all below 127.
     return bool(counts[0] and counts[255] and not counts[1:255].any()) or not counts[:128].any()
 
 
 def _voxel_size(header: Any, warnings: list[str]) -> tuple[float | None, ...]:
-    """Cell divided by samples along z, y and x in Å; ``None`` where unset, and, with a warning, where implausible."""
+    """Return cell / samples along z, y and x in Å; ``None`` where unset or, with a warning, implausible."""
     cells = [float(header["cella"][axis]) for axis in "zyx"]
     samples = [int(header[name]) for name in ("mz", "my", "mx")]
     sizes = [cell / count if count > 0 else math.nan for cell, count in zip(cells, samples, strict=True)]
@@ -486,15 +487,15 @@ def _voxel_size(header: Any, warnings: list[str]) -> tuple[float | None, ...]:
     found = list(result)
     for axis, name in enumerate(("nz", "ny", "nx")):
         others = [size for other, size in enumerate(sizes) if other != axis and size > 0]
-        # One sample stands for an image, of which there may be many: the cell is then that of all of them.
+        # With one sample, the cell may be that of a whole stack of images.
         if found[axis] and samples[axis] == 1 < header[name] and not all(0.9 < sizes[axis] / s < 1.1 for s in others):
-            warnings.append(f"voxel size along {'zyx'[axis]} is not told by the header{details[axis]}")
+            warnings.append(f"the header does not tell the voxel size along {'zyx'[axis]}{details[axis]}")
             found[axis] = None
     return tuple(found)
 
 
 def _reason(error: OSError) -> str:
-    return os.strerror(error.errno) if error.errno else str(error)  # HDF5 and gzip have words of their own
+    return os.strerror(error.errno) if error.errno else str(error)  # HDF5 and gzip have no errno
 
 
 def unreadable(path: Path, error: OSError) -> TomogramError:
@@ -511,7 +512,7 @@ def _too_short(header: MrcHeader, found: int) -> TomogramError:
         f"{size} voxels of mode {header.mode} need {header.offset + header.voxel_bytes} bytes with the header",
         place=header.path,
         value=f"{found} bytes",
-        remedy="The file is truncated: copy it or write it again",
+        remedy="Copy the file or write it again: it is truncated",
     )
 
 
@@ -520,7 +521,7 @@ def _damaged_gzip(path: Path, error: Exception) -> TomogramError:
         "a compressed tomogram must be a complete gzip file",
         place=path,
         value=str(error),
-        remedy="The file is truncated or damaged: copy it or compress it again",
+        remedy="Copy the file or compress it again: it is truncated or damaged",
     )
 
 
@@ -532,24 +533,24 @@ def read_beginning(header: MrcHeader, largest: int = STREAM_BYTES) -> np.ndarray
     header
         From `read_header`.
     largest
-        Uncompressed bytes that all sections together may have; one section is read even if it has more.
+        Uncompressed bytes of the sections; at least one section is read.
 
     Returns
     -------
     ndarray, (z, y, x) or (y, x), ``header.dtype``
-        As many of the file's sections as that gives; they lie along the axis ``header.axes.index(0)``.
+        The sections, along the axis ``header.axes.index(0)``.
 
     Raises
     ------
     TomogramError
-        If the file cannot be read, or, as far as it was read, is damaged or too short.
+        If the file cannot be read, or is damaged or too short as far as it was read.
     """
     section_bytes = header.voxel_bytes // header.file_shape[0]
     count = min(header.file_shape[0], max(1, largest // section_bytes))
     layers = read_layers(header, count, section_bytes)
     _, layer = next(layers)
     if count == header.file_shape[0]:
-        next(layers, None)  # reads to the end, where the checksum is
+        next(layers, None)  # checks the checksum at the end of the file
     voxels = np.frombuffer(layer, header.file_dtype).reshape(count, *header.file_shape[1:])
     return native(voxels.transpose(header.axes), header.dtype)
 
@@ -557,8 +558,8 @@ def read_beginning(header: MrcHeader, largest: int = STREAM_BYTES) -> np.ndarray
 def read_region_of(header: MrcHeader, region: Region) -> np.ndarray[Any, Any]:
     """Read a region of an uncompressed file, as (z, y, x).
 
-    Whole rows are read and cut. A memory map would need no cutting, but its pages count as the process's memory, and a
-    file that shrinks meanwhile would kill the process.
+    Whole rows are read and then cropped. A memory map would make that unnecessary, but its pages count as memory of the
+    process, and a file that shrinks meanwhile would kill the process.
     """
     stored = [region[header.axes.index(axis)] for axis in range(len(region))]  # (section, row, column) or (row, column)
     sections = range(stored[0].start, stored[0].stop) if len(stored) == 3 else range(1)
@@ -570,7 +571,7 @@ def read_region_of(header: MrcHeader, region: Region) -> np.ndarray[Any, Any]:
             for voxels_of_section, section in zip(voxels, sections, strict=True):
                 file.seek(header.offset + (section * height + rows.start) * width * header.file_dtype.itemsize)
                 run = np.fromfile(file, header.file_dtype, (rows.stop - rows.start) * width)
-                if run.size < (rows.stop - rows.start) * width:  # cut short since its header was read
+                if run.size < (rows.stop - rows.start) * width:  # truncated since its header was read
                     raise _too_short(header, header.path.stat().st_size)
                 voxels_of_section[:] = run.reshape(-1, width)[:, columns]
     except OSError as error:
@@ -591,7 +592,7 @@ def read_layers(header: MrcHeader, depth: int, section_bytes: int) -> Iterator[t
                 if len(layer) < wanted:
                     raise _too_short(header, read)
                 yield first, layer
-            while file.read(2**20):  # only the end of the stream tells whether its checksum is right
+            while file.read(2**20):  # the checksum is at the end of the stream
                 pass
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise _damaged_gzip(header.path, error) from error

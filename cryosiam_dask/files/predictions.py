@@ -1,11 +1,11 @@
-"""Labels to the files that users keep: HDF5, and MRC where it is asked for.
+"""Writing predictions to HDF5.
 
-Every file grows under a hidden name of its own, ``.<name>.….part``, in the same folder, is flushed to the disk and then
-renamed: a user sees a complete file or none, and an earlier one stays as it is until that moment. Arrays are read and
-written block by block; nothing the size of a volume is ever in memory.
+A file is written under a hidden name in the same folder, flushed to the disk and then renamed. So a user sees a
+complete file or none, and an earlier file stays until then. Arrays are read and written block by block, so that no
+whole volume is ever in memory.
 
-HDF5 chunks are compressed here, by a pool of threads, or before by those who filled an `exportable_array`, and handed
-over ready-made: the HDF5 library compresses one after the other, 50 MB of probabilities a second.
+The HDF5 library compresses one chunk after the other, about 50 MB of probabilities per second. Here, chunks are
+compressed by a pool of threads, or earlier by the tasks that fill an `exportable_array`, and written directly.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from cryosiam_dask.core.arrays import Sliceable, regions_of
 from cryosiam_dask.files.atomic import Sink, replacing, require_voxels
 from cryosiam_dask.files.hdf5 import DISTANCES, INSTANCES, LABELS, PROBABILITIES, REMOVED, reading
 
-#: Voxels of an HDF5 chunk by its axes, of one byte each and of more: up to 1 MiB, which is what HDF5's cache holds.
+#: Shapes of HDF5 chunks by number of axes, for voxels of one byte and of more: up to 1 MiB, the size of HDF5's cache.
 CHUNK = {2: (512, 512), 3: (64, 128, 128)}
 CHUNK_OF_WIDER = {2: (256, 256), 3: (64, 64, 64)}
 BLOCK_CHUNKS = 4  # chunks along each axis that are in memory at once: 64 MiB
-GZIP_LEVEL = 1  # every HDF5 reader has gzip; higher levels cost time and gain little
+GZIP_LEVEL = 1  # every HDF5 reader knows gzip; higher levels take more time and save little
 
 
 def exportable_array(group: zarr.Group, name: str, shape: tuple[int, ...]) -> zarr.Array[Any]:
-    """Create an array of labels whose compressed chunks are those of the HDF5 file that it will be written to.
+    """Create an array of labels whose chunks are compressed exactly as in the final HDF5 file.
 
-    Whoever fills it compresses it, many at a time; `write_hdf5` has but to copy the bytes.
+    The tasks that fill it compress in parallel; `write_hdf5` only copies the bytes.
 
     Parameters
     ----------
@@ -59,7 +59,7 @@ def exportable_array(group: zarr.Group, name: str, shape: tuple[int, ...]) -> za
     zarr.Array
         uint8, all 0.
     """
-    # zarr's own format 3 has no zlib, which is what HDF5 calls gzip.
+    # zarr format 3 has no zlib, which HDF5 calls gzip.
     return zarr.create_array(
         group.store_path / name,
         shape=shape,
@@ -68,7 +68,7 @@ def exportable_array(group: zarr.Group, name: str, shape: tuple[int, ...]) -> za
         fill_value=0,
         compressors=Zlib(GZIP_LEVEL),
         zarr_format=2,
-        overwrite=True,  # one of a run that was killed is no member of a group of format 3, and so not seen there
+        overwrite=True,  # a group of format 3 does not list an array of format 2 that a killed run left
     )
 
 
@@ -81,26 +81,26 @@ def write_hdf5(
     probabilities: Sliceable | None = None,
     distances: Sliceable | None = None,
 ) -> None:
-    """Write a predictions file, replacing an earlier one at once when it is complete.
+    """Write a predictions file, replacing an earlier one atomically.
 
     Parameters
     ----------
     path
-        For example ``<stem>_preds.h5``, in a folder that exists.
+        For example ``<stem>_preds.h5``, in an existing folder.
     labels : (z, y, x) or (y, x), uint8
         Written as the dataset ``labels``.
     attributes
-        Written to the file and to ``labels``: numbers, strings, sequences of either, mappings (as JSON). ``None`` is
-        left out, and is NaN within a sequence of numbers, such as a voxel size known along two axes only.
+        Written to the file and to ``labels``: numbers, strings, sequences of either, mappings (as JSON). Values that
+        are ``None`` are left out; ``None`` in a sequence of numbers becomes NaN.
     removed : (z, y, x) or (y, x), uint8
-        Labels that a size filter set to 0, and 0 elsewhere; written as the dataset ``removed`` where given.
+        Labels that a size filter set to 0, and 0 elsewhere; written as the dataset ``removed`` if given.
     probabilities, distances : (class, z, y, x) or (class, y, x), float32
-        Written as the datasets ``probs`` and ``distances`` where given.
+        Written as the datasets ``probs`` and ``distances`` if given.
 
     Raises
     ------
     OutputError
-        If there are no voxels, or the file cannot be written; an earlier file is then untouched.
+        If there are no voxels, or the file cannot be written; an earlier file is then unchanged.
     """
     path = Path(path)
     require_voxels(path, labels)
@@ -114,21 +114,21 @@ def write_hdf5(
 
 
 def write_instances_hdf5(path: str | Path, instances: Sliceable, *, attributes: Mapping[str, Any]) -> None:
-    """Write a file of instance numbers, replacing an earlier one at once when it is complete.
+    """Write a file of instance numbers, replacing an earlier one atomically.
 
     Parameters
     ----------
     path
-        For example ``<stem>_components.h5``, in a folder that exists.
+        For example ``<stem>_components.h5``, in an existing folder.
     instances : (z, y, x) or (y, x), unsigned integers
-        Written as the dataset ``instances``, in their own dtype.
+        Written as the dataset ``instances``, with the same dtype.
     attributes
         Written to the file and to ``instances``, as in `write_hdf5`.
 
     Raises
     ------
     OutputError
-        If there are no voxels, or the file cannot be written; an earlier file is then untouched.
+        If there are no voxels, or the file cannot be written; an earlier file is then unchanged.
     """
     require_voxels(path, instances)
     with replacing(Path(path), alone=True) as sink, h5py.File(sink, "w") as file, ThreadPoolExecutor() as pool:
@@ -138,23 +138,23 @@ def write_instances_hdf5(path: str | Path, instances: Sliceable, *, attributes: 
 def replace_labels(
     path: str | Path, labels: Sliceable, *, attributes: Mapping[str, Any], removed: Sliceable | None = None
 ) -> None:
-    """Replace the labels of a predictions file and what was removed from them, and keep all else that it holds.
+    """Replace the datasets ``labels`` and ``removed`` of a predictions file, and keep everything else.
 
     Parameters
     ----------
     path
         An existing predictions file.
     labels : (z, y, x) or (y, x), uint8
-        The new labels; they may be computed from the old ones while these are replaced.
+        The new labels; they may be computed from the old ones during the replacement.
     removed : (z, y, x) or (y, x), uint8
-        Labels that a size filter set to 0, and 0 elsewhere; ``None`` where nothing was removed.
+        Labels that a size filter set to 0, and 0 elsewhere; ``None`` if nothing was removed.
     attributes
-        Added to those of the file and of ``labels``, or put in their place; as in `write_hdf5`.
+        Added to the attributes of the file and of ``labels``, as in `write_hdf5`; existing ones are replaced.
 
     Raises
     ------
     OutputError
-        If the file cannot be read or written; it is then untouched.
+        If the file cannot be read or written; it is then unchanged.
     """
     path = Path(path)
     require_voxels(path, labels)
@@ -181,7 +181,7 @@ def _describe(file: Any, dataset: Any, attributes: Mapping[str, Any], earlier: M
 
 
 def _write(file: Any, sink: Sink, name: str, source: Sliceable, dtype: np.dtype[Any], pool: Pool) -> Any:
-    """Write a dataset in whole chunks of space, one class at a time; more than a byte is shuffled first."""
+    """Write a dataset in whole chunks, one class at a time; voxels wider than a byte are shuffled before gzip."""
     classes = (1,) if dtype.kind == "f" else ()
     space = source.shape[len(classes) :]
     chunk = (*classes, *_chunk(space, dtype.itemsize))
@@ -197,7 +197,7 @@ def _write(file: Any, sink: Sink, name: str, source: Sliceable, dtype: np.dtype[
     files = _chunk_files(source, chunk, dtype)
     if files is not None:
         for corner, file in files:
-            with suppress(FileNotFoundError):  # of a chunk that holds nothing but 0
+            with suppress(FileNotFoundError):  # a chunk of zeros has no file
                 dataset.id.write_direct_chunk(corner, file.read_bytes())
             sink.check()
         return dataset
@@ -219,7 +219,7 @@ def _chunk(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
 def _chunk_files(
     source: Any, chunk: tuple[int, ...], dtype: np.dtype[Any]
 ) -> Iterator[tuple[tuple[int, ...], Path]] | None:
-    """The files that hold the chunks of an `exportable_array`, each with its corner; None for any other array."""
+    """Yield the corner and the file of each chunk of an `exportable_array`; return None for any other array."""
     if (
         not isinstance(source, zarr.Array)
         or not isinstance(source.store, LocalStore)
@@ -238,7 +238,7 @@ def _chunk_files(
 
 
 def _encode(values: NDArray[Any], *, chunk: tuple[int, ...]) -> bytes:
-    """Bytes of an HDF5 chunk after the filters shuffle (of anything wider than a byte) and gzip; rims are padded."""
+    """Pad values to a whole HDF5 chunk, shuffle them if wider than a byte, and compress them with gzip."""
     padded = np.zeros(chunk, values.dtype)
     padded[tuple(slice(0, size) for size in values.shape)] = values
     by_byte = padded.view(np.uint8).reshape(-1, values.dtype.itemsize).T
@@ -246,7 +246,7 @@ def _encode(values: NDArray[Any], *, chunk: tuple[int, ...]) -> bytes:
 
 
 def _storable(value: Any) -> Any:
-    """The HDF5 form of an attribute."""
+    """Convert an attribute to a value that HDF5 can store."""
     if isinstance(value, Mapping):
         return json.dumps(value, default=str)
     if isinstance(value, Path):

@@ -1,10 +1,10 @@
-"""Kinds of files, by their first bytes."""
+"""File types, recognized by their first bytes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-#: Files of other kinds that carry a tomogram's name, by their first bytes.
+#: First bytes of other file types that are found under a tomogram's name.
 _SIGNATURES = {
     b"II*\0": "TIFF",
     b"MM\0*": "TIFF",

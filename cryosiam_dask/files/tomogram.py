@@ -1,4 +1,4 @@
-"""Tomograms of any format: which one a file has, and its header."""
+"""Tomograms of any format: recognize the format and read the header."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from cryosiam_dask.files.mrc import MRC_ENDINGS, read_mrc_header, unreadable
 from cryosiam_dask.files.signatures import resemblance_of
 from cryosiam_dask.files.zarr import is_zarr, read_zarr_header
 
-#: Of all names that a tomogram may have; what it is, is told by its content.
+#: File name endings of tomograms. The content of a file decides which format it has.
 TOMOGRAM_ENDINGS = (
     ".ome.zarr", ".zarr", *(f"{ending}{packed}" for ending in MRC_ENDINGS for packed in ("", ".gz")), *HDF5_ENDINGS
 )  # fmt: skip
 
 
 def stem(path: str | Path) -> str:
-    """Name of a tomogram: the file name without ``.gz`` and then without its last extension.
+    """Return the name of a tomogram: its file name without ``.gz`` and then without its last extension.
 
     Examples
     --------
@@ -37,30 +37,30 @@ def stem(path: str | Path) -> str:
 def read_header(
     path: str | Path, *, level: int = 0, dataset: str | None = None, unsigned: bool | None = None
 ) -> TomogramHeader:
-    """Read and judge the header of a tomogram.
+    """Read the header of a tomogram and decide what is ambiguous in it.
 
     Parameters
     ----------
     path
         An MRC or REC file (``.mrc``, ``.rec``, ``.map``, ``.st``, each also ``.gz``), an HDF5 file, or the folder of a
-        zarr array or OME-Zarr image. Which it is, and whether it is compressed, is told by its content.
+        zarr array or OME-Zarr image. The content decides which format it has, and whether it is compressed.
     level
-        Which level of an OME-Zarr image; 0 is full resolution.
+        Level of an OME-Zarr image; 0 is full resolution.
     dataset
-        Which dataset of an HDF5 file; ``None``: the only one that can be a tomogram.
+        Dataset of an HDF5 file. If ``None``, the only one that can be a tomogram.
     unsigned
-        Whether the bytes of an MRC file of mode 0 are unsigned; ``None``: as the file says, or else its voxels.
+        Whether the bytes of an MRC file of mode 0 are unsigned. If ``None``, the header decides, or else the voxels.
 
     Returns
     -------
     TomogramHeader
-        With all decisions taken; odd but readable headers leave a warning in it.
+        Its `warnings` name what is odd about the file.
 
     Raises
     ------
     TomogramError
-        If the file cannot be opened, is none of these, is shorter than its header says, or is of a kind that is not
-        supported (4-bit and RGB voxels, stacks of volumes). A compressed file's length is known only when it is read.
+        If the file cannot be opened, has another format, is shorter than its header says, or holds something that is
+        not supported (4-bit and RGB voxels, stacks of volumes). The length of a compressed file is not checked here.
     """
     path = Path(path)
     try:
@@ -78,17 +78,17 @@ def read_header(
         raise TomogramError(
             f"a file whose name ends with {path.suffix} must be an HDF5 file",
             place=path,
-            value=f"{path.stat().st_size} bytes of another kind{resemblance_of(path)}",
-            remedy="The file is damaged or of another kind: copy it again, or give it its own ending",
+            value=f"{path.stat().st_size} bytes of another format{resemblance_of(path)}",
+            remedy="Copy it again if it is damaged, or give it the ending of its format",
         ) from error
     return _as_named(header, "MRC", path.suffix.lower() not in (*HDF5_ENDINGS, ".zarr"))
 
 
 def _as_named(header: TomogramHeader, kind: str, agrees: bool) -> TomogramHeader:
-    """Warn of a file whose name says another kind than its content."""
+    """Add a warning if the name of a file does not agree with its content."""
     if agrees:
         return header
-    warning = f"the name ends with {header.path.suffix}, but the content is {kind} and is read as such"
+    warning = f"the name ends with {header.path.suffix}, but the content is {kind}; it is read as {kind}"
     return replace(header, warnings=(*header.warnings, warning))
 
 
@@ -100,7 +100,7 @@ def read_part(header: TomogramHeader, region: Region) -> np.ndarray[Any, Any]:
     header
         From `read_header`.
     region
-        A slice with start and stop for each axis of ``header.shape``. Of an MRC file whole rows are read, and cut.
+        A slice with start and stop for each axis of ``header.shape``.
 
     Returns
     -------

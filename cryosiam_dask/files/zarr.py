@@ -1,4 +1,4 @@
-"""Tomograms in zarr and OME-Zarr, read."""
+"""Reading tomograms in zarr and OME-Zarr."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ LARGE_CHUNK = 256 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class ArrayView:
-    """An array of zarr as (z, y, x) or (y, x), whatever the order of its axes and with others of length 1 among them.
+    """A zarr array seen as (z, y, x) or (y, x), whatever the order of its axes; other axes have length 1.
 
     Attributes
     ----------
     array
-        As stored.
+        The stored array.
     axes
         Which of its axes are z, y and x (or y and x).
     """
@@ -60,7 +60,7 @@ class ArrayView:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the voxels as stored."""
+        """Of the stored voxels."""
         return np.dtype(self.array.dtype)
 
     @property
@@ -88,7 +88,7 @@ Voxels: TypeAlias = zarr.Array[Any] | ArrayView
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ZarrHeader(TomogramHeader):
-    """A tomogram in a zarr array, which is read where it is.
+    """A tomogram in a zarr array, which is read in place.
 
     Attributes
     ----------
@@ -97,7 +97,7 @@ class ZarrHeader(TomogramHeader):
     axes
         Which of its axes are z, y and x (or y and x).
     statistics
-        What the array says of its own voxels: ``min``, ``max``, ``mean``, ``non_finite_voxels``; empty if nothing.
+        ``min``, ``max``, ``mean`` and ``non_finite_voxels`` from the attributes of the array; empty if not there.
     """
 
     array_path: Path
@@ -116,7 +116,7 @@ class ZarrHeader(TomogramHeader):
         return self.open().chunks
 
     def open(self) -> Voxels:
-        """The voxels: the array itself where its axes are z, y, x, a view of it otherwise."""
+        """Open the voxels: the array itself if its axes are z, y, x, otherwise a view of it."""
         array = _open_array(self.array_path)
         return array if self.axes == tuple(range(array.ndim)) else ArrayView(array, self.axes)
 
@@ -140,7 +140,7 @@ def read_region(voxels: Voxels, region: Region, place: Path) -> np.ndarray[Any, 
             "the chunks of a zarr array must be readable",
             place=place,
             value=f"{type(error).__name__}: {error}",
-            remedy="A chunk is damaged or was written with a codec that is not installed: copy the folder again",
+            remedy="Copy the folder again: a chunk is damaged, or needs a codec that is not installed",
         ) from error
 
 
@@ -150,19 +150,19 @@ def is_zarr(path: Path) -> bool:
 
 
 def read_zarr_header(path: Path, *, level: int = 0) -> ZarrHeader:
-    """Look at a zarr array, an OME-Zarr image, or a group that holds one array.
+    """Read the header of a zarr array, an OME-Zarr image, or a group that holds one array.
 
     Parameters
     ----------
     path
         Its folder.
     level
-        Which level of an OME-Zarr image; 0 is full resolution.
+        Level of an OME-Zarr image; 0 is full resolution.
 
     Raises
     ------
     TomogramError
-        If it cannot be read, does not have that level, or holds no single volume of numbers.
+        If it cannot be read, does not have that level, or does not hold exactly one volume of numbers.
     """
     metadata = _metadata(path)
     image, within = _find_image(path, metadata)
@@ -178,18 +178,16 @@ def read_zarr_header(path: Path, *, level: int = 0) -> ZarrHeader:
                 "a zarr group must be an OME-Zarr image or hold exactly one array that can be a tomogram",
                 place=path,
                 value=f"the arrays {', '.join(child.name for child in arrays[:8])}" if arrays else "none",
-                remedy="Leave only the one that is meant in the group"
-                if arrays
-                else "Check that it was copied as a whole",
+                remedy="Leave only the wanted array in the group" if arrays else "Check that it was copied as a whole",
             )
         (found,) = arrays
     if level:
-        raise _no_level(path, level, "a single array, which is no OME-Zarr image")
+        raise _no_level(path, level, "a single array, not an OME-Zarr image")
     return _array_header(path, found)
 
 
 def _metadata(path: Path) -> dict[str, Any]:
-    """The metadata of a node, both formats alike: those of the array, and ``attributes``; empty if there is none."""
+    """Return the metadata of a node in either zarr format, ``attributes`` included; empty if there are none."""
     try:
         if (path / "zarr.json").is_file():
             return dict(json.loads((path / "zarr.json").read_text(encoding="utf-8")))
@@ -205,7 +203,7 @@ def _metadata(path: Path) -> dict[str, Any]:
             "the metadata of a zarr must be readable JSON",
             place=path,
             value=error,
-            remedy="The folder is incomplete or damaged: copy it again",
+            remedy="Copy the folder again: it is incomplete or damaged",
         ) from error
 
 
@@ -220,7 +218,7 @@ def _children(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def _find_image(path: Path, metadata: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, str]:
-    """The multiscale image of a group, or of its first child (as Bio-Formats writes it), and where it is."""
+    """Return the multiscale image of a group, or of its first child (which Bio-Formats writes), and its path."""
     for within, node in (("", metadata), ("0", {} if _is_array(metadata) else _metadata(path / "0"))):
         attributes = node.get("attributes")
         ome = attributes.get("ome", attributes) if isinstance(attributes, dict) else None
@@ -248,14 +246,14 @@ def _read_level(path: Path, group: Path, image: Mapping[str, Any], level: int) -
         raise TomogramError(
             f"level {level} of an OME-Zarr image must be an array in its folder",
             place=path,
-            value=f"no array {listed[level]['path']!r}; those of the levels {', '.join(there) or 'none'} are there",
-            remedy="Copy the missing level" + (", or set ome_zarr_level to one that is there" if there else ""),
+            value=f"no array {listed[level]['path']!r}; the levels that exist are {', '.join(there) or 'none'}",
+            remedy="Copy the missing level" + (", or set ome_zarr_level to one that exists" if there else ""),
         )
     ndim = len(_metadata(folder)["shape"])
     of_level, of_image = (each.get("coordinateTransformations") for each in (listed[level], image))
     axes = image.get("axes")
     if isinstance(image.get("coordinateSystems"), list):
-        # From 0.6 on those of the image lead on to other coordinate systems than its own, in which it lies.
+        # From version 0.6 on, the image's transformations lead to other coordinate systems, not to its own.
         axes, of_image = _axes_of_system(image["coordinateSystems"], of_level) or axes, None
     names, units = _ome_axes(axes, ndim, path)
     scale, translation = np.ones(ndim), np.zeros(ndim)
@@ -278,7 +276,7 @@ def _read_level(path: Path, group: Path, image: Mapping[str, Any], level: int) -
         folder,
         names=names,
         kind=f"OME-Zarr {version}, level {level}",
-        # The scale of an image without one is 1 by default, which says nothing.
+        # Without a scale, 1 is only the default.
         voxel_size=scale * angstrom if scaled else np.full(ndim, math.nan),
         origin=translation * angstrom,
         warnings=warnings,
@@ -286,13 +284,13 @@ def _read_level(path: Path, group: Path, image: Mapping[str, Any], level: int) -
     without = [names[axis] for axis in header.axes if not angstrom[axis] > 0]
     if scaled and without:
         values = ", ".join(f"{value:g}" for value in scale[list(header.axes)])
-        warning = f"the unit of the axes {', '.join(without)} is missing or none of length; the scale is {values}"
+        warning = f"the unit of the axes {', '.join(without)} is missing or not a length; the scale is {values}"
         header = replace(header, warnings=(warning, *header.warnings))
     return header
 
 
 def _ome_axes(axes: Any, ndim: int, path: Path) -> tuple[list[str], list[str | None]]:
-    """Names and units of an image's axes; drafts before 0.3 have none, which means t, c, z, y, x."""
+    """Return names and units of an image's axes; versions before 0.3 list none, which means t, c, z, y, x."""
     if axes is None:
         return list("tczyx")[-ndim:], [None] * ndim
     names: list[str] = []
@@ -303,7 +301,7 @@ def _ome_axes(axes: Any, ndim: int, path: Path) -> tuple[list[str], list[str | N
         units.append(entry["unit"] if isinstance(entry.get("unit"), str) else None)
     if len(names) != ndim:
         raise TomogramError(
-            f"the axes of an OME-Zarr image must be those of its arrays, which have {ndim}",
+            f"an OME-Zarr image must list as many axes as its arrays have, {ndim}",
             place=path,
             value=f"axes {', '.join(names) or axes}",
             remedy="Write its metadata again",
@@ -312,7 +310,7 @@ def _ome_axes(axes: Any, ndim: int, path: Path) -> tuple[list[str], list[str | N
 
 
 def _axes_of_system(systems: list[Any], transforms: Any) -> Any:
-    """The axes of the coordinate system that a level's transformations lead to (NGFF 0.6), or else of the first one."""
+    """Return the axes of the coordinate system that a level's transformations lead to (NGFF 0.6), else of the first."""
     last = transforms[-1] if isinstance(transforms, list) and transforms else None
     wanted = last.get("output") if isinstance(last, dict) else None
     wanted = wanted.get("name") if isinstance(wanted, dict) else wanted
@@ -322,7 +320,7 @@ def _axes_of_system(systems: list[Any], transforms: Any) -> Any:
 
 
 def _single_transforms(transforms: Any) -> Iterator[Any]:
-    """The transformations of a list, those of sequences (NGFF 0.6) one after the other."""
+    """Yield the transformations of a list, including those inside sequences (NGFF 0.6)."""
     for transform in transforms if isinstance(transforms, list) else ():
         if isinstance(transform, dict) and transform.get("type") == "sequence":
             yield from _single_transforms(transform.get("transformations"))
@@ -331,14 +329,14 @@ def _single_transforms(transforms: Any) -> Iterator[Any]:
 
 
 def _units_of(transform: Any, ndim: int) -> list[str | None]:
-    """Units that some writers put into a transformation instead of the axes: one, or one for each axis."""
+    """Return units that some writers put into a transformation instead of the axes: one, or one for each axis."""
     given = transform.get("unit", transform.get("units")) if isinstance(transform, dict) else None
     listed = given if isinstance(given, list) and len(given) == ndim else [given] * ndim
     return [unit if isinstance(unit, str) else None for unit in listed]
 
 
 def _transform(transform: Any, ndim: int) -> tuple[Any, Any]:
-    """Factor and shift of a coordinate transformation; None if it is none that is known."""
+    """Return factor and shift of a coordinate transformation; None if it is not supported."""
     kind = transform.get("type") if isinstance(transform, dict) else None
     if kind == "identity":
         return np.ones(ndim), np.zeros(ndim)
@@ -351,7 +349,7 @@ def _transform(transform: Any, ndim: int) -> tuple[Any, Any]:
 
 def _no_level(path: Path, level: int, found: str) -> TomogramError:
     return TomogramError(
-        f"there must be a level {level}, which ome_zarr_level asks for",
+        f"level {level}, which ome_zarr_level names, must exist",
         place=path,
         value=found,
         remedy="Lower ome_zarr_level",
@@ -368,7 +366,7 @@ def _array_header(
     origin: np.ndarray[Any, Any] | None = None,
     warnings: Sequence[str] = (),
 ) -> ZarrHeader:
-    """The header of the array in `folder`; sizes and names per axis of the array, or as its attributes tell."""
+    """Return the header of the array in `folder`; names and sizes that are not given come from its attributes."""
     metadata = _metadata(folder)
     array = _open_array(folder)
     attributes = metadata.get("attributes") or {}
@@ -380,7 +378,7 @@ def _array_header(
     axes = space_axes(array.shape, names, folder if folder == path else path)
     if np.dtype(array.dtype).kind not in "biuf":
         raise no_numbers(path, array.dtype)
-    # Of ours the attributes tell sizes, per axis of the volume.
+    # Arrays that this program wrote have their sizes in the attributes.
     size = [math.nan] * len(axes) if voxel_size is None else [float(voxel_size[axis]) for axis in axes]
     position = [0.0] * len(axes) if origin is None else [float(np.nan_to_num(origin[axis])) for axis in axes]
     nstart = (0,) * len(axes)
@@ -390,15 +388,15 @@ def _array_header(
     chunk_bytes = math.prod(array.chunks) * np.dtype(array.dtype).itemsize
     if chunk_bytes > LARGEST_CHUNK:
         raise TomogramError(
-            f"a chunk must hold at most {LARGEST_CHUNK / 2**30:g} GiB, as it is read as a whole",
+            f"a chunk must hold at most {LARGEST_CHUNK / 2**30:g} GiB, because it is read as a whole",
             place=path,
             value=f"chunks of {tuple(array.chunks)} voxels, {chunk_bytes / 2**30:.1f} GiB",
-            remedy="Store it again in chunks of 128 voxels or so along each axis",
+            remedy="Store it again in chunks of about 128 voxels along each axis",
         )
     if chunk_bytes > LARGE_CHUNK:
         found.append(
-            f"chunks of {chunk_bytes / 2**20:.0f} MiB are decoded as a whole, several at once: every worker needs "
-            "memory for them. 'cryosiam-dask convert' makes a copy in smaller ones"
+            f"chunks of {chunk_bytes / 2**20:.0f} MiB are decoded as a whole, several at once, which takes memory in "
+            "every worker. 'cryosiam-dask convert' makes a copy with smaller chunks"
         )
     missing, incomplete = _missing_chunks(array, folder)
     found += missing
@@ -425,11 +423,12 @@ def _array_header(
 
 
 def _missing_chunks(array: zarr.Array[Any], folder: Path) -> tuple[list[str], str]:
-    """A warning where chunks (or shards of them) have no file, which zarr reads as the fill value; and what is missing
-    if none is there, or more than `MOST_MISSING` are not and others end abruptly beside them.
+    """Return a warning if chunks (or shards) have no file, and `TomogramHeader.incomplete`.
 
-    Writers leave out chunks that hold nothing else, and a copy that was broken off lacks any. Beside empty chunks lie
-    empty voxels as a rule, as what is empty seldom ends where a chunk does.
+    zarr reads such chunks as the fill value. Writers leave out chunks that hold nothing else, whereas an interrupted
+    copy lacks arbitrary ones. An empty region seldom ends exactly at a chunk border, so the neighbours of an omitted
+    chunk have voxels with the fill value next to it. If no chunk exists, or more than `MOST_MISSING` are missing and
+    some neighbours are not empty at the border, the tomogram is incomplete.
     """
     piece = array.shards or array.chunks
     counts = [-(-n // p) for n, p in zip(array.shape, piece, strict=True)]
@@ -441,16 +440,16 @@ def _missing_chunks(array: zarr.Array[Any], folder: Path) -> tuple[list[str], st
     share = len(missing) / len(all_of_them)
     abrupt = any(ends_abruptly(array, array.fill_value, piece, counts, missing))
     what = (
-        f"{len(missing)} of {len(all_of_them)} {'shards' if array.shards else 'chunks'} ({100 * share:.1f} %) are not "
-        f"there and read as {array.fill_value}"
+        f"{len(missing)} of {len(all_of_them)} {'shards' if array.shards else 'chunks'} ({100 * share:.1f} %) are "
+        f"missing and read as {array.fill_value}"
     )
     if share == 1:
-        said = "nothing has been written, or nothing but empty chunks"
+        likely = "nothing has been written, or only empty chunks"
     elif abrupt:
-        said = "what lies beside them is not empty, so that the copy may be incomplete"
+        likely = "their neighbours are not empty, so the copy may be incomplete"
     else:
-        said = "what lies beside them is empty as well, so that the writer seems to have left out empty ones"
-    return [f"{what}: {said}"], what if share == 1 or (abrupt and share > MOST_MISSING) else ""
+        likely = "their neighbours are empty too, so the writer seems to have left out empty chunks"
+    return [f"{what}: {likely}"], what if share == 1 or (abrupt and share > MOST_MISSING) else ""
 
 
 def _open_array(folder: Path) -> zarr.Array[Any]:
@@ -458,18 +457,18 @@ def _open_array(folder: Path) -> zarr.Array[Any]:
     codecs = [metadata.get(name) for name in ("codecs", "filters", "compressor")]
     if "pickle" in json.dumps(codecs):
         raise TomogramError(
-            "the chunks of a zarr array must not be pickled: reading them could run any code",
+            "the chunks of a zarr array must not be pickled, because reading them could run any code",
             place=folder,
             value="the codec pickle",
             remedy="Write it with another codec, such as blosc",
         )
     try:
         array = zarr.open_array(str(folder), mode="r")
-    except Exception as error:  # of metadata that are wrong, zarr raises anything
+    except Exception as error:  # zarr raises errors of many types for wrong metadata
         raise TomogramError(
             "the zarr array must be readable",
             place=folder,
             value=f"{type(error).__name__}: {error}",
-            remedy="The folder is incomplete or damaged, or needs a codec that is not installed",
+            remedy="Copy the folder again: it is incomplete or damaged, or needs a codec that is not installed",
         ) from error
     return array

@@ -1,1 +1,1 @@
-"""The network: its checkpoints, its classes and its predictions for one block."""
+"""The network: checkpoints, classes, and the prediction of one block."""

@@ -1,6 +1,6 @@
-"""The shapes of CryoSiam's network, without the libraries that run it: what a plan has to know of a model.
+"""The shapes of CryoSiam's network, without importing torch. A plan needs no more of a model.
 
-`cryosiam_dask.model.network` builds the network that is described here.
+`cryosiam_dask.model.network` builds the network.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ EXPANSION = {"basic": 1, "bottleneck": 4}
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """Everything that decides the shapes of the network's weights.
+    """The hyperparameters that determine the shapes of the network's weights.
 
     Attributes
     ----------
@@ -25,25 +25,25 @@ class Architecture:
     in_channels
         Channels of the input.
     block_type
-        Residual block of the encoder.
+        Kind of residual block in the encoder.
     num_layers, num_filters
-        Blocks and width of each of the encoder's four levels, finest first.
+        Number of blocks and width of each of the encoder's four levels, finest first.
     fpn_channels
         Channels of the decoder.
     decoder
         Feature pyramid, or bidirectional feature pyramid.
     later_convolutions
-        Whether the levels of the feature pyramid pass one more convolution.
+        Whether each level of the feature pyramid has one more convolution.
     bifpn_layers
-        Blocks of the bidirectional feature pyramid; 0 for the other decoder.
+        Number of blocks of the bidirectional feature pyramid; 0 for the other decoder.
     dense_dim
         Channels of the dense embedding.
     out_channels
-        Classes, and channels of the distances.
+        Number of classes, and of channels of the distances.
     semantic_widths, distance_widths
         Channels of the hidden convolutions of the heads; None without a distance head.
     kernel_size
-        Kernel of the heads' convolutions, one odd number an axis.
+        Kernel of the heads' convolutions, one odd number per axis.
     """
 
     spatial_dims: int
@@ -68,7 +68,7 @@ class Architecture:
 
     @property
     def head_margin(self) -> tuple[int, ...]:
-        """Voxels along each axis that the heads' convolutions reach beyond what they are asked for."""
+        """Voxels along each axis that the heads' convolutions see beyond their output."""
         convolutions = 1 + max(len(self.semantic_widths), len(self.distance_widths or ()))
         return tuple(convolutions * (kernel // 2) for kernel in self.kernel_size)
 
@@ -78,7 +78,7 @@ class Architecture:
         return self.distance_widths is not None
 
     def weights(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the network's weights by their names, those of its ``state_dict``."""
+        """Return the shapes of the network's weights by their names in its ``state_dict``."""
         return dict(_weights(self))
 
 
@@ -151,32 +151,32 @@ def _weights(of: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def default_threshold(classes: int) -> float:
-    """CryoSiam's documented threshold: 0.9 for a lamella (one class), 0.1 for several classes."""
+    """Return CryoSiam's documented threshold: 0.9 for a lamella (one class), 0.1 for several classes."""
     return 0.9 if classes == 1 else 0.1
 
 
 def required_halo(architecture: Architecture) -> int:
-    """Voxels beyond a core without which its values are wrong, whatever the patch.
+    """Return the smallest halo, in voxels, with which the values of a core can be right.
 
-    The heads' convolutions and the decoder's last one must not meet the padding at a patch's border, and neither may
-    the coarsest level's voxel that is next to the core.
+    Neither the heads' convolutions, nor the decoder's last one, nor the voxel of the coarsest level next to the core
+    may touch the padding at a patch's border.
     """
     return max(architecture.head_margin) + architecture.later_convolutions + required_divisor(architecture)
 
 
 def required_divisor(architecture: Architecture) -> int:
-    """Number that must divide every axis of a patch.
+    """Return the number that must divide every axis of a patch.
 
-    The stride of the coarsest level, so that no level is cut short: 16 for the bidirectional pyramid, 8 for the other.
+    It is the stride of the coarsest level: 16 for the bidirectional pyramid, 8 for the other decoder.
     """
     return 16 if architecture.decoder == "bifpn" else 8
 
 
 def peak_bytes(architecture: Architecture, patch: tuple[int, ...], batch_size: int = 1) -> int:
-    """Rough upper estimate of the memory that evaluating one batch takes, weights included, in bytes.
+    """Estimate an upper bound of the memory for one batch, weights included, in bytes.
 
-    Counts the float32 channels at stride 1 that are alive at once in the most demanding place. A margin of half of that
-    covers the coarser levels, which have at most a quarter of the voxels, and the libraries' work space.
+    The estimate counts the float32 channels at stride 1 that are in memory at once at the peak, and adds half of that
+    for the coarser levels, which have at most a quarter of the voxels, and for work space of the libraries.
 
     Parameters
     ----------
@@ -190,8 +190,8 @@ def peak_bytes(architecture: Architecture, patch: tuple[int, ...], batch_size: i
     finest, width = architecture.level_channels[0], architecture.fpn_channels
     heads = [architecture.semantic_widths, architecture.distance_widths or ()]
     alive = max(
-        4 * finest + architecture.num_filters[0],  # a block's input, its branch and both steps of its shortcut
-        finest + 2 * architecture.num_filters[1] + width,  # the second level begins at stride 1
+        4 * finest + architecture.num_filters[0],  # a residual block's input, its branch, and its shortcut twice
+        finest + 2 * architecture.num_filters[1] + width,  # the second level starts at stride 1
         finest + 3 * width if architecture.decoder == "fpn" else 6 * width,
         architecture.dense_dim + architecture.out_channels + max(3 * w for widths in heads for w in (0, *widths)),
     )

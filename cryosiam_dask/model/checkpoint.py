@@ -1,16 +1,16 @@
-"""A ``.ckpt`` file to an architecture and its weights, without executing anything that stands in the file.
+"""Reading the architecture and the weights from a ``.ckpt`` file, without executing anything in the file.
 
-A checkpoint is a pickle, and a pickle can name any function to be called while it is loaded. It is read with torch's
-restricted unpickler, which knows tensors and plain containers. The few other names that training programs leave in
-their checkpoints are replaced by inert stand-ins here, so that nothing the file names is ever imported or called; a
-file with any other name in it is refused.
+A checkpoint is a pickle, and a pickle can call any function while it is loaded. Therefore it is read with torch's
+restricted unpickler, which allows only tensors and plain containers. The few other names that training programs leave
+in checkpoints are replaced by inert stand-ins, so nothing that the file names is imported or called. A file with any
+other name is refused.
 
-The architecture comes from the file's own description (``hyper_parameters``), the widths of the heads from the weights.
-The weights must then fit that architecture exactly, in the parts that prediction uses; what else is in the file
-(optimizer, callbacks, projectors and predictors of the training) is ignored.
+The architecture comes from the file's ``hyper_parameters``, and the widths of the heads from the weights. The weights
+that prediction uses must fit that architecture exactly. Everything else in the file (optimizer, callbacks, projectors
+and predictors of the training) is ignored.
 
-torch takes seconds to load. `look_at_checkpoint`, for those who need no weights, therefore reads the file's pickle with
-stand-ins for the few names that such a file holds, and refuses all others; `read_checkpoint` judges whatever it cannot.
+Importing torch takes seconds. `look_at_checkpoint` needs no weights, so it reads the pickle without torch, with
+stand-ins for the few allowed names. What it cannot read, `read_checkpoint` reads.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ _PREFIXES = {
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What prediction needs of a checkpoint.
+    """The parts of a checkpoint that prediction needs.
 
     Attributes
     ----------
     architecture
         The network's shapes.
     patch_size
-        Patch that it was trained with, in voxels, (z, y, x) or (y, x).
+        Patch of the training in voxels, (z, y, x) or (y, x).
     state
-        Weights for `load_state_dict` of the network that `build_network` makes of the architecture; float32. Empty
-        where they were only looked at.
+        Weights for `load_state_dict` of the network that `build_network` builds; float32. Empty after
+        `look_at_checkpoint`.
     sha256
-        Hash of the file, hexadecimal.
+        SHA-256 hash of the file, hexadecimal.
     path
         The file.
     """
@@ -82,7 +82,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     ------
     CheckpointError
         If the file is missing, damaged, not a checkpoint of CryoSiam, or would execute something; if its architecture
-        cannot be used here, or its weights do not fit it.
+        is not supported, or its weights do not fit the architecture.
     """
     content, sha256 = _load(path)
     architecture, patch_size, state = _described(path, content)
@@ -90,30 +90,30 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def look_at_checkpoint(path: str | Path) -> Checkpoint:
-    """Read what a checkpoint is, and judge it as `read_checkpoint` does, without its weights and mostly without torch.
+    """Read and check a checkpoint like `read_checkpoint`, but without keeping its weights and mostly without torch.
 
     Parameters
     ----------
     path
-        See `read_checkpoint`, also for what it raises.
+        See `read_checkpoint`, also for the errors.
     """
     sha256 = _hash(path)
     try:
         with zipfile.ZipFile(path) as archive:
             (entry,) = (each for each in archive.infolist() if each.filename.endswith("/data.pkl"))
             if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
-                raise ValueError  # torch compresses nothing, and what is packed may be of any size
+                raise ValueError  # torch does not compress, and compressed data may expand to any size
             content = _Outline(BytesIO(archive.read(entry))).load()
             architecture, patch_size, state = _described(path, content)
             if _misfits(architecture, state) or not all(_is_finite(archive, state[name]) for name in state):
                 raise ValueError
-    except Exception:  # whatever it is, the other reader finds and says it
+    except Exception:  # `read_checkpoint` raises the right error
         return replace(read_checkpoint(path), state={})
     return Checkpoint(architecture, patch_size, {}, sha256, Path(path))
 
 
 def _described(path: str | Path, content: Any) -> tuple[Architecture, tuple[int, ...], dict[str, Any]]:
-    """Architecture, patch and weights of what a file holds, the latter by their names in the network."""
+    """Return architecture, patch and weights from a file's content; weights by their names in the network."""
     weights = content.get("state_dict") if isinstance(content, Mapping) else None
     if not isinstance(weights, Mapping):
         _refuse_foreign(path, "no state_dict")
@@ -129,12 +129,12 @@ def _described(path: str | Path, content: Any) -> tuple[Architecture, tuple[int,
     return architecture, parameters.integers("config", "data.patch_size", architecture.spatial_dims), state
 
 
-#: What torch puts into the names of weights where a network was compiled or wrapped for training.
+#: Prefixes that torch puts into the names of weights if a network was compiled or wrapped for training.
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def _unwrapped(weights: Mapping[Any, Any]) -> dict[str, Any]:
-    """The weights by the names that they have in a network that is not wrapped; one that has its name already rules."""
+    """Remove wrappers from the names of weights; a weight whose name has none takes precedence."""
     plain = {str(name): ".".join(p for p in str(name).split(".") if p not in _WRAPPERS) for name in weights}
     ordered = sorted(weights, key=lambda name: plain[str(name)] != str(name))
     found: dict[str, Any] = {}
@@ -144,7 +144,7 @@ def _unwrapped(weights: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint says of its training, as far as it is plain data: numbers, text, lists and mappings of them.
+    """Read a checkpoint's settings of the training, as far as they are numbers, text, lists and mappings.
 
     Parameters
     ----------
@@ -154,8 +154,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``epoch``, ``global_step`` and ``hyper_parameters``, as far as they are there. Anything else is left out, as is
-        what lies deeper than any settings do.
+        ``epoch``, ``global_step`` and ``hyper_parameters``, if they are there. Other objects, and anything nested too
+        deeply, are left out.
 
     Raises
     ------
@@ -168,7 +168,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     def plain(value: Any, depth: int = 0) -> Any:
         if value is None or isinstance(value, bool | int | float | str):
             return value
-        if depth > 12 or next(left, None) is None:  # a file may hold a list that holds itself
+        if depth > 12 or next(left, None) is None:  # a file may contain a list that contains itself
             return ...
         if isinstance(value, Mapping):
             kept = {str(key): plain(item, depth + 1) for key, item in value.items() if isinstance(key, str | int)}
@@ -189,7 +189,7 @@ _MOST_SETTINGS = 10_000  # lists and mappings
 
 
 class _Ignored:
-    """Stands in for an object of no use here, whatever it is made of."""
+    """Stands in for an object that is not needed."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -199,7 +199,7 @@ class _Ignored:
 
 
 class _NumpyDtype:
-    """Stands in for a NumPy dtype: its own unpickling trusts the file with memory layouts."""
+    """Stands in for a NumPy dtype, because unpickling a real one trusts the file with memory layouts."""
 
     def __init__(self, code: str = "", *_: object) -> None:
         self.code = code
@@ -209,7 +209,7 @@ class _NumpyDtype:
 
 
 def _numpy_scalar(dtype: _NumpyDtype, data: bytes = b"") -> object:
-    """A NumPy number as a Python number, and nothing else."""
+    """Stand in for NumPy's scalar constructor: return a Python number."""
     import numpy as np
 
     return np.frombuffer(data, dtype.code)[0].item() if re.fullmatch("[<>|][biuf][1248]", dtype.code) else _Ignored()
@@ -231,7 +231,7 @@ _NAMED: list[tuple[Callable[..., Any], str]] = [
     )),
 ]  # fmt: skip
 
-# The stand-ins are known to torch's unpickler for the whole process while a file is read.
+# torch registers the stand-ins for the whole process while a file is read.
 _UNPICKLER = threading.Lock()
 
 
@@ -271,21 +271,21 @@ def _load(path: str | Path) -> tuple[Any, str]:
             is_archive = file.read(4) == b"PK\x03\x04"
         with _UNPICKLER, torch.serialization.safe_globals([*_NAMED]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # A training's optimizer state can be twice the weights: mapped, it is never read.
+            # The optimizer state can be twice as large as the weights. With a memory map, it is never read.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
-    except Exception as error:  # Whatever damaged bytes make the unpickler or the archive reader stumble over.
+    except Exception as error:  # damaged bytes cause errors of many types
         reason = str(error).partition("WeightsUnpickler error: ")[2] or str(error) or "an unexpected end"
         if named := re.search(r"GLOBAL (\S+)", reason):
             raise CheckpointError(
-                "loading a checkpoint must not execute anything, and this one asks for a function or class that is "
-                "neither a tensor nor a plain value",
+                "loading a checkpoint must not execute anything, but this one calls a function or class other than "
+                "tensors and plain values",
                 place=path,
                 value=named[1],
                 remedy="If you trust its source, load it there with torch and save only its state_dict and "
                 "hyper_parameters to a new file",
             ) from None
         raise CheckpointError(
-            "the checkpoint must be a complete file written by torch.save, with its own protocol",
+            "the checkpoint must be a complete file written by torch.save with its default protocol",
             place=path,
             value="another kind of file" if "operand" in reason else re.split(r"\.\s|\n", reason)[0][:200],
             remedy="Copy or download it again, and check that it is CryoSiam's .ckpt file",
@@ -307,13 +307,13 @@ def _refuse_foreign(path: str | Path, found: str) -> NoReturn:
 
 @dataclass(frozen=True, slots=True)
 class _Parameters:
-    """The file's description of itself; values come from YAML files of all ages."""
+    """The ``hyper_parameters`` of a file, which come from YAML files of any version of CryoSiam."""
 
     path: str | Path
     tree: Any
 
     def get(self, config: str, key: str, default: object = ...) -> Any:
-        """``hyper_parameters[config]["parameters"]`` at `key`, whose levels are separated by dots."""
+        """Return ``hyper_parameters[config]["parameters"]`` at `key`, whose levels are separated by dots."""
         value, trail = self.tree, "hyper_parameters"
         for level in (config, "parameters", *key.split(".")):
             if not isinstance(value, Mapping) or level not in value:
@@ -328,7 +328,7 @@ class _Parameters:
             f"hyper_parameters.{config}.parameters.{key} {rule}",
             place=self.path,
             value=self.get(config, key, None),
-            remedy="Use a checkpoint of a network that this program knows",
+            remedy="Use a checkpoint of a network that this program supports",
         )
 
     def integers(self, config: str, key: str, count: int, default: object = ..., least: int = 1) -> tuple[int, ...]:
@@ -343,7 +343,7 @@ class _Parameters:
 
 
 def _architecture(path: str | Path, parameters: _Parameters, state: Mapping[str, Tensor]) -> Architecture:
-    """Architecture that a checkpoint describes."""
+    """Return the architecture that a checkpoint describes."""
     backbone, config = "backbone_config", "config"
     dims = parameters.integer(backbone, "network.spatial_dims")
     if dims not in (2, 3):
@@ -360,7 +360,7 @@ def _architecture(path: str | Path, parameters: _Parameters, state: Mapping[str,
         parameters.refuse(backbone, "network.block_type", "must be 'basic' or 'bottleneck'")
     if not parameters.get(backbone, "network.no_max_pool"):
         parameters.refuse(
-            backbone, "network.no_max_pool", "must be true: a network that pools at its start labels at half resolution"
+            backbone, "network.no_max_pool", "must be true, because initial pooling would halve the labels' resolution"
         )
     out_channels = parameters.integer(config, "network.out_channels")
     if out_channels > 256:
@@ -397,7 +397,7 @@ def _architecture(path: str | Path, parameters: _Parameters, state: Mapping[str,
 
 
 def _hidden_widths(state: Mapping[str, Tensor], head: str) -> tuple[int, ...]:
-    """Output channels of a head's convolutions but the last; batch norms lie between them."""
+    """Return the output channels of a head's convolutions except the last; batch norms are between them."""
     widths, index = [], 0
     while shape := getattr(state.get(f"{head}.{3 * index}.weight"), "shape", None):
         widths.append(shape[0])
@@ -405,17 +405,17 @@ def _hidden_widths(state: Mapping[str, Tensor], head: str) -> tuple[int, ...]:
     return tuple(widths[:-1])
 
 
-#: Counted in training alone, and left out by programs that convert weights.
+#: Only training uses this counter, and programs that convert weights leave it out.
 _COUNTED = ".num_batches_tracked"
 
 
 def _misfits(architecture: Architecture, state: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the names and shapes of weights."""
+    """Return what is wrong with the names and shapes of weights."""
     expected = architecture.weights()
     problems = {
         "missing": [_full(name) for name in expected if name not in state and not name.endswith(_COUNTED)],
-        "left over": [_full(name) for name in state if name not in expected],
-        "of another kind": [
+        "unexpected": [_full(name) for name in state if name not in expected],
+        "of another shape": [
             f"{_full(name)} {_shape(state[name])} instead of {shape}"
             for name, shape in expected.items()
             if name in state and _shape(state[name]) != str(shape)
@@ -429,17 +429,17 @@ def _misfits(architecture: Architecture, state: Mapping[str, Any]) -> list[str]:
 
 
 def _fit(path: str | Path, architecture: Architecture, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights as float32, if they are exactly those of the architecture."""
+    """Return the weights as float32 after checking that they are exactly those of the architecture."""
     import torch
 
     if found := _misfits(architecture, state):
         raise CheckpointError(
-            "the weights must be exactly those of the network that the checkpoint describes in its hyper_parameters",
+            "the weights must be exactly those of the network that the checkpoint's hyper_parameters describe",
             place=path,
             value="; ".join(found),
             remedy="Use the checkpoint as CryoSiam's training wrote it",
         )
-    # A copy, so that nothing stays mapped to a file that somebody may replace.
+    # A copy, because somebody may replace the file while it is memory-mapped.
     fitted = {
         name: state.get(name, torch.tensor(0))
         .detach()
@@ -461,7 +461,7 @@ def _fit(path: str | Path, architecture: Architecture, state: Mapping[str, Tenso
 
 
 def _full(name: str) -> str:
-    """A weight's name in the file."""
+    """Return a weight's name in the file."""
     return _PREFIXES[name.partition(".")[0]] + name
 
 
@@ -474,16 +474,16 @@ def _shape(value: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Weight:
-    """A tensor as a file describes it.
+    """The description of a tensor in a file.
 
     Attributes
     ----------
     kind, key, count
-        Of the storage that holds its numbers: torch's name of their type, the file's of the storage, and how many.
+        Type of the numbers, name in the file, and length of the storage that holds the tensor.
     shape
-        Of the tensor.
+        Shape of the tensor.
     end
-        Place in the storage behind the tensor's last number.
+        Position in the storage after the tensor's last number.
     """
 
     kind: str
@@ -493,12 +493,12 @@ class _Weight:
     end: int
 
 
-#: The types of numbers in torch's storages, as NumPy has them; it has none for bfloat16.
+#: NumPy's names for the types of torch's storages. NumPy has no bfloat16.
 _NUMBERS = {"Float": "<f4", "Double": "<f8", "Half": "<f2", "BFloat16": "<u2", "Long": "<i8", "Int": "<i4"}
 
 
 class _Mapping(dict[Any, Any]):
-    """Stands in for mappings that carry attributes of their own."""
+    """Stands in for mappings with attributes."""
 
     def __setstate__(self, _: object) -> None:
         pass
@@ -507,35 +507,35 @@ class _Mapping(dict[Any, Any]):
 def _weight(
     storage: tuple[str, str, str, str, int], offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: object
 ) -> _Weight:
-    """Stands in for the function that makes a tensor."""
+    """Stand in for the function that creates a tensor."""
     kind, key, count = storage[1], storage[2], storage[4]
     end = offset + 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     return _Weight(kind, key, count, shape, end)
 
 
 class _Outline(pickle.Unpickler):
-    """Reads what a file holds, with a `_Weight` for each tensor. Any name but those of stand-ins is refused."""
+    """Unpickles a file with a `_Weight` for each tensor; only the names of stand-ins are allowed."""
 
     names: Mapping[str, Any] = {
         **{name: _Mapping if kind is dict else kind for kind, name in _NAMED},
         **{f"torch.{number}Storage": number for number in _NUMBERS},
         "collections.OrderedDict": _Mapping,
-        "_codecs.encode": lambda text, _: text.encode("latin1"),  # bytes, as protocol 2 has them
+        "_codecs.encode": lambda text, _: text.encode("latin1"),  # bytes in pickle protocol 2
         "torch._utils._rebuild_tensor_v2": _weight,
         "torch._utils._rebuild_parameter": lambda weight, *_: weight,
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        """See `pickle.Unpickler`: the documented way to keep a pickle from anything else."""
+        """See `pickle.Unpickler`; this is the documented way to restrict a pickle."""
         return self.names[f"{module}.{name}"]
 
     def persistent_load(self, storage: Any) -> Any:
-        """The description of a storage as it stands."""
+        """Return the description of a storage unchanged."""
         return storage
 
 
 def _is_finite(archive: zipfile.ZipFile, weight: _Weight) -> bool:
-    """Whether all numbers of the storage of a weight are finite ones."""
+    """Whether all numbers in the storage of a weight are finite."""
     import numpy as np
 
     (root,) = (name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("/data.pkl"))

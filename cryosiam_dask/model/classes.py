@@ -1,4 +1,4 @@
-"""What the labels of a segmentation are called and which colours they have: the same in tables, pictures and files.
+"""Names and colours of the labels, the same in tables, pictures and files.
 
 Label 0 is the background; it has neither a name nor a colour.
 """
@@ -15,7 +15,7 @@ from cryosiam_dask.config import Configuration
 
 RGB: TypeAlias = tuple[int, int, int]
 
-#: Okabe and Ito's colours, told apart with any common colour blindness.
+#: Okabe and Ito's colours, which people with any common colour blindness can distinguish.
 OKABE_ITO: tuple[RGB, ...] = (
     (230, 159, 0),
     (86, 180, 233),
@@ -26,11 +26,11 @@ OKABE_ITO: tuple[RGB, ...] = (
     (240, 228, 66),
 )
 _GOLDEN = 0.6180339887498949
-_LIGHTNESS = (0.72, 0.38, 0.58, 0.28)  # neighbours differ in it, which every eye sees
+_LIGHTNESS = (0.72, 0.38, 0.58, 0.28)  # consecutive colours also differ in lightness
 
 
 def _colours() -> tuple[RGB, ...]:
-    """Okabe and Ito's colours, then hues a golden section of the circle apart."""
+    """Return Okabe and Ito's colours, followed by hues a golden section of the circle apart."""
     colours = list(OKABE_ITO)
     for n in range(255 - len(colours)):
         red, green, blue = colorsys.hls_to_rgb(n * _GOLDEN % 1, _LIGHTNESS[n % len(_LIGHTNESS)], 0.65)
@@ -43,12 +43,12 @@ COLOURS: tuple[RGB, ...] = _colours()
 
 
 def class_names(configuration: Configuration, count: int) -> tuple[str, ...]:
-    """Names of the labels from 1 to `count`.
+    """Return the names of the labels from 1 to `count`.
 
     Parameters
     ----------
     configuration
-        See `given_names`; without any they are called ``"class 1"``, ``"class 2"`` and so on.
+        See `given_names`. Labels without a name are called ``"class 1"``, ``"class 2"`` and so on.
     count
         Number of labels, without the background.
     """
@@ -56,16 +56,15 @@ def class_names(configuration: Configuration, count: int) -> tuple[str, ...]:
 
 
 def given_names(configuration: Configuration) -> tuple[str, ...]:
-    """The names that a configuration gives to the labels from 1 on: those of its key ``class_names``.
+    """Return the names that a configuration gives to the labels from 1 on, in its key ``class_names``.
 
-    Without that key the only label of a lamella model (``network.postprocessing``) is ``"lamella"``, and others have no
-    names.
+    Without that key, the label of a lamella model (``network.postprocessing``) is ``"lamella"``, and others have none.
     """
     return tuple(configuration.class_names or (("lamella",) if configuration.parameters.network.postprocessing else ()))
 
 
 def named(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
-    """`names`, continued (or cut) to `count` labels: ``"class 3"`` is the third.
+    """Extend (or cut) `names` to `count` labels; ``"class 3"`` is the third.
 
     >>> named(["membrane"], 3)
     ('membrane', 'class 2', 'class 3')
@@ -75,9 +74,9 @@ def named(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
 
 
 def file_names(names: Sequence[str]) -> list[str]:
-    """What classes are called in the names of files, each otherwise than all others.
+    """Return unique names of classes for file names.
 
-    Letters, digits and ``. + - _`` alone, never two underscores in a row.
+    They contain only letters, digits and ``. + - _``, and never two underscores in a row.
 
     >>> file_names(["membrane", "ER / Golgi", "er__golgi", "…"])
     ['membrane', 'ER_Golgi', 'er_golgi_3', 'class_4']
@@ -85,7 +84,7 @@ def file_names(names: Sequence[str]) -> list[str]:
     found: list[str] = []
     for label, name in enumerate(names, 1):
         safe = re.sub(r"(?:[^\w.+-]|_)+", "_", name)[:40].strip("._") or f"class_{label}"
-        # Some disks do not tell capital letters from small ones.
+        # Some file systems ignore the case of letters.
         while safe.casefold() in map(str.casefold, found):
             safe += f"_{label}"
         found.append(safe)
@@ -93,7 +92,7 @@ def file_names(names: Sequence[str]) -> list[str]:
 
 
 def counted(name: str, number: str) -> str:
-    """A class with its number of something.
+    """Join the name of a class and a number.
 
     >>> counted("membrane", "4"), counted("class 2", "4")
     ('membrane 4', 'class 2: 4')
@@ -102,7 +101,7 @@ def counted(name: str, number: str) -> str:
 
 
 def percentage(share: float) -> str:
-    """A share in per cent with as many digits as say something; a trace of something is never 0."""
+    """Format a share as per cent with two significant digits; only exactly 0 becomes 0 %."""
     if 0 < share < 5e-5:
         return "<0.01 %"
     return f"{100 * share:.0f} %" if share in (0, 1) or share >= 0.1 else f"{100 * share:.2g} %"
@@ -121,15 +120,15 @@ def shares(
     Parameters
     ----------
     voxels
-        Of each label, from 0.
+        Number of voxels of each label, from 0.
     names
-        Of the labels from 1 on, as far as they have any.
+        Names of the labels from 1 on, as far as they have names.
     shape
         (z, y, x) or (y, x) in voxels.
     lamella_voxels
-        Of the lamella that the labels lie in, if they lie in one.
+        Number of voxels of the lamella that contains the labels, if there is one.
     brief
-        Whether to tell one share of each class, of the lamella where there is one, and no voxels.
+        Whether to give only one share per class (of the lamella, if there is one) and no number of voxels.
 
     Examples
     --------
@@ -140,15 +139,15 @@ def shares(
     """
     total, lines = math.prod(shape), []
     for name, number in zip(named(names, len(voxels[1:])), voxels[1:], strict=True):
-        told = [f"{percentage(number / total)} of the {'volume' if len(shape) == 3 else 'image'}"]
+        parts = [f"{percentage(number / total)} of the {'volume' if len(shape) == 3 else 'image'}"]
         if lamella_voxels:
-            told.append(f"{percentage(number / lamella_voxels)} of the lamella")
-        lines.append(counted(name, told[-1] if brief else f"{number:,} ({', '.join(told)})"))
+            parts.append(f"{percentage(number / lamella_voxels)} of the lamella")
+        lines.append(counted(name, parts[-1] if brief else f"{number:,} ({', '.join(parts)})"))
     return lines
 
 
 def are_images(shapes: Iterable[Sequence[int]]) -> bool:
-    """Whether shapes in voxels, as far as they are known, are all (y, x) and not (z, y, x).
+    """Whether all known shapes are (y, x), not (z, y, x).
 
     >>> are_images([(70, 90), ()]), are_images([(5, 70, 90)]), are_images([()])
     (True, False, False)
@@ -157,7 +156,7 @@ def are_images(shapes: Iterable[Sequence[int]]) -> bool:
 
 
 def hexadecimal(colour: RGB) -> str:
-    """A colour as HTML writes it.
+    """Format a colour for HTML.
 
     >>> hexadecimal((230, 159, 0))
     '#e69f00'

@@ -1,16 +1,15 @@
-"""CryoSiam's network at prediction: voxels of patches in, class scores and distances out.
+"""CryoSiam's network for prediction: voxels of patches in, class scores and distances out.
 
 1. **Encoder**, a `ResNet` without pooling in its stem: four levels at strides 1, 2, 4 and 8.
 2. **Decoder**, a feature pyramid (`FPN`) or a bidirectional one (`BiFPN`): the four levels merged into one at stride 1.
 3. **Projector**, three pointwise convolutions: a dense embedding of `dense_dim` channels.
 4. **Heads** on the embedding: class scores (`semantic_head`) and distances (`distance_head`).
 
-The modules carry the names that the weights have in a checkpoint. What training needs and prediction does not (global
-projections, predictors, projections of the single levels) is left out.
+The modules have the names that the weights have in a checkpoint. The parts that only training uses (global projections,
+predictors, projections of single levels) are left out.
 
-Of a patch only its core is kept, an eighth of it inside a tomogram. The encoder has to see the whole patch; whatever
-follows is evaluated on the core alone, with the margin that its convolutions need around it. No kept value changes by
-that.
+Only the core of a patch is kept, an eighth of it inside a tomogram. The encoder must see the whole patch, but all later
+layers are evaluated only on the core and the margin that their convolutions need. That changes no value of the core.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ _LINEAR = {2: "bilinear", 3: "trilinear"}
 class ResNet(nn.Module):
     """Encoder: a residual network without pooling and classification.
 
-    As in He et al., Deep Residual Learning for Image Recognition (2015), with the settings of MONAI's class of this
-    name that CryoSiam's checkpoints were made with: a stem of kernel 7 at stride 1, and shortcuts with a bias.
+    It follows He et al., Deep Residual Learning for Image Recognition (2015), with the settings of MONAI's `ResNet` in
+    CryoSiam: a first convolution of kernel 7 at stride 1, and shortcuts with a bias.
     """
 
     def __init__(self, architecture: Architecture) -> None:
@@ -56,7 +55,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Levels of `x` (n, c, *spatial) at strides 1, 2, 4 and 8, finest first."""
+        """Return the levels of `x` (n, c, *spatial) at strides 1, 2, 4 and 8, finest first."""
         x = functional.relu_(self.bn1(self.conv1(x)))
         levels = []
         for number in (1, 2, 3, 4):
@@ -66,7 +65,7 @@ class ResNet(nn.Module):
 
 
 def _shortcut(dims: int, channels: int, width: int, stride: int) -> nn.Sequential | None:
-    """What brings a block's input to the shape of its output; nothing where it has that already."""
+    """Return the module that gives a block's input the shape of its output; None if they are equal."""
     if stride == 1 and channels == width:
         return None
     return nn.Sequential(_CONVOLUTION[dims](channels, width, 1, stride=stride), _BATCH_NORM[dims](width))
@@ -91,7 +90,7 @@ class _BasicBlock(nn.Module):
 
 
 class _BottleneckBlock(nn.Module):
-    """Convolutions of kernel 1, 3 and 1 beside a shortcut; the middle one has a quarter of the channels."""
+    """Convolutions of kernel 1, 3 and 1 beside a shortcut; the output has four times their width."""
 
     def __init__(self, dims: int, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -121,7 +120,7 @@ class FPN(nn.Module):
         convolution, width = _CONVOLUTION[architecture.spatial_dims], architecture.fpn_channels
         self.mode = _LINEAR[architecture.spatial_dims]
         self.later_convolutions = architecture.later_convolutions
-        # The names count from the coarsest level (1) to the finest (4), the other way round than the encoder's.
+        # The names count from the coarsest level (1) to the finest (4), unlike those of the encoder.
         for number, channels in zip((4, 3, 2, 1), architecture.level_channels, strict=True):
             self.add_module(f"layer{number}", convolution(channels, width, 1))
             if self.later_convolutions:
@@ -138,7 +137,7 @@ class FPN(nn.Module):
             enlarged = functional.interpolate(x, scale_factor=2, mode=self.mode, align_corners=False)
             x = self.get_submodule(f"layer{number}")(_part(levels.pop(), finer))
             x.add_(_part(enlarged, _within(finer, tuple(slice(2 * c.start, 2 * c.stop) for c in coarser))))
-        # The coarser levels' later convolutions only served training.
+        # Only training uses the later convolutions of the coarser levels.
         return _part(self.get_submodule("later_conv4")(x), _within(region, finer)) if self.later_convolutions else x
 
 
@@ -155,7 +154,7 @@ class BiFPN(nn.Module):
 
     def forward(self, levels: list[Tensor], region: Region) -> Tensor:
         """Merge `levels`, finest first, into (n, fpn_channels, *region). Empties the list, to free memory early."""
-        # All that exchanges between levels has kernels of one voxel: the voxels of the coarsest level do for regions.
+        # All kernels below are one voxel wide, so whole voxels of the coarsest level suffice around the region.
         whole = tuple(slice(r.start // 16 * 16, -(-r.stop // 16) * 16) for r in region)
         coarsest = self.get_submodule("p5")(levels.pop())
         at = {level: tuple(slice(r.start >> level - 2, r.stop >> level - 2) for r in whole) for level in range(2, 7)}
@@ -179,8 +178,8 @@ class _Exchange(nn.Module):
             self.add_module(f"p{level}_out", _SeparableUnit(dims, width))
 
     def forward(self, levels: list[Tensor], finest_only: bool) -> list[Tensor]:
-        """Exchange between `levels`, finest first; with `finest_only` just the finest is made and returned."""
-        # Each column holds the shares of one fusion, in the order in which the fusions happen.
+        """Exchange between `levels`, finest first; `finest_only` computes and returns only the finest."""
+        # Each column holds the weights of one fusion, in the order of the fusions.
         w1, w2 = (weight / (weight.sum(dim=0) + 1e-4) for weight in (self.w1.relu(), self.w2.relu()))
         down = levels[4:]
         for column, level in enumerate((5, 4, 3, 2)):
@@ -223,12 +222,12 @@ class _HalvingUnit(nn.Module):
 
 
 class Network(nn.Module):
-    """Encoder, decoder, projector and heads, with fresh weights.
+    """Encoder, decoder, projector and heads, with random weights.
 
     Parameters
     ----------
     architecture
-        Its shapes; the names in its ``state_dict`` are those of a checkpoint's parts.
+        The shapes of its weights.
     """
 
     def __init__(self, architecture: Architecture) -> None:
@@ -260,16 +259,16 @@ class Network(nn.Module):
         x
             Normalised voxels, float32, (n, in_channels, *spatial).
         distances
-            Whether the distance head is evaluated too.
+            Whether to evaluate the distance head too.
         core
-            The part of the patch that is asked for; all of it by default.
+            Region of the patch to return; the whole patch by default.
 
         Returns
         -------
         scores
             Class scores before softmax or sigmoid, float32, (n, out_channels, *core).
         distances
-            What the distance head says, float32, of the same shape; None if not asked for.
+            Output of the distance head, float32, of the same shape; None unless requested.
         """
         size = x.shape[2:]
         core = tuple(slice(0, n) for n in size) if core is None else core
@@ -286,17 +285,17 @@ def _part(x: Tensor, region: Region) -> Tensor:
 
 
 def _grown(region: Region, margin: Sequence[int], size: Sequence[int]) -> Region:
-    """`region` with a margin, as far as there are voxels: beyond them the convolutions' own padding is right."""
+    """Add a margin to `region`, but stay inside `size`, beyond which the convolutions' padding is right."""
     return tuple(slice(max(0, r.start - m), min(r.stop + m, n)) for r, m, n in zip(region, margin, size, strict=True))
 
 
 def _within(region: Region, outer: Region) -> Region:
-    """`region`, counted from the start of `outer`."""
+    """Return `region` relative to the start of `outer`."""
     return tuple(slice(r.start - o.start, r.stop - o.start) for r, o in zip(region, outer, strict=True))
 
 
 def _read_by_enlarging(region: Region, size: Sequence[int]) -> Region:
-    """The voxels of a level of `size` from which linear enlarging by 2 makes `region` of the finer level.
+    """Return the region of a level of `size` that linear enlargement by 2 needs for `region` of the finer level.
 
     >>> _read_by_enlarging((slice(4, 9),), (8,))
     (slice(1, 5, None),)
@@ -318,14 +317,14 @@ def _head(architecture: Architecture, widths: tuple[int, ...]) -> nn.Sequential:
 
 
 def build_network(architecture: Architecture) -> Network:
-    """A network with fresh weights, in training mode."""
+    """Build a network with random weights, in training mode."""
     return Network(architecture)
 
 
 def fold_batch_norms(module: nn.Module) -> None:
     """Merge each batch norm of a network in evaluation mode into the convolution before it, in place.
 
-    Says the same with one pass over the voxels less, but for the rounding of the last bits.
+    This saves one pass over the voxels, and changes results only by rounding.
     """
     before: tuple[str, nn.Module] = ("", module)
     for name, child in list(module.named_children()):
@@ -338,10 +337,10 @@ def fold_batch_norms(module: nn.Module) -> None:
 
 
 class _OneDNNConvolution(nn.Module):
-    """A convolution by oneDNN, whatever its shape.
+    """A convolution that always uses oneDNN.
 
-    With one patch in a batch PyTorch chooses its own code for kernels of one voxel and for the coarse levels. That is
-    slower, and copies whatever has its channels last.
+    For one patch per batch, PyTorch uses its own code for kernels of one voxel and for coarse levels. That is slower,
+    and copies tensors whose channels are last.
     """
 
     def __init__(self, of: nn.Conv2d | nn.Conv3d) -> None:
@@ -354,7 +353,7 @@ class _OneDNNConvolution(nn.Module):
 
 
 def convolve_with_onednn(module: nn.Module) -> None:
-    """Replace every convolution of a network that runs on a CPU, in place."""
+    """Let every convolution of a network on a CPU use oneDNN, in place."""
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Conv2d | nn.Conv3d):
             setattr(module, name, _OneDNNConvolution(child))

@@ -1,14 +1,14 @@
-"""The network on one device: voxels of patches to labels, probabilities and distances.
+"""The network on a device: voxels of patches in, labels, probabilities and distances out.
 
-The only module that knows a device. A result must not depend on how patches are grouped, and the libraries' sums do
-depend on the size of a batch and on the number of threads, in their last bits. Therefore patches are evaluated
+This is the only module that deals with devices. Results must not depend on how patches are grouped into batches, but
+the last bits of the libraries' sums depend on the batch size and on the number of threads. Therefore patches are
+evaluated
 
-* on the CPU one at a time, in one thread (more cores are used by more worker processes);
-* on a GPU in batches of always the same size, the last one filled up with zeros, with deterministic algorithms. Only
-  where the memory does not suffice for a batch, a smaller one is taken, which may change last bits.
+* on a CPU one at a time, in one thread (more worker processes use more cores);
+* on a GPU with deterministic algorithms, in batches of constant size; the last one is filled up with zeros. Only if a
+  batch does not fit into the GPU's memory, the batches become smaller, which may change the last bits.
 
-Single precision is the default. The other precisions are opt-in, and an error on a device that has no instructions for
-them.
+Single precision is the default. Other precisions are optional, and an error on a device without instructions for them.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from cryosiam_dask.model.architecture import default_threshold, peak_bytes, requ
 from cryosiam_dask.model.checkpoint import read_checkpoint
 from cryosiam_dask.model.network import build_network, convolve_with_onednn, fold_batch_norms
 
-_PIECE = 1 << 16  # voxels
-#: Who computes in this process: a worker of a pipeline has two networks, and the memory and the core for one at a time.
+_CACHED = 1 << 16  # voxels that fit into a processor's cache
+#: Held while computing: a worker of a pipeline has two networks, but memory and a core for one at a time.
 _TURN = threading.Lock()
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -48,12 +48,12 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 @dataclass(frozen=True, slots=True)
 class PredictorSpec:
-    """How to predict; travels to the workers instead of the network.
+    """How to predict; sent to the workers instead of the network.
 
     Attributes
     ----------
     checkpoint, sha256
-        The file and its hash: a file that changed meanwhile is refused.
+        The file and its hash; a file that has changed meanwhile is refused.
     device
         Where the network runs.
     patch
@@ -61,18 +61,18 @@ class PredictorSpec:
     classes
         Channels of probabilities and distances.
     batch_size
-        Patches evaluated at once on a GPU; never changes a result.
+        Patches per batch on a GPU; does not change results.
     minimum, maximum
-        Intensities that become 0 and 1; what lies outside is clipped. Where intensities are inverted, the minimum is
-        the larger one.
+        Intensities that become 0 and 1; others are clipped. If intensities are inverted, the minimum is larger than the
+        maximum.
     mean, std
-        Subtracted from the clipped intensities, and divided by.
+        The scaled intensities become (intensity - mean) / std.
     threshold
         Probability that a class must reach to become a label.
     halo
         Voxels on either side of a patch that are not kept; 0 for CryoSiam's patches (see `cryosiam_dask.core.grid`).
     precision
-        Of the products in the network's convolutions; sums, probabilities and labels are in single precision.
+        Precision of the products in convolutions; sums, probabilities and labels use single precision.
     """
 
     checkpoint: str
@@ -105,7 +105,7 @@ def predictor_spec(
     halo: int = 0,
     precision: Precision = "fp32",
 ) -> PredictorSpec:
-    """Say how to predict with a checkpoint; what is not given is CryoSiam's documented default.
+    """Return a specification for predicting with a checkpoint; the defaults are those that CryoSiam documents.
 
     Parameters
     ----------
@@ -118,7 +118,7 @@ def predictor_spec(
     batch_size, minimum, maximum, mean, std
         See `PredictorSpec`.
     invert
-        Whether `maximum` becomes 0 and `minimum` 1, for tomograms that are dark on bright.
+        Whether `maximum` becomes 0 and `minimum` becomes 1, for tomograms that are dark on bright.
     threshold
         See `PredictorSpec` and `default_threshold`.
     halo, precision
@@ -149,14 +149,14 @@ def predictor_spec(
 
 
 def normalise(voxels: npt.NDArray[Any], spec: PredictorSpec) -> npt.NDArray[np.float32]:
-    """Scale intensities as the network was trained to see them.
+    """Scale intensities like those that the network was trained with.
 
     Parameters
     ----------
     voxels
-        Intensities as stored, any shape and real dtype. NaN and infinity count as the minimum.
+        Stored intensities of any shape and real dtype. NaN and infinity count as the minimum.
     spec
-        Gives ``minimum``, ``maximum``, ``mean`` and ``std``.
+        Has ``minimum``, ``maximum``, ``mean`` and ``std``.
 
     Returns
     -------
@@ -165,34 +165,34 @@ def normalise(voxels: npt.NDArray[Any], spec: PredictorSpec) -> npt.NDArray[np.f
     """
     given = np.ascontiguousarray(voxels).reshape(-1)
     scaled = np.empty(given.shape, np.float32)
-    with np.errstate(over="ignore"):  # What overflows is infinite, or far outside the range and clipped.
-        # Piece by piece, so that a processor finds what one step left in its cache for the next.
-        for first in range(0, given.size, _PIECE):
-            piece = scaled[first : first + _PIECE]
-            piece[:] = given[first : first + _PIECE]
-            finite = np.isfinite(piece)
+    with np.errstate(over="ignore"):  # values that overflow are infinite, or clipped
+        # In sections that stay in the processor's cache during all operations.
+        for first in range(0, given.size, _CACHED):
+            section = scaled[first : first + _CACHED]
+            section[:] = given[first : first + _CACHED]
+            finite = np.isfinite(section)
             if not finite.all():
-                piece[~finite] = spec.minimum
-            piece -= spec.minimum
-            piece /= spec.maximum - spec.minimum
-            piece.clip(0, 1, out=piece)
-            piece -= spec.mean
-            piece /= spec.std
+                section[~finite] = spec.minimum
+            section -= spec.minimum
+            section /= spec.maximum - spec.minimum
+            section.clip(0, 1, out=section)
+            section -= spec.mean
+            section /= spec.std
     return scaled.reshape(voxels.shape)
 
 
 def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
-    """The device that is used.
+    """Return the device to use.
 
     Parameters
     ----------
     device
-        ``"auto"``: CUDA where it can be used, else the CPU.
+        ``"auto"`` means CUDA if it can be used, else the CPU.
 
     Raises
     ------
     DeviceError
-        If CUDA was asked for and cannot be used: a run never falls back to the CPU silently.
+        If CUDA was requested and cannot be used: a run never falls back to the CPU silently.
     """
     if device == "cpu":
         return "cpu"
@@ -213,7 +213,7 @@ def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cu
 
 
 def name_of_gpu() -> str | None:
-    """The GPU that this process uses, by its unique name; ``None`` where it has none."""
+    """Return a unique name of the GPU that this process uses; ``None`` if it uses none."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
@@ -221,12 +221,12 @@ def name_of_gpu() -> str | None:
 
 
 def count_of_gpus() -> int:
-    """GPUs that this machine shows."""
+    """Return the number of GPUs that this process can see."""
     return torch.cuda.device_count()
 
 
 def memory_of_gpu() -> int | None:
-    """Bytes that this process may take of its GPU's memory; ``None`` where it has none."""
+    """Return the bytes of GPU memory that this process may use; ``None`` if it has no GPU."""
     if not torch.cuda.is_available():
         return None
     free, _ = torch.cuda.mem_get_info()
@@ -234,12 +234,12 @@ def memory_of_gpu() -> int | None:
 
 
 def require_precision(precision: Precision, device: Literal["cpu", "cuda"]) -> None:
-    """Refuse a precision for which this machine's device has no instructions: it would be slower than single.
+    """Check that the device has instructions for a precision; without them it would be slower than single precision.
 
     Raises
     ------
     DeviceError
-        With what the device can do.
+        If it does not; the message lists the precisions that it supports.
     """
     if device == "cuda":
         capability = torch.cuda.get_device_capability()
@@ -262,21 +262,21 @@ def require_precision(precision: Precision, device: Literal["cpu", "cuda"]) -> N
         )
 
 
-#: Longest edges in voxels of the patches that are tried; a CPU would take minutes for a longer one.
+#: Longest patch edge, in voxels, that `largest_patch` tries; a CPU would take minutes for a longer one.
 _LONGEST_PATCH = {"cuda": 448, "cpu": 256}
 
 
 def largest_patch(spec: PredictorSpec, extent: tuple[int, ...], memory: int) -> tuple[int, ...]:
-    """The largest patch that fits into the device's memory, as a forward pass proves.
+    """Find the largest patch that fits into the device's memory by running forward passes.
 
     Parameters
     ----------
     spec
         How to predict; its patch is the smallest that is tried.
     extent
-        Voxels of the largest tomogram along each axis; no patch need be longer.
+        Voxels of the largest tomogram along each axis; no longer patch is tried.
     memory
-        Bytes that the network may take on a CPU.
+        Bytes that the network may use on a CPU.
 
     Raises
     ------
@@ -292,7 +292,7 @@ def largest_patch(spec: PredictorSpec, extent: tuple[int, ...], memory: int) -> 
         if patch in tried or (spec.device == "cpu" and peak_bytes(architecture, patch) > memory and edge):
             continue
         tried.add(patch)
-        # In a process of its own, as one that runs out of memory may be killed, and keeps what it took from a GPU.
+        # In a separate process: running out of memory may kill it, or leave memory of the GPU occupied.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             try:
                 pool.submit(_try_patch, replace(spec, patch=patch)).result()
@@ -308,7 +308,7 @@ def largest_patch(spec: PredictorSpec, extent: tuple[int, ...], memory: int) -> 
 
 
 def _try_patch(spec: PredictorSpec) -> None:
-    """Predict a batch of empty patches and throw it away."""
+    """Predict a batch of empty patches."""
     whole = tuple(slice(0, size) for size in spec.patch)
     core = tuple(slice(spec.halo or size // 4, size - (spec.halo or size // 4)) for size in spec.patch)
     window = np.zeros(spec.patch, np.float32)
@@ -318,7 +318,7 @@ def _try_patch(spec: PredictorSpec) -> None:
 def measured_pace(
     spec: PredictorSpec, window: npt.NDArray[np.float32], patches: Sequence[Patch], shape: tuple[int, ...], least: float
 ) -> float:
-    """Patches that this process predicts in a second.
+    """Measure how many patches this process predicts per second.
 
     Parameters
     ----------
@@ -327,7 +327,7 @@ def measured_pace(
     window, patches, shape
         A block; see `Predictor.predict_block`.
     least
-        Seconds that are measured, after a first batch.
+        Shortest measurement in seconds, after a first batch.
     """
     predictor, size = load_predictor(spec), 1 if spec.device == "cpu" else spec.batch_size
     batches = cycle([patches[first : first + size] for first in range(0, len(patches), size)])
@@ -341,7 +341,7 @@ def measured_pace(
 
 
 class Predictor:
-    """A network in the memory of its device; `load_predictor` makes one per process.
+    """A network in the memory of its device; `load_predictor` creates one per process.
 
     Parameters
     ----------
@@ -351,7 +351,7 @@ class Predictor:
     Raises
     ------
     CheckpointError
-        If the checkpoint cannot be used or is not the one that the specification names.
+        If the checkpoint cannot be used, or has changed since the specification was made.
     DeviceError
         If the device cannot be used.
     """
@@ -362,9 +362,9 @@ class Predictor:
         checkpoint = read_checkpoint(spec.checkpoint)
         if checkpoint.sha256 != spec.sha256:
             raise CheckpointError(
-                "the checkpoint must stay as it is during a run",
+                "the checkpoint must not change during a run",
                 place=spec.checkpoint,
-                value="another file than at the start",
+                value="a different file than at the start",
                 remedy="Start the run again",
             )
         if device == "cuda":
@@ -372,21 +372,21 @@ class Predictor:
             torch.backends.cudnn.deterministic = True
             torch.backends.cudnn.allow_tf32 = spec.precision == "tf32"
             torch.backends.cuda.matmul.allow_tf32 = spec.precision == "tf32"
-        with torch.device("meta"):  # The weights come from the checkpoint: none need be made up.
+        with torch.device("meta"):  # no random weights, because they come from the checkpoint
             network = build_network(checkpoint.architecture)
         network.load_state_dict(checkpoint.state, assign=True)
         self.spec = spec
         self.has_distance_head = checkpoint.architecture.has_distance_head
         network.eval()
         fold_batch_norms(network)
-        # Channels last is what convolutions are fastest with, on CPUs and GPUs.
+        # Convolutions are fastest with channels last, on CPUs and GPUs.
         self._layout = torch.channels_last if len(spec.patch) == 2 else torch.channels_last_3d
         self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(spec.precision, torch.float32)
         self._network = network.to(device, self._dtype).to(memory_format=self._layout)  # type: ignore[call-overload]
         if device == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             convolve_with_onednn(network)
         self._turn = _TURN
-        # Smaller once the memory did not suffice: what worked is kept for as long as this process has the device.
+        # Becomes smaller when the GPU runs out of memory, and then stays so in this process.
         self._batch_size = 1 if device == "cpu" else spec.batch_size
 
     def predict_block(
@@ -398,64 +398,64 @@ class Predictor:
     ) -> tuple[dict[str, npt.NDArray[Any]], tuple[float, float]]:
         """Predict the patches of a block.
 
-        Threads of one process take turns on the device: one may bring its voxels there while another one computes.
+        Threads of one process take turns on the device; one may copy its voxels there while another one computes.
 
         Parameters
         ----------
         window
             Normalised voxels that the patches see, (z, y, x), float32.
         patches
-            Which patches, and where in the result their cores belong.
+            The patches, with the regions of their cores in the result.
         shape
-            Voxels of the result along each axis.
+            Shape of the result in voxels.
         wanted
             Which of ``"labels"``, ``"probabilities"``, ``"distances"`` and ``"highest"`` to return.
 
         Returns
         -------
         dict
-            ``labels`` uint8 (z, y, x): with one class 1 where its probability exceeds the threshold; with several the
+            ``labels`` uint8 (z, y, x): with one class, 1 where its probability exceeds the threshold; with several, the
             most probable one (the first of equals), or 0 where none reaches the threshold. ``probabilities`` and
-            ``distances`` float32 (class, z, y, x), before any threshold. All are 0 where no patch has its core.
+            ``distances`` float32 (class, z, y, x), before any threshold. All are 0 outside the cores of the patches.
             ``highest`` float32 (class,): the highest probability of each class in any core.
         tuple of float
-            When the device began and ended, seconds since the epoch.
+            When the device started and finished, seconds since 1970.
 
         Raises
         ------
         CheckpointError
             If distances are wanted and the checkpoint has no distance head.
         DeviceError
-            If the GPU's memory suffices for no batch at all.
+            If not even one patch fits into the GPU's memory.
         LostDeviceError
-            If the device failed so that this process can use it no more.
+            If this process can no longer use the device.
         """
         if "distances" in wanted and not self.has_distance_head:
             raise CheckpointError(
-                "the checkpoint must hold a distance head where distances are asked for",
+                "the checkpoint must have a distance head to predict distances",
                 place=self.spec.checkpoint,
                 value="no weights named _model.distance_head",
-                remedy="Ask for labels and probabilities only",
+                remedy="Request only labels and probabilities",
             )
         while True:
             batch_size = self._batch_size
             with suppress(torch.OutOfMemoryError), _device_works():
                 return self._predict_block(window, patches, shape, wanted, batch_size)
-            # Out of the handler, as what it holds of the failed attempt would still be in the memory.
+            # Outside the handler, because the exception keeps tensors of the failed attempt in memory.
             with self._turn, _device_works():
                 torch.cuda.empty_cache()
                 if batch_size > 1:
                     self._batch_size = min(self._batch_size, batch_size // 2)
                     continue
-                # Once more without other blocks beside it.
+                # Retry without another block beside it.
                 with suppress(torch.OutOfMemoryError):
                     return self._predict_block(window, patches, shape, wanted, 1, alone=True)
             tried, _ = out_of_memory(self.spec.batch_size, self.spec.patch)
             _, remedy = out_of_memory(1, self.spec.patch)
             raise DeviceError(
                 "a patch and its block must fit into the GPU's memory",
-                value=f"{tried}, and a block of {list(shape)}; smaller batches were tried down to 1, and that alone",
-                remedy=f"{remedy}. Or lower block_size, or free the GPU of other programs",
+                value=f"{tried}, and a block of {list(shape)}; even a batch of 1 without another block does not fit",
+                remedy=f"{remedy}. Or lower block_size, or stop other programs on the GPU",
             )
 
     def _predict_block(
@@ -467,12 +467,12 @@ class Predictor:
         batch_size: int,
         alone: bool = False,
     ) -> tuple[dict[str, npt.NDArray[Any]], tuple[float, float]]:
-        """See `predict_block`; `alone` if this thread has its turn already."""
+        """See `predict_block`; `alone` means that this thread already holds the lock."""
         device = self.spec.device
-        # A stream of its own for every block, so that copies do not wait for what another thread computes.
+        # One stream per block, so that copies do not wait for the computation of another thread.
         stream = torch.cuda.Stream() if device == "cuda" else None  # type: ignore[no-untyped-call]
         with torch.inference_mode(), _one_thread(), torch.cuda.stream(stream) if stream else nullcontext():
-            # Copied only where torch cannot take it: if it is read-only, foreign-endian or flipped.
+            # Copied only if torch cannot use it: if it is read-only, of foreign byte order or flipped.
             voxels = torch.from_numpy(np.require(window, np.float32, ["C", "W"]))
             voxels = voxels.pin_memory().to(device, non_blocking=True) if stream else voxels
             with nullcontext() if alone else self._turn:
@@ -495,7 +495,7 @@ class Predictor:
     def _evaluate(
         self, voxels: torch.Tensor, patches: Sequence[Patch], result: dict[str, torch.Tensor], size: int
     ) -> None:
-        """Predict one batch of `size` patches at most, that have one core, and put it into the result."""
+        """Predict a batch of at most `size` patches with equal cores, and store it in the result."""
         batch = torch.zeros(size, 1, *self.spec.patch, device=self.spec.device, dtype=self._dtype)
         for i, patch in enumerate(patches):
             batch[i, 0] = voxels[patch.window]
@@ -505,7 +505,7 @@ class Predictor:
         probabilities = scores.sigmoid() if scores.shape[1] == 1 else scores.softmax(dim=1)
         found = {"probabilities": probabilities, "distances": distances}
         if "labels" in result:
-            # Compared in single precision, as the probabilities are.
+            # The threshold in single precision, like the probabilities.
             threshold = torch.tensor(self.spec.threshold, dtype=torch.float32, device=self.spec.device)
             if scores.shape[1] == 1:
                 found["labels"] = probabilities[:, 0] > threshold
@@ -521,17 +521,17 @@ class Predictor:
 
 
 def _batches(patches: Sequence[Patch], size: int) -> Iterator[list[Patch]]:
-    """Up to `size` patches at a time, all with the same core: the network evaluates no more than that."""
-    alike: dict[tuple[tuple[int, int], ...], list[Patch]] = {}
+    """Yield batches of up to `size` patches with equal cores, because the network evaluates one core per batch."""
+    by_core: dict[tuple[tuple[int, int], ...], list[Patch]] = {}
     for patch in patches:
-        alike.setdefault(tuple((s.start, s.stop) for s in patch.core), []).append(patch)
-    for group in alike.values():
+        by_core.setdefault(tuple((s.start, s.stop) for s in patch.core), []).append(patch)
+    for group in by_core.values():
         yield from (group[i : i + size] for i in range(0, len(group), size))
 
 
 @contextmanager
 def _device_works() -> Iterator[None]:
-    """Tell what a device fails of so that its process can use it no more, whatever was asked of it."""
+    """Turn an error after which this process can no longer use its device into a `LostDeviceError`."""
     try:
         yield
     except torch.AcceleratorError as error:
@@ -545,7 +545,7 @@ def _device_works() -> Iterator[None]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Let torch compute in this thread alone. The setting belongs to the calling thread, hence anew for every call."""
+    """Let torch compute in this thread only. The setting is per thread, so every call needs it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -558,14 +558,14 @@ _LOADING = threading.Lock()
 
 
 def load_predictor(spec: PredictorSpec) -> Predictor:
-    """The predictor for `spec`, loaded at the first call in a process; the last two are kept.
+    """Return the predictor for `spec`, loaded at the first call in a process; the last two are kept.
 
     Raises
     ------
     CheckpointError, DeviceError
         See `Predictor`.
     """
-    with _LOADING:  # Threads that come meanwhile wait for the one that loads.
+    with _LOADING:  # other threads wait for the one that loads
         return _load(spec)
 
 

@@ -1,8 +1,8 @@
-"""CryoSiam's published models: what is known of each, and how one is fetched by its name.
+"""CryoSiam's published models: what is known about them, and how to fetch one by its name.
 
 `trained_model` of a configuration is a path, the name of a published model, or ``hf://owner/repository/file`` for a
-file of the Hugging Face Hub. The latter two are fetched once, by `huggingface_hub` into its own cache, and never
-executed: `cryosiam_dask.model.checkpoint` reads them as it reads every other checkpoint.
+file on the Hugging Face Hub. `huggingface_hub` fetches the latter two once into its cache. They are never executed:
+`cryosiam_dask.model.checkpoint` reads them like every other checkpoint.
 """
 
 from __future__ import annotations
@@ -61,26 +61,26 @@ class HubFile:
 
 @dataclass(frozen=True, slots=True)
 class PublishedModel:
-    """What CryoSiam's own pages and example files say of one of its models; what they do not say is ``None``.
+    """What CryoSiam's documentation says about one of its models; ``None`` where it says nothing.
 
     Attributes
     ----------
     file
         Its file in `REPOSITORY`.
     task
-        What its prediction is.
+        The kind of model.
     about
-        What it is for, as a sentence.
+        Its purpose, as a sentence.
     class_names
-        Of the labels from 1 on.
+        Names of the labels from 1 on.
     patch
-        (z, y, x) in voxels: what the network saw at once in training.
+        Patch of the training, (z, y, x) in voxels.
     scaling
         Intensities that become 0 and 1.
     contrast
-        What the intensities of dense matter are.
+        Expected contrast of dense matter.
     voxel_size_angstrom
-        Of the tomograms that it was made for, about.
+        Approximate voxel size of the tomograms that it was made for.
     """
 
     file: str
@@ -98,10 +98,10 @@ class PublishedModel:
         return HubFile(REPOSITORY, self.file)
 
 
-#: CryoSiam's models for the stages around this program, by the names of their files. Sources: CryoSiam's pages "Trained
-#: models", "Semantic segmentation", "Semantic segmentation training" (range and contrast) and "Particle identification"
-#: with their example files (patch), and its notebook for denoising (voxel size). The pages name the classes of the
-#: semantic model in two different orders and those of the particle model not at all, so no label has a name here.
+#: CryoSiam's published models by the names of their files. Sources: CryoSiam's pages "Trained models", "Semantic
+#: segmentation", "Semantic segmentation training" (range and contrast) and "Particle identification" with their example
+#: files (patch), and its notebook for denoising (voxel size). The pages list the classes of the semantic model in two
+#: different orders, and do not list those of the particle model, so these labels have no names here.
 PUBLISHED: Mapping[str, PublishedModel] = {
     "cryosiam_denoising": PublishedModel(
         "cryosiam_denoising.ckpt",
@@ -127,7 +127,7 @@ PUBLISHED: Mapping[str, PublishedModel] = {
 
 
 def find(name: str) -> PublishedModel:
-    """The published model of this name.
+    """Return the published model with this name.
 
     Raises
     ------
@@ -137,22 +137,23 @@ def find(name: str) -> PublishedModel:
     if name in PUBLISHED:
         return PUBLISHED[name]
     near = nearest(name)
-    remedy = f"Did you mean {near}?" if near else f"The published ones are {', '.join(PUBLISHED)}"
+    remedy = f"Did you mean {near}?" if near else f"The published models are {', '.join(PUBLISHED)}"
     raise CheckpointError("no published model has this name", place=name, remedy=remedy)
 
 
 def parse(text: str) -> Path | HubFile:
-    """What the value of ``trained_model`` means.
+    """Interpret the value of ``trained_model``.
 
     Parameters
     ----------
     text
-        A path, the name of a published model, or ``hf://owner/repository[@revision]/file``. What exists is a path.
+        A path, the name of a published model, or ``hf://owner/repository[@revision]/file``. An existing path takes
+        precedence.
 
     Raises
     ------
     ValueError
-        If it begins as an address of the Hub and is none, or is a single word that is almost a published name.
+        If it is an invalid address of the Hub, or a word that is almost the name of a published model.
 
     Examples
     --------
@@ -175,13 +176,13 @@ def parse(text: str) -> Path | HubFile:
 
 
 def nearest(name: str) -> str | None:
-    """The published model whose name is most like `name`, which may be a path; ``None`` if none is."""
+    """Return the published model whose name is most like `name`, which may be a path; ``None`` if none is similar."""
     found = difflib.get_close_matches(Path(name).name.lower().removesuffix(".ckpt"), PUBLISHED, 1, 0.7)
     return found[0] if found else None
 
 
 def cached(source: HubFile) -> Path | None:
-    """Where a file lies in the cache; ``None`` if it is not there."""
+    """Return the path of a file in the cache; ``None`` if it is not there."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(source.repository, source.file, revision=source.revision)
@@ -194,12 +195,12 @@ def fetch(source: HubFile) -> Path:
     Returns
     -------
     Path
-        The file in the cache, whole.
+        The complete file in the cache.
 
     Raises
     ------
     CheckpointError
-        If it is not there, or cannot be fetched or kept.
+        If the file does not exist, or cannot be fetched or stored.
     """
     if (found := cached(source)) is not None:
         return found
@@ -207,13 +208,13 @@ def fetch(source: HubFile) -> Path:
     from huggingface_hub import constants, errors
 
     if not sys.stderr.isatty():
-        huggingface_hub.utils.disable_progress_bars()  # a log would hold a line for each step
+        huggingface_hub.utils.disable_progress_bars()  # they would fill a log with lines
     by_hand = (
         f"Download it elsewhere from {source.url}, copy it to a folder that this machine reads, and set trained_model "
         "to its path"
     )
     try:
-        # Asked for first, since it fails at once where the download would try for minutes.
+        # Without a network this fails at once, whereas the download would retry for minutes.
         metadata = huggingface_hub.get_hf_file_metadata(source.url)
         path = Path(huggingface_hub.hf_hub_download(source.repository, source.file, revision=source.revision))
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError) as error:
@@ -230,11 +231,11 @@ def fetch(source: HubFile) -> Path:
             remedy=f"Unset HF_HUB_OFFLINE, or: {by_hand[0].lower()}{by_hand[1:]}",
         ) from None
     except Exception as error:
-        # Of the disk, the network or the server: the libraries below raise errors of many kinds.
+        # The libraries raise errors of many types for problems of the disk, the network or the server.
         of_disk = isinstance(error, OSError) and error.errno is not None and error.filename is not None
         raise CheckpointError(
             f"the model's file must fit into the cache {constants.HF_HUB_CACHE}" if of_disk
-            else "the model's file must be fetched from the Hugging Face Hub, whole",
+            else "the model's file must be fetched completely from the Hugging Face Hub",
             place=source,
             value=error.strerror if of_disk and isinstance(error, OSError) else _first_line(error),
             remedy="Set HF_HOME to a folder that can be written and has room" if of_disk else by_hand,
@@ -249,9 +250,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _verify(path: Path, etag: str, source: HubFile) -> None:
-    """Compare a file that was just fetched with the hash that the Hub keeps of each large file, SHA-256."""
+    """Compare a fetched file with the SHA-256 hash that the Hub keeps for each large file."""
     if not _SHA256.fullmatch(etag):
-        return  # a small file, kept under Git's own hash
+        return  # a small file, for which the Hub keeps only Git's hash
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != etag:
@@ -266,7 +267,7 @@ def _verify(path: Path, etag: str, source: HubFile) -> None:
 
 
 def locate(model: Path | HubFile) -> Path:
-    """The path of a checkpoint, fetched if need be.
+    """Return the path of a checkpoint, and fetch it if necessary.
 
     Raises
     ------
@@ -277,7 +278,7 @@ def locate(model: Path | HubFile) -> Path:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """What is known of a published model as plain values; ``None`` is what CryoSiam's pages do not say.
+    """Return what is known about a published model as plain values; ``None`` where CryoSiam's pages say nothing.
 
     Returns
     -------
@@ -290,7 +291,7 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def in_words(name: str) -> str:
-    """The same as lines of text."""
+    """Return what is known about a published model as lines of text."""
     about = describe(name)
     names, voxels = about["class_names"], " × ".join(map(str, about["patch"]))
     lines = [f"{about['task']}: {about['about']}"]
