@@ -207,11 +207,11 @@ def test_the_tomogram_that_was_begun_first_comes_first(client: Client, tmp_path:
         threads.append(threading.Thread(target=shares[name].map, args=(function, items), kwargs={"name": "note"}))
         threads[-1].start()
         waiting = {"c": 1, "b": 2, "a": 3}[name]
-        while len(executor._steps) < waiting:
+        while len(executor._groups) < waiting:
             time.sleep(0.01)
 
     begin("c", partial(wait_for, go), range(8))  # takes all places, for as long as others come
-    while len(executor._flying) < 4:
+    while len(executor._in_flight) < 4:
         time.sleep(0.01)
     begin("b", partial(note, path), [("b", i) for i in range(12)])
     begin("a", partial(note, path), [("a", i) for i in range(12)])
@@ -288,7 +288,7 @@ def drawn(folder: Path, names: Sequence[str | None]) -> str | None:
         ((None, None), "cpu"),
         (("GPU-1", "GPU-2"), "cuda"),
         (("GPU-1", None), "all workers must have a GPU, or none; found 1 of 2 with one"),
-        (("GPU-1", "GPU-1"), "every worker must have a GPU of its own; found GPU-1 used by"),
+        (("GPU-1", "GPU-1"), "every worker must have its own GPU; found GPU-1 used by"),
     ],
 )
 def test_every_worker_has_a_gpu_of_its_own_or_none_has(
@@ -449,7 +449,7 @@ def test_what_cannot_be_recorded_ends_its_step_alone(client: Client) -> None:
     assert executor.map(square, [3], name="square") == [9]
     while executor._thread:  # which ends when nothing is left
         time.sleep(0.01)
-    assert not executor._steps and not executor._flying
+    assert not executor._groups and not executor._in_flight
 
 
 def test_a_record_that_takes_long_keeps_no_other_tomogram_waiting(client: Client) -> None:
@@ -564,7 +564,7 @@ def test_the_users_own_dask_configuration_ends_no_run(tmp_path: Path, monkeypatc
             assert DaskExecutor(client).map(square, [2], name="square") == [4]
         monkeypatch.setenv("JUPYTERHUB_SERVICE_PREFIX", "/user/x")
         assert cluster.dashboard_link() == {}  # where it can be used, it is
-        with pytest.raises(ClusterError, match=r"demands encryption.*Start it with --protocol tls"):
+        with pytest.raises(ClusterError, match=r"requires encryption.*Start it with --protocol tls"):
             cluster.join_cluster(address="tcp://127.0.0.1:1").__enter__()
         with pytest.raises(ClusterError, match=r"entered with its keys; found none in Dask's configuration"):
             cluster.join_cluster(address="tls://127.0.0.1:1").__enter__()
@@ -573,8 +573,8 @@ def test_the_users_own_dask_configuration_ends_no_run(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("settings", "address", "match"),
     [
-        ({"distributed.worker.preload": ["no_such_module"]}, "127.0.0.1:0", "No module named .*Look into Dask's own"),
-        ({"distributed.comm.tls.min-version": 1}, "127.0.0.1:0", "min-version=1 is not.*Look into Dask's own"),
+        ({"distributed.worker.preload": ["no_such_module"]}, "127.0.0.1:0", "No module named .*Check Dask's own"),
+        ({"distributed.comm.tls.min-version": 1}, "127.0.0.1:0", "min-version=1 is not.*Check Dask's own"),
         (
             {},
             "203.0.113.77:80",
@@ -610,7 +610,7 @@ def test_a_warning_of_a_name_that_is_not_utf8_costs_no_worker(client: Client, ca
 
 
 def test_it_is_said_that_no_worker_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dask_executor, "_ALONE_SECONDS", 1.5)
+    monkeypatch.setattr(dask_executor, "_NO_WORKER_SECONDS", 1.5)
     said: queue.SimpleQueue[str] = queue.SimpleQueue()
     with scheduler_and_worker(tmp_path) as (joined, _):
         executor = DaskExecutor(joined, inform=said.put)

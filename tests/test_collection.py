@@ -173,7 +173,7 @@ def test_what_befalls_all_ends_the_run_at_once(folder: Path, executor: SharedExe
     assert outcomes["TS_0"].kind == "CheckpointError" and "Start the run again" in outcomes["TS_0"].error
     assert [outcomes[stem].status for stem in STEMS[1:]].count("left") >= 2
     assert {outcome.status for outcome in outcomes.values()} == {"failed", "left"}
-    assert any("stopping: the first tomogram failed of what would befall all" in text for text in listener.messages)
+    assert any("stopping: the error of the first tomogram would fail all others" in text for text in listener.messages)
 
 
 def test_files_that_are_broken_do_not_end_the_run(folder: Path, executor: SharedExecutor) -> None:
@@ -352,7 +352,7 @@ def test_what_is_made_of_outputs_is_stopped_shared_and_lost_like_all_else(
     outcomes = run(missing, Listener(), executor=Acting(lambda _: stop.set(), step="export", count=1), stop=stop)
     assert [outcome.status for outcome in outcomes] == ["skipped", "done", "left", "left"]
 
-    monkeypatch.setattr(collection, "_LOOK", 0.05)
+    monkeypatch.setattr(collection, "_CLAIM_PAUSE", 0.05)
     found: list[list[Outcome]] = []
     threads = [threading.Thread(target=lambda: found.append(run(missing, Listener()))) for _ in range(2)]
     for thread in threads:

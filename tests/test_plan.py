@@ -167,7 +167,9 @@ def test_a_folder_without_masks_is_told_once(folder: Path) -> None:
     for number in range(5):
         shutil.copy(folder / "data" / "TS_1.mrc", folder / "data" / f"TS_1{number}.mrc")
     (problem,) = problems(configure(folder, mask_folder=str(folder / "empty")))
-    assert re.search(r"/empty: holds no lamella mask of any of the \d tomograms, such as TS_.*Run the lamella", problem)
+    assert re.search(
+        r"/empty: must hold a lamella mask of each tomogram; found none of \d, such as TS_.*Run the lamella", problem
+    )
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -95,7 +95,7 @@ def test_one_pass_on_a_cluster_gives_what_cryosiam_gave(folder: Path, cluster: t
     (folder / "out" / "lamella" / "TS_a_6.80Apx_preds.h5").unlink()
     before = (folder / "out" / "semantic" / "TS_a_6.80Apx_preds.h5").stat().st_mtime_ns
     output = call("run", "--config-file", "pipeline.yaml", "--scheduler-file", cluster[0], folder=folder)
-    assert "lamella: done" in output and "semantic: is there already" in output
+    assert "lamella: done" in output and "semantic: already done" in output
     assert "warning: tcp://127.0.0.1:" in output and "has no TLS: every user of this machine can run" in output
     assert (folder / "out" / "semantic" / "TS_a_6.80Apx_preds.h5").stat().st_mtime_ns == before
     assert call("status", "--config-file", "pipeline.yaml", folder=folder).strip() == "2 done"
@@ -133,7 +133,9 @@ def test_a_scheduler_that_goes_away_leaves_what_was_done(tmp_path: Path, cluster
     scheduler.kill()
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 75, output
-    assert "the scheduler must stay until the run is over" in " ".join(output.split()) and "Traceback" not in output
+    assert (
+        "the scheduler must keep running until the run ends" in " ".join(output.split()) and "Traceback" not in output
+    )
     found = states(read_configuration(tmp_path / "config.yaml").model_copy(
         update={key: tmp_path / values[key] for key in ("data_folder", "prediction_folder")}
     ))  # fmt: skip

@@ -356,7 +356,7 @@ def test_no_command_touches_a_prediction_that_another_run_works_on(folder: Path,
         outcomes = command(configuration, find_predictions(configuration), reporter)
     assert {outcome.stem: outcome.status for outcome in outcomes} == dict.fromkeys(STEMS, "done")
     begun = [message for message in reporter.messages if message.startswith(("begin", "TS_1: another"))]
-    waits = "TS_1: another run works on it; waiting for that"
+    waits = "TS_1: another run works on it; waiting for it"
     assert begun == [waits, *(f"begin {stem}" for stem in (*STEMS[1:], "TS_1"))] and not claim.exists()
 
 
@@ -774,7 +774,7 @@ def test_particle_lists_follow_the_labels(folder: Path) -> None:
     list_centers(configuration, find_predictions(configuration), Listener())
     first, *others = STEMS
     outcomes = postprocess(configuration, f"{first}.mrc")
-    assert "its particle lists were those of other labels" in outcomes[0].warnings[0]
+    assert "its particle lists belong to earlier labels" in outcomes[0].warnings[0]
     assert not list(out.glob(f"{first}_class*"))
     assert set(starfile.read(out / "class1_centers.star")["rlnTomoName"]) == set(others)
     (out / f"{others[0]}_preds.h5").unlink()

@@ -198,7 +198,7 @@ def test_what_slurm_or_the_environment_lacks_is_said(folder: Path, fake: FakeSlu
     fake.command("sbatch", "echo 'sbatch: error: invalid partition specified: gpu' >&2; exit 1\n")
     fails(r"sbatch must accept the job; found sbatch: error: invalid partition specified: gpu\. Correct")
     fake.command("sbatch", "echo 'Submitted batch job 4194305'\n")
-    fails(r"the jobs must bring a worker; found none within 0 min\. squeue --me")
+    fails(r"the jobs must start a worker; found none within 0 min\. See squeue --me")
     fails("a scheduler must be able to start on this node.*nothing0", interface="nothing0")
     arguments = ("semantic-predict", "--config-file", "config.yaml", "--slurm", fake.describe())
     assert "Slurm is asked for" in call(*arguments, folder=folder, status=2)
@@ -206,23 +206,23 @@ def test_what_slurm_or_the_environment_lacks_is_said(folder: Path, fake: FakeSlu
     if shutil.which("sbatch") is None:  # and whatever else is wrong, at once
         (folder / "model.ckpt").unlink()
         message = call(*arguments, "--workers", 1, folder=folder, status=2)
-        assert "Slurm's commands must be there; found no sbatch" in message and "Set trained_model" in message
+        assert "Slurm's commands must be available; found no sbatch" in message and "Set trained_model" in message
 
 
 def test_jobs_that_end_without_a_worker_are_not_waited_for(
     tmp_path: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slurm, "_LOOK", 0.5)
+    monkeypatch.setattr(slurm, "_CHECK_SECONDS", 0.5)
     jobs = str(fake.describe(job_script_prologue=["exit 1"]))
     with (
-        pytest.raises(ClusterError, match="jobs that ended before there was one"),
+        pytest.raises(ClusterError, match="jobs that ended without one"),
         open_slurm(jobs, 1, folder=tmp_path, dashboard_address="127.0.0.1:0"),
     ):
         pass
     stop = threading.Event()
     stop.set()
     with (
-        pytest.raises(LostClusterError, match="a job must start before the run is to end"),
+        pytest.raises(LostClusterError, match="a job must start before the run is stopped"),
         open_slurm(jobs, 1, folder=tmp_path, dashboard_address="127.0.0.1:0", stop=stop),
     ):
         pass
@@ -233,7 +233,7 @@ def test_jobs_that_end_without_a_worker_are_not_waited_for(
 def test_a_job_that_ends_is_submitted_again(
     tmp_path: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, processes: int
 ) -> None:
-    monkeypatch.setattr(slurm, "_LOOK", 0.5)
+    monkeypatch.setattr(slurm, "_CHECK_SECONDS", 0.5)
     told: list[str] = []
     folder = tmp_path / "out put"
     folder.mkdir()
@@ -306,7 +306,7 @@ def test_what_is_wrong_with_a_file_is_said(fake: FakeSlurm, tmp_path: Path, monk
     refuses("slurm.yaml, key quee: dask-jobqueue does not know this key. Did you mean queue?", quee="x")
     refuses("key memory: this key is required", memory=None)
     refuses("key cores: must be a whole number above 0; found 'many'", cores="many")
-    refuses("key walltime: must be a time as Slurm writes it, in quotes.*found 5400", walltime=5400)
+    refuses("key walltime: must be a time in Slurm's format, in quotes.*found 5400", walltime=5400)
     refuses("key job-extra-directives: must be a list", job_extra_directives="--gres=gpu:1")
     for content in ("", "[]", "jobqueue: {}", "jobqueue: {slurm: 3}", "a: [", "\0"):
         (tmp_path / "x.yaml").write_text(content)

@@ -36,7 +36,13 @@ from cryosiam_dask.model.predictor import (
     require_precision,
     resolve_device,
 )
-from cryosiam_dask.runs.cluster import is_loopback, join_cluster, open_cluster, reported, who_else_enters
+from cryosiam_dask.runs.cluster import (
+    is_loopback,
+    join_cluster,
+    open_cluster,
+    who_else_has_access,
+    write_performance_report,
+)
 from cryosiam_dask.runs.collection import forget_failures, make_folders, outcomes_before, remove_left_overs, run
 from cryosiam_dask.runs.dask_executor import DaskExecutor
 from cryosiam_dask.runs.metrics import Meter
@@ -197,7 +203,7 @@ def segment(
             warned.append(sentence)
     told = _look_first(plans, console)
     if not is_loopback(dashboard_address):
-        warn(console, f"whoever reaches {dashboard_address} can watch this run, without a password")
+        warn(console, f"anyone who can reach {dashboard_address} can watch this run without a password")
     try:
         with ExitStack() as stack:
             if joins:
@@ -207,10 +213,10 @@ def segment(
                         seconds=60 * (worker_timeout or 2),
                     )
                 )  # fmt: skip
-                if others := who_else_enters(client):
+                if others := who_else_has_access(client):
                     warn(
                         console,
-                        f"{client.scheduler.address} has no TLS: {others} can run what he likes as you. Dask's "
+                        f"{client.scheduler.address} has no TLS: {others} can run any code as you. Dask's "
                         "documentation of TLS says how to close it",
                     )
             elif slurm is not None:
@@ -239,7 +245,7 @@ def segment(
             stack.enter_context(forwarded_warnings(client))
             log_workers(client, found_device)
             if performance_report is not None:
-                stack.enter_context(reported(client, performance_report, partial(warn, console)))
+                stack.enter_context(write_performance_report(client, performance_report, partial(warn, console)))
             if any(plan.jobs for plan in plans):
                 inform(console, f"loading the network{'s' * (len([plan for plan in plans if plan.jobs]) > 1)}")
             for plan in plans:

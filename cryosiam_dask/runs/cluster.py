@@ -1,10 +1,11 @@
-"""Where the work runs: worker processes of this machine, each with one GPU or one CPU core, or those of a cluster.
+"""Start worker processes on this machine, each with one GPU or one CPU core, or join a running cluster.
 
-A worker has two threads, so that it can read a block and write another one while it computes a third. What does not say
-that it can be overlapped like this runs alone in its process.
+A worker has several threads, so that it can read one block and write another while it predicts a third. Tasks that do
+not declare that they may overlap like this run alone in their process.
 
-`open_cluster` starts them and gives a `DaskExecutor`, which runs the per-chunk functions of the stages on them with a
-bounded number in flight, so that neither the scheduler's memory nor the workers' grows with the size of a tomogram.
+`open_cluster` and `join_cluster` yield a Dask client. `cryosiam_dask.runs.dask_executor.DaskExecutor` runs the tasks of
+all stages on its workers with a bounded number in flight, so that neither the memory of the scheduler nor that of the
+workers grows with the size of a tomogram.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ from cryosiam_dask.errors import (
 from cryosiam_dask.runs.dask_executor import THREADS, TRIES
 from cryosiam_dask.runs.workers import Setup, leave_at_once, register_in_workers, require_versions
 
-#: Let glibc keep what the network frees for its next layer and its next patch, in one heap for all threads. Otherwise
-#: every large tensor is mapped anew, and the kernel's clearing of its pages takes a good part of a CPU's time.
+#: Make glibc keep freed memory in one heap for all threads, for the network's next layer and patch. Otherwise every
+#: large tensor is mapped anew, and the kernel spends much CPU time clearing its pages.
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": 8_000_000_000, "MALLOC_MMAP_MAX_": 0, "MALLOC_ARENA_MAX": 1}
-#: Dask would give a worker up whose replacement is not there within 15 s, less than its imports may take; and keep, for
-#: each worker, the last 1000 messages that it was sent, each with a call. Its web servers have no password: they show,
-#: and serve nothing that changes or reaches anything, whatever a configuration adds (``api`` retires workers, ``proxy``
-#: passes requests on to other servers).
+#: By default Dask gives up a worker whose replacement takes more than 15 s, which its imports alone may take, and keeps
+#: the last 1000 messages to each worker, each with a task. The web servers have no password, so they only show: routes
+#: that change or reach anything (``api`` retires workers, ``proxy`` forwards requests) are left out, whatever the
+#: user's configuration adds.
 _SCHEDULER: dict[str, Any] = {
     "distributed.deploy.lost-worker-timeout": "10 minutes",
     "distributed.admin.low-level-log-length": 100,
@@ -66,16 +67,17 @@ def open_cluster(
 ) -> Iterator[Client]:
     """Start workers on this machine and close them at the end.
 
-    Keys that live in the memory of these processes alone keep everybody else out, other users of the machine included.
+    The TLS keys exist only in the memory of these processes and keep everybody else out, including other users of the
+    machine.
 
     Parameters
     ----------
     device
         ``"cuda"``: one worker for each visible GPU, pinned to it. ``"cpu"``: workers that compute in one thread.
     workers
-        How many; for ``"cuda"`` at most the number of visible GPUs, 0 for all of them.
+        Number of workers; for ``"cuda"`` at most the number of visible GPUs, 0 for all of them.
     dashboard_address
-        Where the Dask dashboard listens; another port of the same host is taken if that one is in use.
+        Where the Dask dashboard listens; if its port is in use, another port of the same host.
     scratch
         Folder for Dask's own temporary files.
 
@@ -88,43 +90,43 @@ def open_cluster(
     DeviceError
         If GPUs were asked for and dask-cuda or enough GPUs are missing.
     ClusterError
-        If workers die while they start, again and again, or cannot start at all, or the dashboard cannot listen there.
+        If workers cannot start or repeatedly die while starting, or the dashboard cannot listen at the address.
     """
-    require_own_address(dashboard_address)
-    settings = own_settings(scratch)
+    require_local_address(dashboard_address)
+    settings = cluster_settings(scratch)
     options: dict[str, Any] = {
         "dashboard_address": dashboard_address,
-        "host": "127.0.0.1",  # out of the network's reach; other users of this machine have no key
+        "host": "127.0.0.1",  # unreachable from the network; other users of this machine have no key
         "protocol": "tls://",
-        "memory_limit": None,  # the number of workers is chosen by memory; a paused worker would only hang
+        "memory_limit": None,  # the number of workers is chosen by memory; a paused worker would hang
         "local_directory": settings["temporary-directory"],
         "silence_logs": logging.CRITICAL,
     }
     environment = "distributed.nanny.pre-spawn-environ"
     with (
-        _interrupts_are_ours(),
+        _interrupts_blocked(),
         warnings.catch_warnings(),
         dask.config.set({environment: dask.config.get(environment) | KEEP_MEMORY, **settings}),
     ):
         warnings.filterwarnings("ignore", message="Port .* is already in use")
         if device == "cuda":
-            cluster = _started(lambda: _cuda_cluster(workers, {"security": Security.temporary(), **options}))
+            cluster = _start(lambda: _cuda_cluster(workers, {"security": Security.temporary(), **options}))
         else:
             options |= {"n_workers": workers, "threads_per_worker": THREADS, "processes": True}
-            cluster = _started(lambda: LocalCluster(security=Security.temporary(), **options))
+            cluster = _start(lambda: LocalCluster(security=Security.temporary(), **options))
     with dask.config.set(settings), cluster, Client(cluster, set_as_default=False) as client:
         register_in_workers(client, Setup(leave_at_once), "leave")
         yield client
 
 
-def own_settings(scratch: str | None = None) -> dict[str, Any]:
-    """What a cluster that is started here needs of Dask's configuration, whatever the user's own says.
+def cluster_settings(scratch: str | None = None) -> dict[str, Any]:
+    """Return the Dask settings of a cluster that is started here, which override the user's own.
 
     Parameters
     ----------
     scratch
-        Folder for Dask's own temporary files; by default that of the configuration, or of the system. One that cannot
-        be used is passed over, as next to nothing is written there.
+        Folder for Dask's own temporary files; by default that of Dask's configuration, then of the system. A folder
+        that cannot be used is skipped, since almost nothing is written there.
 
     Raises
     ------
@@ -134,13 +136,13 @@ def own_settings(scratch: str | None = None) -> dict[str, Any]:
     return _SCHEDULER | dashboard_link() | {"temporary-directory": _temporary_folder(scratch)}
 
 
-def require_own_address(dashboard_address: str) -> None:
-    """Refuse an address for the dashboard at which this machine cannot listen.
+def require_local_address(dashboard_address: str) -> None:
+    """Refuse a dashboard address on which this machine cannot listen.
 
     Raises
     ------
     ClusterError
-        With what the system says.
+        With the system's reason.
     """
     try:
         for each in clean_dashboard_address(dashboard_address):
@@ -152,12 +154,12 @@ def require_own_address(dashboard_address: str) -> None:
             "must be an address of this machine and a port",
             place=f"--dashboard-address {dashboard_address}",
             value=error,
-            remedy="Such as 127.0.0.1:8787",
+            remedy="Use for example 127.0.0.1:8787",
         ) from None
 
 
 def dashboard_link() -> dict[str, str]:
-    """Dask's setting of the dashboard's address as users see it, where theirs names variables that are not set here."""
+    """Return Dask's default for the dashboard link if the user's own names variables that are not set here."""
     try:
         dask.config.get("distributed.dashboard.link").format(**{**os.environ, "scheme": "", "host": "", "port": ""})
     except (AttributeError, LookupError, ValueError):
@@ -177,15 +179,15 @@ def _temporary_folder(scratch: str | None) -> str:
             why = error
             LOG.warning("%s cannot be used for temporary files: %s", wanted or "the system's folder", error)
     raise ClusterError(
-        "a folder for temporary files must be there, and room in it",
+        "there must be a folder for temporary files, with free space",
         place="this machine",
         value=why,
-        remedy="Set TMPDIR to one that can be written to",
+        remedy="Set TMPDIR to a writable folder",
     )
 
 
-def _started(make: Callable[[], Any]) -> Any:
-    """A new cluster; made again where one of its processes died while it started, which closes the others."""
+def _start(make: Callable[[], Any]) -> Any:
+    """Start a cluster, and try again if one of its processes died while starting, which closes the others."""
     for left in reversed(range(TRIES)):
         try:
             return make()
@@ -195,7 +197,7 @@ def _started(make: Callable[[], Any]) -> Any:
             cause: BaseException = error
             while cause.__cause__:
                 cause = cause.__cause__
-            # Of a process that dies or does not answer no more is told than that it did not start.
+            # Dask only reports that a process did not start, not whether it died or did not answer.
             died = isinstance(cause, RuntimeError | TimeoutError | CommClosedError)
             if not (died and left):
                 raise ClusterError(
@@ -208,11 +210,11 @@ def _started(make: Callable[[], Any]) -> Any:
 
 def _remedy(cause: BaseException, died: bool) -> str:
     if died or isinstance(cause, MemoryError) or getattr(cause, "errno", None) in (errno.ENOMEM, errno.EAGAIN):
-        return "Look whether it has memory left for them, use fewer --workers, and repeat the command"
-    return "Look into Dask's own configuration (~/.config/dask, /etc/dask, and DASK_... in the environment)"
+        return "Check that it has enough free memory, use fewer --workers, and repeat the command"
+    return "Check Dask's own configuration (~/.config/dask, /etc/dask, and DASK_... in the environment)"
 
 
-#: Seconds in which a scheduler must answer, and in which it must have a worker.
+#: Seconds to wait for a scheduler to answer, and for it to have a worker.
 _ANSWER_SECONDS, _WORKER_SECONDS = 10, 120.0
 
 
@@ -224,18 +226,19 @@ def join_cluster(
     workers: int | None = None,
     seconds: float = _WORKER_SECONDS,
 ) -> Iterator[Client]:
-    """Use workers that somebody else started, and leave them running at the end.
+    """Use workers that were started elsewhere, and leave them running at the end.
 
     Parameters
     ----------
     address
-        Of the scheduler, such as ``tcp://node1:8786``; ``tls://…`` takes its certificates from Dask's configuration.
+        Of the scheduler, such as ``tcp://node1:8786``; for ``tls://…`` the certificates of Dask's configuration are
+        used.
     scheduler_file
-        Instead of the address, the file that ``dask scheduler --scheduler-file`` wrote.
+        File that ``dask scheduler --scheduler-file`` wrote, instead of the address.
     workers
-        How many to wait for, one by default; others may come later.
+        Number of workers to wait for, one by default; others may join later.
     seconds
-        In which they must be there.
+        To wait for them.
 
     Yields
     ------
@@ -244,7 +247,8 @@ def join_cluster(
     Raises
     ------
     ClusterError
-        If nobody answers, no worker comes, or a worker has other versions of what results depend on.
+        If the scheduler does not answer, has no worker in time, or a worker has other versions of packages that results
+        depend on.
     """
     place = f"--scheduler-file {scheduler_file}" if scheduler_file else f"--scheduler {address}"
     encrypted = bool(dask.config.get("distributed.comm.require-encryption"))
@@ -260,20 +264,20 @@ def join_cluster(
             ) from None
     try:
         with _silent():
-            # Asked before, as a client that meets nobody leaves half of itself behind.
+            # Checked first, since a client that finds no scheduler leaves threads behind.
             socket.create_connection(get_address_host_port(str(address)), timeout=_ANSWER_SECONDS).close()
             client = Client(address, timeout=_ANSWER_SECONDS, set_as_default=False)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         if str(address).startswith("tls://") and not Security().tls_ca_file:
             raise ClusterError(
-                "a scheduler with TLS is entered with its keys",
+                "a scheduler with TLS needs its certificates",
                 place=place,
                 value="none in Dask's configuration",
-                remedy="Set distributed.comm.tls there, as for the scheduler: ca-file, and cert and key of the client",
+                remedy="Set distributed.comm.tls there, as for the scheduler: ca-file, and the client's cert and key",
             ) from None
         if encrypted and str(address).startswith("tcp://"):
             raise ClusterError(
-                "Dask's configuration demands encryption, and this scheduler has none",
+                "Dask's configuration requires encryption, but this scheduler has none",
                 place=place,
                 remedy="Start it with --protocol tls, or unset distributed.comm.require-encryption",
             ) from None
@@ -281,7 +285,7 @@ def join_cluster(
             "a Dask scheduler must answer",
             place=place,
             value=f"none within {_ANSWER_SECONDS} s ({str(error).splitlines()[0]})",
-            remedy="Check the address, and that the scheduler runs and a firewall lets it be reached",
+            remedy="Check the address, that the scheduler is running, and that no firewall blocks it",
         ) from None
     with _silent(), dask.config.set(dashboard_link()), client:
         try:
@@ -298,24 +302,24 @@ def join_cluster(
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address (``host:port``, with or without a protocol) is of this machine alone."""
+    """Whether an address (``host:port``, with or without a protocol) can only be reached from this machine."""
     host = address.rpartition("://")[2].rpartition(":")[0].strip("[]")
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def who_else_enters(client: Client) -> str | None:
-    """Who can have the workers of a scheduler run what he likes, beside its owner; ``None``: nobody."""
+def who_else_has_access(client: Client) -> str | None:
+    """Name who, beside its owner, can run code on the workers of a scheduler; ``None``: nobody."""
     address = str(client.scheduler.address)
     if address.startswith(("tls://", "wss://", "inproc://")):
         return None
-    return "every user of this machine" if is_loopback(address) else "whoever reaches it"
+    return "every user of this machine" if is_loopback(address) else "anyone who can reach it"
 
 
 @contextmanager
-def reported(client: Client, path: Path, warn: Callable[[str], None]) -> Iterator[None]:
-    """Write Dask's report of what every worker did meanwhile to an HTML file, which needs no network to be read.
+def write_performance_report(client: Client, path: Path, warn: Callable[[str], None]) -> Iterator[None]:
+    """Write Dask's report of what every worker did within the context to a self-contained HTML file.
 
-    `warn` receives the message if the page cannot be written; the run does not fail for it.
+    `warn` receives the message if the file cannot be written; the run does not fail for it.
     """
     report = performance_report(filename=str(path), mode="inline")
     with client.as_current():
@@ -331,7 +335,7 @@ def reported(client: Client, path: Path, warn: Callable[[str], None]) -> Iterato
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without what distributed logs of a connection that it could not make, or lost: an error says it."""
+    """Silence distributed's log of failed or lost connections, which an error reports."""
     logger = logging.getLogger("distributed")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -342,14 +346,14 @@ def _silent() -> Iterator[None]:
 
 
 @contextmanager
-def _interrupts_are_ours() -> Iterator[None]:
-    """Keep Ctrl-C, which a terminal sends to the whole group of processes, away from the workers started meanwhile.
+def _interrupts_blocked() -> Iterator[None]:
+    """Keep Ctrl-C, which a terminal sends to the whole process group, from workers that are started within the context.
 
-    They inherit the blocked signal from the thread that starts them, as do those that replace a lost one; the client
-    gets it as soon as they run, and ends them in order.
+    They inherit the blocked signal from the thread that starts them, as do those that replace a lost one. The client
+    receives it as soon as they run, and stops them in order.
     """
-    # Started later, Python's tracker of semaphores would unblock the signal in the thread that starts workers. A worker
-    # that is ended amid a task leaves one semaphore to it, which need not be told to anybody.
+    # Python's resource tracker would unblock the signal in the thread that starts workers if it were started later. Its
+    # warning about the semaphore of a worker that was stopped during a task is of no use.
     silent = "ignore::UserWarning:multiprocessing.resource_tracker"
     warnings_before = os.environ.get("PYTHONWARNINGS")
     os.environ["PYTHONWARNINGS"] = f"{warnings_before},{silent}" if warnings_before else silent

@@ -1,11 +1,11 @@
-"""Many tomograms: in which order, how many at a time, what failed, and who else works on them.
+"""Run many tomograms: in which order, how many at a time, and what happens after failures and beside other runs.
 
-Tomograms are begun in order, and each is finished as early as possible: of all calls that wait, those of the tomogram
-that was begun first are run first. The next one is begun early enough that no device waits for it to be read, and late
-enough that few are in work at a time. What does not need the devices is done beside them.
+Tomograms start in order, and each finishes as early as possible: pending tasks of the tomogram that started first run
+first. The next tomogram starts early enough that no device waits for it to be read, and late enough that few are in
+progress at a time. Tasks that do not need the devices run beside those that do.
 
-A tomogram that fails is recorded and the others go on, unless all of them fail of the same. Several runs on the same
-folders share the tomograms between them (`cryosiam_dask.files.claims.Claims`).
+A tomogram that fails is recorded and the others go on, unless the same error would fail all of them. Several runs on
+the same folders share the tomograms (`cryosiam_dask.files.claims.Claims`).
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ from cryosiam_dask.runs.tomogram import segment_tomogram
 from cryosiam_dask.runs.workspace import forget_failure, has_work_stores, work_stores
 from cryosiam_dask.runs.written import complete
 
-#: Errors that are of one tomogram, however many have them.
-_OF_ITS_OWN = {"TomogramError", "MaskError"}
-#: Errors that are of no tomogram: a single one ends the run while nothing has succeeded yet.
-_OF_ALL = {"CheckpointError", "ClusterError", "DeviceError", "LostDeviceError", "DiskError"}
-#: So many failures of one kind in a row end the run, whatever they are.
-_IN_A_ROW = 3
-#: Times that the disk may not answer to a claim, one look apart, before the tomogram is begun and says what is wrong.
-_REFUSED = 15
-#: Seconds after which tomograms that others worked on are looked at again.
-_LOOK = 2.0
+#: Errors that concern a single tomogram, however many tomograms have them.
+_TOMOGRAM_ERRORS = {"TomogramError", "MaskError"}
+#: Errors that concern every tomogram: a single one stops the run if nothing has succeeded yet.
+_RUN_ERRORS = {"CheckpointError", "ClusterError", "DeviceError", "LostDeviceError", "DiskError"}
+#: This many consecutive failures of one kind stop the run, whatever they are.
+_SAME_FAILURES = 3
+#: Failed attempts to claim a tomogram on a disk that does not answer, before it starts without and reports the error.
+_CLAIM_ATTEMPTS = 15
+#: Seconds between two attempts to claim tomograms that other runs hold.
+_CLAIM_PAUSE = 2.0
 
 
 def run(
@@ -72,25 +72,25 @@ def run(
     plans
         From `plan_run`, in the order in which each tomogram needs them.
     reporter
-        Told what happens.
+        Receives the progress.
     device
-        What the workers run the networks on.
+        The device that the workers run the networks on.
     executor
-        Runs the pieces of every stage; by default this process does.
+        Runs the tasks of every stage; by default this process.
     timeline
-        Whether to draw ``<stem>_timeline.png``, when each worker read, computed and wrote each block.
+        Whether to draw ``<stem>_timeline.png``, which shows when each worker read, computed and wrote each block.
     stop
-        Once set, no more pieces are begun; those at work are finished and recorded.
+        Once set, no more tasks start; those in flight are finished and recorded.
 
     Returns
     -------
     list of Outcome
-        One for each tomogram and plan, those that were done before included. Failures are outcomes, not exceptions.
+        One for each tomogram and plan, including those that were done before. Failures are outcomes, not exceptions.
 
     Raises
     ------
     LostClusterError
-        If the workers are gone; the same run goes on from there.
+        If the workers are gone; the same command resumes.
     """
     plans = [plans] if isinstance(plans, RunPlan) else list(plans)
     for plan in plans:
@@ -104,7 +104,7 @@ def run(
         for plan in plans:
             _tidy(plan, claims)
         for path in (claim_path(plan.configuration.prediction_folder, j.stem) for plan in plans for j in plan.skipped):
-            with suppress(OSError):  # of a run that was killed when the tomogram was just done
+            with suppress(OSError):  # claims left by a run that was killed just after the tomogram was done
                 if path.exists() and claims.take(path):
                     claims.release(path)
         collection = _Collection(plans, reporter, device, executor, timeline, stop or threading.Event(), claims)
@@ -115,7 +115,7 @@ def run(
 
 
 def outcomes_before(plans: Sequence[RunPlan]) -> list[Outcome]:
-    """What is known before anything is begun: which tomograms are skipped, and which have failed of their names."""
+    """Return the outcomes known before the run: skipped tomograms, and those whose names cannot be used."""
     refused: dict[str, Outcome] = {}
     for plan in plans:
         for stem, error in plan.refused:
@@ -128,14 +128,14 @@ def outcomes_before(plans: Sequence[RunPlan]) -> list[Outcome]:
 
 
 def forget_failures(plans: Sequence[RunPlan]) -> None:
-    """Record of tomograms all of whose outputs are there that they are done, where the last run of them failed."""
+    """Record as done the tomograms whose outputs are up to date although their last run failed."""
     with open_claims() as claims:
         for plan in plans:
             folder = plan.configuration.prediction_folder
             for job in plan.skipped:
                 entries, _ = read_entries(folder, job.stem)
                 claim = claim_path(folder, job.stem)
-                with suppress(OSError):  # a record is no reason for a run to fail
+                with suppress(OSError):  # the run does not fail for a record
                     if entries and entries[-1].get("status") == "failed" and claims.take(claim):
                         try:
                             forget_failure(Ledger(folder, job.stem))
@@ -144,12 +144,12 @@ def forget_failures(plans: Sequence[RunPlan]) -> None:
 
 
 def make_folders(plan: RunPlan) -> None:
-    """Make the folders that a run writes to.
+    """Create the folders that a run writes to.
 
     Raises
     ------
     OutputError, StorageError
-        If one cannot be made.
+        If one cannot be created.
     """
     for key in ("prediction_folder", "work_folder"):
         folder: Path | None = getattr(plan.configuration, key)
@@ -158,7 +158,7 @@ def make_folders(plan: RunPlan) -> None:
                 with_retries(partial(folder.mkdir, parents=True, exist_ok=True))
         except OSError as error:
             raise OutputError(
-                "must be a folder that can be made",
+                "must be a folder that can be created",
                 place=f"key {key}",
                 value=f"{folder}: {error.strerror}",
                 remedy=f"Set {key} to another folder or change the permissions",
@@ -166,7 +166,7 @@ def make_folders(plan: RunPlan) -> None:
 
 
 def remove_left_overs(plan: RunPlan) -> None:
-    """Remove what tasks in flight wrote after their tomogram had failed; to be called when the workers are gone."""
+    """Remove what tasks wrote after their tomogram had failed; call it when the workers are gone."""
     _sweep_parts(plan, own=True)
     with open_claims() as claims:
         for job in () if plan.configuration.keep_work else (*plan.jobs, *plan.incomplete):
@@ -174,7 +174,7 @@ def remove_left_overs(plan: RunPlan) -> None:
 
 
 def _sweep_parts(plan: RunPlan, own: bool = False) -> None:
-    """Remove what was still to become an output or a work store."""
+    """Remove unfinished outputs and work stores."""
     configuration = plan.configuration
     for folder in filter(None, (configuration.prediction_folder, configuration.work_folder)):
         with suppress(OSError):
@@ -182,7 +182,7 @@ def _sweep_parts(plan: RunPlan, own: bool = False) -> None:
 
 
 def _tidy(plan: RunPlan, claims: Claims) -> None:
-    """Remove the intermediate arrays of tomograms that were done just before a run was killed."""
+    """Remove work stores that a killed run left of tomograms that are done."""
     with suppress(OSError):
         if plan.configuration.keep_work or not has_work_stores(plan.configuration):
             return
@@ -205,7 +205,7 @@ def _remove_work(plan: RunPlan, job: Job, claims: Claims, only: Callable[[Ledger
 
 @dataclass(eq=False, slots=True)
 class _Work:
-    """A tomogram that is being worked on, or waits for it; where it is `predicted`, only what is made of that lacks."""
+    """A tomogram that is in progress or pending; if it is `predicted`, only files made from the labels are missing."""
 
     order: int
     stem: str
@@ -215,7 +215,7 @@ class _Work:
     thread: threading.Thread | None = None
     preparing: bool = True
     taken_over: bool = False
-    refused: int = 0  # claims that the disk did not let this process take
+    claim_failures: int = 0  # attempts to claim it on which the disk did not answer
     outcomes: list[Outcome] = field(default_factory=list)
 
 
@@ -250,9 +250,9 @@ class _Collection:
             work.order = order
         self.elsewhere: deque[_Work] = deque()
         self.active: list[_Work] = []
-        self.others: dict[str, tuple[bool, int]] = {}  # of tomograms of which another work is left: failed, voxels
+        self.others: dict[str, tuple[bool, int]] = {}  # of tomograms with another work to do: failed, voxels
         self.ended: queue.SimpleQueue[_Work] = queue.SimpleQueue()
-        self.blocks = 1  # of a tomogram, as far as known
+        self.blocks = 1  # of the latest tomogram
         self.over = False
         self.lost: LostClusterError | None = None
         self.failures: list[str] = []
@@ -261,7 +261,7 @@ class _Collection:
         self.written = False  # an output has
 
     def work(self) -> list[Outcome]:
-        """Go through all tomograms."""
+        """Run all tomograms."""
         everything = sorted([*self.waiting], key=lambda work: work.order)
         looked = 0.0
         try:
@@ -269,13 +269,13 @@ class _Collection:
                 if self.stop.is_set() and not self.over:
                     self.over = True
                     self.executor.drain()
-                    self.reporter.inform("stopping: what is in work is brought to a point from which it can go on")
+                    self.reporter.inform("stopping: tasks in flight are finished, so that the run can be resumed")
                 if self.over and not self.active:
                     break
-                if not self.waiting and self.elsewhere and time.monotonic() - looked > _LOOK:
+                if not self.waiting and self.elsewhere and time.monotonic() - looked > _CLAIM_PAUSE:
                     looked = time.monotonic()
                     self.waiting, self.elsewhere = self.elsewhere, deque()
-                if not self.over and self.waiting and self._admits():
+                if not self.over and self.waiting and self._should_start_another():
                     self._begin(self.waiting.popleft())
                     continue
                 with suppress(queue.Empty):
@@ -291,8 +291,8 @@ class _Collection:
             raise self.lost
         return [*self.skipped, *self._outcomes(everything)]
 
-    def _admits(self) -> bool:
-        """Whether another tomogram should be begun."""
+    def _should_start_another(self) -> bool:
+        """Whether another tomogram should start."""
         if not self.active:
             return True
         preparing = sum(work.preparing for work in self.active) * self.blocks
@@ -304,9 +304,9 @@ class _Collection:
             try:
                 claimed_now = self.claims.take(path)
             except OSError as error:
-                work.refused += 1
-                if not is_transient(error) or work.refused > _REFUSED:
-                    break  # what is wrong with the disk, the tomogram will say
+                work.claim_failures += 1
+                if not is_transient(error) or work.claim_failures > _CLAIM_ATTEMPTS:
+                    break  # the tomogram starts without a claim, and reports the disk's error
                 claimed_now = False
             if not claimed_now:
                 for other in taken:
@@ -322,7 +322,7 @@ class _Collection:
         work.thread.start()
 
     def _segment(self, work: _Work) -> None:
-        """A tomogram, in a thread of its own."""
+        """Run a tomogram, in its own thread."""
 
         def progress(name: str, done: int, total: int) -> None:
             predicts = name.split()[-1] == "predict"
@@ -334,20 +334,20 @@ class _Collection:
 
         began = time.time()
         shared = self.executor.share(work.stem, work.order, progress)
-        # Where a disk takes no claim, the tomogram says what is wrong with it.
+        # Claims that the disk did not take are not checked.
         claims = tuple(filter(self.claims.keeps, work.claims))
 
         def guard() -> None:
             if not all(map(self.claims.holds, claims)):
                 raise TakenOver
 
-        # As long as others are left, a tomogram need not be cut into pieces for all workers.
+        # While other tomograms are left, one need not have enough blocks for all workers.
         executor = GuardedExecutor(shared, guard, lambda: len(self.waiting) + len(self.active))
         try:
             if work.predicted:
                 work.outcomes.append(complete(*work.jobs[0], executor))
                 return
-            steps = segment_tomogram(
+            outcomes = segment_tomogram(
                 work.jobs,
                 device=self.device,
                 executor=executor,
@@ -355,22 +355,22 @@ class _Collection:
                 inform=lambda message: self._inform(work.stem, message),
                 guard=guard,
             )
-            for outcome in steps:
+            for outcome in outcomes:
                 work.outcomes.append(outcome)
         except LostClusterError as error:
             self.lost, self.over = error, True
         except TakenOver:
             work.taken_over = True
         except Interrupted:
-            pass  # what is missing is left
-        except BaseException as error:  # of whoever handles errors, too
+            pass  # models without an outcome are left
+        except BaseException as error:  # including errors of the error handling
             plan, job = work.jobs[min(len(work.outcomes), len(work.jobs) - 1)]
             work.outcomes = [*work.outcomes[: len(work.jobs) - 1], failed(plan, job, began, error)]
         finally:
             self.ended.put(work)
 
     def _inform(self, stem: str, message: str) -> None:
-        """Tell the user; what was decided about a file alone is told of the first of those that are alike."""
+        """Inform the user; of notes that differ only in numbers, only the first is shown."""
         note = re.sub(r"\d+", "0", message)
         if not message.startswith(NOTE) or note not in self.noted:
             self.noted.add(note)
@@ -382,7 +382,7 @@ class _Collection:
         for path in work.claims:
             self.claims.release(path)
         if work.taken_over:
-            self.reporter.inform(f"{work.stem}: left to another run, which took it over while this one stood still")
+            self.reporter.inform(f"{work.stem}: left to another run, which took it over while this one was suspended")
             self.elsewhere.append(work)
             return
         failed, voxels = self.others.pop(work.stem, (False, 0))
@@ -392,39 +392,39 @@ class _Collection:
             if outcome.status == "failed":
                 parts.append(f"{stage}FAILED: {outcome.error}")
                 failed, left = True, False
-                self._consider(outcome)
+                self._stop_if_hopeless(outcome)
             elif outcome.status == "done":
                 self.failures.clear()
                 self.written = True
                 voxels += 0 if work.predicted else math.prod(outcome.shape)
                 parts.append(f"{stage}done in {outcome.seconds:.0f} s, {job.output}")
             else:
-                parts.append(f"{stage}is there already, {job.output}")
+                parts.append(f"{stage}already done, {job.output}")
         if left:
-            parts.append("left as it is, to go on from here")
+            parts.append("stopped, can be resumed")
         message = "; ".join(parts)
         if any(other.stem == work.stem for other in (*self.waiting, *self.active, *self.elsewhere)):
-            self.others[work.stem] = failed, voxels  # what another model lacks of it is still to come
+            self.others[work.stem] = failed, voxels  # another model is still to run on it
             self.reporter.inform(f"{work.stem}: {message}")
         elif left:
             self.reporter.end(work.stem, message, left=True)
         else:
             self.reporter.end(work.stem, message, failed=failed, voxels=voxels)
 
-    def _consider(self, outcome: Outcome) -> None:
-        """End the run if what a tomogram failed of will befall all others."""
-        if outcome.kind in _OF_ITS_OWN or self.over:
+    def _stop_if_hopeless(self, outcome: Outcome) -> None:
+        """Stop the run if the error of a failed tomogram would fail all others too."""
+        if outcome.kind in _TOMOGRAM_ERRORS or self.over:
             return
         self.failures = [kind for kind in self.failures if kind == outcome.kind] + [outcome.kind]
-        proved = self.written if outcome.kind == "DiskError" else self.succeeded
-        at_once = not proved and outcome.kind in _OF_ALL
-        if (at_once or len(self.failures) >= _IN_A_ROW) and (self.waiting or self.active):
+        proven = self.written if outcome.kind == "DiskError" else self.succeeded
+        at_once = not proven and outcome.kind in _RUN_ERRORS
+        if (at_once or len(self.failures) >= _SAME_FAILURES) and (self.waiting or self.active):
             self.over = True
             self.executor.drain()
             self.reporter.inform(
-                "stopping: the first tomogram failed of what would befall all others"
+                "stopping: the error of the first tomogram would fail all others too"
                 if at_once
-                else f"stopping: {_IN_A_ROW} tomograms in a row failed of the same"
+                else f"stopping: {_SAME_FAILURES} tomograms in a row failed with the same kind of error"
             )
 
     def _outcomes(self, works: Iterable[_Work]) -> list[Outcome]:

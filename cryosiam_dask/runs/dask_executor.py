@@ -1,4 +1,4 @@
-"""Calls on the workers of a Dask cluster: few in flight, of the tomogram begun first, again where a worker is lost."""
+"""Run tasks on the workers of a Dask cluster: few in flight, first tomogram first, retried after a lost worker."""
 
 from __future__ import annotations
 
@@ -34,40 +34,39 @@ from cryosiam_dask.errors import (
 )
 from cryosiam_dask.runs.workers import R, Setup, T, load_tasks, register_in_workers
 
-#: Calls in flight for each worker, of those that may overlap and as many of the others: one that runs, and one that
-#: waits (or reads or writes) so that the worker never does. A worker has a thread for each.
+#: Tasks in flight for each worker, of those that may overlap and as many of the others: while one runs, the other
+#: waits, reads or writes, so that the worker is never idle. A worker has a thread for each.
 IN_FLIGHT = 2
 THREADS = 2 * IN_FLIGHT
-#: Times that a call is tried on devices that fail or hang.
+#: Attempts at a task whose workers die, hang or lose their devices.
 TRIES = 3
-#: A call hangs that takes longer than so many seconds and so many times as long as calls of its step usually do.
-HANG_SECONDS, _HANG_TIMES = 900.0, 20.0
-#: A worker that died is replaced sooner than this, if it is by Dask.
-_ALONE_SECONDS = 60.0
-#: As many times longer may one take that does not keep a device busy: it may write a file of hundreds of gigabytes.
-_FILE_TIMES = 24.0
+#: A task hangs if it takes longer than this many seconds and this many times the median of its step.
+HANG_SECONDS, _HANG_FACTOR = 900.0, 20.0
+#: Seconds without workers before the user is told: Dask replaces a worker that died sooner than this.
+_NO_WORKER_SECONDS = 60.0
+#: Factor on the seconds above for tasks that do not use the device: one may write a file of hundreds of gigabytes.
+_FILE_FACTOR = 24.0
 
 
 class DaskExecutor:
-    """Runs calls on the workers of a Dask cluster (see `cryosiam_dask.core.executor.SharedExecutor`).
+    """Run tasks on the workers of a Dask cluster (see `cryosiam_dask.core.executor.SharedExecutor`).
 
-    Calls wait here and not in the scheduler: each worker is given a few, of the tomogram that was begun first, and
-    another one when one of them is done. What keeps a device busy and what does not are counted apart, so that neither
-    waits for the other.
+    Tasks are pending here and not in the scheduler: each worker receives a few, those of the tomogram that began first,
+    and another one whenever one is done. Tasks that use the device and tasks that do not are counted separately, so
+    that neither kind waits for the other.
 
     Parameters
     ----------
     client
         The cluster's client.
     progress
-        Told of every call that is done.
+        Called after every finished task.
     hang_seconds
         See `HANG_SECONDS`.
     watch
-        Told the step of every call that is done, and the seconds from when a worker had been given it; ``None`` where
-        another one is given it instead.
+        Called with the step of every finished task and the seconds since it was submitted; ``None`` if it is retried.
     inform
-        Told where there is no worker for long.
+        Receives messages for the user, such as that there has been no worker for long.
     """
 
     def __init__(
@@ -84,18 +83,18 @@ class DaskExecutor:
         self.inform = inform
         self.progress = progress
         self.hang_seconds = hang_seconds
-        self._steps: list[_Step] = []
-        self._flying: dict[Future, _Flight] = {}
+        self._groups: list[_TaskGroup] = []
+        self._in_flight: dict[Future, _Task] = {}
         self._durations: dict[str, deque[float]] = {}
         self._addresses: dict[str, int] = {}
-        self._given_up: set[str] = set()
-        self._seen = math.inf  # when there was a worker last; infinite once it has been said that there is none
+        self._abandoned: set[str] = set()
+        self._last_worker = math.inf  # when a worker was last seen; infinite after the user was told that there is none
         self._lock = threading.RLock()
-        self._events: queue.SimpleQueue[_Outcome | None] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[_Finished | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._drained = False
-        self._proved = False
-        client.register_plugin(_Forgetting())
+        self._any_succeeded = False
+        client.register_plugin(_ForgetFinished())
         register_in_workers(client, Setup(load_tasks), "tasks")
 
     @property
@@ -117,26 +116,26 @@ class DaskExecutor:
         Raises
         ------
         DeviceError
-            If workers died of a call again and again, or their devices failed.
+            If a task's workers died, hung or lost their devices `TRIES` times.
         ClusterError
             If the scheduler is gone.
         Interrupted
-            If `drain` was called and calls are left.
+            If `drain` was called and tasks are left.
         Exception
-            Whatever the first failing call raised; calls that have not started are cancelled.
+            Raised by the first task that fails; pending tasks are cancelled.
         """
-        return self._run(_Step(function, items, name, "", 0, overlap, self.progress, done))
+        return self._run(_TaskGroup(function, items, name, "", 0, overlap, self.progress, done))
 
     def share(self, tomogram: str, order: int, progress: Progress) -> Executor:
         """See `cryosiam_dask.core.executor.SharedExecutor`."""
-        return _Share(self, tomogram, order, progress)
+        return _TomogramExecutor(self, tomogram, order, progress)
 
     @property
     def tasks_wanted(self) -> int:
         """See `cryosiam_dask.core.executor.SharedExecutor`."""
         with self._lock:
-            waiting = sum(len(step.waiting) for step in self._steps if step.overlap)
-            return max(0, 2 * IN_FLIGHT * len(self._addresses) - waiting) if self._proved else 0
+            waiting = sum(len(group.pending) for group in self._groups if group.overlap)
+            return max(0, 2 * IN_FLIGHT * len(self._addresses) - waiting) if self._any_succeeded else 0
 
     def drain(self) -> None:
         """See `cryosiam_dask.core.executor.SharedExecutor`."""
@@ -147,62 +146,62 @@ class DaskExecutor:
         """See `cryosiam_dask.core.executor.SharedExecutor`."""
         self._drained = True
         with self._lock:
-            for step in list(self._steps):
-                self._end(step, Interrupted())
+            for group in list(self._groups):
+                self._finish(group, Interrupted())
 
-    def _run(self, step: _Step) -> list[Any]:
-        step.progress(step.name, 0, step.total)
+    def _run(self, group: _TaskGroup) -> list[Any]:
+        group.progress(group.name, 0, group.total)
         with self._lock:
-            self._steps.append(step)
-            self._steps.sort(key=lambda s: s.order)
+            self._groups.append(group)
+            self._groups.sort(key=lambda group: group.order)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._dispatch, daemon=True, name="dispatch")
                 self._thread.start()
         self._events.put(None)
         results: dict[int, Any] = {}
         try:
-            # Recorded here and not where calls are dispatched: no worker waits for another tomogram's disk.
-            while arrived := step.arrived.get():
+            # Recorded here and not in the dispatching thread, so that no worker waits for another tomogram's disk.
+            while arrived := group.results.get():
                 number, result = arrived
                 results[number] = result
-                if step.done:
-                    step.done(step.items[number], result)
-                step.progress(step.name, len(results), step.total)
-        except BaseException as error:  # what cannot be recorded does not count as done; an interruption
+                if group.done:
+                    group.done(group.items[number], result)
+                group.progress(group.name, len(results), group.total)
+        except BaseException as error:  # a result that cannot be recorded is not done; or an interrupt
             with self._lock:
-                self._end(step, error if isinstance(error, Exception) else Interrupted())
+                self._finish(group, error if isinstance(error, Exception) else Interrupted())
             raise
-        if step.error:
-            raise step.error
-        return [results[i] for i in range(step.total)]
+        if group.error:
+            raise group.error
+        return [results[i] for i in range(group.total)]
 
-    # What follows runs in the dispatching thread, which lives as long as there are steps.
+    # The methods below run in the dispatching thread, which lives as long as there are task groups.
 
     def _dispatch(self) -> None:
-        looked = -math.inf
+        checked = -math.inf
         try:
             while True:
-                if time.monotonic() - looked > 1:
-                    looked = time.monotonic()
-                    self._look_around()
+                if time.monotonic() - checked > 1:
+                    checked = time.monotonic()
+                    self._check_workers()
                 with self._lock:
-                    self._launch()
-                    for step in [s for s in self._steps if not s.flying and (self._drained or not s.left)]:
-                        self._end(step, Interrupted() if step.left else None)
-                    if not self._steps:
+                    self._submit_pending()
+                    for group in [s for s in self._groups if not s.in_flight and (self._drained or not s.left)]:
+                        self._finish(group, Interrupted() if group.left else None)
+                    if not self._groups:
                         self._thread = None
                         return
-                self._collect()
+                self._collect_results()
         except BaseException as raised:
             gone = isinstance(raised, CommClosedError) or self.client.status not in ("running", "connecting")
             error = _scheduler_is_gone(self.client) if gone and not isinstance(raised, LostClusterError) else raised
             with self._lock:
                 self._thread = None
-                for step in list(self._steps):
-                    self._end(step, error)
+                for group in list(self._groups):
+                    self._finish(group, error)
 
-    def _look_around(self) -> None:
-        """Find out which workers there are, and which calls hang."""
+    def _check_workers(self) -> None:
+        """Update the list of workers, and retry tasks that hang or whose worker is gone."""
         if self.client.status not in ("running", "connecting"):
             raise _scheduler_is_gone(self.client)
         if self.client.status == "running":
@@ -211,168 +210,168 @@ class DaskExecutor:
                     found = self.client.sync(self.client.scheduler.ncores, callback_timeout=self.hang_seconds)
                 except TimeoutError:
                     raise _scheduler_is_gone(self.client, f"no answer within {self.hang_seconds:.0f} s") from None
-                # One that hangs takes long to be replaced, and would be given the same work again meanwhile.
-                self._given_up &= set(found)  # another one may come at the same address
-                self._addresses = {address: n for address, n in found.items() if address not in self._given_up}
+                # A hanging worker takes long to be replaced, and would meanwhile receive the same task again.
+                self._abandoned &= set(found)  # a new worker may have the same address
+                self._addresses = {address: n for address, n in found.items() if address not in self._abandoned}
         now = time.monotonic()
         if self._addresses:
-            self._seen = now
-        elif now - self._seen > _ALONE_SECONDS:
-            self._seen = math.inf
-            self.inform("no worker is left: what is in work goes on once another one comes to the scheduler")
+            self._last_worker = now
+        elif now - self._last_worker > _NO_WORKER_SECONDS:
+            self._last_worker = math.inf
+            self.inform("no worker is left: the run goes on once another one joins the scheduler")
         usual = {name: statistics.median(times) for name, times in self._durations.items()}
         with self._lock:
-            for future, flight in list(self._flying.items()):
-                if future not in self._flying:
-                    continue  # of a step that has just ended
-                if flight.address not in self._addresses:
-                    self._retry(future, flight, _died(flight.step.name), restart=False)
+            for future, task in list(self._in_flight.items()):
+                if future not in self._in_flight:
+                    continue  # its group has just ended
+                if task.address not in self._addresses:
+                    self._retry(future, task, _worker_died(task.group.name), restart=False)
                     continue
-                seconds = self.hang_seconds * (1 if flight.step.overlap else _FILE_TIMES)
-                if now - flight.began > max(seconds, _HANG_TIMES * usual.get(flight.step.name, 0.0)):
-                    self._retry(future, flight, _hangs(flight, now))
+                seconds = self.hang_seconds * (1 if task.group.overlap else _FILE_FACTOR)
+                if now - task.began > max(seconds, _HANG_FACTOR * usual.get(task.group.name, 0.0)):
+                    self._retry(future, task, _task_hangs(task, now))
 
-    def _launch(self) -> None:
-        """Give every worker what it can take, of the steps that come first."""
-        for step in self._steps:
-            step.waiting.extendleft(number for since, number in step.paused if since <= time.monotonic())
-            step.paused = [entry for entry in step.paused if entry[0] > time.monotonic()]
+    def _submit_pending(self) -> None:
+        """Submit pending tasks to workers that have room, those of the first groups first."""
+        for group in self._groups:
+            group.pending.extendleft(number for since, number in group.delayed if since <= time.monotonic())
+            group.delayed = [entry for entry in group.delayed if entry[0] > time.monotonic()]
         if self._drained or self.client.status != "running":
             return
         for overlap in (True, False):
-            steps = [step for step in self._steps if step.overlap == overlap and step.waiting]
-            if not steps:
+            groups = [group for group in self._groups if group.overlap == overlap and group.pending]
+            if not groups:
                 continue
             load = dict.fromkeys(self._addresses, 0)
-            for flight in self._flying.values():
-                if flight.step.overlap == overlap and flight.address in load:
-                    load[flight.address] += 1
+            for task in self._in_flight.values():
+                if task.group.overlap == overlap and task.address in load:
+                    load[task.address] += 1
             heap = [(count, address) for address, count in load.items() if count < IN_FLIGHT]
             heapq.heapify(heap)
-            for step in steps:
+            for group in groups:
                 passed_over = []
-                while step.waiting and heap:
+                while group.pending and heap:
                     count, address = heapq.heappop(heap)
-                    number = self._next(step, address)
+                    number = self._next_task(group, address)
                     if number is None:
                         passed_over.append((count, address))
                         continue
-                    self._submit(step, number, address)
+                    self._submit(group, number, address)
                     if count + 1 < IN_FLIGHT:
                         heapq.heappush(heap, (count + 1, address))
                 for entry in passed_over:
                     heapq.heappush(heap, entry)
 
-    def _next(self, step: _Step, address: str) -> int | None:
-        """Take the next call for a worker: none whose disk failed there, where there is another worker."""
+    def _next_task(self, group: _TaskGroup, address: str) -> int | None:
+        """Take the next task for a worker, except those whose disk failed there, unless it is the only worker."""
         alone = len(self._addresses) == 1
-        for place, number in enumerate(step.waiting):
-            if alone or step.failed_at.get(number) != address:
-                del step.waiting[place]
+        for place, number in enumerate(group.pending):
+            if alone or group.failed_at.get(number) != address:
+                del group.pending[place]
                 return number
         return None
 
-    def _submit(self, step: _Step, number: int, address: str) -> None:
+    def _submit(self, group: _TaskGroup, number: int, address: str) -> None:
         future = self.client.submit(
-            step.call,
-            dumps(step.items[number]),
-            key=(step.prefix, number, step.tries[number] + step.pauses[number]),
+            group.pickled,
+            dumps(group.items[number]),
+            key=(group.prefix, number, group.tries[number] + group.transient_failures[number]),
             pure=False,
             workers=[address],
         )
-        step.flying += 1
-        self._flying[future] = _Flight(step, number, address, time.monotonic())
+        group.in_flight += 1
+        self._in_flight[future] = _Task(group, number, address, time.monotonic())
         self.client.loop.add_callback(self._wait_for, future)
 
     async def _wait_for(self, future: Future) -> None:
-        """Tell the dispatching thread what comes of a call, which must not wait for it itself.
+        """Pass the result of a task to the dispatching thread, which must not wait itself.
 
-        A result that is lost with its worker, after the scheduler has told of it, never comes.
+        A result that is lost with its worker after the scheduler announced it never arrives.
         """
         try:
-            self._events.put(_Outcome(future, result=await future))
+            self._events.put(_Finished(future, result=await future))
         except (Exception, asyncio.CancelledError) as error:
-            self._events.put(_Outcome(future, error=error))
+            self._events.put(_Finished(future, error=error))
 
-    def _collect(self) -> None:
-        """Wait for something to happen, then take all results that have arrived, at once."""
+    def _collect_results(self) -> None:
+        """Wait for an event, then handle all results that have arrived."""
         arrived = []
         with suppress(queue.Empty):
             arrived.append(self._events.get(timeout=1))
             while True:
                 arrived.append(self._events.get_nowait())
         with self._lock:
-            for outcome in arrived:
-                flight = self._flying.pop(outcome.future, None) if outcome else None
-                if outcome and flight:
-                    flight.step.flying -= 1
-                    self._settle(outcome, flight)
+            for finished in arrived:
+                task = self._in_flight.pop(finished.future, None) if finished else None
+                if finished and task:
+                    task.group.in_flight -= 1
+                    self._handle(finished, task)
 
-    def _settle(self, outcome: _Outcome, flight: _Flight) -> None:
-        step, number = flight.step, flight.number
-        if step not in self._steps:
+    def _handle(self, finished: _Finished, task: _Task) -> None:
+        group, number = task.group, task.number
+        if group not in self._groups:
             return
-        error = outcome.error
+        error = finished.error
         if error is None:
-            self._durations.setdefault(step.name, deque(maxlen=99)).append(time.monotonic() - flight.began)
-            self._proved |= step.overlap
-            self.watch(step.name, time.monotonic() - flight.began)
-            step.arrived.put((number, outcome.result))
+            self._durations.setdefault(group.name, deque(maxlen=99)).append(time.monotonic() - task.began)
+            self._any_succeeded |= group.overlap
+            self.watch(group.name, time.monotonic() - task.began)
+            group.results.put((number, finished.result))
         elif isinstance(error, LostDeviceError):
-            self._retry(outcome.future, flight, error)
+            self._retry(finished.future, task, error)
         elif isinstance(error, CancelledError | asyncio.CancelledError | CommClosedError | KilledWorker):
-            # The scheduler forgot it, as one does that was started anew, or gave it up.
-            self._retry(outcome.future, flight, _died(step.name), restart=False)
-        elif is_transient(error) and step.pauses[number] < len(RETRY_PAUSES):
-            pause = RETRY_PAUSES[step.pauses[number]]
+            # The scheduler was restarted and forgot the task, or gave it up.
+            self._retry(finished.future, task, _worker_died(group.name), restart=False)
+        elif is_transient(error) and group.transient_failures[number] < len(RETRY_PAUSES):
+            pause = RETRY_PAUSES[group.transient_failures[number]]
             LOG.warning(
-                "%s, piece %d, worker %s: %s: tried again in %g s", step.prefix, number, flight.address, error, pause
+                "%s, task %d, worker %s: %s: trying again in %g s", group.prefix, number, task.address, error, pause
             )
-            step.pauses[number] += 1
-            step.failed_at[number] = flight.address
-            step.paused.append((time.monotonic() + pause, number))
-            self.watch(step.name, None)
+            group.transient_failures[number] += 1
+            group.failed_at[number] = task.address
+            group.delayed.append((time.monotonic() + pause, number))
+            self.watch(group.name, None)
         else:
-            self._end(step, retries_exhausted(error) if isinstance(error, Exception) else error)
+            self._finish(group, retries_exhausted(error) if isinstance(error, Exception) else error)
 
-    def _retry(self, future: Future, flight: _Flight, error: CryosiamDaskError, restart: bool = True) -> None:
-        """Let another process do a call that failed by no fault of its own; `error` if it has too often."""
-        step = flight.step
-        if self._flying.pop(future, None):
-            step.flying -= 1
+    def _retry(self, future: Future, task: _Task, error: CryosiamDaskError, restart: bool = True) -> None:
+        """Retry a task whose worker failed in another process; after `TRIES` attempts, fail with `error`."""
+        group = task.group
+        if self._in_flight.pop(future, None):
+            group.in_flight -= 1
             with suppress(CommClosedError):
                 self.client.cancel([future], force=True)
-        if restart and flight.address in self._addresses:
-            del self._addresses[flight.address]
-            self._given_up.add(flight.address)
-            threading.Thread(target=_restart, args=(self.client, flight.address), daemon=True).start()
-        step.tries[flight.number] += 1
-        LOG.warning("%s, piece %d, worker %s: %s", step.prefix, flight.number, flight.address, error)
-        if step.tries[flight.number] >= TRIES:
-            self._end(step, error)
+        if restart and task.address in self._addresses:
+            del self._addresses[task.address]
+            self._abandoned.add(task.address)
+            threading.Thread(target=_restart, args=(self.client, task.address), daemon=True).start()
+        group.tries[task.number] += 1
+        LOG.warning("%s, task %d, worker %s: %s", group.prefix, task.number, task.address, error)
+        if group.tries[task.number] >= TRIES:
+            self._finish(group, error)
         else:
-            self.watch(step.name, None)
-            step.waiting.appendleft(flight.number)
+            self.watch(group.name, None)
+            group.pending.appendleft(task.number)
 
-    def _end(self, step: _Step, error: BaseException | None) -> None:
-        """Let the caller of a step go on."""
-        if step in self._steps:
-            self._steps.remove(step)
-        step.error = error
-        step.waiting.clear()
-        step.paused.clear()
-        left = [future for future, flight in self._flying.items() if flight.step is step] if step.flying else []
+    def _finish(self, group: _TaskGroup, error: BaseException | None) -> None:
+        """Remove a group, and let its caller continue."""
+        if group in self._groups:
+            self._groups.remove(group)
+        group.error = error
+        group.pending.clear()
+        group.delayed.clear()
+        left = [future for future, task in self._in_flight.items() if task.group is group] if group.in_flight else []
         for future in left:
-            del self._flying[future]
-        step.arrived.put(None)
+            del self._in_flight[future]
+        group.results.put(None)
         if left and self.client.status == "running":
             with suppress(CommClosedError):
                 self.client.cancel(left, force=True)
 
 
 @dataclass(eq=False, slots=True)
-class _Step:
-    """One `map`: what waits, what flies, and what came of it."""
+class _TaskGroup:
+    """The tasks of one `map`: pending, in flight, and finished."""
 
     function: Callable[[Any], Any]
     items: Sequence[Any]
@@ -382,27 +381,27 @@ class _Step:
     overlap: bool
     progress: Progress
     done: Callable[[Any, Any], None] | None
-    waiting: deque[int] = field(init=False)
+    pending: deque[int] = field(init=False)
     tries: list[int] = field(init=False)
-    flying: int = 0
-    #: Calls that met an error of the disk that may pass: when each is to be tried again, and how often it has been.
-    paused: list[tuple[float, int]] = field(default_factory=list)
-    pauses: Counter[int] = field(default_factory=Counter)
+    in_flight: int = 0
+    #: Tasks to retry after a transient disk error, each with the time to do it, and how many errors each has had.
+    delayed: list[tuple[float, int]] = field(default_factory=list)
+    transient_failures: Counter[int] = field(default_factory=Counter)
     failed_at: dict[int, str] = field(default_factory=dict)
-    #: Numbers with results, in the order in which they came; ``None`` when that is all.
-    arrived: queue.SimpleQueue[tuple[int, Any] | None] = field(default_factory=queue.SimpleQueue)
+    #: Task numbers with their results, in order of arrival; ``None`` at the end.
+    results: queue.SimpleQueue[tuple[int, Any] | None] = field(default_factory=queue.SimpleQueue)
     error: BaseException | None = None
     prefix: str = field(init=False)
-    call: _Call = field(init=False)
+    pickled: _Pickled = field(init=False)
 
     def __post_init__(self) -> None:
-        self.waiting = deque(range(len(self.items)))
+        self.pending = deque(range(len(self.items)))
         self.tries = [0] * len(self.items)
-        # The dashboard groups tasks by the first word, and within it by all of this. Keys are ASCII: a file name may be
-        # what no message can carry.
+        # The dashboard groups tasks by the first word of their keys, then by the whole prefix. Keys are ASCII, since a
+        # file name may hold bytes that no message can carry.
         tomogram = re.sub(r"[^A-Za-z0-9_.+-]", "_", self.tomogram)
         self.prefix = "-".join(filter(None, (self.name, tomogram, uuid.uuid4().hex)))
-        self.call = _Call(dumps(self.function), not self.overlap)
+        self.pickled = _Pickled(dumps(self.function), not self.overlap)
 
     @property
     def total(self) -> int:
@@ -410,23 +409,23 @@ class _Step:
 
     @property
     def left(self) -> bool:
-        """Whether calls are yet to be given to workers."""
-        return bool(self.waiting or self.paused)
+        """Whether tasks have not been submitted yet."""
+        return bool(self.pending or self.delayed)
 
 
 @dataclass(frozen=True, slots=True)
-class _Flight:
-    """A call that a worker has."""
+class _Task:
+    """A task in flight on a worker."""
 
-    step: _Step
+    group: _TaskGroup
     number: int
     address: str
     began: float
 
 
 @dataclass(frozen=True, slots=True)
-class _Outcome:
-    """What came of a call."""
+class _Finished:
+    """The result or error of a task."""
 
     future: Future
     result: Any = None
@@ -434,7 +433,7 @@ class _Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class _Share:
+class _TomogramExecutor:
     """A `DaskExecutor` for one tomogram."""
 
     executor: DaskExecutor
@@ -455,12 +454,12 @@ class _Share:
         overlap: bool = False,
         done: Callable[[T, R], None] | None = None,
     ) -> list[R]:
-        step = _Step(function, items, name, self.tomogram, self.order, overlap, self.progress, done)
-        return self.executor._run(step)
+        group = _TaskGroup(function, items, name, self.tomogram, self.order, overlap, self.progress, done)
+        return self.executor._run(group)
 
 
 def _restart(client: Client, address: str) -> None:
-    """Replace a worker process; where nobody watches over it, it is given up."""
+    """Restart a worker process, or retire it if it has no nanny that could restart it."""
     try:
         client.restart_workers([address], timeout=10, raise_for_error=False)
     except Exception:
@@ -468,63 +467,64 @@ def _restart(client: Client, address: str) -> None:
             client.retire_workers([address])
 
 
-def _died(step: str) -> DeviceError:
+def _worker_died(step: str) -> DeviceError:
     return DeviceError(
-        "a worker process died several times of the same piece of work",
+        "a worker process died several times during the same task",
         place=f"step '{step}'",
-        remedy="Most likely the machine ran out of memory: use fewer --workers, or a smaller batch_size, patch_size or "
+        remedy="The machine probably ran out of memory: use fewer --workers, or a smaller batch_size, patch_size or "
         "block_size",
     )
 
 
-def _hangs(flight: _Flight, now: float) -> DeviceError:
+def _task_hangs(task: _Task, now: float) -> DeviceError:
     return DeviceError(
-        "a piece of work must end",
-        place=f"step '{flight.step.name}'",
-        value=f"no result after {now - flight.began:.0f} s, on one worker after the other",
-        remedy="Look at the workers' devices and disks, then repeat the command: what is done is kept",
+        "a task must end",
+        place=f"step '{task.group.name}'",
+        value=f"no result after {now - task.began:.0f} s, on several workers in turn",
+        remedy="Check the workers' devices and disks, then repeat the command: finished work is kept",
     )
 
 
-def _scheduler_is_gone(client: Client, found: str = "a connection that was closed") -> LostClusterError:
+def _scheduler_is_gone(client: Client, found: str = "a closed connection") -> LostClusterError:
     return LostClusterError(
-        "the scheduler must stay until the run is over",
+        "the scheduler must keep running until the run ends",
         place=getattr(client.scheduler, "address", None) or "the Dask cluster",
         value=found,
-        remedy="Start it again and repeat the command: what is done is kept",
+        remedy="Start it again and repeat the command: finished work is kept",
     )
 
 
-_ALONE = threading.Lock()
+_EXCLUSIVE = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
-    """Calls a function with an item, both pickled.
+class _Pickled:
+    """Call a function with an item, both pickled.
 
-    The scheduler looks into what it is given: it would import all that the function needs, PyTorch included, and take
-    arguments apart for every call.
+    Unpickled, the scheduler would import everything that the function needs, including PyTorch, and traverse the
+    arguments of every task.
     """
 
     function: bytes
-    alone: bool  # no two such calls run at the same time in a process
+    exclusive: bool  # a process runs only one such task at a time
 
     def __call__(self, item: bytes) -> Any:
-        with _ALONE if self.alone else nullcontext():
+        with _EXCLUSIVE if self.exclusive else nullcontext():
             return loads(self.function)(loads(item))
 
 
-class _Forgetting(SchedulerPlugin):  # type: ignore[misc]  # untyped
-    """Lets the scheduler forget calls that are over.
+class _ForgetFinished(SchedulerPlugin):  # type: ignore[misc]  # untyped
+    """Let the scheduler forget finished tasks.
 
-    `distributed.spans` keeps every group of calls that there ever was and a note of every call, and looks through all
-    groups whenever a new one comes; `dask.utils.key_split` keeps the last hundred thousand names. Together that is tens
-    of kilobytes for a tomogram.
+    `distributed.spans` keeps every task group and an entry for every task, and goes through all groups whenever a new
+    one arrives; `dask.utils.key_split` caches a hundred thousand names. Together that is tens of kilobytes for each
+    tomogram.
     """
 
-    name = "forget calls that are over"
+    name = "forget finished tasks"
     idempotent = True
-    _EVERY, _SPANS = 100, 100  # calls between two looks; spans to keep, as workers may still tell of the latest ones
+    #: Finished tasks between two clean-ups; spans to keep, since workers may still report on the latest ones.
+    _EVERY, _SPANS = 100, 100
 
     async def start(self, scheduler: Any) -> None:
         """See `distributed.SchedulerPlugin`."""

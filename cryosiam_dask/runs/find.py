@@ -1,4 +1,4 @@
-"""The tomograms, masks and predictions that a configuration names."""
+"""Find the tomograms, masks and predictions of a configuration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.core.executor import with_retries
@@ -26,25 +25,21 @@ from cryosiam_dask.errors import (
 )
 from cryosiam_dask.files.folders import left_out, unusable, visible
 
-# What reads files is imported where it is used: a path that is wrong is to be told at once.
-if TYPE_CHECKING:
-    pass
-
 
 def require_paths(configurations: Mapping[str, Configuration], filename: str | None = None) -> None:
-    """Refuse paths that are wrong, before anything is loaded that takes longer than looking at them.
+    """Refuse wrong paths before anything is imported that takes longer than checking them.
 
     Parameters
     ----------
     configurations
         Of each model, in their order; see `cryosiam_dask.config.read_models`.
     filename
-        See `plan_run`, which finds the same, and more.
+        See `plan_run`, which finds the same problems and more.
 
     Raises
     ------
     Problems
-        With all of them.
+        All problems at once.
     """
     from cryosiam_dask.model.checkpoint import open_checkpoint
 
@@ -52,28 +47,29 @@ def require_paths(configurations: Mapping[str, Configuration], filename: str | N
     for number, configuration in enumerate(configurations.values()):
         try:
             sources = all_tomograms(configuration, filename, problems)
-            if number == 0:  # later ones take the masks that the first makes
+            if number == 0:  # later models use the masks that the first makes
                 find_masks(configuration, sources, (), problems)
             check_prediction_folder(configuration, problems)
             if isinstance(configuration.trained_model, Path):
                 open_checkpoint(configuration.trained_model).close()
         except CheckpointError as error:
             problems.append(error)
-        except OSError:  # which may pass: `plan_run` is patient
+        except OSError:  # may be transient: `plan_run` tries again
             pass
     if problems:
-        raise Problems({str(problem): problem for problem in problems}.values())  # models share their tomograms
+        raise Problems(
+            {str(problem): problem for problem in problems}.values()
+        )  # each once: models share their tomograms
 
 
-#: Bytes by which the names of what is made of a tomogram, or lies beside it meanwhile, are longer than its own.
+#: Bytes by which names of outputs and temporary files are longer than that of their tomogram.
 _LONGER = 60
 
 
 def refused_names(configuration: Configuration, sources: Sequence[Path]) -> dict[Path, TomogramError]:
-    """Those of some tomograms of whose names no output can be called, and why.
+    """Find tomograms whose names cannot be used for outputs, with the reason.
 
-    Names are text in every table, list and page; a disk says how long they may be, and may take upper and lower case
-    for the same.
+    Names are text in every table, list and report; a file system limits their length, and may ignore their case.
     """
     folder = next((each for each in _upwards(configuration.prediction_folder) if each.is_dir()), Path("/"))
     try:
@@ -90,17 +86,17 @@ def refused_names(configuration: Configuration, sources: Sequence[Path]) -> dict
             rule = "its name must be UTF-8 text without tabs or other control characters: lists and tables contain it"
         elif len(os.fsencode(stem)) > longest:
             rule = (
-                f"its name must have at most {longest} bytes without its extension: the names of its outputs are longer"
+                f"its name must have at most {longest} bytes without its extension, since names of outputs are longer"
             )
         elif same != source:
-            rule = f"its outputs would be those of {same.name}: {folder} takes upper and lower case for the same"
+            rule = f"its outputs must not be those of {same.name}: {folder} ignores upper and lower case"
         if rule:
             found[source] = TomogramError(rule, place=shown(str(source)), remedy="Rename it, or make a link to it")
     return found
 
 
 def shown(name: str) -> str:
-    """A file name as text: bytes that are none, and control characters, as Python writes them."""
+    """Return a file name as text, with invalid bytes and control characters escaped."""
     text = name.encode("utf-8", "backslashreplace").decode()
     return "".join(c if unicodedata.category(c) not in ("Cc", "Zl", "Zp") else ascii(c)[1:-1] for c in text)
 
@@ -111,7 +107,7 @@ def _upwards(folder: Path) -> tuple[Path, ...]:
 
 
 def _ignores_case(folder: Path) -> bool:
-    """Whether a disk takes upper and lower case for the same, asked without writing."""
+    """Whether a file system ignores case, found out without writing."""
     for each in _upwards(folder):
         if each.name.swapcase() != each.name:
             other = each.with_name(each.name.swapcase())
@@ -120,12 +116,12 @@ def _ignores_case(folder: Path) -> bool:
 
 
 def find_sources(configuration: Configuration) -> list[Path]:
-    """The tomogram files of a configuration.
+    """Find the tomogram files of a configuration.
 
     Raises
     ------
     Problems
-        If there are none, or one that is named is missing.
+        If there are none, or a named one is missing.
     """
     problems: list[CryosiamDaskError] = []
     sources = all_tomograms(configuration, None, problems)
@@ -135,7 +131,7 @@ def find_sources(configuration: Configuration) -> list[Path]:
 
 
 def find_tomograms(configuration: Configuration, filename: str | None = None) -> list[Path]:
-    """The tomograms of a configuration, as far as they are there; see `plan_run` for what is not."""
+    """Find the tomograms of a configuration that exist; `plan_run` reports those that do not."""
     return all_tomograms(configuration, filename, [])
 
 
@@ -150,12 +146,12 @@ def all_tomograms(configuration: Configuration, filename: str | None, problems: 
 
 
 def name_in_data_folder(configuration: Configuration, name: str, place: str) -> str:
-    """The name in `data_folder` of what a user calls a tomogram: its path from there, or from the current folder.
+    """Return the name in `data_folder` of a tomogram, given relative to that or to the current folder.
 
     Raises
     ------
     ConfigurationError
-        If it is the path of something elsewhere.
+        If the path is elsewhere.
     """
     folder, path = configuration.data_folder, Path(name)
     if path.name == name:
@@ -172,23 +168,23 @@ def name_in_data_folder(configuration: Configuration, name: str, place: str) -> 
 
 
 def find_predictions(configuration: Configuration, filename: str | None = None, *, sizes: bool = False) -> list[Path]:
-    """The written predictions of a configuration.
+    """Find the existing predictions of a configuration.
 
     Parameters
     ----------
     configuration
         The YAML file.
     filename
-        Name of a single tomogram; rules over ``test_files``.
+        Name of a single tomogram; takes precedence over ``test_files``.
     sizes
         Whether ``postprocessing_sizes`` are needed.
 
     Raises
     ------
     Problems
-        If one is missing, or there are none, or the configuration lacks ``postprocessing_sizes``.
+        If there are none, one is missing, or the configuration lacks ``postprocessing_sizes``.
     ConfigurationError
-        If the folder cannot be looked into.
+        If the folder cannot be read.
     """
     try:
         return with_retries(partial(_find_predictions, configuration, filename, sizes))
@@ -226,12 +222,12 @@ def _find_predictions(configuration: Configuration, filename: str | None, sizes:
 
 
 def unreadable_folder(key: str, folder: Path, error: OSError) -> ConfigurationError:
-    """The error to raise where the kernel did not let a folder be looked into."""
+    """Return the error to raise if a folder cannot be read."""
     return ConfigurationError(
-        "must be a folder that can be looked into",
+        "must be a readable folder",
         place=f"key {key}",
         value=f"{error.filename or folder}: {error.strerror}",
-        remedy=f"Change the permissions of the folder, or {key}",
+        remedy=f"Change the permissions of the folder, or change {key}",
     )
 
 
@@ -296,7 +292,7 @@ def _tomograms(configuration: Configuration, filename: str | None, problems: lis
 
 
 def left_out_tomograms(configuration: Configuration) -> list[str]:
-    """What `data_folder` holds that could be taken for a tomogram and is none, as a sentence, if there is anything."""
+    """Describe files in `data_folder` that look like tomograms and are not used, in a sentence if there are any."""
     folder = configuration.data_folder
     with suppress(OSError):
         if configuration.test_files is None and folder.is_dir():
@@ -310,8 +306,10 @@ def _is_tomogram(path: Path) -> bool:
 
 
 def _why_no_tomogram(path: Path) -> str:
-    """Why this can be no tomogram, which any file can, and the folder of a zarr; empty if it can. One that lacks its
-    metadata fails later, with its name."""
+    """Say why a path cannot be a tomogram; empty for files and zarr folders.
+
+    A zarr folder without metadata fails later, with its name.
+    """
     why = unusable(path)
     try:
         if why or path.is_file():
@@ -324,7 +322,7 @@ def _why_no_tomogram(path: Path) -> str:
 
 
 def _is_output(path: Path) -> bool:
-    """Whether this is one of the files that a run leaves in a folder that may also be that of the tomograms."""
+    """Whether this is an output of a run; outputs may lie in the same folder as the tomograms."""
     if path.name.endswith(("_preds.h5", "_components.h5", ".work.zarr")):
         return True
     from cryosiam_dask.stages.export import read_mrc_fingerprint
@@ -338,33 +336,34 @@ def _is_output(path: Path) -> bool:
 def find_masks(
     configuration: Configuration,
     sources: Sequence[Path],
-    to_come: Collection[str],
+    pending: Collection[str],
     problems: list[CryosiamDaskError],
 ) -> list[Path | None]:
     folder = configuration.mask_folder
     if folder is None:
         return [None] * len(sources)
-    if not folder.is_dir() and not to_come:
+    if not folder.is_dir() and not pending:
         problems.append(not_found("mask_folder", folder, "folder"))
         return [None] * len(sources)
     masks = [folder / f"{s.name.removesuffix(configuration.file_extension)}_preds.h5" for s in sources]
     missing = [
         missing_mask(source, mask)
         for source, mask in zip(sources, masks, strict=True)
-        if not mask.is_file() and mask.name.removesuffix("_preds.h5") not in to_come
+        if not mask.is_file() and mask.name.removesuffix("_preds.h5") not in pending
     ]
     if len(missing) == len(sources):  # otherwise those of others fail alone
         problems += missing if len(missing) <= _FEW else [_without_masks(folder, masks[0], len(missing))]
     return list(masks)
 
 
-_FEW = 3  # of which each is named
+_FEW = 3  # missing masks that are reported one by one
 
 
 def _without_masks(folder: Path, first: Path, count: int) -> MaskError:
     return MaskError(
-        f"holds no lamella mask of any of the {count} tomograms, such as {first.name}",
+        "must hold a lamella mask of each tomogram",
         place=f"key mask_folder, {folder}",
+        value=f"none of {count}, such as {first.name}",
         remedy="Run the lamella prediction first, or correct mask_folder",
     )
 
@@ -389,7 +388,7 @@ def not_readable(source: Path, mask: Path | None, error: OSError) -> CryosiamDas
 
 
 def not_found(key: str, path: Path, kind: str) -> ConfigurationError:
-    rule = f"must be a {kind}, and {path} is none" if path.exists() else not_there(path)
+    rule = f"must be a {kind}, and {path} is not" if path.exists() else not_there(path)
     remedy = f"Run the lamella prediction first, or correct {key}" if key == "mask_folder" else f"Correct {key}"
     return ConfigurationError(rule, place=f"key {key}", remedy=remedy)
 
@@ -404,9 +403,9 @@ def check_prediction_folder(configuration: Configuration, problems: list[Cryosia
             what = "read-only" if existing.is_dir() else "a file" if existing.exists() else "a link that leads nowhere"
             problems.append(
                 OutputError(
-                    "must be a folder that can be written to, or one that can be made",
+                    "must be a writable folder, or one that can be created",
                     place=f"key {key}",
                     value=f"{path} ({existing} is {what})",
-                    remedy=f"Set {key} to another folder, change its permissions, or mount the disk that it is on",
+                    remedy=f"Set {key} to another folder, change its permissions, or mount its disk",
                 )
             )

@@ -1,4 +1,4 @@
-"""Whether an output was made from the same input with the same settings."""
+"""Fingerprints: whether an output was made from the same input with the same settings."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from cryosiam_dask.errors import (
 from cryosiam_dask.model.classes import named
 from cryosiam_dask.runs.ledger import read_entries
 
-# What reads files is imported where it is used: a path that is wrong is to be told at once.
+# Imported where it is used, since it takes seconds: a wrong path is reported at once.
 if TYPE_CHECKING:
     from cryosiam_dask.model.checkpoint import Checkpoint
 
 
-#: Raised whenever a change of the code changes a result, so that outputs of before are not taken for done.
+#: Increased whenever a change of the code changes results, so that earlier outputs do not count as done.
 NUMBERS_VERSION = 2
 
 
 def settings_of(
     configuration: Configuration, checkpoint: Checkpoint, patch: tuple[int, ...], threshold: float
 ) -> dict[str, Any]:
-    """What the numbers of an output depend on, besides its input."""
+    """Return everything that the numbers of an output depend on, except its input."""
     network, data = configuration.parameters.network, configuration.parameters.data
     return {
         "numbers_version": NUMBERS_VERSION,
@@ -43,14 +43,14 @@ def settings_of(
         "threshold": threshold,
         "hull": ("volume" if network.hull_3d else "slices") if network.postprocessing else None,
         "save_internal_files": configuration.save_internal_files,
-        # Only where they are set, so that outputs of before stay what they are.
+        # Only if set, so that earlier outputs stay valid.
         **({"invert": True} if data.invert else {}),
         **{name: value for name, value in configuration.reading.items() if value or value is False},
     }
 
 
 def removal_sizes(configuration: Configuration) -> list[int]:
-    """``postprocessing_sizes`` without trailing entries that do nothing; empty if none does anything."""
+    """Return ``postprocessing_sizes`` without trailing entries that have no effect; empty if none has any."""
     sizes = list(configuration.parameters.network.postprocessing_sizes or ())
     while sizes and sizes[-1] == -1:
         sizes.pop()
@@ -58,7 +58,7 @@ def removal_sizes(configuration: Configuration) -> list[int]:
 
 
 def known_identity(configuration: Configuration, source: Path, stem: str) -> list[Any]:
-    """What tells a tomogram from another one or a later one: as it was recorded, where its times alone have changed.
+    """Return the identity of a tomogram's file: the recorded one, if only its times have changed since.
 
     Parameters
     ----------
@@ -92,10 +92,10 @@ def fingerprint_of(
     if not source.is_dir():
         try:
             decided = read_header(source, **configuration.reading).decided
-        except TomogramError as error:  # such a tomogram fails alone, later
+        except TomogramError as error:  # the tomogram fails later, without the others
             if is_transient(error) and isinstance(error.__cause__, OSError):
                 raise error.__cause__ from None
-    # Only where there is something, so that outputs of before stay what they are.
+    # Only if there is something, so that earlier outputs stay valid.
     settings = {**settings, **({"decided": decided} if decided else {})}
     return hashlib.sha256(json.dumps([files, settings], sort_keys=True).encode()).hexdigest()
 
@@ -103,7 +103,7 @@ def fingerprint_of(
 def made_otherwise(output: Path) -> OutputError:
     if not os.access(output, os.R_OK):
         return OutputError(
-            "an output that is there must be readable",
+            "an existing output must be readable",
             place=output,
             value=os.strerror(errno.EACCES),
             remedy="Change its permissions, or set another prediction_folder",
@@ -124,13 +124,13 @@ def identity_of(path: Path) -> tuple[int, ...] | None:
 
 
 def _mask_identity(path: Path) -> list[Any]:
-    """By its content, which is the same whenever it is made; compressed, it is small."""
+    """Identify a mask by its content, which is small and the same whenever it is made."""
     with path.open("rb") as file:
         return [path.name, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
 def read_fingerprint(output: Path) -> str | None:
-    """The fingerprint of an output; ``None`` for a file of another program or one that cannot be read."""
+    """Return the fingerprint of an output; ``None`` if another program wrote it or it cannot be read."""
     from cryosiam_dask.files.hdf5 import read_attributes
     from cryosiam_dask.stages.export import read_mrc_fingerprint
 
@@ -143,7 +143,7 @@ def read_fingerprint(output: Path) -> str | None:
 
 
 def components_done(path: Path | None, fingerprint: str, names: Sequence[str]) -> bool:
-    """Whether a tomogram's components, where they are wanted, are those of its output, with the names that are wanted.
+    """Whether a tomogram's components, if wanted, belong to its output and have the right class names.
 
     Parameters
     ----------

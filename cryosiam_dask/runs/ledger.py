@@ -1,16 +1,16 @@
-"""What is done of a tomogram, so that a run that was killed goes on where it stopped; and who works on it.
+"""The ledger of a tomogram: a record of finished work, from which a run that was killed resumes.
 
-For every tomogram of a prediction folder there is, in the folder's ``.ledger``, a file of lines that are only ever
-appended to, each a JSON object behind its checksum::
+The folder ``.ledger`` of a prediction folder holds a file for each tomogram. Lines are only appended, each a checksum
+and a JSON object::
 
     7b1f02c4 {"what": "ledger", "version": 1}
     90c1d3aa {"what": "blocks", "key": "5d41…", "block_size": 320, "token": "a1b2…"}
     1c22b07e {"what": "block", "index": [0, 0, 1]}
 
-A line stands for something that is on the disk already. A last line that was cut off is as if it had never been
-written; any other damage, or a ledger of another version, costs the work that it stands for and nothing else.
+A line is written after its result is on the disk. A truncated last line is ignored; after any other damage, or in a
+ledger of another version, the recorded work is done again.
 
-Beside it lies, while somebody works on the tomogram, a claim, in which its holder counts on while it lives.
+While a run works on the tomogram, its claim lies beside the ledger (`cryosiam_dask.files.claims`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ VERSION = 1
 
 
 class Ledger:
-    """The record of one tomogram; see the module.
+    """The ledger of one tomogram; see the module.
 
     Parameters
     ----------
@@ -44,12 +44,12 @@ class Ledger:
     Attributes
     ----------
     fault
-        Why what the file said before cannot be used; empty if it can.
+        Why earlier entries cannot be used; empty if they can.
 
     Raises
     ------
     OSError
-        If the disk does not answer, which may pass: what is recorded stays.
+        After a transient disk error; recorded entries are kept.
     """
 
     def __init__(self, prediction_folder: Path, stem: str) -> None:
@@ -65,28 +65,28 @@ class Ledger:
             os.truncate(self.path, whole)
 
     def last(self, what: str) -> dict[str, Any] | None:
-        """The latest entry of a kind."""
+        """Return the last entry of a kind, or ``None``."""
         return next((entry for entry in reversed(self.entries) if entry["what"] == what), None)
 
     def since(self, what: str, other: str) -> list[dict[str, Any]]:
-        """The entries `what` behind the latest entry `other`."""
+        """Return the entries `what` after the last entry `other`."""
         first = max((i for i, entry in enumerate(self.entries) if entry["what"] == other), default=len(self.entries))
         return [entry for entry in self.entries[first:] if entry["what"] == what]
 
     def append(self, what: str, **values: Any) -> None:
-        """Record something that is on the disk already."""
+        """Record a result that is on the disk."""
         entry = {"what": what, **values}
         with self._lock, self.path.open("ab") as file:
             file.write(_line(entry))
             self.entries.append(entry)
-            # What is lost with the machine is worked on again: not worth waiting for the disk at every block.
+            # Entries lost in a crash are only done again, so not every block waits for the disk.
             if time.monotonic() - self._synced > 1:
                 file.flush()
                 os.fsync(file.fileno())
                 self._synced = time.monotonic()
 
     def close(self, **outcome: Any) -> None:
-        """Replace everything by what became of the tomogram; which file it was made from stays."""
+        """Replace all entries by the tomogram's outcome; its source stays."""
         with self._lock:
             source = self.last("source")
             self._replace([*([source] if source else ()), {"what": "outcome", **outcome}])
@@ -106,7 +106,7 @@ class Ledger:
 
 
 def read_entries(prediction_folder: Path, stem: str) -> tuple[list[dict[str, Any]], str]:
-    """The entries of a tomogram's ledger, none where there is none, and what is wrong with it.
+    """Return the entries of a tomogram's ledger, empty if there is none, and what is wrong with it.
 
     Parameters
     ----------
@@ -118,7 +118,7 @@ def read_entries(prediction_folder: Path, stem: str) -> tuple[list[dict[str, Any
 
 
 def read_outcomes(prediction_folder: Path) -> dict[str, dict[str, Any]]:
-    """What became of the tomograms of a prediction folder, by name, as far as runs have recorded it.
+    """Return the recorded outcomes of the tomograms of a prediction folder, by name.
 
     Returns
     -------
@@ -141,7 +141,7 @@ def _line(entry: Mapping[str, Any]) -> bytes:
 
 
 def _read(path: Path, patient: bool = False) -> tuple[list[dict[str, Any]], str, int]:
-    """Entries, fault, and bytes of the whole lines; where `patient`, an error that may pass is raised."""
+    """Return entries, fault, and bytes of complete lines; if `patient`, raise transient errors."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -159,7 +159,7 @@ def _read(path: Path, patient: bool = False) -> tuple[list[dict[str, Any]], str,
             entries.append(json.loads(text))
         except ValueError:
             if whole + len(line) == len(content):
-                break  # cut off as it was written
+                break  # truncated while it was written
             return [], "is damaged", 0
         whole += len(line)
     if entries and entries[0] != {"what": "ledger", "version": VERSION}:

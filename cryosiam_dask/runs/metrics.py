@@ -1,7 +1,7 @@
-"""What a run has done, in Prometheus form, on the ``/metrics`` of the scheduler's own dashboard.
+"""Export a run's counts in Prometheus form at ``/metrics`` of the scheduler's dashboard.
 
-A `Meter` counts here, beside whatever else is told of a run, and sends its totals to the scheduler every few seconds; a
-plugin of the scheduler shows them together with what Dask measures itself, and what each worker's GPU is doing.
+A `Meter` counts in this process and sends its totals to the scheduler every few seconds. A plugin of the scheduler
+exports them together with Dask's own metrics and the state of each worker's GPU.
 """
 
 from __future__ import annotations
@@ -26,39 +26,39 @@ _OUTCOMES = ("done", "failed")
 
 
 class Meter:
-    """A reporter that counts what it passes on.
+    """A reporter that counts and passes everything on.
 
     Parameters
     ----------
     reporter
-        Told the same.
+        Receives the same.
     client
-        Of the cluster whose scheduler shows the counts.
+        Of the cluster whose scheduler exports the counts.
     """
 
     def __init__(self, reporter: Reporter, client: Client) -> None:
         self._reporter, self._client = reporter, client
         self._run = uuid.uuid4().hex
         self._lock = threading.Lock()
-        self._pieces: Counter[str] = Counter()
+        self._tasks: Counter[str] = Counter()
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._retries: Counter[str] = Counter()
         self._tomograms: Counter[str] = Counter()
         self._voxels = 0
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
-        with suppress(Exception):  # a scheduler of another environment: the run goes on without
+        with suppress(Exception):  # a scheduler of another environment: the run goes on without metrics
             client.register_plugin(Collector())
             self._thread = threading.Thread(target=self._send_often, daemon=True, name="metrics")
             self._thread.start()
 
     def watch(self, step: str, seconds: float | None) -> None:
-        """A piece of a step came back, `seconds` after a worker had been given it; ``None``: it is tried again."""
+        """A task of a step is done, `seconds` after it was submitted; ``None``: it is retried."""
         with self._lock:
             if seconds is None:
                 self._retries[step] += 1
             else:
-                self._pieces[step] += 1
+                self._tasks[step] += 1
                 self._seconds[step] += seconds
 
     def begin(self, tomogram: str) -> None:
@@ -92,7 +92,7 @@ class Meter:
         with self._lock:
             return {
                 "run": self._run,
-                "pieces": dict(self._pieces),
+                "tasks": dict(self._tasks),
                 "seconds": dict(self._seconds),
                 "retries": dict(self._retries),
                 "tomograms": dict(self._tomograms),
@@ -105,7 +105,7 @@ class Meter:
             over = self._over.wait(_INTERVAL)
             totals = self._totals()
             if totals != sent:
-                with suppress(Exception):  # of a scheduler that is gone, which the run finds out itself
+                with suppress(Exception):  # the scheduler may be gone, which the run notices itself
                     self._client.log_event(_TOPIC, totals)
                     sent = totals
             if over:
@@ -113,7 +113,7 @@ class Meter:
 
 
 class Collector(SchedulerPlugin):  # type: ignore[misc]  # untyped
-    """Shows what the runs on a scheduler have told, and its workers' GPUs; see `distributed.SchedulerPlugin`."""
+    """Export the counts of all runs on a scheduler and the state of its GPUs; see `distributed.SchedulerPlugin`."""
 
     name = "cryosiam-dask metrics"
     idempotent = True
@@ -123,17 +123,17 @@ class Collector(SchedulerPlugin):  # type: ignore[misc]  # untyped
         self._scheduler: Any = None
 
     async def start(self, scheduler: Any) -> None:
-        """Begin to be shown."""
+        """Start to export."""
         self._scheduler = scheduler
         REGISTRY.register(self)
 
     async def close(self) -> None:
-        """Be shown no more."""
+        """Stop exporting."""
         with suppress(KeyError):
             REGISTRY.unregister(self)
 
     def log_event(self, topic: str, msg: Any) -> None:
-        """Take the totals of a run."""
+        """Receive the totals of a run."""
         if topic == _TOPIC:
             self._runs[msg["run"]] = msg
 
@@ -144,18 +144,19 @@ class Collector(SchedulerPlugin):  # type: ignore[misc]  # untyped
         return total
 
     def collect(self) -> Iterator[Metric]:
-        """The families of metrics, for prometheus_client."""
-        pieces, seconds = self._sum("pieces"), self._sum("seconds")
+        """Yield the metrics, for prometheus_client."""
+        tasks, seconds = self._sum("tasks"), self._sum("seconds")
         times = SummaryMetricFamily(
             "cryosiam_dask_piece_seconds",
-            "Seconds from when a worker was given a piece of a step (a block, a slab, a file) to its result",
+            "Seconds from the submission of a task to its result, by step",
             labels=["step"],
         )
-        for step, count in sorted(pieces.items()):
+        for step, count in sorted(tasks.items()):
             times.add_metric([step], count, seconds[step])
         yield times
         retries = CounterMetricFamily(
-            "cryosiam_dask_retries", "Pieces given to another worker, as theirs had died, hung or lost its device",
+            "cryosiam_dask_retries",
+            "Tasks that were retried after a worker died, hung or lost its device, or a disk failed",
             labels=["step"],
         )  # fmt: skip
         for step, count in sorted(self._sum("retries").items()):
@@ -167,7 +168,7 @@ class Collector(SchedulerPlugin):  # type: ignore[misc]  # untyped
             tomograms.add_metric([status], ended[status])
         yield tomograms
         yield CounterMetricFamily(
-            "cryosiam_dask_voxels", "Voxels of tomograms that were done, for each model",
+            "cryosiam_dask_voxels", "Voxels of finished tomograms, summed over models",
             value=sum(run["voxels"] for run in self._runs.values()),
         )  # fmt: skip
         yield from self._gpus()
@@ -178,7 +179,7 @@ class Collector(SchedulerPlugin):  # type: ignore[misc]  # untyped
             for name, text in (
                 ("memory_used_bytes", "Memory in use on a worker's GPU"),
                 ("memory_total_bytes", "Memory of a worker's GPU"),
-                ("utilisation_ratio", "Share of the latest second in which a worker's GPU computed"),
+                ("utilisation_ratio", "Share of the last second in which a worker's GPU was busy"),
             )
         ]
         for worker in list(self._scheduler.workers.values()):

@@ -1,4 +1,4 @@
-"""What became of a tomogram."""
+"""The outcome of a tomogram: done, skipped, failed or left, with its numbers, warnings and errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from cryosiam_dask.errors import (
     not_written,
 )
 from cryosiam_dask.model.classes import counted, shares
-from cryosiam_dask.runs.find import find_predictions as find_predictions
 from cryosiam_dask.runs.ledger import Ledger
 from cryosiam_dask.runs.plan import Job, RunPlan
 from cryosiam_dask.stages.lamella import (
@@ -38,16 +37,16 @@ from cryosiam_dask.stages.lamella import (
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one tomogram.
+    """The outcome of one tomogram.
 
     Attributes
     ----------
     stem
         Its name.
     status
-        ``"done"``, ``"skipped"``, ``"failed"``, or ``"left"`` where the run ended before.
+        ``"done"``, ``"skipped"``, ``"failed"``, or ``"left"`` if the run stopped before.
     shape
-        (z, y, x) in voxels; empty where the file could not be read.
+        (z, y, x) in voxels; empty if the file could not be read.
     seconds
         Wall-clock time spent on it.
     voxels
@@ -57,24 +56,24 @@ class Outcome:
     error
         Why it failed.
     details
-        The traceback of an error that this program did not foresee.
+        The traceback of an unexpected error.
     kind
-        What kind of error it is: the name of its class.
+        The name of the error's class.
     stage
-        Which of several models, where there are several.
+        Of the model, if there are several.
     notes
         What was decided about the file.
     class_names
         Of the labels from 1 on.
     lamella_voxels
-        Voxels of the lamella that the labels were looked for in; ``None`` where they were in the whole volume.
+        Voxels inside the lamella mask; ``None`` if there was none.
     thickness
-        Of a lamella along z: ``mean``, ``lowest`` and ``highest`` of all columns (y, x) that hold any of it, and the
+        Of a lamella along z: ``mean``, ``lowest`` and ``highest`` over all columns (y, x) that contain it, and their
         ``unit``, nm or voxels. Empty for other labels.
     components
-        How many each class has, by its name, where they were numbered.
+        Number of components by class name, if they were numbered.
     particles
-        How many each class has, by its name, where lists of them were written.
+        Number of particles by class name, if lists of them were written.
     """
 
     stem: str
@@ -95,9 +94,9 @@ class Outcome:
     particles: Mapping[str, int] = field(default_factory=dict)
 
     def found(self, brief: bool = False) -> list[str]:
-        """What was found, in words: a line for each class, and one each for thickness, components and particles.
+        """Describe what was found: a line for each class, and one each for thickness, components and particles.
 
-        `brief` lines tell one share of each class, of the lamella where there is one, and no voxels.
+        If `brief`, lines give only the share of each class, of the lamella if there is a mask, and no voxels.
         """
         lines = shares(self.voxels, self.class_names, self.shape, self.lamella_voxels, brief=brief)
         if self.thickness:
@@ -111,9 +110,9 @@ class Outcome:
 def record(
     plan: RunPlan, outcome: Outcome, began: float, device: str, executor: Executor, *, goes_on: bool = False
 ) -> Outcome:
-    """Write what became of a tomogram to its ledger, with what its pace depends on, as far as the disk lets.
+    """Write the outcome of a tomogram to its ledger, with what its pace depends on, if the disk permits.
 
-    It takes the place of what was recorded, unless the same command `goes_on` from that.
+    It replaces all earlier entries, unless the same command `goes_on` from them.
     """
     values = {name: value for name, value in asdict(outcome).items() if name not in ("stem", "details")}
     values |= {"run": plan.run, "began": began, "ended": time.time()}
@@ -128,19 +127,19 @@ def record(
 
 
 def failed(plan: RunPlan, job: Job, began: float, error: BaseException) -> Outcome:
-    """The outcome of a job that ended with an error which nothing else has handled."""
+    """Return the outcome of a job that ended with an unhandled error."""
     return failure_of(job.stem, (), began, error, job.output, plan.name)
 
 
 def failure_of(
     stem: str, shape: tuple[int, ...], began: float, error: BaseException, path: Path, stage: str = ""
 ) -> Outcome:
-    """The outcome of a tomogram whose work on the output `path` ended with `error`."""
+    """Return the outcome of a tomogram whose work on the output `path` ended with `error`."""
     raised, details = error, ""
     if isinstance(error, OSError):
         refused = not_written(
             error,
-            "work and output folder must be writable and have space left",
+            "work and output folder must be writable and have free space",
             place=error.filename or path.parent,
             remedy="Free space, change the permissions, or set work_folder or prediction_folder to another disk",
         )
@@ -152,7 +151,7 @@ def failure_of(
     else:
         message = f"{path}: unexpected {type(error).__name__}: {error}"
         details = "".join(traceback.format_exception(error))
-    # The user is told without a traceback, which tells a developer of foreseen errors as well where they come from.
+    # The log has the traceback of every error, the user sees none.
     LOG.error("%s: %s", stem, message, exc_info=raised)
     return Outcome(stem, "failed", shape, time.time() - began, error=message, details=details, kind=kind, stage=stage)
 
@@ -164,7 +163,7 @@ def log_warnings(outcome: Outcome) -> Outcome:
 
 
 def as_numbers(voxels: Sequence[int], inside: int | None, thickness: Thickness | None) -> dict[str, Any]:
-    """Attributes of a prediction: the voxels of each label, those of its lamella, and how thick a lamella is."""
+    """Return attributes of a prediction: voxels of each label and inside the mask, and a lamella's thickness."""
     thick = None if thickness is None else (thickness.mean, thickness.lowest, thickness.highest)
     return {"voxels": voxels, "lamella_voxels": inside, "thickness_voxels": thick}
 
@@ -177,7 +176,7 @@ def outcome_of(
     warnings: Sequence[str] = (),
     components: Mapping[str, int] | None = None,
 ) -> Outcome:
-    """What became of a tomogram whose prediction has these attributes."""
+    """Return the outcome of a tomogram whose prediction has these attributes."""
     inside = attributes.get("lamella_voxels")
     return Outcome(
         stem,
@@ -193,16 +192,16 @@ def outcome_of(
 
 
 def names_in(attributes: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of the classes that the attributes of a prediction tell."""
+    """Return the class names in the attributes of a prediction."""
     names = attributes.get("class_names")
     return tuple(map(str, names)) if isinstance(names, list | tuple) else ()
 
 
-#: How what was decided about a file begins, where it is said.
+#: Prefix of messages about decisions on a file.
 NOTE = "note: "
-#: Errors of no tomogram, after which the same command goes on.
+#: Errors that end a run, after which the same command resumes.
 ENDING = (Interrupted, ClusterError, DeviceError)
-#: Errors after which a tomogram's intermediate arrays are kept whatever is in them.
+#: Errors after which a tomogram's work store is always kept.
 RESUMABLE = (*ENDING, StorageError)
 
 

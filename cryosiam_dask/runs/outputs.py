@@ -1,4 +1,4 @@
-"""What is made from a tomogram's labels beside them: sizes, components, formats, previews, tables of the collection."""
+"""Make all that depends on a tomogram's labels: components, other formats, previews, tables of all tomograms."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ from cryosiam_dask.files.hdf5 import read_attributes
 from cryosiam_dask.files.mask import open_mask
 from cryosiam_dask.files.predictions import exportable_array
 from cryosiam_dask.model.classes import given_names, named
-from cryosiam_dask.runs.find import find_predictions as find_predictions
 from cryosiam_dask.runs.outcome import ENDING, Outcome, failure_of, names_in
 from cryosiam_dask.stages.centers import (
     collect_centers,
@@ -64,15 +63,15 @@ def without_small(
     executor: Executor,
     array_module: ArrayModule,
 ) -> tuple[zarr.Array[Any], zarr.Array[Any], tuple[int, ...]]:
-    """Apply ``postprocessing_sizes``; returns the labels, those that were removed, and the `voxels` of each label.
+    """Apply ``postprocessing_sizes``; return the labels, the removed labels, and the number of `voxels` of each label.
 
-    What was removed is kept in the output: it gives back the unfiltered labels by addition, so that other sizes can be
-    tried without inference, and compresses to next to nothing.
+    The removed labels are kept in the output, where they compress well: added to the others they restore the unfiltered
+    labels, so that other sizes can be tried without inference.
     """
     kept, removed = (exportable_array(work, name, labels.shape) for name in ("filtered", "removed"))
-    # One entry for each label that uint8 holds; those without an entry of their own are left alone.
-    of_all = [*sizes, *[-1] * (256 - len(sizes))]
-    removal = remove_small(labels, kept, of_all, removed=removed, executor=executor, array_module=array_module)
+    # One entry for each value of uint8; labels without an entry of their own are not filtered.
+    all_sizes = [*sizes, *[-1] * (256 - len(sizes))]
+    removal = remove_small(labels, kept, all_sizes, removed=removed, executor=executor, array_module=array_module)
     left = np.array(voxels) - removal.removed_voxels[: len(voxels)]
     left[0] += sum(removal.removed_voxels)
     return kept, removed, tuple(left.tolist())
@@ -81,7 +80,7 @@ def without_small(
 def count_voxels(
     labels: zarr.Array[Any], count: int, executor: Executor, thick: bool = False
 ) -> tuple[tuple[int, ...], Thickness | None]:
-    """Voxels of each label, of at least `count` labels, and where it is `thick` the thickness of all together."""
+    """Count the voxels of each label, of at least `count` labels; if `thick`, measure the thickness of all together."""
     thickness = None
     if thick:
         voxels, columns = count_columns(labels, executor=executor)
@@ -98,14 +97,14 @@ def _count_block(labels: zarr.Array[Any], blocks: Blocks, index: tuple[int, int,
     highest = int(block.max())
     if highest > 20:
         return np.bincount(block.reshape(-1), minlength=256)
-    # Comparing a few times is many times faster than np.bincount, which makes 64-bit integers of all voxels.
+    # A few comparisons are many times faster than np.bincount, which converts all voxels to 64-bit integers.
     for label in range(highest + 1):
         counts[label] = np.count_nonzero(block == label)
     return counts
 
 
 def update_center_lists(configuration: Configuration, outcomes: list[Outcome], inform: Callable[[str], None]) -> None:
-    """Bring the lists of all tomograms up to date."""
+    """Update the particle lists of all tomograms."""
     folder = configuration.prediction_folder
 
     def labels_now(stem: str) -> str | None:
@@ -126,38 +125,38 @@ def update_center_lists(configuration: Configuration, outcomes: list[Outcome], i
 
 
 _OUTDATED_LISTS = (
-    "its particle lists were those of other labels and do not count any more; 'cryosiam-dask semantic-to-centers' "
-    "makes them again"
+    "its particle lists belong to earlier labels and are no longer used; 'cryosiam-dask semantic-to-centers' makes "
+    "them again"
 )
 
 
 def keep_for_the_report(configuration: Configuration, stem: str) -> None:
-    with suppress(Exception):  # the report looks at it again
+    with suppress(Exception):  # the report reads it again then
         remember(configuration, 0, stem)
 
 
 def update_formats(configuration: Configuration, path: Path, work: zarr.Group, executor: Executor) -> list[str]:
-    """Write new labels in the other formats that are wanted, or remove those of earlier ones."""
+    """Write labels in the other formats that are wanted, and remove those of earlier labels."""
     formats, made = other_formats(configuration), tuple[str, ...]()
     warnings: list[str] = []
     try:
         if formats:
             warnings += export_prediction(configuration, path, formats, work=work, executor=executor)
             made = formats
-    finally:  # without a tomogram, for example, an OME-Zarr image cannot be made
+    finally:  # also if a format cannot be written, such as OME-Zarr without the tomogram
         fingerprint = read_attributes(path).get("fingerprint")
         warnings += remove_outdated_formats(path.parent, stem_of(path), fingerprint, keep=made)
     return warnings
 
 
 def attributes_written(configuration: Configuration, path: Path) -> dict[str, Any]:
-    """Attributes of a written prediction, with the names that its classes have now."""
+    """Return the attributes of a prediction, with the class names of the configuration."""
     attributes = written_attributes(configuration, path, patient=True)
     names = given_names(configuration)
     return attributes | ({"class_names": list(names)} if names else {})
 
 
-#: What the file of components says of its tomogram and of the labels that it was made from.
+#: Attributes that the components file takes over from the predictions file.
 _INHERITED = ("source", "voxel_size_angstrom", "origin_angstrom", "nstart", "axes", "class_names", "fingerprint")
 
 
@@ -171,7 +170,7 @@ def update_components(
     executor: Executor,
     array_module: ArrayModule = "numpy",
 ) -> tuple[list[str], dict[str, int]]:
-    """Write the components of new labels, or remove those of earlier ones.
+    """Write the components of new labels, or remove those of earlier labels.
 
     Returns warnings and the number of components of each class.
     """
@@ -183,7 +182,7 @@ def update_components(
     if not configuration.components:
         if outdated:
             warnings.append(
-                "its components were those of other labels and have been removed. Set components: True, or run "
+                "its components belonged to earlier labels and have been removed. Set components: True, or run "
                 "'cryosiam-dask components', to make them again"
             )
         return warnings, {}
@@ -216,7 +215,7 @@ def draw_preview(
     """Draw a tomogram with its new labels and return warnings; a picture that cannot be drawn is only a warning."""
     path = preview_file(configuration.prediction_folder, stem)
     if not configuration.preview:
-        path.unlink(missing_ok=True)  # what it shows are earlier labels
+        path.unlink(missing_ok=True)  # it shows earlier labels
         return []
     draw = partial(
         write_preview,
@@ -253,10 +252,10 @@ def draw_preview_again(
     *,
     missing: bool = False,
 ) -> list[str]:
-    """Draw written labels over the tomogram that they were made from, where it is still there; returns warnings.
+    """Draw existing labels over the tomogram that they were made from, if it still exists; return warnings.
 
-    A picture that shows these labels is left alone, and so is one that is not there, unless `missing` ones are wanted.
-    They are of labels of another program, which draws none, where their tomogram is there.
+    A preview that shows these labels is kept. A preview that does not exist is only drawn if `missing` ones are wanted,
+    or if the labels are those of another program, which draws none.
     """
     path = preview_file(configuration.prediction_folder, stem)
     missing = missing or ("source" in attributes and not attributes.get("fingerprint"))
@@ -266,9 +265,8 @@ def draw_preview_again(
         return []
     attributes = {**attributes, "fingerprint": shows}
     try:
-        source = (
-            configuration.data_folder / Path(str(attributes["source"])).name
-        )  # of a file that anybody may have made
+        # Only the name: the file may come from anybody.
+        source = configuration.data_folder / Path(str(attributes["source"])).name
         mask_file = configuration.mask_folder and configuration.mask_folder / f"{stem}_preds.h5"
         mask = open_mask(mask_file, labels.shape) if mask_file and mask_file.exists() else None
         tomogram, _ = ingest(source, work.store, executor=executor, **configuration.reading)
@@ -289,13 +287,13 @@ def unknown_voxel_size(attributes: Mapping[str, Any]) -> list[str]:
     remedy = (
         "Set it in the tomogram's header"
         if attributes.get("source")
-        else "data_folder holds no tomogram of this name and shape that can be read: correct it or file_extension"
+        else "data_folder holds no readable tomogram of this name and shape: correct it or file_extension"
     )
-    return [f"the voxel size is unknown: tables hold voxels alone, without Å and nm³. {remedy}"]
+    return [f"the voxel size is unknown: tables hold only voxels, without Å and nm³. {remedy}"]
 
 
 def collect(configuration: Configuration, outcomes: list[Outcome]) -> None:
-    """Bring the tables and the particle lists of all tomograms up to date, if there are any."""
+    """Update the tables and particle lists of all tomograms, if there are any."""
     folder = configuration.prediction_folder
     path = folder / f"{COLLECTION}.csv"
 

@@ -1,7 +1,7 @@
-"""What a run tells the person who watches it: a live line on a terminal, plain lines in a log.
+"""Report the progress of a run: live bars on a terminal, plain lines in a log.
 
-How much longer it takes is told by a `Pace`: from the seconds that each kind of work has taken for its voxels, and the
-voxels that are left for each model, so that all models count from the first blocks on.
+A `Pace` estimates the time left from the seconds that each kind of work has taken per voxel and the voxels that are
+left for each model, so that all models count from the first blocks on.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from cryosiam_dask.core.log import LOG, SHOWN
 
 
 class Reporter(Protocol):
-    """Receives what happens in a run, from any thread; several tomograms may be in work at the same time."""
+    """Receives the progress of a run, from any thread; several tomograms may be in progress at the same time."""
 
     def begin(self, tomogram: str) -> None:
-        """Work on a tomogram begins."""
+        """Report that a tomogram starts."""
         ...
 
     def step(self, tomogram: str, name: str, done: int, total: int) -> None:
-        """`done` of `total` pieces of the step `name` of a tomogram are done."""
+        """Report that `done` of `total` tasks of the step `name` of a tomogram are done."""
         ...
 
     def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0, left: bool = False) -> None:
-        """Work on a tomogram ended; `message` says how, `voxels` how much was segmented, `left` that more is to do."""
+        """Report how a tomogram ended, the `voxels` that were segmented, and whether work is `left`."""
         ...
 
     def inform(self, message: str) -> None:
-        """Something that a user should know."""
+        """Show a message."""
         ...
 
     def close(self) -> None:
-        """The run is over."""
+        """End the report."""
         ...
 
 
@@ -51,40 +51,41 @@ class Reporter(Protocol):
 class _Kind:
     """One kind of work, such as ``lamella predict``, in all tomograms."""
 
-    pieces: int = 0
+    tasks: int = 0
     seconds: float = 0.0
     voxels: float = 0.0
 
 
 @dataclass(slots=True)
 class _Tomogram:
-    """What is left of one, by model, and how far its steps are."""
+    """The voxels of a tomogram by model, and the share of each step that is done."""
 
     voxels: Mapping[str, float]
     steps: dict[str, float] = field(default_factory=dict)
 
 
 class Pace:
-    """How far a run is, and how long what is left will take.
+    """Estimate how much of a run is done, and the time left.
 
-    1. For each kind of work (a model's blocks, the reading of tomograms, what is made of the labels) the seconds that
-       workers spent and the voxels that this was for give a rate. The blocks of a model that has not begun yet are
-       taken to be as fast as another model's; other work counts from when it is first seen.
-    2. What is in flight is taken to be half done.
-    3. Time left is to time gone as work left is to work done, in seconds of the workers; but it is no less than the
-       steps of any one tomogram take, one after the other.
+    1. Each kind of work (a model's blocks, reading, writing outputs) has a rate: the seconds that workers spent,
+    divided
+       by the voxels. A model that has not started yet is assumed to be as fast as the others; other work counts once it
+       has been seen.
+    2. Tasks in flight count as half done.
+    3. The ratio of time left to elapsed time is that of work left to work done, in worker seconds. It is at least the
+       time of the consecutive steps of any one tomogram.
 
     Parameters
     ----------
     total
         Tomograms in the run.
     voxels
-        Of each tomogram, by model: how many the network is shown, those that patches share counted as often as they
-        are. Without them only whole tomograms tell the time.
+        Of each tomogram, by model: voxels that the network sees, those in several patches counted several times.
+        Without them the estimate is based on whole tomograms.
     workers
-        That work at the same time.
+        Number of workers.
     clock
-        Seconds.
+        Returns seconds.
     """
 
     def __init__(
@@ -115,11 +116,11 @@ class Pace:
             self._kinds.setdefault(name, _Kind()).voxels += self._voxels(found, name) * (done / total - before)
 
     def watch(self, step: str, seconds: float | None) -> None:
-        """A piece of a step came back, `seconds` after a worker had been given it; ``None``: it is tried again."""
+        """Count a task of a step that is done, `seconds` after it was submitted; ``None``: it is retried."""
         with self._lock:
             if seconds is not None:
                 kind = self._kinds.setdefault(step, _Kind())
-                kind.pieces += 1
+                kind.tasks += 1
                 kind.seconds += seconds
 
     def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0, left: bool = False) -> None:
@@ -138,17 +139,17 @@ class Pace:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The tomograms that have not ended, as far as they were told."""
+        """Names of the tomograms that have not ended."""
         return tuple(self._tomograms)
 
     def share(self) -> float:
-        """How much of the run is done, 0 to 1."""
+        """Return the share of the run that is done, 0 to 1."""
         with self._lock:
             done, left = self._seconds()
             return done / (done + left) if done else self.ended / max(1, self.total)
 
     def seconds_left(self) -> float | None:
-        """How long it will take from now on; ``None`` while nothing tells."""
+        """Return the estimated time left; ``None`` while there is no estimate."""
         with self._lock:
             elapsed, (done, left) = self._clock() - self._began, self._seconds()
             if done:
@@ -156,54 +157,55 @@ class Pace:
             return elapsed / self.ended * (self.total - self.ended) if self.ended else None
 
     def _seconds(self) -> tuple[float, float]:
-        """Of the workers: those that were spent and those to come; none while no block of a network is done."""
+        """Worker seconds spent and left; none spent while no block has been predicted."""
         rates = self._rates()
         left = sum(
-            count * sum(seconds for _, seconds in self._to_come(tomogram, rates)) for tomogram, count in self._groups()
+            count * sum(seconds for _, seconds in self._work_left(tomogram, rates))
+            for tomogram, count in self._groups()
         )
         done = sum(kind.seconds for kind in self._kinds.values()) if rates else 0.0
-        blocks = [kind for name, kind in self._kinds.items() if kind.pieces and _is_of_network(name)]
-        in_flight = self._workers / 2 * sum(k.seconds for k in blocks) / max(1, sum(k.pieces for k in blocks))
+        blocks = [kind for name, kind in self._kinds.items() if kind.tasks and _is_of_network(name)]
+        in_flight = self._workers / 2 * sum(k.seconds for k in blocks) / max(1, sum(k.tasks for k in blocks))
         in_flight = min(in_flight, left / 2)
         return done + in_flight, left - in_flight
 
     def _groups(self) -> Iterator[tuple[_Tomogram, int]]:
-        """The tomograms that have not ended; those that have not begun are one for each size."""
-        alike: dict[tuple[tuple[str, float], ...], tuple[_Tomogram, int]] = {}
+        """Yield the tomograms that have not ended, with a count; those that have not started are grouped by size."""
+        by_size: dict[tuple[tuple[str, float], ...], tuple[_Tomogram, int]] = {}
         for tomogram in self._tomograms.values():
             if tomogram.steps:
                 yield tomogram, 1
             else:
                 key = tuple(tomogram.voxels.items())
-                alike[key] = tomogram, alike.get(key, (tomogram, 0))[1] + 1
-        yield from alike.values()
+                by_size[key] = tomogram, by_size.get(key, (tomogram, 0))[1] + 1
+        yield from by_size.values()
 
     def _rates(self) -> dict[str, float]:
-        """Seconds of a worker for a voxel, by kind of work in the order of the steps; none without a network's."""
+        """Worker seconds per voxel, by kind of work in the order of the steps; empty without that of a network."""
         rates = {name: kind.seconds / kind.voxels for name, kind in self._kinds.items() if kind.voxels and kind.seconds}
         networks = [rate for name, rate in rates.items() if _is_of_network(name)]
         for model in self._models if networks else ():
             rates.setdefault(f"{model} predict".strip(), fmean(networks))
         return rates if networks else {}
 
-    def _to_come(self, tomogram: _Tomogram, rates: Mapping[str, float]) -> Iterator[tuple[str, float]]:
-        """Kinds of work that a tomogram still needs, and their seconds."""
+    def _work_left(self, tomogram: _Tomogram, rates: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+        """Yield the kinds of work left for a tomogram, with their worker seconds."""
         order = {name: number for number, name in enumerate(rates) if name in self._kinds}
         at = max((order[name] for name in tomogram.steps if name in order), default=-1)
         for name, rate in rates.items():
-            # Steps follow each other: one that others had and this one passed by is not to come.
+            # Steps have an order: one that this tomogram has already skipped does not follow.
             if name in tomogram.steps or order.get(name, at + 1) > at:
                 yield name, rate * self._voxels(tomogram, name) * (1 - tomogram.steps.get(name, 0.0))
 
     def _longest(self) -> float:
-        """Seconds that the steps of one tomogram take, one after the other, if all workers are at them."""
+        """Seconds of the consecutive steps of the slowest tomogram if all workers work on it."""
         rates, longest = self._rates(), 0.0
         for tomogram, _ in self._groups():
             path = 0.0
-            for name, seconds in self._to_come(tomogram, rates):
+            for name, seconds in self._work_left(tomogram, rates):
                 kind = self._kinds.get(name)
-                piece = kind.seconds / kind.pieces if kind and kind.pieces else 0.0
-                path += max(seconds / self._workers, min(seconds, piece))
+                task = kind.seconds / kind.tasks if kind and kind.tasks else 0.0
+                path += max(seconds / self._workers, min(seconds, task))
             longest = max(longest, path)
         return longest
 
@@ -211,15 +213,15 @@ class Pace:
         model = step.split()[0]
         if model in self._models:
             return tomogram.voxels.get(model, 0.0)
-        return max(tomogram.voxels.values(), default=0.0)  # of a single model, or done once for all
+        return max(tomogram.voxels.values(), default=0.0)  # a single model, or a step shared by all models
 
     def remarks(self) -> list[str]:
-        """What else there is to say of the whole."""
+        """List the number of failures and the rate, if there are any."""
         words = [f"{self.failed} failed"] if self.failed else []
         return [*words, *([self.rate()] if self.rate() else [])]
 
     def rate(self) -> str:
-        """Tomograms an hour, once there are any."""
+        """Return the tomograms per hour, once there are any."""
         done, hours = self.ended - self.failed, (self._clock() - self._began) / 3600
         if done < 1 or hours <= 0 or self.total < 2:
             return ""
@@ -239,22 +241,22 @@ def _is_of_network(step: str) -> bool:
 
 
 class LogReporter:
-    """Plain lines, at most three for a tomogram: its beginning, its end, and now and then how far the run is.
+    """Plain lines, at most three for each tomogram: start, end, and occasionally the progress of the run.
 
     Parameters
     ----------
     console
         Where to print.
     pace
-        Of the run, which is told what happens before this reporter is.
+        Of the run; it must be updated before this reporter.
     interval
-        Seconds between two lines that say how far the run is.
+        Seconds between two lines of progress.
     """
 
     def __init__(self, console: Console, pace: Pace, interval: float = 30.0) -> None:
         self._console, self._pace, self._interval = console, pace, interval
-        self._begun: dict[str, int] = {}  # numbers of tomograms, which may begin again
-        self._told, self._lines = time.monotonic(), 0
+        self._begun: dict[str, int] = {}  # numbers of the tomograms; one may start again
+        self._last_line, self._lines = time.monotonic(), 0
         self._lock = threading.RLock()
 
     def begin(self, tomogram: str) -> None:
@@ -268,10 +270,10 @@ class LogReporter:
         """See `Reporter`."""
         with self._lock:
             now = time.monotonic()
-            if not 0 < done < total or now - self._told < self._interval or self._lines >= len(self._begun):
+            if not 0 < done < total or now - self._last_line < self._interval or self._lines >= len(self._begun):
                 return
             if self._pace.seconds_left() is not None:
-                self._told, self._lines = now, self._lines + 1
+                self._last_line, self._lines = now, self._lines + 1
                 self.inform(f"{tomogram}: {name} {done}/{total} ({self._pace})")
 
     def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0, left: bool = False) -> None:
@@ -290,7 +292,7 @@ class LogReporter:
 
 @dataclass(slots=True)
 class _Line:
-    """A step of a tomogram on the terminal."""
+    """The current step of a tomogram on the terminal."""
 
     step: str
     began: float
@@ -299,16 +301,16 @@ class _Line:
 
 
 class TerminalReporter:
-    """A bar for the run and one for every tomogram in work, each with the time that is left.
+    """Show a bar for the run and one for each tomogram in progress, with the time left.
 
-    What does not fit gives way in this order: the middle of names, tomograms an hour, the length of the bars.
+    On narrow terminals it shortens the middle of names, drops the rate, then shortens the bars.
 
     Parameters
     ----------
     console
         A terminal.
     pace
-        Of the run, which is told what happens before this reporter is.
+        Of the run; it must be updated before this reporter.
     """
 
     def __init__(self, console: Console, pace: Pace) -> None:
@@ -325,7 +327,7 @@ class TerminalReporter:
     def step(self, tomogram: str, name: str, done: int, total: int) -> None:
         """See `Reporter`."""
         with self._lock:
-            line = self._lines.setdefault(tomogram, _Line("", 0))  # the same one, so that no other one jumps
+            line = self._lines.setdefault(tomogram, _Line("", 0))  # kept, so that other lines do not move
             if name != line.step or done == 0:
                 line.step, line.began = name, time.monotonic()
             line.done, line.total = done, total
@@ -345,7 +347,7 @@ class TerminalReporter:
         self._live.stop()
 
     def render(self) -> Table:
-        """The lines as they are now."""
+        """Return the current lines."""
         with self._lock:
             pace, lines, names = self._pace, dict(self._lines), (*self._pace.names, *self._lines)
             title = f"{pace.ended} of {pace.total} tomogram{'s' * (pace.total != 1)}"
@@ -375,7 +377,7 @@ _TIME = 8  # columns of 99:59:59
 
 @dataclass(frozen=True, slots=True)
 class _Widths:
-    """Of the columns, in characters: name, step, the bar, what stands after it; and whether it tells the rate."""
+    """Widths of the columns in characters, and whether the rate is shown."""
 
     name: int
     step: int
@@ -385,40 +387,40 @@ class _Widths:
 
     @property
     def text(self) -> int:
-        """Of name and step together."""
+        """Width of name and step together."""
         return self.name + 1 + self.step
 
 
-_NAME = 24  # the least while there is a rate
-_STEP = 16, 22  # at most, on a terminal of less than 100 columns and on others
-_BAR = 8, 14, 40  # least, usual, longest
+_NAME = 24  # minimum while the rate is shown
+_STEP = 16, 22  # maximum on terminals below 100 columns, and on others
+_BAR = 8, 14, 40  # minimum, usual, maximum
 
 
 def _widths(width: int, title: str, lines: Sequence[tuple[str, str]], rate: str) -> _Widths:
-    """How wide each column is on a terminal of `width`, with the `title` of the first line and names and steps."""
+    """Fit the columns to a terminal of `width`, given the `title` of the first line and the names and steps."""
     least, usual, longest = _BAR
     step = min(_STEP[width >= 100], max((len(step) for _, step in lines), default=0))
     name = max(len(title) - 1 - step, *(len(name) for name, _ in lines), 1)
     left = _TIME + len(" left")
-    # One column stays free, since some terminals break a line that ends at their edge.
+    # One column stays free: some terminals wrap a line that ends at their edge.
     room = width - 1 - 3 - 5 - left - 1 - step  # of name, bar and rate
-    told = f"  {rate}" if rate else ""
-    if min(name, _NAME) + usual + len(told) > room:
-        told = ""
-    room -= len(told)
+    note = f"  {rate}" if rate else ""
+    if min(name, _NAME) + usual + len(note) > room:
+        note = ""
+    room -= len(note)
     name = max(least, min(name, max(room - usual, min(_NAME, room - least))))
-    return _Widths(name, step, max(least, min(longest, room - name)), left + len(told), bool(told))
+    return _Widths(name, step, max(least, min(longest, room - name)), left + len(note), bool(note))
 
 
 def shortened(name: str, width: int, among: Iterable[str] = ()) -> str:
-    """A name without its middle, where it is too long, or without another part if that tells it from others.
+    """Shorten a name that is too long in its middle, or elsewhere if that keeps it different from others.
 
     Parameters
     ----------
     name
-        What is too long.
+        To shorten.
     width
-        Characters, of which one stands for what is left out.
+        Maximum number of characters, including the ellipsis.
     among
         Names that should stay different from each other.
 
@@ -444,14 +446,14 @@ def _cut(name: str, width: int, head: int) -> str:
 
 @lru_cache(maxsize=64)
 def _head(width: int, names: tuple[str, ...]) -> int:
-    """How many characters of a name's beginning to keep so that all names differ; if none do, about half."""
+    """Return how many leading characters to keep so that all names differ, or about half of the width."""
     middle, different = max(0, width - 1) // 2, len(set(names))
     places = sorted(range(max(1, width)), key=lambda head: abs(head - middle))
     return next((head for head in places if len({_cut(name, width, head) for name in names}) == different), middle)
 
 
 class FileReporter(LogReporter):
-    """The lines of a `LogReporter`, to the log file of the run.
+    """Write the lines of a `LogReporter` to the log file of the run.
 
     Parameters
     ----------
@@ -468,12 +470,12 @@ class FileReporter(LogReporter):
 
 
 class Reporters:
-    """Tells several reporters the same.
+    """Pass everything to several reporters.
 
     Parameters
     ----------
     reporters
-        Whom.
+        In this order.
     """
 
     def __init__(self, *reporters: Reporter) -> None:
@@ -506,12 +508,12 @@ class Reporters:
 
 
 def make_reporter(console: Console, pace: Pace) -> Reporter:
-    """Live bars where `console` is a terminal, plain lines elsewhere; `pace` must be told of everything before."""
+    """Return live bars if `console` is a terminal, else plain lines; `pace` must be updated before the reporter."""
     return TerminalReporter(console, pace) if console.is_terminal else LogReporter(console, pace)
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, of four days and more the days.
+    """Format seconds as hours, minutes and seconds, or as days from four days on.
 
     Examples
     --------

@@ -1,11 +1,11 @@
-"""Workers as Slurm jobs, submitted through dask-jobqueue for as long as a run lasts.
+"""Run workers as Slurm jobs, submitted through dask-jobqueue for the duration of a run.
 
-What a job is like stands in a file of dask-jobqueue's own form, or in Dask's configuration. What follows from it is
-added here: a worker for each GPU, pinned to it by dask-cuda, or for each CPU core; threads that read and write while
-one computes; an end a little before the walltime, so that its blocks go elsewhere in order; and keys, known to this
-user alone, without which nobody can connect to the scheduler.
+A file in dask-jobqueue's format, or a section of Dask's configuration, describes a job. This module adds what follows
+from it: a worker for each GPU, pinned to it by dask-cuda, or for each CPU core; threads that read and write while one
+computes; an end shortly before the walltime, so that tasks move to other workers in order; and TLS keys that only this
+user can read, without which nobody can connect to the scheduler.
 
-A job that has ended, at its walltime or with its node, is submitted again.
+A job that ends, at its walltime or with its node, is submitted again.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from distributed import Client, Status
 from distributed.security import Security
 
 from cryosiam_dask.errors import ClusterError, ConfigurationError, LostClusterError, why_unreadable
-from cryosiam_dask.runs.cluster import KEEP_MEMORY, own_settings, require_own_address
+from cryosiam_dask.runs.cluster import KEEP_MEMORY, cluster_settings, require_local_address
 from cryosiam_dask.runs.dask_executor import THREADS
 from cryosiam_dask.runs.workers import Setup, leave_at_once, register_in_workers, require_versions
 
-#: Seconds between two looks at jobs that have ended.
-_LOOK = 15.0
-#: Name of what is made here within ``jobqueue`` of Dask's configuration.
+#: Seconds between two checks for jobs that have ended.
+_CHECK_SECONDS = 15.0
+#: Name of the section that this module adds to ``jobqueue`` in Dask's configuration.
 _NAME = "cryosiam-dask"
 
 
@@ -59,21 +59,21 @@ def open_slurm(
     Parameters
     ----------
     jobs
-        What a job is like: a YAML file of dask-jobqueue's form (``jobqueue: slurm: …``), or the name of such a section
-        in Dask's configuration.
+        Description of a job: a YAML file in dask-jobqueue's format (``jobqueue: slurm: …``), or the name of such a
+        section in Dask's configuration.
     workers
-        How many: GPUs where the jobs ask for some, else CPU workers. As many jobs as they need are submitted, and as
-        soon as there is one worker the run begins.
+        Number of GPUs if the jobs request any, else of CPU workers. As many jobs as necessary are submitted, and the
+        run begins with the first worker.
     folder
-        On a disk that all nodes see; the keys lie there meanwhile.
+        On a disk that all nodes can read; it holds the TLS keys during the run.
     dashboard_address
         Where the Dask dashboard listens.
     seconds
-        In which there must be a worker.
+        To wait for the first worker.
     stop
-        Once set, no worker is waited for any longer.
+        Once set, the wait for a worker ends.
     inform
-        Told what a user should know.
+        Receives messages for the user.
 
     Yields
     ------
@@ -84,16 +84,16 @@ def open_slurm(
     ConfigurationError
         If the file or section cannot be used.
     ClusterError
-        If dask-jobqueue or Slurm is missing, a job is refused, no worker comes or one has other versions.
+        If dask-jobqueue or Slurm is missing, a job is refused, no worker joins, or one has other versions.
     """
     section = read_jobs(jobs)
-    require_own_address(dashboard_address)
+    require_local_address(dashboard_address)
     from dask_jobqueue.slurm import SLURMCluster, SLURMJob
 
     refused: list[str] = []
 
     class _Job(SLURMJob):  # type: ignore[misc]  # untyped
-        """Keeps why it was refused, for the thread that waits for it."""
+        """A job that keeps the reason of its refusal for the waiting thread."""
 
         def __init__(self, *args: Any, security: Security, **options: Any) -> None:
             super().__init__(*args, security=_quoted(security), **options)
@@ -103,7 +103,7 @@ def open_slurm(
                 await super().start()
             except (OSError, RuntimeError, ValueError) as error:
                 refused.append(_reason(error))
-                self.status = Status.running  # which its cluster takes for granted
+                self.status = Status.running  # its cluster expects this
 
         async def close(self) -> None:
             await super().close()
@@ -113,19 +113,19 @@ def open_slurm(
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="Port .* is already in use")
         keys = stack.enter_context(TemporaryDirectory(prefix=".cryosiam-dask-tls-", dir=folder))
-        stack.enter_context(dask.config.set({f"jobqueue.{_NAME}": section, **own_settings()}))
+        stack.enter_context(dask.config.set({f"jobqueue.{_NAME}": section, **cluster_settings()}))
         try:
             cluster = SLURMCluster(
                 config_name=_NAME,
                 job_cls=_Job,
-                processes=section["processes"],  # of the configuration it does not see that a job has several workers
+                processes=section["processes"],  # it does not read this from the configuration
                 security=_security(Path(keys)),
                 protocol="tls://",
                 silence_logs="critical",
                 scheduler_options={
                     "dashboard_address": dashboard_address,
                     **section["scheduler-options"],
-                    "jupyter": False,  # a server for code, on the dashboard's port
+                    "jupyter": False,  # it would run code from anybody who can reach the dashboard's port
                 },
             )
         except (OSError, RuntimeError, TypeError, ValueError) as error:
@@ -133,7 +133,7 @@ def open_slurm(
                 "a scheduler must be able to start on this node",
                 place=f"--slurm {jobs}",
                 value=str(error),
-                remedy="Correct interface or scheduler-options: ip address lists the interfaces",
+                remedy="Correct interface or scheduler-options; 'ip address' lists the interfaces",
             ) from None
         stack.enter_context(cluster)
         client = stack.enter_context(Client(cluster, set_as_default=False))
@@ -145,7 +145,7 @@ def open_slurm(
         require_versions(client, f"--slurm {jobs}")
         over = threading.Event()
         keeper = threading.Thread(
-            target=_keep, args=(cluster, client, count, refused, over, inform), daemon=True, name="slurm"
+            target=_resubmit, args=(cluster, client, count, refused, over, inform), daemon=True, name="slurm"
         )
         keeper.start()
         try:
@@ -156,7 +156,7 @@ def open_slurm(
 
 
 def read_jobs(jobs: str) -> dict[str, Any]:
-    """What dask-jobqueue is to be told of a job; submits nothing.
+    """Read the description of a job, and complete it for dask-jobqueue, without submitting anything.
 
     Parameters
     ----------
@@ -171,7 +171,7 @@ def read_jobs(jobs: str) -> dict[str, Any]:
     Raises
     ------
     ConfigurationError
-        With the first key that cannot be used.
+        At the first key that cannot be used.
     ClusterError
         If dask-jobqueue or Slurm is missing.
     """
@@ -184,14 +184,14 @@ def read_jobs(jobs: str) -> dict[str, Any]:
         )
     if missing := [name for name in ("sbatch", "scancel") if shutil.which(name) is None]:
         raise ClusterError(
-            "Slurm's commands must be there",
+            "Slurm's commands must be available",
             place=f"--slurm {jobs}",
             value=f"no {' and no '.join(missing)}",
-            remedy="Run this command on a node from which jobs are submitted",
+            remedy="Run this command on a node that can submit jobs",
         )
     _load_dask_jobqueue()
     defaults: dict[str, Any] = dask.config.get("jobqueue.slurm")
-    given, place = _given(jobs)
+    given, place = _user_keys(jobs)
     for key, value in given.items():
         if key not in defaults:
             near = difflib.get_close_matches(key, defaults, 1, 0.5)
@@ -205,7 +205,7 @@ def read_jobs(jobs: str) -> dict[str, Any]:
                 "must be a list",
                 place=f"{place}, key {key}",
                 value=repr(value),
-                remedy="Write each value on a line of its own, behind a hyphen",
+                remedy="Write each value on its own line, after a hyphen",
             )
         if key in ("cores", "processes") and value is not None and not (isinstance(value, int) and value > 0):
             raise ConfigurationError("must be a whole number above 0", place=f"{place}, key {key}", value=repr(value))
@@ -218,7 +218,7 @@ def read_jobs(jobs: str) -> dict[str, Any]:
     if on_gpus and section["worker-command"] == "distributed.cli.dask_worker":
         section["worker-command"] = "dask_cuda.cli"
     section["processes"] = section["processes"] or max(1, *gpus, 1 if on_gpus else section["cores"])
-    # Before the user's own arguments, which thereby count more. Without a limit: a worker that is paused would hang.
+    # Before the user's own arguments, which take precedence. No memory limit: a paused worker would hang.
     section["worker-extra-args"] = [
         "--nthreads",
         THREADS,
@@ -229,7 +229,7 @@ def read_jobs(jobs: str) -> dict[str, Any]:
     ]
     environment: dict[str, object] = dict(KEEP_MEMORY)
     if section["walltime"]:
-        # Blocks of a worker that leaves go elsewhere at once; those of one that is killed, when it is missed.
+        # Tasks of a worker that retires move at once; those of a killed worker only when it is missed.
         lifetime = _seconds(section["walltime"], place)
         environment["DASK_DISTRIBUTED__WORKER__LIFETIME__DURATION"] = f"{lifetime - min(300, lifetime // 4)}s"
     exports = [f"export {name}={value}" for name, value in environment.items()]
@@ -238,15 +238,15 @@ def read_jobs(jobs: str) -> dict[str, Any]:
 
 
 def _load_dask_jobqueue() -> None:
-    """Bring its defaults into Dask's configuration, and take back Ctrl-C, which it would make a silent exit."""
+    """Load its defaults into Dask's configuration, and restore the handler of Ctrl-C, which it replaces."""
     handler = signal.getsignal(signal.SIGINT)
     importlib.import_module("dask_jobqueue")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, handler)
 
 
-def _given(jobs: str) -> tuple[dict[str, Any], str]:
-    """The keys that a user wrote, with hyphens as dask-jobqueue's documentation has them, and where they stand."""
+def _user_keys(jobs: str) -> tuple[dict[str, Any], str]:
+    """Return the user's keys, with hyphens as in dask-jobqueue's documentation, and their place for errors."""
     path = Path(jobs).expanduser()
     if not path.exists() and "/" not in jobs and not jobs.endswith((".yaml", ".yml")):
         found = dask.config.get(f"jobqueue.{jobs}", None)
@@ -256,7 +256,7 @@ def _given(jobs: str) -> tuple[dict[str, Any], str]:
             raise ConfigurationError(
                 "must be a YAML file, or a section of jobqueue in Dask's configuration",
                 place=place,
-                remedy=f"Compare it with configs/slurm.yaml; the sections that are there are {known}",
+                remedy=f"Compare it with configs/slurm.yaml; the known sections are {known}",
             )
     else:
         place = str(path)
@@ -279,7 +279,7 @@ def _given(jobs: str) -> tuple[dict[str, Any], str]:
 
 
 def _number_of_gpus(directive: str) -> int:
-    """How many GPUs a directive of sbatch asks for; 0 if it is about something else."""
+    """Return how many GPUs a directive of sbatch requests; 0 for other directives."""
     if not re.match(r"(--gres[= ](.*,)?gpu|--gpus|-G)", directive):
         return 0
     number = re.search(r"(?:[:= ]|^-G)(\d+)$", directive.strip())
@@ -287,11 +287,11 @@ def _number_of_gpus(directive: str) -> int:
 
 
 def _seconds(walltime: object, place: str) -> int:
-    """A walltime of Slurm: minutes, minutes:seconds, hours:minutes:seconds or days-hours[:minutes[:seconds]]."""
+    """Parse a walltime: minutes, minutes:seconds, hours:minutes:seconds or days-hours[:minutes[:seconds]]."""
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", walltime if isinstance(walltime, str) else "")
     if not found:
         raise ConfigurationError(
-            "must be a time as Slurm writes it, in quotes, as YAML takes it for a number otherwise",
+            "must be a time in Slurm's format, in quotes, since YAML may read it as a number otherwise",
             place=f"{place}, key walltime",
             value=repr(walltime),
             remedy="Write for example '04:00:00'",
@@ -303,7 +303,7 @@ def _seconds(walltime: object, place: str) -> int:
 
 
 def _security(folder: Path) -> Security:
-    """Certificates for everybody in this run: those of Dask's configuration, or new ones, written into `folder`."""
+    """Return the certificates of this run: those of Dask's configuration, or new ones, written into `folder`."""
     configured = Security()
     if configured.tls_ca_file:
         return configured
@@ -320,14 +320,14 @@ def _security(folder: Path) -> Security:
 
 
 def _quoted(security: Security) -> Security:
-    """The same for the job's script, in which dask-jobqueue writes paths as they are."""
+    """Return the same with paths quoted for the job's script, into which dask-jobqueue copies them."""
     role = security.get_tls_config_for_role("worker")
     paths = {name: shlex.quote(role[name]) for name in ("ca_file", "cert", "key") if role[name]}
     return Security(tls_ca_file=paths["ca_file"], tls_worker_cert=paths.get("cert"), tls_worker_key=paths.get("key"))
 
 
 def _reason(error: Exception) -> str:
-    """What sbatch itself said, of the text of an error of dask-jobqueue."""
+    """Extract sbatch's own message from an error of dask-jobqueue."""
     text = str(error)
     said = text.partition("stderr:\n")[2].strip() or text
     return " ".join(said.split())
@@ -352,26 +352,26 @@ def _wait_for_worker(
             raise _refusal(place, refused[0])
         if stop.wait(0.2):
             raise LostClusterError(
-                "a job must start before the run is to end", place=place, remedy="Repeat the command"
+                "a job must start before the run is stopped", place=place, remedy="Repeat the command"
             )
         value = f"none within {seconds / 60:.0f} min"
-        if now - looked > _LOOK:
+        if now - looked > _CHECK_SECONDS:
             looked = now
             jobs = {str(job.job_id) for job in list(cluster.workers.values()) if job.job_id}
             if jobs and not jobs & _in_queue(jobs):
-                value, seconds = "jobs that ended before there was one", 0.0
+                value, seconds = "jobs that ended without one", 0.0
         if now - began > seconds:
             raise ClusterError(
-                "the jobs must bring a worker",
+                "the jobs must start a worker",
                 place=place,
                 value=value,
-                remedy="squeue --me tells why jobs wait, and slurm-<job>.out, or log-directory, what they said; "
-                "--worker-timeout gives them longer",
+                remedy="See squeue --me for why jobs wait, and slurm-<job>.out or log-directory for their output; "
+                "--worker-timeout waits longer",
             )
 
 
 def _in_queue(jobs: set[str]) -> set[str]:
-    """Those of the jobs that wait or run, as far as Slurm tells."""
+    """Return those of the jobs that are pending or running; all of them if Slurm does not answer."""
     try:
         done = subprocess.run(
             ["squeue", "--me", "--noheader", "--format=%i"], capture_output=True, text=True, timeout=60
@@ -381,14 +381,14 @@ def _in_queue(jobs: set[str]) -> set[str]:
     return jobs if done.returncode else jobs & set(done.stdout.split())
 
 
-def _keep(
+def _resubmit(
     cluster: Any, client: Client, count: int, refused: list[str], over: threading.Event, inform: Callable[[str], None]
 ) -> None:
-    """Submit jobs again that had workers and have none for two looks."""
+    """Resubmit jobs that had workers and had none in two consecutive checks."""
     seen: set[Any] = set()
     missing: set[Any] = set()
-    while not over.wait(_LOOK):
-        with suppress(Exception):  # of a scheduler that is gone, which the run finds out itself
+    while not over.wait(_CHECK_SECONDS):
+        with suppress(Exception):  # the scheduler may be gone, which the run notices itself
             there = {str(worker["name"]) for worker in client.scheduler_info(n_workers=-1)["workers"].values()}
             alive = {
                 name

@@ -1,4 +1,4 @@
-"""What workers are told when they start, and what they are asked."""
+"""Set up workers when they start, and query them."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ R = TypeVar("R")
 
 
 class Setup(WorkerPlugin):  # type: ignore[misc]  # untyped
-    """Runs a function once in every worker process, those that replace a lost one included.
+    """Run a function once in every worker process, including those that replace a lost one.
 
     Parameters
     ----------
     function
-        For example one that loads the network, so that no block has to wait for it.
+        For example one that loads the network, so that no task has to wait for it.
     """
 
     def __init__(self, function: Callable[[], object]) -> None:
@@ -51,10 +51,10 @@ class Setup(WorkerPlugin):  # type: ignore[misc]  # untyped
 
 
 def register_in_workers(client: Client, plugin: WorkerPlugin, name: str) -> None:
-    """Register a plugin in all workers, those that come later included.
+    """Register a plugin in all workers, including those that join later.
 
-    Dask gives up where a worker dies while it is told of the plugin, and the workers after that one may not hear of it:
-    all are then told again.
+    If a worker dies during the registration, Dask gives up, and other workers may not have the plugin: it is registered
+    again.
 
     Raises
     ------
@@ -72,26 +72,26 @@ def register_in_workers(client: Client, plugin: WorkerPlugin, name: str) -> None
 
 
 def load_tasks() -> None:
-    """Import what tasks need, before a worker's threads do it at the same time.
+    """Import the modules that tasks need before a worker's threads import them at the same time.
 
-    Of modules that import each other, as mrcfile's do, one thread would then see another's half made.
+    Modules that import each other, as mrcfile's do, could then be seen half initialised by another thread.
     """
     for room in (files, stages):
         for module in pkgutil.iter_modules(room.__path__, f"{room.__name__}."):
             importlib.import_module(module.name)
 
 
-#: What must be the same in every worker as here, since results or messages depend on it.
+#: Packages whose versions must be the same in every worker as here, since results or messages depend on them.
 _SAME = ("python", "cryosiam_dask", "dask", "distributed", "numpy", "torch", "zarr")
 
 
 def require_versions(client: Client, place: str) -> None:
-    """Refuse workers whose versions are not those of this process; `place` says whose they are.
+    """Refuse workers with other versions than this process; `place` names the cluster in errors.
 
     Raises
     ------
     ClusterError
-        If one has others, or lacks this package.
+        If a worker has other versions, or lacks this package.
     """
     here = versions()
     try:
@@ -109,7 +109,7 @@ def require_versions(client: Client, place: str) -> None:
         others = [f"{name} {found.get(name)} (here {here[name]})" for name in _SAME if found.get(name) != here[name]]
         if others:
             raise ClusterError(
-                "workers must have the versions that this command has",
+                "workers must have the same versions as this command",
                 place=f"{place}, worker {worker}",
                 value=", ".join(others),
                 remedy="Start the workers in the environment that this command runs in",
@@ -117,13 +117,13 @@ def require_versions(client: Client, place: str) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this process's Python and of the packages that results and messages depend on."""
+    """Return the versions of Python and of the packages that results and messages depend on, in this process."""
     found = {name: package_version(name) for name in _SAME if name not in ("python", "cryosiam_dask")}
     return {"python": platform.python_version(), "cryosiam_dask": __version__, **found}
 
 
 class _LoggedWarnings(WorkerPlugin):  # type: ignore[misc]  # untyped
-    """Lets every worker process log the warnings that Python's libraries raise in it, instead of printing them."""
+    """Make worker processes log the warnings of Python's libraries instead of printing them."""
 
     def setup(self, worker: Any) -> None:
         logging.captureWarnings(True)
@@ -135,43 +135,43 @@ class _LoggedWarnings(WorkerPlugin):  # type: ignore[misc]  # untyped
 
 
 def _as_text(record: logging.LogRecord) -> bool:
-    """Let a record hold what a message can carry: names of files need not be UTF-8."""
+    """Make a record's text valid UTF-8, which file names need not be, so that it can be sent."""
     record.msg, record.args = record.getMessage().encode("utf-8", "backslashreplace").decode(), None
     return True
 
 
 @contextmanager
 def forwarded_warnings(client: Client) -> Iterator[None]:
-    """Log here, meanwhile, the warnings that Python's libraries raise in the workers."""
+    """Log in this process, within the context, the warnings of Python's libraries in the workers."""
     register_in_workers(client, _LoggedWarnings(), "warnings")
     client.forward_logging("py.warnings")
     try:
         yield
     finally:
         if client.status == "running":
-            with suppress(Exception):  # of a cluster that is just going
+            with suppress(Exception):  # the cluster may be closing
                 client.unforward_logging("py.warnings")
                 client.unregister_worker_plugin("warnings")
 
 
 def ask(client: Client, function: Callable[..., R], *arguments: object) -> dict[str, R]:
-    """What a function returns in every worker process, by its address; one that is lost meanwhile is left out.
+    """Return the results of a function in every worker process, by address, without workers lost meanwhile.
 
     Raises
     ------
     LostClusterError
         If no worker answers.
     Exception
-        Whatever the function raised in one of them.
+        Whatever the function raised in a worker.
     """
     answers = client.run(function, *arguments, on_error="return")
     found = {worker: answer for worker, answer in answers.items() if not isinstance(answer, OSError)}
     if not found:
         raise LostClusterError(
-            "a worker must stay until the run is over",
+            "a worker must keep running until the run ends",
             place=client.scheduler.address,
             value="none that answers",
-            remedy="Look at what the workers said, start them again and repeat the command",
+            remedy="Look at the workers' output, start them again and repeat the command",
         )
     for answer in found.values():
         if isinstance(answer, Exception):
@@ -180,19 +180,19 @@ def ask(client: Client, function: Callable[..., R], *arguments: object) -> dict[
 
 
 def describe_devices(client: Client, describe: Callable[[], str | None]) -> Literal["cpu", "cuda"]:
-    """Which device the workers have: every one a GPU of its own, or none of them any.
+    """Return the device of the workers: each has its own GPU, or none has one.
 
     Parameters
     ----------
     client
         Of the cluster.
     describe
-        Names the GPU that a process uses, ``None`` where it has none.
+        Names the GPU that a process uses; ``None`` if it has none.
 
     Raises
     ------
     DeviceError
-        If two workers have the same GPU, or only some have any.
+        If two workers share a GPU, or only some have one.
     """
     found: dict[str, str | None] = ask(client, describe)
     with_gpu = {worker: gpu for worker, gpu in found.items() if gpu is not None}
@@ -202,13 +202,13 @@ def describe_devices(client: Client, describe: Callable[[], str | None]) -> Lite
         raise DeviceError(
             "all workers must have a GPU, or none",
             value=f"{len(with_gpu)} of {len(found)} with one, and {min(set(found) - set(with_gpu))} without",
-            remedy="Start the others with 'dask cuda worker', or take them away",
+            remedy="Start the others with 'dask cuda worker', or remove them",
         )
     for worker, gpu in with_gpu.items():
         twin = next((other for other in with_gpu if other != worker and with_gpu[other] == gpu), None)
         if twin:
             raise DeviceError(
-                "every worker must have a GPU of its own",
+                "every worker must have its own GPU",
                 value=f"{gpu} used by {worker} and {twin}",
                 remedy="Start the workers with 'dask cuda worker', which pins each to a GPU",
             )
@@ -216,14 +216,14 @@ def describe_devices(client: Client, describe: Callable[[], str | None]) -> Lite
 
 
 def memory_of_workers(client: Client, of_gpu: Callable[[], int | None] | None) -> tuple[int, int, int | None]:
-    """Bytes that the worker with the least memory may use: alone on its host, beside others there, and of its GPU.
+    """Return the smallest memory of a worker, in bytes: alone on its host, shared with workers there, and of its GPU.
 
     Parameters
     ----------
     client
         Of the cluster.
     of_gpu
-        Tells the last of them in a worker; ``None``: nobody asks.
+        Returns a worker's GPU memory; ``None`` to skip it.
     """
     known = client.scheduler_info(n_workers=-1)["workers"]
     found = ask(client, _memory, of_gpu)
@@ -242,16 +242,16 @@ def _memory(of_gpu: Callable[[], int | None] | None) -> tuple[int, int | None]:
 
 
 def leave_at_once() -> None:
-    """Let this process end without the destructors of C++ libraries.
+    """Make this process exit without running the destructors of C++ libraries.
 
-    Those that meet a thread amid its work, as in a worker whose run was interrupted, end the process with a message of
-    their own on the user's terminal.
+    If a thread is still working, as in a worker whose run was interrupted, they abort with a message on the user's
+    terminal.
     """
     atexit.register(os._exit, 0)
 
 
 def log_workers(client: Client, device: str) -> None:
-    """Write down where the work is done."""
+    """Log the address, device and host of every worker."""
     gpus = ask(client, name_of_gpu) if device == "cuda" else {}
     for address, worker in client.scheduler_info(n_workers=-1)["workers"].items():
         name = gpus.get(address) or device

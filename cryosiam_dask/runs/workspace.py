@@ -1,4 +1,4 @@
-"""The zarr store of a tomogram in the work folder: where it lies, what of it is usable, and when it goes."""
+"""Open, check and remove the work store of a tomogram: the zarr group of its intermediate arrays."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ from cryosiam_dask.errors import (
 )
 from cryosiam_dask.files.atomic import part_name
 from cryosiam_dask.files.identity import is_newer_in_part, newest_chunk, source_content, source_identity
-from cryosiam_dask.runs.find import find_predictions as find_predictions
 from cryosiam_dask.runs.ledger import Ledger
 from cryosiam_dask.runs.outcome import RESUMABLE, has_blocks
 from cryosiam_dask.runs.plan import RunPlan
@@ -39,7 +38,7 @@ from cryosiam_dask.runs.plan import RunPlan
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Where the intermediate arrays of a tomogram are, and the record of what is in them."""
+    """The work store of a tomogram, and the ledger that records what is in it."""
 
     folder: Path
     group: zarr.Group
@@ -56,13 +55,13 @@ def work_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
 def open_workspace(
     configuration: Configuration, stem: str, inform: Callable[[str], None], guard: Callable[[], None]
 ) -> Iterator[Workspace]:
-    """A zarr group for a tomogram's intermediate arrays with its ledger, of an earlier run if they fit together.
+    """Open the work store of a tomogram with its ledger, those of an earlier run if they belong together.
 
-    Whatever the tomogram fails of, blocks that have been predicted stay.
+    Blocks that have been predicted are kept, whatever error follows.
     """
     ledger = Ledger(configuration.prediction_folder, stem)
     if ledger.fault:
-        inform(f"its ledger {ledger.fault}, so that it is begun anew")
+        inform(f"its ledger {ledger.fault}: the tomogram starts again from the beginning")
     folder, group = _open_store(configuration, stem, ledger)
     try:
         yield Workspace(folder, group, ledger)
@@ -81,7 +80,7 @@ def open_workspace(
 
 
 def record_source(ledger: Ledger, source: Path) -> None:
-    """Record which file the tomogram is made from, so that a copy of it is known for the same."""
+    """Record the identity of the tomogram's file, so that a copy of it is recognised."""
     found, identity = ledger.last("source"), source_identity(source)
     if found is None or found["identity"] != identity:
         content, newest = source_content(source), newest_chunk(source)
@@ -90,7 +89,7 @@ def record_source(ledger: Ledger, source: Path) -> None:
 
 
 def _open_store(configuration: Configuration, stem: str, ledger: Ledger) -> tuple[Path, zarr.Group]:
-    """The folder and zarr group that a ledger speaks of, or an empty one where that is not there."""
+    """Open the work store that a ledger names, or create an empty one."""
     store = ledger.last("store")
     if store:
         folder = _work_root(configuration) / store.get("name", f"{stem}{_WORK}")
@@ -98,7 +97,7 @@ def _open_store(configuration: Configuration, stem: str, ledger: Ledger) -> tupl
             group = zarr.open_group(AnyDiskStore(folder), mode="r+", zarr_format=3)
             if group.attrs.get("store") == store["token"]:
                 return folder, group
-        except Exception as error:  # whatever is wrong with it, it is not the one
+        except Exception as error:  # a store that cannot be opened is replaced
             if is_transient(error):
                 raise
     token = uuid.uuid4().hex
@@ -108,7 +107,7 @@ def _open_store(configuration: Configuration, stem: str, ledger: Ledger) -> tupl
             continue
         with suppress(FileNotFoundError):
             shutil.rmtree(folder)
-        # Renamed when it says whose it is, so that nobody takes it for his own meanwhile.
+        # Renamed after it names its owner, so that no other run can take it for its own.
         part = folder.with_name(part_name(folder.name))
         part.parent.mkdir(parents=True, exist_ok=True)
         attributes = {"store": token, "prediction_folder": str(configuration.prediction_folder.resolve())}
@@ -119,11 +118,11 @@ def _open_store(configuration: Configuration, stem: str, ledger: Ledger) -> tupl
             shutil.rmtree(part, ignore_errors=True)
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
-            continue  # another data set has just taken the name
+            continue  # a run with another prediction_folder has just taken the name
         ledger.append("store", token=token, name=name)
         return folder, zarr.open_group(AnyDiskStore(folder), mode="r+", zarr_format=3)
     raise OutputError(
-        "the work store must be this data set's own",
+        "the work store must belong to this prediction_folder",
         place=folder,
         value="one of another prediction_folder",
         remedy="Set work_folder to another folder",
@@ -134,7 +133,7 @@ _WORK, _SCRATCH = ".work.zarr", ".scratch.zarr"
 
 
 def has_work_stores(configuration: Configuration) -> bool:
-    """Whether there are intermediate arrays of any tomogram."""
+    """Whether there is a work store of any tomogram."""
     with os.scandir(_work_root(configuration)) as entries:
         return any(entry.name.endswith((_WORK, _SCRATCH)) for entry in entries)
 
@@ -144,45 +143,45 @@ def _work_root(configuration: Configuration) -> Path:
 
 
 def _own_name(configuration: Configuration, stem: str) -> str:
-    """A name that no tomogram of another prediction folder has."""
+    """Return a name that is unique to this prediction folder."""
     return f"{stem}.{hashlib.sha256(os.fsencode(configuration.prediction_folder.resolve())).hexdigest()[:8]}"
 
 
 def _work_names(configuration: Configuration, stem: str) -> tuple[str, str]:
-    """What a tomogram's work store may be called; the second where another data set has one of the first name."""
+    """Return the possible names of a tomogram's work store; the second if another prediction folder uses the first."""
     return f"{stem}{_WORK}", f"{_own_name(configuration, stem)}{_WORK}"
 
 
 def _is_own_store(configuration: Configuration, folder: Path) -> bool:
-    """Whether a work store is this prediction folder's, or not there."""
+    """Whether a work store belongs to this prediction folder, or does not exist."""
     own = _own_name(configuration, "")
     if folder.parent == configuration.prediction_folder or folder.name.endswith((own + _WORK, own + _SCRATCH)):
         return True
     try:
-        told = json.loads((folder / "zarr.json").read_bytes())["attributes"]["prediction_folder"]
+        owner = json.loads((folder / "zarr.json").read_bytes())["attributes"]["prediction_folder"]
     except FileNotFoundError:
         return not folder.exists()
     except (NotADirectoryError, ValueError, KeyError, TypeError):
         return False
-    return bool(told == str(configuration.prediction_folder.resolve()))
+    return bool(owner == str(configuration.prediction_folder.resolve()))
 
 
 def work_stores(configuration: Configuration, stem: str) -> list[Path]:
-    """Where intermediate arrays of a tomogram are, those that a command on its prediction left included."""
+    """List the work stores of a tomogram, including those of commands on its predictions."""
     names = (*_work_names(configuration, stem), f"{_own_name(configuration, stem)}{_SCRATCH}")
     folders = [_work_root(configuration) / name for name in names]
     return [folder for folder in folders if folder.exists() and _is_own_store(configuration, folder)]
 
 
 def forget_damaged(plan: RunPlan, shape: tuple[int, ...], space: Workspace) -> None:
-    """Take back the record of what cannot be read from a work store, so that the next run makes it again."""
+    """Remove ledger entries of arrays and blocks that cannot be read, so that the next run makes them again."""
     work, ledger, found = space.group, space.ledger, space.ledger.last("blocks")
     if "tomogram" in work:
         tomogram = work_array(work, "tomogram")
         blocks = Blocks.of(tomogram)
         if not all(_is_readable(tomogram, blocks.slices(index)[3 - blocks.ndim :]) for index in blocks.indices):
             ledger.append("ingested", key="", boot="")
-            LOG.warning("%s: cannot be read, so that it will be made again", tomogram.path)
+            LOG.warning("%s: cannot be read and will be made again", tomogram.path)
     if found:
         grid = make_grid(shape, plan.patch, found["block_size"], plan.halo)
         arrays = [work_array(work, name) for name in plan.wanted if name in work]
@@ -200,20 +199,20 @@ def forget_damaged(plan: RunPlan, shape: tuple[int, ...], space: Workspace) -> N
 
 
 def _is_readable(array: zarr.Array[Any], region: tuple[slice, ...]) -> bool:
-    """Whether a region, of each class where there are several, can be read; a disk that does not answer is no no."""
+    """Whether a region of every class can be read; also true if the disk does not answer."""
     for leading in np.ndindex(array.shape[: -len(region)]):
         try:
             array[(*leading, *region)]
         except OSError:
             return True
-        except Exception:  # whatever a codec says of bytes that are not its own
+        except Exception:  # a codec may raise anything on damaged bytes
             return False
     return True
 
 
 @contextmanager
 def work_group(configuration: Configuration, stem: str) -> Iterator[zarr.Group]:
-    """An empty zarr group for the intermediate arrays of a command on a written prediction, which holds its claim."""
+    """Create an empty zarr group for a command on a written prediction whose claim it holds."""
     folder = _work_root(configuration) / f"{_own_name(configuration, stem)}{_SCRATCH}"
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -229,7 +228,7 @@ def array_like(work: zarr.Group, name: str, labels: zarr.Array[Any]) -> zarr.Arr
 
 
 def forget_failure(ledger: Ledger) -> None:
-    """Record that all outputs of a tomogram are there, where it was said to have failed."""
+    """Record as done a tomogram that was recorded as failed."""
     before = ledger.last("outcome")
     if before and before["status"] == "failed":
         ledger.append(**before | {"status": "done", "error": "", "kind": ""})

@@ -1,4 +1,4 @@
-"""The commands on predictions that are already written: postprocess, measure, export, list centres."""
+"""Post-process, measure and export existing predictions, and list their particle centres, without inference."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ from cryosiam_dask.files.claims import Claims, claim_path, open_claims
 from cryosiam_dask.files.hdf5 import StoredDataset, dataset_names, open_dataset, open_hdf5, read_attributes
 from cryosiam_dask.files.predictions import replace_labels
 from cryosiam_dask.model.classes import counted, named
-from cryosiam_dask.runs.find import find_predictions as find_predictions
 from cryosiam_dask.runs.fingerprint import components_done, removal_sizes, with_sizes
 from cryosiam_dask.runs.ledger import Ledger
 from cryosiam_dask.runs.outcome import Outcome, as_numbers, failure_of, log_warnings, names_in, outcome_of
@@ -71,21 +70,21 @@ from cryosiam_dask.stages.export import (
 def postprocess(
     configuration: Configuration, predictions: Sequence[Path], reporter: Reporter, *, executor: SharedExecutor = SERIAL
 ) -> list[Outcome]:
-    """Apply ``postprocessing_sizes`` to written predictions, without inference.
+    """Apply ``postprocessing_sizes`` to existing predictions, without inference.
 
-    It starts from the labels before any removal, so that other sizes can be tried and the same sizes change nothing.
+    It starts from the labels before any removal, so that other sizes can be tried, and the same sizes change nothing.
 
     Parameters
     ----------
     configuration
-        The YAML file; of its paths only ``prediction_folder`` and ``work_folder`` are used, and for the pictures and
-        where ``output_formats`` asks for the tomograms beside their labels those of the tomogram and its mask.
+        The YAML file. Of its paths, ``prediction_folder`` and ``work_folder`` are used; those of the tomograms and
+        masks only for previews and for ``output_formats`` that contain the tomogram.
     predictions
-        From `find_predictions`.
+        From `cryosiam_dask.runs.find.find_predictions`.
     reporter
-        Told what happens.
+        Receives the progress.
     executor
-        Runs the pieces.
+        Runs the tasks.
 
     Returns
     -------
@@ -112,7 +111,7 @@ def _postprocess_one(
     thick = configuration.parameters.network.postprocessing and labels.ndim == 3
     thickness = count_voxels(labels, len(voxels), executor, thick)[1] if thick else None
     probabilities = probabilities_of(path) if configuration.components else None
-    if probabilities is not None:  # what the components would fail of, before anything is replaced
+    if probabilities is not None:  # checked before anything is replaced
         require_channel(int(np.flatnonzero(voxels)[-1]), probabilities.shape[0])
     attributes: dict[str, Any] = {"postprocessing_sizes": sizes, **as_numbers(voxels, None, thickness)}
     prediction = read_attributes(path).get("prediction_fingerprint")
@@ -133,7 +132,7 @@ def _postprocess_one(
 def measure(
     configuration: Configuration, predictions: Sequence[Path], reporter: Reporter, *, executor: SharedExecutor = SERIAL
 ) -> list[Outcome]:
-    """Number and measure the components of written predictions, without inference.
+    """Number and measure the components of existing predictions, without inference.
 
     Parameters
     ----------
@@ -160,7 +159,7 @@ def export(
     per_class: bool = False,
     executor: SharedExecutor = SERIAL,
 ) -> list[Outcome]:
-    """Write predictions that are there already in other formats, without inference.
+    """Write existing predictions in other formats, without inference.
 
     Parameters
     ----------
@@ -195,18 +194,18 @@ def list_centers(
     form: Literal["relion", "cryosiam"] = "relion",
     executor: SharedExecutor = SERIAL,
 ) -> list[Outcome]:
-    """Write lists of the centres of components, of each class of written predictions.
+    """Write lists of the component centres of each class of existing predictions.
 
     Parameters
     ----------
     configuration, predictions, reporter, executor
         As of `postprocess`.
     min_voxels
-        Components with at most so many voxels are left out; ``None``: as the configuration says.
+        Components with at most this many voxels are left out; ``None``: as in the configuration.
     erode
-        Whether to erode each class once before; in CryoSiam's form it always is.
+        Whether to erode each class once before; always done for CryoSiam's form.
     form
-        For RELION and Warp (`cryosiam_dask.stages.centers.write_centers`), or that of CryoSiam
+        ``"relion"`` for RELION and Warp (`cryosiam_dask.stages.centers.write_centers`), or ``"cryosiam"``
         (`write_cryosiam_centers`).
 
     Returns
@@ -286,9 +285,9 @@ def _each(
     act: Callable[[Path, Executor], Outcome],
     executor: SharedExecutor,
 ) -> list[Outcome]:
-    """Do something with each written prediction; those that another run works on come later."""
+    """Apply `act` to each prediction; those that another run works on come last."""
     outcomes: dict[Path, Outcome] = {}
-    pending, waiting, told = deque(predictions), set[Path](), set[Path]()
+    pending, waiting, announced = deque(predictions), set[Path](), set[Path]()
     for folder in {path.parent for path in predictions}:
         with suppress(OSError):
             sweep_parts(folder)
@@ -300,24 +299,24 @@ def _each(
                 outcomes[path] = outcome
                 waiting.clear()
                 continue
-            if path not in told:
-                reporter.inform(f"{stem_of(path)}: another run works on it; waiting for that")
-                told.add(path)
+            if path not in announced:
+                reporter.inform(f"{stem_of(path)}: another run works on it; waiting for it")
+                announced.add(path)
             waiting.add(path)
             pending.append(path)
             if waiting.issuperset(pending):
-                time.sleep(_LOOK)
+                time.sleep(_CLAIM_PAUSE)
     return [outcomes[path] for path in predictions]
 
 
-#: Seconds after which predictions that others work on are looked at again.
-_LOOK = 1.0
+#: Seconds between two attempts to claim predictions that other runs hold.
+_CLAIM_PAUSE = 1.0
 
 
 def _attempt(
     path: Path, reporter: Reporter, work: Callable[[Executor], Outcome], executor: SharedExecutor, claims: Claims
 ) -> Outcome | None:
-    """What became of work on the written prediction `path`; ``None`` where another run works on it."""
+    """Run `work` on the prediction `path`; return ``None`` if another run works on it."""
     stem, began, claim = stem_of(path), time.time(), claim_path(path.parent, stem_of(path))
 
     def guard() -> None:
@@ -339,7 +338,7 @@ def _attempt(
     except (Interrupted, LostClusterError):
         raise
     except Exception as error:
-        if not begun:  # where the disk takes no claim
+        if not begun:  # the disk took no claim
             reporter.begin(stem)
         outcome = failure_of(stem, (), began, error, path)
         reporter.end(stem, f"FAILED: {outcome.error}")
@@ -349,7 +348,7 @@ def _attempt(
 
 
 def measure_one(configuration: Configuration, path: Path, executor: Executor) -> Outcome:
-    """Number and measure the components of one written prediction."""
+    """Number and measure the components of one existing prediction."""
     stem, labels = stem_of(path), labels_written(path)
     with work_group(configuration, stem) as work:
         attributes, probabilities = attributes_written(configuration, path), probabilities_of(path)
@@ -361,17 +360,17 @@ def measure_one(configuration: Configuration, path: Path, executor: Executor) ->
 
 
 def complete(plan: RunPlan, job: Job, executor: Executor) -> Outcome:
-    """Make from a written prediction what is wanted beside it and is missing or outdated.
+    """Make what is missing or outdated beside an existing prediction.
 
     Returns
     -------
     Outcome
-        ``"skipped"`` where another run has made all of it meanwhile.
+        ``"skipped"`` if another run has made everything meanwhile.
 
     Raises
     ------
     Interrupted, LostClusterError
-        If the run is to end; what has been done stays done.
+        If the run is to stop; finished work is kept.
     """
     began = time.time()
     try:
@@ -397,7 +396,7 @@ def _complete(plan: RunPlan, job: Job, executor: Executor) -> Outcome:
     if not formats_done(configuration, job.stem, job.fingerprint, plan.class_names):
         with work_group(configuration, job.stem) as work:
             warnings += update_formats(configuration, job.output, work, executor)
-    # A run that failed after the labels had been written left its intermediate arrays and what it failed of.
+    # A run that failed after writing the labels left its work store and a recorded failure.
     for folder in () if configuration.keep_work else work_stores(configuration, job.stem):
         shutil.rmtree(folder, ignore_errors=True)
     forget_failure(Ledger(configuration.prediction_folder, job.stem))
@@ -423,7 +422,7 @@ def probabilities_of(path: Path) -> StoredDataset | None:
 
 
 def _read_unfiltered(path: Path, work: zarr.Group, executor: Executor) -> zarr.Array[Any]:
-    """Copy the labels of a written prediction, with what was removed from them, to a zarr array."""
+    """Copy the labels of a prediction, including those that were removed, to a zarr array."""
     shape = labels_written(path).shape
     labels = work.create_array("labels", shape=shape, chunks=tuple(min(128, n) for n in shape), dtype=np.uint8)
     executor.map(partial(_read_unfiltered_chunk, path, labels), _corners(labels), name="read")
@@ -435,14 +434,14 @@ def _read_unfiltered_chunk(path: Path, labels: zarr.Array[Any], corner: tuple[in
     with open_hdf5(path) as file:
         chunk = file["labels"][region]
         if "removed" in file:
-            # In 64 bits, where no sum wraps around to a label that looks right.
+            # In 64 bits, since a sum in 8 bits could wrap around to a valid label.
             chunk = np.add(chunk, file["removed"][region], dtype=np.int64, casting="same_kind")
     if chunk.min() < 0 or chunk.max() > 255:
         raise OutputError(
             "labels must lie between 0 and 255",
             place=path,
             value=f"{chunk.min()} to {chunk.max()}",
-            remedy="Predict again, or correct the file that was edited",
+            remedy="Predict again, or correct the edited file",
         )
     labels[region] = chunk
 
