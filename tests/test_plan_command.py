@@ -116,7 +116,7 @@ def test_plan_of_a_pipeline(pipeline: Path) -> None:
     before = sorted(pipeline.rglob("*"))
     done = call("plan", "--config-file", "pipeline.yaml")
     assert sorted(pipeline.rglob("*")) == before
-    assert "masks that this run makes before" in done.stdout and "made before" in done.stdout and not done.stderr
+    assert "masks that this run makes first" in done.stdout and "made first" in done.stdout and not done.stderr
     assert "writes, TS_1: out/lamella/TS_1_preds.h5, out/lamella/TS_1_preview.png" in done.stdout
     assert "writes, TS_1: out/semantic/TS_1_preds.h5, out/semantic/TS_1_preview.png" in done.stdout
     assert "no mask_folder is set" not in done.stdout

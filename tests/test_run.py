@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 from cryosiam_dask.cli import app
 from cryosiam_dask.commands.console import print_table
-from cryosiam_dask.commands.segment import _look_first
+from cryosiam_dask.commands.segment import _warn_about_intensities
 from cryosiam_dask.commands.status import seconds_left, states
 from cryosiam_dask.config import STAGES, Configuration, read_configuration, read_model, read_models, read_pipeline
 from cryosiam_dask.errors import ConfigurationError, Problems
@@ -301,20 +301,20 @@ def test_what_the_models_cannot_see_is_said_before_the_run(tmp_path: Path) -> No
     models = {name: {**common, "prediction_folder": str(tmp_path / name)} for name in ("lamella", "semantic")}
     plans = [plan_run(Configuration.model_validate(values), name=name) for name, values in models.items()]
     console = Console(file=io.StringIO(), width=80)
-    told = _look_first(plans, console)
+    shown = _warn_about_intensities(plans, console)
     said = console.file.getvalue().splitlines()
-    beginning = "warning: 3 of 5 tomograms, looked at before the run: "
+    beginning = "warning: 3 of 5 tomograms, checked before the run: "
     assert len(said) == 2 and all(line.startswith(beginning) for line in said)
     assert "'min: " in said[0] and "'invert: true'" in said[1]
-    assert {stem for stem, _ in told} == {"TS_0", "TS_2", "TS_4"}
-    (sentence,) = {sentence for _, sentence in told if "invert" in sentence}
+    assert {stem for stem, _ in shown} == {"TS_0", "TS_2", "TS_4"}
+    (sentence,) = {sentence for _, sentence in shown if "invert" in sentence}
     outcomes = [Outcome(f"TS_{seed}", "done", warnings=(sentence,)) for seed in range(5)]
     console = Console(file=io.StringIO(), width=80)
-    print_table(console, outcomes, told)
+    print_table(console, outcomes, shown)
     assert f"warning, TS_1 and TS_3: {sentence}\n" in console.file.getvalue()
     assert console.file.getvalue().count("warning") == 1
     plans[0] = plan_run(Configuration.model_validate(models["lamella"] | {"test_files": ["TS_1.mrc"]}), name="lamella")
     console = Console(file=io.StringIO(), width=80)
-    _look_first(plans, console)
+    _warn_about_intensities(plans, console)
     assert console.file.getvalue().count("warning, lamella, TS_1: ") == 2
     assert console.file.getvalue().count("warning, semantic: 3 of 5 tomograms, ") == 2

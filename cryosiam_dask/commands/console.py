@@ -1,4 +1,4 @@
-"""What the commands print."""
+"""Print messages and tables of outcomes, and begin the logs."""
 
 from __future__ import annotations
 
@@ -40,12 +40,13 @@ def warn(console: Console, message: str) -> None:
 
 
 def print_aloud(console: Console, message: str) -> None:
+    """Print a line as it is, even on a quiet console."""
     quiet, console.quiet = console.quiet, False
     console.print(message, markup=False, highlight=False, soft_wrap=True)
     console.quiet = quiet
 
 
-#: Of what is installed, the versions that results, speed or files depend on.
+#: Packages whose versions are logged, since results, speed or files depend on them.
 _PACKAGES = (
     "connected-components-3d", "cucim-cu12", "cucim-cu13", "cupy-cuda12x", "cupy-cuda13x", "dask-cuda", "h5py",
     "mrcfile", "numcodecs", "pillow", "scikit-image", "scipy",
@@ -53,7 +54,7 @@ _PACKAGES = (
 
 
 def open_logs(command: str, configurations: Sequence[Configuration], console: Console) -> None:
-    """Begin the log files of a run, and write down what it is run with."""
+    """Begin the log files of a run, and log command, versions, machine and settings."""
     paths = begin_logs([configuration.prediction_folder for configuration in configurations], command)
     found = versions()
     for name in _PACKAGES:
@@ -68,21 +69,21 @@ def open_logs(command: str, configurations: Sequence[Configuration], console: Co
     for path in paths:
         inform(console, f"log: {path}")
     if len(paths) < len(configurations):
-        warn(console, "no log file could be made beside the outputs")
+        warn(console, "no log file could be created beside the outputs")
 
 
 def counted(count: int, thing: str) -> str:
     return f"{count} {thing}{'s' * (count != 1)}"
 
 
-_FOR_ALL = 125  # columns of a terminal that hold a table with all that is known
+_FULL_WIDTH = 125  # terminal columns that a full table needs
 
 
-def print_table(console: Console, outcomes: Sequence[Outcome], told: Collection[tuple[str, str]] = ()) -> None:
-    """Print the outcome of every tomogram, then the warnings that are not among those `told` before the run."""
+def print_table(console: Console, outcomes: Sequence[Outcome], shown: Collection[tuple[str, str]] = ()) -> None:
+    """Print the outcome of every tomogram, then the warnings that were not `shown` before the run."""
     several = any(outcome.stage for outcome in outcomes)
     wide = console if console.is_terminal else Console(emoji=False, file=console.file, width=160, quiet=console.quiet)
-    brief = wide.width < _FOR_ALL
+    brief = wide.width < _FULL_WIDTH
     axes = "y, x" if are_images(outcome.shape for outcome in outcomes) else "z, y, x"
     model, shape = ("model",) if several else (), () if brief else (f"shape ({axes})",)
     found = [escape("\n".join(outcome.found(brief))) for outcome in outcomes]
@@ -99,7 +100,7 @@ def print_table(console: Console, outcomes: Sequence[Outcome], told: Collection[
         )
     wide.print(table)
     said = ((outcome.stem, warning) for outcome in outcomes for warning in outcome.warnings)
-    for whom, warning in merged_warnings(pair for pair in said if pair not in told):
+    for whom, warning in merged_warnings(pair for pair in said if pair not in shown):
         print_aloud(console, f"warning, {whom}: {warning}")
     for outcome in outcomes:
         if outcome.error:

@@ -1,4 +1,4 @@
-"""Commands that look and change nothing: what a run would do (``plan``), and what is in a file (``info``)."""
+"""Commands that change nothing: what a run would do (``plan``), and what is in a file (``info``)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def show_plan(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     trial: bool = False,
 ) -> int:
-    """Print what a run would do and take; returns its exit status, as far as it is known.
+    """Print what a run would do and cost; return its exit status, as far as it is known.
 
     Parameters
     ----------
@@ -49,18 +49,18 @@ def show_plan(
     filename, overwrite, overwrite_all
         See `cryosiam_dask.runs.plan.plan_run`.
     workers
-        Worker processes on CPUs; ``None``: as many as cores and memory allow.
+        Number of CPU workers; ``None``: as many as cores and memory allow.
     as_json
-        Whether to print JSON, problems included, and nothing else.
+        Whether to print only JSON, including the problems.
     device
-        Where the network is to run; for ``"cuda"`` no GPU need be here, but for a trial.
+        Where the network will run; ``"cuda"`` needs a GPU here only for a trial.
     trial
-        Whether to predict a few patches with each model, to tell how long a run takes.
+        Whether to predict a few patches with each model, to estimate how long a run takes.
 
     Raises
     ------
     Problems
-        What stands in the way of any run, and what is wrong with the tomograms' headers; not with `as_json`.
+        All problems of the run and of the tomograms' headers; not with `as_json`.
     """
     from cryosiam_dask.commands.forecast import (
         USUALLY_AT_ONCE,
@@ -82,13 +82,13 @@ def show_plan(
     try:
         configurations = read_models(config_file, model)
         for name, configuration in configurations.items():
-            to_come = masks_made_before(plans, configuration, filename) if name != next(iter(configurations)) else set()
+            pending = masks_made_before(plans, configuration, filename) if name != next(iter(configurations)) else set()
             automatic = configuration.parameters.data.patch_size == "auto"
             try:
                 plans.append(
                     plan_run(
                         configuration, filename=filename, overwrite=overwrite,
-                        overwrite_all=overwrite_all or automatic, name=name, pending_masks=to_come,
+                        overwrite_all=overwrite_all or automatic, name=name, pending_masks=pending,
                     )
                 )  # fmt: skip
             except CryosiamDaskError as error:
@@ -130,7 +130,7 @@ def show_plan(
 
 
 def _has_gpu() -> bool:
-    """Whether the network would run on a GPU here; torch, which takes seconds, is asked where there may be one."""
+    """Whether the network would run on a GPU here; torch, which takes seconds, is only imported if there may be one."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -145,7 +145,7 @@ def _single(error: CryosiamDaskError) -> Sequence[CryosiamDaskError]:
 
 
 def show_files(paths: Sequence[Path], console: Console, *, as_json: bool = False) -> None:
-    """Print what is in files, also where others among them cannot be read.
+    """Print what is in files; those that cannot be read do not keep it from the others.
 
     Parameters
     ----------
@@ -154,7 +154,7 @@ def show_files(paths: Sequence[Path], console: Console, *, as_json: bool = False
     console
         Where to print.
     as_json
-        Whether to print JSON and nothing else: an object, or a list of them where there are several files.
+        Whether to print only JSON: an object, or a list of objects for several files.
 
     Raises
     ------
@@ -162,7 +162,7 @@ def show_files(paths: Sequence[Path], console: Console, *, as_json: bool = False
         Of all files that cannot be read.
     """
     if len(paths) == 1:
-        require_there(paths[0])  # before what takes longer
+        require_there(paths[0])  # checked before slow imports
     from cryosiam_dask.commands.info import inspect
 
     problems, values = list[CryosiamDaskError](), list[Any]()
@@ -184,7 +184,7 @@ def show_files(paths: Sequence[Path], console: Console, *, as_json: bool = False
 
 
 def _print_json(console: Console, values: Any) -> None:
-    # Not through rich, which would break long lines.
+    # Not with rich, which would wrap long lines.
     print(json.dumps(values, indent=2, allow_nan=False), file=console.file)
 
 
@@ -223,7 +223,7 @@ def _print_plan(
     ]
     for note, of in _each_once(notes, stages):
         _inform(console, f"note{of}{note}")
-    told = [
+    found_warnings = [
         *((stage, f": {warning}") for stage, found in stages.items() for warning in found.warnings),
         *(
             (stage, f", {whom}: {warning}")
@@ -236,7 +236,7 @@ def _print_plan(
             )
         ),
     ]
-    for sentence, of in [*_each_once(told, stages), *((f": {warning}", "") for warning in warnings)]:
+    for sentence, of in [*_each_once(found_warnings, stages), *((f": {warning}", "") for warning in warnings)]:
         _inform(console, f"warning{of}{sentence}")
     for line in _outputs([t for found in stages.values() for t in found.tomograms]):
         _inform(console, line)
@@ -244,13 +244,13 @@ def _print_plan(
 
 def _facts(found: Forecast) -> dict[str, str]:
     low, high = found.scaling
-    classes = max(1, found.classes - 1)  # without the background, which models of several classes predict as well
+    classes = max(1, found.classes - 1)  # without the background, which models of several classes also predict
     todo = [t for t in found.tomograms if t.action == "segment"]
     masks = sorted({str(t.mask.path.parent) for t in found.tomograms if t.mask})
     return {
         "reads": f"{_bytes(sum(t.file_bytes for t in todo))} in "
         + ", ".join(sorted({str(t.source.parent) for t in found.tomograms})),
-        "lamella": "masks that this run makes before"
+        "lamella": "masks that this run makes first"
         if any(t.mask_to_come for t in todo)
         else f"masks in {', '.join(masks)}"
         if masks
@@ -274,25 +274,25 @@ def _facts(found: Forecast) -> dict[str, str]:
 
 
 def _in_common(each: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """The entries that all have."""
+    """Return the entries that all mappings share."""
     first, *others = each
     return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
 
 
-def _each_once(said: Iterable[tuple[str, str]], stages: Collection[str]) -> list[tuple[str, str]]:
-    """Sentences that models say, and, of one that not all of them say, of which it is said."""
+def _each_once(sentences: Iterable[tuple[str, str]], stages: Collection[str]) -> list[tuple[str, str]]:
+    """List sentences once each, with the name of its model unless all models share it."""
     by: dict[str, list[str]] = {}
-    for stage, sentence in said:
+    for stage, sentence in sentences:
         by.setdefault(sentence, []).append(stage)
     return [(sentence, "" if len(set(of)) == len(stages) else f", {of[0]}") for sentence, of in by.items()]
 
 
-#: Tomograms above which the names of their outputs are not listed for each.
+#: Up to this many tomograms the outputs are listed one by one.
 _LISTED = 20
 
 
 def _outputs(tomograms: Sequence[TomogramForecast]) -> list[str]:
-    """Which files are written, and which are there already; of many tomograms as patterns of their names."""
+    """List the files that will be written or are up to date; for many tomograms as patterns of names."""
     lines: dict[str, int] = {}
     many = len({t.stem for t in tomograms}) > _LISTED
     for t in tomograms:
@@ -309,7 +309,7 @@ def _outputs(tomograms: Sequence[TomogramForecast]) -> list[str]:
 
 
 def _time(seconds: float) -> str:
-    """In the units that one thinks in."""
+    """Format seconds in readable units."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     minutes = round(seconds / 60)
@@ -339,8 +339,7 @@ _ACTIONS = {"segment": "to segment", "measure": "to measure", "skip": "skipped",
 
 
 def _print_tomograms(console: Console, stages: Mapping[str, Forecast]) -> None:
-    """As a table or, where it is too wide for the terminal, one tomogram below the other; what models have in common,
-    once."""
+    """Print the tomograms as a table or, if it is too wide, one below the other, with values that models share once."""
     axes = "y, x" if are_images(t.shape for found in stages.values() for t in found.tomograms) else "z, y, x"
     by_stage = {stage: {t.stem: _row(t, axes) for t in found.tomograms} for stage, found in stages.items()}
     stems = list(dict.fromkeys(stem for rows in by_stage.values() for stem in rows))
@@ -387,7 +386,7 @@ def _row(t: TomogramForecast, axes: str) -> dict[str, str]:
     if t.intensities is not None:
         row["clipped below, above"] = f"{percent(t.intensities.below)}, {percent(t.intensities.above)}"
     if t.mask_to_come:
-        row["in the mask"] = "made before"
+        row["in the mask"] = "made first"
     if t.mask is not None:
         about = "" if t.mask.exact else "about "
         row["in the mask"] = about + percent(t.mask.coverage)
@@ -429,7 +428,7 @@ def _print_parts(console: Console, parts: Sequence[Part], facts: Mapping[str, An
     console.print(table)
 
 
-#: Names of facts in words; of others the underscores alone go.
+#: Labels of facts; for others, underscores are replaced.
 _WORDS = {
     "voxel_size_angstrom": "voxel size (Å)",
     "origin_angstrom": "origin (Å)",
@@ -443,9 +442,9 @@ _WORDS = {
 
 
 def _flat(facts: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, str]]:
-    """The facts as rows of a table, lower levels indented below the name of theirs."""
+    """Yield the facts as rows of a table, lower levels indented."""
     for name, value in facts.items():
-        # Names below the first level are keys of a configuration, and stay as they are written there.
+        # Names below the first level are keys of a configuration, and are not changed.
         title = f"{'  ' * depth}{name if depth else _WORDS.get(name, name.replace('_', ' '))}"
         if isinstance(value, Mapping) and value:
             yield title, ""
@@ -479,7 +478,7 @@ def _text(name: str, value: Any) -> str:
 
 def _print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
     if not facts:
-        return  # without rows its box would be as wide as the console
+        return  # an empty table would be as wide as the console
     table = _table("", "")
     table.show_header = False
     for name, value in facts:
@@ -488,12 +487,12 @@ def _print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
 
 
 def _table(*headings: str) -> Table:
-    """A table that folds what does not fit, and leaves nothing out."""
+    """Make a table that folds long values and omits nothing."""
     return Table(*(Column(heading, overflow="fold") for heading in headings))
 
 
 def _unbroken(console: Console) -> Console:
-    """Where nobody sees the lines end, none is broken, so that scripts find every value whole."""
+    """Return a console that does not wrap lines unless it is a terminal, so that scripts find every value whole."""
     return console if console.is_terminal else Console(emoji=False, file=console.file, width=10_000)
 
 

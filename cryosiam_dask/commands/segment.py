@@ -1,4 +1,4 @@
-"""From a YAML file to a finished run, with what a person sees of it: the steps that the commands share."""
+"""Plan and run one model or a pipeline, from configurations to a finished run, with all messages for the user."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def segment(
     stop: threading.Event | None = None,
     warned: list[str] | None = None,
 ) -> list[Outcome]:
-    """Plan and run one model, or a pipeline of several, and print what becomes of it.
+    """Plan and run one model, or a pipeline of several, and print the outcomes.
 
     Parameters
     ----------
@@ -97,14 +97,14 @@ def segment(
     device
         ``"auto"``: CUDA where it can be used, else the CPU.
     workers
-        Worker processes; ``None``: all visible GPUs, or as many as cores and memory allow. Of a cluster that runs
-        already: how many to wait for.
+        Number of worker processes; ``None``: all visible GPUs, or as many as cores and memory allow. For a running
+        cluster: how many to wait for.
     scheduler, scheduler_file
-        See `cryosiam_dask.runs.cluster.join_cluster`; ``None``: a cluster of this machine is started.
+        See `cryosiam_dask.runs.cluster.join_cluster`; ``None``: workers are started on this machine.
     slurm
-        See `cryosiam_dask.runs.slurm.open_slurm`; instead of a cluster of this machine.
+        See `cryosiam_dask.runs.slurm.open_slurm`; instead of workers on this machine.
     worker_timeout
-        Minutes in which a scheduler must have workers, or Slurm must have started the first one; ``None``: 2, and 60.
+        Minutes to wait for the workers of a scheduler, or for the first one of Slurm; ``None``: 2, and 60.
     dashboard_address
         Where the Dask dashboard listens.
     performance_report
@@ -117,19 +117,21 @@ def segment(
     Raises
     ------
     Problems, ConfigurationError, DeviceError, ClusterError
-        What stands in the way of the run.
+        If the run cannot start.
     """
     joins = scheduler is not None or scheduler_file is not None
-    elsewhere = joins or slurm is not None  # where only the workers know their devices and memory
+    elsewhere = joins or slurm is not None  # only the workers know their devices and memory
     if joins and slurm is not None:
         raise ConfigurationError(
-            "workers are either submitted or there already",
+            "workers are either submitted or already running",
             place="options --slurm and --scheduler",
-            remedy="Leave one of them out",
+            remedy="Remove one of them",
         )
     if slurm is not None and workers is None:
         raise ConfigurationError(
-            "must say how many GPUs, or CPU workers, Slurm is asked for", place="option --workers", remedy="Add it"
+            "must give the number of GPUs, or CPU workers, to request from Slurm",
+            place="option --workers",
+            remedy="Add it",
         )
     problems: list[CryosiamDaskError] = []
     plans: list[RunPlan] = []
@@ -201,7 +203,7 @@ def segment(
         warn(console, sentence)
         if warned is not None:
             warned.append(sentence)
-    told = _look_first(plans, console)
+    shown = _warn_about_intensities(plans, console)
     if not is_loopback(dashboard_address):
         warn(console, f"anyone who can reach {dashboard_address} can watch this run without a password")
     try:
@@ -268,7 +270,7 @@ def segment(
                     else ""
                 ),
             )
-            pace = Pace(total, _shown(plans), len(client.nthreads()))
+            pace = Pace(total, _network_voxels(plans), len(client.nthreads()))
             reporter = Meter(Reporters(pace, make_reporter(console, pace), FileReporter(pace)), client)
 
             def watch(step: str, seconds: float | None) -> None:
@@ -281,10 +283,10 @@ def segment(
             finally:
                 reporter.close()
     finally:
-        if not joins:  # tasks of a cluster that stays may still be at work there
+        if not joins:  # tasks of a cluster that keeps running may still be in flight
             for plan in plans:
                 remove_left_overs(plan)
-    print_table(console, outcomes, told)
+    print_table(console, outcomes, shown)
     for plan in plans:
         sentences = plan.warnings(count or None, memory_of_machine())
         for sentence in sentences:
@@ -295,8 +297,8 @@ def segment(
     return outcomes
 
 
-def _shown(plans: Sequence[RunPlan]) -> dict[str, dict[str, float]]:
-    """How many voxels the networks are shown, by tomogram and model."""
+def _network_voxels(plans: Sequence[RunPlan]) -> dict[str, dict[str, float]]:
+    """Count the voxels that the networks see, by tomogram and model."""
     found: dict[str, dict[str, float]] = {}
     for plan in plans:
         by_shape: dict[tuple[int, ...], float] = {}
@@ -323,21 +325,21 @@ def _planned(
     workers: int | None,
     console: Console,
 ) -> RunPlan:
-    """The plan of one model; `device` is ``None`` where only the cluster knows."""
+    """Plan one model; `device` is ``None`` if only the cluster knows it."""
     automatic = configuration.parameters.data.patch_size == "auto"
     if automatic and device is None:
         raise Problems(
             [
                 ConfigurationError(
-                    "must be numbers where the device is another machine's",
+                    "must be given as numbers if the workers run on another machine",
                     place="key parameters.data.patch_size",
                     value="auto",
-                    remedy="Run a single tomogram on such a machine, and write down what is found",
+                    remedy="Run a single tomogram on such a machine, and set the patch_size that it prints",
                 )
             ]
         )
     make = partial(plan_run, filename=filename, name=name, pending_masks=pending_masks)
-    # Where the patch is still to be chosen, what was made with another one is looked at afterwards.
+    # With an automatic patch, outputs are compared after the patch has been chosen.
     plan = make(configuration, overwrite=overwrite, overwrite_all=overwrite_all or automatic)
     if automatic and device is not None:
         plan = make(
@@ -347,7 +349,7 @@ def _planned(
 
 
 def _require_any(plans: Sequence[RunPlan]) -> None:
-    """Refuse a run in which no tomogram can be done."""
+    """Refuse a run in which no tomogram can be segmented."""
     first: dict[str, tuple[str, CryosiamDaskError | None]] = {}
     for plan in plans:
         for job in plan.jobs:
@@ -364,7 +366,7 @@ def _require_any(plans: Sequence[RunPlan]) -> None:
 
 
 def _device_of(found: Literal["cpu", "cuda"], wanted: Device) -> Literal["cpu", "cuda"]:
-    """The device of a cluster that runs already, if it is the one that was asked for."""
+    """Return the device of a running cluster, if it is the requested one."""
     if wanted == "cuda" and found == "cpu":
         raise DeviceError(
             "device cuda was asked for and must be usable",
@@ -374,36 +376,36 @@ def _device_of(found: Literal["cpu", "cuda"], wanted: Device) -> Literal["cpu", 
     return "cpu" if wanted == "cpu" else found
 
 
-#: Tomograms whose intensities are looked at before a run, which takes a second or so.
-_LOOKED_AT_FIRST = 3
+#: Tomograms whose intensities are checked before a run, which takes about a second.
+_CHECKED_FIRST = 3
 
 
-def _look_first(plans: Sequence[RunPlan], console: Console) -> set[tuple[str, str]]:
-    """Say before the hours of a run what the models cannot see in some of its tomograms.
+def _warn_about_intensities(plans: Sequence[RunPlan], console: Console) -> set[tuple[str, str]]:
+    """Warn before a run if the models cannot see the contrast of some of its tomograms.
 
     Returns
     -------
     set of tuple of str
-        Names of tomograms, and what was said of each.
+        Names of tomograms with the warnings that were shown.
     """
-    told: set[tuple[str, str]] = set()
+    shown: set[tuple[str, str]] = set()
     models: dict[str, list[str]] = {}  # by what is said
     samples: dict[Path, tuple[TomogramHeader, Sample]] = {}
     for plan in plans:
         data, found = plan.configuration.parameters.data, dict[str, Intensities]()
         count, of_single = len(plan.jobs), list[tuple[str, str]]()
-        for i in sorted({0, count // 2, count - 1} if count else ())[:_LOOKED_AT_FIRST]:
+        for i in sorted({0, count // 2, count - 1} if count else ())[:_CHECKED_FIRST]:
             job = plan.jobs[i]
-            with suppress(CryosiamDaskError):  # which the tomogram will say
+            with suppress(CryosiamDaskError):  # the tomogram fails later
                 if job.source not in samples:
                     header = read_header(job.source, **plan.configuration.reading)
                     samples[job.source] = header, sample_file(header)
                 header, sample = samples[job.source]
                 found[job.stem] = intensities(sample, data.min, data.max)
                 of_single += [(job.stem, s) for s in plan.intensity_warnings(header, found[job.stem])]
-        told.update(of_single)
+        shown.update(of_single)
         sentences, instead = plan.shared_warnings(list(found.values()))
-        where = "" if len(found) == count else ", looked at before the run"
+        where = "" if len(found) == count else ", checked before the run"
         lines = [f": {number} of {count} tomograms{where}: {sentence}" for sentence, number in sentences]
         of_single = [(stem, sentence) for stem, sentence in of_single if not sentence.startswith(tuple(instead))]
         for line in (*lines, *(f", {whom}: {sentence}" for whom, sentence in merged_warnings(of_single))):
@@ -412,19 +414,17 @@ def _look_first(plans: Sequence[RunPlan], console: Console) -> set[tuple[str, st
         line = f"warning{line}" if len(names) == len(plans) else f"warning, {' and '.join(names)}{line}"
         LOG.warning("%s", line, extra=SHOWN)
         print_aloud(console, line)
-    return told
+    return shown
 
 
 def _with_largest_patch(
     plan: RunPlan, device: Literal["cpu", "cuda"], workers: int | None, console: Console
 ) -> Configuration:
-    """The configuration of a plan with the largest patch that the device can take for its tomograms."""
+    """Return the configuration of a plan with the largest patch that fits into the device's memory."""
     extent = tuple(max(sizes) for sizes in zip(plan.patch, *plan.with_shapes().shapes, strict=True))
     memory = int(USABLE * memory_of_machine() / (workers or cores()))
     patch = largest_patch(plan.spec(device), extent, memory)
-    inform(
-        console, f"patch_size {list(patch)} is the largest that fits; results depend on it, so write it into the file"
-    )
+    inform(console, f"patch_size {list(patch)} is the largest that fits; results depend on it, so set it in the file")
     configuration = plan.configuration
     data = configuration.parameters.data.model_copy(update={"patch_size": patch})
     parameters = configuration.parameters.model_copy(update={"data": data})

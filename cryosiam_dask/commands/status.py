@@ -1,4 +1,4 @@
-"""How far a collection is, read from its ledgers: while a run is at work, and when it is over."""
+"""Report the state of every tomogram from the ledgers, during a run and after it."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from cryosiam_dask.runs.ledger import read_entries
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """How far one tomogram is with one model.
+    """The state of one tomogram with one model.
 
     Attributes
     ----------
     tomogram
         Its name.
     stage
-        Which of several models, where there are several.
+        Of the model, if there are several.
     state
-        ``"done"``, ``"running"``, ``"stopped"`` (begun, and nobody works on it), ``"failed"`` or ``"left"``.
+        ``"done"``, ``"running"``, ``"stopped"`` (started, but no run works on it), ``"failed"`` or ``"left"``.
     blocks
-        Blocks that are recorded, of one that is running or stopped.
+        Number of finished blocks, if it is running or stopped.
     detail
-        Why it failed, or who works on it.
+        Why it failed, or which process works on it.
     seconds
-        Time that it took.
+        That it took.
     ended
-        When it ended, seconds since the epoch by the clock of the run's machine; 0 otherwise.
+        End in seconds since the epoch, by the clock of the run's machine; 0 if it has not ended.
     run
-        The run that it was recorded by.
+        That recorded it.
     """
 
     tomogram: str
@@ -56,14 +56,14 @@ class State:
 
 
 def states(configuration: Configuration, stage: str = "") -> list[State]:
-    """How far every tomogram of a configuration is.
+    """Return the state of every tomogram of a configuration.
 
     Parameters
     ----------
     configuration
         The YAML file.
     stage
-        Name of its model, where there are several.
+        Name of its model, if there are several.
 
     Raises
     ------
@@ -90,9 +90,8 @@ def _state(configuration: Configuration, stem: str, stage: str) -> State:
         who = f"process {int(holder['process'])} on {holder['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         claim, who = b"", ""
-    first = max(
-        (i for i, entry in enumerate(entries) if entry["what"] == "blocks"), default=0
-    )  # of other settings before
+    # Blocks before the last entry "blocks" belong to other settings.
+    first = max((i for i, entry in enumerate(entries) if entry["what"] == "blocks"), default=0)
     blocks = sum(entry["what"] == "block" for entry in entries[first:])
     if claim and not process_is_gone(claim):
         return State(stem, stage, "running", blocks, who)
@@ -119,9 +118,9 @@ def _output_exists(configuration: Configuration, stem: str) -> bool:
 
 
 def seconds_left(found: Sequence[State]) -> float | None:
-    """How long what is left will take, at the pace of the latest run; ``None`` if nothing tells.
+    """Estimate the time left at the pace of the latest run; ``None`` if there is none.
 
-    The pace is that between the first and the last tomogram that the run finished, by its own clock.
+    The pace is that of the tomograms that the run finished, by its own clock.
     """
     runs = sorted({state.run for state in found if state.state == "done" and state.run})
     if not runs:
@@ -133,7 +132,7 @@ def seconds_left(found: Sequence[State]) -> float | None:
 
 
 def print_overview(config_file: Path, console: Console, *, model: str | None = None, as_json: bool = False) -> None:
-    """Print how far a collection is.
+    """Print the state of every tomogram.
 
     Parameters
     ----------
@@ -142,7 +141,7 @@ def print_overview(config_file: Path, console: Console, *, model: str | None = N
     console
         Where to print.
     model
-        The only model of a pipeline to tell of; ``None``: all.
+        The only model of a pipeline to report; ``None``: all.
     as_json
         Whether to print JSON instead of a table.
     """
@@ -179,7 +178,7 @@ def print_overview(config_file: Path, console: Console, *, model: str | None = N
         line += f"; about {time.strftime('%H:%M:%S', time.gmtime(left % 86400))} left at the pace of the latest run"
         if left >= 86400:
             line += f", and {left // 86400:.0f} days"
-    # Where all is done, nobody need read on.
+    # The logs only matter if not all is done.
     for text in (
         line,
         *(f"note: {note}" for note in notes),

@@ -1,4 +1,4 @@
-"""The commands on predictions that are already written."""
+"""The commands on existing predictions, and the report after any run."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ from cryosiam_dask.stages.export import other_formats
 def postprocess_again(
     configuration: Configuration, console: Console, *, filename: str | None = None, workers: int | None = None
 ) -> list[Outcome]:
-    """Apply ``postprocessing_sizes`` to written predictions, and print what becomes of it.
+    """Apply ``postprocessing_sizes`` to existing predictions, and print the outcomes.
 
     Parameters
     ----------
     configuration, console, filename, workers
-        See `segment`.
+        See `cryosiam_dask.commands.segment.segment`.
     """
     predictions = find_predictions(configuration, filename, sizes=True)
     open_logs("semantic-postprocess", [configuration], console)
-    _say_left_out(configuration, filename, console)
+    _note_left_out(configuration, filename, console)
     outcomes = _with_predictions(partial(postprocess, configuration, predictions), len(predictions), console, workers)
     report_on(configuration, outcomes, console)
     return outcomes
@@ -57,16 +57,16 @@ def postprocess_again(
 def measure_predictions(
     configuration: Configuration, console: Console, *, filename: str | None = None, workers: int | None = None
 ) -> list[Outcome]:
-    """Number and measure the components of written predictions, and print what becomes of it.
+    """Number and measure the components of existing predictions, and print the outcomes.
 
     Parameters
     ----------
     configuration, console, filename, workers
-        See `segment`.
+        See `cryosiam_dask.commands.segment.segment`.
     """
     predictions = find_predictions(configuration, filename)
     open_logs("components", [configuration], console)
-    _say_left_out(configuration, filename, console)
+    _note_left_out(configuration, filename, console)
     outcomes = _with_predictions(partial(measure, configuration, predictions), len(predictions), console, workers)
     report_on(configuration, outcomes, console)
     return outcomes
@@ -82,12 +82,12 @@ def export_predictions(
     filename: str | None = None,
     workers: int | None = None,
 ) -> list[Outcome]:
-    """Write predictions in other formats, and print what becomes of it.
+    """Write existing predictions in other formats, and print the outcomes.
 
     Parameters
     ----------
     configuration, console, filename, workers
-        See `segment`.
+        See `cryosiam_dask.commands.segment.segment`.
     formats
         ``"ome-zarr"``, ``"mrc"``; none: those of the key ``output_formats``.
     per_class
@@ -96,12 +96,12 @@ def export_predictions(
     Raises
     ------
     ConfigurationError
-        If neither names a format, or MRC is none of them though there is to be a file for each class.
+        If neither names a format, or `per_class` is given without MRC.
     """
     formats = formats or other_formats(configuration)
     if per_class and "mrc" not in formats:
         raise ConfigurationError(
-            "masks of classes are MRC files", place="option --per-class", value=list(formats) or None,
+            "masks of single classes are MRC files", place="option --per-class", value=list(formats) or None,
             remedy="Add --format mrc",
         )  # fmt: skip
     if not formats:
@@ -113,7 +113,7 @@ def export_predictions(
         )
     predictions = find_predictions(configuration, filename)
     open_logs("export", [configuration], console)
-    _say_left_out(configuration, filename, console)
+    _note_left_out(configuration, filename, console)
     action = partial(export, configuration, predictions, formats=formats, per_class=per_class)
     return _with_predictions(action, len(predictions), console, workers)
 
@@ -129,24 +129,24 @@ def list_particles(
     form: Literal["relion", "cryosiam"] = "relion",
     workers: int | None = None,
 ) -> list[Outcome]:
-    """Write particle lists of written predictions, and print what becomes of it.
+    """Write particle lists of existing predictions, and print the outcomes.
 
     Parameters
     ----------
     configuration, console, filename, workers
-        See `segment`.
+        See `cryosiam_dask.commands.segment.segment`.
     min_voxels, erode, form
         See `cryosiam_dask.runs.written.list_centers`.
     """
     predictions = find_predictions(configuration, filename)
     open_logs("semantic-to-centers", [configuration], console)
-    _say_left_out(configuration, filename, console)
+    _note_left_out(configuration, filename, console)
     action = partial(list_centers, configuration, predictions, min_voxels=min_voxels, erode=erode, form=form)
     return _with_predictions(action, len(predictions), console, workers)
 
 
-def _say_left_out(configuration: Configuration, filename: str | None, console: Console) -> None:
-    """Say which predictions are none, where all are asked for."""
+def _note_left_out(configuration: Configuration, filename: str | None, console: Console) -> None:
+    """Note files that look like predictions and are left out, if all predictions are used."""
     if filename is None and configuration.test_files is None:
         found = left_out(configuration.prediction_folder, "_preds.h5")
         if found:
@@ -154,35 +154,35 @@ def _say_left_out(configuration: Configuration, filename: str | None, console: C
 
 
 def report_again(configuration: Configuration, console: Console) -> None:
-    """Write the page of a collection from what its folder holds, and say where it is.
+    """Write the report of a prediction folder from its contents, and print its path.
 
     Parameters
     ----------
     configuration, console
-        See `segment`.
+        See `cryosiam_dask.commands.segment.segment`.
     """
     try:
         path = write_report(configuration, recorded_outcomes(configuration))
-        _say_left_out(configuration, None, console)
+        _note_left_out(configuration, None, console)
     except OSError as error:
         raise unreadable_folder("prediction_folder", configuration.prediction_folder, error) from None
     inform(console, f"report: {path}")
 
 
 def recorded_outcomes(configuration: Configuration) -> dict[str, dict[str, Any]]:
-    """What earlier runs recorded of tomograms, less what the outputs themselves tell better."""
+    """Return the recorded outcomes of earlier runs, without values that the outputs themselves hold."""
     folder, masks = configuration.prediction_folder, configuration.mask_folder
 
-    def told(stem: str, outcome: Mapping[str, Any]) -> set[str]:
+    def in_output(stem: str, outcome: Mapping[str, Any]) -> set[str]:
         known = {"status"} if outcome.get("status") == "done" else set()
         return known | ({"voxels"} if (folder / f"{stem}_preds.h5").exists() else set())
 
     recorded = read_outcomes(folder)
-    if masks is not None:  # what had no mask never came to this model
+    if masks is not None:  # tomograms without a mask never reached this model
         names = {path.name.removesuffix(configuration.file_extension) for path in find_tomograms(configuration)}
         try:
             of_masks = read_outcomes(masks)
-        except OSError:  # whoever may not look into it, has no outcomes of it
+        except OSError:  # not readable: no outcomes
             of_masks = {}
         for stem, outcome in of_masks.items():
             if outcome.get("status") == "failed" and stem in names and not (masks / f"{stem}_preds.h5").exists():
@@ -192,7 +192,7 @@ def recorded_outcomes(configuration: Configuration) -> dict[str, dict[str, Any]]
                 recorded.setdefault(stem, {"status": "failed", "shape": outcome.get("shape"), "error": error})
     result = {}
     for stem, outcome in recorded.items():
-        known = told(stem, outcome)
+        known = in_output(stem, outcome)
         result[stem] = {name: value for name, value in outcome.items() if name not in known}
     return result
 
@@ -200,7 +200,7 @@ def recorded_outcomes(configuration: Configuration) -> dict[str, dict[str, Any]]
 def report_on(
     configuration: Configuration, outcomes: Sequence[Outcome], console: Console, warnings: Sequence[str] | None = None
 ) -> None:
-    """Write the page of a collection after a run, and say where it is; a page is no reason for a run to fail.
+    """Write the report after a run, and print its path; the run does not fail if it cannot be written.
 
     Parameters
     ----------
@@ -216,7 +216,7 @@ def report_on(
             return configuration.prediction_folder / REPORT
         recorded = recorded_outcomes(configuration)
         now = {
-            # The seconds are those of the prediction, which are recorded, and not of what was made of it since.
+            # The recorded seconds are those of the prediction, not those of later commands.
             each.stem: {**asdict(each), "seconds": recorded.get(each.stem, {}).get("seconds")}
             for each in outcomes
             if each.status != "skipped"
@@ -233,7 +233,7 @@ def report_on(
 def _with_predictions(
     action: Callable[..., list[Outcome]], count: int, console: Console, workers: int | None
 ) -> list[Outcome]:
-    """Do something with written predictions on a cluster of CPU workers, and print what becomes of it."""
+    """Run an action on existing predictions with CPU workers, and print the outcomes."""
     inform(console, f"starting {counted(workers or cores(), 'worker')}")
     with open_cluster("cpu", workers or cores()) as client, forwarded_warnings(client):
         log_workers(client, "cpu")
