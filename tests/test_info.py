@@ -93,7 +93,7 @@ def test_what_is_odd_about_a_tomogram(tmp_path: Path) -> None:
         file.write(b"more")
     found = plain(path)
     assert found["warnings"] == ["4 bytes after the voxels are ignored",
-                                 "100 % of the voxels that were looked at are NaN or infinite"]  # fmt: skip
+                                 "100 % of the sampled voxels are NaN or infinite"]  # fmt: skip
     assert found["facts"]["lowest_intensity"] is None
 
 
@@ -169,7 +169,7 @@ def test_zarr_stores(tmp_path: Path) -> None:
     (tmp_path / "g.zarr" / "thumbs").mkdir()
     assert any("thumbs" in warning for warning in plain(tmp_path / "g.zarr")["warnings"])
     del zarr.open_array(tmp_path / "a.zarr").attrs["statistics"]
-    assert any("did not come to its end" in warning for warning in plain(tmp_path / "a.zarr")["warnings"])
+    assert any("was not completed" in warning for warning in plain(tmp_path / "a.zarr")["warnings"])
 
 
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
@@ -266,7 +266,7 @@ def _numpy_archive() -> bytes:
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (lambda f: f / "nowhere.mrc", "does not exist. Check the path"),
     "a folder": (lambda f: f, "a folder must be a zarr store; found none of zarr.json"),
-    "empty": (lambda f: _written(f / "a.mrc", b""), "must hold something; found 0 bytes"),
+    "empty": (lambda f: _written(f / "a.mrc", b""), "must not be empty; found 0 bytes"),
     "text": (lambda f: _written(f / "notes.txt", b"some words"), "found bytes that begin with b'some wor'"),
     "text called tomogram": (lambda f: _written(f / "a.mrc", b"words" * 500), "or not an MRC file"),
     "text called prediction": (lambda f: _written(f / "a_preds.h5", b"words" * 500), "must be readable HDF5"),

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cryosiam_dask.cli import app
-from cryosiam_dask.commands.init import MARK, look_at_folder, write_pipeline
+from cryosiam_dask.commands.init import MARK, read_folder, write_pipeline
 from cryosiam_dask.config import read_pipeline
 from cryosiam_dask.core.phantom import make_phantom
 from cryosiam_dask.errors import ConfigurationError, OutputError, Problems
@@ -110,10 +110,10 @@ def test_a_folder_without_tomograms(tmp_path: Path) -> None:
             write_pipeline(made, tmp_path / "pipeline.yaml")
     write(tmp_path / "below" / "TS_1.mrc", BRIGHT)
     with pytest.raises(ConfigurationError, match=r"none, but some in .*below"):
-        look_at_folder(tmp_path)
+        read_folder(tmp_path)
     (tmp_path / "TS_1.mrc").write_bytes(b"no tomogram")
     with pytest.raises(Problems):
-        look_at_folder(tmp_path)
+        read_folder(tmp_path)
     assert not (tmp_path / "pipeline.yaml").exists()
 
 
@@ -143,7 +143,7 @@ def test_outputs_among_the_tomograms_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "out" / "TS_1_preds.h5").touch()
     write(tmp_path / "out" / "TS_1__membrane.mrc", BRIGHT)
     with pytest.raises(ConfigurationError, match="must hold tomograms"):
-        look_at_folder(tmp_path / "out")
+        read_folder(tmp_path / "out")
 
 
 def test_of_hdf5_files_with_several_volumes_one_is_chosen(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def expected(case: str) -> np.ndarray:
 def test_inverted_and_scaled_as_by_cryosiam(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, options: dict[str, float], piece: int
 ) -> None:
-    monkeypatch.setattr(processing, "_PIECE", piece)
+    monkeypatch.setattr(processing, "_PART", piece)
     source = GOLDEN / case / "data" / "tomo.mrc"
     invert_scale(source, tmp_path / "out.mrc", **options)  # type: ignore[arg-type]
     with mrcfile.open(source) as before, mrcfile.open(tmp_path / "out.mrc") as after:

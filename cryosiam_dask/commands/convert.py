@@ -1,4 +1,4 @@
-"""`convert`: a tomogram to zarr or OME-Zarr."""
+"""Convert a tomogram to zarr or OME-Zarr."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ def convert_file(
     overwrite: bool = False,
     workers: int | None = None,
 ) -> dict[str, Any]:
-    """Convert one tomogram to zarr, and print what was found in it.
+    """Convert one tomogram to zarr, and print its shape and intensities.
 
     Parameters
     ----------
     source, level, dataset, overwrite
         See `cryosiam_dask.stages.ingest.convert`.
     target
-        An OME-Zarr image where its name ends with ``.ome.zarr``, a single array with ``.zarr``.
+        ``*.ome.zarr`` for an OME-Zarr image, ``*.zarr`` for a single array.
     console, workers
-        See `segment`.
+        See `cryosiam_dask.commands.segment.segment`.
 
     Returns
     -------
     dict
-        The same as JSON values: those of `cryosiam_dask.files.header.TomogramHeader.attributes`, ``statistics``,
+        JSON values: those of `cryosiam_dask.files.header.TomogramHeader.attributes`, ``statistics``,
         ``shape`` (z, y, x), ``dtype``, ``target``.
     """
     if not target.name.lower().endswith(".zarr"):
         raise OutputError(
-            "a converted tomogram is a folder of zarr, and is called so",
+            "the name of a converted tomogram must end with .zarr",
             place=target,
-            remedy=f"Call it {target.stem}.zarr, or {target.stem}.ome.zarr for an image of several levels",
+            remedy=f"Use {target.stem}.zarr, or {target.stem}.ome.zarr for an image with several levels",
         )
-    header = read_header(source, level=level, dataset=dataset)  # what is wrong is said before workers start
+    header = read_header(source, level=level, dataset=dataset)  # errors come before workers start
     header.require_complete()
     require_free(target, overwrite=overwrite)
     make = convert_to_ome_zarr if target.name.lower().endswith(".ome.zarr") else convert

@@ -1,4 +1,4 @@
-"""The demo: two phantom tomograms through the very path that a user takes, compared with the truth.
+"""Run the demo: segment two phantom tomograms like a user would, and compare the result with the truth.
 
 It writes tomograms and the two YAML files to a folder, runs the lamella and then the semantic model on them with the
 small models that ship with the package, prints the Dice score of every class and draws a picture of every tomogram.
@@ -37,7 +37,7 @@ def run_demo(folder: Path, console: Console, *, device: Device = "auto", workers
     Parameters
     ----------
     folder
-        Where to work; made if it is missing.
+        Where to work; created if it does not exist.
     console
         Where to print.
     device, workers
@@ -61,10 +61,10 @@ def run_demo(folder: Path, console: Console, *, device: Device = "auto", workers
 
 
 def prepare_demo(folder: Path, console: Console) -> tuple[Path, Path, Path]:
-    """Write all that the demo works with, and run nothing.
+    """Write the files of the demo without running it.
 
-    That is ``tomograms/``, ``models/``, and ``config_lamella.yaml``, ``config_semantic.yaml`` and ``pipeline.yaml``,
-    which name them as `folder` does: from the current folder where it is relative.
+    These are ``tomograms/``, ``models/``, ``config_lamella.yaml``, ``config_semantic.yaml`` and ``pipeline.yaml``.
+    Paths in the YAML files are relative to the current folder if `folder` is.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ def prepare_demo(folder: Path, console: Console) -> tuple[Path, Path, Path]:
         for each in (tomograms, models):
             each.mkdir(parents=True, exist_ok=True)
         for stem, seed in SEEDS.items():
-            if not (tomograms / f"{stem}.mrc").exists():  # a demo that is repeated finds its outputs done
+            if not (tomograms / f"{stem}.mrc").exists():  # a repeated demo finds its outputs done
                 write_phantom(make_phantom(seed), tomograms, stem)
         for name in ("lamella", "semantic"):
             checkpoint = files("cryosiam_dask") / "data" / "models" / f"demo_{name}.ckpt"
@@ -98,7 +98,7 @@ def prepare_demo(folder: Path, console: Console) -> tuple[Path, Path, Path]:
             (folder / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     except OSError as error:
         raise OutputError(
-            "the demo needs a folder that it can write to", place=folder, value=error.strerror,
+            "the demo needs a writable folder", place=folder, value=error.strerror,
             remedy="Choose another one with --output",
         ) from None  # fmt: skip
     console.print(
@@ -119,8 +119,8 @@ def _lamella(output: Path, model: Path) -> dict[str, Any]:
             "network": {
                 "in_channels": 1,
                 "spatial_dims": 3,
-                # The default, 0.9, takes a rim of 7 voxels off a lamella where it leaves the field of view: little of a
-                # tomogram of 960 voxels, much of these phantoms of 112.
+                # The default, 0.9, removes a rim of 7 voxels where a lamella leaves the field of view: little of a
+                # tomogram of 960 voxels, but much of these phantoms of 112.
                 "threshold": 0.5,
                 "postprocessing": True,
                 "3d_postprocessing": False,

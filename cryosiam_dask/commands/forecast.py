@@ -1,14 +1,14 @@
-"""What a run will read, compute and write, and what it will cost: known before it starts, without writing anything.
+"""Forecast what a run will read, compute and write, and what it will cost, without writing anything.
 
-`forecast` takes a configuration and its plan (see `cryosiam_dask.runs.plan`), so that a run of several stages has one
+`forecast` takes a configuration and its plan (see `cryosiam_dask.runs.plan`); a run of several models has a forecast
 for each. For every tomogram that the plan does not skip it
 
-1. reads the header, and a sample of the intensities (see `cryosiam_dask.stages.intensities`): a wrong scaling is the
-   commonest cause of a blank segmentation;
-2. reads its mask, or, where all masks together are large, evenly spread chunks of it;
-3. lays the blocks over it and adds up what they and the outputs take on the disk.
+1. reads the header and a sample of the intensities (see `cryosiam_dask.stages.intensities`), since a wrong scaling is
+   the most common cause of a blank segmentation;
+2. reads its mask, or evenly spread chunks of it if all masks together are large;
+3. cuts it into blocks, and adds up the disk space of its work store and outputs.
 
-No GPU is touched. What is wrong with a tomogram is kept as its problem, and the next one is looked at.
+No GPU is used. Errors of a tomogram become its problems, and the next one follows.
 """
 
 from __future__ import annotations
@@ -45,26 +45,26 @@ from cryosiam_dask.stages.export import format_path, other_formats
 from cryosiam_dask.stages.intensities import evenly_spread, intensities, sample_file
 from cryosiam_dask.stages.preview import most_bytes, preview_file
 
-MASK_VOXELS = 1 << 31  # that are read of all masks together, a few seconds
-_LEAST_MASK_VOXELS = 1 << 26  # of each
+MASK_VOXELS = 1 << 31  # read from all masks together, in a few seconds
+_LEAST_MASK_VOXELS = 1 << 26  # read from each
 
 
 @dataclass(frozen=True, slots=True)
 class Masking:
-    """What a lamella mask leaves of a tomogram.
+    """The effect of a lamella mask on a tomogram.
 
     Attributes
     ----------
     path
         The file.
     stored_shape
-        The mask's, (z, y, x); resized to the tomogram's where it is another.
+        Of the mask, (z, y, x); it is resized if the tomogram has another.
     coverage
         Share of the tomogram inside the mask, 0 to 1.
     blocks_ruled_out
-        Blocks in which nothing need be predicted.
+        Number of blocks that need no prediction.
     exact
-        Whether both are counted; otherwise the mask is resized, or so large that only chunks of it were looked at.
+        Whether both are exact; not if the mask is resized, or so large that only chunks of it were read.
     """
 
     path: Path
@@ -76,50 +76,50 @@ class Masking:
 
 @dataclass(frozen=True, slots=True)
 class TomogramForecast:
-    """What will become of one tomogram.
+    """Forecast of one tomogram.
 
     Attributes
     ----------
     stem, source
         Its name and file.
     action
-        ``"segment"``; ``"measure"`` where only its components are missing; ``"skip"``; ``"refuse"`` where a problem
-        stands in the way.
+        ``"segment"``; ``"measure"`` if only outputs beside its labels are missing; ``"skip"``; ``"refuse"`` if it has
+        problems.
     reason
-        Why it is skipped or only measured.
+        Why it is skipped, or what is missing.
     shape
-        (z, y, x) in voxels; empty where the file was not looked at or cannot be read.
+        (z, y, x) in voxels; empty if the file was not or cannot be read.
     dtype
         Of the voxels.
     voxel_size_angstrom
-        Along the axes of `shape`; ``None`` where the header does not know it.
+        Along the axes of `shape`; ``None`` if the header does not have it.
     file_bytes
-        Size of the file as it lies on the disk.
+        Size of the file on the disk.
     compressed
         Whether it is gzip-compressed.
     intensities
-        How they fall into ``parameters.data.min`` and ``max``.
+        How they lie in ``parameters.data.min`` to ``max``.
     mask
-        The mask that will be used, if there is one.
+        The effect of its mask, if it has one.
     mask_to_come
         Whether an earlier model of the same run makes it.
     blocks, patches
-        How many there are without a mask; a patch is evaluated once.
+        Their number without a mask; each patch is predicted once.
     block_shape
         Of the largest block, in voxels.
     work_bytes, output_bytes
-        What its work store, for the time being, and its outputs take on the disk at most. Labels compress to a small
-        part of what is counted for them here, probabilities hardly.
+        Maximum disk space of its work store, which is temporary, and of its outputs. Labels compress to a small part
+        of this, probabilities hardly.
     certain_work_bytes, certain_output_bytes
-        The part of both that does not depend on how things compress.
+        The part of both that does not depend on compression.
     outputs
-        The files that it makes.
+        Files that will be written.
     preview
-        The picture that it draws, which `output_bytes` counts too; ``None`` without.
+        Its preview, included in `output_bytes`; ``None`` for none.
     notes, warnings
         What was decided about the file, and warnings.
     problems
-        Why it cannot be done.
+        Why it cannot be segmented.
     """
 
     stem: str
@@ -155,13 +155,13 @@ class Disk:
     Attributes
     ----------
     folders
-        Which of its folders lie there.
+        Of the run, on this file system.
     free_bytes
-        What is free on it. A quota may allow less.
+        Free space. A quota may allow less.
     needed_bytes
-        What the run takes on it at most.
+        Maximum space that the run needs.
     certain_bytes
-        The part of that which does not depend on how things compress.
+        The part of it that does not depend on compression.
     """
 
     folders: tuple[Path, ...]
@@ -172,12 +172,12 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a run will do and take.
+    """Forecast of a run with one model.
 
     Attributes
     ----------
     model
-        ``trained_model``: a path, or where on the Hub.
+        ``trained_model``: a path, or a location on the Hub.
     checkpoint, checkpoint_sha256
         The model's file, and its hash.
     classes
@@ -185,35 +185,35 @@ class Forecast:
     patch, halo
         In voxels; a halo of 0 stands for a quarter of the patch.
     precision
-        Of the network's products.
+        Of the network's arithmetic.
     threshold
         Probability threshold.
     scaling
-        Intensities that become 0 and 1, the first one larger where they are inverted.
+        Intensities that become 0 and 1; the first one is larger if they are inverted.
     tomograms
-        One forecast for each.
+        One forecast for each tomogram.
     workers
         Worker processes on the CPUs of this machine.
     bytes_per_worker
-        Memory of one that runs the network on the CPU; of this
+        Memory of a worker that runs the network on the CPU.
     block_bytes
-        for its two blocks, which a worker with a GPU needs as well, and
+        The part of it for two blocks; a worker with a GPU needs this too.
     network_bytes
-        for the network, which a worker with a GPU needs there, once for each patch of a batch.
+        The part of it for the network; a worker with a GPU needs this on the GPU for each patch of a batch.
     batch_size
-        Patches that a GPU evaluates at once.
+        Patches that a GPU predicts at once.
     memory_bytes
-        What this machine has; ``None`` where it was not said.
+        Of this machine; ``None`` if not given.
     disks
-        The file systems that are written to.
+        File systems that the run writes to.
     notes, warnings, problems
         Notes, warnings and errors about the run as a whole, not about single tomograms.
     shared
-        How warnings of single tomograms begin that `warnings` says of all of them.
+        Beginnings of warnings about single tomograms that `warnings` states for all of them.
     seconds
-        That the run takes, about; ``None`` where no pace is known.
+        Estimated time of the run; ``None`` if no pace is known.
     pace
-        Where that is known from.
+        Source of the pace.
     """
 
     model: str
@@ -241,32 +241,32 @@ class Forecast:
     pace: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """The same as JSON values; lengths in voxels and bytes as the attributes say."""
+        """Return the same as JSON values, in the units of the attributes."""
         values: dict[str, Any] = as_json(self)
         return {**values, "problems": list(self.all_problems)}
 
     @property
     def status(self) -> int:
-        """Exit status of the run, as far as it is known: 2 if no tomogram can be done, 1 if not all."""
+        """Expected exit status of the run: 2 if no tomogram can be segmented, 1 if not all can."""
         refused = [tomogram.action == "refuse" for tomogram in self.tomograms]
         return 2 if self.problems or all(refused) else int(any(refused))
 
     @property
     def all_problems(self) -> tuple[str, ...]:
-        """Everything for which the run could not succeed."""
+        """All problems of the run and of its tomograms."""
         return (*self.problems, *(problem for tomogram in self.tomograms for problem in tomogram.problems))
 
 
 @dataclass(frozen=True, slots=True)
 class PipelineForecast:
-    """What a run of several models will do and take.
+    """Forecast of a run with several models.
 
     Attributes
     ----------
     stages
-        One forecast for each model, by name, in their order; without `disks`, which the models have in common.
+        One forecast for each model, by name, in order, without `disks`, which the models share.
     disks
-        As of `Forecast`; a tomogram is converted once for all models.
+        As in `Forecast`; a tomogram is converted once for all models.
     warnings, problems
         Of the disks.
     """
@@ -278,39 +278,39 @@ class PipelineForecast:
 
     @property
     def seconds(self) -> float | None:
-        """That the run takes, about; ``None`` where the pace of one model is not known."""
+        """Estimated time of the run; ``None`` if the pace of a model is not known."""
         each = [stage.seconds for stage in self.stages.values()]
         return None if None in each else sum(seconds for seconds in each if seconds is not None)
 
     def as_json(self) -> dict[str, Any]:
-        """The same as JSON values; see `Forecast`."""
+        """Return the same as JSON values; see `Forecast`."""
         values: dict[str, Any] = {**as_json(self), "seconds": self.seconds}
         stages = {name: stage.as_json() for name, stage in self.stages.items()}
         return {**values, "stages": stages, "problems": list(self.all_problems)}
 
     @property
     def status(self) -> int:
-        """See `Forecast`: a tomogram that the first model cannot do, no other can."""
+        """See `Forecast`; a tomogram that the first model cannot segment, no other can."""
         first = next(iter(self.stages.values()))
         return 2 if self.problems or first.status == 2 else max(stage.status > 0 for stage in self.stages.values())
 
     @property
     def all_problems(self) -> tuple[str, ...]:
-        """Everything for which the run could not succeed, each once."""
+        """All problems of the run and of its tomograms, each once."""
         of_stages = [problem for stage in self.stages.values() for problem in stage.all_problems]
         return tuple(dict.fromkeys((*self.problems, *of_stages)))
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How fast a model is.
+    """The speed of a model.
 
     Attributes
     ----------
     patches_per_second
         Of all workers together.
     source
-        Where it is known from, in words.
+        In words.
     """
 
     patches_per_second: float
@@ -318,7 +318,7 @@ class Pace:
 
 
 def pace_of_runs(plan: RunPlan, device: str, workers: int | None) -> Pace | None:
-    """How fast the model was in the latest run that finished a tomogram with it on such a device; ``None`` if none did.
+    """Return the pace of the latest run that finished a tomogram with the model on such a device, or ``None``.
 
     Parameters
     ----------
@@ -327,7 +327,7 @@ def pace_of_runs(plan: RunPlan, device: str, workers: int | None) -> Pace | None
     device
         ``"cpu"`` or ``"cuda"``.
     workers
-        Of the run that is planned; ``None``: as many as then.
+        Of the planned run; ``None``: as many as in that run.
     """
     done = [
         outcome
@@ -338,7 +338,7 @@ def pace_of_runs(plan: RunPlan, device: str, workers: int | None) -> Pace | None
         return None
     latest = [outcome for outcome in done if outcome["run"] == max(each["run"] for each in done)]
     seconds, until = 0.0, -math.inf
-    for began, ended in sorted((outcome["began"], outcome["ended"]) for outcome in latest):  # which overlap
+    for began, ended in sorted((outcome["began"], outcome["ended"]) for outcome in latest):  # they may overlap
         seconds += max(0.0, ended - max(began, until))
         until = max(until, ended)
     patches = sum(plan.blocks(tuple(outcome["shape"])).patch_count for outcome in latest)
@@ -350,21 +350,21 @@ def pace_of_runs(plan: RunPlan, device: str, workers: int | None) -> Pace | None
     )
 
 
-#: Seconds for which a trial is measured.
+#: Duration of a trial in seconds.
 TRIAL_SECONDS = 5.0
 
 
 def pace_of_trial(plan: RunPlan, device: Literal["cpu", "cuda"], workers: int | None) -> Pace | None:
-    """How fast the model is here and now: it predicts patches of one of the plan's tomograms, and writes nothing.
+    """Measure the pace of the model here: predict patches of one of the plan's tomograms, without writing anything.
 
     Parameters
     ----------
     plan
-        For the model; ``None`` is returned where it has no tomogram to segment.
+        For the model; without a tomogram to segment, ``None`` is returned.
     device
         Where to run the network.
     workers
-        Processes, that compute at the same time; on GPUs one is tried, and ``None`` stands for all.
+        Number of processes; on GPUs one is measured, and ``None`` stands for all GPUs.
 
     Raises
     ------
@@ -381,7 +381,7 @@ def pace_of_trial(plan: RunPlan, device: Literal["cpu", "cuda"], workers: int | 
     header = read_header(job.source, **plan.configuration.reading)
     grid = make_grid(header.shape, plan.patch, max(plan.patch), plan.halo)
     block = grid.block(list(grid.indices())[len(grid.indices()) // 2])
-    if header.compressed:  # reading on to its middle would take longer than the trial
+    if header.compressed:  # reading up to its middle would take longer than the trial
         window = np.zeros(block.window_shape, np.float32)
     else:
         window = read_window(_Reading(header), block, grid, spec)
@@ -392,8 +392,8 @@ def pace_of_trial(plan: RunPlan, device: Literal["cpu", "cuda"], workers: int | 
             pace = sum(pool.map(one, [TRIAL_SECONDS] * count))
     except BrokenProcessPool:
         raise DeviceError(
-            "a process that predicts a block must stay alive", place="--trial", value="one that ended by itself",
-            remedy="Most likely the memory did not suffice: set fewer --workers, or a smaller patch_size",
+            "a process must survive the prediction of a block", place="--trial", value="a process that died",
+            remedy="It probably ran out of memory: set fewer --workers, or a smaller patch_size",
         ) from None  # fmt: skip
     all_of = workers or count_of_gpus() if device == "cuda" else count
     return Pace(pace / count * all_of, f"as fast as in a trial of {TRIAL_SECONDS:.0f} s on {device} just now")
@@ -401,7 +401,7 @@ def pace_of_trial(plan: RunPlan, device: Literal["cpu", "cuda"], workers: int | 
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """Slices a file that is not compressed like an array."""
+    """Slices an uncompressed file like an array."""
 
     header: TomogramHeader
 
@@ -417,12 +417,12 @@ def forecast_pipeline(
     memory_bytes: int | None = None,
     paces: Sequence[Pace | None] = (),
 ) -> PipelineForecast:
-    """Say what a run of several models for the same tomograms will do and take.
+    """Forecast a run of several models on the same tomograms.
 
     Parameters
     ----------
     plans
-        From `cryosiam_dask.runs.plan.plan_run`, with the name of its model each.
+        From `cryosiam_dask.runs.plan.plan_run`, each with the name of its model.
     workers, concurrent, memory_bytes
         See `forecast`.
     paces
@@ -433,11 +433,11 @@ def forecast_pipeline(
     needs: list[_Need] = []
     last = {job.stem for job in plans[-1].jobs}
     for plan, pace in zip_longest(plans, paces):
-        kept = last if plan is not plans[-1] else ()  # with the work of the last model, for all
-        stages[plan.name] = found = _stage(plan, workers, memory_bytes, pace, sampled, kept)
+        kept = last if plan is not plans[-1] else ()  # in the work store of the last model
+        stages[plan.name] = found = _forecast_model(plan, workers, memory_bytes, pace, sampled, kept)
         needs += _needs(plan.configuration, found.tomograms, concurrent)
     disks = _disks(needs)
-    return PipelineForecast(stages, disks, *_judged(disks))
+    return PipelineForecast(stages, disks, *_check_disks(disks))
 
 
 def forecast(
@@ -449,28 +449,28 @@ def forecast(
     memory_bytes: int | None = None,
     pace: Pace | None = None,
 ) -> Forecast:
-    """Say what a run will do and take, reading as little as tells it.
+    """Forecast a run of one model, reading as little as possible.
 
     Parameters
     ----------
     configuration, plan
-        What to do; from `cryosiam_dask.runs.plan.plan_run`.
+        The YAML file, and its plan from `cryosiam_dask.runs.plan.plan_run`.
     workers
-        Worker processes; small tomograms are cut into smaller blocks for more of them.
+        Number of worker processes; small tomograms have smaller blocks for more workers.
     concurrent
-        How many tomograms are worked on at the same time.
+        Number of tomograms in progress at the same time.
     memory_bytes
-        What the machine has for the workers.
+        Of the machine.
     pace
-        How fast the model is, where that is known.
+        Of the model, if known.
     """
-    found = _stage(replace(plan, configuration=configuration), workers, memory_bytes, pace, {})
+    found = _forecast_model(replace(plan, configuration=configuration), workers, memory_bytes, pace, {})
     disks = _disks(_needs(configuration, found.tomograms, concurrent))
-    warnings, problems = _judged(disks)
+    warnings, problems = _check_disks(disks)
     return replace(found, disks=disks, warnings=(*found.warnings, *warnings), problems=problems)
 
 
-def _stage(
+def _forecast_model(
     plan: RunPlan,
     workers: int,
     memory_bytes: int | None,
@@ -478,13 +478,16 @@ def _stage(
     sampled: dict[Any, Intensities],
     converted: Collection[str] = (),
 ) -> Forecast:
-    """The forecast of one model, without disks; of the tomograms `converted` another one keeps the voxels. What was
-    `sampled` of a tomogram for one model, serves the others."""
+    """Forecast one model, without disks.
+
+    For the `converted` tomograms another model's work store holds the voxels. Intensities `sampled` for one model are
+    reused for the others.
+    """
     configuration = plan.configuration
     voxels = max(_LEAST_MASK_VOXELS, MASK_VOXELS // max(1, len(plan.jobs)))
     tomograms = [
         *(_tomogram(configuration, plan, job, workers, voxels, job.stem in converted, sampled) for job in plan.jobs),
-        *(_measured(configuration, plan, job) for job in plan.incomplete),
+        *(_forecast_incomplete(configuration, plan, job) for job in plan.incomplete),
         *(
             TomogramForecast(
                 job.stem,
@@ -507,7 +510,7 @@ def _stage(
     data = configuration.parameters.data
     if configuration.parameters.data.patch_size == "auto":
         notes.append(
-            "patch_size auto: the run tries which patch fits into the device's memory. What is said here holds for the "
+            "patch_size auto: the run finds out which patch fits into the device's memory. This plan assumes the "
             f"checkpoint's own, {list(plan.patch)}"
         )
     return Forecast(
@@ -549,19 +552,19 @@ def disk_warnings(plans: Sequence[RunPlan]) -> tuple[str, ...]:
     for plan in plans:
         tomograms = []
         for job in plan.jobs:
-            with suppress(CryosiamDaskError):  # such a tomogram fails alone
+            with suppress(CryosiamDaskError):  # the tomogram fails later
                 header = read_header(job.source, **plan.configuration.reading)
                 kept = plan is not plans[-1] and job.stem in last
                 room: dict[str, Any] = dict(_disk_bytes(plan.configuration, plan, job, header, kept))
                 tomograms.append(TomogramForecast(job.stem, job.source, "segment", **room))
-        tomograms += [_measured(plan.configuration, plan, job) for job in plan.incomplete]
+        tomograms += [_forecast_incomplete(plan.configuration, plan, job) for job in plan.incomplete]
         needs += _needs(plan.configuration, tomograms, USUALLY_AT_ONCE)
-    warnings, problems = _judged(_disks(needs))
+    warnings, problems = _check_disks(_disks(needs))
     return (*problems, *warnings)
 
 
-def _judged(disks: Iterable[Disk]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Warnings and problems of disks."""
+def _check_disks(disks: Iterable[Disk]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return warnings and problems about disks."""
     warnings, problems = list[str](), list[str]()
     for disk in disks:
         where = " and ".join(map(str, disk.folders))
@@ -573,13 +576,13 @@ def _judged(disks: Iterable[Disk]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         elif disk.needed_bytes > disk.free_bytes:
             warnings.append(
                 f"{where}: up to {_gb(disk.needed_bytes)} may be needed, and {_gb(disk.free_bytes)} are free. Labels "
-                "compress to a small part of what is counted for them here, probabilities hardly"
+                "compress to a small part of this, probabilities hardly"
             )
     return tuple(warnings), tuple(problems)
 
 
 def unreadable(configuration: Configuration, filename: str | None = None) -> list[CryosiamDaskError]:
-    """What is wrong with the headers of a configuration's tomograms; also where nothing could be planned."""
+    """Return the errors of the headers of a configuration's tomograms, even if it cannot be planned."""
     problems: list[CryosiamDaskError] = []
     for source in find_tomograms(configuration, filename):
         try:
@@ -590,16 +593,16 @@ def unreadable(configuration: Configuration, filename: str | None = None) -> lis
 
 
 def masking(mask: Mask, grid: Grid, voxels: int = MASK_VOXELS) -> Masking:
-    """Say what a mask leaves of a tomogram and of its blocks.
+    """Measure the share of a tomogram and of its blocks inside a mask.
 
     Parameters
     ----------
     mask
         From `cryosiam_dask.files.mask.open_mask`.
     grid
-        The blocks, on the tomogram that the mask is for.
+        The blocks of the tomogram.
     voxels
-        How many of the mask to read at most; chunks that are evenly spread stand for more.
+        Maximum number of the mask's voxels to read; of larger masks evenly spread chunks are read.
 
     Raises
     ------
@@ -607,16 +610,16 @@ def masking(mask: Mask, grid: Grid, voxels: int = MASK_VOXELS) -> Masking:
         If it cannot be read or holds values other than 0 and 1.
     """
     ratios = [m / n for m, n in zip(mask.stored_shape, mask.shape, strict=True)]
-    # Inner edges of the blocks on the axes of the mask as it is stored.
+    # Edges of the blocks in voxels of the stored mask.
     edges = [[round(edge * ratio) for edge in axis.edges] for axis, ratio in zip(grid.axes, ratios, strict=True)]
     seen, inside_of = np.zeros(grid.block_counts, bool), np.zeros(grid.block_counts, bool)
     read = inside = 0
     for region, values in read_stored(mask, partial(evenly_spread, voxels=voxels)):
         read, inside = read + values.size, inside + int(np.count_nonzero(values))
-        for pieces in product(*map(_cut, region, edges)):
-            block = tuple(index for index, _ in pieces)
+        for parts in product(*map(_cut, region, edges)):
+            block = tuple(index for index, _ in parts)
             part = values[
-                tuple(slice(p.start - r.start, p.stop - r.start) for r, (_, p) in zip(region, pieces, strict=True))
+                tuple(slice(p.start - r.start, p.stop - r.start) for r, (_, p) in zip(region, parts, strict=True))
             ]
             seen[block] = True
             inside_of[block] |= bool(part.any())
@@ -626,7 +629,7 @@ def masking(mask: Mask, grid: Grid, voxels: int = MASK_VOXELS) -> Masking:
 
 
 def _cut(part: slice, edges: list[int]) -> Iterable[tuple[int, slice]]:
-    """The pieces of a part of an axis, each with the number of the block that it lies in."""
+    """Cut a range of an axis at the edges of blocks; yield the parts with the index of their block."""
     for index, (start, stop) in enumerate(pairwise(edges)):
         if max(part.start, start) < min(part.stop, stop):
             yield index, slice(max(part.start, start), min(part.stop, stop))
@@ -642,8 +645,8 @@ def _tomogram(
     sampled: dict[Any, Intensities],
 ) -> TomogramForecast:
     header: TomogramHeader | None = None
-    to_come = job.mask is not None and not job.fingerprint and job.problem is None
-    known: dict[str, Any] = {"outputs": _outputs(configuration, job), "mask_to_come": to_come}
+    pending = job.mask is not None and not job.fingerprint and job.problem is None
+    known: dict[str, Any] = {"outputs": _outputs(configuration, job), "mask_to_come": pending}
     known["preview"] = _preview(configuration, job)
     opened: Mask | None = None
     problems: list[str] = [] if job.problem is None else [str(job.problem)]
@@ -657,7 +660,7 @@ def _tomogram(
         known["block_shape"] = tuple(max(b - a for a, b in pairwise(axis.edges)) for axis in grid.axes)
         known |= _disk_bytes(configuration, plan, job, header, converted)
     except CryosiamDaskError as error:
-        if not isinstance(job.problem, TomogramError):  # which has been said
+        if not isinstance(job.problem, TomogramError):  # otherwise already in the list
             problems.append(str(error))
     try:
         if header is not None:
@@ -667,7 +670,7 @@ def _tomogram(
     except CryosiamDaskError as error:
         problems.append(str(error))
     try:
-        if header is not None and job.mask is not None and job.problem is None and not to_come and "blocks" in known:
+        if header is not None and job.mask is not None and job.problem is None and not pending and "blocks" in known:
             opened = plan.mask_of(job, header.shape)
             assert opened is not None
             known["mask"] = masking(opened, grid, mask_voxels)
@@ -676,7 +679,7 @@ def _tomogram(
     warnings: tuple[str, ...] = ()
     if header is not None:
         mask = known.get("mask")
-        # Where but a part was looked at, there may be something elsewhere.
+        # A coverage of 0 only counts if the whole mask was read.
         coverage = mask.coverage if mask and (mask.exact or mask.coverage) else None
         warnings = plan.warnings_of(header, known.get("intensities"), mask=opened, coverage=coverage)
     return TomogramForecast(
@@ -689,12 +692,12 @@ def _tomogram(
     )
 
 
-def _measured(configuration: Configuration, plan: RunPlan, job: Job) -> TomogramForecast:
-    """A tomogram whose labels are there."""
+def _forecast_incomplete(configuration: Configuration, plan: RunPlan, job: Job) -> TomogramForecast:
+    """Forecast a tomogram whose labels are up to date."""
     reason = f"{job.output} is up to date, {plan.outdated(job)}"
     try:
         header = read_header(job.source, **configuration.reading)
-    except CryosiamDaskError:  # the labels are there: nothing is read but them
+    except CryosiamDaskError:  # only the labels are read
         return TomogramForecast(job.stem, job.source, "measure", reason, outputs=_outputs(configuration, job)[1:])
     instances = 4 * math.prod(header.shape) if job.components else 0
     return TomogramForecast(
@@ -736,12 +739,12 @@ def _preview_bytes(configuration: Configuration, job: Job, header: TomogramHeade
     return most_bytes(header.shape, header.voxel_size_angstrom) if _preview(configuration, job) else 0
 
 
-#: All levels of an image together, in voxels of the first: each has half as many along two axes at least.
+#: Voxels of all levels of an image, relative to the first: each level has at most a quarter of the previous one.
 _ALL_LEVELS = 4 / 3
 
 
 def _format_bytes(configuration: Configuration, header: TomogramHeader) -> int:
-    """What the other formats of a tomogram's labels take at most."""
+    """Return the maximum size of a tomogram's other formats."""
     voxels, formats = math.prod(header.shape), other_formats(configuration)
     image = math.ceil(_ALL_LEVELS * voxels * (1 + header.dtype.itemsize)) if "ome-zarr" in formats else 0
     return image + (voxels if "mrc" in formats else 0)
@@ -750,13 +753,13 @@ def _format_bytes(configuration: Configuration, header: TomogramHeader) -> int:
 def _disk_bytes(
     configuration: Configuration, plan: RunPlan, job: Job, header: TomogramHeader, converted: bool
 ) -> dict[str, int]:
-    """What a tomogram takes on the disk, work store and outputs apart."""
+    """Return the disk space of a tomogram's work store and outputs."""
     voxels, classes = math.prod(header.shape), plan.checkpoint.architecture.out_channels
     fields = sum(4 * classes for name in plan.wanted if name != "labels")
-    removal = 2 if removal_sizes(configuration) else 0  # what is kept, and what is removed
-    lamella = 2 if configuration.parameters.network.postprocessing else 0  # its hull, and the threshold of its core
+    removal = 2 if removal_sizes(configuration) else 0  # the filtered and the removed labels
+    lamella = 2 if configuration.parameters.network.postprocessing else 0  # the hull, and the thresholded core
     instances = 4 if job.components else 0
-    # A zarr is read where it is, and of several models one keeps what was converted.
+    # Zarr input is not copied, and only one of several models stores the converted tomogram.
     tomogram = 0 if converted or isinstance(header, ZarrHeader) else header.dtype.itemsize * voxels
     is_mrc = job.output.suffix != ".h5"
     internal = fields if configuration.save_internal_files else 0
@@ -770,17 +773,17 @@ def _disk_bytes(
     }
 
 
-#: Tomograms that have a work store at the same time: one computes, one is finished, one is read. Where they are small
-#: it may be more for a while; see `cryosiam_dask.runs.collection`.
+#: Usual number of work stores at the same time: of one tomogram that is predicted, one that is finished, and one that
+#: is read. There may be more small tomograms for a while; see `cryosiam_dask.runs.collection`.
 USUALLY_AT_ONCE = 3
 
-_Need: TypeAlias = tuple[Path, int, int]  # folder, bytes needed in it at most, and certainly
+_Need: TypeAlias = tuple[Path, int, int]  # folder, maximum and certain bytes
 
 
 def _needs(configuration: Configuration, tomograms: Iterable[TomogramForecast], concurrent: int) -> list[_Need]:
-    """What is needed in each folder."""
+    """Return the disk space needed in each folder."""
     done = [t for t in tomograms if t.action in ("segment", "measure")]
-    # Work stores vanish with their tomograms, unless they are kept. A single one is certain.
+    # Work stores are removed when their tomogram is done, unless keep_work is set. Only one is certain.
     kept = len(done) if configuration.keep_work else 0
     work, certain_work = (
         sum(sorted((getattr(t, name) for t in done), reverse=True)[: kept or at_once])
@@ -797,7 +800,7 @@ def _needs(configuration: Configuration, tomograms: Iterable[TomogramForecast], 
 
 
 def _disks(needs: Iterable[_Need]) -> tuple[Disk, ...]:
-    """What is needed on each file system, and free there."""
+    """Sum up the needed and free space of each file system."""
     disks: dict[int, Disk] = {}
     for folder, needed, certain in needs:
         existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())

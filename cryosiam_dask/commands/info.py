@@ -1,8 +1,8 @@
-"""What is in a file: a tomogram, a zarr store, a file of predictions or components, a checkpoint.
+"""Describe a file: a tomogram, a zarr store, a predictions or components file, or a checkpoint.
 
-The kind is told by the content. A file whose name says that it is of one kind and whose content is of another is
-refused, and one without a known content is judged by its name, so that what damaged it is said. Nothing in a file is
-executed, and of arrays little more than their descriptions is read.
+The content determines the kind. A file whose name and content disagree is refused. If the content is unknown, the name
+determines the kind, so that the error describes the damage. Nothing in a file is executed, and little more than the
+metadata of arrays is read.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ from cryosiam_dask.stages.intensities import intensities, sample_file
 
 Kind: TypeAlias = Literal["tomogram", "zarr", "HDF5", "checkpoint"]
 
-COUNTED_VOXELS = 1 << 28  # labels of larger volumes are not counted: that would take many seconds
+COUNTED_VOXELS = 1 << 28  # labels of larger volumes are not counted, since it takes many seconds
 _ZARR = ("zarr.json", ".zarray", ".zgroup")
 _HDF5 = b"\x89HDF\r\n\x1a\n"
-#: What the beginning of a file tells; the second column is what it is called.
+#: First bytes of a file, its description, and its kind.
 _MAGIC: tuple[tuple[bytes, str, Kind | None], ...] = (
     (_HDF5, "an HDF5 file", "HDF5"),
     (b"PK\x03\x04", "a zip archive, as torch writes checkpoints", "checkpoint"),
     (b"\x80\x02", "a pickle, as old versions of torch write checkpoints", "checkpoint"),
     (b"\x1f\x8b", "a gzip file", "tomogram"),
-    (b"\0\5\x16\7", "what macOS puts beside another file, its name without ._", None),
+    (b"\0\5\x16\7", "metadata that macOS stores beside another file, whose name lacks the ._", None),
     (b"II*\0", "a TIFF image", None),
     (b"MM\0*", "a TIFF image", None),
     (b"II+\0", "a TIFF image", None),
@@ -82,19 +82,19 @@ class Part:
     Attributes
     ----------
     name
-        Its path there.
+        Its path in the file.
     shape
-        As stored; (z, y, x) with a class axis before it, for all that this program writes.
+        As stored; this program writes (z, y, x), after a class axis if there is one.
     dtype
         Of its elements.
     chunks
-        What is read and compressed at once; empty where it lies in one piece.
+        Shape of the chunks; empty if it is contiguous.
     compression
-        How, or ``""``.
+        Name of the codec, or ``""``.
     stored_bytes
-        What it takes in the file; ``None`` where that is not known.
+        Size in the file; ``None`` if unknown.
     voxels
-        Of each label, where they were counted.
+        Of each label, if they were counted.
     """
 
     name: str
@@ -108,16 +108,16 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Information:
-    """What is in a file.
+    """Description of a file.
 
     Attributes
     ----------
     path
         The file or folder.
     kind
-        What it is, in words.
+        In words.
     facts
-        What it says of itself: numbers, text, and lists and mappings of them.
+        Its metadata: numbers, text, and lists and mappings of them.
     parts
         The arrays that it holds.
     notes, warnings
@@ -132,24 +132,24 @@ class Information:
     warnings: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """The same as JSON values, with null for NaN and infinity."""
+        """Return the same as JSON values, with null for NaN and infinity."""
         values: dict[str, Any] = as_json(self)
         return values
 
 
 def inspect(path: str | Path) -> Information:
-    """Look into a file.
+    """Describe a file.
 
     Parameters
     ----------
     path
-        A tomogram (MRC and its relatives, also gzip-compressed, HDF5), a zarr store, a file of predictions or
-        components, or a checkpoint.
+        A tomogram (MRC, also gzip-compressed, or HDF5), a zarr store, a predictions or components file, or a
+        checkpoint.
 
     Raises
     ------
     TomogramError, OutputError, CheckpointError
-        If it is missing, damaged, of an unknown kind, or of another kind than its name says.
+        If it is missing, damaged, of an unknown kind, or of a kind that its name contradicts.
     """
     path = Path(path)
     readers: Mapping[Kind, Callable[[Path], Information]] = {
@@ -159,7 +159,7 @@ def inspect(path: str | Path) -> Information:
 
 
 def _kind(path: Path) -> Kind:
-    """What a file is by its content or, where that says nothing, by its name."""
+    """Determine the kind of a file by its content or, if that is unknown, by its name."""
     try:
         if path.is_dir():
             if any((path / name).is_file() for name in _ZARR):
@@ -168,7 +168,7 @@ def _kind(path: Path) -> Kind:
                 "a folder must be a zarr store",
                 place=path,
                 value=f"none of {', '.join(_ZARR)} in it",
-                remedy="Name a file, or the folder of a zarr store itself",
+                remedy="Give a file, or the folder of the zarr store itself",
             )
         with path.open("rb") as file:
             beginning = file.read(212)
@@ -176,10 +176,10 @@ def _kind(path: Path) -> Kind:
         require_there(path)
         why = unusable(path) if path.is_symlink() and error.errno == errno.ENOENT else error.strerror
         raise TomogramError(
-            "must be a file that can be read", place=path, value=why, remedy="Check path and permissions"
+            "must be a readable file", place=path, value=why, remedy="Check path and permissions"
         ) from None
     if not beginning:
-        raise TomogramError("a file must hold something", place=path, value="0 bytes", remedy="Copy or make it again")
+        raise TomogramError("a file must not be empty", place=path, value="0 bytes", remedy="Copy or make it again")
     claimed = _BY_NAME.get(path.suffix.lower())
     found: tuple[str, Kind | None] | None = next(
         (entry[1:] for entry in _MAGIC if beginning.startswith(entry[0])), None
@@ -188,7 +188,7 @@ def _kind(path: Path) -> Kind:
         found = "a zip archive", None
     if found is None and beginning[208:211] == b"MAP":
         found = "an MRC file", "tomogram"
-    if found is None and h5py.is_hdf5(path):  # behind a block of the user's
+    if found is None and h5py.is_hdf5(path):  # after a user block
         found = "an HDF5 file", "HDF5"
     if found is not None and found[1] is None:
         packed = found[0] in _PACKED
@@ -203,7 +203,7 @@ def _kind(path: Path) -> Kind:
             f"a file whose name ends with {path.suffix} must be {_KINDS[claimed]}",
             place=path,
             value=found[0],
-            remedy="Rename it, if that is what it is meant to be",
+            remedy="Rename it, if its content is right",
         )
     kind = found[1] if found else claimed
     if kind is None:
@@ -217,7 +217,7 @@ def _kind(path: Path) -> Kind:
 
 
 def _holds_a_pickle(path: Path) -> bool:
-    """Whether a zip archive is one of torch's, or too damaged to tell."""
+    """Whether a zip archive is a torch checkpoint, or too damaged to be read."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("data.pkl") for name in archive.namelist())
@@ -255,7 +255,7 @@ def _tomogram_facts(header: TomogramHeader) -> tuple[dict[str, Any], list[str], 
     }
     warnings = []
     if found.non_finite:
-        warnings.append(f"{percent(found.non_finite)} of the voxels that were looked at are NaN or infinite")
+        warnings.append(f"{percent(found.non_finite)} of the sampled voxels are NaN or infinite")
     outside = scaling(found.below, found.above, found.central, 0, 1)
     lines = to_write(found.central if outside else None, found.contrast)
     notes = [f"for the models of CryoSiam write below parameters.data {_listed(lines)}"] if lines else []
@@ -283,12 +283,12 @@ def _intensity_facts(found: Intensities) -> dict[str, Any]:
 
 def _zarr(path: Path) -> Information:
     with (
-        _foreseen(path, "the zarr store must be readable"),
+        _damage_reported(path, "the zarr store must be readable"),
         library_warnings.catch_warnings(record=True) as said,
     ):
         library_warnings.simplefilter("always")
         opened = zarr.open(str(path), mode="r")
-        # By its members, since a group does not say which of its arrays are broken until they are opened.
+        # Opened one by one, since only this shows which arrays of a group are broken.
         arrays = [opened] if isinstance(opened, zarr.Array) else [a for _, a in opened.members(max_depth=8)]
         parts = tuple(_zarr_part(array) for array in arrays if isinstance(array, zarr.Array))
         attributes = dict(opened.attrs)
@@ -297,7 +297,7 @@ def _zarr(path: Path) -> Information:
     warnings = [str(warning) for warning in facts.pop("warnings", None) or ()]
     warnings += dict.fromkeys(" ".join(str(each.message).split()) for each in said)
     if "source_bytes" in facts and "statistics" not in facts:
-        warnings.append("the conversion that made it did not come to its end: some voxels are missing")
+        warnings.append("the conversion that made it was not completed: some voxels are missing")
     notes = tuple(map(str, facts.pop("notes", None) or ()))
     try:
         header = read_header(path)
@@ -305,7 +305,7 @@ def _zarr(path: Path) -> Information:
         facts, warnings = {**of_tomogram, **facts}, list(dict.fromkeys([*warnings, *header.warnings, *seen]))
         notes += tuple(suits)
     except TomogramError as error:
-        if "ngff_version" in facts or arrays == [opened]:  # other groups need not hold a tomogram
+        if "ngff_version" in facts or arrays == [opened]:  # other groups may hold something else
             warnings.append(f"cannot be read as a tomogram: {error}")
     kind = "OME-Zarr image" if "ngff_version" in facts else "zarr array" if arrays == [opened] else "zarr group"
     return Information(path, kind, facts, parts, notes, tuple(warnings))
@@ -318,7 +318,7 @@ def _zarr_part(array: zarr.Array[Any]) -> Part:
 
 
 def _ome(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """What OME-Zarr's attributes say: axes, and the voxel size of each level."""
+    """Read axes and the voxel size of each level from OME-Zarr attributes."""
     ome = attributes.get("ome", attributes)
     images = ome.get("multiscales") if isinstance(ome, Mapping) else None
     if not isinstance(images, list) or not images or not isinstance(images[0], Mapping):
@@ -338,8 +338,8 @@ def _ome(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _foreseen(path: Path, rule: str) -> Iterator[None]:
-    """Whatever a library stumbles over in a damaged file is an error in words."""
+def _damage_reported(path: Path, rule: str) -> Iterator[None]:
+    """Turn any library's error on a damaged file into an `OutputError`."""
     try:
         yield
     except CryosiamDaskError:
@@ -357,12 +357,12 @@ def _foreseen(path: Path, rule: str) -> Iterator[None]:
 
 
 def _hdf5(path: Path) -> Information:
-    with _foreseen(path, "must be readable HDF5"):
+    with _damage_reported(path, "must be readable HDF5"):
         with open_hdf5(path) as file:
             parts = [_hdf5_part(name, dataset) for name, dataset in hdf5_datasets(file)]
         attributes = read_attributes(path)
     unpacked = {name: _unpacked(value) for name, value in attributes.items()}
-    # What is short and asked for most comes first, the configuration last.
+    # Short facts first, the configuration last.
     facts = dict(sorted(unpacked.items(), key=lambda item: isinstance(item[1], Mapping)))
     said = facts.pop("warnings", None)
     warnings = said.splitlines() if isinstance(said, str) else []
@@ -382,7 +382,7 @@ def _hdf5(path: Path) -> Information:
         of_tomogram, notes, seen = _tomogram_facts(header)
         facts, kind, warnings = {**of_tomogram, **facts}, "HDF5 tomogram", [*warnings, *header.warnings, *seen]
     else:
-        warnings.append(f"holds neither '{LABELS}' nor '{INSTANCES}': it is no output of this program or CryoSiam")
+        warnings.append(f"holds neither '{LABELS}' nor '{INSTANCES}': it is not an output of this program or CryoSiam")
     return Information(path, kind, facts, tuple(parts), tuple(notes), tuple(warnings))
 
 
@@ -412,7 +412,7 @@ def _hdf5_part(name: str, dataset: Any) -> Part:
 
 
 def _unpacked(value: Any) -> Any:
-    """An attribute, with mappings as what they were before they became text."""
+    """Return an attribute, with JSON text decoded to a mapping."""
     if isinstance(value, str) and value.startswith("{"):
         try:
             return json.loads(value)

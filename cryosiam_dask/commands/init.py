@@ -1,7 +1,7 @@
-"""The first file: look at a folder of tomograms, and write a `pipeline.yaml` that segments them.
+"""Write a first `pipeline.yaml` for a folder of tomograms.
 
-What a file says of itself (format, shape, voxel size) and what its voxels look like (range, contrast) is written down,
-each with a comment. What no file says, such as whether the tomograms are denoised, is marked with `MARK`.
+Format, shape and voxel size come from the headers, range and contrast from a sample of the voxels, each with a comment.
+Facts that no file contains, such as whether the tomograms are denoised, are marked with `MARK`.
 """
 
 from __future__ import annotations
@@ -25,39 +25,39 @@ from cryosiam_dask.files.tomogram import TOMOGRAM_ENDINGS, read_header
 from cryosiam_dask.model.published import PUBLISHED, parse
 from cryosiam_dask.stages.intensities import Sample, contrast, intensities, sample_file
 
-#: Begins a comment about what only the user knows.
+#: Begins a comment about something that only the user knows.
 MARK = "CHECK:"
-#: What CryoSiam's own preparation of tomograms scales to 0 and 1 (`processing_invert_scale`), as shares of the voxels.
+#: Quantiles of the voxels that CryoSiam's own preparation scales to 0 and 1 (`processing_invert_scale`).
 _QUANTILES = (0.001, 0.999)
-_SAMPLED = 5  # tomograms whose voxels are looked at, evenly spread over the collection
-_FAR_OFF = 0.2  # of a voxel size: the models were made for another one
+_SAMPLED = 5  # tomograms whose voxels are sampled, evenly spread over all of them
+_FAR_OFF = 0.2  # relative difference from the models' voxel size that is worth a check
 _OUTPUTS = ("_preds.h5", "_components.h5", "_labels.mrc")  # and <stem>__<class>.mrc
 
 
 @dataclass(frozen=True, slots=True)
 class Collection:
-    """What a folder of tomograms holds.
+    """The tomograms of a folder.
 
     Attributes
     ----------
     folder
         Absolute.
     ending
-        Of the names of those that are meant, with its dot.
+        Of the tomograms' names, with its dot.
     headers
-        Of those that can be read, sorted by name.
+        Of the readable tomograms, sorted by name.
     problems
         Of the others.
     others
-        How many files have another ending, by that.
+        Number of files by other endings.
     outputs
-        Names of files with that ending that are no tomograms, but were written by this program.
+        Names of files with that ending that are outputs of this program.
     scaling
-        Intensities to become 0 and 1.
+        Intensities that become 0 and 1.
     contrast
-        What most of those that were looked at are; ``None`` where that is not clear.
+        Of the sampled tomograms; ``None`` if it is not clear.
     doubts
-        What needs a look, as sentences.
+        Facts that the user should check.
     """
 
     folder: Path
@@ -71,13 +71,13 @@ class Collection:
     doubts: tuple[str, ...]
 
 
-def look_at_folder(folder: Path, dataset: str | None = None) -> Collection:
-    """Look at a folder of tomograms: all headers, and the voxels of a few.
+def read_folder(folder: Path, dataset: str | None = None) -> Collection:
+    """Read all headers of a folder of tomograms, and sample the voxels of a few.
 
     Parameters
     ----------
     folder
-        Where they lie.
+        Of the tomograms.
     dataset
         Which dataset of HDF5 files; ``None``: the only one that can be a tomogram.
 
@@ -86,7 +86,7 @@ def look_at_folder(folder: Path, dataset: str | None = None) -> Collection:
     ConfigurationError
         If the folder holds no tomogram.
     Problems
-        If none of them can be read: what is wrong with each.
+        If none of them can be read.
     """
     folder = folder.expanduser().absolute()
     by_ending, outputs = _by_ending(folder)
@@ -101,8 +101,8 @@ def look_at_folder(folder: Path, dataset: str | None = None) -> Collection:
             problems.append(error)
     if not headers:
         raise Problems(problems)
-    looked_at = headers[:: -(-len(headers) // _SAMPLED)]
-    samples = [sample_file(header) for header in looked_at]
+    sampled = headers[:: -(-len(headers) // _SAMPLED)]
+    samples = [sample_file(header) for header in sampled]
     bounds, doubts = _scaling(samples)
     found = Counter(contrast(sample) for sample in samples)
     known = [each for each in found if each is not None]
@@ -122,14 +122,14 @@ def look_at_folder(folder: Path, dataset: str | None = None) -> Collection:
 
 
 def _by_ending(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
-    """The tomograms in a folder, by the endings of their names, and the names of outputs among them."""
+    """Find the tomograms in a folder, by ending, and the names of outputs among them."""
     found: dict[str, list[Path]] = {}
     outputs: list[str] = []
     try:
         paths = visible(folder)
     except OSError as error:
         raise ConfigurationError(
-            "must be a folder that can be looked into",
+            "must be a readable folder",
             place=folder,
             value=error.strerror,
             remedy="Give the folder that holds the tomograms",
@@ -160,14 +160,14 @@ def _refuse(folder: Path) -> None:
 
 
 def _scaling(samples: Sequence[Sample]) -> tuple[tuple[float, float], list[str]]:
-    """Which intensities become 0 and 1, the same for all, and what is doubtful about that."""
+    """Choose the intensities that become 0 and 1, the same for all tomograms, and name doubts about them."""
     as_they_are = [intensities(sample, 0, 1) for sample in samples]
     if not any(scaling(each.below, each.above, each.central, 0, 1) for each in as_they_are):
         return (0.0, 1.0), []
     finite = [sample.values[np.isfinite(sample.values)] for sample in samples]
     bounds = np.array([np.quantile(values, _QUANTILES) for values in finite if values.size])
     if not len(bounds) or (bounds[:, 0] == bounds[:, 1]).any():
-        return (0.0, 1.0), ["some of the tomograms are empty: all their voxels are the same or no finite number"]
+        return (0.0, 1.0), ["some of the tomograms are empty: all their voxels are equal or not finite"]
     low, high = np.median(bounds, axis=0)
     spans = bounds[:, 1] - bounds[:, 0]
     apart = spans.max() > 2 * spans.min() or np.ptp(bounds[:, 0]) > spans.min()
@@ -177,7 +177,7 @@ def _scaling(samples: Sequence[Sample]) -> tuple[tuple[float, float], list[str]]
 
 
 def find_models(folders: Iterable[Path]) -> dict[str, list[Path]]:
-    """The checkpoints in some folders, by what they are for: ``lamella`` (one class) or ``semantic``."""
+    """Find the checkpoints in some folders, by use: ``lamella`` (one class) or ``semantic``."""
     paths = sorted({path.absolute() for folder in folders if folder.is_dir() for path in folder.glob("*.ckpt")})
     found: dict[str, list[Path]] = {"lamella": [], "semantic": []}
     if not paths:
@@ -188,7 +188,7 @@ def find_models(folders: Iterable[Path]) -> dict[str, list[Path]]:
         try:
             classes = read_checkpoint(path).architecture.out_channels
         except CryosiamDaskError:
-            continue  # of another task or damaged: not to be offered
+            continue  # for another task, or damaged
         found["lamella" if classes == 1 else "semantic"].append(path)
     return found
 
@@ -206,31 +206,31 @@ def write_pipeline(
     Parameters
     ----------
     folder
-        Where the tomograms lie.
+        Of the tomograms.
     output
         The YAML file. Predictions go to ``predictions/lamella`` and ``predictions/semantic`` beside it.
     lamella, semantic
         Values of ``trained_model``. ``None``: the only checkpoint of its kind beside the YAML file or the tomograms,
         or in a folder ``models`` there; CryoSiam's published model if there is none.
     dataset
-        See `look_at_folder`.
+        See `read_folder`.
 
     Returns
     -------
     tuple
-        What was found, and the text that was written.
+        The tomograms, and the text that was written.
 
     Raises
     ------
     ConfigurationError, Problems
-        See `look_at_folder`; also if a model does not exist.
+        See `read_folder`; also if a model does not exist.
     OutputError
         If the file exists or cannot be written.
     """
     if output.exists() or output.is_symlink():
         raise _exists(output)
     models, doubts = {"lamella": _model("lamella", lamella), "semantic": _model("semantic", semantic)}, []
-    found = look_at_folder(folder, dataset)
+    found = read_folder(folder, dataset)
     base = output.absolute().parent
     if None in models.values():
         near = find_models(each for at in (base, found.folder, found.folder.parent) for each in (at, at / "models"))
@@ -253,23 +253,23 @@ def write_pipeline(
             raise
         reason = error.strerror if isinstance(error, OSError) else "a name that is not UTF-8"
         raise OutputError(
-            "the file must be written", place=output, value=reason, remedy="Choose another one with --output"
+            "the file must be writable", place=output, value=reason, remedy="Choose another one with --output"
         ) from None
     return found, text
 
 
 def _model(name: str, given: str | None) -> str | None:
-    """A value of ``trained_model``: a path absolute, so that it holds in every folder."""
+    """Return a value of ``trained_model``; paths become absolute, so that they hold in every folder."""
     if given is None:
         return None
     try:
         model = parse(given)
     except ValueError:
-        return given  # what is wrong with it is said as of a file
+        return given  # reported when the file is read
     if not isinstance(model, Path):
         return given
     if not model.expanduser().exists():
-        raise ConfigurationError(not_there(model), place=f"option --{name}", remedy="Correct it, or leave it out")
+        raise ConfigurationError(not_there(model), place=f"option --{name}", remedy="Correct it, or remove it")
     return str(model.expanduser().absolute())
 
 
@@ -280,7 +280,7 @@ def _exists(output: Path) -> OutputError:
 
 
 def summary(found: Collection) -> list[str]:
-    """What a folder holds, as lines of text."""
+    """Summarise the tomograms of a folder in lines of text."""
     headers = found.headers
     shapes = Counter(header.shape for header in headers)
     most, count = shapes.most_common(1)[0]
@@ -317,7 +317,7 @@ def _voxel_sizes(headers: Sequence[TomogramHeader]) -> str:
 
 
 def _doubts(found: Collection) -> list[str]:
-    """What a file cannot tell, or tells otherwise than the published models want it."""
+    """List facts that no file contains, or that do not suit the published models."""
     model = PUBLISHED["cryosiam_semantic_segmentation"]
     doubts = ["that these tomograms are denoised: the models were trained on denoised ones", *found.doubts]
     sizes = [size for header in found.headers for size in header.voxel_size_angstrom if size]
@@ -333,11 +333,11 @@ def _doubts(found: Collection) -> list[str]:
             f"{model.voxel_size_angstrom:g} Å"
         )
     if found.contrast is None:
-        doubts.append("whether dense matter is bright, as the models want it; if it is dark, set invert: True")
+        doubts.append("whether dense matter is bright, as the models expect; if it is dark, set invert: True")
     if found.outputs:
-        doubts.append("test_files, which lists the tomograms, since outputs lie among them")
+        doubts.append("test_files, which lists the tomograms, since the folder also holds outputs")
     if any(len(header.shape) == 2 for header in found.headers):
-        doubts.append("the images are 2-D: they need models of two dimensions and spatial_dims: 2")
+        doubts.append("that the models are two-dimensional, since the images are 2-D and spatial_dims is 2")
     return doubts
 
 
@@ -351,29 +351,29 @@ def _text(found: Collection, output: Path, models: dict[str, str], dataset: str 
     predictions = output.absolute().parent / "predictions"
     images = all(len(header.shape) == 2 for header in found.headers)
     marks = [*_doubts(found), *doubts]
-    scaled = "The tomograms are scaled so already." if found.scaling == (0, 1) else (
-        "Between them lie all but 0.2 % of the voxels that were looked at."
+    scaled = "The tomograms are already scaled like this." if found.scaling == (0, 1) else (
+        "99.8 % of the sampled voxels lie between them."
     )  # fmt: skip
-    # Not False, which would say that the user knows better than what a run finds.
+    # Not False, which would overrule what a run finds.
     invert = "True" if found.contrast == "dark on bright" else "null"
     command = shlex.quote(str(output))
-    names = " null  # or a list of names, to begin with a few"
+    names = " null  # or a list of names, to start with a few"
     if found.outputs:
         names = "".join(f"\n  - {_quoted(header.path.name)}" for header in found.headers)
-    look = f"look {found.contrast}" if found.contrast else "do not show clearly what they are"
+    look = f"look {found.contrast}" if found.contrast else "have no clear contrast"
     data = f"""\
   parameters:
     data:
       # Intensities that become 0 and 1. {scaled}
       min: {low:.12g}
       max: {high:.12g}
-      # The models want dense matter bright on dark. These tomograms {look}.
+      # The models expect dense matter bright on dark. These tomograms {look}.
       invert: {invert}
     network:
       spatial_dims: {2 if images else 3}
 """
     lines = [
-        "# Made by 'cryosiam-dask init' from what lies in data_folder:",
+        "# Made by 'cryosiam-dask init' from the contents of data_folder:",
         *(f"#   {line}" for line in summary(found)),
         "#",
         f"# See what a run would do:  cryosiam-dask plan {command}",
@@ -392,7 +392,7 @@ def _text(found: Collection, output: Path, models: dict[str, str], dataset: str 
         f"  trained_model: {_quoted(models['lamella'])}",
         f"  prediction_folder: {_quoted(predictions / 'lamella')}",
         data.rstrip("\n"),
-        "      threshold: 0.9  # lower, such as 0.7, if the lamella comes out too small",
+        "      threshold: 0.9  # lower it, for example to 0.7, if the lamella comes out too small",
         "      postprocessing: True",
         "",
         "semantic:",
@@ -402,8 +402,8 @@ def _text(found: Collection, output: Path, models: dict[str, str], dataset: str 
         f"  # {MARK} the names of the labels from 1 on, for tables and pictures, such as [ 'membrane', 'particle' ].",
         "  class_names: null",
         data.rstrip("\n"),
-        "      threshold: 0.1  # a voxel in which no class is as probable as this is background",
-        "      # Small pieces to remove: a number of voxels for each label, the first for the background; -1: none.",
+        "      threshold: 0.1  # voxels in which every class is less probable than this are background",
+        "      # Remove small components: a number of voxels for each label, the first for the background; -1: none.",
         "      postprocessing_sizes: null",
         "",
     ]

@@ -1,6 +1,6 @@
-"""Prepare tomograms as CryoSiam's ``processing_invert_scale`` and ``match_pixel_size`` do.
+"""Prepare tomograms like CryoSiam's ``processing_invert_scale`` and ``match_pixel_size``.
 
-A tomogram of any format is read piece by piece, and a float32 MRC file with its voxel size and position is written.
+A tomogram of any format is read in parts, and written as a float32 MRC file with its voxel size and position.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from cryosiam_dask.files.tomogram import TOMOGRAM_ENDINGS, read_header, read_par
 from cryosiam_dask.files.zarr import Voxels, is_zarr
 from cryosiam_dask.stages.ingest import ingest
 
-_PIECE = 256  # voxels along each axis of what is read at once: 64 MiB of float32
+_PART = 256  # voxels along each axis that are read at once: 64 MiB of float32
 
 
 def files(source: Path, target: Path) -> list[tuple[Path, Path]]:
-    """Which files are read and written.
+    """List the files to read, each with the file to write.
 
     Parameters
     ----------
     source
         A tomogram, or a folder of them.
     target
-        The file to write or, for a folder, the folder, which is made: each file keeps its name, with ``.mrc`` as its
-        ending where it is no MRC file, or compressed.
+        The file to write or, for a folder, the folder, which is created. Files keep their names; other formats and
+        compressed files get the ending ``.mrc``.
 
     Raises
     ------
     TomogramError
         If the source does not exist, or is a folder without tomograms.
     OutputError
-        If the folder cannot be made, or two tomograms would be written to the same file.
+        If the folder cannot be created, or two tomograms would be written to the same file.
     """
     if source.is_file() or is_zarr(source):
         return [(source, target / _name(source) if target.is_dir() and not is_zarr(target) else target)]
@@ -71,13 +71,13 @@ def files(source: Path, target: Path) -> list[tuple[Path, Path]]:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise not_written(
-            error, "the folder must be one that can be made", place=target, remedy="Choose another one"
+            error, "must be a folder that can be created", place=target, remedy="Choose another one"
         ) from error
     return list(found.items())
 
 
 def _name(source: Path) -> str:
-    """Of the MRC file that is made of a tomogram."""
+    """Return the name of the MRC file for a tomogram."""
     if source.suffix in MRC_ENDINGS:
         return source.name
     for ending in (".ome.zarr", ".zarr", ".gz", *HDF5_ENDINGS):
@@ -89,7 +89,7 @@ def _name(source: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Scaled:
-    """A tomogram whose intensities are inverted and scaled as they are read; NaN is the lowest of them."""
+    """A tomogram whose intensities are inverted and scaled when they are read; NaN becomes 0."""
 
     source: TomogramHeader | Voxels
     shape: tuple[int, ...]
@@ -99,7 +99,7 @@ class _Scaled:
 
     @property
     def dtype(self) -> np.dtype[np.float32]:
-        """Of what is read."""
+        """Of the voxels."""
         return np.dtype(np.float32)
 
     def __getitem__(self, region: Any) -> NDArray[np.float32]:
@@ -113,7 +113,7 @@ class _Scaled:
         return np.nan_to_num(np.clip(scaled, 0, 1), nan=0.0).astype(np.float32)
 
     def original(self, region: Region) -> NDArray[np.float32]:
-        """Read a region as it is, as float32."""
+        """Read a region without scaling, as float32."""
         source = self.source
         voxels = read_part(source, region) if isinstance(source, TomogramHeader) else source[region]
         with np.errstate(over="ignore"):
@@ -128,14 +128,14 @@ def invert_scale(
     Parameters
     ----------
     source
-        A tomogram of any format that is read here.
+        A tomogram of any supported format.
     target
         The MRC file to write, float32, with the voxel size, origin and start of the source; replaced if it exists.
     invert
-        Whether the sign of the intensities changes, before they are scaled.
+        Whether to change the sign of the intensities before they are scaled.
     lower, upper
-        Percentiles of all (inverted) voxels that become 0 and 1; what lies beyond is clipped, and NaN becomes 0. With
-        neither the intensities are not scaled; with one of them the other is the minimum or maximum.
+        Percentiles of all (inverted) voxels that become 0 and 1; values beyond are clipped, and NaN becomes 0. If only
+        one is given, the other is the minimum or maximum; with neither, nothing is scaled.
 
     Returns
     -------
@@ -145,13 +145,13 @@ def invert_scale(
     Raises
     ------
     TomogramError
-        If the source cannot be read, or the percentiles are the same intensity.
+        If the source cannot be read, or both percentiles are the same intensity.
     OutputError
         If the target is the source, or cannot be written.
     """
     header = read_header(source)
     header.require_complete()
-    _require_another(source, target)
+    _require_other_file(source, target)
     with _voxels(header, target) as voxels:
         bounds = None
         plain = _Scaled(voxels, header.shape, -1 if invert else 1)
@@ -170,25 +170,25 @@ def invert_scale(
 
 
 def _bounds(voxels: _Scaled, place: Path, lower: float, upper: float) -> tuple[float, float]:
-    low, high = percentiles(voxels.__getitem__, list(_pieces(voxels.shape)), (lower, upper))
+    low, high = percentiles(voxels.__getitem__, list(_parts(voxels.shape)), (lower, upper))
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise TomogramError(
             "the two percentiles must be different, finite intensities",
             place=place,
             value=f"{low:g} at {lower:g} % and {high:g} at {upper:g} %",
-            remedy="Choose percentiles further apart, or look whether the tomogram is empty",
+            remedy="Choose percentiles further apart, or check whether the tomogram is empty",
         )
     return low, high
 
 
-def _pieces(shape: tuple[int, ...]) -> Iterator[Region]:
-    edges = [[slice(at, min(at + _PIECE, size)) for at in range(0, size, _PIECE)] for size in shape]
+def _parts(shape: tuple[int, ...]) -> Iterator[Region]:
+    edges = [[slice(at, min(at + _PART, size)) for at in range(0, size, _PART)] for size in shape]
     yield from itertools.product(*edges)
 
 
 @contextmanager
 def _voxels(header: TomogramHeader, target: Path) -> Iterator[TomogramHeader | Voxels]:
-    """Something whose regions can be read: a compressed file is unpacked beside the target meanwhile."""
+    """Yield an array of the voxels; a compressed file is unpacked beside the target for the time being."""
     if not header.compressed:
         yield header
         return
@@ -199,7 +199,7 @@ def _voxels(header: TomogramHeader, target: Path) -> Iterator[TomogramHeader | V
         shutil.rmtree(store, ignore_errors=True)
 
 
-def _require_another(source: Path, target: Path) -> None:
+def _require_other_file(source: Path, target: Path) -> None:
     if target.resolve() == source.resolve():
         raise OutputError(
             "the output must not replace its own input", place=target, remedy="Choose another file or folder for it"
@@ -208,7 +208,7 @@ def _require_another(source: Path, target: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Resampling:
-    """What `match_pixel_size` makes of a tomogram, and what that takes.
+    """The result of `match_pixel_size` for a tomogram, and its cost.
 
     Attributes
     ----------
@@ -219,9 +219,9 @@ class Resampling:
     shape
         Of the result, (z, y, x) or (y, x).
     after
-        Voxel size of the result along each axis, Å: that which was asked for as nearly as whole voxels allow.
+        Voxel size of the result along each axis, Å: the requested one as closely as whole voxels allow.
     memory_bytes, disk_bytes
-        About how much memory it takes, and how much room beside the output, without the output.
+        Estimated memory, and disk space beside the output, without the output.
     """
 
     header: TomogramHeader
@@ -233,16 +233,16 @@ class Resampling:
 
 
 def plan_resampling(source: Path, voxel_size: float, given: float | None = None) -> Resampling:
-    """Say what `match_pixel_size` would do.
+    """Plan `match_pixel_size`.
 
     Parameters
     ----------
     source
-        A tomogram of any format that is read here.
+        A tomogram of any supported format.
     voxel_size
-        That of the result, Å.
+        Of the result, Å.
     given
-        That of the source, Å, where its header does not know it or is wrong.
+        Of the source, Å, if its header lacks it or is wrong.
 
     Raises
     ------
@@ -261,7 +261,7 @@ def plan_resampling(source: Path, voxel_size: float, given: float | None = None)
     shape = tuple(_new_size(n, size / voxel_size) for n, size in zip(header.shape, before, strict=True))
     after = tuple(n * size / m for n, size, m in zip(header.shape, before, shape, strict=True))
     longest = max(*header.shape, *shape)
-    # Of the two largest stores one is read while the other is written.
+    # Two consecutive stores exist at the same time: one is read while the next is written.
     stores = [math.prod((*shape[: axis + 1], *header.shape[axis + 1 :])) for axis in range(len(shape))]
     disk = 8 * max(a + b for a, b in itertools.pairwise([0, *stores]))
     if header.compressed:
@@ -270,7 +270,7 @@ def plan_resampling(source: Path, voxel_size: float, given: float | None = None)
 
 
 def _new_size(size: int, ratio: float) -> int:
-    """Voxels along an axis, as in CryoSiam: even, but of an axis that becomes longer as odd as before."""
+    """Return the new length of an axis, as in CryoSiam: even, but keeping the parity if the axis becomes longer."""
     planned = max(2, round(size * ratio))
     planned += planned % 2
     if ratio == 1:
@@ -279,16 +279,16 @@ def _new_size(size: int, ratio: float) -> int:
 
 
 def _tile(longest: int) -> int:
-    """How many lines are transformed at once: 4 million voxels of complex128, 64 MiB."""
+    """Return the number of lines to transform at once: 4 million voxels of complex128, 64 MiB."""
     return max(1, (1 << 22) // longest)
 
 
 def match_pixel_size(found: Resampling, target: Path) -> None:
-    """Bring a tomogram to another voxel size by cropping or padding its Fourier transform.
+    """Resample a tomogram to another voxel size by cropping or padding its Fourier transform.
 
-    Frequencies that both grids have are kept, all others left out or zero. Values keep their scale: the mean of the
-    result is that of the source. One axis after the other is transformed, some lines at a time, from one store of
-    complex64 beside the target to the next; the real part of the last one is the result.
+    Frequencies that both grids have are kept, all others are removed or zero. Values keep their scale: the mean of the
+    result is that of the source. The axes are transformed one after another, some lines at a time, from one temporary
+    store of complex64 beside the target to the next; the real part of the last store is the result.
 
     Parameters
     ----------
@@ -300,17 +300,17 @@ def match_pixel_size(found: Resampling, target: Path) -> None:
     Raises
     ------
     TomogramError
-        If the source cannot be read, or holds voxels that are no finite numbers.
+        If the source cannot be read, or holds voxels that are not finite.
     OutputError
-        If the target is the source, cannot be written, or there is no room for the stores beside it.
+        If the target is the source, cannot be written, or there is not enough space for the stores beside it.
     """
     header = found.header
-    _require_another(header.path, target)
+    _require_other_file(header.path, target)
     parent = target.absolute().parent
     free = shutil.disk_usage(parent).free if parent.is_dir() else math.inf
     if free < found.disk_bytes:
         raise OutputError(
-            "there must be room for intermediate results beside the output",
+            "there must be space for intermediate results beside the output",
             place=parent,
             value=f"{free / 1e9:.1f} GB where {found.disk_bytes / 1e9:.1f} GB are needed",
             remedy="Free space there, or write to another disk",
@@ -359,7 +359,7 @@ class _Real:
 
     @property
     def dtype(self) -> np.dtype[np.float32]:
-        """Of what is read."""
+        """Of the voxels."""
         return np.dtype(np.float32)
 
     def __getitem__(self, region: Any) -> NDArray[np.float32]:
@@ -384,16 +384,16 @@ def _resample_axis(source: Any, target: Any, axis: int, place: Path) -> None:
         values = np.asarray(source[tuple(region)])
         if not np.isfinite(values).all():
             raise TomogramError(
-                "all voxels must be finite numbers, since each one reaches all of the result", place=place,
+                "all voxels must be finite numbers, since each one affects the whole result", place=place,
                 value="NaN or infinity", remedy="Replace them first, for example by the mean",
             )  # fmt: skip
         kept = min(before, after)
         low = kept // 2
         spectrum = scipy.fft.fft(values.astype(np.complex128), axis=axis)
-        there = np.zeros((*values.shape[:axis], after, *values.shape[axis + 1 :]), np.complex128)
+        resampled = np.zeros((*values.shape[:axis], after, *values.shape[axis + 1 :]), np.complex128)
         # Frequencies 0 … up to the middle lie at the beginning, the negative ones at the end.
         for part in (slice(0, kept - low), slice(-low, None) if low else slice(0, 0)):
             where = (*[slice(None)] * axis, part)
-            there[where] = spectrum[where]
+            resampled[where] = spectrum[where]
         region[axis] = slice(0, after)
-        target[tuple(region)] = (scipy.fft.ifft(there, axis=axis) * (after / before)).astype(np.complex64)
+        target[tuple(region)] = (scipy.fft.ifft(resampled, axis=axis) * (after / before)).astype(np.complex64)

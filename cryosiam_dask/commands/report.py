@@ -1,13 +1,13 @@
-"""The collection on one page: `report.html`, which needs no network, no server and nothing but itself.
+"""Write the report: one self-contained page, `report.html`, about all tomograms of a prediction folder.
 
-1. What the outputs of a tomogram hold is read: attributes, sizes of components, a thumbnail of its preview. It is kept
-   in the folder ``.ledger/report`` (`remember`), and read from there until an output changes.
-2. What the run knows besides (seconds, warnings, failures) is put to it.
-3. The share and the thickness of the lamella and the share of each class are compared with those of the other
-   tomograms. An outlier lies more than 3.5 robust standard deviations (1.4826 times the median absolute deviation) from
-   the median, and by more than a quarter of it. Shares of classes are those of the lamella, if all tomograms have one.
-4. A template makes the page. Names, warnings and errors come from strangers: the template escapes whatever it is given,
-   and the page allows no script but its own, by its hash.
+1. Attributes, sizes of components and a thumbnail of the preview are read from the outputs of each tomogram. They are
+   cached in the folder ``.ledger/report`` (`remember`) until an output changes.
+2. Seconds, warnings and failures of the run are added.
+3. The share and thickness of the lamella and the share of each class are compared between tomograms. An outlier lies
+   more than 3.5 robust standard deviations (1.4826 times the median absolute deviation) from the median, and by more
+   than a quarter of the median. Shares of classes are those of the lamella, if all tomograms have one.
+4. A template renders the page. Names, warnings and errors come from strangers: the template escapes all of them, and
+   the page only allows its own script, by its hash.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from cryosiam_dask.stages.preview import preview_file
 from cryosiam_dask.stages.summary import KEPT, Summary, mrc_extension, remember
 
 REPORT = "report.html"
-PICTURES_BYTES = 11 * 10**6  # of all thumbnails together, so that a page remains below 20 MB
-_DEVIATIONS, _EFFECT, _FEWEST = 3.5, 0.25, 5  # what makes an outlier, and how many tomograms a median takes
-_BARS, _WIDTH, _HEIGHT, _BELOW = 24, 264, 76, 30  # of a histogram; bars at most
+PICTURES_BYTES = 11 * 10**6  # of all thumbnails together, so that a page stays below 20 MB
+_DEVIATIONS, _EFFECT, _FEWEST = 3.5, 0.25, 5  # thresholds of an outlier, and the fewest tomograms for a median
+_BARS, _WIDTH, _HEIGHT, _BELOW = 24, 264, 76, 30  # of a histogram: maximum of bars, and lengths in pixels
 
 
 def write_report(
@@ -57,15 +57,15 @@ def write_report(
     warnings: Sequence[str] | None = None,
     executor: Executor = SERIAL,
 ) -> Path:
-    """Write the page of a prediction folder, replacing an earlier one at once when it is complete.
+    """Write the report of a prediction folder, atomically replacing an earlier one.
 
     Parameters
     ----------
     configuration
         The YAML file that the predictions were made with.
     outcomes
-        What became of tomograms, by their names: any of the attributes of `cryosiam_dask.runs.outcome.Outcome`. Those
-        of which the folder holds no output, because they failed, are listed too.
+        Attributes of `cryosiam_dask.runs.outcome.Outcome` by name of the tomogram. Tomograms without an output, because
+        they failed, are listed too.
     warnings
         Warnings about the run as a whole; ``None``: those of the latest run that had any.
     executor
@@ -74,12 +74,12 @@ def write_report(
     Returns
     -------
     Path
-        The page.
+        The report.
 
     Raises
     ------
     OutputError
-        If there is nothing to report, or the page cannot be written.
+        If there is nothing to report, or the report cannot be written.
     """
     folder, outcomes = configuration.prediction_folder, outcomes or {}
     path, state = folder / REPORT, _state(configuration)
@@ -87,7 +87,7 @@ def write_report(
     if not names:
         raise without_predictions(folder)
     look_at = partial(remember, configuration, PICTURES_BYTES // len(names))
-    with holding(folder):  # jobs of a tomogram each may end at the same time
+    with holding(folder):  # several jobs may end at the same time
         tomograms = [
             _with_outcome(tomogram, outcomes.get(tomogram.name, {}))
             for tomogram in executor.map(look_at, names, name="report")
@@ -98,8 +98,8 @@ def write_report(
 
 
 def _kept_warnings(folder: Path, warnings: Sequence[str] | None) -> Sequence[str]:
-    """Keep the warnings about a run as a whole for pages that are written later, or read those that were kept."""
-    note = folder / FOLDER / KEPT / ".run.json"  # no tomogram is called so
+    """Keep the warnings about a run as a whole for later reports, or read those that were kept."""
+    note = folder / FOLDER / KEPT / ".run.json"  # no tomogram has this name
     with suppress(OSError, ValueError):
         if warnings is None:
             return [str(sentence) for sentence in json.loads(note.read_bytes())]
@@ -109,11 +109,11 @@ def _kept_warnings(folder: Path, warnings: Sequence[str] | None) -> Sequence[str
 
 
 def _state(configuration: Configuration) -> str:
-    """Changes whenever anything does that the page is made of: settings, and names, sizes and times of files."""
+    """Hash everything that the page depends on: settings, and names, sizes and times of files."""
     found = hashlib.sha256(f"{__version__} {configuration.model_dump_json()}".encode("utf-8", "surrogateescape"))
     folder = configuration.prediction_folder
     for each in (folder, folder / FOLDER, configuration.mask_folder, configuration.data_folder):
-        with suppress(OSError):  # one that is not there
+        with suppress(OSError):  # it may not exist
             for name, size, modified in sorted(_entries(each)) if each is not None else []:
                 if each != folder or not (name.startswith(".") or name in (REPORT, LOGS)):
                     found.update(os.fsencode(name) + b"\0%d %d\0" % (size, modified))
@@ -129,7 +129,7 @@ def _entries(folder: Path) -> Iterator[tuple[str, int, int]]:
 
 
 def is_current(configuration: Configuration) -> bool:
-    """Whether the page of a prediction folder was written with these settings, when the same files were there."""
+    """Whether the report was written with these settings and from the files that exist now."""
     try:
         with (configuration.prediction_folder / REPORT).open("rb") as file:
             return f'<meta name="state" content="{_state(configuration)}">'.encode() in file.read(2000)
@@ -138,7 +138,7 @@ def is_current(configuration: Configuration) -> bool:
 
 
 def link_latest_log(configuration: Configuration) -> None:
-    """Let a page that `is_current` lead to the log of the latest run, which changed nothing else of it."""
+    """Update the link to the latest log in a report that `is_current` otherwise."""
     path = configuration.prediction_folder / REPORT
     page, link = path.read_bytes(), _latest_log(configuration)
     if link is not None:
@@ -148,27 +148,29 @@ def link_latest_log(configuration: Configuration) -> None:
 
 
 def _latest_log(configuration: Configuration) -> str | None:
-    """The address of the latest run's log, relative to the page."""
+    """Return the address of the latest log, relative to the report."""
     log = latest_log(configuration.prediction_folder)
     return None if log is None else quote(os.fsencode(f"{log.parent.name}/{log.name}"))
 
 
 def _names(configuration: Configuration) -> set[str]:
-    """Names of the tomograms that a prediction folder has outputs of."""
+    """Return the names of tomograms with outputs in the prediction folder."""
     folder = configuration.prediction_folder
     if not folder.is_dir():
         return set()
     names = {path.name.removesuffix("_preds.h5") for path in visible(folder, "_preds.h5")}
     if configuration.save_original_file_extension:
         found = {path.stem for path in visible(folder, mrc_extension(configuration))}
-        # Not the masks of their classes.
+        # Without the masks of single classes.
         found = {name for name in found if name.rpartition("__")[0] not in found | names}
-        names |= {name for name in found if name.removesuffix("_labels") not in found - {name}}  # another format
+        names |= {
+            name for name in found if name.removesuffix("_labels") not in found - {name}
+        }  # labels in another format
     return names
 
 
 def _with_outcome(tomogram: Summary, outcome: Mapping[str, Any]) -> Summary:
-    """Put what the run knows to what the outputs tell; of a tomogram that was skipped the run knows little."""
+    """Add the outcome of the run to the summary of the outputs."""
     tomogram.status = outcome.get("status") or tomogram.status
     tomogram.shape = tuple(outcome.get("shape") or tomogram.shape)
     tomogram.voxels = tuple(outcome.get("voxels") or tomogram.voxels)
@@ -181,7 +183,7 @@ def _with_outcome(tomogram: Summary, outcome: Mapping[str, Any]) -> Summary:
 
 @dataclass(frozen=True, slots=True)
 class _Cell:
-    """One number of one tomogram; without a `value` it stands last however the table is sorted."""
+    """A number of one tomogram; without a `value` it is last in any order of the table."""
 
     text: str
     value: float | None
@@ -190,22 +192,22 @@ class _Cell:
 
 @dataclass(frozen=True, slots=True)
 class _Column:
-    """One number of all tomograms.
+    """A number of all tomograms.
 
     Attributes
     ----------
     title
         Of the column.
     group
-        Number of the class, 0 for what is of none.
+        Number of the class; 0 for none.
     cells
         One for each tomogram.
     histogram
-        What it is called above a histogram and as an outlier; neither if it is empty.
+        Title of its histogram and name as an outlier; empty for neither.
     detail
         Whether it can be hidden.
     words
-        Says one of its values.
+        Formats one of its values.
     """
 
     title: str
@@ -256,14 +258,14 @@ def _page(configuration: Configuration, tomograms: Sequence[Summary], warnings: 
         rows=rows,
         counts=_counts(tomograms, rows),
         warnings=warnings,
-        histograms=[_histogram(column, rows) for column in columns if column.histogram and _is_told(column)],
+        histograms=[_histogram(column, rows) for column in columns if column.histogram and _has_histogram(column)],
         deviations=_DEVIATIONS,
         shares_of="lamella" if of_lamella else "image" if are_images(t.shape for t in tomograms) else "volume",
     )
 
 
-def _is_told(column: _Column) -> bool:
-    """Whether there are enough values for a histogram, and not all of them 0."""
+def _has_histogram(column: _Column) -> bool:
+    """Whether there are enough values for a histogram, not all of them 0."""
     values = [cell.value for cell in column.cells if cell.value is not None]
     return len(values) >= _FEWEST and any(values)
 
@@ -279,7 +281,7 @@ def _columns(tomograms: Sequence[Summary], names: Sequence[str], of_lamella: boo
     if any(t.thickness for t in tomograms):
         columns.append(_thicknesses(tomograms))
     measured = any(t.sizes is not None for t in tomograms)
-    # One unit for the whole column: it could not be sorted otherwise.
+    # One unit for the whole column, so that it can be sorted.
     physical = all(t.voxel_nm3() for t in tomograms if t.sizes is not None)
     for label, name in enumerate(names, 1):
         shares = _shares([t.share(label, of_lamella) for t in tomograms])
@@ -307,7 +309,7 @@ def _voxel_size(tomogram: Summary) -> _Cell:
 
 
 def _thicknesses(tomograms: Sequence[Summary]) -> _Column:
-    """Mean and range of each; in one unit, in which they can be compared."""
+    """Make the column of mean thickness and range, in one unit."""
     units = [t.thickness.get("unit") for t in tomograms]
     unit = "nm" if "nm" in units else "voxels"
     means = [t.thickness["mean"] if u == unit else None for t, u in zip(tomograms, units, strict=True)]
@@ -357,11 +359,11 @@ def _duration(seconds: float | None) -> str:
 
 
 def outliers(values: Sequence[float | None]) -> list[str]:
-    """Tell which values lie far from the others: ``"high"``, ``"low"`` or nothing for each.
+    """Mark values that lie far from the others as ``"high"`` or ``"low"``, others with an empty string.
 
-    Far is more than 3.5 times 1.4826 times the median absolute deviation from the median, and more than a quarter of
-    the median: where all are nearly the same, 4 % is not far from 4.2 %. Where more than half of the values are equal,
-    1.2533 times the mean absolute deviation takes its place. Less than 5 values have no outliers.
+    Far means more than 3.5 times 1.4826 times the median absolute deviation from the median, and more than a quarter of
+    the median, so that 4 % is not far from 4.2 % if all values are similar. If more than half of the values are equal,
+    1.2533 times the mean absolute deviation is used instead. Fewer than 5 values have no outliers.
 
     >>> outliers([1, 1.1, 0.9, 1.05, 0.95, 8, None])
     ['', '', '', '', '', 'high', '']
@@ -371,14 +373,14 @@ def outliers(values: Sequence[float | None]) -> list[str]:
         return [""] * len(values)
     median = float(np.median(known))
     distances = np.abs(known - median)
-    # Both are the standard deviation of what is normally distributed.
+    # Both estimate the standard deviation of a normal distribution.
     deviation = 1.4826 * float(np.median(distances)) or 1.2533 * float(distances.mean())
     far = max(_DEVIATIONS * deviation, _EFFECT * abs(median)) * (1 + 1e-9)
     return ["" if v is None or abs(v - median) <= far else "high" if v > median else "low" for v in values]
 
 
 def _row(number: int, tomogram: Summary, columns: Sequence[_Column], configuration: Configuration) -> dict[str, Any]:
-    """What the template says of a tomogram."""
+    """Return the template's values for a tomogram."""
     cells = [column.cells[number] for column in columns]
     far = [
         f"{column.histogram} unusually {cell.outlier}: {column.words(cell.value)} "
@@ -404,7 +406,7 @@ def _row(number: int, tomogram: Summary, columns: Sequence[_Column], configurati
 
 
 def _groups(columns: Sequence[_Column]) -> list[tuple[int, int, int]]:
-    """Neighbouring columns of one class: its number, how many there are, and how many when details are hidden."""
+    """Group neighbouring columns of a class: its number, the number of columns, and that without details."""
     groups: list[tuple[int, int, int]] = []
     for column in columns:
         if groups and groups[-1][0] == column.group:
@@ -416,7 +418,7 @@ def _groups(columns: Sequence[_Column]) -> list[tuple[int, int, int]]:
 
 
 def _counts(tomograms: Sequence[Summary], rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, str, str]]:
-    """Number, what it counts, and what kind of number it is."""
+    """Return the numbers above the table, each with its label and CSS class."""
     done = sum(t.status in ("done", "skipped") for t in tomograms)
     failed = sum(t.status == "failed" for t in tomograms)
     warned = sum(bool(t.warnings) for t in tomograms)
@@ -431,10 +433,10 @@ def _counts(tomograms: Sequence[Summary], rows: Sequence[Mapping[str, Any]]) -> 
 
 
 def _histogram(column: _Column, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The geometry of a histogram in pixels, and its words."""
+    """Return the geometry of a histogram in pixels, and its texts."""
     values = np.array([cell.value for cell in column.cells if cell.value is not None], np.float64)
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
-    low = 0.0 if low < 0.4 * high else low  # a bar that begins at 0 needs no reading of the axis
+    low = 0.0 if low < 0.4 * high else low  # an axis from 0 is easier to read
     if high <= low:
         low, high = max(0.0, low - 0.01), high + 0.01
     count = int(np.clip(1.7 * math.sqrt(len(values)), 8, _BARS))
@@ -482,5 +484,5 @@ def _across(value: float, low: float, high: float) -> float:
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """A key by which TS_2 stands before TS_10."""
+    """Return a sort key that puts TS_2 before TS_10."""
     return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part.lower()) for part in re.split(r"(\d+)", name)]

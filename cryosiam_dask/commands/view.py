@@ -1,13 +1,12 @@
-"""A tomogram with its labels in napari.
+"""Show a tomogram with its labels in napari.
 
-1. `layers` tells what is to be seen, without napari: arrays that are read piece by piece as they are looked at, and how
-   they are shown. Labels have a layer for each class, which has its name and its colour in the pictures. All lie at the
-   same place, in nm.
-2. `show` opens napari. Qt, which draws its windows, ends the whole process where it finds no screen; so whether it does
-   is tried in another process before.
+1. `layers` prepares everything without napari: arrays that are read lazily, and how they are shown. Each class has a
+   layer with its name and the colour that it has in previews. All layers have the same position, in nm.
+2. `show` opens napari. Qt, which draws its windows, ends the whole process if it finds no screen, so this is tested in
+   another process first.
 
-What has more voxels than a screen is given in several levels, of which each takes every second voxel of the one before:
-in 3-D napari shows the coarsest. A compressed file is unpacked into a folder for the time being.
+Large volumes have several levels, each with every second voxel of the previous one: in 3-D napari shows the coarsest. A
+compressed file is unpacked into a temporary folder.
 """
 
 from __future__ import annotations
@@ -41,30 +40,30 @@ from cryosiam_dask.stages.ingest import ingest
 from cryosiam_dask.stages.intensities import Sample, sample_array, sample_file
 from cryosiam_dask.stages.ome_zarr import contrast_limits
 
-_SINGLE = 1 << 28  # voxels of the largest volume that is given in one level
+_SINGLE = 1 << 28  # voxels of the largest volume with a single level
 _COARSEST = 256  # voxels of the longest axis of the coarsest level
-_LAYERS = 12  # for classes; more of them share one
-_SECTION = 1 << 24  # voxels that are read at once from a file without chunks, at most
+_LAYERS = 12  # classes with a layer each; more classes share one
+_SECTION = 1 << 24  # maximum of voxels that are read at once from a file without chunks
 _LAMELLA = (255, 255, 255)
 _INSTALL = "Install it with pip install 'napari[pyqt6]', or the program with its extra 'view'"
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What napari shows.
+    """A layer of napari.
 
     Attributes
     ----------
     kind
         An image, or labels.
     levels
-        dask arrays, (z, y, x) or (y, x), the finest first.
+        Dask arrays, (z, y, x) or (y, x), the finest first.
     options
         Keyword arguments of napari's layer.
     colours
-        Of labels: red, green and blue, 0 to 255, by label.
+        Red, green and blue of each label, 0 to 255.
     contour
-        How wide the outline is that is drawn of labels in pixels; 0: they are filled.
+        Width of the outline of labels in pixels; 0: they are filled.
     """
 
     kind: Literal["image", "labels"]
@@ -76,7 +75,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class _Lazy:
-    """An array that is read where dask asks for a part of it, with steps and single indices too."""
+    """An array that is read when dask slices it, also with steps and single indices."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -93,7 +92,7 @@ class _Lazy:
             range(n)[i] if isinstance(i, slice) else range(range(n)[i], range(n)[i] + 1)
             for n, i in zip(self.shape, index, strict=True)
         ]
-        if not all(parts):  # dask looks at no voxel at all to learn what it gets
+        if not all(parts):  # dask reads an empty region to learn the dtype
             return np.zeros(
                 [len(part) for part, i in zip(parts, index, strict=True) if isinstance(i, slice)], self.dtype
             )
@@ -104,7 +103,7 @@ class _Lazy:
 
 
 def first_prediction(configuration: Configuration, filename: str | None = None) -> Path:
-    """The written prediction of a tomogram, or the first of those that are wanted and there.
+    """Return the prediction of a tomogram, or the first existing one that is wanted.
 
     Parameters
     ----------
@@ -129,7 +128,7 @@ def first_prediction(configuration: Configuration, filename: str | None = None) 
 def layers(
     configuration: Configuration, prediction: Path, warn: Callable[[str], None] = lambda message: None
 ) -> Iterator[list[Layer]]:
-    """Gather what napari is to show of a tomogram: itself, its lamella where there is one, and its labels.
+    """Prepare the layers of a tomogram: itself, its lamella mask if it has one, and its labels.
 
     Parameters
     ----------
@@ -138,7 +137,7 @@ def layers(
     prediction
         ``<stem>_preds.h5``.
     warn
-        Told what cannot be shown.
+        Receives messages about what cannot be shown.
 
     Raises
     ------
@@ -185,7 +184,7 @@ def _names(configuration: Configuration, attributes: dict[str, Any], levels: Seq
 
 
 def _of_classes(levels: Sequence[Any], names: Sequence[str], place: dict[str, Any]) -> list[Layer]:
-    """A layer for each class, or, if there are many, one for all of them."""
+    """Make a layer for each class, or one for all if there are many."""
     options = {**place, "opacity": 0.5}
     if len(names) <= _LAYERS:
         return [
@@ -203,7 +202,7 @@ def _of_classes(levels: Sequence[Any], names: Sequence[str], place: dict[str, An
 
 
 def _place(attributes: dict[str, Any], ndim: int) -> dict[str, Any]:
-    """Where a layer lies and how large its voxels are, in nm; in voxels where their size is unknown."""
+    """Return position and voxel size of a layer in nm; in voxels if their size is unknown."""
     size = attributes.get("voxel_size_angstrom")
     axes = tuple("zyx"[-ndim:])
     if not isinstance(size, list | tuple) or len(size) != ndim or not all(size):
@@ -214,7 +213,7 @@ def _place(attributes: dict[str, Any], ndim: int) -> dict[str, Any]:
 
 
 def _open(header: TomogramHeader, configuration: Configuration, stack: ExitStack) -> tuple[Any, Sample]:
-    """A tomogram, read where it is or, if it is compressed, unpacked until `stack` is closed, and a sample of it."""
+    """Open a tomogram, unpacked until `stack` is closed if it is compressed, and take a sample of its voxels."""
     if not header.compressed and not isinstance(header, ZarrHeader):
         chunks = None if math.prod(header.stored_chunks) == 1 else header.stored_chunks
         return _lazy(header.shape, header.dtype, partial(read_part, header), chunks), sample_file(header)
@@ -228,7 +227,7 @@ def _open(header: TomogramHeader, configuration: Configuration, stack: ExitStack
         except OSError as error:
             raise not_written(
                 error,
-                "a compressed tomogram is unpacked to be looked at",
+                "a compressed tomogram must be unpacked before it is shown",
                 place=error.filename or tempfile.gettempdir(),
                 remedy="Set work_folder, or the environment variable TMPDIR, to a folder on a disk with more space",
             ) from None
@@ -241,7 +240,7 @@ def _lazy(
     read: Callable[[tuple[slice, ...]], Any],
     chunks: tuple[int, ...] | None,
 ) -> Any:
-    """A dask array that reads chunks, or sections of what has none."""
+    """Make a dask array that reads chunks, or sections if there are none."""
     if chunks is None:
         *others, rows, columns = shape
         chunks = (*(1 for _ in others), max(1, min(rows, _SECTION // columns)), columns)
@@ -259,24 +258,24 @@ def _levels(voxels: Any) -> list[Any]:
 
 
 def require_napari() -> None:
-    """Refuse to go on where napari is not installed.
+    """Refuse to go on if napari is not installed.
 
     Raises
     ------
     ConfigurationError
-        With how to install it.
+        With the command that installs it.
     """
     if find_spec("napari") is None:
-        raise ConfigurationError("to look at tomograms, napari must be installed", remedy=_INSTALL)
+        raise ConfigurationError("napari must be installed to show tomograms", remedy=_INSTALL)
 
 
 def require_screen() -> None:
-    """Refuse to go on where Qt finds no screen, or cannot draw there with OpenGL.
+    """Refuse to go on if Qt finds no screen, or cannot draw on it with OpenGL.
 
     Raises
     ------
     ConfigurationError
-        With what Qt says.
+        With Qt's message.
     """
     program = """
 from qtpy.QtGui import QOpenGLContext
@@ -296,19 +295,18 @@ if not QOpenGLContext().create():
     if said[-1:] == ["no OpenGL"]:
         raise ConfigurationError(
             "napari draws with OpenGL, which does not run on this screen",
-            remedy="Install Mesa's libraries of OpenGL, run it on another machine, or look at the pictures and "
-            "report.html",
+            remedy="Install Mesa's OpenGL libraries, use another machine, or look at the pictures and report.html",
         )
     why = next((line for line in said if "display" in line.lower() or "platform plugin" in line.lower()), "none")
     raise ConfigurationError(
         "napari needs a screen",
         value=why.removeprefix("qt.qpa.xcb: "),
-        remedy="Run it on a machine with one, connect with ssh -X, or look at the pictures and report.html",
+        remedy="Use a machine with a screen, connect with ssh -X, or look at the pictures and report.html",
     )
 
 
 def show(found: Sequence[Layer], title: str) -> Any:
-    """Put layers into a window of napari; `napari.run` keeps it open.
+    """Show layers in a window of napari; `napari.run` keeps it open.
 
     Parameters
     ----------
@@ -334,7 +332,7 @@ def show(found: Sequence[Layer], title: str) -> Any:
         colours |= {label: np.array([*colour, 255]) / 255 for label, colour in layer.colours.items()}
         options["colormap"] = DirectLabelColormap(color_dict=colours)
         viewer.add_labels(data, multiscale=len(layer.levels) > 1, **options).contour = layer.contour
-    # Of the viewer itself before napari 0.9.
+    # Before napari 0.9 the viewer itself has the scale bar.
     getattr(getattr(viewer, "canvas", None), "overlays", viewer).scale_bar.visible = True
     return viewer
 
@@ -353,7 +351,7 @@ def view(
     configuration, filename
         See `first_prediction`.
     inform, warn
-        Told what is opened, and what cannot be shown.
+        Receive messages about what is opened, and what cannot be shown.
 
     Raises
     ------
