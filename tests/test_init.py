@@ -123,7 +123,7 @@ def test_nothing_is_replaced_and_nothing_half_made(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="an existing file is not replaced"):
         write_pipeline(tmp_path, tmp_path / "mine.yaml")
     assert (tmp_path / "mine.yaml").read_text() == "mine"
-    with pytest.raises(OutputError, match="must be written; found No such file"):
+    with pytest.raises(OutputError, match="must be writable; found No such file"):
         write_pipeline(tmp_path, tmp_path / "nowhere" / "pipeline.yaml")
     with pytest.raises(Problems, match="cryosiam_lamella"):
         write_pipeline(tmp_path, tmp_path / "pipeline.yaml", lamella="cryosiam_lamela")

@@ -126,7 +126,7 @@ FAULTS: dict[str, tuple[dict[str, Any], Callable[[Path], object], str]] = {
     "a mask is missing": ({"mask_folder": "masks"}, lambda f: [p.unlink() for p in (f / "masks").iterdir()],
         r"key mask_folder: there must be a lamella mask for TS_.*; found no file .*_preds.h5\. Run the lamella"),
     "prediction folder is a file": ({"prediction_folder": "model.ckpt"}, lambda f: None,
-        r"key prediction_folder: must be a folder that can be written to.*is a file\)"),
+        r"key prediction_folder: must be a folder that can be written or created.*is a file\)"),
     "prediction folder below a file": ({"prediction_folder": "model.ckpt/out"}, lambda f: None,
         "key prediction_folder: must be a folder"),
     "prediction folder below a lost disk": ({"prediction_folder": "gone/out"},

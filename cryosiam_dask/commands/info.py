@@ -51,7 +51,7 @@ _MAGIC: tuple[tuple[bytes, str, Kind | None], ...] = (
     (b"PK\x03\x04", "a zip archive, as torch writes checkpoints", "checkpoint"),
     (b"\x80\x02", "a pickle, as old versions of torch write checkpoints", "checkpoint"),
     (b"\x1f\x8b", "a gzip file", "tomogram"),
-    (b"\0\5\x16\7", "metadata that macOS stores beside another file, whose name lacks the ._", None),
+    (b"\0\5\x16\7", "what macOS puts beside another file, whose name lacks the ._", None),
     (b"II*\0", "a TIFF image", None),
     (b"MM\0*", "a TIFF image", None),
     (b"II+\0", "a TIFF image", None),

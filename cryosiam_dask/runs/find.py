@@ -403,9 +403,9 @@ def check_prediction_folder(configuration: Configuration, problems: list[Cryosia
             what = "read-only" if existing.is_dir() else "a file" if existing.exists() else "a link that leads nowhere"
             problems.append(
                 OutputError(
-                    "must be a writable folder, or one that can be created",
+                    "must be a folder that can be written or created",
                     place=f"key {key}",
                     value=f"{path} ({existing} is {what})",
-                    remedy=f"Set {key} to another folder, change its permissions, or mount its disk",
+                    remedy=f"Set {key} to another folder, change its permissions, or mount the disk",
                 )
             )
