@@ -512,7 +512,7 @@ def test_a_scheduler_that_answers_no_more_ends_the_run(tmp_path: Path) -> None:
         scheduler.send_signal(signal.SIGSTOP)
         try:
             with pytest.raises(
-                LostClusterError, match=r"tcp://127.*must stay.*no answer within 2 s.*what is done is kept"
+                LostClusterError, match=r"tcp://127.*must keep running.*no answer within 2 s.*finished work is kept"
             ):
                 executor.map(square, range(4), name="square")
         finally:

@@ -509,7 +509,7 @@ def test_names_of_classes_reach_the_tables(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "remedy"), [(["one"], "Correct it"), (["background", "one", "two"], "Leave out the background, label 0")]
+    ("given", "remedy"), [(["one"], "Correct it"), (["background", "one", "two"], "Remove the background, label 0")]
 )
 def test_names_must_fit_the_model(folder: Path, given: list[str], remedy: str) -> None:
     message = rf"key class_names: must name the model's labels from 1 on, which are 2.*{remedy}"

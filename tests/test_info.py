@@ -131,7 +131,7 @@ def test_files_of_other_programs(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "b.h5", "w", userblock_size=512) as file:
         file["x"] = [1, 2]
         file.attrs["nothing"] = h5py.Empty("f")
-    assert "it is no output of" in plain(tmp_path / "b.h5")["warnings"][0]
+    assert "it is not an output of" in plain(tmp_path / "b.h5")["warnings"][0]
 
 
 def test_components(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_hdf5_and_zarr_tomograms(tmp_path: Path) -> None:
         facts = found["facts"]
         assert (found["kind"], facts["shape"], facts["dtype"]) == (kind, list(VOXELS.shape), str(VOXELS.dtype))
         assert (facts["lowest_intensity"], facts["highest_intensity"]) == (VOXELS.min(), VOXELS.max())
-        assert not any("it is no output of" in warning for warning in found["warnings"])
+        assert not any("it is not an output of" in warning for warning in found["warnings"])
 
 
 def test_zarr_stores(tmp_path: Path) -> None:

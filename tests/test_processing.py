@@ -177,7 +177,7 @@ def test_no_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch:
     source = write(tmp_path / "in.mrc", np.ones((40, 50, 60), np.float32))
     free = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(processing.shutil, "disk_usage", lambda _: free)
-    with pytest.raises(OutputError, match="room for intermediate results"):
+    with pytest.raises(OutputError, match="space for intermediate results"):
         match_pixel_size(plan_resampling(source, 14), tmp_path / "out.mrc")
     assert [path.name for path in tmp_path.iterdir()] == ["in.mrc"]
 

@@ -794,7 +794,10 @@ def test_particle_lists_of_broken_predictions_fail_alone(folder: Path) -> None:
     configuration, listener = configure(folder), Listener()
     outcomes = list_centers(configuration, find_predictions(configuration), listener)
     assert [outcome.status for outcome in outcomes] == ["failed", "done", "done"]
-    assert "must be an HDF5 file" in outcomes[0].error and "data_folder holds no tomogram" in outcomes[1].warnings[0]
+    assert (
+        "must be an HDF5 file" in outcomes[0].error
+        and "data_folder holds no readable tomogram" in outcomes[1].warnings[0]
+    )
     assert outcomes[2].found() == ["particles: class 1: 0, class 2: 0, class 3: 0"]
     written = sorted(path.name for path in (folder / "out").glob("*.star"))
     assert written == ["TS_2_class1_centers.star", *(f"TS_3_class{k}_centers.star" for k in (1, 2, 3)),

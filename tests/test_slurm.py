@@ -201,7 +201,7 @@ def test_what_slurm_or_the_environment_lacks_is_said(folder: Path, fake: FakeSlu
     fails(r"the jobs must start a worker; found none within 0 min\. See squeue --me")
     fails("a scheduler must be able to start on this node.*nothing0", interface="nothing0")
     arguments = ("semantic-predict", "--config-file", "config.yaml", "--slurm", fake.describe())
-    assert "Slurm is asked for" in call(*arguments, folder=folder, status=2)
+    assert "to request from Slurm" in call(*arguments, folder=folder, status=2)
     (fake.folder / "bin" / "sbatch").unlink()
     if shutil.which("sbatch") is None:  # and whatever else is wrong, at once
         (folder / "model.ckpt").unlink()
