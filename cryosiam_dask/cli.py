@@ -1,9 +1,8 @@
-"""The command line: parse, call, print. No work happens here.
+"""The command line: parse arguments, call functions, print results. No work happens here.
 
-Every command and option may also be spelled as CryoSiam spells it, with underscores (``semantic_predict
---config_file=…``). Exit status: 0 all done, 1 some tomograms failed and the others are done, 2 wrong usage or
-configuration, 70 a fault of this program, 75 stopped by a signal at a point from which the same command goes on, 130
-interrupted.
+Every command and option also has CryoSiam's spelling with underscores (``semantic_predict --config_file=…``). Exit
+status: 0 all done, 1 some tomograms failed and the others are done, 2 wrong usage or configuration, 70 a fault of this
+program, 75 stopped by a signal so that the same command resumes, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -36,28 +35,28 @@ if TYPE_CHECKING:
     from cryosiam_dask.config import Configuration
     from cryosiam_dask.runs.outcome import Outcome
 
-#: Of CryoSiam's own commands that have another name here.
+#: CryoSiam's commands that have another name here.
 _RENAMED = {"semantic-postprocessing": "semantic-postprocess"}
-#: What to do instead of those that are not here, by how their names begin; also those of its viewer.
-_NOT_HERE = {
-    "denoise": "denoise with 'cryosiam {name}' before, and write the folder that it fills into data_folder",
-    "lamella": "'cryosiam-dask semantic-predict' takes the YAML file of a lamella model, too",
+#: What to do instead of commands of CryoSiam and its viewer that do not exist here, by the beginning of their names.
+_MISSING = {
+    "denoise": "denoise with 'cryosiam {name}' first, and set data_folder to its output folder",
+    "lamella": "'cryosiam-dask semantic-predict' also runs the YAML file of a lamella model",
     "instance": "'cryosiam-dask components' numbers the connected components of a semantic segmentation; for instance "
-    "models go on using 'cryosiam {name}'",
-    "simsiam": "for embeddings go on using 'cryosiam {name}'",
-    "semantic-filter": "for training go on using 'cryosiam {name}'",
-    "semantic-train": "for training go on using 'cryosiam {name}'",
-    "processing": "prepare files with 'cryosiam {name}', as before",
-    "visualize": "'cryosiam_vis {name}' opens what is predicted here, with the same YAML file; report.html shows all "
+    "models use 'cryosiam {name}'",
+    "simsiam": "for embeddings use 'cryosiam {name}'",
+    "semantic-filter": "for training use 'cryosiam {name}'",
+    "semantic-train": "for training use 'cryosiam {name}'",
+    "processing": "prepare files with 'cryosiam {name}'",
+    "visualize": "'cryosiam_vis {name}' opens these predictions with the same YAML file; report.html shows all "
     "tomograms",
 }
 
 
 class _Commands(TyperGroup):
-    """Answers also to the names of CryoSiam's commands."""
+    """Also accepts the names of CryoSiam's commands."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """See `click.Group`: what each command does, whole."""
+        """See `click.Group`; help texts are not truncated."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, (each.help or "").partition("\n\n")[0]) for name, each in self.commands.items()])
 
@@ -67,7 +66,7 @@ class _Commands(TyperGroup):
         name = _RENAMED.get(name, name)
         if name in self.commands:
             return super().resolve_command(ctx, [name, *args[1:]])
-        for beginning, instead in _NOT_HERE.items():
+        for beginning, instead in _MISSING.items():
             if name.startswith(beginning):
                 name = name.replace("-", "_")
                 _complain(f"error: cryosiam-dask has no command {name}: {instead.format(name=name)}.")
@@ -84,7 +83,7 @@ class Configured(TyperCommand):
         if len(words) == 1 and "config_file" not in given:
             args, ctx.allow_extra_args = [f"--config-file={words[0]}", *args], True
         elif words and not ctx.resilient_parsing:
-            ctx.fail(f"one configuration file is taken, not also {' '.join(words['config_file' not in given :])}")
+            ctx.fail(f"takes one configuration file; found also {' '.join(words['config_file' not in given :])}")
         return super().parse_args(ctx, args)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
@@ -102,18 +101,18 @@ app = typer.Typer(
     },
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # half as long on a terminal of 80 columns, and there sooner
+    rich_markup_mode=None,  # half as long on a terminal of 80 columns, and faster
 )
 
 
-#: EX_TEMPFAIL of sysexits.h, which batch systems can be told to requeue a job for.
+#: EX_TEMPFAIL of sysexits.h; batch systems can be configured to requeue a job with this status.
 TEMPORARY = 75
 #: EX_SOFTWARE of sysexits.h: a fault of this program itself.
 _SOFTWARE = 70
 
 
 def _numbers(kind: type[int] | type[float], least: float, most: float = math.inf) -> dict[str, Any]:
-    """What makes an option take numbers from `least` to `most`, for `typer.Option`."""
+    """Return arguments of `typer.Option` for numbers from `least` to `most`."""
     limits = f"≥ {least}" if most == math.inf else f"{least} to {most}"
 
     def parse(text: str) -> float:
@@ -129,15 +128,29 @@ def _numbers(kind: type[int] | type[float], least: float, most: float = math.inf
     return {"parser": parse, "metavar": f"<{kind.__name__} {limits}>"}
 
 
+def _choices(kind: type[StrEnum]) -> dict[str, Any]:
+    """Return arguments of `typer.Option` for one of the values of an enumeration."""
+    values = [each.value for each in kind]
+
+    def parse(text: str) -> StrEnum:
+        try:
+            return kind(text.replace("_", "-"))
+        except ValueError:
+            rule = f"must be {', '.join(values[:-1])} or {values[-1]}"
+            raise typer.BadParameter(f"{rule}; found {text}. Choose one of them") from None
+
+    return {"parser": parse, "metavar": f"[{'|'.join(values)}]", "autocompletion": lambda: values}
+
+
 class ListForm(StrEnum):
-    """Who reads the particle lists."""
+    """Format of the particle lists."""
 
     relion = "relion"
     cryosiam = "cryosiam"
 
 
 class Device(StrEnum):
-    """Where the network runs."""
+    """Device that the network runs on."""
 
     auto = "auto"
     cpu = "cpu"
@@ -145,7 +158,7 @@ class Device(StrEnum):
 
 
 class Format(StrEnum):
-    """What labels can be written as, beside HDF5."""
+    """Formats of labels other than HDF5."""
 
     ome_zarr = "ome-zarr"
     mrc = "mrc"
@@ -154,36 +167,37 @@ class Format(StrEnum):
 ConfigFile = Annotated[
     Path,
     typer.Option(
-        help="YAML file of one model, such as CryoSiam's, or of a pipeline, such as configs/pipeline.yaml; may also be "
-        "given without the name of this option."
+        help="YAML file of one model, such as CryoSiam's, or of a pipeline, such as configs/pipeline.yaml; the name of "
+        "this option may be omitted."
     ),
 ]
-#: Of the commands that look at or run one model.
+#: For commands that use one model.
 Model = Annotated[
     str | None, typer.Option(metavar="NAME", help="Which model of a pipeline: lamella or semantic. Default: the last.")
 ]
-#: Of those that take them all.
-OnlyModel = Annotated[
-    str | None, typer.Option(metavar="NAME", help="The only model of a pipeline to take. Default: all of them.")
-]
+#: For commands that use all models.
+OnlyModel = Annotated[str | None, typer.Option(metavar="NAME", help="Use only this model of a pipeline. Default: all.")]
 Filename = Annotated[str | None, typer.Option(help="Name of a single tomogram in data_folder.")]
 Workers = Annotated[
     int | None,
     typer.Option(
-        help="Worker processes. Default: every GPU, or what cores and memory allow.",
+        help="Number of worker processes. Default: one for each GPU, or as many as cores and memory allow.",
         **_numbers(int, 1),
     ),
 ]
-DeviceOption = Annotated[Device, typer.Option(help="What to run the network on; auto takes GPUs where there are any.")]
+DeviceOption = Annotated[
+    Device, typer.Option(help="Device for the network; auto uses GPUs if there are any.", **_choices(Device))
+]
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 OutcomesAsJson = Annotated[
-    bool, typer.Option("--json", help="Print what became of each tomogram as JSON, and all else to standard error.")
+    bool,
+    typer.Option("--json", help="Print the outcome of each tomogram as JSON, and everything else to standard error."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and failures.")]
 Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Print also what else is in the log: versions, settings, tracebacks.")
+    bool, typer.Option("--verbose", "-v", help="Also print what the log contains: versions, settings, tracebacks.")
 ]
 
 
@@ -203,34 +217,36 @@ def _root(
 
 Overwrite = Annotated[
     bool,
-    typer.Option("--overwrite", help="Replace outputs made from other inputs or settings; those up to date stay."),
+    typer.Option(
+        "--overwrite", help="Replace outputs made from other inputs or settings; keep those that are up to date."
+    ),
 ]
 OverwriteAll = Annotated[
-    bool, typer.Option("--overwrite-all", help="Make every output again, from the first tomogram on.")
+    bool, typer.Option("--overwrite-all", help="Make all outputs again, even those that are up to date.")
 ]
 Dashboard = Annotated[
-    str, typer.Option(help="Where the Dask dashboard listens; who reaches it watches the run, so keep it local.")
+    str,
+    typer.Option(help="Address of the Dask dashboard. Anyone who can reach it can watch the run, so keep it local."),
 ]
 Timeline = Annotated[
-    bool, typer.Option("--timeline", help="Draw when each worker read, computed and wrote each block.")
+    bool,
+    typer.Option("--timeline", help="Draw <stem>_timeline.png: when each worker read, computed and wrote each block."),
 ]
-Scheduler = Annotated[
-    str | None, typer.Option(help="Use the workers of a Dask scheduler that runs already, tcp://… or tls://….")
-]
+Scheduler = Annotated[str | None, typer.Option(help="Use the workers of a running Dask scheduler, tcp://… or tls://….")]
 SchedulerFile = Annotated[
-    Path | None, typer.Option(help="The same, with the file that 'dask scheduler --scheduler-file' wrote.")
+    Path | None, typer.Option(help="As --scheduler, with the file that 'dask scheduler --scheduler-file' wrote.")
 ]
 Slurm = Annotated[
     str | None,
     typer.Option(
         metavar="FILE|NAME",
-        help="Submit the workers as Slurm jobs, as this YAML file or section of Dask's jobqueue configuration says.",
+        help="Submit the workers as Slurm jobs, as in this YAML file or section of Dask's jobqueue configuration.",
     ),
 ]
 WorkerTimeout = Annotated[
     float | None,
     typer.Option(
-        help="Minutes to wait for workers. Default: 2 with --scheduler, and 60 with --slurm for the first one.",
+        help="Minutes to wait for workers. Default: 2 with --scheduler, and 60 for the first one with --slurm.",
         **_numbers(float, 0),
     ),
 ]
@@ -259,7 +275,7 @@ def semantic_predict(
     verbose: Verbose = False,
     as_json: OutcomesAsJson = False,
 ) -> None:
-    """Predict the lamella or the semantic classes of every tomogram: with one model, of a pipeline the last.
+    """Predict the lamella or the semantic classes of every tomogram with one model; of a pipeline, the last.
 
     Example: cryosiam-dask semantic-predict --config-file configs/config_lamella.yaml
     """
@@ -304,7 +320,7 @@ def _segment(
     **options: Any,
 ) -> None:
     with _plain_errors(drains=True) as stop:
-        # What takes long to load comes after what a user may have mistyped.
+        # Slow imports come after the checks of what a user may have mistyped.
         from cryosiam_dask.config import read_model, read_models
         from cryosiam_dask.runs.find import require_paths
 
@@ -312,7 +328,7 @@ def _segment(
         warned: list[str] = []
         try:
             models = read_models(config_file, model) if every else {"": read_model(config_file, model)}
-            if options["slurm"] is None:  # whose own faults are told together with these
+            if options["slurm"] is None:  # otherwise reported together with problems of --slurm
                 require_paths(models, options["filename"])
             from cryosiam_dask.commands.segment import segment
 
@@ -331,7 +347,7 @@ def status(
     model: OnlyModel = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say which tomograms are done, in work, failed (and why) and left, and how long the rest will take.
+    """Show which tomograms are done, running, failed (and why) or left, and how long the rest will take.
 
     Example: cryosiam-dask status --config-file configs/pipeline.yaml
 
@@ -353,7 +369,7 @@ def semantic_postprocess(
     verbose: Verbose = False,
     as_json: OutcomesAsJson = False,
 ) -> None:
-    """Apply postprocessing_sizes to predictions that are written already, without inference.
+    """Apply postprocessing_sizes to existing predictions, without inference.
 
     Example: cryosiam-dask semantic-postprocess --config-file configs/config_semantic.yaml
     """
@@ -375,7 +391,7 @@ def components(
     verbose: Verbose = False,
     as_json: OutcomesAsJson = False,
 ) -> None:
-    """Number and measure the connected components of predictions that are written already.
+    """Number and measure the connected components of existing predictions.
 
     Example: cryosiam-dask components --config-file configs/config_semantic.yaml
     """
@@ -395,21 +411,27 @@ def semantic_to_centers(
     min_voxels: Annotated[
         int | None,
         typer.Option(
-            help="Leave out components of so many voxels or fewer. Default: the key of this name.",
+            help="Leave out components with at most this many voxels. Default: the key min_voxels.",
             **_numbers(int, 0),
         ),
     ] = None,
-    erode: Annotated[bool, typer.Option("--erode", help="Erode each class once before, to part what touches.")] = False,
+    erode: Annotated[
+        bool, typer.Option("--erode", help="Erode each class once first, to separate particles that touch.")
+    ] = False,
     form: Annotated[
         ListForm,
-        typer.Option("--format", help="For RELION and Warp, or CryoSiam's own form, which always erodes."),
+        typer.Option(
+            "--format",
+            help="Lists for RELION and Warp, or in CryoSiam's format, which always erodes.",
+            **_choices(ListForm),
+        ),
     ] = ListForm.relion,
     workers: Workers = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: OutcomesAsJson = False,
 ) -> None:
-    """List the centres of each class's components in STAR files for RELION 5 and Warp, and in CSV files.
+    """List the component centres of each class in STAR files for RELION 5 and Warp, and in CSV files.
 
     Example: cryosiam-dask semantic-to-centers --config-file configs/config_semantic.yaml --min-voxels 10
     """
@@ -432,7 +454,7 @@ def semantic_to_centers(
 
 @app.command(cls=Configured)
 def report(config_file: ConfigFile, model: Model = None) -> None:
-    """Show the predictions of a configuration on one page, report.html beside them: pictures, numbers, outliers.
+    """Write report.html beside the predictions: one page with pictures, numbers and outliers.
 
     Example: cryosiam-dask report --config-file configs/config_semantic.yaml
     """
@@ -455,17 +477,19 @@ def export(
     filename: Filename = None,
     formats: Annotated[
         list[Format] | None,
-        typer.Option("--format", help="May be given twice. Default: those of the key output_formats."),
+        typer.Option(
+            "--format", help="May be given twice. Default: those of the key output_formats.", **_choices(Format)
+        ),
     ] = None,
     per_class: Annotated[
-        bool, typer.Option("--per-class", help="As MRC write a mask for each class, <stem>__<class>.mrc.")
+        bool, typer.Option("--per-class", help="Write MRC as one mask for each class, <stem>__<class>.mrc.")
     ] = False,
     workers: Workers = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: OutcomesAsJson = False,
 ) -> None:
-    """Write predictions that are there already as OME-Zarr (with their tomograms) or MRC, without inference.
+    """Write existing predictions as OME-Zarr (with their tomograms) or MRC, without inference.
 
     Example: cryosiam-dask export --config-file configs/config_semantic.yaml --format ome-zarr --format mrc
 
@@ -489,7 +513,7 @@ def view(
     model: Model = None,
     filename: Annotated[str | None, typer.Option(help="Name of the tomogram. Default: the first that is done.")] = None,
 ) -> None:
-    """Open a tomogram with its labels in napari: names, colours and contrast set, everything at its place.
+    """Open a tomogram with its labels in napari, with names, colours, contrast and positions.
 
     Needs a screen, and napari: pip install 'napari[pyqt6]'.
 
@@ -510,23 +534,21 @@ def plan(
     model: OnlyModel = None,
     filename: Filename = None,
     device: Annotated[
-        Device, typer.Option(help="What the network is to run on; for cuda no GPU need be here.")
+        Device, typer.Option(help="Device of the planned run; cuda needs no GPU here.", **_choices(Device))
     ] = Device.auto,
     workers: Workers = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Plan for the same command with --overwrite.")] = False,
-    overwrite_all: Annotated[
-        bool, typer.Option("--overwrite-all", help="Plan for the same command with --overwrite-all.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Plan a run with --overwrite.")] = False,
+    overwrite_all: Annotated[bool, typer.Option("--overwrite-all", help="Plan a run with --overwrite-all.")] = False,
     trial: Annotated[
-        bool, typer.Option("--trial", help="Predict a little of a tomogram, to tell how long the run takes.")
+        bool, typer.Option("--trial", help="Predict some patches of a tomogram, to estimate how long the run takes.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what semantic-predict or run would read, compute and write, and what it takes; write nothing.
+    """Show what semantic-predict or run would read, compute and write, and what it costs; write nothing.
 
-    Its status is that of the run, as far as it is known: 1 if a tomogram could not be done, 2 if none could.
+    The exit status is that of the run, as far as known: 1 if some tomograms cannot be segmented, 2 if none can.
 
-    How long it takes is told from the latest run with the same model on the same kind of device, or from a --trial.
+    The time is estimated from the latest run with the same model on the same kind of device, or from a --trial.
 
     Example: cryosiam-dask plan configs/pipeline.yaml
 
@@ -537,7 +559,7 @@ def plan(
         from cryosiam_dask.config import read_models
         from cryosiam_dask.runs.find import require_paths
 
-        if not as_json:  # where all problems are printed, whatever that takes
+        if not as_json:  # with JSON all problems are printed, however long it takes
             require_paths(read_models(config_file, model), filename)
         found = show_plan(
             config_file, Console(emoji=False), model=model, filename=filename, workers=workers, overwrite=overwrite,
@@ -554,7 +576,7 @@ def info(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Say what is in tomograms, zarr stores, _preds.h5 and _components.h5 files, and checkpoints.
+    """Describe tomograms, zarr stores, _preds.h5 and _components.h5 files, and checkpoints.
 
     Example: cryosiam-dask info TS_01.mrc predictions/TS_01_preds.h5
 
@@ -574,12 +596,14 @@ def init(
     ),
     lamella: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Lamella model. Default: one nearby, or CryoSiam's."),
+        typer.Option(metavar="MODEL", help="Lamella model. Default: the one nearby, or CryoSiam's."),
     ] = None,
-    semantic: Annotated[str | None, typer.Option(metavar="MODEL", help="Semantic model, likewise.")] = None,
+    semantic: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Semantic model. Default: the one nearby, or CryoSiam's.")
+    ] = None,
     dataset: Annotated[str | None, typer.Option(help="Dataset of HDF5 files with more than one volume.")] = None,
 ) -> None:
-    """Look at a folder of tomograms and write a pipeline.yaml for them, with comments.
+    """Inspect a folder of tomograms and write a pipeline.yaml for them, with comments.
 
     Example: cryosiam-dask init /data/dataset1/denoised
 
@@ -595,7 +619,7 @@ def init(
         marks = text.count(MARK)
         lines = (
             *summary(found),
-            f"wrote {output}: {marks} lines are marked {MARK}, since only you know what they ask for",
+            f"wrote {output}: {marks} lines are marked {MARK}, since only you can check them",
             f"next: cryosiam-dask plan {shlex.quote(str(output))}",
         )
         for line in lines:
@@ -607,12 +631,12 @@ def models(
     fetch: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="Fetch this model into the cache, for machines without a network; may be repeated."
+            metavar="NAME", help="Download this model to the cache, for machines without a network; may be repeated."
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List CryoSiam's published models, which trained_model takes by their names, and which of them are in the cache.
+    """List CryoSiam's published models, whose names trained_model accepts, and which of them are in the cache.
 
     Example: cryosiam-dask models
 
@@ -638,7 +662,7 @@ def convert(
         ),
     ],
     target: Annotated[
-        Path, typer.Argument(metavar="OUT.zarr", help="The zarr v3 array to make; with .ome.zarr an OME-Zarr image.")
+        Path, typer.Argument(metavar="OUT.zarr", help="The zarr v3 array to write; with .ome.zarr an OME-Zarr image.")
     ],
     level: Annotated[
         int,
@@ -673,10 +697,10 @@ def convert(
             print(json.dumps(report, indent=2, allow_nan=False))
 
 
-_FAR_OFF = 0.1  # of the voxel size that was asked for
+_FAR_OFF = 0.1  # of the requested voxel size
 
-InputPath = Annotated[Path, typer.Option(help="Tomogram of any format that is read here, or a folder of them.")]
-OutputPath = Annotated[Path, typer.Option(help="MRC file to write, or folder for files of the same names.")]
+InputPath = Annotated[Path, typer.Option(help="Tomogram of any supported format, or a folder of them.")]
+OutputPath = Annotated[Path, typer.Option(help="MRC file to write, or folder for files with the same names.")]
 
 
 @app.command()
@@ -736,12 +760,13 @@ def match_pixel_size(
     input_pixel_size: Annotated[
         float | None,
         typer.Option(
-            help="Voxel size of the input in Å. Default: as its header says.",
+            help="Voxel size of the input in Å. Default: that of its header.",
             **_numbers(float, 0.01),
         ),
     ] = None,
 ) -> None:
-    """Bring tomograms to another voxel size by cropping or padding their Fourier transforms; values keep their scale.
+    """Resample tomograms to another voxel size by cropping or padding their Fourier transforms; values keep their
+    scale.
 
     Example: cryosiam-dask match-pixel-size raw/TS_01.mrc TS_01_10A.mrc --pixel-size 10
     """
@@ -763,14 +788,15 @@ def match_pixel_size(
             match_pixel_size(found, target)
             _inform(console, f"{target}: voxels of {' × '.join(f'{size:.3f}' for size in found.after)} Å (z, y, x)")
             if any(abs(size / pixel_size - 1) > _FAR_OFF for size in found.after):
-                asked = f"the {pixel_size:g} Å that were asked for"
-                _inform(console, f"warning: that is not {asked}, since an axis has too few voxels")
+                _inform(
+                    console, f"warning: this is not the requested {pixel_size:g} Å, since an axis has too few voxels"
+                )
 
         _each(files(input_path, output_path), prepare)
 
 
 def _each(pairs: Sequence[tuple[Path, Path]], prepare: Callable[[Path, Path], None]) -> None:
-    """Prepare one tomogram after the other; what is wrong with one does not keep the others from it."""
+    """Prepare tomograms one by one; the others go on after one fails."""
     failed = 0
     for pair in pairs:
         try:
@@ -791,13 +817,16 @@ def _inform(console: Console, line: str) -> None:
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder to work in; made if it is missing.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder to work in; created if it does not exist.")] = Path(
         "cryosiam_dask_demo"
     ),
     device: DeviceOption = Device.auto,
     workers: Workers = None,
     prepare_only: Annotated[
-        bool, typer.Option("--prepare-only", help="Write the tomograms, models and YAML files, and run nothing.")
+        bool,
+        typer.Option(
+            "--prepare-only", help="Only write the tomograms, models and YAML files, without running anything."
+        ),
     ] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -817,7 +846,7 @@ def demo(
 
 
 def _predicted(config_file: Path, model: str | None, filename: str | None = None, **needed: bool) -> Configuration:
-    """The configuration of a command for written predictions, if there are any: asked before the rest is loaded."""
+    """Read the configuration of a command on predictions, and check that there are any before slow imports."""
     from cryosiam_dask.config import read_model
     from cryosiam_dask.runs.find import find_predictions
 
@@ -827,7 +856,7 @@ def _predicted(config_file: Path, model: str | None, filename: str | None = None
 
 
 def _console(quiet: bool, verbose: bool, as_json: bool = False) -> Console:
-    """Where a command prints what people read."""
+    """Return the console for messages."""
     if quiet and verbose:
         raise typer.BadParameter("--quiet and --verbose contradict each other")
     console = Console(emoji=False, quiet=quiet, stderr=as_json)
@@ -840,13 +869,13 @@ def _console(quiet: bool, verbose: bool, as_json: bool = False) -> Console:
 
 @contextmanager
 def _plain_errors(drains: bool = False, writes: bool = True) -> Iterator[threading.Event]:
-    """What a user got wrong is printed as it is, with status 2; an interruption leaves with status 130.
+    """Print errors of the user as plain text and exit with status 2; exit with status 130 after an interrupt.
 
-    With `drains` the first signal only sets the event that is yielded, so that the command can bring its work to a good
-    point; and a cluster that is gone leaves with status 75, as the same command goes on when it is there again.
+    If `drains`, the first signal only sets the yielded event, so that the command can finish its tasks in flight; and a
+    lost cluster exits with status 75, since the same command resumes once the cluster is back.
     """
     stop = threading.Event()
-    # Ctrl-C, a batch system's way to say it, and Slurm's warning before it does (--signal=B:USR1@300).
+    # Ctrl-C, a batch system's end of a job, and Slurm's warning before it (--signal=B:USR1@300).
     signals = (signal.SIGINT, signal.SIGTERM, *((signal.SIGUSR1,) if drains else ()))
 
     def interrupt(number: int, frame: Any) -> None:
@@ -854,7 +883,7 @@ def _plain_errors(drains: bool = False, writes: bool = True) -> Iterator[threadi
             stop.set()
             return
         for each in signals:
-            signal.signal(each, signal.SIG_IGN)  # another one must not disturb the tidying up
+            signal.signal(each, signal.SIG_IGN)  # another signal must not disturb the clean-up
         raise KeyboardInterrupt
 
     for each in signals:
@@ -872,11 +901,11 @@ def _plain_errors(drains: bool = False, writes: bool = True) -> Iterator[threadi
         if path is None:
             raise
         _complain(
-            f"error: unexpected {type(error).__name__}: {error}. This is a fault of the program: {path} says more."
+            f"error: unexpected {type(error).__name__}: {error}. This is a fault of the program: {path} has details."
         )
         raise typer.Exit(_SOFTWARE) from None
     except KeyboardInterrupt:
-        kept = ": complete outputs were kept, nothing is half-written; repeat the command to go on"
+        kept = ": complete outputs are kept, nothing is half-written; repeat the command to resume"
         _complain(f"interrupted{kept if writes else ''}")
         raise typer.Exit(130) from None
 
@@ -896,7 +925,7 @@ def _exit(
         _print_outcomes(outcomes, warnings=list(warnings))
     left = any(outcome.status == "left" for outcome in outcomes)
     if left and stop is not None and stop.is_set():
-        _complain("stopped: repeat the command to go on from here")
+        _complain("stopped: repeat the command to resume")
         raise typer.Exit(TEMPORARY)
     if left or any(outcome.status == "failed" for outcome in outcomes):
         raise typer.Exit(1)
@@ -908,19 +937,19 @@ def _print_outcomes(outcomes: Sequence[Outcome], **others: list[str]) -> None:
 
 
 class _Forgiving(io.FileIO):
-    """A stream whose reader may go away and whose disk may be full: what it does not take is dropped."""
+    """A stream that drops what it cannot write, if its reader is gone or its disk is full."""
 
     def write(self, data: Any) -> int:
         """See `io.RawIOBase`."""
         try:
-            while (taken := super().write(data)) is None:  # it does not wait by itself
+            while (taken := super().write(data)) is None:  # the stream does not block
                 select.select((), (self,), ())
             return taken
         except OSError:
             return memoryview(data).nbytes
 
 
-#: What is printed beyond ASCII, and how where the stream cannot show it; the rest as Python writes it.
+#: Replacements for streams that only support ASCII; other characters are escaped as in Python.
 _PLAIN = str.maketrans(
     dict.fromkeys("├┡╇┩┏┳┓└┴┘┌┬┐┼┤╭╮╰╯", "+")
     | dict.fromkeys("│┃", "|")
@@ -930,7 +959,7 @@ _PLAIN = str.maketrans(
 
 
 def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
-    """The error handler of our streams."""
+    """Handle encoding errors of our streams."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text, position = codecs.backslashreplace_errors(error)
@@ -939,14 +968,14 @@ def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def _forgive_streams() -> None:
-    """Let no terminal, pipe or disk behind standard output and error end a command, or change its status."""
+    """Keep a terminal, pipe or disk behind standard output and error from ending a command or changing its status."""
     codecs.register_error("cryosiam-dask", _plain)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed: a file that is opened later must not take its place
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
             continue
-        with suppress(OSError):  # no file behind it
+        with suppress(OSError):  # it is not a file
             raw = _Forgiving(stream.fileno(), "w", closefd=False)
             stream.flush()
             buffer = io.BufferedWriter(raw)

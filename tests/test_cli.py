@@ -236,11 +236,11 @@ def test_a_stopped_run_leaves_nothing_half_written_and_goes_on(predicted: Path, 
     out, err = process.communicate(timeout=200)
     if number == signal.SIGINT:
         assert process.returncode == 130, out + err
-        kept = "complete outputs were kept, nothing is half-written"
-        assert err.strip() == f"interrupted: {kept}; repeat the command to go on"
+        kept = "complete outputs are kept, nothing is half-written"
+        assert err.strip() == f"interrupted: {kept}; repeat the command to resume"
     else:
         assert process.returncode == 75, out + err
-        assert err.strip() == "stopped: repeat the command to go on from here"
+        assert err.strip() == "stopped: repeat the command to resume"
         assert re.search(r"TS_2\W+left", out)
     left = sorted(path.name for path in (folder / "out").iterdir())
     report = ["report.html"] * (number != signal.SIGINT)

@@ -79,7 +79,7 @@ def test_what_runs_can_be_quiet_and_what_tells_can_be_json() -> None:
     }
 
 
-@pytest.mark.parametrize(("writes", "kept"), [(True, "; repeat the command to go on"), (False, "interrupted")])
+@pytest.mark.parametrize(("writes", "kept"), [(True, "; repeat the command to resume"), (False, "interrupted")])
 def test_an_interruption_says_how_to_go_on(writes: bool, kept: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(typer.Exit) as left, _plain_errors(writes=writes):
         raise KeyboardInterrupt
@@ -103,6 +103,11 @@ def test_help_fits_and_says_which_numbers(name: str) -> None:
         (["run", "x.yaml", "--worker-timeout", "nan"], "must be a number of at least 0; found nan"),
         (["match-pixel-size", "a", "b", "--pixel-size", "inf"], "must be a number of at least 0.01; found inf"),
         (["semantic-to-centers", "x.yaml", "--min-voxels", "-1"], "must be a whole number of at least 0; found -1"),
+        (["run", "x.yaml", "--device", "gpu"], "'--device': must be auto, cpu or cuda; found gpu. Choose one of them"),
+        (
+            ["export", "x.yaml", "--format", "tiff"],
+            "'--format': must be ome-zarr or mrc; found tiff. Choose one of them",
+        ),
     ],
 )
 def test_numbers_out_of_range_are_refused_with_what_they_must_be(arguments: list[str], rule: str) -> None:

@@ -227,4 +227,4 @@ def test_a_bad_tomogram_does_not_keep_the_others_from_being_prepared(tmp_path: P
         assert result.exit_code == 1 and "b.mrc" in result.stderr
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.mrc", "c.mrc"]
         shutil.rmtree(tmp_path / "out")
-    assert "not the 1000 Å that were asked for" in result.output
+    assert "not the requested 1000 Å" in result.output
