@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -256,6 +256,32 @@ PerformanceReport = Annotated[
 
 
 @app.command(cls=Configured)
+def denoise_predict(
+    config_file: ConfigFile,
+    filename: Filename = None,
+    device: DeviceOption = Device.auto,
+    workers: Workers = None,
+    overwrite: Overwrite = False,
+    overwrite_all: OverwriteAll = False,
+    dashboard_address: Dashboard = "127.0.0.1:8787",
+    timeline: Timeline = False,
+    scheduler: Scheduler = None,
+    scheduler_file: SchedulerFile = None,
+    slurm: Slurm = None,
+    worker_timeout: WorkerTimeout = None,
+    performance_report: PerformanceReport = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: OutcomesAsJson = False,
+) -> None:
+    """Denoise every raw tomogram: the first step before lamella and semantic segmentation.
+
+    Example: cryosiam-dask denoise-predict --config-file configs/config_denoising.yaml
+    """
+    _segment("denoise", **locals())
+
+
+@app.command(cls=Configured)
 def semantic_predict(
     config_file: ConfigFile,
     model: Model = None,
@@ -279,7 +305,7 @@ def semantic_predict(
 
     Example: cryosiam-dask semantic-predict --config-file configs/config_lamella.yaml
     """
-    _segment(False, **locals())
+    _segment("segment", **locals())
 
 
 @app.command(cls=Configured)
@@ -306,28 +332,33 @@ def run(
 
     Example: cryosiam-dask run configs/pipeline.yaml
     """
-    _segment(True, **locals())
+    _segment("all", **locals())
 
 
 def _segment(
-    every: bool,
+    which: Literal["denoise", "segment", "all"],
     config_file: Path,
-    model: str | None,
     device: Device,
     quiet: bool,
     verbose: bool,
     as_json: bool,
+    model: str | None = None,
     **options: Any,
 ) -> None:
     with _plain_errors(drains=True) as stop:
         # Slow imports come after the checks of what a user may have mistyped.
-        from cryosiam_dask.config import read_model, read_models
+        from cryosiam_dask.config import read_denoiser, read_model, read_models
         from cryosiam_dask.runs.find import require_paths
 
         console = _console(quiet, verbose, as_json)
         warned: list[str] = []
         try:
-            models = read_models(config_file, model) if every else {"": read_model(config_file, model)}
+            if which == "all":
+                models = read_models(config_file, model)
+            elif which == "segment":
+                models = {"": read_model(config_file, model)}
+            else:
+                models = {"": read_denoiser(config_file)}
             if options["slurm"] is None:  # otherwise reported together with problems of --slurm
                 require_paths(models, options["filename"])
             from cryosiam_dask.commands.segment import segment

@@ -33,6 +33,7 @@ from pydantic import (
     model_validator,
 )
 
+from cryosiam_dask.core.endings import denoised_ending
 from cryosiam_dask.core.executor import with_retries
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, Problems, not_there, why_unreadable
 from cryosiam_dask.model.published import HubFile, parse
@@ -151,14 +152,14 @@ class About:
     unit
         Unit of the value, or of the entries of a list.
     model
-        The model that uses the key: ``"lamella"``, ``"semantic"``, or ``""`` for both.
+        The model that uses the key: ``"denoise"``, ``"lamella"``, ``"semantic"``, or ``""`` for all.
     own
         Whether the key does not exist in CryoSiam.
     """
 
     example: str = ""
     unit: str = ""
-    model: Literal["", "lamella", "semantic"] = ""
+    model: Literal["", "denoise", "lamella", "semantic"] = ""
     own: bool = False
 
 
@@ -183,11 +184,12 @@ class Data(_Model):
     """Intensity that becomes 1; higher ones are clipped to it."""
     invert: Annotated[bool | None, About("true", own=True)] = None
     """For tomograms that are dark on bright: `max` becomes 0 and `min` becomes 1, so each intensity v is replaced by
-    min + max - v, before `mean` and `std`. `null`: no, with a warning if it looks necessary; `false`: no."""
-    mean: Annotated[_Number, About(unit="scaled intensity")] = 0.0
-    """Number that is subtracted from the scaled intensities."""
-    std: Annotated[_Number, Field(gt=0), About(unit="scaled intensity")] = 1.0
-    """Number that the difference is divided by."""
+    min + max - v, before `mean` and `std`. `null`: no, with a warning if it looks necessary; `false`: no. Denoising
+    inverts unless this is `false`, for tomograms that are bright on dark already."""
+    mean: Annotated[_Number | None, About(unit="scaled intensity")] = 0.0
+    """Number that is subtracted from the scaled intensities. `null` (denoising): their own mean."""
+    std: Annotated[Annotated[_Number, Field(gt=0)] | None, About(unit="scaled intensity")] = 1.0
+    """Number that the difference is divided by. `null` (denoising): their own standard deviation."""
 
     @model_validator(mode="after")
     def _range(self) -> Self:
@@ -284,6 +286,10 @@ class Configuration(_Model):
     ] = ("hdf5",)
     """What to write: `hdf5` (always), `ome-zarr` (`<stem>.ome.zarr`: tomogram and labels in several resolutions),
     `mrc` (`<stem>_labels.mrc`)."""
+    scale_prediction: Annotated[bool, About(model="denoise")] = True
+    """Scale the denoised intensities of each tomogram to the range from 0 to 1."""
+    save_raw_predictions: Annotated[bool, About(model="denoise")] = False
+    """Also write all channels of the result to `<stem>_preds.h5`, dataset `preds`."""
     save_internal_files: bool = False
     """Also write probabilities (`probs`) and distances (`distances`) to the HDF5 file."""
     components: Annotated[bool, About(own=True)] = False
@@ -304,11 +310,38 @@ class Configuration(_Model):
 
     _unused: tuple[str, ...] = PrivateAttr(default=())
     _place: str = PrivateAttr(default="")
+    _denoises: bool = PrivateAttr(default=False)
+    _denoiser: Configuration | None = PrivateAttr(default=None)
+
+    @property
+    def denoises(self) -> bool:
+        """Whether the model denoises, instead of segmenting."""
+        return self._denoises
+
+    @property
+    def denoiser(self) -> Configuration | None:
+        """Configuration of the denoiser that makes this model's tomograms in a pipeline; ``None`` without one."""
+        return self._denoiser
+
+    def for_denoising(self) -> Configuration:
+        """Return the same configuration for a denoiser, without the keys about labels."""
+        set_here = [name for name in _ABOUT_LABELS if getattr(self, name) != Configuration.model_fields[name].default]
+        plain = self.model_copy(update={name: Configuration.model_fields[name].default for name in _ABOUT_LABELS})
+        if self.parameters.network != Network():
+            network = self.parameters.network
+            kept = Network(in_channels=network.in_channels, spatial_dims=network.spatial_dims)
+            plain = plain.model_copy(update={"parameters": self.parameters.model_copy(update={"network": kept})})
+            ours = (f.alias or name for name, f in Network.model_fields.items() if getattr(network, name) != f.default)
+            set_here += [f"parameters.network.{name}" for name in ours if name not in ("in_channels", "spatial_dims")]
+        plain._unused, plain._denoises = (*self._unused, *set_here), True
+        return plain
 
     def absolute(self) -> Configuration:
         """Return a copy with absolute paths, for processes that run in other folders."""
         paths = {name: value.absolute() for name, value in self if isinstance(value, Path)}
-        return self.model_copy(update=paths)
+        absolute = self.model_copy(update=paths)
+        absolute._denoiser = self._denoiser and self._denoiser.absolute()
+        return absolute
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -325,6 +358,14 @@ class Configuration(_Model):
         """Keys of CryoSiam in the file that have no effect here."""
         return self._unused
 
+
+#: Keys that have no effect on a denoiser.
+_ABOUT_LABELS = (
+    "mask_folder", "class_names", "output_formats", "save_internal_files", "components", "tilt_series_pattern",
+    "save_original_file_extension",
+)  # fmt: skip
+#: Keys that only a denoiser's file has.
+_ABOUT_DENOISING = ("scale_prediction", "save_raw_predictions")
 
 #: pydantic's errors in the words of a YAML file.
 _RULES: Mapping[str, str] = {
@@ -381,17 +422,17 @@ def read_configuration(path: Path | str) -> Configuration:
 
 
 #: The models of a pipeline, in the order in which they run.
-STAGES = ("lamella", "semantic")
+STAGES = ("denoise", "lamella", "semantic")
 #: Keys that must be equal for all models of a pipeline, because they describe the tomograms.
 _SHARED_KEYS = ("data_folder", "file_extension", "test_files", "ome_zarr_level", "hdf5_dataset", "mrc_unsigned")
 
 
 def read_pipeline(path: Path | str) -> dict[str, Configuration]:
-    """Read a YAML file for two models that segment the same tomograms, or for one of them.
+    """Read a YAML file for several models that process the same tomograms, or for one of them.
 
-    The keys of each model stand below ``lamella`` and ``semantic``. A key outside these sections is for both models.
-    The semantic model's ``mask_folder`` is the lamella's ``prediction_folder``. In a common ``work_folder``, each model
-    uses a subfolder.
+    The keys of each model stand below ``denoise``, ``lamella`` and ``semantic``. A key outside these sections is for all
+    models. The denoiser's ``prediction_folder`` is the ``data_folder`` of the other models, and the semantic model's
+    ``mask_folder`` is the lamella's ``prediction_folder``. In a common ``work_folder``, each model uses a subfolder.
 
     Parameters
     ----------
@@ -436,26 +477,73 @@ def _pipeline(values: dict[str, Any], path: Path) -> dict[str, Configuration]:
                 )
             )
             continue
-        own = {**common, **values[name]}
+        denoiser = found.get("denoise")
+        # Of what the models have in common, the raw tomograms are the denoiser's alone.
+        shared = {} if denoiser is None else {key for key in _SHARED_KEYS if key in common}
+        shared = common.keys() - shared - (set(_ABOUT_DENOISING) if name != "denoise" else set())
+        own = {**{key: common[key] for key in shared}, **values[name]}
         if name == "semantic" and "lamella" in found:
             own.setdefault("mask_folder", str(found["lamella"].prediction_folder))
+        if denoiser is not None:
+            own = _denoised_by(denoiser) | own
         try:
-            found[name] = _configuration(own, f"{path}, {name}", str(path), common.keys() - values[name].keys())
+            found[name] = _configuration(
+                own,
+                f"{path}, {name}",
+                str(path),
+                shared - values[name].keys(),
+                name,
+                {"data_folder"} if denoiser else (),
+            )
+            found[name]._denoiser = denoiser
         except Problems as error:
             problems += error.problems
-    if not problems and len(found) == len(STAGES):
-        problems += _at_odds(path, *found.values())
+    if not problems:
+        problems += _at_odds(path, found)
     if problems:
         raise Problems({str(problem): problem for problem in problems}.values())  # a common key is reported once
-    folders = [one.work_folder for one in found.values()]
-    if len(folders) == len(STAGES) and folders[0] is not None and folders[0] == folders[1]:
-        # Both models may work on a tomogram at the same time, in folders with its name.
-        return {name: one.model_copy(update={"work_folder": folders[0] / name}) for name, one in found.items()}
+    folders = {one.work_folder for one in found.values()}
+    if len(found) > 1 and len(folders) == 1 and (folder := folders.pop()) is not None:
+        # The models may work on a tomogram at the same time, in folders with its name.
+        return {name: one.model_copy(update={"work_folder": folder / name}) for name, one in found.items()}
     return found
 
 
-def _at_odds(path: Path, lamella: Configuration, semantic: Configuration) -> Iterator[ConfigurationError]:
+def _denoised_by(denoiser: Configuration) -> dict[str, Any]:
+    """Return the keys of the models that read the output of a denoiser."""
+    before, ending = denoiser.file_extension, denoised_ending(denoiser.file_extension)
+    files = denoiser.test_files and [f"{name.removesuffix(before)}{ending}" for name in denoiser.test_files]
+    return {"data_folder": str(denoiser.prediction_folder), "file_extension": ending, "test_files": files}
+
+
+def _at_odds(path: Path, found: Mapping[str, Configuration]) -> Iterator[ConfigurationError]:
     """Yield contradictions between the models of a pipeline."""
+    denoiser = found.get("denoise")
+    for name, one in found.items():
+        if denoiser is None or one is denoiser:
+            continue
+        for key, value in _denoised_by(denoiser).items():
+            if key != "test_files" and str(getattr(one, key)) != value:
+                yield ConfigurationError(
+                    "must be what the denoiser makes: its prediction_folder"
+                    if key == "data_folder"
+                    else "must be the ending of the files that the denoiser makes",
+                    place=f"{path}, key {name}.{key}",
+                    value=f"{getattr(one, key)}, and not {value}",
+                    remedy="Leave it out",
+                )
+        if one.prediction_folder == denoiser.prediction_folder:
+            yield ConfigurationError(
+                "must be another folder than the denoiser's",
+                place=f"{path}, key {name}.prediction_folder",
+                value=one.prediction_folder,
+                remedy="Set it to another folder",
+            )
+    if "lamella" in found and "semantic" in found:
+        yield from _labels_at_odds(path, found["lamella"], found["semantic"])
+
+
+def _labels_at_odds(path: Path, lamella: Configuration, semantic: Configuration) -> Iterator[ConfigurationError]:
     for key, one, other in (
         *((key, getattr(lamella, key), getattr(semantic, key)) for key in _SHARED_KEYS),
         ("mask_folder", lamella.prediction_folder, semantic.mask_folder),
@@ -535,6 +623,29 @@ def read_model(path: Path | str, model: str | None = None) -> Configuration:
     return found
 
 
+def read_denoiser(path: Path | str) -> Configuration:
+    """Read the denoiser's configuration from its own file or that of a pipeline.
+
+    Parameters
+    ----------
+    path
+        The file.
+
+    Raises
+    ------
+    ConfigurationError, Problems
+        See `read_models`; also if a pipeline has none.
+    """
+    found = read_models(path, STAGES[0]) if STAGES[0] in (models := read_models(path)) else models
+    if "" not in found:
+        raise ConfigurationError(
+            "a pipeline that begins with raw tomograms needs the keys of a denoiser, indented below its name",
+            place=f"{path}, key {STAGES[0]}",
+            remedy="Compare it with configs/pipeline.yaml, or name the file of a denoiser",
+        )
+    return found[""] if found[""].denoises else found[""].for_denoising()
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     text = ""
     try:
@@ -597,9 +708,17 @@ def _yaml_problem(error: Exception) -> str:
 
 
 def _configuration(
-    values: dict[str, Any], place: str, above: str = "", of_above: Collection[str] = ()
+    values: dict[str, Any],
+    place: str,
+    above: str = "",
+    of_above: Collection[str] = (),
+    stage: str = "",
+    pending: Collection[str] = (),
 ) -> Configuration:
-    """Validate the keys of a file or of a section of it; errors name `place`, or `above` for the keys `of_above`."""
+    """Validate the keys of a file or of a section of it; errors name `place`, or `above` for the keys `of_above`.
+
+    The same run makes the paths of the keys `pending`, so they may be missing.
+    """
     values, unused = _without_unused(values)
 
     def where(key: object) -> str:
@@ -609,9 +728,11 @@ def _configuration(
         configuration = Configuration.model_validate(values)
     except ValidationError as error:
         problems = [_explain(where(next(iter(e["loc"]), "")), e) for e in error.errors(include_url=False)]
-        raise Problems([*problems, *_missing_paths(where, values)]) from None
+        there = {key: value for key, value in values.items() if key not in pending}
+        raise Problems([*problems, *_missing_paths(where, there)]) from None
     configuration._unused, configuration._place = unused, place
-    return configuration
+    denoises = stage == STAGES[0] or (not stage and any(key in values for key in _ABOUT_DENOISING))
+    return configuration.for_denoising() if denoises else configuration
 
 
 def _missing_paths(where: Callable[[str], str], values: dict[str, Any]) -> Iterator[ConfigurationError]:

@@ -323,7 +323,7 @@ def pipeline(folder: Path, **common: Any) -> list[RunPlan]:
     }
     (folder / "pipeline.yaml").write_text(yaml.safe_dump(values))
     found = read_pipeline(folder / "pipeline.yaml")
-    return [plan_run(found[name], name=name, pending_masks={"TS_0"} if name == "semantic" else ()) for name in found]
+    return [plan_run(found[name], name=name, pending_inputs={"TS_0"} if name == "semantic" else ()) for name in found]
 
 
 def test_both_models_of_a_pipeline_may_have_one_work_folder(folder: Path) -> None:

@@ -103,6 +103,8 @@ class TomogramForecast:
         The effect of its mask, if it has one.
     mask_to_come
         Whether an earlier model of the same run makes it.
+    denoised_first
+        Whether the run makes the tomogram itself, by denoising another one.
     blocks, patches
         Their number without a mask; each patch is predicted once.
     block_shape
@@ -134,6 +136,7 @@ class TomogramForecast:
     intensities: Intensities | None = None
     mask: Masking | None = None
     mask_to_come: bool = False
+    denoised_first: bool = False
     blocks: int = 0
     patches: int = 0
     block_shape: tuple[int, ...] = ()
@@ -214,6 +217,8 @@ class Forecast:
         Estimated time of the run; ``None`` if no pace is known.
     pace
         Source of the pace.
+    denoises
+        Whether the model denoises; then it has neither classes nor a threshold.
     """
 
     model: str
@@ -239,6 +244,7 @@ class Forecast:
     shared: tuple[str, ...] = ()
     seconds: float | None = None
     pace: str = ""
+    denoises: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Return the same as JSON values, in the units of the attributes."""
@@ -536,6 +542,7 @@ def _forecast_model(
         shared=tuple(sorted(instead)),
         seconds=None if pace is None else patches / pace.patches_per_second,
         pace="" if pace is None else pace.source,
+        denoises=plan.denoises,
     )
 
 
@@ -553,7 +560,7 @@ def disk_warnings(plans: Sequence[RunPlan]) -> tuple[str, ...]:
         tomograms = []
         for job in plan.jobs:
             with suppress(CryosiamDaskError):  # the tomogram fails later
-                header = read_header(job.source, **plan.configuration.reading)
+                header = plan.header(job)
                 kept = plan is not plans[-1] and job.stem in last
                 room: dict[str, Any] = dict(_disk_bytes(plan.configuration, plan, job, header, kept))
                 tomograms.append(TomogramForecast(job.stem, job.source, "segment", **room))
@@ -645,14 +652,15 @@ def _tomogram(
     sampled: dict[Any, Intensities],
 ) -> TomogramForecast:
     header: TomogramHeader | None = None
-    pending = job.mask is not None and not job.fingerprint and job.problem is None
-    known: dict[str, Any] = {"outputs": _outputs(configuration, job), "mask_to_come": pending}
+    pending = not job.fingerprint and job.problem is None and not plan.denoises
+    known: dict[str, Any] = {"outputs": _outputs(configuration, job), "denoised_first": job.raw is not None}
+    known["mask_to_come"] = pending and job.mask is not None
     known["preview"] = _preview(configuration, job)
     opened: Mask | None = None
     problems: list[str] = [] if job.problem is None else [str(job.problem)]
     data = configuration.parameters.data
     try:
-        header = read_header(job.source, **configuration.reading)
+        header = plan.header(job)
         known |= _of_header(header)
         plan.require_usable(header)
         grid = plan.blocks(header.shape, workers)
@@ -663,10 +671,12 @@ def _tomogram(
         if not isinstance(job.problem, TomogramError):  # otherwise already in the list
             problems.append(str(error))
     try:
-        if header is not None:
+        if header is not None and job.raw is None:
             key = (job.source, data.min, data.max)
             known["intensities"] = sampled.get(key) or intensities(sample_file(header), data.min, data.max)
             sampled[key] = known["intensities"]
+            if plan.denoises:  # whose range is not one of intensities
+                known["intensities"] = replace(known["intensities"], below=0.0, above=0.0)
     except CryosiamDaskError as error:
         problems.append(str(error))
     try:
@@ -755,12 +765,23 @@ def _disk_bytes(
 ) -> dict[str, int]:
     """Return the disk space of a tomogram's work store and outputs."""
     voxels, classes = math.prod(header.shape), plan.checkpoint.architecture.out_channels
+    if plan.denoises:
+        copied = 0 if isinstance(header, ZarrHeader) else header.dtype.itemsize * voxels
+        raw = 4 * classes * voxels if configuration.save_raw_predictions else 0
+        return {
+            "work_bytes": copied + 4 * classes * voxels,
+            "certain_work_bytes": copied if header.dtype.kind == "f" and not configuration.keep_work else 0,
+            "output_bytes": 4 * voxels + raw + _preview_bytes(configuration, job, header),
+            "certain_output_bytes": 4 * voxels,
+        }
     fields = sum(4 * classes for name in plan.wanted if name != "labels")
     removal = 2 if removal_sizes(configuration) else 0  # the filtered and the removed labels
     lamella = 2 if configuration.parameters.network.postprocessing else 0  # the hull, and the thresholded core
     instances = 4 if job.components else 0
     # Zarr input is not copied, and only one of several models stores the converted tomogram.
-    tomogram = 0 if converted or isinstance(header, ZarrHeader) else header.dtype.itemsize * voxels
+    tomogram = (
+        0 if converted or job.raw is not None or isinstance(header, ZarrHeader) else header.dtype.itemsize * voxels
+    )
     is_mrc = job.output.suffix != ".h5"
     internal = fields if configuration.save_internal_files else 0
     return {

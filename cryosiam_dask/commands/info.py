@@ -23,20 +23,13 @@ import numpy as np
 import zarr
 
 from cryosiam_dask.core.diagnosis import Intensities, percent, scaling, to_write
+from cryosiam_dask.core.endings import HDF5_ENDINGS, MRC_ENDINGS
 from cryosiam_dask.core.json_values import as_json
 from cryosiam_dask.errors import CryosiamDaskError, OutputError, TomogramError
 from cryosiam_dask.files.folders import require_there, unusable
-from cryosiam_dask.files.hdf5 import (
-    HDF5_ENDINGS,
-    INSTANCES,
-    LABELS,
-    PROBABILITIES,
-    hdf5_datasets,
-    open_hdf5,
-    read_attributes,
-)
+from cryosiam_dask.files.hdf5 import INSTANCES, LABELS, PROBABILITIES, hdf5_datasets, open_hdf5, read_attributes
 from cryosiam_dask.files.header import TomogramHeader
-from cryosiam_dask.files.mrc import MRC_ENDINGS, MrcHeader
+from cryosiam_dask.files.mrc import MrcHeader
 from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.stages.intensities import intensities, sample_file
 

@@ -18,10 +18,11 @@ import numpy as np
 
 from cryosiam_dask.config import read_pipeline
 from cryosiam_dask.core.diagnosis import distinct_digits, scaling
+from cryosiam_dask.core.endings import TOMOGRAM_ENDINGS
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, OutputError, Problems, not_there
 from cryosiam_dask.files.folders import visible
 from cryosiam_dask.files.header import TomogramHeader
-from cryosiam_dask.files.tomogram import TOMOGRAM_ENDINGS, read_header
+from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.model.published import PUBLISHED, parse
 from cryosiam_dask.stages.intensities import Sample, contrast, intensities, sample_file
 

@@ -88,7 +88,7 @@ def show_plan(
                 plans.append(
                     plan_run(
                         configuration, filename=filename, overwrite=overwrite,
-                        overwrite_all=overwrite_all or automatic, name=name, pending_masks=pending,
+                        overwrite_all=overwrite_all or automatic, name=name, pending_inputs=pending,
                     )
                 )  # fmt: skip
             except CryosiamDaskError as error:
@@ -209,7 +209,7 @@ def _print_plan(
             if seconds is None
             else f"about {_time(seconds)}, {pace}"
         )
-    _print_facts(console, [*shared.items(), *_of_disks(disks)])
+    _print_facts(console, [*((name, value) for name, value in shared.items() if value), *_of_disks(disks)])
     own = [name for name in facts[next(iter(facts))] if name not in shared]
     if own:
         table = _table("", *stages)
@@ -248,17 +248,24 @@ def _facts(found: Forecast) -> dict[str, str]:
     todo = [t for t in found.tomograms if t.action == "segment"]
     masks = sorted({str(t.mask.path.parent) for t in found.tomograms if t.mask})
     return {
-        "reads": f"{_bytes(sum(t.file_bytes for t in todo))} in "
+        "reads": "what is denoised first"
+        if todo and all(t.denoised_first for t in todo)
+        else f"{_bytes(sum(t.file_bytes for t in todo))} in "
         + ", ".join(sorted({str(t.source.parent) for t in found.tomograms})),
-        "lamella": "masks that this run makes first"
+        "lamella": ""
+        if found.denoises
+        else "masks that this run makes first"
         if any(t.mask_to_come for t in todo)
         else f"masks in {', '.join(masks)}"
         if masks
         else "no masks",
-        "model": f"{found.model}, {classes} {'classes' if classes > 1 else 'class'}",
+        "model": f"{found.model}, "
+        + ("a denoiser" if found.denoises else f"{classes} {'classes' if classes > 1 else 'class'}"),
         "patch": f"{_shape(found.patch)} voxels, halo {found.halo or 'a quarter of it'}, {found.precision}",
-        "threshold": f"{found.threshold:g}",
-        "intensities": f"{low:g} to {high:g} become 0 to 1" + (", inverted" if low > high else ""),
+        "threshold": "" if found.denoises else f"{found.threshold:g}",
+        "intensities": "stretched between each tomogram's 0.1 and 99.9 percentiles"
+        if found.denoises
+        else f"{low:g} to {high:g} become 0 to 1" + (", inverted" if low > high else ""),
         "tomograms": ", ".join(
             f"{sum(t.action == action for t in found.tomograms)} {words}"
             for action, words in _ACTIONS.items()
@@ -341,7 +348,9 @@ _ACTIONS = {"segment": "to segment", "measure": "to measure", "skip": "skipped",
 def _print_tomograms(console: Console, stages: Mapping[str, Forecast]) -> None:
     """Print the tomograms as a table or, if it is too wide, one below the other, with values that models share once."""
     axes = "y, x" if are_images(t.shape for found in stages.values() for t in found.tomograms) else "z, y, x"
-    by_stage = {stage: {t.stem: _row(t, axes) for t in found.tomograms} for stage, found in stages.items()}
+    by_stage = {
+        stage: {t.stem: _row(t, axes, found.denoises) for t in found.tomograms} for stage, found in stages.items()
+    }
     stems = list(dict.fromkeys(stem for rows in by_stage.values() for stem in rows))
     names = list(next(iter(next(iter(by_stage.values())).values())))
     several = [
@@ -367,7 +376,7 @@ def _print_tomograms(console: Console, stages: Mapping[str, Forecast]) -> None:
             _print_facts(console, [(name, value) for name, value in row.items() if value])
 
 
-def _row(t: TomogramForecast, axes: str) -> dict[str, str]:
+def _row(t: TomogramForecast, axes: str, denoises: bool) -> dict[str, str]:
     central = t.intensities.central if t.intensities else None
     row = {
         "tomogram": t.stem,
@@ -383,7 +392,7 @@ def _row(t: TomogramForecast, axes: str) -> dict[str, str]:
         "outputs": _bytes(t.output_bytes) if t.output_bytes else "",
         "work": _bytes(t.work_bytes) if t.work_bytes else "",
     }
-    if t.intensities is not None:
+    if t.intensities is not None and not denoises:
         row["clipped below, above"] = f"{percent(t.intensities.below)}, {percent(t.intensities.above)}"
     if t.mask_to_come:
         row["in the mask"] = "made first"

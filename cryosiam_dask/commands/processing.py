@@ -21,14 +21,14 @@ import zarr
 from numpy.typing import NDArray
 
 from cryosiam_dask.core.arrays import Region
+from cryosiam_dask.core.endings import HDF5_ENDINGS, MRC_ENDINGS, TOMOGRAM_ENDINGS
 from cryosiam_dask.core.percentiles import percentiles
 from cryosiam_dask.errors import OutputError, TomogramError, not_written
 from cryosiam_dask.files.atomic import part_name
 from cryosiam_dask.files.folders import visible
-from cryosiam_dask.files.hdf5 import HDF5_ENDINGS
 from cryosiam_dask.files.header import TomogramHeader
-from cryosiam_dask.files.mrc import MRC_ENDINGS, write_mrc_floats
-from cryosiam_dask.files.tomogram import TOMOGRAM_ENDINGS, read_header, read_part
+from cryosiam_dask.files.mrc import write_mrc_floats
+from cryosiam_dask.files.tomogram import read_header, read_part
 from cryosiam_dask.files.zarr import Voxels, is_zarr
 from cryosiam_dask.stages.ingest import ingest
 

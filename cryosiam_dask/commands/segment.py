@@ -175,7 +175,7 @@ def segment(
     _require_any(plans)
     for plan in plans:
         make_folders(plan)
-    open_logs("run" if len(plans) > 1 else "semantic-predict", [plan.configuration for plan in plans], console)
+    open_logs(_command(plans), [plan.configuration for plan in plans], console)
     for plan in plans:
         LOG.debug(
             "model%s: %s (SHA-256 %s), patch %s, halo %d, threshold %g; %d to segment, %d to measure, %d skipped",
@@ -320,7 +320,7 @@ def _planned(
     filename: str | None,
     overwrite: bool,
     overwrite_all: bool,
-    pending_masks: Collection[str],
+    pending_inputs: Collection[str],
     device: Literal["cpu", "cuda"] | None,
     workers: int | None,
     console: Console,
@@ -338,7 +338,7 @@ def _planned(
                 )
             ]
         )
-    make = partial(plan_run, filename=filename, name=name, pending_masks=pending_masks)
+    make = partial(plan_run, filename=filename, name=name, pending_inputs=pending_inputs)
     # With an automatic patch, outputs are compared after the patch has been chosen.
     plan = make(configuration, overwrite=overwrite, overwrite_all=overwrite_all or automatic)
     if automatic and device is not None:
@@ -346,6 +346,10 @@ def _planned(
             _with_largest_patch(plan, device, workers, console), overwrite=overwrite, overwrite_all=overwrite_all
         )
     return plan
+
+
+def _command(plans: Sequence[RunPlan]) -> str:
+    return "run" if len(plans) > 1 else "denoise-predict" if plans[0].denoises else "semantic-predict"
 
 
 def _require_any(plans: Sequence[RunPlan]) -> None:

@@ -155,6 +155,35 @@ def contrast(found: str | None, invert: bool | None) -> tuple[str, ...]:
     return ()
 
 
+def contrast_of_raw(found: str | None, invert: bool | None) -> tuple[str, ...]:
+    """Say where a tomogram that is to be denoised is not dark on bright, as raw ones are.
+
+    Parameters
+    ----------
+    found, invert
+        See `contrast`; `invert` is on unless it is ``False``.
+
+    Examples
+    --------
+    >>> contrast_of_raw("dark on bright", None)
+    ()
+    >>> print(*contrast_of_raw("bright on dark", None))
+    dense matter looks bright on dark already, and denoising turns that round: write below parameters.data \
+'invert: false', or 'invert: true' to say that this is meant
+    """
+    if found == "bright on dark" and invert is None:
+        return (
+            "dense matter looks bright on dark already, and denoising turns that round: write below parameters.data "
+            "'invert: false', or 'invert: true' to say that this is meant",
+        )
+    if found == "dark on bright" and invert is False:
+        return (
+            "dense matter looks dark on bright, as in raw tomograms, and 'invert: false' leaves it so: leave it out "
+            "unless this denoiser was trained on such tomograms",
+        )
+    return ()
+
+
 def to_write(central: tuple[float, float] | None, found: str | None) -> tuple[str, ...]:
     """Return the lines to write below ``parameters.data`` for a model that expects [0, 1] and bright on dark.
 

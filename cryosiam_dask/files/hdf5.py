@@ -187,9 +187,6 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-HDF5_ENDINGS = (".h5", ".hdf5", ".hdf", ".he5")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hdf5Header(TomogramHeader):
     """A tomogram in a dataset of an HDF5 file.

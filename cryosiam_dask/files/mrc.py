@@ -141,6 +141,8 @@ def _mrc_header(
         header[f"n{axis}"] = header[f"m{axis}"] = size
     for axis, size, voxel in zip("xyz", reversed(shape), reversed(voxel_size_angstrom or ()), strict=False):
         header["cella"][axis] = size * (voxel or 0)
+    if len(shape) == 2 and voxel_size_angstrom:
+        header["cella"]["z"] = voxel_size_angstrom[-1] or 0  # an image is as thick as its pixels are wide
     for axis, position in zip("xyz", reversed(origin_angstrom or ()), strict=False):
         header["origin"][axis] = position
     for axis, start in zip("xyz", reversed(nstart or ()), strict=False):
@@ -168,8 +170,6 @@ STREAM_BYTES = 128 * 2**20  # memory for sections of a compressed file, which ca
 _GZIP_MAGIC = b"\x1f\x8b\x08"
 _LARGEST_AXIS = 65535  # byte-swapped sizes are always larger than this, real ones never
 _IMOD_STAMP = 1146047817
-#: File name endings of MRC files.
-MRC_ENDINGS = (".mrc", ".rec", ".map", ".st", ".mrcs", ".ali", ".preali")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

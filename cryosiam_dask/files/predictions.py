@@ -113,6 +113,21 @@ def write_hdf5(
                 _write(file, sink, name, source, np.dtype(np.float32), pool)
 
 
+def write_raw_predictions(path: str | Path, predictions: Sliceable, *, attributes: Mapping[str, Any]) -> None:
+    """Write what a network says before anything is made of it, replacing an earlier file at once when it is complete.
+
+    Parameters
+    ----------
+    path, attributes
+        See `write_hdf5`, also for what is raised.
+    predictions : (channel, z, y, x) or (channel, y, x), float32
+        Written as the dataset ``preds``, which is what CryoSiam calls it.
+    """
+    require_voxels(path, predictions)
+    with replacing(Path(path), alone=True) as sink, h5py.File(sink, "w") as file, ThreadPoolExecutor() as pool:
+        _describe(file, _write(file, sink, "preds", predictions, np.dtype(np.float32), pool), attributes)
+
+
 def write_instances_hdf5(path: str | Path, instances: Sliceable, *, attributes: Mapping[str, Any]) -> None:
     """Write a file of instance numbers, replacing an earlier one atomically.
 

@@ -9,17 +9,13 @@ from typing import Any
 import numpy as np
 
 from cryosiam_dask.core.arrays import Region
+from cryosiam_dask.core.endings import HDF5_ENDINGS
 from cryosiam_dask.errors import TomogramError
-from cryosiam_dask.files.hdf5 import HDF5_ENDINGS, is_hdf5, read_hdf5_header
+from cryosiam_dask.files.hdf5 import is_hdf5, read_hdf5_header
 from cryosiam_dask.files.header import TomogramHeader, native
-from cryosiam_dask.files.mrc import MRC_ENDINGS, read_mrc_header, unreadable
+from cryosiam_dask.files.mrc import read_mrc_header, unreadable
 from cryosiam_dask.files.signatures import resemblance_of
 from cryosiam_dask.files.zarr import is_zarr, read_zarr_header
-
-#: File name endings of tomograms. The content of a file decides which format it has.
-TOMOGRAM_ENDINGS = (
-    ".ome.zarr", ".zarr", *(f"{ending}{packed}" for ending in MRC_ENDINGS for packed in ("", ".gz")), *HDF5_ENDINGS
-)  # fmt: skip
 
 
 def stem(path: str | Path) -> str:

@@ -39,11 +39,14 @@ class Architecture:
     dense_dim
         Channels of the dense embedding.
     out_channels
-        Number of classes, and of channels of the distances.
+        Number of classes, and of channels of the distances; channels of a denoiser's result.
     semantic_widths, distance_widths
-        Channels of the hidden convolutions of the heads; None without a distance head.
+        Channels of the hidden convolutions of the heads; None without a distance head. A denoiser has one head, whose
+        widths are the first.
     kernel_size
         Kernel of the heads' convolutions, one odd number per axis.
+    denoises
+        Whether the network predicts denoised intensities instead of class scores.
     """
 
     spatial_dims: int
@@ -60,6 +63,15 @@ class Architecture:
     semantic_widths: tuple[int, ...]
     distance_widths: tuple[int, ...] | None
     kernel_size: tuple[int, ...]
+    denoises: bool = False
+
+    @property
+    def heads(self) -> dict[str, tuple[int, ...]]:
+        """Channels of the hidden convolutions of each head, by its name in a checkpoint."""
+        if self.denoises:
+            return {"cnn_head": self.semantic_widths}
+        distances = {} if self.distance_widths is None else {"distance_head": self.distance_widths}
+        return {"semantic_head": self.semantic_widths, **distances}
 
     @property
     def level_channels(self) -> tuple[int, ...]:
@@ -69,7 +81,7 @@ class Architecture:
     @property
     def head_margin(self) -> tuple[int, ...]:
         """Voxels along each axis that the heads' convolutions see beyond their output."""
-        convolutions = 1 + max(len(self.semantic_widths), len(self.distance_widths or ()))
+        convolutions = 1 + max(map(len, self.heads.values()))
         return tuple(convolutions * (kernel // 2) for kernel in self.kernel_size)
 
     @property
@@ -140,14 +152,11 @@ def _weights(of: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield from batch_norm(f"projector.{number + 1}", width)
     yield from convolution("projector.6", width, of.dense_dim)
     yield from batch_norm("projector.7", of.dense_dim, affine=False)
-    for head, widths in (("semantic_head", of.semantic_widths), ("distance_head", of.distance_widths)):
-        if widths is not None:
-            for number, (inner, outer) in enumerate(
-                zip((of.dense_dim, *widths), (*widths, of.out_channels), strict=True)
-            ):
-                yield from convolution(f"{head}.{3 * number}", inner, outer, of.kernel_size)
-                if number < len(widths):
-                    yield from batch_norm(f"{head}.{3 * number + 1}", outer)
+    for head, widths in of.heads.items():
+        for number, (inner, outer) in enumerate(zip((of.dense_dim, *widths), (*widths, of.out_channels), strict=True)):
+            yield from convolution(f"{head}.{3 * number}", inner, outer, of.kernel_size)
+            if number < len(widths):
+                yield from batch_norm(f"{head}.{3 * number + 1}", outer)
 
 
 def default_threshold(classes: int) -> float:
@@ -167,9 +176,10 @@ def required_halo(architecture: Architecture) -> int:
 def required_divisor(architecture: Architecture) -> int:
     """Return the number that must divide every axis of a patch.
 
-    It is the stride of the coarsest level: 16 for the bidirectional pyramid, 8 for the other decoder.
+    It is the stride of the coarsest level: 16 for the bidirectional pyramid, 8 for the other decoder. Denoisers with the
+    latter take multiples of 4, as in CryoSiam.
     """
-    return 16 if architecture.decoder == "bifpn" else 8
+    return 16 if architecture.decoder == "bifpn" else 4 if architecture.denoises else 8
 
 
 def peak_bytes(architecture: Architecture, patch: tuple[int, ...], batch_size: int = 1) -> int:
@@ -188,12 +198,13 @@ def peak_bytes(architecture: Architecture, patch: tuple[int, ...], batch_size: i
         Patches evaluated at once.
     """
     finest, width = architecture.level_channels[0], architecture.fpn_channels
-    heads = [architecture.semantic_widths, architecture.distance_widths or ()]
     alive = max(
         4 * finest + architecture.num_filters[0],  # a residual block's input, its branch, and its shortcut twice
         finest + 2 * architecture.num_filters[1] + width,  # the second level starts at stride 1
         finest + 3 * width if architecture.decoder == "fpn" else 6 * width,
-        architecture.dense_dim + architecture.out_channels + max(3 * w for widths in heads for w in (0, *widths)),
+        architecture.dense_dim
+        + architecture.out_channels
+        + max(3 * w for widths in architecture.heads.values() for w in (0, *widths)),
     )
     weights = sum(4 * math.prod(shape) if shape else 8 for shape in architecture.weights().values())
     return weights + 6 * alive * math.prod(patch) * batch_size  # 4 bytes and the margin

@@ -41,6 +41,7 @@ _PREFIXES = {
     "projector": "_model_backbone.",
     "semantic_head": "_model.",
     "distance_head": "_model.",
+    "cnn_head": "_model.",
 }
 
 
@@ -71,7 +72,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint that CryoSiam's training wrote for semantic or lamella segmentation.
+    """Read a checkpoint that CryoSiam's training wrote for denoising, or for lamella or semantic segmentation.
 
     Parameters
     ----------
@@ -362,22 +363,24 @@ def _architecture(path: str | Path, parameters: _Parameters, state: Mapping[str,
         parameters.refuse(
             backbone, "network.no_max_pool", "must be true, because initial pooling would halve the labels' resolution"
         )
-    out_channels = parameters.integer(config, "network.out_channels")
-    if out_channels > 256:
+    denoises = parameters.get(config, "network.n_output_channels", None) is not None
+    out_channels = parameters.integer(config, f"network.{'n_output' if denoises else 'out'}_channels")
+    if out_channels > 256 and not denoises:
         parameters.refuse(config, "network.out_channels", "must be at most 256, because labels are stored in one byte")
     kernel_size = parameters.integers(config, "network.kernel_size", dims, 3)
     padding = parameters.integers(config, "network.padding", dims, 1, least=0)
     if any(kernel != 2 * pad + 1 for kernel, pad in zip(kernel_size, padding, strict=True)):
         parameters.refuse(config, "network.padding", f"must be half of the kernel size {list(kernel_size)}")
-    if not any(name.startswith("semantic_head.") for name in state):
+    head = "cnn_head" if denoises else "semantic_head"
+    if not any(name.startswith(f"{head}.") for name in state):
         raise CheckpointError(
-            "the checkpoint must hold a semantic head",
+            f"the checkpoint must hold a {'denoising' if denoises else 'semantic'} head",
             place=path,
-            value="no weights named _model.semantic_head",
-            remedy="Use a checkpoint trained for semantic or lamella segmentation, not for another task",
+            value=f"no weights named _model.{head}",
+            remedy="Use a checkpoint trained for denoising, or for lamella or semantic segmentation",
         )
     is_fpn = parameters.get(backbone, "network.decoder_type", "fpn") == "fpn"
-    has_distances = any(name.startswith("distance_head.") for name in state)
+    has_distances = not denoises and any(name.startswith("distance_head.") for name in state)
     return Architecture(
         spatial_dims=dims,
         in_channels=in_channels,
@@ -390,9 +393,10 @@ def _architecture(path: str | Path, parameters: _Parameters, state: Mapping[str,
         bifpn_layers=0 if is_fpn else parameters.integer(backbone, "network.fpn_layers", 2),
         dense_dim=dense_dim,
         out_channels=out_channels,
-        semantic_widths=_hidden_widths(state, "semantic_head"),
+        semantic_widths=_hidden_widths(state, head),
         distance_widths=_hidden_widths(state, "distance_head") if has_distances else None,
         kernel_size=kernel_size,
+        denoises=denoises,
     )
 
 

@@ -3,7 +3,8 @@
 1. **Encoder**, a `ResNet` without pooling in its stem: four levels at strides 1, 2, 4 and 8.
 2. **Decoder**, a feature pyramid (`FPN`) or a bidirectional one (`BiFPN`): the four levels merged into one at stride 1.
 3. **Projector**, three pointwise convolutions: a dense embedding of `dense_dim` channels.
-4. **Heads** on the embedding: class scores (`semantic_head`) and distances (`distance_head`).
+4. **Heads** on the embedding: class scores (`semantic_head`) and distances (`distance_head`), or denoised intensities
+   (`cnn_head`).
 
 The modules have the names that the weights have in a checkpoint. The parts that only training uses (global projections,
 predictors, projections of single levels) are left out.
@@ -15,6 +16,7 @@ layers are evaluated only on the core and the margin that their convolutions nee
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -130,15 +132,27 @@ class FPN(nn.Module):
         """Merge `levels`, finest first, into (n, fpn_channels, *region). Empties the list, to free memory early."""
         sizes = [level.shape[2:] for level in levels]
         regions = [_grown(region, (1,) * len(region), sizes[0]) if self.later_convolutions else region]
-        for size in sizes[1:]:
-            regions.append(_read_by_enlarging(regions[-1], size))
+        doubles = all(tuple(2 * n for n in coarse) == tuple(fine) for fine, coarse in pairwise(sizes))
+        if doubles:
+            for size in sizes[1:]:
+                regions.append(_read_by_enlarging(regions[-1], size))
+        else:  # where a level has an odd size, enlarging it mixes voxels in a way that depends on the whole level
+            regions = [tuple(slice(0, n) for n in size) for size in sizes]
         x: Tensor = self.get_submodule("layer1")(_part(levels.pop(), regions[-1]))
         for number, coarser, finer in zip((2, 3, 4), regions[:0:-1], regions[-2::-1], strict=True):
-            enlarged = functional.interpolate(x, scale_factor=2, mode=self.mode, align_corners=False)
-            x = self.get_submodule(f"layer{number}")(_part(levels.pop(), finer))
-            x.add_(_part(enlarged, _within(finer, tuple(slice(2 * c.start, 2 * c.stop) for c in coarser))))
+            x = functional.interpolate(
+                x,
+                size=None if doubles else [part.stop for part in finer],
+                scale_factor=2 if doubles else None,
+                mode=self.mode,
+                align_corners=False,
+            )
+            if doubles:
+                x = _part(x, _within(finer, tuple(slice(2 * c.start, 2 * c.stop) for c in coarser)))
+            x = self.get_submodule(f"layer{number}")(_part(levels.pop(), finer)).add_(x)
         # Only training uses the later convolutions of the coarser levels.
-        return _part(self.get_submodule("later_conv4")(x), _within(region, finer)) if self.later_convolutions else x
+        x = self.get_submodule("later_conv4")(x) if self.later_convolutions else x
+        return _part(x, _within(region, finer))
 
 
 class BiFPN(nn.Module):
@@ -245,10 +259,9 @@ class Network(nn.Module):
             _CONVOLUTION[dims](width, dense, 1),
             _BATCH_NORM[dims](dense, affine=False),
         )
-        self.semantic_head = _head(architecture, architecture.semantic_widths)
-        if architecture.distance_widths is not None:
-            self.distance_head = _head(architecture, architecture.distance_widths)
-
+        for name, widths in architecture.heads.items():
+            self.add_module(name, _head(architecture, widths))
+        self.first_head = next(iter(architecture.heads))
         self.margin = architecture.head_margin
 
     def forward(self, x: Tensor, distances: bool = False, core: Region | None = None) -> tuple[Tensor, Tensor | None]:
@@ -266,7 +279,7 @@ class Network(nn.Module):
         Returns
         -------
         scores
-            Class scores before softmax or sigmoid, float32, (n, out_channels, *core).
+            Class scores before softmax or sigmoid, or denoised intensities, float32, (n, out_channels, *core).
         distances
             Output of the distance head, float32, of the same shape; None unless requested.
         """
@@ -275,8 +288,8 @@ class Network(nn.Module):
         seen = _grown(core, self.margin, size)
         embedding = self.projector(self.decoder(self.encoder(x), seen))
         inner = _within(core, seen)
-        scores = _part(self.semantic_head(embedding), inner)
-        return scores, _part(self.distance_head(embedding), inner) if distances else None
+        scores = _part(self.get_submodule(self.first_head)(embedding), inner)
+        return scores, _part(self.get_submodule("distance_head")(embedding), inner) if distances else None
 
 
 def _part(x: Tensor, region: Region) -> Tensor:

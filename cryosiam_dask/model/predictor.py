@@ -40,7 +40,7 @@ from cryosiam_dask.model.checkpoint import read_checkpoint
 from cryosiam_dask.model.network import build_network, convolve_with_onednn, fold_batch_norms
 
 _CACHED = 1 << 16  # voxels that fit into a processor's cache
-#: Held while computing: a worker of a pipeline has two networks, but memory and a core for one at a time.
+#: Held while computing: a worker of a pipeline has several networks, but memory and a core for one at a time.
 _TURN = threading.Lock()
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -73,6 +73,9 @@ class PredictorSpec:
         Voxels on either side of a patch that are not kept; 0 for CryoSiam's patches (see `cryosiam_dask.core.grid`).
     precision
         Precision of the products in convolutions; sums, probabilities and labels use single precision.
+    stretch
+        Intensities that become 0 and 1 first, with what lies outside clipped; ``None``: no such step. Denoisers take
+        percentiles of the tomogram, the higher one first, and so invert.
     """
 
     checkpoint: str
@@ -88,6 +91,7 @@ class PredictorSpec:
     threshold: float
     halo: int = 0
     precision: Precision = "fp32"
+    stretch: tuple[float, float] | None = None
 
 
 def predictor_spec(
@@ -154,14 +158,16 @@ def normalise(voxels: npt.NDArray[Any], spec: PredictorSpec) -> npt.NDArray[np.f
     Parameters
     ----------
     voxels
-        Stored intensities of any shape and real dtype. NaN and infinity count as the minimum.
+        Stored intensities of any shape and real dtype. NaN and infinity count as the minimum. With a stretch, NaN counts
+        as its first value, and infinity is clipped.
     spec
-        Has ``minimum``, ``maximum``, ``mean`` and ``std``.
+        Has ``stretch``, ``minimum``, ``maximum``, ``mean`` and ``std``.
 
     Returns
     -------
     ndarray
-        ``(clip((v - minimum) / (maximum - minimum), 0, 1) - mean) / std``, float32; a new array.
+        ``(clip((v - minimum) / (maximum - minimum), 0, 1) - mean) / std``, float32; a new array. With a stretch, v is
+        ``clip((v - stretch[0]) / (stretch[1] - stretch[0]), 0, 1)``.
     """
     given = np.ascontiguousarray(voxels).reshape(-1)
     scaled = np.empty(given.shape, np.float32)
@@ -170,6 +176,12 @@ def normalise(voxels: npt.NDArray[Any], spec: PredictorSpec) -> npt.NDArray[np.f
         for first in range(0, given.size, _CACHED):
             section = scaled[first : first + _CACHED]
             section[:] = given[first : first + _CACHED]
+            if spec.stretch is not None:
+                zero, one = spec.stretch
+                section[np.isnan(section)] = zero
+                section -= zero
+                section /= one - zero
+                section.clip(0, 1, out=section)
             finite = np.isfinite(section)
             if not finite.all():
                 section[~finite] = spec.minimum
@@ -409,7 +421,8 @@ class Predictor:
         shape
             Shape of the result in voxels.
         wanted
-            Which of ``"labels"``, ``"probabilities"``, ``"distances"`` and ``"highest"`` to return.
+            Which of ``"labels"``, ``"probabilities"``, ``"distances"`` and ``"highest"`` to return, or of a denoiser
+            ``"denoised"``.
 
         Returns
         -------
@@ -417,7 +430,8 @@ class Predictor:
             ``labels`` uint8 (z, y, x): with one class, 1 where its probability exceeds the threshold; with several, the
             most probable one (the first of equals), or 0 where none reaches the threshold. ``probabilities`` and
             ``distances`` float32 (class, z, y, x), before any threshold. All are 0 outside the cores of the patches.
-            ``highest`` float32 (class,): the highest probability of each class in any core.
+            ``highest`` float32 (class,): the highest probability of each class in any core. ``denoised`` float32
+            (channel, z, y, x).
         tuple of float
             When the device started and finished, seconds since 1970.
 
@@ -502,17 +516,20 @@ class Predictor:
         batch = batch.to(memory_format=self._layout)
         scores, distances = self._network(batch, distances="distances" in result, core=patches[0].core)
         scores = scores.float()
-        probabilities = scores.sigmoid() if scores.shape[1] == 1 else scores.softmax(dim=1)
-        found = {"probabilities": probabilities, "distances": distances}
+        found = {"denoised": scores, "distances": distances}
+        if result.keys() & {"labels", "probabilities", "highest"}:
+            found["probabilities"] = scores.sigmoid() if scores.shape[1] == 1 else scores.softmax(dim=1)
         if "labels" in result:
             # The threshold in single precision, like the probabilities.
             threshold = torch.tensor(self.spec.threshold, dtype=torch.float32, device=self.spec.device)
             if scores.shape[1] == 1:
-                found["labels"] = probabilities[:, 0] > threshold
+                found["labels"] = found["probabilities"][:, 0] > threshold
             else:
-                found["labels"] = probabilities.masked_fill(probabilities < threshold, 0).argmax(dim=1)
+                found["labels"] = (
+                    found["probabilities"].masked_fill(found["probabilities"] < threshold, 0).argmax(dim=1)
+                )
         if "highest" in result:
-            seen = probabilities[: len(patches)].amax(dim=(0, *range(2, probabilities.ndim)))
+            seen = found["probabilities"][: len(patches)].amax(dim=(0, *range(2, scores.ndim)))
             torch.maximum(result["highest"], seen, out=result["highest"])
         for name, values in result.items():
             for i, patch in enumerate(patches if name != "highest" else ()):
@@ -558,7 +575,7 @@ _LOADING = threading.Lock()
 
 
 def load_predictor(spec: PredictorSpec) -> Predictor:
-    """Return the predictor for `spec`, loaded at the first call in a process; the last two are kept.
+    """Return the predictor for `spec`, loaded at the first call in a process; the last three are kept.
 
     Raises
     ------
@@ -566,7 +583,8 @@ def load_predictor(spec: PredictorSpec) -> Predictor:
         See `Predictor`.
     """
     with _LOADING:  # other threads wait for the one that loads
-        return _load(spec)
+        # The scaling of intensities is not part of the network, and a denoiser scales every tomogram differently.
+        return _load(replace(spec, minimum=0.0, maximum=1.0, mean=0.0, std=1.0, stretch=None))
 
 
-_load = lru_cache(maxsize=2)(Predictor)
+_load = lru_cache(maxsize=3)(Predictor)

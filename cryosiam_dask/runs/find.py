@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from cryosiam_dask.config import Configuration
+from cryosiam_dask.core.endings import denoised_ending
 from cryosiam_dask.core.executor import with_retries
 from cryosiam_dask.errors import (
     CheckpointError,
@@ -231,7 +232,23 @@ def unreadable_folder(key: str, folder: Path, error: OSError) -> ConfigurationEr
     )
 
 
+def denoised_file(denoiser: Configuration, source: Path) -> Path:
+    """The MRC file that a denoiser makes of a tomogram: of the same name, where that is a name of MRC files."""
+    stem, ending = source.name.removesuffix(denoiser.file_extension), denoised_ending(denoiser.file_extension)
+    return denoiser.prediction_folder / f"{stem}{ending}"
+
+
+def made_of(configuration: Configuration, filename: str | None = None) -> dict[Path, Path]:
+    """The tomograms that a pipeline's denoiser makes for a model, each with that which it is made of."""
+    denoiser = configuration.denoiser
+    sources = [] if denoiser is None else find_tomograms(denoiser, filename)
+    return {denoised_file(denoiser, source): source for source in sources if denoiser is not None}
+
+
 def _tomograms(configuration: Configuration, filename: str | None, problems: list[CryosiamDaskError]) -> list[Path]:
+    if configuration.denoiser is not None:
+        denoiser = configuration.denoiser
+        return [denoised_file(denoiser, source) for source in _tomograms(denoiser, filename, problems)]
     folder, extension = configuration.data_folder, configuration.file_extension
     if not folder.is_dir():
         problems.append(not_found("data_folder", folder, "folder"))

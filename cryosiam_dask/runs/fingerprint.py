@@ -33,6 +33,19 @@ def settings_of(
 ) -> dict[str, Any]:
     """Return everything that the numbers of an output depend on, except its input."""
     network, data = configuration.parameters.network, configuration.parameters.data
+    if configuration.denoises:
+        return {
+            "numbers_version": NUMBERS_VERSION,
+            "checkpoint_sha256": checkpoint.sha256,
+            "patch_size": list(patch),
+            "halo": data.halo,
+            "precision": configuration.hyper_parameters.precision,
+            "scaling": [data.min, data.max, data.mean, data.std],
+            "invert": data.invert is not False,
+            "scale_prediction": configuration.scale_prediction,
+            "save_raw_predictions": configuration.save_raw_predictions,
+            **{name: value for name, value in configuration.reading.items() if value or value is False},
+        }
     return {
         "numbers_version": NUMBERS_VERSION,
         "checkpoint_sha256": checkpoint.sha256,
@@ -69,6 +82,8 @@ def known_identity(configuration: Configuration, source: Path, stem: str) -> lis
     """
     from cryosiam_dask.files.identity import is_newer_in_part, source_content, source_identity
 
+    if made := _made_here(source):
+        return [made, source_content(source)]
     identity = source_identity(source)
     entries, _ = read_entries(configuration.prediction_folder, stem)
     found = next((entry for entry in reversed(entries) if entry["what"] == "source"), None)
@@ -80,6 +95,14 @@ def known_identity(configuration: Configuration, source: Path, stem: str) -> lis
     ):
         return list(found["identity"])
     return identity
+
+
+def _made_here(source: Path) -> str | None:
+    """The fingerprint of a tomogram that was denoised here: the same whenever it is made from the same."""
+    from cryosiam_dask.core.endings import MRC_ENDINGS
+    from cryosiam_dask.stages.export import read_mrc_fingerprint
+
+    return read_mrc_fingerprint(source) if source.suffix in MRC_ENDINGS and source.is_file() else None
 
 
 def fingerprint_of(

@@ -51,7 +51,7 @@ from cryosiam_dask.stages.lamella import (
     count_columns,
 )
 from cryosiam_dask.stages.measurements import COLLECTION, collect_tables, remove_outdated, write_components
-from cryosiam_dask.stages.preview import preview_file, read_fingerprint, write_preview
+from cryosiam_dask.stages.preview import preview_file, read_fingerprint, write_denoised_preview, write_preview
 from cryosiam_dask.stages.summary import remember
 
 
@@ -231,6 +231,10 @@ def draw_preview(
         fingerprint=attributes.get("fingerprint") or "",
         executor=executor,
     )
+    return _drawn(path, draw)
+
+
+def _drawn(path: Path, draw: Callable[[], None]) -> list[str]:
     try:
         with_retries(draw)
     except ENDING:
@@ -240,6 +244,32 @@ def draw_preview(
             path.unlink(missing_ok=True)
         return [f"its picture {path.name} could not be drawn: {error}"]
     return []
+
+
+def draw_denoised(
+    configuration: Configuration,
+    stem: str,
+    tomogram: Sliceable,
+    denoised: Sliceable,
+    attributes: Mapping[str, Any],
+    executor: Executor,
+) -> list[str]:
+    """Draw a raw tomogram beside its denoised one; returns what needs attention. A picture is no reason to fail."""
+    path = preview_file(configuration.prediction_folder, stem)
+    if not configuration.preview:
+        path.unlink(missing_ok=True)
+        return []
+    draw = partial(
+        write_denoised_preview,
+        path,
+        tomogram,
+        denoised,
+        voxel_size_angstrom=attributes.get("voxel_size_angstrom"),
+        title=stem,
+        fingerprint=attributes.get("fingerprint") or "",
+        executor=executor,
+    )
+    return _drawn(path, draw)
 
 
 def draw_preview_again(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cryosiam_dask.config import STAGES, Configuration
-from cryosiam_dask.core.diagnosis import beyond_lamella, contrast, scaling, shared_warnings
+from cryosiam_dask.core.diagnosis import beyond_lamella, contrast, contrast_of_raw, scaling, shared_warnings
 from cryosiam_dask.core.executor import with_retries
 from cryosiam_dask.core.grid import DEFAULT_BLOCK_SIZE, Grid, block_size_for, make_grid
 from cryosiam_dask.core.machine import cores, memory_of_machine
@@ -37,9 +37,11 @@ from cryosiam_dask.model.published import locate
 from cryosiam_dask.runs.find import (
     all_tomograms,
     check_prediction_folder,
+    denoised_file,
     find_masks,
     find_tomograms,
     left_out_tomograms,
+    made_of,
     missing_mask,
     not_readable,
     refused_names,
@@ -97,6 +99,8 @@ class Job:
         Why this tomogram cannot be segmented, while others can.
     shape
         Of the tomogram, (z, y, x); empty if its header was not read.
+    raw
+        The tomogram that the same run denoises to make `source`; ``None`` if `source` exists.
     """
 
     source: Path
@@ -109,6 +113,7 @@ class Job:
     found: tuple[int, ...] | None = None
     problem: CryosiamDaskError | None = None
     shape: tuple[int, ...] = ()
+    raw: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +170,13 @@ class RunPlan:
 
     @property
     def labels(self) -> int:
-        """Number of labels of the model, including the background."""
-        return max(2, self.checkpoint.architecture.out_channels)
+        """Number of labels of the model, including the background; 1 for a denoiser."""
+        return 1 if self.denoises else max(2, self.checkpoint.architecture.out_channels)
+
+    @property
+    def denoises(self) -> bool:
+        """Whether the model denoises."""
+        return self.configuration.denoises
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -182,6 +192,8 @@ class RunPlan:
     @property
     def wanted(self) -> tuple[str, ...]:
         """Outputs of the network that are needed: keys of `cryosiam_dask.stages.predict.OUTPUTS`."""
+        if self.denoises:
+            return ("denoised",)
         internal = self.configuration.save_internal_files
         wanted = ["labels"]
         if internal or self.configuration.parameters.network.postprocessing:
@@ -247,14 +259,13 @@ class RunPlan:
     def with_shapes(self) -> RunPlan:
         """Return the plan with the shapes of its tomograms, and with the problems of single tomograms."""
         from cryosiam_dask.files.mask import look_at_mask
-        from cryosiam_dask.files.tomogram import read_header
 
         shapes, jobs = set(), []
         for job in self.jobs:
             problem, shape = job.problem, job.shape
             if problem is None:
                 try:
-                    header = read_header(job.source, **self.configuration.reading)
+                    header = self.header(job)
                     self.require_usable(header)
                     shapes.add(shape := header.shape)
                     if job.mask is not None and job.fingerprint:
@@ -263,6 +274,21 @@ class RunPlan:
                     problem = None if is_transient(error) else error
             jobs.append(replace(job, problem=problem, shape=shape))
         return replace(self, jobs=tuple(jobs), shapes=tuple(sorted(shapes)))
+
+    def header(self, job: Job) -> TomogramHeader:
+        """The header of a job's tomogram, or of that which it is still to be denoised from.
+
+        Raises
+        ------
+        TomogramError
+            If it cannot be read.
+        """
+        from cryosiam_dask.files.tomogram import read_header
+
+        denoiser = self.configuration.denoiser
+        if job.raw is not None and denoiser is not None:
+            return read_header(job.raw, **denoiser.reading)
+        return read_header(job.source, **self.configuration.reading)
 
     def mask_of(self, job: Job, shape: tuple[int, ...]) -> Mask | None:
         """Open the mask of a job for its tomogram of `shape`, (z, y, x).
@@ -309,7 +335,9 @@ class RunPlan:
             warnings += self.intensity_warnings(header, found)
             if non_finite or (non_finite is None and found.non_finite):
                 many = "some" if non_finite is None else str(non_finite)
-                warnings.append(f"{many} voxels are NaN or infinite; they are treated as the minimum")
+                warnings.append(
+                    f"{many} voxels are NaN or infinite; they are treated as {'background' if self.denoises else 'the minimum'}"
+                )
         if mask is not None and mask.stored_shape != mask.shape:
             stored, shape = (" × ".join(map(str, each)) for each in (mask.stored_shape, mask.shape))
             warnings.append(f"its mask {mask.path} has {stored} voxels and is resized to {shape}")
@@ -325,11 +353,17 @@ class RunPlan:
         # The beginning of a compressed file may differ from the rest.
         partly = header.compressed and found.share < 1
         judged = f" (judged by {found.where}: only its beginning is read)" if partly else ""
-        sentences = scaling(found.below, found.above, found.central, data.min, data.max)
-        return [f"{sentence}{judged}" for sentence in (*sentences, *contrast(found.contrast, data.invert))]
+        if self.denoises:
+            sentences = contrast_of_raw(found.contrast, data.invert)
+        else:
+            of_range = scaling(found.below, found.above, found.central, data.min, data.max)
+            sentences = (*of_range, *contrast(found.contrast, data.invert))
+        return [f"{sentence}{judged}" for sentence in sentences]
 
     def shared_warnings(self, found: Sequence[Intensities]) -> tuple[list[tuple[str, int]], set[str]]:
         """Warn about several tomograms at once; see `cryosiam_dask.core.diagnosis.shared_warnings`."""
+        if self.denoises:
+            return [], set()
         data = self.configuration.parameters.data
         return shared_warnings(found, data.min, data.max, data.invert)
 
@@ -398,7 +432,7 @@ class RunPlan:
         if not self.jobs:
             return ()
         warnings = list[str]()
-        if self.configuration.mask_folder is None:
+        if self.configuration.mask_folder is None and not self.denoises:
             warnings += beyond_lamella(self.checkpoint.architecture.out_channels, None)
         if self.patch != self.checkpoint.patch_size:
             warnings.append(
@@ -497,10 +531,10 @@ class RunPlan:
             patch=self.patch,
             classes=self.checkpoint.architecture.out_channels,
             batch_size=self.configuration.hyper_parameters.batch_size,
-            minimum=data.max if data.invert else data.min,
-            maximum=data.min if data.invert else data.max,
-            mean=data.mean,
-            std=data.std,
+            minimum=data.max if data.invert and not self.denoises else data.min,
+            maximum=data.min if data.invert and not self.denoises else data.max,
+            mean=0.0 if data.mean is None else data.mean,
+            std=1.0 if data.std is None else data.std,
             threshold=self.threshold,
             halo=self.halo,
             precision=self.configuration.hyper_parameters.precision,
@@ -514,7 +548,7 @@ def plan_run(
     overwrite: bool = False,
     overwrite_all: bool = False,
     name: str = "",
-    pending_masks: Collection[str] = (),
+    pending_inputs: Collection[str] = (),
 ) -> RunPlan:
     """Plan a run, checking everything that it needs, without writing anything.
 
@@ -530,8 +564,8 @@ def plan_run(
         Whether all outputs are made again, including those that are up to date.
     name
         Of the model, if there are several.
-    pending_masks
-        Tomograms (stems) whose masks an earlier model of the same run makes.
+    pending_inputs
+        Tomograms (stems) that an earlier model of the same run denoises, or makes the masks of.
 
     Raises
     ------
@@ -543,7 +577,7 @@ def plan_run(
     run = f"{time.strftime('%Y-%m-%dT%H:%M:%S')}-{socket.gethostname()}-{os.getpid()}"
     try:
         overwrite |= overwrite_all
-        plan = with_retries(partial(_plan_run, configuration, filename, overwrite, overwrite_all, name, pending_masks))
+        plan = with_retries(partial(_plan_run, configuration, filename, overwrite, overwrite_all, name, pending_inputs))
         return replace(plan, overwrite=overwrite, overwrite_all=overwrite_all, name=name, run=run)
     except OSError as error:
         raise ConfigurationError(
@@ -560,7 +594,7 @@ def _plan_run(
     overwrite: bool,
     overwrite_all: bool,
     name: str,
-    pending_masks: Collection[str],
+    pending_inputs: Collection[str],
 ) -> RunPlan:
     from cryosiam_dask.model.checkpoint import look_at_checkpoint
     from cryosiam_dask.stages.export import foreign_formats, format_path, formats_done, other_formats
@@ -571,7 +605,7 @@ def _plan_run(
     sources = [source for source in sources if source not in refused]
     if refused and not sources:
         problems += refused.values()
-    masks = find_masks(configuration, sources, pending_masks, problems)
+    masks = find_masks(configuration, sources, pending_inputs, problems)
     check_prediction_folder(configuration, problems)
     notes = [f"the key {key} has no effect here" for key in configuration.unused]
     if filename is None and name in ("", STAGES[0]):  # the models of a pipeline share their tomograms
@@ -582,7 +616,7 @@ def _plan_run(
     try:
         checkpoint = look_at_checkpoint(locate(configuration.trained_model))
         patch = _check_network(configuration, checkpoint, problems, notes)
-        given = configuration.parameters.network.threshold
+        given = 0.0 if configuration.denoises else configuration.parameters.network.threshold
         threshold = default_threshold(checkpoint.architecture.out_channels) if given is None else given
     except CheckpointError as error:
         problems.append(error)
@@ -591,16 +625,17 @@ def _plan_run(
     jobs, incomplete, skipped = [], [], []
     outputs: dict[Path, Path] = {}
     settings = settings_of(configuration, checkpoint, patch, threshold)
+    raw = made_of(configuration, filename)
     for source, mask in zip(sources, masks, strict=True):
         stem = source.name.removesuffix(configuration.file_extension)
         output = _output_path(configuration, source, stem)
-        mask_pending = mask is not None and stem in pending_masks
+        pending = (mask is not None or source in raw) and stem in pending_inputs
         prediction = ""
         problem: CryosiamDaskError | None = None
         try:
-            if mask is not None and not mask_pending and not mask.is_file():
+            if mask is not None and not pending and not mask.is_file():
                 raise missing_mask(source, mask)
-            if not mask_pending:
+            if not pending:
                 prediction = fingerprint_of(configuration, source, stem, mask, settings)
         except MaskError as error:
             problem = error
@@ -609,6 +644,7 @@ def _plan_run(
         fingerprint = with_sizes(prediction, removal_sizes(configuration)) if prediction else ""
         components = configuration.prediction_folder / f"{stem}_components.h5" if configuration.components else None
         job = Job(source, stem, output, mask, components, prediction, fingerprint, identity_of(output), problem)
+        job = replace(job, raw=raw.get(source) if pending else None)
         formats = other_formats(configuration)
         others = [format_path(configuration.prediction_folder, stem, name) for name in formats]
         foreign = [] if overwrite else foreign_formats(configuration.prediction_folder, stem, formats)
@@ -634,7 +670,7 @@ def _plan_run(
             jobs.append(job)
         elif foreign:
             problems += [made_otherwise(path) for path in foreign]
-        elif not output.exists() or overwrite_all or mask_pending:
+        elif not output.exists() or overwrite_all or pending:
             jobs.append(job)
         elif read_fingerprint(output) == job.fingerprint:
             names = class_names(configuration, max(2, checkpoint.architecture.out_channels) - 1)
@@ -725,6 +761,28 @@ def _check_network(
 ) -> tuple[int, ...]:
     """Compare the configuration with the checkpoint; return the patch shape to use."""
     architecture, network = checkpoint.architecture, configuration.parameters.network
+    if architecture.denoises != configuration.denoises:
+        kind, purpose = ("a denoiser", "segments") if architecture.denoises else ("a model that segments", "denoises")
+        problems.append(
+            ConfigurationError(
+                f"must be the checkpoint of a model that {purpose}",
+                place="key trained_model",
+                value=f"{configuration.trained_model}, {kind}",
+                remedy="Set trained_model to another checkpoint, or use the command "
+                + ("denoise-predict" if architecture.denoises else "semantic-predict, without scale_prediction"),
+            )
+        )
+        return checkpoint.patch_size
+    data = configuration.parameters.data
+    if not configuration.denoises and (data.mean is None or data.std is None):
+        problems.append(
+            ConfigurationError(
+                "must be a number: only a denoiser takes the tomogram's own",
+                place=f"key parameters.data.{'mean' if data.mean is None else 'std'}",
+                value="null",
+                remedy="Set mean to 0 and std to 1, or to what the model was trained with",
+            )
+        )
     for key, value in (("spatial_dims", architecture.spatial_dims), ("in_channels", architecture.in_channels)):
         if getattr(network, key) != value:
             problems.append(
@@ -802,8 +860,10 @@ def _check_network(
 
 
 def _output_path(configuration: Configuration, source: Path, stem: str) -> Path:
-    from cryosiam_dask.files.mrc import MRC_ENDINGS
+    from cryosiam_dask.core.endings import MRC_ENDINGS
 
+    if configuration.denoises:
+        return denoised_file(configuration, source)
     if configuration.save_original_file_extension and not configuration.save_internal_files:
         name = source.name.removesuffix(".gz")
         return configuration.prediction_folder / (name if Path(name).suffix in MRC_ENDINGS else f"{stem}.mrc")
@@ -814,7 +874,7 @@ def preview_done(configuration: Configuration, job: Job) -> bool:
     """Whether a tomogram's preview, if wanted, shows its output. The network never runs again for a preview alone."""
     from cryosiam_dask.stages.preview import preview_file, read_fingerprint
 
-    if not configuration.preview or job.output.suffix != ".h5":
+    if not configuration.preview or (job.output.suffix != ".h5" and not configuration.denoises):
         return True
     return read_fingerprint(preview_file(configuration.prediction_folder, job.stem)) == job.fingerprint
 

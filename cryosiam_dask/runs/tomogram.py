@@ -2,12 +2,14 @@
 
 `segment_tomogram` takes a tomogram through the stages::
 
+    raw.mrc ─ingest─▶ zarr ─predict─▶ denoised ─export─▶ <name>.mrc
     tomogram.mrc ─ingest─▶ zarr ─predict─▶ labels ─lamella─▶ ─remove small─▶ ─export─▶ <stem>_preds.h5
                                                                            └─number─▶ <stem>_components.h5, tables
 
-and through them again for a second model, which uses the lamella mask of the first and the same zarr array. An output
-appears complete or not at all. Each finished block is recorded in the ledger (`cryosiam_dask.runs.ledger`), and a run
-that was killed resumes from there. `cryosiam_dask.runs.collection` does this for many tomograms.
+and through them again for a further model, which uses the denoised tomogram of the first, or its lamella mask and the
+same zarr array. An output appears complete or not at all. Each finished block is recorded in the ledger
+(`cryosiam_dask.runs.ledger`), and a run that was killed resumes from there. `cryosiam_dask.runs.collection` does this
+for many tomograms.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -49,10 +51,11 @@ from cryosiam_dask.errors import (
     is_transient,
 )
 from cryosiam_dask.files.header import TomogramHeader
-from cryosiam_dask.files.mrc import write_mrc
-from cryosiam_dask.files.predictions import write_hdf5
+from cryosiam_dask.files.mrc import write_mrc, write_mrc_floats
+from cryosiam_dask.files.predictions import write_hdf5, write_raw_predictions
 from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.files.zarr import Voxels, ZarrHeader
+from cryosiam_dask.model.predictor import PredictorSpec
 from cryosiam_dask.runs.fingerprint import known_identity, removal_sizes
 from cryosiam_dask.runs.outcome import (
     NOTE,
@@ -64,7 +67,14 @@ from cryosiam_dask.runs.outcome import (
     outcome_of,
     record,
 )
-from cryosiam_dask.runs.outputs import count_voxels, draw_preview, keep_for_the_report, update_components, without_small
+from cryosiam_dask.runs.outputs import (
+    count_voxels,
+    draw_denoised,
+    draw_preview,
+    keep_for_the_report,
+    update_components,
+    without_small,
+)
 from cryosiam_dask.runs.plan import Job, RunPlan
 from cryosiam_dask.runs.workspace import (
     Workspace,
@@ -75,6 +85,7 @@ from cryosiam_dask.runs.workspace import (
     work_array,
 )
 from cryosiam_dask.stages.components import ArrayModule
+from cryosiam_dask.stages.denoise import Denoised, stretch_of, with_own_moments
 from cryosiam_dask.stages.export import (
     MRC_LABEL,
     Placed,
@@ -170,18 +181,50 @@ def _run_models(
     inform: Callable[[str], None],
     guard: Callable[[], None],
 ) -> Iterator[Outcome]:
-    last_plan, last = jobs[-1]
     if jobs[0][1].problem is not None:
         raise jobs[0][1].problem
+    with ExitStack() as stack:
+        denoised = None
+        if jobs[0][0].denoises:
+            (plan, job), *jobs = jobs
+            outcome, denoised = _denoise(plan, job, current, device, executor, timeline, inform, guard, stack)
+            if not jobs:
+                stack.close()
+            if outcome.status == "done":
+                guard()
+                log_warnings(outcome)
+                record(plan, outcome, current.began, device, executor)
+            yield outcome
+        if jobs:
+            yield from _run_label_models(jobs, current, device, executor, timeline, inform, guard, denoised)
+
+
+def _run_label_models(
+    jobs: Sequence[tuple[RunPlan, Job]],
+    current: _Current,
+    device: Literal["cpu", "cuda"],
+    executor: Executor,
+    timeline: bool,
+    inform: Callable[[str], None],
+    guard: Callable[[], None],
+    given: tuple[Denoised, Statistics] | None,
+) -> Iterator[Outcome]:
+    """Run the models that give labels, on the tomogram that has just been denoised if one is `given`."""
+    last_plan, last = jobs[-1]
+    current.plan, current.job = jobs[0]
     header = read_header(last.source, **last_plan.configuration.reading)
     jobs[0][0].require_usable(header)
     current.shape = header.shape
-    for note in header.notes:
+    for note in header.notes if given is None else ():
         inform(f"{NOTE}{note}")
     # The last job's workspace is closed last, so it holds the tomogram for all models.
     with open_workspace(last_plan.configuration, last.stem, inform, guard) as shared:
         grid = make_grid(header.shape, last_plan.patch, halo=last_plan.halo)
-        tomogram, report = _ingest(shared, last_plan.configuration, last, header, grid, executor)
+        tomogram: Voxels | Denoised
+        if given is None:
+            tomogram, report = _ingest(shared, last_plan.configuration, last, header, grid, executor)
+        else:
+            tomogram, report = given[0], IngestReport(header, given[1], ())
         # The same voxels as before the run, except for a compressed file, of which only the beginning was sampled.
         sample = sample_array(tomogram) if header.compressed else sample_file(header)
         for plan, job in jobs:
@@ -226,6 +269,92 @@ def _run_models(
     yield outcome
 
 
+def _denoise(
+    plan: RunPlan,
+    job: Job,
+    current: _Current,
+    device: Literal["cpu", "cuda"],
+    executor: Executor,
+    timeline: bool,
+    inform: Callable[[str], None],
+    guard: Callable[[], None],
+    workspaces: ExitStack,
+) -> tuple[Outcome, tuple[Denoised, Statistics] | None]:
+    """Denoise a raw tomogram and write its file; return also the voxels, readable until `workspaces` is closed.
+
+    They are ``None`` if another run has made the file meanwhile.
+    """
+    configuration, began = plan.configuration, time.time()
+    header = read_header(job.source, **configuration.reading)
+    plan.require_usable(header)
+    current.shape = header.shape
+    for note in header.notes:
+        inform(f"{NOTE}{note}")
+    current.job = job = plan.with_fingerprint(job)
+    if plan.done_meanwhile(job):
+        return Outcome(job.stem, "skipped", header.shape, stage=plan.name), None
+    space = workspaces.enter_context(open_workspace(configuration, job.stem, inform, guard))
+    record_source(space.ledger, job.source)
+    own_name = NamedExecutor(executor, plan.name) if plan.name else executor
+    try:
+        grid = make_grid(header.shape, plan.patch, halo=plan.halo)
+        tomogram, report = _ingest(space, configuration, job, header, grid, own_name)
+        spec = _denoising_spec(plan, job, tomogram, space, device, own_name)
+        outputs, blocks = _predict(plan, job, tomogram, space, spec, own_name, timeline, inform)
+        low, high = min(block["lowest"] for block in blocks), max(block["highest"][0] for block in blocks)
+        denoised = Denoised(outputs["denoised"], (low, high) if configuration.scale_prediction else None)
+        found = intensities(
+            sample_array(tomogram) if header.compressed else sample_file(header), *spec.stretch or (0, 1)
+        )
+        warnings = [*plan.warnings_of(header, found, non_finite=report.statistics.non_finite)]
+        if low == high:
+            warnings.append(f"the denoised intensities are {low:g} everywhere: check trained_model")
+        attributes = _attributes(plan, job, report, warnings)
+        raw = configuration.prediction_folder / f"{job.stem}_preds.h5"
+        if configuration.save_raw_predictions:  # first: the MRC file, written last, marks the outputs complete
+            write_raw = partial(
+                write_raw_predictions, predictions=replace(denoised, channel=None), attributes=attributes
+            )
+            own_name.map(write_raw, [raw], name="export")
+        write = partial(
+            write_mrc_floats,
+            voxels=denoised,
+            voxel_size_angstrom=header.voxel_size_angstrom,
+            origin_angstrom=header.origin_angstrom,
+            nstart=header.nstart,
+            label=MRC_LABEL + job.fingerprint,
+        )
+        own_name.map(write, [job.output], name="export")
+        warnings += draw_denoised(configuration, job.stem, tomogram, denoised, attributes, own_name)
+    except (OSError, CryosiamDaskError):
+        raise
+    except Exception:  # damaged intermediate arrays may be the cause of an unexpected error
+        forget_damaged(plan, header.shape, space)
+        raise
+    keep_for_the_report(configuration, job.stem)
+    outcome = outcome_of(job.stem, attributes, header.shape, (), warnings)
+    outcome = replace(outcome, seconds=time.time() - began, stage=plan.name, notes=header.notes)
+    ends = (float(denoised.scaled(low)), float(denoised.scaled(high)))
+    return outcome, (denoised, Statistics(*ends, None, 0))
+
+
+def _denoising_spec(
+    plan: RunPlan, job: Job, tomogram: Voxels, space: Workspace, device: Literal["cpu", "cuda"], executor: Executor
+) -> PredictorSpec:
+    """Return how a tomogram is scaled for its denoiser: computed once from all voxels, then read from the ledger."""
+    data, spec, key = plan.configuration.parameters.data, plan.spec(device), job.prediction_fingerprint
+    found = space.ledger.last("scaling")
+    if found is None or found["key"] != key:
+        stretch = stretch_of(tomogram, job.source, invert=data.invert is not False, executor=executor)
+        own = with_own_moments(
+            replace(spec, stretch=stretch), tomogram, mean=data.mean is None, std=data.std is None, executor=executor
+        )
+        found = {"key": key, "stretch": stretch, "mean": own.mean, "std": own.std}
+        space.ledger.append("scaling", **found)
+    low, high = found["stretch"]
+    return replace(spec, stretch=(low, high), mean=found["mean"], std=found["std"])
+
+
 def _ingest(
     space: Workspace, configuration: Configuration, job: Job, header: TomogramHeader, grid: Grid, executor: Executor
 ) -> tuple[Voxels, IngestReport]:
@@ -255,9 +384,9 @@ def _ingest(
 def _predict(
     plan: RunPlan,
     job: Job,
-    tomogram: Voxels,
+    tomogram: Voxels | Denoised,
     space: Workspace,
-    device: Literal["cpu", "cuda"],
+    spec: PredictorSpec,
     executor: Executor,
     timeline: bool,
     inform: Callable[[str], None],
@@ -289,11 +418,12 @@ def _predict(
         outputs = create_outputs(work, grid, plan.checkpoint.architecture.out_channels, plan.wanted)
         ledger.append("blocks", key=key, block_size=block_size)
     mask = plan.mask_of(job, tuple(tomogram.shape))
-    prediction = StoredPrediction(plan.spec(device), grid, tomogram, outputs, mask, token)
+    prediction = StoredPrediction(spec, grid, tomogram, outputs, mask, token)
 
     def record_block(index: tuple[int, ...], block: BlockTimes | None) -> None:
         highest, inside = (block.highest, block.inside) if block else ((), 0)
-        ledger.append("block", index=index, highest=highest, inside=inside)
+        lowest = {} if block is None or block.lowest is None else {"lowest": block.lowest}
+        ledger.append("block", index=index, highest=highest, inside=inside, **lowest)
 
     times = predict_store(prediction, skip=done, done=record_block, executor=executor)
     if timeline and times:
@@ -304,7 +434,7 @@ def _predict(
 def _run_model(
     plan: RunPlan,
     job: Job,
-    tomogram: Voxels,
+    tomogram: Voxels | Denoised,
     report: IngestReport,
     sample: Sample,
     space: Workspace,
@@ -317,7 +447,7 @@ def _run_model(
     configuration, network, header = plan.configuration, plan.configuration.parameters.network, report.header
     array_module: ArrayModule = "cupy" if device == "cuda" else "numpy"
     work = space.group
-    outputs, blocks = _predict(plan, job, tomogram, space, device, executor, timeline, inform)
+    outputs, blocks = _predict(plan, job, tomogram, space, plan.spec(device), executor, timeline, inform)
     labels, warnings = outputs["labels"], list[str]()
     if network.postprocessing:
         filled = array_like(work, "lamella", labels)

@@ -27,7 +27,6 @@ from cryosiam_dask.errors import (
     DeviceError,
     LostClusterError,
 )
-from cryosiam_dask.model.predictor import name_of_gpu
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -252,6 +251,8 @@ def leave_at_once() -> None:
 
 def log_workers(client: Client, device: str) -> None:
     """Log the address, device and host of every worker."""
+    from cryosiam_dask.model.predictor import name_of_gpu  # no scheduler needs torch for the rest of this module
+
     gpus = ask(client, name_of_gpu) if device == "cuda" else {}
     for address, worker in client.scheduler_info(n_workers=-1)["workers"].items():
         name = gpus.get(address) or device

@@ -33,17 +33,22 @@ from distributed import get_worker
 from zarr.codecs import BloscCodec
 from zarr.storage import LocalStore
 
+from cryosiam_dask.core.arrays import Sliceable
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.core.grid import DEFAULT_BLOCK_SIZE, Block, Grid, make_grid, wrapped_segments
 from cryosiam_dask.errors import OutputError
 from cryosiam_dask.files.mask import Mask, read_mask
-from cryosiam_dask.files.zarr import Voxels
 from cryosiam_dask.model.predictor import PredictorSpec, load_predictor, normalise
 
 Array = npt.NDArray[Any]
 
 #: What a network can be asked for, and the dtype of each.
-OUTPUTS: Mapping[str, type] = {"labels": np.uint8, "probabilities": np.float32, "distances": np.float32}
+OUTPUTS: Mapping[str, type] = {
+    "labels": np.uint8,
+    "probabilities": np.float32,
+    "distances": np.float32,
+    "denoised": np.float32,
+}
 
 
 def predict_window(
@@ -69,7 +74,8 @@ def predict_window(
     -------
     dict
         ``labels`` (z, y, x), ``probabilities`` and ``distances`` (class, z, y, x), as far as they were wanted, and
-        ``highest`` (class,), of all patches that were predicted, also where they reach out of the mask.
+        ``highest`` (class,), of all patches that were predicted, also where they reach out of the mask. Of a denoiser
+        ``denoised`` (channel, z, y, x).
     tuple of float
         When the device began and ended, seconds since the epoch.
     """
@@ -127,7 +133,7 @@ class StoredPrediction:
 
     spec: PredictorSpec
     grid: Grid
-    tomogram: Voxels
+    tomogram: Sliceable
     outputs: Mapping[str, zarr.Array[Any]]
     mask: Mask | None = None
     token: str | None = None
@@ -181,7 +187,9 @@ class BlockTimes:
     write
         Compressing and writing its results.
     highest
-        The highest probability of each class in any core that was predicted.
+        The highest probability of each class in any core that was predicted; or the highest denoised intensity.
+    lowest
+        The lowest denoised intensity.
     inside
         Voxels of the block inside the mask; all without one.
     """
@@ -191,6 +199,7 @@ class BlockTimes:
     compute: tuple[float, float]
     write: tuple[float, float]
     highest: tuple[float, ...] = ()
+    lowest: float | None = None
     inside: int = 0
 
 
@@ -243,8 +252,11 @@ def predict_stored_block(prediction: StoredPrediction, index: tuple[int, ...]) -
     began = time.time()
     voxels = read_window(prediction.tomogram, block, grid, prediction.spec)
     read = time.time()
-    result, computed = predict_window(prediction.spec, voxels, block, (*prediction.outputs, "highest"), mask)
-    highest = tuple(result.pop("highest").tolist())
+    denoises = "denoised" in prediction.outputs
+    wanted = (*prediction.outputs, *(() if denoises else ("highest",)))
+    result, computed = predict_window(prediction.spec, voxels, block, wanted, mask)
+    highest = (float(result["denoised"].max()),) if denoises else tuple(result.pop("highest").tolist())
+    lowest = float(result["denoised"].min()) if denoises else None
     inside = math.prod(block.shape) if mask is None else int(np.count_nonzero(mask))
     del voxels  # while the next block's are read
     writing = time.time()
@@ -255,7 +267,7 @@ def predict_stored_block(prediction: StoredPrediction, index: tuple[int, ...]) -
     for name, values in result.items():
         prediction.outputs[name][_all_classes(block.region)] = values
         _force_to_disk(prediction.outputs[name], block.region)
-    return BlockTimes(_own_address(), (began, read), computed, (writing, time.time()), highest, inside)
+    return BlockTimes(_own_address(), (began, read), computed, (writing, time.time()), highest, lowest, inside)
 
 
 def _force_to_disk(array: zarr.Array[Any], region: tuple[slice, ...]) -> None:

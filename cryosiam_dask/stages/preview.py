@@ -307,14 +307,69 @@ def write_preview(
     for box in (boxes[0], boxes[len(drawn)]):  # of the x–y slice, with and without the labels
         _draw_scale_bar(ImageDraw.Draw(sheet), box, in_x, size[-1] if size else None)
 
+    # Of a volume the x–y slice is the first and what is seen along z is the last panel, of the same size.
+    small = [panel.picture for panel in ((panels[0], panels[-1]) if volume else panels[:1])]
+    _save(path, sheet, boxes, small, title, fingerprint)
+
+
+def write_denoised_preview(
+    path: Path,
+    tomogram: Sliceable,
+    denoised: Sliceable,
+    *,
+    voxel_size_angstrom: float | Sequence[float | None] | None = None,
+    title: str = "",
+    fingerprint: str = "",
+    executor: Executor = SERIAL,
+) -> None:
+    """Write a PNG of slices of a raw tomogram and, beside each, of the denoised one.
+
+    Parameters
+    ----------
+    path, voxel_size_angstrom, title, fingerprint, executor
+        See `write_preview`, also for what is raised.
+    tomogram, denoised
+        (z, y, x), or (y, x) for an image; of the same shape. Each has its own range of intensities from black to white.
+    """
+    blocks = Blocks.of(denoised)
+    shape, volume = blocks.shape, blocks.ndim == 3
+    size = _voxel_size(voxel_size_angstrom, blocks.ndim)
+    scale = _Scale.of(shape, _spacing(size), volume, abreast=2)
+    planes = [plane for plane in _planes(shape, volume, [np.zeros(n, np.int64) for n in shape]) if plane.axes != (1, 0)]
+    panels = []
+    for column, (name, voxels) in enumerate((("raw", tomogram), ("denoised", denoised))):
+        greys, _, _ = _read_slices(voxels, None, None, planes, scale, blocks.ndim, executor)
+        low, high = map(float, np.percentile(np.concatenate([g.ravel() for g in greys]), (0.5, 99.5)))
+        for row, (plane, grey) in enumerate(zip(planes, greys, strict=True)):
+            pixels = (scale.pixels[plane.axes[1]], scale.pixels[plane.axes[0]])
+            picture = Image.fromarray(_shades((grey - low) / max(high - low, 1e-12), pixels))
+            where = f", {_where(plane, (0, 0, 0))}" if volume else ""
+            panels.append(_Panel(f"{name}{where}", column, row, picture))
+    if not volume and _stacked(shape):
+        panels = [replace(panel, column=0, row=panel.column) for panel in panels]
+    subtitle = _subtitle(shape[3 - blocks.ndim :], size, None)
+    nothing = Image.new("RGB", (1, 1), _PAPER)
+    sheet, boxes = _lay_out(panels, nothing, (0, 1 + max(panel.row for panel in panels)), "", title, subtitle)
+    for box in (boxes[0], boxes[len(planes)]):
+        _draw_scale_bar(ImageDraw.Draw(sheet), box, scale.pixels[2] / shape[2], size[-1] if size else None)
+    _save(path, sheet, boxes, [panels[0].picture, panels[len(planes)].picture], title, fingerprint)
+
+
+def _save(
+    path: Path,
+    sheet: Image.Image,
+    boxes: Sequence[tuple[int, int, int, int]],
+    small: Sequence[Image.Image],
+    title: str,
+    fingerprint: str,
+) -> None:
+    """Write a sheet with what `read_fingerprint` and `thumbnails` find in it; `small` ones have the same height."""
     texts = PngInfo()
     texts.add_itxt("Title", title)
     texts.add_text(_PANELS, json.dumps(boxes))
     texts.add_text(_FINGERPRINT, fingerprint)
-    # Of a volume the x–y slice is the first and what is seen along z is the last panel, of the same size.
-    parts = [panel.picture for panel in ((panels[0], panels[-1]) if volume else panels[:1])]
-    together = Image.new("RGB", (sum(part.width for part in parts), parts[0].height))
-    for number, part in enumerate(parts):
+    together = Image.new("RGB", (sum(part.width for part in small), small[0].height))
+    for number, part in enumerate(small):
         together.paste(part, (number * part.width, 0))
     texts.add_text(_THUMBNAIL, base64.b64encode(_small(together, _THUMBNAIL_BYTES)).decode())
     path = real(path)
@@ -446,7 +501,7 @@ def _where(plane: _Plane, first: Sequence[int]) -> str:
 
 def _read_slices(
     tomogram: Sliceable,
-    labels: Sliceable,
+    labels: Sliceable | None,
     lamella: Sliceable | None,
     planes: Sequence[_Plane],
     scale: _Scale,
@@ -505,7 +560,7 @@ def _pixels(tile: _Tile, axis: int, scale: _Scale) -> tuple[NDArray[np.int64], N
 
 def _read_tile(
     tomogram: Sliceable,
-    labels: Sliceable,
+    labels: Sliceable | None,
     lamella: Sliceable | None,
     planes: Sequence[_Plane],
     scale: _Scale,
@@ -530,7 +585,7 @@ def _read_tile(
         starts = np.maximum(_cells(tile, of_volume, scale) * scale.cells[of_volume] - first, 0)
         grey = np.add.reduceat(grey, starts, axis=axis)
     pixels = np.ix_(_pixels(tile, rows, scale)[1], _pixels(tile, columns, scale)[1])
-    shown = read(labels)[pixels]
+    shown = np.zeros((pixels[0].size, pixels[1].size), np.uint8) if labels is None else read(labels)[pixels]
     # A mask may have to be interpolated as it is read, so nothing is asked of it in vain.
     inside = np.zeros(shown.shape, bool) if lamella is None or not shown.size else read(lamella)[pixels] > 0
     return grey, shown, inside

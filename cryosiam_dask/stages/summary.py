@@ -15,10 +15,10 @@ import numpy as np
 
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.core.blocks import Blocks
+from cryosiam_dask.core.endings import MRC_ENDINGS
 from cryosiam_dask.errors import CryosiamDaskError, OutputError
 from cryosiam_dask.files.claims import FOLDER
 from cryosiam_dask.files.hdf5 import StoredDataset, open_dataset, read_attributes
-from cryosiam_dask.files.mrc import MRC_ENDINGS
 from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.stages.export import written_attributes
 from cryosiam_dask.stages.lamella import Thickness, count_columns, stored_thickness

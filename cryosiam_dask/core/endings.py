@@ -1,0 +1,21 @@
+"""Endings of the names that tomograms have; what a file is, its content says."""
+
+from __future__ import annotations
+
+MRC_ENDINGS = (".mrc", ".rec", ".map", ".st", ".mrcs", ".ali", ".preali")
+HDF5_ENDINGS = (".h5", ".hdf5", ".hdf", ".he5")
+TOMOGRAM_ENDINGS = (
+    ".ome.zarr", ".zarr", *(f"{ending}{packed}" for ending in MRC_ENDINGS for packed in ("", ".gz")), *HDF5_ENDINGS
+)  # fmt: skip
+
+
+def denoised_ending(ending: str) -> str:
+    """The ending of the MRC files that denoising makes of tomograms with an `ending`.
+
+    Examples
+    --------
+    >>> denoised_ending(".rec.gz"), denoised_ending(".ome.zarr"), denoised_ending("_bin4.mrc")
+    ('.rec', '.mrc', '_bin4.mrc')
+    """
+    plain = ending.removesuffix(".gz")
+    return plain if plain.endswith(MRC_ENDINGS) else ".mrc"

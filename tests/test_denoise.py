@@ -1,0 +1,387 @@
+"""Denoising against what CryoSiam itself wrote, alone and as the first model of a pipeline."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import h5py
+import mrcfile
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from rich.console import Console
+
+from cryosiam_dask.commands.plan import show_plan
+from cryosiam_dask.config import read_configuration, read_denoiser, read_models
+from cryosiam_dask.core.executor import SerialExecutor
+from cryosiam_dask.errors import ConfigurationError, Problems, TomogramError
+from cryosiam_dask.runs.collection import run
+from cryosiam_dask.runs.outcome import Outcome
+from cryosiam_dask.runs.plan import RunPlan, masks_made_before, plan_run
+from cryosiam_dask.stages.denoise import stretch_of, with_own_moments
+from support import checkpoints
+from support.command import call
+from support.runs import Acting, Listener, segment
+
+GOLDEN = Path(__file__).parent / "data" / "denoise"
+CHAIN = GOLDEN / "denoise_lamella_semantic"
+CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.yaml"))
+STEM = "TS_a_6.80Apx"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def prepare(folder: Path, case: str, **changes: Any) -> dict[str, Any]:
+    """A case as CryoSiam has it; returns its YAML file."""
+    shutil.copytree(GOLDEN / case, folder, dirs_exist_ok=True)
+    values: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text()) | changes
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    return values
+
+
+def written(path: Path) -> np.ndarray:
+    with mrcfile.open(path) as mrc:
+        assert mrc.data.dtype == np.float32
+        return np.array(mrc.data)
+
+
+@pytest.mark.parametrize("block_size", [None, 8])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_cryosiam(case: str, block_size: int | None, folder: Path) -> None:
+    values = prepare(folder, case, block_size=block_size)
+    outcomes = segment(read_configuration(folder / "config.yaml"))
+    with np.load(folder / "expected.npz") as expected:
+        names = [name for name in expected if name.endswith("denoised")]
+        assert len(names) == len(outcomes)
+        for name in names:
+            of_one = name.removesuffix("denoised")
+            stem = of_one.strip("/") or "tomo"
+            assert outcomes[stem].status == "done", outcomes[stem].error
+            path = folder / "out" / f"{stem}{values['file_extension']}"
+            np.testing.assert_allclose(written(path), expected[name], atol=1e-4)
+            with mrcfile.open(path) as mrc, mrcfile.open(folder / "data" / path.name, permissive=True) as raw:
+                assert mrc.voxel_size.tolist() == pytest.approx(tuple(expected[f"{of_one}voxel_size"]))
+                assert mrc.header.origin == raw.header.origin  # which CryoSiam loses
+                assert mrc.nstart == raw.nstart and mrc.is_image_stack() == raw.is_image_stack()
+            if values["save_raw_predictions"]:
+                with h5py.File(folder / "out" / f"{stem}_preds.h5") as file:
+                    np.testing.assert_allclose(file["preds"][:], expected[f"{of_one}preds"], atol=1e-4)
+            else:
+                assert not (folder / "out" / f"{stem}_preds.h5").exists()
+
+
+def test_bytes_do_not_depend_on_blocks_or_batches(folder: Path) -> None:
+    prepare(folder, "two_channels_scaled_raw", preview=False)
+    found = []
+    for changes in ({}, {"block_size": 8}, {"hyper_parameters": {"batch_size": 5}}):
+        prepare(folder, "two_channels_scaled_raw", prediction_folder=f"out{len(found)}", **changes)
+        segment(read_configuration(folder / "config.yaml"))
+        with h5py.File(folder / f"out{len(found)}" / "tomo_preds.h5") as file:
+            found.append((folder / f"out{len(found)}" / "tomo.mrc").read_bytes() + file["preds"][:].tobytes())
+    assert found[1:] == found[:1] * 2
+
+
+# ------------------------------------------------------------------------------------------------------------ pipeline
+
+
+def chain(folder: Path, **common: Any) -> Path:
+    """CryoSiam's three files for the same tomogram, as one."""
+    shutil.copytree(CHAIN, folder, dirs_exist_ok=True)
+    values: dict[str, Any] = {"data_folder": "data", **common}
+    for name in ("denoise", "lamella", "semantic"):
+        keys = yaml.safe_load((folder / f"config_{name}.yaml").read_text())
+        for key in ("data_folder", "mask_folder", "test_files", "file_extension"):
+            keys.pop(key, None)
+        values[name] = keys
+    (folder / "pipeline.yaml").write_text(yaml.safe_dump(values))
+    return folder / "pipeline.yaml"
+
+
+def plans_of(pipeline: Path) -> list[RunPlan]:
+    plans: list[RunPlan] = []
+    for name, configuration in read_models(pipeline).items():
+        pending = masks_made_before(plans, configuration) if plans else set()
+        plans.append(plan_run(configuration, name=name, pending_inputs=pending))
+    return plans
+
+
+def run_chain(pipeline: Path, executor: SerialExecutor | None = None) -> list[Outcome]:
+    return run(plans_of(pipeline), Listener(), executor=executor)
+
+
+def require_cryosiams(folder: Path) -> None:
+    with np.load(CHAIN / "expected.npz") as expected:
+        np.testing.assert_allclose(written(folder / "denoised" / f"{STEM}.mrc"), expected["denoised"], atol=1e-4)
+        for name in ("lamella", "semantic"):
+            with h5py.File(folder / name / f"{STEM}_preds.h5") as file:
+                np.testing.assert_array_equal(file["labels"][:], expected[name])
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for name in ("denoised", "lamella", "semantic")
+        for path in sorted((folder / name).iterdir())
+        if path.is_file()
+    }
+
+
+def test_one_command_goes_from_the_raw_tomogram_to_labels(folder: Path) -> None:
+    """And reads no tomogram that it has written."""
+    chain(folder)
+    told = call("run", "pipeline.yaml", "--workers", 1, "--verbose", folder=folder)
+    require_cryosiams(folder)
+    assert not list(folder.rglob("*.work.zarr")) and told.count("done in") == 3
+    assert call("run", "pipeline.yaml", "--workers", 1, folder=folder).count("skipped, ") == 3
+    assert "3 done" in call("status", "pipeline.yaml", folder=folder)
+
+
+def test_three_commands_equal_one(folder: Path) -> None:
+    chain(folder)
+    run_chain(folder / "pipeline.yaml")
+    together = outputs(folder)
+    for name in ("denoised", "lamella", "semantic"):
+        shutil.rmtree(folder / name)
+    for name in ("denoise", "lamella", "semantic"):
+        assert segment(read_configuration(folder / f"config_{name}.yaml"))[STEM].status == "done"
+    require_cryosiams(folder)
+    assert outputs(folder).keys() == together.keys()
+    # What three files made, the pipeline takes for its own.
+    assert [plan.jobs for plan in plans_of(folder / "pipeline.yaml")[:1]] == [()]
+
+
+STEPS = [
+    ("denoise percentiles", 1), ("denoise predict", 5), ("denoise export", 1), ("lamella predict", 3),
+    ("semantic predict", 3),
+]  # fmt: skip
+
+
+def test_a_run_that_is_stopped_anywhere_ends_with_the_same_bytes(folder: Path) -> None:
+    pipeline = chain(folder, block_size=16, preview=False)
+    run_chain(pipeline)
+    require_cryosiams(folder)
+    whole = outputs(folder)
+    for step, count in STEPS:
+        for name in ("denoised", "lamella", "semantic"):
+            shutil.rmtree(folder / name)
+        acting = Acting(lambda executor: executor.drain(), step, count)
+        assert "left" in {outcome.status for outcome in run_chain(pipeline, acting)}, step
+        assert {outcome.status for outcome in run_chain(pipeline)} <= {"done", "skipped"}
+        assert outputs(folder) == whole, step
+        assert not list(folder.rglob("*.work.zarr"))
+
+
+def test_a_changed_denoiser_makes_all_again(folder: Path) -> None:
+    pipeline = chain(folder, preview=False)
+    run_chain(pipeline)
+    values = yaml.safe_load(pipeline.read_text())
+    values["denoise"]["scale_prediction"] = False
+    pipeline.write_text(yaml.safe_dump(values))
+    with pytest.raises(Problems, match="made from another input, checkpoint or other settings"):
+        plans_of(pipeline)
+
+
+def test_the_plan_of_a_pipeline_knows_what_is_to_come(folder: Path) -> None:
+    pipeline = chain(folder)
+    with (folder / "plan.txt").open("w") as file:
+        show_plan(pipeline, Console(file=file, width=240), workers=1)
+    text = (folder / "plan.txt").read_text()
+    assert (
+        "denoise.ckpt, a denoiser" in text and "what is denoised first" in text and not (folder / "denoised").exists()
+    )
+    # A denoiser has neither a threshold nor classes, and its range is not one of intensities.
+    assert "clipped below, above, denoise" not in text
+
+
+@pytest.mark.parametrize(
+    ("ending", "made"), [(".mrc.gz", ".mrc"), (".rec", ".rec"), (".zarr", ".mrc"), (".mrc", ".mrc")]
+)
+def test_the_other_models_look_for_what_the_denoiser_makes(folder: Path, ending: str, made: str) -> None:
+    pipeline = chain(folder, file_extension=ending, test_files=[f"TS_b{ending}"])
+    (folder / "data" / f"TS_b{ending}").mkdir() if ending == ".zarr" else (folder / "data" / f"TS_b{ending}").touch()
+    models = read_models(pipeline)
+    assert [model.data_folder for model in models.values()] == [Path("data"), Path("denoised"), Path("denoised")]
+    assert {models[name].file_extension for name in ("lamella", "semantic")} == {made}
+    assert models["semantic"].test_files == (f"TS_b{made}",)
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "rule"),
+    [
+        ("lamella", {"data_folder": "data"}, "must be what the denoiser makes: its prediction_folder"),
+        ("semantic", {"file_extension": ".rec"}, "must be the ending of the files that the denoiser makes"),
+        ("lamella", {"prediction_folder": "denoised"}, "must be another folder than the denoiser's"),
+    ],
+)
+def test_models_at_odds_with_the_denoiser(folder: Path, model: str, changes: dict[str, str], rule: str) -> None:
+    pipeline = chain(folder)
+    values = yaml.safe_load(pipeline.read_text())
+    values[model] |= changes
+    pipeline.write_text(yaml.safe_dump(values))
+    with pytest.raises(Problems, match=rule):
+        read_models(pipeline)
+
+
+# ------------------------------------------------------------------------------------------------------- what is wrong
+
+
+def test_a_checkpoint_of_the_other_kind_is_named_for_what_it_is(folder: Path) -> None:
+    chain(folder)
+    for name, other, found in (("denoise", "lamella", "a model that segments"), ("lamella", "denoise", "a denoiser")):
+        values = yaml.safe_load((folder / f"config_{name}.yaml").read_text())
+        values |= {"trained_model": f"{other}.ckpt", "data_folder": "data"}
+        (folder / "config.yaml").write_text(yaml.safe_dump(values))
+        with pytest.raises(Problems, match=f"{other}.ckpt, {found}"):
+            plan_run(read_configuration(folder / "config.yaml"))
+
+
+def test_documented_defaults_take_the_place_of_missing_keys(folder: Path) -> None:
+    prepare(folder, "scaled")
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    del values["scale_prediction"], values["save_raw_predictions"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    segment(read_denoiser(folder / "config.yaml"))
+    with np.load(folder / "expected.npz") as expected:
+        np.testing.assert_allclose(written(folder / "out" / "tomo.mrc"), expected["denoised"], atol=1e-4)
+    assert not (folder / "out" / "tomo_preds.h5").exists()
+
+
+def test_keys_about_labels_have_no_effect_and_that_is_said(folder: Path) -> None:
+    prepare(folder, "scaled", components=True, mask_folder="nowhere", output_formats=["mrc"])
+    plan = plan_run(read_configuration(folder / "config.yaml"))
+    assert {f"the key {key} has no effect here" for key in ("components", "mask_folder", "output_formats")} <= {
+        *plan.notes
+    }
+    assert plan.jobs[0].components is None and plan.jobs[0].mask is None
+
+
+def test_raw_tomograms_are_not_overwritten(folder: Path) -> None:
+    prepare(folder, "scaled", prediction_folder="data")
+    with pytest.raises(Problems, match="an output must not replace its own input"):
+        plan_run(read_configuration(folder / "config.yaml"))
+
+
+def replace_voxels(path: Path, voxels: np.ndarray) -> None:
+    with warnings.catch_warnings(action="ignore"), mrcfile.new(path, voxels.astype(np.float32), overwrite=True):
+        pass  # which warns of NaN
+
+
+@pytest.mark.parametrize("kind", ["constant", "mostly zero", "all NaN"])
+def test_percentiles_that_coincide_fail_their_tomogram_alone(folder: Path, kind: str) -> None:
+    prepare(folder, "scaled")
+    voxels = np.full((20, 20, 20), np.nan if kind == "all NaN" else 3.0)
+    if kind == "mostly zero":
+        voxels[:] = 0
+        voxels[0, 0, :4] = range(1, 5)
+    replace_voxels(folder / "data" / "tomo.mrc", voxels)
+    shutil.copy(GOLDEN / "scaled" / "data" / "tomo.mrc", folder / "data" / "fine.mrc")
+    outcomes = segment(read_configuration(folder / "config.yaml"))
+    assert outcomes["fine"].status == "done" and outcomes["tomo"].status == "failed"
+    assert "percentiles must differ" in outcomes["tomo"].error
+    assert not (folder / "out" / "tomo.mrc").exists()
+
+
+def test_nan_counts_as_background_and_spoils_nothing_else(folder: Path) -> None:
+    prepare(folder, "fpn_bottleneck")
+    path = folder / "data" / "tomo.mrc"
+    with mrcfile.open(path) as mrc:
+        voxels = np.array(mrc.data, np.float32)
+    whole = voxels.copy()
+    voxels[3, 4, 5] = np.nan
+    whole[3, 4, 5] = voxels[~np.isnan(voxels)].max()  # bright matter is background in raw tomograms
+    found = []
+    for each in (voxels, whole):
+        replace_voxels(path, each)
+        segment(read_configuration(folder / "config.yaml"), overwrite=True)
+        found.append(written(folder / "out" / "tomo.mrc"))
+    np.testing.assert_allclose(*found, atol=0.01)  # of whose percentiles one is of a voxel less
+    assert np.isfinite(found[0]).all()
+
+
+def test_tomograms_that_are_bright_on_dark_already(folder: Path) -> None:
+    """Turned round and with `invert: false` they give what the raw ones give."""
+    values = prepare(folder, "fpn_bottleneck")
+    path = folder / "data" / "tomo.mrc"
+    with mrcfile.open(path) as mrc:
+        voxels = np.array(mrc.data, np.float32)
+    replace_voxels(path, -voxels)
+    values["parameters"]["data"]["invert"] = False
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    segment(read_configuration(folder / "config.yaml"))
+    with np.load(folder / "expected.npz") as expected:
+        np.testing.assert_allclose(written(folder / "out" / "tomo.mrc"), expected["denoised"], atol=1e-4)
+
+
+def test_several_channels_of_a_smaller_volume_than_the_patch(folder: Path) -> None:
+    prepare(folder, "two_channels_raw")
+    replace_voxels(folder / "data" / "tomo.mrc", np.random.default_rng(1).normal(size=(5, 6, 7)))
+    assert segment(read_configuration(folder / "config.yaml"))["tomo"].status == "done"
+    with h5py.File(folder / "out" / "tomo_preds.h5") as file:
+        assert file["preds"].shape == (2, 5, 6, 7)
+        np.testing.assert_array_equal(file["preds"][0], written(folder / "out" / "tomo.mrc"))
+
+
+def test_an_mrc_of_unknown_voxel_size_keeps_it_unknown(folder: Path) -> None:
+    prepare(folder, "scaled")
+    with mrcfile.open(folder / "data" / "tomo.mrc", "r+") as mrc:
+        mrc.header.cella = (0, 0, 0)
+    assert segment(read_configuration(folder / "config.yaml"))["tomo"].status == "done"
+    with mrcfile.open(folder / "out" / "tomo.mrc") as mrc:
+        assert mrc.voxel_size.tolist() == (0, 0, 0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from([np.int8, np.int16, np.uint16, np.float32]).flatmap(
+        lambda dtype: arrays(dtype, array_shapes(min_dims=2, max_dims=3, min_side=2, max_side=12))
+    ),
+    st.booleans(),
+)
+def test_the_stretch_is_that_of_all_voxels(voxels: np.ndarray, invert: bool) -> None:
+    finite = voxels[np.isfinite(voxels)] if voxels.dtype == np.float32 else voxels
+    wanted = np.percentile(finite.astype(np.float64), [0.1, 99.9]) if finite.size == voxels.size else None
+    if wanted is None or not np.float32(wanted[0]) < np.float32(wanted[1]) or not np.isfinite(wanted[1] - wanted[0]):
+        return
+    zero, one = stretch_of(voxels, "x", invert=invert)
+    np.testing.assert_allclose(sorted((zero, one)), wanted, rtol=1e-6, atol=1e-30)
+    assert (zero > one) == invert
+
+
+def test_a_stretch_of_nothing_is_refused() -> None:
+    with pytest.raises(TomogramError, match="percentiles must differ"):
+        stretch_of(np.zeros((3, 4, 5), np.int16), "x")
+
+
+def test_own_moments_are_those_of_all_voxels(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from cryosiam_dask import predictor_spec
+    from cryosiam_dask.model.predictor import normalise
+
+    checkpoints.write(tmp_path / "model.ckpt")
+    voxels = np.random.default_rng(0).normal(5, 3, (70, 40, 30)).astype(np.float32)
+    spec = replace(predictor_spec(tmp_path / "model.ckpt", device="cpu"), stretch=(12.0, 1.0))
+    plain = normalise(voxels, spec).astype(np.float64)
+    own = with_own_moments(spec, voxels, mean=True, std=True)
+    assert (own.mean, own.std) == pytest.approx((plain.mean(), plain.std()))
+    assert with_own_moments(spec, voxels, mean=False, std=True).mean == spec.mean
+    assert with_own_moments(spec, np.full((2, 2, 2), 4.0), mean=False, std=True).std == 1
+
+
+def test_a_pipeline_without_a_denoiser_has_none(folder: Path) -> None:
+    pipeline = chain(folder)
+    values = yaml.safe_load(pipeline.read_text())
+    del values["denoise"]
+    pipeline.write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigurationError, match="needs the keys of a denoiser"):
+        read_denoiser(pipeline)
