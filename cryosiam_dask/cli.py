@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 _RENAMED = {"semantic-postprocessing": "semantic-postprocess"}
 #: What to do instead of commands of CryoSiam and its viewer that do not exist here, by the beginning of their names.
 _MISSING = {
-    "denoise": "denoise with 'cryosiam {name}' first, and set data_folder to its output folder",
     "lamella": "'cryosiam-dask semantic-predict' also runs the YAML file of a lamella model",
     "instance": "'cryosiam-dask components' numbers the connected components of a semantic segmentation; for instance "
     "models use 'cryosiam {name}'",
@@ -173,7 +172,8 @@ ConfigFile = Annotated[
 ]
 #: For commands that use one model.
 Model = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Which model of a pipeline: lamella or semantic. Default: the last.")
+    str | None,
+    typer.Option(metavar="NAME", help="Which model of a pipeline: denoise, lamella or semantic. Default: the last."),
 ]
 #: For commands that use all models.
 OnlyModel = Annotated[str | None, typer.Option(metavar="NAME", help="Use only this model of a pipeline. Default: all.")]

@@ -430,9 +430,10 @@ _SHARED_KEYS = ("data_folder", "file_extension", "test_files", "ome_zarr_level",
 def read_pipeline(path: Path | str) -> dict[str, Configuration]:
     """Read a YAML file for several models that process the same tomograms, or for one of them.
 
-    The keys of each model stand below ``denoise``, ``lamella`` and ``semantic``. A key outside these sections is for all
-    models. The denoiser's ``prediction_folder`` is the ``data_folder`` of the other models, and the semantic model's
-    ``mask_folder`` is the lamella's ``prediction_folder``. In a common ``work_folder``, each model uses a subfolder.
+    The keys of each model stand below ``denoise``, ``lamella`` and ``semantic``. A key outside these sections is for
+    all models. The denoiser's ``prediction_folder`` is the ``data_folder`` of the other models, and the semantic
+    model's ``mask_folder`` is the lamella's ``prediction_folder``. In a common ``work_folder``, each model uses a
+    subfolder.
 
     Parameters
     ----------

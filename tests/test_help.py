@@ -16,7 +16,15 @@ from typer.testing import CliRunner
 from cryosiam_dask.cli import _plain_errors, app
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-RUNS = {"semantic-predict", "run", "semantic-postprocess", "components", "semantic-to-centers", "export"}
+RUNS = {
+    "denoise-predict",
+    "semantic-predict",
+    "run",
+    "semantic-postprocess",
+    "components",
+    "semantic-to-centers",
+    "export",
+}
 COMPLETE = """
 eval "$(cryosiam-dask --show-completion bash)"
 COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
@@ -39,7 +47,6 @@ def test_every_command_has_examples_that_are_commands(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "instead"),
     [
-        ("denoise_predict", "'cryosiam denoise_predict'"),
         ("lamella_predict", "semantic-predict"),
         ("instance_predict", "components"),
         ("instance-filter", "'cryosiam instance_filter'"),

@@ -1,5 +1,6 @@
 """Train the two small models of the demo on phantoms and write them as checkpoints in CryoSiam's format::
 
+    python training/train_demo_models.py denoise     # 500 steps, about 8 minutes on one core
     python training/train_demo_models.py lamella     # 400 steps, about 8 minutes on one core
     python training/train_demo_models.py semantic    # 1000 steps, about 20 minutes on one core
 
@@ -7,7 +8,9 @@
    voxel of a class drawn at random, so that thin filaments count as much as large vesicles.
 2. Cross entropy plus the soft Dice loss train everything but the distance head.
 3. The distance head then learns how deep inside its class each voxel lies, while the rest stands still.
-4. Batch norms take their means and variances over whole patches of the size that prediction uses.
+4. The denoiser learns, with the mean squared error, what a phantom was before noise was added, from patches that are
+   prepared as `cryosiam_dask.stages.denoise` prepares them.
+5. Batch norms take their means and variances over whole patches of the size that prediction uses.
 
 The same machine and library versions give the same file: seeds are fixed and torch runs on one thread.
 """
@@ -27,8 +30,9 @@ from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cryosiam_dask.core.phantom import CLASS_NAMES, make_phantom
+from cryosiam_dask.core.phantom import CLASS_NAMES, make_phantom, raw
 from cryosiam_dask.model.network import Architecture, Network, build_network
+from cryosiam_dask.stages.denoise import PERCENTS
 
 MODELS = Path(__file__).parents[1] / "cryosiam_dask" / "data" / "models"
 FIRST_SEED, PHANTOMS = 1000, 60
@@ -48,9 +52,35 @@ class Task:
 
 
 TASKS = {
+    "denoise": Task("denoise", 500, ()),
     "lamella": Task("lamella", 400, (1.0,)),
     "semantic": Task("semantic", 1000, (1.0, 2.0, 2.0, 4.0, 2.0)),
 }
+
+
+class NoisyPatches:
+    """An endless supply of random patches (n, 1, z, y, x) of raw phantoms with what they were before."""
+
+    def __init__(self, task: Task) -> None:
+        self.rng = np.random.default_rng(FIRST_SEED)
+        self.volumes = []
+        for seed in range(FIRST_SEED, FIRST_SEED + PHANTOMS):
+            clean = make_phantom(seed).tomogram
+            noisy = raw(clean, seed).astype(np.float32)
+            low, high = np.percentile(noisy, PERCENTS)
+            self.volumes.append((np.clip((high - noisy) / (high - low), 0, 1), clean))
+
+    def draw(self, count: int, size: int) -> tuple[Tensor, Tensor]:
+        """Random patches of `size` voxels along each axis."""
+        pairs = []
+        for _ in range(count):
+            noisy, clean = self.volumes[self.rng.integers(len(self.volumes))]
+            start = self.rng.integers(0, [s - size // 4 for s in clean.shape])
+            index = np.ix_(*((np.arange(at, at + size) % s) for at, s in zip(start, clean.shape, strict=True)))
+            mirrored = tuple(axis for axis in range(3) if self.rng.random() < 0.5)
+            pairs.append([np.flip(each[index], mirrored).astype(np.float32) for each in (noisy, clean)])
+        x, y = (torch.from_numpy(np.stack(each)[:, None]) for each in zip(*pairs, strict=True))
+        return x.contiguous(memory_format=torch.channels_last_3d), y
 
 
 class Patches:
@@ -135,8 +165,10 @@ def optimise(parameters: Iterator[nn.Parameter], steps: int, loss_of_a_step: Any
 def train(task: Task) -> Network:
     """Train one model."""
     torch.manual_seed(0)
+    if not task.weights:
+        return train_denoiser(task)
     patches, weights = Patches(task), torch.tensor(task.weights)
-    network = build_network(architecture(len(task.weights)))
+    network = build_network(architecture(task))
     network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
     def semantic_step() -> Tensor:
@@ -157,17 +189,38 @@ def train(task: Task) -> Network:
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name.startswith("distance_head."))
     optimise(network.distance_head.parameters(), DISTANCE_STEPS, distance_step, f"{task.name} distances")
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm3d):
-            module.reset_running_stats()
-            module.momentum = None  # the plain average from here on
-    with torch.no_grad():
-        for _ in range(30):
-            network(patches.draw(1, PATCH)[0], distances=True)
+    settle_batch_norms(network, patches)
     return network
 
 
-def architecture(out_channels: int) -> Architecture:
+def train_denoiser(task: Task) -> Network:
+    """Train the denoiser."""
+    patches, network = NoisyPatches(task), build_network(architecture(task))
+    network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+
+    def step() -> Tensor:
+        x, clean = patches.draw(BATCH, TRAINING_PATCH)
+        with torch.autocast("cpu", torch.bfloat16):
+            found, _ = network(x)
+        return functional.mse_loss(found.float(), clean)
+
+    optimise(network.parameters(), task.steps, step, task.name)
+    settle_batch_norms(network, patches)
+    return network
+
+
+def settle_batch_norms(network: Network, patches: Patches | NoisyPatches) -> None:
+    """Let batch norms take the plain average over patches of the size that prediction uses."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm3d):
+            module.reset_running_stats()
+            module.momentum = None
+    with torch.no_grad():
+        for _ in range(30):
+            network(patches.draw(1, PATCH)[0], distances=isinstance(patches, Patches))
+
+
+def architecture(task: Task) -> Architecture:
     """A network small enough to ship; the heads have the widths that CryoSiam builds."""
     return Architecture(
         spatial_dims=3,
@@ -179,17 +232,18 @@ def architecture(out_channels: int) -> Architecture:
         decoder="fpn",
         later_convolutions=False,
         bifpn_layers=0,
-        dense_dim=8,
-        out_channels=out_channels,
-        semantic_widths=(32, 64),
-        distance_widths=(32, 64),
+        dense_dim=8 if task.weights else 16,
+        out_channels=len(task.weights) or 1,
+        semantic_widths=(32, 64) if task.weights else (16, 16),
+        distance_widths=(32, 64) if task.weights else None,
         kernel_size=(3, 3, 3),
+        denoises=not task.weights,
     )
 
 
 def checkpoint(network: Network, task: Task) -> dict[str, Any]:
     """The content of a CryoSiam checkpoint; convolutions are stored in half precision, which loads into single."""
-    shape = architecture(len(task.weights))
+    shape = architecture(task)
     width, dense, hidden = shape.level_channels[-1], shape.dense_dim, 8
     # No prediction uses these parts of CryoSiam's pretraining, but a strict reader misses them.
     pretraining = nn.ModuleDict(
@@ -220,11 +274,11 @@ def checkpoint(network: Network, task: Task) -> dict[str, Any]:
     data = {"patch_size": [PATCH] * 3, "min": 0, "max": 1, "mean": 0, "std": 1}
     common = {"in_channels": 1, "spatial_dims": 3, "dense_dim": dense}
     head = {
-        "out_channels": shape.out_channels,
+        "n_output_channels" if shape.denoises else "out_channels": shape.out_channels,
         "filters": list(shape.semantic_widths),
         "kernel_size": 3,
         "padding": 1,
-        "distance_prediction": True,
+        **({} if shape.denoises else {"distance_prediction": True}),
     }
     backbone = {
         "block_type": shape.block_type,

@@ -94,6 +94,33 @@ def make_phantom(seed: int, shape: tuple[int, int, int] = SHAPE) -> Phantom:
     )
 
 
+#: Of a raw phantom: standard deviation of its noise, of [0, 1], and the share of voxels that are hot or dead.
+NOISE, HOT = 0.3, 2e-5
+
+
+def raw(tomogram: NDArray[np.float32], seed: int) -> NDArray[np.int16]:
+    """Turn a phantom into what a reconstruction looks like before it is denoised.
+
+    Parameters
+    ----------
+    tomogram : (z, y, x), float32
+        Bright on dark, from 0 to 1.
+    seed
+        Of the noise.
+
+    Returns
+    -------
+    (z, y, x), int16
+        Dark on bright, with white noise and some hot and dead voxels.
+    """
+    rng = np.random.default_rng((seed, 1))
+    noise = rng.normal(0, NOISE, tomogram.shape).astype(np.float32)
+    voxels = np.round(300 - 1000 * (tomogram + noise))
+    wrong = rng.random(tomogram.shape) < HOT
+    voxels[wrong] = rng.choice([-30000, 30000], int(wrong.sum()))
+    return voxels.astype(np.int16)
+
+
 def write_phantom(phantom: Phantom, folder: Path, stem: str) -> Path:
     """Write ``<stem>.mrc`` (float32, with its voxel size) and ``<stem>_truth.npz`` (`labels`, `lamella`).
 

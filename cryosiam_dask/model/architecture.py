@@ -176,8 +176,8 @@ def required_halo(architecture: Architecture) -> int:
 def required_divisor(architecture: Architecture) -> int:
     """Return the number that must divide every axis of a patch.
 
-    It is the stride of the coarsest level: 16 for the bidirectional pyramid, 8 for the other decoder. Denoisers with the
-    latter take multiples of 4, as in CryoSiam.
+    It is the stride of the coarsest level: 16 for the bidirectional pyramid, 8 for the other decoder. Denoisers with
+    the latter take multiples of 4, as in CryoSiam.
     """
     return 16 if architecture.decoder == "bifpn" else 4 if architecture.denoises else 8
 

@@ -158,8 +158,8 @@ def normalise(voxels: npt.NDArray[Any], spec: PredictorSpec) -> npt.NDArray[np.f
     Parameters
     ----------
     voxels
-        Stored intensities of any shape and real dtype. NaN and infinity count as the minimum. With a stretch, NaN counts
-        as its first value, and infinity is clipped.
+        Stored intensities of any shape and real dtype. NaN and infinity count as the minimum. With a stretch, NaN
+        counts as its first value, and infinity is clipped.
     spec
         Has ``stretch``, ``minimum``, ``maximum``, ``mean`` and ``std``.
 

@@ -335,9 +335,8 @@ class RunPlan:
             warnings += self.intensity_warnings(header, found)
             if non_finite or (non_finite is None and found.non_finite):
                 many = "some" if non_finite is None else str(non_finite)
-                warnings.append(
-                    f"{many} voxels are NaN or infinite; they are treated as {'background' if self.denoises else 'the minimum'}"
-                )
+                counted_as = "background" if self.denoises else "the minimum"
+                warnings.append(f"{many} voxels are NaN or infinite; they are treated as {counted_as}")
         if mask is not None and mask.stored_shape != mask.shape:
             stored, shape = (" × ".join(map(str, each)) for each in (mask.stored_shape, mask.shape))
             warnings.append(f"its mask {mask.path} has {stored} voxels and is resized to {shape}")
