@@ -139,7 +139,7 @@ def test_negative_labels(tmp_path: Path, command: Callable[..., list[Outcome]]) 
 
 def test_labels_without_their_channel_of_probabilities(tmp_path: Path) -> None:
     outcome = run(measure, tmp_path, labels=two_classes(), probs=probabilities(2, *SHAPE))
-    assert outcome.status == "failed" and "found label 2 and 2 channels. Take labels and" in outcome.error
+    assert outcome.status == "failed" and "found label 2 and 2 channels. Use labels and" in outcome.error
     assert not list(tmp_path.glob("*components*"))
 
 

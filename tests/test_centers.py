@@ -256,7 +256,7 @@ def test_names_that_mean_something_in_a_star_file_are_read_back(tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["it's", '"TS"', "a\nb", "a\tb", "b\udcff"])
 def test_names_that_no_star_file_holds_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(OutputError, match="must have a name of printable letters without quotation marks"):
+    with pytest.raises(OutputError, match="must have printable letters and no quotation marks"):
         write(tmp_path, name, dots(1))
     assert not names(tmp_path)
 

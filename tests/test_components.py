@@ -570,25 +570,25 @@ def written(output, block=(1, 1, 3)):
         (lambda: find_components(-FEW), r"labels\[0:1, 0:1, 0:5\]: labels must not be negative; found -2"),
         (lambda: find_components(FEW, connectivity=8), "connectivity must be 6, 18 or 26; found 8"),
         (lambda: find_components(FEW[0, 0]), r"2-D or 3-D arrays.*shape \(5,\)"),
-        (lambda: find_components(FEW, block=(1, 1)), r"as many axes; found shape \(1, 1, 5\), block \(1, 1\)"),
+        (lambda: find_components(FEW, block=(1, 1)), r"same number of axes; found shape \(1, 1, 5\), block \(1, 1\)"),
         (lambda: find_components(FEW, block=(1, 1, 0)), r"a block must hold from 1 to .* voxels; found \(1, 1, 0\)"),
         (lambda: Blocks.of(da.zeros((1024,) * 3, chunks=1024)), r"a block must hold .* Store the array in chunks"),
         (lambda: find_components(FEW, probabilities=np.ones((3, 1, 1, 4))), "must have a class axis and then"),
         (
             lambda: find_components(FEW, probabilities=np.ones((2, *FEW.shape))),
-            "its channel.*; found label 2 and 2 channels",
+            "its own channel.*; found label 2 and 2 channels",
         ),
         (lambda: written(output_of(), block=(1, 1, 3)), "chunks of 2 voxels do not divide the block edge 3 on axis 2"),
         (lambda: written(output_of((1, 1, 4))), r"the output must have the shape of its input, \(1, 1, 5\)"),
         (lambda: written(output_of(chunks=(1, 1, 1), dtype="float32")), "must hold 3 components; found float32"),
-        (lambda: written(output_of(chunks=(1, 1, 1), dtype="bool")), "found bool. Make the output as uint8"),
+        (lambda: written(output_of(chunks=(1, 1, 1), dtype="bool")), "found bool. Create the output as uint8"),
         (lambda: remove_small(FEW, output_of(), [-1, 3]), r"0:5\]: labels must be below .* 2; found 2"),
         (lambda: remove_small(FEW, output_of(), [-1, 3, 4, 5], n_classes=3), "each of the 3 labels.*found 4 entries"),
         (lambda: remove_small(FEW, output_of(), [-1, 3], n_classes=3), "each of the 3 labels.*found 2 entries"),
         (lambda: remove_small(FEW, output_of(), [-1, 3, -2]), "number of voxels; .*Write -1"),
         (lambda: remove_small(FEW, output_of(dtype="uint8"), [-1, 3, 3]), "must hold labels of int16; found uint8"),
         (lambda: remove_small(FEW, output_of((1, 2, 5)), [-1, 3, 3]), r"the shape of its input, \(1, 1, 5\)"),
-        (lambda: remove_small(FEW, FEW, [-1, 3, 3]), "another array than the labels"),
+        (lambda: remove_small(FEW, FEW, [-1, 3, 3]), "must not be the array of labels"),
     ],
 )
 def test_bad_input_is_refused_in_words(call, message):
@@ -599,13 +599,13 @@ def test_bad_input_is_refused_in_words(call, message):
 
 def test_too_many_components_for_the_dtype():
     labels = checkerboard()
-    with pytest.raises(LabelsError, match=r"must hold 495 components; found uint8. Make the output as uint16"):
+    with pytest.raises(LabelsError, match=r"must hold 495 components; found uint8. Create the output as uint16"):
         write_instances(find_components(labels, connectivity=6), labels, np.zeros(labels.shape, dtype=np.uint8))
 
 
 def test_the_same_stored_array_is_refused_as_output():
     stored = store(FEW, (1, 1, 2))
-    with pytest.raises(LabelsError, match="another array than the labels"):
+    with pytest.raises(LabelsError, match="must not be the array of labels"):
         remove_small(stored, zarr.open_array(stored.store_path.store, path="labels"), [-1, 3, 3])
 
 

@@ -327,7 +327,7 @@ def test_formats_that_are_missing_or_outdated_are_made_without_inference(folder:
     # Other settings without these formats: what was made of the earlier labels does not stay beside the new ones.
     (outcome,) = segment(configure(folder, parameters={"network": {"threshold": 0.5}}), overwrite_all=True)
     assert names(folder / "out") == [".ledger", f"{STEM}_preds.h5", f"{STEM}_preview.png"]
-    assert [warning.split(" held")[0] for warning in outcome.warnings if " held" in warning] == [image.name, mrc.name]
+    assert [w.split(" had ")[0] for w in outcome.warnings if " had outdated" in w] == [image.name, mrc.name]
     assert model.exists()
 
 

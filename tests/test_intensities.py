@@ -23,10 +23,10 @@ from cryosiam_dask.stages.intensities import (
     SAMPLE_VOXELS,
     Sample,
     contrast,
-    evenly_spread,
     intensities,
     sample_array,
     sample_file,
+    spread_regions,
 )
 
 
@@ -43,7 +43,7 @@ def test_pieces_are_whole_disjoint_and_evenly_spread(data: st.DataObject) -> Non
     shape = data.draw(st.lists(st.integers(1, 40), min_size=axes, max_size=axes))
     piece = data.draw(st.lists(st.integers(1, 50), min_size=axes, max_size=axes))
     voxels = data.draw(st.integers(1, 5000))
-    regions = evenly_spread(shape, piece, voxels)
+    regions = spread_regions(shape, piece, voxels)
     seen = np.zeros(shape, int)
     for region in regions:
         seen[region] += 1

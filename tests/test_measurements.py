@@ -216,7 +216,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     labels = volume((4, 5, 6), 2, 0.5, 0)
     with pytest.raises(LabelsError, match="the shape of the labels"):
         write(tmp_path, "a", labels, probabilities=np.zeros((3, 4, 5, 7), np.float32))
-    with pytest.raises(LabelsError, match="its channel of probabilities"):
+    with pytest.raises(LabelsError, match="its own channel of probabilities"):
         write(tmp_path, "b", labels, probabilities=np.zeros((2, 4, 5, 6), np.float32))
     with pytest.raises(LabelsError, match="integers"):
         write(tmp_path, "c", labels.astype(np.float32))

@@ -42,7 +42,7 @@ from cryosiam_dask.runs.fingerprint import removal_sizes
 from cryosiam_dask.runs.ledger import read_outcomes
 from cryosiam_dask.runs.plan import Job, RunPlan
 from cryosiam_dask.stages.export import format_path, other_formats
-from cryosiam_dask.stages.intensities import evenly_spread, intensities, sample_file
+from cryosiam_dask.stages.intensities import intensities, sample_file, spread_regions
 from cryosiam_dask.stages.preview import most_bytes, preview_file
 
 MASK_VOXELS = 1 << 31  # read from all masks together, in a few seconds
@@ -621,7 +621,7 @@ def masking(mask: Mask, grid: Grid, voxels: int = MASK_VOXELS) -> Masking:
     edges = [[round(edge * ratio) for edge in axis.edges] for axis, ratio in zip(grid.axes, ratios, strict=True)]
     seen, inside_of = np.zeros(grid.block_counts, bool), np.zeros(grid.block_counts, bool)
     read = inside = 0
-    for region, values in read_stored(mask, partial(evenly_spread, voxels=voxels)):
+    for region, values in read_stored(mask, partial(spread_regions, voxels=voxels)):
         read, inside = read + values.size, inside + int(np.count_nonzero(values))
         for parts in product(*map(_cut, region, edges)):
             block = tuple(index for index, _ in parts)

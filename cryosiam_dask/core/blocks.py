@@ -16,6 +16,7 @@ from cryosiam_dask.errors import LabelsError
 
 Index: TypeAlias = tuple[int, int, int]
 Slices: TypeAlias = tuple[slice, slice, slice]
+#: Most voxels of a block: small chunks are joined, so that starting tasks costs little. A task takes 15 bytes a voxel.
 BLOCK_VOXELS = 1 << 22
 _LARGEST_BLOCK = 1 << 29  # a provisional label fits 29 bits: see `_touching`
 

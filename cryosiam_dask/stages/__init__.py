@@ -1,1 +1,1 @@
-"""What happens to a tomogram, stage by stage; each is a function on chunked arrays."""
+"""What happens to a tomogram: each stage is a function on chunked arrays."""

@@ -1,31 +1,32 @@
 """Particle lists: the centres of each class's components, for RELION 5, Warp and spreadsheets.
 
-For each class of a tomogram ``<stem>_class<k>_centers.star`` and ``.csv``, and for each class of all tomograms of a
-folder ``class<k>_centers.star`` and ``.csv``, and ``class<k>_relion_import.star``; where class 2 has a name, particle,
-they are called ``class2_particle``. As in CryoSiam, the mask of a class may be eroded once, its components (26
-neighbours) count if they have more than so many voxels, and the centre is the mean of the voxel indices.
+Each class of a tomogram has the files ``<stem>_class<k>_centers.star`` and ``.csv``. Each class of all tomograms in a
+folder has ``class<k>_centers.star`` and ``.csv``, and ``class<k>_relion_import.star``. If class 2 is named particle,
+its files are called ``class2_particle…``. As in CryoSiam, each class may be eroded once, components (26 neighbours)
+count if they have more than a given number of voxels, and the centre is the mean of the voxel indices.
 
-Coordinates count voxels of the segmented tomogram from 0, the centre of the first voxel: what CryoSiam's viewer, napari
-and Warp do, and RELION, whose tomogram of n voxels has its centre at n / 2. A STAR file has the columns
+Coordinates are in voxels of the segmented tomogram, and 0 is the centre of the first voxel. CryoSiam's viewer, napari
+and Warp use the same convention, and so does RELION, where the centre of n voxels is at n / 2. A STAR file has the
+columns
 
 ================================== =====================================================================================
 ``rlnCoordinateX``, …              in voxels of the segmented tomogram (Warp: ``--coords_angpix`` is their size)
-``rlnCenteredCoordinateXAngst``, … in Å from the centre of the tomogram, which RELION 5 prefers: true at any binning
+``rlnCenteredCoordinateXAngst``, … in Å from the centre of the tomogram, independent of binning; RELION 5 prefers them
 ``rlnPixelSize``                   in Å
 ``rlnTomoName``                    the tomogram's name without its extension, dots included: ``TS_018_9.96Apx``
 ``rlnMicrographName``              Warp's name of the tilt series: the same without its ``_9.96Apx``, and ``.tomostar``
 ================================== =====================================================================================
 
-without those in Å where the voxel size is unknown. Orientations are left to those programs. A number comes first, since
-a line that begins with ``_``, ``data_`` or ``#`` is none of a list; a name that begins so is quoted. The first line of
-a tomogram's list tells the labels that it was made from, see `labels_of`.
+If the voxel size is unknown, the columns in Å are missing. There are no orientations. The first column is a number,
+because a row that begins with ``_``, ``data_`` or ``#`` would not be read as a row; names that begin like that are
+quoted. The first line of a tomogram's list identifies the labels that it was made from (see `labels_of`).
 
-CryoSiam's own form, `write_cryosiam_centers`, is written where it is asked for.
+`write_cryosiam_centers` writes lists in CryoSiam's own form.
 
-``class<k>_relion_import.star`` is what RELION 5 imports: for each tomogram its ``rlnTomoName`` and the absolute path of
-its list, ``rlnTomoImportParticleFile``, so that any RELION project finds it. (RELION also takes a wildcard, but takes
-the file for such an index where the wildcard finds no more than one.) It leaves out the lists that RELION refuses or
-puts in the wrong places: those without particles, without voxel size, and of images.
+RELION 5 imports ``class<k>_relion_import.star``. It lists, for each tomogram, its ``rlnTomoName`` and the absolute path
+of its list, ``rlnTomoImportParticleFile``, so that any RELION project finds it. (RELION also accepts a wildcard, but
+if that matches a single file, RELION reads the file as such an index.) Lists that RELION refuses or misplaces are left
+out: those without particles, without voxel size, and of images.
 """
 
 from __future__ import annotations
@@ -59,30 +60,30 @@ from cryosiam_dask.stages.measurements import (
 )
 
 _LARGEST_CLASS = 255  # labels of classes are bytes
-#: Lists by their names, in which no class is called such as another's number: of a tomogram, and of all.
-_OF_A_TOMOGRAM = re.compile(r"(.+)_(class(\d+)(?:_.+)?)_centers\.(?:csv|star)")
-_OF_ALL = re.compile(r"class\d+(?:_(?!.*class\d).+)?_(?:centers\.(?:csv|star)|relion_import\.star)")
-_WORDS = ("tomogram", "class", "class_name", "voxels")  # columns that hold no coordinates
-#: Values that would be taken for something else in a STAR file. Those with spaces `starfile` quotes by itself.
+#: File names of the lists of a tomogram, and of all tomograms. No class name looks like the number of another class.
+_TOMOGRAM_LIST = re.compile(r"(.+)_(class(\d+)(?:_.+)?)_centers\.(?:csv|star)")
+_COLLECTED_LIST = re.compile(r"class\d+(?:_(?!.*class\d).+)?_(?:centers\.(?:csv|star)|relion_import\.star)")
+_NOT_COORDINATES = ("tomogram", "class", "class_name", "voxels")  # columns that hold no coordinates
+#: Values that a STAR file would misinterpret. `starfile` itself quotes values with spaces.
 _TO_QUOTE = re.compile(r"(?!.* )(?:[_#$;\[\]]|(?:data|loop|save|stop|global)_|.*#|[.?]$)", re.IGNORECASE)
-#: Letters that no name holds, for the bytes of a path that are no text, which tables of pandas do not take.
-_STAND_INS = {0xDC00 + byte: 0x10FF00 + byte for byte in range(0x80, 0x100)}
-_WARPS_PIXEL_SIZE = re.compile(r"_\d+(\.\d+)?Apx$")  # which Warp appends to the name of a tilt series' tomogram
+#: Characters that no name contains, for bytes of a path that are not text and that pandas does not accept.
+_SURROGATES = {0xDC00 + byte: 0x10FF00 + byte for byte in range(0x80, 0x100)}
+_WARPS_PIXEL_SIZE = re.compile(r"_\d+(\.\d+)?Apx$")  # Warp appends it to the name of the tilt series
 
 
 @dataclass(frozen=True, slots=True)
 class Eroded:
-    """Labels of which each class is eroded once, computed when a region is read.
+    """Labels with each class eroded once, computed when a region is read.
 
-    A voxel stays if its neighbours across all faces are of its class. That is ``scipy.ndimage.binary_erosion`` of each
-    class in the whole volume, wherever a region begins and ends.
+    A voxel stays if its neighbours across all faces have its class. The result equals ``scipy.ndimage.binary_erosion``
+    of each class in the whole volume, for any region.
 
     Parameters
     ----------
     labels
         (z, y, x) or (y, x), integers.
     border
-        Whether what lies outside the volume counts as of the class (scipy's ``border_value``).
+        Whether voxels outside the volume count as of the class (scipy's ``border_value``).
     """
 
     labels: Sliceable
@@ -131,12 +132,12 @@ def write_centers(
     tilt_series_pattern: str | None = None,
     executor: Executor = SERIAL,
 ) -> dict[int, int]:
-    """Find the centres in a tomogram and write its lists, in place of all earlier ones.
+    """Find the centres in a tomogram and write its lists; all earlier ones are replaced.
 
     Parameters
     ----------
     folder, stem
-        Where the files go, and the tomogram's name.
+        Folder of the files, and the tomogram's name.
     labels
         (z, y, x) or (y, x), integers, 0 is background.
     min_voxels
@@ -144,17 +145,17 @@ def write_centers(
     erode
         Whether to erode each class once.
     classes
-        Classes that get a file even if there is nothing of them.
+        Classes that get a file even if they have no particles.
     class_names
-        Of the classes from 1 on, as far as they have any: their lists are called so.
+        Names of the classes from 1 on, as far as they have names; used in file names.
     voxel_size_angstrom
-        Along z, y and x (or y and x); ``None`` where it is unknown.
+        Along z, y and x (or y and x); ``None`` where unknown.
     made_from
-        Tells the labels from others, see `labels_of`.
+        Identifies the labels, see `labels_of`.
     tilt_series_pattern
-        Regular expression whose match in the tomogram's name, or in it the first group, names its tilt series.
+        Regular expression for the tomogram's name; its match, or its first group, names the tilt series.
     executor
-        Runs the pieces.
+        Runs the tasks.
 
     Returns
     -------
@@ -164,14 +165,14 @@ def write_centers(
     Raises
     ------
     LabelsError
-        If the labels are not integers, negative, or numbers of instances rather than classes.
+        If the labels are not integers, are negative, or number instances rather than classes.
     OutputError
-        If a file cannot be written or is none of this program, or no STAR file can hold the tomogram's name.
+        If a file cannot be written or was made by another program, or a STAR file cannot hold the tomogram's name.
     """
     if not stem.isprintable() or "'" in stem or '"' in stem:
         raise OutputError(
-            "a tomogram in a STAR file must have a name of printable letters without quotation marks, which the "
-            "programs that read it take for others",
+            "the name of a tomogram in a STAR file must have printable letters and no quotation marks, which other "
+            "programs misread",
             place=folder,
             value=repr(stem),
             remedy="Rename the tomogram and its prediction",
@@ -185,7 +186,7 @@ def write_centers(
             f"particle lists need labels that are classes, from 0 to {_LARGEST_CLASS}",
             place=stem,
             value=f"{len(found)} different labels, up to {max(found)}: instances, one number for each component",
-            remedy="Take the file of labels that the instances were made from",
+            remedy="Use the file of labels that the instances were made from",
         )
     series = _tilt_series(stem, tilt_series_pattern)
     selected = components.select(components.voxels > _smallest(min_voxels, components.classes))
@@ -202,7 +203,7 @@ def write_centers(
 
 
 def _smallest(min_voxels: int | Sequence[int], classes: NDArray[Any]) -> NDArray[np.int64]:
-    """How many voxels are too few, of each component.
+    """Return, for each component, the number of voxels that it must exceed.
 
     Raises
     ------
@@ -222,10 +223,10 @@ def _smallest(min_voxels: int | Sequence[int], classes: NDArray[Any]) -> NDArray
 def cryosiam_centers(
     stem: str, labels: Sliceable, *, min_voxels: int | Sequence[int] = 100, executor: Executor = SERIAL
 ) -> Any:
-    """Find the particles of a tomogram as CryoSiam's ``semantic_to_centers`` does.
+    """Find the particles of a tomogram like CryoSiam's ``semantic_to_centers``.
 
-    Each class is eroded once, what lies outside the volume counting as inside; components (26 neighbours) of more than
-    `min_voxels` voxels count.
+    Each class is eroded once, with voxels outside the volume counting as inside; components (26 neighbours) count if
+    they have more than `min_voxels` voxels.
 
     Parameters
     ----------
@@ -235,9 +236,9 @@ def cryosiam_centers(
     Returns
     -------
     pandas.DataFrame
-        With the columns of CryoSiam's CSV files and, first, ``class``: ``label`` is the number of the component among
-        all of its class in C order, so that numbers of small ones are missing; ``area`` its voxels after erosion;
-        ``centroid-0`` … z, y and x (y and x of an image) in voxels from 0; ``tomo`` the tomogram's name.
+        The columns of CryoSiam's CSV files after ``class``. ``label`` numbers the components of a class in C order,
+        small ones included, so numbers may be missing. ``area`` is the number of voxels after erosion, ``centroid-0`` …
+        are z, y and x (y and x of an image) in voxels from 0, and ``tomo`` is the tomogram's name.
     """
     import pandas
 
@@ -270,23 +271,23 @@ def write_cryosiam_centers(
     Parameters
     ----------
     folder
-        Where.
+        Folder of the files.
     tables
-        `cryosiam_centers` of each tomogram by its name. Rows of other tomograms in files that are there stay.
+        `cryosiam_centers` of each tomogram by its name. Rows of other tomograms in existing files stay.
     classes
-        How many classes get files, also without particles.
+        Number of classes that get files, also without particles.
     there
-        Whether the prediction of another tomogram is still there, without which its rows go.
+        Whether the prediction of another tomogram still exists; otherwise its rows are removed.
 
     Returns
     -------
     dict
-        The number of particles of each class, of all tomograms.
+        The number of particles of each class in all tomograms.
 
     Raises
     ------
     OutputError
-        If a file that is there is none of such lists, or one cannot be written.
+        If an existing file is not such a list, or a file cannot be written.
     """
     import pandas
     import starfile
@@ -310,7 +311,7 @@ def write_cryosiam_centers(
 
 
 def _cryosiam_star(table: Any) -> Any:
-    """The same list in the columns of CryoSiam's STAR files; of an image there is no Z. Without rows it is empty."""
+    """Convert a list to the columns of CryoSiam's STAR files; an image has no Z, and an empty list no columns."""
     centroids = [name for name in table if name.startswith("centroid-")]
     axes = dict(zip(centroids, "ZYX"[3 - len(centroids) :], strict=True))
     columns = {name: f"rlnCoordinate{axis}" for name, axis in axes.items()}
@@ -319,7 +320,7 @@ def _cryosiam_star(table: Any) -> Any:
 
 
 def _earlier(path: Path) -> Any:
-    """The list of CryoSiam's form that is there; ``None`` if there is none."""
+    """Read an existing list in CryoSiam's form; ``None`` if there is none."""
     import pandas
 
     try:
@@ -330,7 +331,7 @@ def _earlier(path: Path) -> Any:
         table, why = None, str(error)
     if table is None or list(table)[:2] != ["label", "area"] or list(table)[-1] != "tomo":
         raise OutputError(
-            "an existing file of this name must be a particle list of CryoSiam's form, to be added to",
+            "an existing file of this name must be a particle list in CryoSiam's form, so that rows can be added",
             place=path,
             value="other columns" if table is not None else why,
             remedy="Move it elsewhere",
@@ -339,7 +340,7 @@ def _earlier(path: Path) -> Any:
 
 
 def _called(label: int, class_names: Sequence[str]) -> str:
-    """What the lists of a class are called: by its number, and its name if it has one.
+    """Return the name of a class in file names: its number, and its name if it has one.
 
     >>> _called(2, ["membrane", "ER / Golgi"]), _called(2, ["membrane", "class 2"]), _called(2, ["membrane"])
     ('class2_ER_Golgi', 'class2', 'class2')
@@ -351,26 +352,23 @@ def _called(label: int, class_names: Sequence[str]) -> str:
 
 
 def _lists_of(folder: Path, stem: str) -> list[Path]:
-    """The lists of a tomogram, whatever its classes were called."""
+    """Return all lists of a tomogram, whatever the names of its classes."""
     return sorted(
         path
         for path in folder.glob(f"{glob.escape(stem)}_class*_centers.*")
-        if (match := _OF_A_TOMOGRAM.fullmatch(path.name)) and match[1] == stem
+        if (match := _TOMOGRAM_LIST.fullmatch(path.name)) and match[1] == stem
     )
 
 
 def _remove(folder: Path, stem: str, keep: Collection[str]) -> None:
-    """Remove the lists of a tomogram, but those of these names without ending."""
+    """Remove the lists of a tomogram except those in `keep` (names without ending)."""
     for path in _lists_of(folder, stem):
         if path.stem not in keep and path.is_file() and made_here(path):
             path.unlink()
 
 
 def labels_of(prediction: Path, attributes: Mapping[str, Any]) -> str:
-    """What tells the labels of a written prediction from others.
-
-    Its fingerprint, or of a file of another program, which has none, its size and time.
-    """
+    """Return what identifies the labels of a prediction: its fingerprint or, without one, its size and time."""
     fingerprint = attributes.get("fingerprint")
     if isinstance(fingerprint, str) and fingerprint:
         return fingerprint
@@ -379,7 +377,7 @@ def labels_of(prediction: Path, attributes: Mapping[str, Any]) -> str:
 
 
 def _made_from(path: Path) -> str:
-    """The labels that a tomogram's STAR file was made from; empty where it does not tell."""
+    """Return what identifies the labels that a STAR file was made from; empty if unknown."""
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             first = file.readline()
@@ -394,7 +392,7 @@ def remove_outdated_centers(folder: Path, stem: str, made_from: str) -> bool:
     Parameters
     ----------
     folder, stem, made_from
-        As of `write_centers`.
+        See `write_centers`.
 
     Returns
     -------
@@ -417,20 +415,20 @@ def center_table(
 ) -> Any:
     """Return the centres of components as a pandas.DataFrame.
 
-    Its columns are ``tomogram``, ``class``, ``voxels``, ``z``, ``y``, ``x`` (voxels from 0, without ``z`` for an image)
-    and for each axis ``…_angstrom`` from the centre of the first voxel, ``…_centered_angstrom`` from the centre of the
-    tomogram, n / 2, and at the end ``pixel_size_angstrom`` (along x), NaN where the voxel size is unknown, and
-    ``class_name``.
+    Its columns are ``tomogram``, ``class``, ``voxels``, ``z``, ``y``, ``x`` (voxels from 0; no ``z`` for an image);
+    for each axis ``…_angstrom`` from the centre of the first voxel and ``…_centered_angstrom`` from the centre of the
+    tomogram, n / 2; ``pixel_size_angstrom`` (along x); and ``class_name``. Columns in Å are NaN if the voxel size is
+    unknown.
 
     Parameters
     ----------
     components, tomogram, voxel_size_angstrom, class_names
-        As of `cryosiam_dask.stages.measurements.component_table`.
+        See `cryosiam_dask.stages.measurements.component_table`.
 
     Raises
     ------
     LabelsError
-        If nothing was measured.
+        If the components were not measured.
     """
     measured = component_table(components, tomogram, voxel_size_angstrom, class_names=class_names)
     blocks = components.labelling.blocks
@@ -445,7 +443,7 @@ def center_table(
 
 
 def _tilt_series(stem: str, pattern: str | None) -> str:
-    """Name of the tilt series of a tomogram.
+    """Return the name of a tomogram's tilt series.
 
     Raises
     ------
@@ -472,27 +470,27 @@ def collect_centers(
     *,
     tilt_series_pattern: str | None = None,
 ) -> list[str]:
-    """Put the lists of all tomograms of a folder together, one for each class, and write what RELION imports.
+    """Join the lists of all tomograms of a folder, one for each class, and write the index that RELION imports.
 
     Parameters
     ----------
     folder
-        Which one.
+        Folder of the lists.
     labels_now
-        Tells the labels that a tomogram (stem) has now, see `labels_of`, ``None`` where it has none any more. Its lists
-        are then left out, and those of other labels are removed. By default all lists count.
+        Returns what identifies the present labels of a tomogram (see `labels_of`), or ``None`` if it has none. Lists
+        of a tomogram without labels are left out, and lists of other labels are removed. By default all lists count.
     tilt_series_pattern
-        As of `write_centers`.
+        See `write_centers`.
 
     Returns
     -------
     list of str
-        The tomograms whose lists are those of other labels.
+        The tomograms whose lists were made from other labels.
 
     Raises
     ------
     OutputError
-        If a list cannot be read, or the result cannot be written, or would replace a file of another program.
+        If a list cannot be read, or the result cannot be written or would replace a file of another program.
     """
     import pandas
 
@@ -504,7 +502,7 @@ def collect_centers(
         series: dict[str, str] = {}
         called: dict[int, str] = {}
         for path in visible(folder, "_centers.csv"):
-            match = _OF_A_TOMOGRAM.fullmatch(path.name)
+            match = _TOMOGRAM_LIST.fullmatch(path.name)
             star = path.with_suffix(".star")
             if match and (made_here(star) or made_here(path)):
                 if labels_now:
@@ -513,22 +511,22 @@ def collect_centers(
                     found = _made_from(star)
                     if labels is not None and found != labels:
                         outdated[stem] = None
-                        # Those of versions that did not write it down may be right.
+                        # Lists of earlier versions do not identify their labels and may be right.
                         for each in filter(made_here, (path, star) if found else ()):
                             each.unlink()
                     if found != labels:
                         continue
                 try:
-                    # As text, so that no digit changes on the way and no name is taken for a number or for nothing.
+                    # As text, so that no digit changes and no name is read as a number or as missing.
                     table = pandas.read_csv(path, dtype="str", keep_default_na=False)
-                    coordinates = [name for name in table if name not in _WORDS]
+                    coordinates = [name for name in table if name not in _NOT_COORDINATES]
                     table[coordinates].replace("", "nan").astype(float)
                     label = int(match[3])
                     parts.setdefault(label, []).append(table)
-                    called[label] = max(called.get(label, ""), match[2], key=len)  # rather by a name than without one
+                    called[label] = max(called.get(label, ""), match[2], key=len)  # prefer a name to none
                     series |= {name: _tilt_series(name, tilt_series_pattern) for name in table["tomogram"][:1]}
                     if len(table) and "rlnCenteredCoordinateZAngst" in _star(table, series):
-                        row = str(path.resolve().with_suffix(".star")).translate(_STAND_INS), table["tomogram"][0]
+                        row = str(path.resolve().with_suffix(".star")).translate(_SURROGATES), table["tomogram"][0]
                         of_relion.setdefault(label, []).append(row)
                 except (OSError, ValueError, KeyError) as error:
                     raise OutputError(
@@ -547,13 +545,13 @@ def collect_centers(
             index = pandas.DataFrame(rows, columns=["rlnTomoImportParticleFile", "rlnTomoName"])
             _write_star(folder / f"{called[label]}_relion_import.star", index)
         for path in folder.iterdir():
-            if path.name not in wanted and _OF_ALL.fullmatch(path.name) and made_here(path):
+            if path.name not in wanted and _COLLECTED_LIST.fullmatch(path.name) and made_here(path):
                 path.unlink()
     return list(outdated)
 
 
 def _write(path: Path, table: Any, series: Mapping[str, str], made_from: str = "") -> None:
-    """Write both forms of a list, with the tilt series of each tomogram; `path` is without ending."""
+    """Write a list as CSV and STAR, with the tilt series of each tomogram; `path` has no ending."""
     text, star = (path.with_name(f"{path.name}{ending}") for ending in (".csv", ".star"))
     write_table(text, table)
     _write_star(star, _star(table, series), made_from)
@@ -564,11 +562,11 @@ def _write_star(path: Path, table: Any, made_from: str = "") -> None:
 
     quoted = table.map(lambda value: f'"{value}"' if isinstance(value, str) and _TO_QUOTE.match(value) else value)
     text = f"{f'{STAR_MARK} {made_from}'.rstrip()}\n{starfile.to_string(quoted)}"
-    write_bytes(path, text.translate({new: old for old, new in _STAND_INS.items()}).encode(errors="surrogateescape"))
+    write_bytes(path, text.translate({new: old for old, new in _SURROGATES.items()}).encode(errors="surrogateescape"))
 
 
 def _star(table: Any, series: Mapping[str, str]) -> Any:
-    """The same list in the columns of a STAR file."""
+    """Convert a list to the columns of a STAR file."""
     import pandas
 
     axes = [axis for axis in "xyz" if axis in table]

@@ -1,20 +1,20 @@
 """Connected components of a chunked label volume, found as if the volume were one array.
 
-A component is a set of voxels of one class that hang together at 6-, 18- or 26-connectivity. Chunks (here *blocks*: one
-or more whole chunks) are labelled on their own, and only what happens at their borders is put together:
+A component is a set of voxels of one class that are connected with 6, 18 or 26 neighbours. Each block (one or more
+whole chunks) is labelled alone, and then the labels that touch at borders are merged:
 
-1. Pass 1, one task a block: label it, and return for each provisional label its voxels, its first voxel and its class,
-   with the labels on the six border planes, compressed.
-2. Number the provisional labels of all blocks consecutively: offsets are the cumulative sum of the counts, in 64 bits.
-3. Compare the two planes on either side of every cut, at every shift within the plane that the connectivity allows
-   (1, 5 or 9). Touching voxels of different blocks always face each other across such a cut, so edges and corners need
-   nothing else. A pair counts only if both sides are of one class.
-4. Merge the pairs with a graph search over just the labels that occur in one (a few per cent).
-5. Number the components 1 .. K by their first voxel in C order, which makes the numbers independent of the blocks.
-6. Pass 2, one task a block: read and label it again (cheaper than storing labels), look the final numbers up, write.
+1. Pass 1, one task per block: label it. Return for each provisional label its number of voxels, first voxel and class,
+   and the labels on the six border planes, compressed.
+2. Number the provisional labels of all blocks consecutively; the offsets are the cumulative sum of the counts.
+3. Compare the two planes on either side of every border, at every shift within the plane that the connectivity allows
+   (1, 5 or 9). Touching voxels of different blocks always face each other across a border, also at edges and corners.
+   A pair counts only if both sides have the same class.
+4. Merge the pairs with a graph search over the labels that occur in a pair (a few per cent).
+5. Number the components 1 .. K by their first voxel in C order, so that the numbers do not depend on the blocks.
+6. Pass 2, one task per block: read and label it again (cheaper than storing labels), look up the final numbers, write.
 
-Nothing here depends on the size of a volume but the tables: about 40 bytes a provisional label, with the caller alone.
-A component is filtered and measured by its whole, after the merge, never by what one block sees of it.
+Memory depends on the size of a volume only through the tables, about 40 bytes per provisional label, which only the
+caller holds. Components are filtered and measured after the merge, as a whole.
 """
 
 from __future__ import annotations
@@ -37,12 +37,11 @@ from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.errors import DeviceError, LabelsError
 
 ArrayModule: TypeAlias = Literal["numpy", "cupy"]
-"""How many voxels one task labels, at most: smaller chunks are labelled several at a time, so that handing tasks out
-does not outweigh them. A task takes about 15 bytes a voxel of its block."""
-_REACH = {6: 1, 18: 2, 26: 3}  # along how many axes at once a step to a neighbour may move
-_PROBABILITY_ONE = 1 << 30  # probabilities are summed as integers, so that the sum does not depend on the blocks
+"""The library of arrays that a task uses."""
+_REACH = {6: 1, 18: 2, 26: 3}  # number of axes along which a neighbour may differ
+_PROBABILITY_ONE = 1 << 30  # probabilities are summed as integers, so that sums do not depend on the blocks
 _PLANES = LZ4()  # border planes are mostly background
-# What is measured of a component: how two parts of it are put together, the dtype, and the shape of one entry.
+# Measurements of a component: how those of two parts are merged, the dtype, and the shape of an entry.
 _COLUMNS: dict[str, tuple[np.ufunc, Any, tuple[int, ...]]] = {
     "voxels": (np.add, np.int64, ()),
     "coordinate_sums": (np.add, np.int64, (3,)),
@@ -55,7 +54,7 @@ _COLUMNS: dict[str, tuple[np.ufunc, Any, tuple[int, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """All that differs between a CPU and a GPU.
+    """Everything that differs between a CPU and a GPU.
 
     Attributes
     ----------
@@ -67,7 +66,7 @@ class Backend:
         ``label(block, connectivity) -> (labels, count)``: the components of each class of a C-contiguous (z, y, x)
         block, numbered from 1.
     to_host
-        Copies a device array to a NumPy array; nothing to do on the CPU.
+        Copies a device array to a NumPy array; does nothing on the CPU.
     """
 
     xp: Any
@@ -78,12 +77,12 @@ class Backend:
 
 @cache
 def backend(array_module: ArrayModule) -> Backend:
-    """Return what runs on `array_module`; imported on first use, in the process that computes.
+    """Return the backend for `array_module`, imported at first use in the process that computes.
 
     Raises
     ------
     DeviceError
-        If cupy or cucim is asked for and cannot be imported.
+        If cupy or cucim is needed and cannot be imported.
     """
     if array_module == "numpy":
         import cc3d
@@ -119,13 +118,13 @@ class Labelling:
     Attributes
     ----------
     blocks
-        Where the blocks lie.
+        The blocks.
     connectivity
         6 (faces), 18 (and edges) or 26 (and corners). In a 2-D image 6 means 4 neighbours, 18 and 26 mean 8.
     classes
-        The classes whose components are looked for; None for all but 0, the background.
+        The classes whose components are wanted; None means all but 0, the background.
     n_classes
-        Labels must be below it; None to accept any.
+        Labels must be below it; None accepts any.
     array_module
         "numpy" labels on the CPU, "cupy" on the GPU.
     """
@@ -141,13 +140,13 @@ class Labelling:
             raise LabelsError(
                 "connectivity must be 6, 18 or 26",
                 value=self.connectivity,
-                remedy="Count the neighbours in 3-D, for an image too",
+                remedy="Count the neighbours in 3-D, also for an image",
             )
 
 
 @dataclass(frozen=True, slots=True)
 class Measurements:
-    """What is measured of each component, component 1 first.
+    """Measurements of each component, component 1 first.
 
     Attributes
     ----------
@@ -158,8 +157,8 @@ class Measurements:
     touches_border
         Whether a voxel lies on a face of the volume, bool, (K,).
     mean_probability, max_probability
-        Of the component's own class over its voxels (the mean to 1e-9), float64 and float32, (K,); None without
-        probabilities.
+        Probability of the component's class over its voxels (the mean to 1e-9), float64 and float32, (K,); None
+        without probabilities.
     """
 
     centroids: NDArray[np.float64]
@@ -179,17 +178,17 @@ class Components:
     labelling
         How the blocks were labelled.
     offsets
-        Provisional labels before each block, in C order of the blocks, and their total at the end, int64.
+        Number of provisional labels before each block, in C order of the blocks, and the total at the end, int64.
     numbers
-        Final number of each provisional label, 0 where it was dropped.
+        Final number of each provisional label, 0 if it was dropped.
     voxels
-        Voxels of each component, int64, (K,).
+        Number of voxels of each component, int64, (K,).
     classes
         Class of each component, in the dtype of the labels, (K,).
     first
         Raster index of the first voxel of each component, int64, (K,).
     measurements
-        None unless asked for.
+        None unless requested.
     """
 
     labelling: Labelling
@@ -242,9 +241,9 @@ class Removal:
     Attributes
     ----------
     found, removed
-        Components of the class, and how many of them were removed; 0 for a class that was left alone.
+        Number of components, and of those that were removed; 0 for a class that is not filtered.
     removed_voxels
-        Voxels that became background.
+        Number of voxels that became background.
     """
 
     found: tuple[int, ...]
@@ -269,12 +268,12 @@ def find_components(
     Parameters
     ----------
     labels
-        (z, y, x) or (y, x), boolean or integer, 0 is background. A Dask array is computed once here and once more in
+        (z, y, x) or (y, x), boolean or integer, 0 is background. A Dask array is computed here and again in
         `write_instances`.
     connectivity
         6, 18 or 26 neighbours; 4, 8 or 8 in a 2-D image.
     classes
-        The classes to look at; all by default.
+        The classes whose components are wanted; all by default.
     n_classes
         Refuse labels from this number on; any label is accepted by default.
     measure
@@ -283,19 +282,19 @@ def find_components(
         (class, z, y, x) or (class, y, x): measured over each component, in the channel of its class (in channel 0 if
         that is the only one). Read in the same pass; implies `measure`.
     block
-        Voxels that one task labels; whole chunks of `labels`, several of them where they are small, by default.
+        Shape of the block that one task labels; by default one or several whole chunks of `labels`.
     executor, array_module
-        Where the tasks run, and on which arrays.
+        Runs the tasks, and the library of arrays that they use.
 
     Returns
     -------
     Components
-        Equal for any chunks, block, executor and order of the tasks.
+        The same for any chunks, block, executor and order of the tasks.
 
     Raises
     ------
     LabelsError
-        If the labels are not integers, negative, or not below `n_classes`, or an argument does not fit the array.
+        If the labels are not integers, are negative or not below `n_classes`, or an argument does not fit the array.
     """
     if np.dtype(labels.dtype).kind not in "bui":
         raise LabelsError("labels must be integers", value=np.dtype(labels.dtype), remedy="Convert them first")
@@ -306,7 +305,7 @@ def find_components(
         raise LabelsError(
             f"probabilities must have a class axis and then the shape of the labels, {tuple(labels.shape)}",
             value=tuple(probabilities.shape),
-            remedy="Take labels and probabilities of the same prediction, or predict again",
+            remedy="Use labels and probabilities of the same prediction, or predict again",
         )
     task = partial(
         _describe_block,
@@ -336,9 +335,9 @@ def write_instances(
     labels
         The same array as before.
     output
-        An array of the same shape, of unsigned or signed integers, whose chunks divide the blocks. Written in full.
+        An array of integers with the same shape, whose chunks divide the blocks. Every voxel is written.
     executor
-        Where the tasks run.
+        Runs the tasks.
 
     Raises
     ------
@@ -352,7 +351,7 @@ def write_instances(
         raise LabelsError(
             f"the output's dtype must hold {len(components)} components",
             value=np.dtype(output.dtype),
-            remedy=f"Make the output as {instances_dtype(len(components))}",
+            remedy=f"Create the output as {instances_dtype(len(components))}",
         )
     task = partial(_write_block, labels=labels, output=output, labelling=components.labelling)
     executor.map(task, components.per_block(components.numbers), name="number")
@@ -376,18 +375,18 @@ def remove_small(
     labels
         (z, y, x) or (y, x), 0 is background.
     output
-        Another array of the same shape and dtype, in chunks of its own. Written in full.
+        Another array with the same shape and dtype; its chunks may differ. Every voxel is written.
     sizes
-        One entry for each class, index = label: a component stays if it has *more* voxels than that, and becomes
-        background otherwise. -1 leaves the class alone. The entry of the background has no effect.
+        One entry for each class, index = label: a component stays if it has *more* voxels than that; otherwise it
+        becomes background. -1 keeps all components. The entry of the background has no effect.
     removed
-        An array like `output`, for the labels that were removed, 0 elsewhere. Written in full.
+        An array like `output` for the removed labels, 0 elsewhere. Every voxel is written.
     n_classes
-        Classes of the segmentation, the background included; as many as there are sizes by default.
+        Number of classes, the background included; by default the number of sizes.
     connectivity
-        What makes a component; CryoSiam uses 26.
+        See `find_components`; CryoSiam uses 26.
     executor, array_module
-        Where the tasks run, and on which arrays.
+        Runs the tasks, and the library of arrays that they use.
 
     Returns
     -------
@@ -397,7 +396,7 @@ def remove_small(
     Raises
     ------
     LabelsError
-        If `sizes` has not one entry of -1 or more for each class, or the labels hold another class.
+        If `sizes` does not have one entry of at least -1 for each class, or the labels hold another class.
     """
     n_classes = len(sizes) if n_classes is None else n_classes
     if len(sizes) != n_classes:
@@ -405,27 +404,27 @@ def remove_small(
             f"sizes must have one entry for each of the {n_classes} labels, the background first",
             place="sizes",
             value=f"{len(sizes)} entries, {list(sizes)}",
-            remedy="Write -1 for a label to be left alone",
+            remedy="Write -1 to keep all components of a label",
         )
     if any(size < -1 for size in sizes):
         raise LabelsError(
             "a size must be a number of voxels",
             place="sizes",
             value=list(sizes),
-            remedy="Write -1 for a label to be left alone",
+            remedy="Write -1 to keep all components of a label",
         )
     if not np.can_cast(labels.dtype, output.dtype):
         raise LabelsError(
             f"the output must hold labels of {np.dtype(labels.dtype)}",
             value=np.dtype(output.dtype),
-            remedy="Make the output in the dtype of the labels",
+            remedy="Create the output with the dtype of the labels",
         )
     _require_two_arrays(labels, output)
     blocks = Blocks.between(labels, output)
     components = find_components(
         labels,
         connectivity=connectivity,
-        # No component has less than one voxel, so a size of 0 keeps all of them too.
+        # Every component has at least one voxel, so a size of 0 also keeps all.
         classes=[label for label, size in enumerate(sizes) if label and size > 0],
         n_classes=n_classes,
         block=blocks.block[3 - blocks.ndim :],
@@ -455,19 +454,19 @@ def largest_component(
     executor: Executor = SERIAL,
     array_module: ArrayModule = "numpy",
 ) -> tuple[Components, int]:
-    """Return the components of a mask and the number of the one with the most voxels, the first of equals.
+    """Return the components of a mask and the number of the largest one, the first of equals.
 
     Parameters
     ----------
     mask
         (z, y, x) or (y, x), 0 and 1.
     connectivity, block, executor, array_module
-        As of `find_components`.
+        See `find_components`.
 
     Returns
     -------
     tuple of Components and int
-        The number is 0 where the mask is empty. `relabel_block` gives the component in a block.
+        The number is 0 if the mask is empty. `relabel_block` returns the component in a block.
     """
     components = find_components(
         mask, connectivity=connectivity, block=block, executor=executor, array_module=array_module
@@ -481,7 +480,7 @@ def relabel_block(labels: Sliceable, labelling: Labelling, index: Index, values:
     Parameters
     ----------
     labels, labelling
-        What was given to, and is held by, the `Components`.
+        The array given to `find_components`, and `Components.labelling`.
     index, values
         One item of `Components.per_block`.
     """
@@ -502,35 +501,35 @@ def instances_dtype(count: int) -> np.dtype[Any]:
 
 
 def require_channel(label: int, channels: int) -> None:
-    """Refuse a label without a channel of its own among so many `channels` of probabilities; one is that of all.
+    """Check that a label has its own channel of probabilities; a single channel is for all labels.
 
     Raises
     ------
     LabelsError
-        With the label and the number of channels.
+        If it has none.
     """
     if label >= channels > 1:
         raise LabelsError(
-            "each label must have its channel of probabilities",
+            "each label must have its own channel of probabilities",
             value=f"label {label} and {channels} channels",
-            remedy="Take labels and probabilities of the same prediction, or predict again",
+            remedy="Use labels and probabilities of the same prediction, or predict again",
         )
 
 
 def _require_two_arrays(labels: Sliceable, output: Sliceable) -> None:
     store = getattr(output, "store_path", None)
-    # Compared by name, since zarr takes two stores in memory for one if they have the same content.
+    # Compared by name, because for zarr two stores in memory with the same content are equal.
     if output is labels or (store is not None and str(store) == str(getattr(labels, "store_path", None))):
         raise LabelsError(
-            "the output must be another array than the labels, which are read twice", remedy="Write to a new array"
+            "the output must not be the array of labels, which is read twice", remedy="Write to a new array"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Description:
-    """What pass 1 returns of a block: a row of each column for each provisional label, and the border planes.
+    """The result of pass 1 for a block: a row for each provisional label, and the border planes.
 
-    `planes` holds low z, high z, low y, high y, low x, high x: uint32 labels, compressed; nothing if there are none.
+    `planes` holds low z, high z, low y, high y, low x, high x: compressed uint32 labels; empty without labels.
     """
 
     count: int
@@ -540,7 +539,7 @@ class _Description:
 
 @dataclass(frozen=True, slots=True)
 class _Labelled:
-    """A block on the host, and on the device its voxels of the classes looked for and their labels 1 .. count."""
+    """A block on the host, and its voxels of the wanted classes and their labels 1 .. count on the device."""
 
     block: NDArray[Any]
     wanted: Any = None
@@ -606,9 +605,9 @@ def _describe_block(
 
 
 def _runs(labelled: _Labelled, device: Backend) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Return start, length and provisional label of each stretch of one class along x, in C order.
+    """Return start, length and provisional label of each run of one class along x, in C order.
 
-    All that is measured follows from these, which are far fewer than the voxels.
+    All measurements follow from the runs, which are far fewer than the voxels.
     """
     xp, flat = device.xp, labelled.wanted.reshape(-1)
     begins = xp.empty(flat.size, dtype=bool)
@@ -631,7 +630,7 @@ def _columns(
     index: Index,
     measure: bool,
 ) -> dict[str, NDArray[Any]]:
-    """Return what is known of each provisional label: row 0 belongs to label 1."""
+    """Return the measurements of each provisional label; row 0 belongs to label 1."""
 
     def total(weights: NDArray[Any]) -> NDArray[np.int64]:
         # bincount adds in float64: exact, since no sum over a block reaches 2**53.
@@ -712,7 +711,7 @@ def _filter_block(
         before, block = labelled.block, labelled.block.copy()
         starts, lengths, run_labels = _runs(labelled, backend(labelling.array_module))
         goes = ~stays[run_labels - 1]
-        # What goes is little: finding its voxels costs a fraction of looking up the component of every voxel.
+        # Few voxels are removed; finding them is much cheaper than looking up the component of every voxel.
         starts, lengths = starts[goes], lengths[goes]
         voxels = np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
         voxels += np.arange(len(voxels))
@@ -729,25 +728,25 @@ def _merged(
     measure: bool,
     with_probabilities: bool,
 ) -> Components:
-    """Put the blocks together: steps 2 to 5 of the module's description."""
+    """Merge the blocks: steps 2 to 5 of the module's description."""
 
     offsets = _offsets([description.count for description in descriptions])
 
-    def gathered(name: str, dtype: Any, shape: tuple[int, ...] = ()) -> NDArray[Any]:
+    def concatenated(name: str, dtype: Any, shape: tuple[int, ...] = ()) -> NDArray[Any]:
         column = np.empty((offsets[-1], *shape), dtype=dtype)
-        # Block by block, so that hardly more than one copy of the column is ever held.
+        # Block by block, so that there is hardly more than one copy of the column in memory.
         for description, start, stop in zip(descriptions, offsets, offsets[1:], strict=False):
             if description.count:
                 column[start:stop] = description.columns.pop(name)
         return column
 
-    classes = gathered("class", class_dtype)
-    first = gathered("first", np.int64)
+    classes = concatenated("class", class_dtype)
+    first = concatenated("first", np.int64)
     nothing = np.zeros((0, 2), dtype=np.int64)
     others, roots = _roots(np.concatenate([nothing, *_touching(labelling, descriptions, offsets, classes)]), first)
     for description in descriptions:
         description.planes.clear()
-    # These tables are what the caller needs most memory for: let each go as soon as the next is made.
+    # These tables take most of the caller's memory, so each is released as soon as possible.
     is_root = np.ones(len(first), dtype=bool)
     is_root[others] = False
     in_order = np.flatnonzero(is_root)
@@ -762,7 +761,7 @@ def _merged(
 
     def merged(name: str) -> NDArray[Any]:
         merge, dtype, shape = _COLUMNS[name]
-        column = gathered(name, dtype, shape)
+        column = concatenated(name, dtype, shape)
         merge.at(column, roots, column[others])
         return column[in_order]
 
@@ -792,7 +791,7 @@ def _offsets(counts: Sequence[int]) -> NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
-# Which part of a neighbour's plane lies in the margin, and where there: before, beside, behind.
+# Which part of a neighbour's plane lies in the margin, and its place there: before, beside, behind.
 _FROM = {-1: slice(-1, None), 0: slice(None), 1: slice(0, 1)}
 _TO = {-1: slice(0, 1), 0: slice(1, -1), 1: slice(-1, None)}
 
@@ -802,9 +801,9 @@ def _touching(
 ) -> Iterator[NDArray[np.int64]]:
     """Yield, for each plane between two blocks, the pairs of provisional labels that touch across it, (m, 2).
 
-    Labels are counted through the whole volume from 0. The pair's first label lies before the cut, its second behind
-    it: in the block that faces the first, or beside that one along a later axis (beside it along an earlier axis is the
-    business of that axis's cuts).
+    Labels are numbered through the whole volume from 0. The first label of a pair is before the border. The second is
+    behind it, in the block that faces the first or in one beside that along a later axis; pairs along an earlier axis
+    are found at the borders of that axis.
     """
     blocks = labelling.blocks
     indices = blocks.indices
@@ -823,7 +822,7 @@ def _touching(
         if beyond[axis] == blocks.counts[axis] or not descriptions[position[index]].count:
             continue
         near = plane(index, axis, True)
-        # What lies behind the cut, with a margin of one voxel, each label tagged with the block that it is from.
+        # The plane behind the border with a margin of one voxel; each label is tagged with its block.
         far = np.zeros((near.shape[0] + 2, near.shape[1] + 2), dtype=np.int64)
         far_offsets = np.zeros(9, dtype=np.int64)
         first_axis, second_axis = (a for a in range(3) if a != axis)
@@ -855,9 +854,9 @@ def _touching(
 
 
 def _roots(pairs: NDArray[np.int64], first: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the provisional labels that are merged into another one, and that other one of each.
+    """Return the provisional labels that are merged into another one, and that root of each.
 
-    Of all that hang together, the root is the label with the first voxel in C order.
+    The root of connected labels is the one with the first voxel in C order.
 
     >>> _roots(np.array([[0, 2], [2, 5]]), first=np.array([7, 1, 3, 9, 8, 4]))
     (array([0, 5]), array([2, 2]))
@@ -870,7 +869,7 @@ def _roots(pairs: NDArray[np.int64], first: NDArray[np.int64]) -> tuple[NDArray[
     groups, group = connected_components(graph, directed=False)
     earliest = np.full(groups, -1)
     in_order = np.argsort(-first[nodes])
-    earliest[group[in_order]] = nodes[in_order]  # the last to be written, that of the first voxel, stays
+    earliest[group[in_order]] = nodes[in_order]  # the last assignment wins, which is that of the first voxel
     roots = earliest[group]
     merged = roots != nodes
     return nodes[merged], roots[merged]

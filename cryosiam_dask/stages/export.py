@@ -1,12 +1,11 @@
-"""The other formats that labels are written in, beside the HDF5 file: OME-Zarr and MRC.
+"""Writing labels in formats other than HDF5: OME-Zarr and MRC.
 
 ``<stem>.ome.zarr`` (see `cryosiam_dask.stages.ome_zarr`) holds the tomogram and its labels, ``<stem>_labels.mrc`` the
-labels, and ``<stem>__<class>.mrc`` 1 where a voxel is of that class and 0 elsewhere. Each carries the fingerprint of
-the prediction that it was made from, so that one that is missing or outdated is made from the written prediction,
-without inference. Voxel size and position are those of the prediction:
+labels, and ``<stem>__<class>.mrc`` 1 for voxels of a class and 0 elsewhere. Each has the fingerprint of the prediction
+that it was made from. A missing or outdated one is made from the written prediction, without inference.
 
-Viewers place an MRC file by its origin, or, if that is 0, by its start times the voxel size. An OME-Zarr image has one
-position, its translation, which is set so that both lie at the same place.
+Voxel size and position are those of the prediction. Viewers place an MRC file by its origin, or, if that is 0, by its
+start times the voxel size. An OME-Zarr image has only a translation, which is set so that both are at the same place.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ from cryosiam_dask.model.classes import file_names, given_names, named
 from cryosiam_dask.stages.ingest import IngestReport, ingest, require_free
 from cryosiam_dask.stages.ome_zarr import SEGMENTATION, read_own_attributes, write_ome_zarr
 
-#: Before the fingerprint, in the only place of an MRC header that takes text: of labels, and of the mask of a class.
+#: Marks before the fingerprint in the label of an MRC header: for labels, and for the mask of a class.
 MRC_LABEL, MASK_LABEL = "cryosiam_dask ", "cryosiam_dask mask "
 _ENDINGS = {"ome-zarr": ".ome.zarr", "mrc": "_labels.mrc"}
-#: What an OME-Zarr image says of the prediction that it was made from.
+#: Attributes of the prediction that an OME-Zarr image keeps.
 _CARRIED = (
     "software", "source", "checkpoint", "checkpoint_sha256", "threshold", "patch_size", "postprocessing_sizes",
     "voxel_size_angstrom", "origin_angstrom", "nstart", "class_names", "fingerprint",
@@ -46,37 +45,37 @@ _CARRIED = (
 
 
 def format_path(folder: Path, stem: str, name: str) -> Path:
-    """The file of a tomogram in one of the other formats."""
+    """Return the path of a tomogram in one of the other formats."""
     return folder / f"{stem}{_ENDINGS[name]}"
 
 
 def mask_paths(folder: Path, stem: str, class_names: Sequence[str]) -> list[Path]:
-    """A tomogram's masks of its classes, which `cryosiam_dask.model.classes.file_names` names."""
+    """Return the paths of the masks of a tomogram's classes, with `cryosiam_dask.model.classes.file_names`."""
     return [folder / f"{stem}__{name}.mrc" for name in file_names(class_names)]
 
 
 def _masks(folder: Path, stem: str) -> dict[Path, str]:
-    """The masks of classes that this program wrote for a tomogram, with their fingerprints."""
+    """Return the masks of classes that this program wrote for a tomogram, with their fingerprints."""
     paths = [path for path in folder.glob(f"{glob.escape(stem)}__*.mrc") if path.stem.rpartition("__")[0] == stem]
     found = {path: read_mrc_fingerprint(path, MASK_LABEL) for path in paths}
     return {path: fingerprint for path, fingerprint in found.items() if fingerprint is not None}
 
 
 def other_formats(configuration: Configuration) -> tuple[str, ...]:
-    """What ``output_formats`` asks for beside HDF5, each once."""
+    """Return the formats in ``output_formats`` other than HDF5, each once."""
     return tuple(name for name in _ENDINGS if name in configuration.output_formats)
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A tomogram to be written beside its labels.
+    """A tomogram that is written beside its labels.
 
     Attributes
     ----------
     voxels
         (z, y, x) or (y, x).
     minimum
-        The lowest finite voxel, which stands for those that are not finite.
+        The lowest finite voxel, which replaces those that are not finite.
     """
 
     voxels: Sliceable
@@ -84,7 +83,7 @@ class Placed:
 
     @classmethod
     def of(cls, voxels: Any, report: IngestReport) -> Placed:
-        """What `cryosiam_dask.stages.ingest.ingest` gives."""
+        """Use the results of `cryosiam_dask.stages.ingest.ingest`."""
         return cls(voxels, report.statistics.minimum or 0.0)
 
 
@@ -98,30 +97,30 @@ def write_other_formats(
     attributes: Mapping[str, Any],
     executor: Executor = SERIAL,
 ) -> None:
-    """Write labels in other formats than HDF5; each appears complete or not at all.
+    """Write labels in formats other than HDF5; each appears complete or not at all.
 
     Parameters
     ----------
     folder, stem
-        Where they go, and the tomogram's name.
+        Folder of the files, and the tomogram's name.
     formats
         ``"ome-zarr"``, ``"mrc"``.
     labels
         (z, y, x) or (y, x), uint8.
     tomogram
-        Needed for ``"ome-zarr"`` alone.
+        Needed only for ``"ome-zarr"``.
     attributes
-        Those of the predictions file: ``voxel_size_angstrom``, ``origin_angstrom``, ``nstart``, ``class_names``,
-        ``fingerprint`` and others, as far as they are known.
+        Known attributes of the predictions file: ``voxel_size_angstrom``, ``origin_angstrom``, ``nstart``,
+        ``class_names``, ``fingerprint`` and others.
     executor
-        Runs the pieces.
+        Runs the tasks.
 
     Raises
     ------
     LabelsError
         If labels and tomogram differ in shape.
     OutputError
-        If a file cannot be written; an earlier one is then untouched.
+        If a file cannot be written; an earlier one is then unchanged.
     """
     size, origin, nstart = (attributes.get(name) for name in ("voxel_size_angstrom", "origin_angstrom", "nstart"))
     for name in formats:
@@ -151,8 +150,8 @@ def write_other_formats(
 
 
 @dataclass(frozen=True, slots=True)
-class _OfClass:
-    """1 where labels are of a class and 0 elsewhere, told where they are read."""
+class _ClassMask:
+    """1 where labels are of a class and 0 elsewhere, computed when a region is read."""
 
     labels: Sliceable
     label: int
@@ -172,18 +171,17 @@ class _OfClass:
 def write_masks(
     folder: Path, stem: str, labels: Sliceable, *, attributes: Mapping[str, Any], executor: Executor = SERIAL
 ) -> None:
-    """Write an MRC file for each class, 1 where there is any of it and 0 elsewhere, and remove those of other classes.
+    """Write an MRC file for each class, 1 for its voxels and 0 elsewhere, and remove those of other classes.
 
     Parameters
     ----------
     folder, stem, labels, attributes, executor
-        As of `write_other_formats`; ``class_names`` must name all labels.
+        See `write_other_formats`; ``class_names`` must name all labels.
 
     Raises
     ------
     OutputError
-        If one of them would replace a file that this program did not make, and then none is written, or if a file
-        cannot be written.
+        If a file cannot be written, or would replace one that this program did not make; in that case none is written.
     """
     paths = mask_paths(folder, stem, attributes["class_names"])
     for path in paths:
@@ -201,7 +199,7 @@ def _write_mask(labels: Sliceable, attributes: Mapping[str, Any], each: tuple[in
     label, path = each
     write_mrc(
         path,
-        _OfClass(labels, label),
+        _ClassMask(labels, label),
         voxel_size_angstrom=attributes.get("voxel_size_angstrom"),
         origin_angstrom=attributes.get("origin_angstrom"),
         nstart=attributes.get("nstart"),
@@ -212,7 +210,7 @@ def _write_mask(labels: Sliceable, attributes: Mapping[str, Any], each: tuple[in
 def position_angstrom(
     voxel_size: Sequence[float | None] | None, origin: Sequence[float] | None, nstart: Sequence[int] | None
 ) -> tuple[float, ...] | None:
-    """Where viewers of MRC files put the first voxel: at the origin, or, if that is 0, at start times voxel size.
+    """Return where viewers of MRC files place the first voxel: the origin or, if that is 0, start times voxel size.
 
     >>> position_angstrom((10, 10, 10), (0, 0, 0), (0, -3, 2))
     (0.0, -30.0, 20.0)
@@ -228,7 +226,7 @@ def position_angstrom(
 
 
 def formats_done(configuration: Configuration, stem: str, fingerprint: str, names: Sequence[str]) -> bool:
-    """Whether all formats that are wanted were made from the prediction of this fingerprint, with these names."""
+    """Whether all wanted formats were made from the prediction with this fingerprint, with these class names."""
     return all(
         _fingerprint(name, format_path(configuration.prediction_folder, stem, name), names) == fingerprint
         for name in other_formats(configuration)
@@ -236,11 +234,11 @@ def formats_done(configuration: Configuration, stem: str, fingerprint: str, name
 
 
 def _fingerprint(name: str, path: Path, names: Sequence[str] | None = None) -> str | None:
-    """The fingerprint that a file carries: "" without one, ``None`` if it is not ours, or of other names."""
+    """Return the fingerprint in a file: "" without one, ``None`` for a file of another program or with other names."""
     if name == "mrc":
         return read_mrc_fingerprint(path)
     own = read_own_attributes(path)
-    if not own or not (path / "labels" / SEGMENTATION).is_dir():  # a tomogram that was converted has no labels
+    if not own or not (path / "labels" / SEGMENTATION).is_dir():  # a converted tomogram has no labels
         return None
     if names is not None and own.get("class_names") != list(names):
         return None
@@ -248,19 +246,19 @@ def _fingerprint(name: str, path: Path, names: Sequence[str] | None = None) -> s
 
 
 def foreign_formats(folder: Path, stem: str, formats: Sequence[str]) -> list[Path]:
-    """What stands in the place of other formats and was not made from a prediction by this program.
+    """Return existing files at the paths of other formats that this program did not make from a prediction.
 
     Parameters
     ----------
     folder, stem, formats
-        As of `write_other_formats`.
+        See `write_other_formats`.
     """
     paths = {name: format_path(folder, stem, name) for name in formats}
     return [path for name, path in paths.items() if path.exists() and _fingerprint(name, path) is None]
 
 
 def read_mrc_fingerprint(path: Path, mark: str = MRC_LABEL) -> str | None:
-    """The fingerprint in an MRC file's header, after `mark`; ``None`` for other files and what cannot be read."""
+    """Return the fingerprint after `mark` in an MRC file's header; ``None`` for other and unreadable files."""
     try:
         with mrcfile.open(path, header_only=True) as mrc:
             label = bytes(mrc.header.label[0]).decode("ascii", "replace")
@@ -270,14 +268,14 @@ def read_mrc_fingerprint(path: Path, mark: str = MRC_LABEL) -> str | None:
 
 
 def remove_outdated_formats(folder: Path, stem: str, fingerprint: str | None, keep: Sequence[str] = ()) -> list[str]:
-    """Remove what was made from another prediction than that of this fingerprint.
+    """Remove files that were made from a prediction with another fingerprint.
 
     Parameters
     ----------
     folder, stem, fingerprint
-        Which files, and the fingerprint that they should carry.
+        Folder and tomogram of the files, and the fingerprint that they should have.
     keep
-        Formats to leave alone, as they will be replaced.
+        Formats to keep, because they will be replaced.
 
     Returns
     -------
@@ -290,15 +288,16 @@ def remove_outdated_formats(folder: Path, stem: str, fingerprint: str | None, ke
         if path.exists() and _fingerprint(name, path) not in (None, fingerprint):
             shutil.rmtree(real(path)) if path.is_dir() else path.unlink()
             removed.append(
-                f"{path.name} held other labels and has been removed; 'cryosiam-dask export --format {name}' makes it"
+                f"{path.name} had outdated labels and was removed; "
+                f"'cryosiam-dask export --format {name}' writes it again"
             )
     masks = [path for path, found in _masks(folder, stem).items() if found != fingerprint]
     for path in masks:
         path.unlink()
     if masks:
         removed.append(
-            f"the masks {', '.join(sorted(path.name for path in masks))} were those of other labels and have been "
-            "removed; 'cryosiam-dask export --format mrc --per-class' makes them"
+            f"the masks {', '.join(sorted(path.name for path in masks))} had outdated labels and were removed; "
+            "'cryosiam-dask export --format mrc --per-class' writes them again"
         )
     return removed
 
@@ -315,7 +314,7 @@ def export_prediction(
     work: zarr.Group,
     executor: Executor = SERIAL,
 ) -> tuple[str, ...]:
-    """Write a predictions file in other formats, whoever wrote it.
+    """Write a predictions file, of this program or of CryoSiam, in other formats.
 
     Parameters
     ----------
@@ -326,11 +325,11 @@ def export_prediction(
     formats
         ``"ome-zarr"``, ``"mrc"``.
     per_class
-        Whether the MRC file is one for each class.
+        Whether to write one MRC file for each class.
     work
-        Holds a copy of the tomogram for the time being, unless that is zarr itself.
+        Group for a temporary copy of the tomogram, unless that is zarr itself.
     executor
-        Runs the pieces.
+        Runs the tasks.
 
     Returns
     -------
@@ -340,12 +339,11 @@ def export_prediction(
     Raises
     ------
     OutputError
-        If the prediction cannot be read, its tomogram is not there though an OME-Zarr image is wanted, or nothing can
-        be written.
+        If the prediction cannot be read, the tomogram for an OME-Zarr image is missing, or a file cannot be written.
     TomogramError
         If the tomogram cannot be read.
     LabelsError
-        If labels and tomogram differ in shape, or the labels are no whole numbers from 0 to 255.
+        If labels and tomogram differ in shape, or the labels are not integers from 0 to 255.
     """
     stem = prediction.name.removesuffix("_preds.h5")
     whole = [name for name in formats if name != "mrc" or not per_class]
@@ -365,7 +363,7 @@ def export_prediction(
                 "an OME-Zarr image holds the tomogram beside its labels, so the tomogram must be there",
                 place=prediction,
                 value=f"no {stem}{configuration.file_extension} in {configuration.data_folder}",
-                remedy="Correct data_folder and file_extension, or ask for 'mrc' alone",
+                remedy="Correct data_folder and file_extension, or request only 'mrc'",
             )
         voxels, report = ingest(source, work.store, executor=executor, **configuration.reading)
         tomogram = Placed.of(voxels, report)
@@ -381,9 +379,9 @@ def export_prediction(
 
 
 def written_attributes(configuration: Configuration, prediction: Path, *, patient: bool = False) -> dict[str, Any]:
-    """The attributes of a predictions file, and what it does not tell of its tomogram from the header of that.
+    """Return the attributes of a predictions file, completed from the header of its tomogram.
 
-    CryoSiam's own files tell nothing, and those of this program no voxel size where the header had none.
+    CryoSiam's own files have no attributes, and those of this program lack the voxel size if the header had none.
 
     Parameters
     ----------
@@ -392,20 +390,20 @@ def written_attributes(configuration: Configuration, prediction: Path, *, patien
     prediction
         ``<stem>_preds.h5``.
     patient
-        Whether to raise what may pass, instead of leaving out what the tomogram would tell.
+        Whether to raise transient errors of the tomogram's disk, instead of leaving out its attributes.
 
     Returns
     -------
     dict
-        See `cryosiam_dask.files.hdf5.read_attributes`. A tomogram that is not there, cannot be read or has
-        another shape than the labels tells nothing.
+        See `cryosiam_dask.files.hdf5.read_attributes`. A tomogram that is missing, unreadable or of another shape than
+        the labels adds nothing.
 
     Raises
     ------
     OutputError
         If the predictions file cannot be read.
     OSError, TomogramError
-        Where `patient`, if the disk of the tomogram does not answer.
+        If `patient` and the disk of the tomogram does not answer.
     """
     attributes = read_attributes(prediction)
     shape = open_dataset(prediction, "labels").shape
@@ -415,7 +413,7 @@ def written_attributes(configuration: Configuration, prediction: Path, *, patien
         or len(size) != len(shape)
         or not all(isinstance(v, float | int | None) for v in size)
     ):
-        size = None  # nothing, or what another program means by the name
+        size = None  # missing, or another program's attribute of this name
     if size and all(size):
         return attributes
     attributes = {name: value for name, value in attributes.items() if size or name != "voxel_size_angstrom"}
@@ -430,20 +428,20 @@ def written_attributes(configuration: Configuration, prediction: Path, *, patien
         return attributes
     if header.shape != shape:
         return attributes
-    told = header.attributes()
-    if size and not all(told["voxel_size_angstrom"]):
-        told["voxel_size_angstrom"] = size
+    known = header.attributes()
+    if size and not all(known["voxel_size_angstrom"]):
+        known["voxel_size_angstrom"] = size
     names = ("voxel_size_angstrom", "origin_angstrom", "nstart", "axes", "source")
-    return {**attributes, **{name: told[name] for name in names if name == names[0] or name not in attributes}}
+    return {**attributes, **{name: known[name] for name in names if name == names[0] or name not in attributes}}
 
 
 def find_source(configuration: Configuration, stem: str, attributes: Mapping[str, Any]) -> Path | None:
-    """The tomogram that a prediction with these attributes was made from; ``None`` where it is not there.
+    """Return the tomogram that a prediction with these attributes was made from; ``None`` if it is missing.
 
     Raises
     ------
     TomogramError
-        If ``data_folder`` cannot be looked into.
+        If ``data_folder`` cannot be read.
     """
     names = [f"{stem}{configuration.file_extension}"]
     if isinstance(attributes.get("source"), str):
@@ -452,7 +450,7 @@ def find_source(configuration: Configuration, stem: str, attributes: Mapping[str
         return next((path for name in names if (path := configuration.data_folder / name).exists()), None)
     except OSError as error:
         raise TomogramError(
-            "data_folder must be a folder that can be looked into",
+            "data_folder must be a readable folder",
             place=configuration.data_folder,
             value=error.strerror,
             remedy="Change its permissions",
@@ -460,25 +458,25 @@ def find_source(configuration: Configuration, stem: str, attributes: Mapping[str
 
 
 def require_shape(prediction: Path, labels: tuple[int, ...], source: Path, tomogram: tuple[int, ...]) -> None:
-    """Refuse labels of another shape than their tomogram.
+    """Check that labels have the shape of their tomogram.
 
     Raises
     ------
     LabelsError
-        If they are.
+        If they do not.
     """
     if labels != tomogram:
         raise LabelsError(
             f"the labels must have the shape of their tomogram {source}, {tomogram}",
             place=prediction,
             value=labels,
-            remedy="Set data_folder and file_extension (or ome_zarr_level) to what they were made from",
+            remedy="Set data_folder and file_extension (or ome_zarr_level) to the tomogram that they were made from",
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Uint8:
-    """Labels of any whole-number dtype, checked and converted where they are read."""
+    """Labels of any integer dtype, checked and converted when a region is read."""
 
     stored: StoredDataset
 
@@ -497,18 +495,18 @@ class _Uint8:
                 "labels must lie between 0 and 255",
                 place=self.stored.path,
                 value=f"{values.min()} to {values.max()}",
-                remedy="Predict again, or correct the file that was edited",
+                remedy="Predict again, or correct the file if it was edited",
             )
         return values.astype(np.uint8)
 
 
 def uint8_labels(prediction: Path) -> _Uint8:
-    """The labels of a predictions file, whoever wrote it, as uint8.
+    """Open the labels of any program's predictions file as uint8.
 
     Raises
     ------
     LabelsError
-        If they are no whole numbers, or, where a region is read, do not lie between 0 and 255.
+        If they are not integers; when a region is read, also if they do not lie between 0 and 255.
     """
     stored = open_dataset(prediction, "labels")
     if stored.dtype.kind not in "iu":
@@ -547,7 +545,7 @@ def convert_to_ome_zarr(
     Parameters
     ----------
     source, level, dataset, overwrite, executor
-        As of `cryosiam_dask.stages.ingest.convert`.
+        See `cryosiam_dask.stages.ingest.convert`.
     target
         Folder of the image, for example ``tomogram.ome.zarr``.
 

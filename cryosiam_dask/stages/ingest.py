@@ -1,14 +1,14 @@
-"""Tomogram files (MRC and its relatives, HDF5, zarr) to chunked zarr arrays.
+"""Copying tomogram files (MRC and its relatives, HDF5, zarr) to chunked zarr arrays.
 
-1. `read_header` tells by its content what a file is. Of MRC it reads the 1024-byte header, decides what the file really
-   holds (byte order, signedness, axis order, voxel size) and refuses what cannot be read. It touches no voxel, so it is
-   cheap enough to check hundreds of files before a run. The headers of others are in `cryosiam_dask.files.tomogram`.
-2. `ingest` creates a zarr array with all its metadata, lets every task of an executor fill whole chunks of it, and adds
-   the statistics of the voxels at the end: an array without the attribute ``statistics`` is not complete. What is
-   stored as zarr already is not copied: every task only looks at voxels for the statistics.
+1. `read_header` recognizes the format, decides what is ambiguous in the header (byte order, signedness, axis order,
+   voxel size), and refuses what cannot be read. It reads hardly any voxels, so that hundreds of files can be checked
+   before a run.
+2. `ingest` creates a zarr array with its metadata. Tasks fill whole chunks of it, and the statistics of the voxels are
+   added at the end, so an array without the attribute ``statistics`` is incomplete. A tomogram that is zarr already is
+   not copied; tasks only read its voxels for the statistics.
 3. `convert` always copies, to a path of its own, which appears complete or not at all.
 
-Arrays are always (z, y, x), or (y, x) for an image; triples of voxel sizes and positions are in the same order.
+Arrays are always (z, y, x), or (y, x) for an image; voxel sizes and positions have the same order.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.files.zarr import Voxels, ZarrHeader, is_zarr, read_region
 
 CHUNK = 128  # voxels along each axis
-PIECE_BYTES = 64 * 2**20  # what a task reads and writes at once
+PIECE_BYTES = 64 * 2**20  # that a task reads and writes at once
 COMPRESSOR = BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle")  # the work store is written once and read twice
 
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Minimum, maximum and mean of the finite voxels (``None`` without any) and the number of the others."""
+    """Minimum, maximum and mean of the finite voxels (``None`` if there are none), and the number of the others."""
 
     minimum: float | None
     maximum: float | None
@@ -51,13 +51,13 @@ class Statistics:
     non_finite: int
 
     def attributes(self) -> dict[str, float | int | None]:
-        """The same as JSON values."""
+        """Return the statistics as JSON values."""
         return {"min": self.minimum, "max": self.maximum, "mean": self.mean, "non_finite_voxels": self.non_finite}
 
 
 @dataclass(frozen=True, slots=True)
 class IngestReport:
-    """What `ingest` found; `warnings` are those of the header and of the voxels."""
+    """Header, statistics and all warnings of an ingested tomogram."""
 
     header: TomogramHeader
     statistics: Statistics
@@ -76,38 +76,38 @@ def ingest(
     unsigned: bool | None = None,
     executor: Executor = SERIAL,
 ) -> tuple[Voxels, IngestReport]:
-    """Fill a new zarr array with the voxels of a tomogram file, or open the one in which they are stored already.
+    """Copy the voxels of a tomogram file to a new zarr array, or open the zarr array that holds them already.
 
     Parameters
     ----------
     source, level, dataset, unsigned
-        The file; see `read_header`. A zarr is read where it is, and nothing is written.
+        The file; see `read_header`. A zarr is read in place, and nothing is written.
     store
-        Where the array goes: a path, a zarr store, or anything else that zarr takes for one. Tasks that run in other
-        processes must be able to reach it.
+        Path or zarr store of the new array, or anything else that zarr accepts. Tasks in other processes must be able
+        to open it.
     name
-        Path of the array within the store; ``None`` makes it the store's root. An array of that name is replaced.
+        Path of the array within the store; ``None`` makes it the store's root. An existing array is replaced.
     chunks
-        Voxels of a chunk along each axis; 128 as a rule, fewer along the sections of a compressed file of large
-        sections, which is read in order and a chunk's depth at a time.
+        Shape of a chunk in voxels. By default 128 along each axis, or less for a compressed file with large sections,
+        which is read sequentially, one layer of chunks at a time.
     compress
-        Whether to compress the voxels. Floats hardly shrink, and are read faster without.
+        Whether to compress the voxels. Floats hardly shrink, and are read faster uncompressed.
     executor
-        Runs one task for each row of chunks, or a single one for a compressed file. A task holds about 200 MB.
+        Runs one task for each row of chunks, or a single one for a compressed file. A task uses about 200 MB.
 
     Returns
     -------
     array : zarr.Array, (z, y, x) or (y, x)
-        int8, uint8, int16, uint16 or float32 voxels of an MRC file, and the dtype of any other, as stored and
-        non-finite ones included. Its attributes are those of `TomogramHeader.attributes` and ``statistics``. A source
-        that is zarr is given as it is, read-only, or as an `cryosiam_dask.files.zarr.ArrayView`.
+        Stored voxels, non-finite ones included: int8, uint8, int16, uint16 or float32 for an MRC file, else the dtype
+        of the file. Its attributes are those of `TomogramHeader.attributes` and ``statistics``. A source that is zarr
+        is returned read-only, as it is or as a `cryosiam_dask.files.zarr.ArrayView`.
     report : IngestReport
         The header, the statistics and all warnings.
 
     Raises
     ------
     TomogramError
-        If the file cannot be read; a header that tells so is refused before anything is written.
+        If the file cannot be read; a bad header is refused before anything is written.
     OutputError
         If the store cannot be written.
     """
@@ -169,11 +169,11 @@ def _fill(
 
 
 def _stored_statistics(header: ZarrHeader, voxels: Voxels, executor: Executor) -> Statistics:
-    """Statistics of a zarr array: its own where it carries them, and otherwise of a look at all voxels."""
+    """Return the statistics of a zarr array from its attributes, or else from all voxels."""
     own = header.statistics
     if own:
         return Statistics(own["min"], own["max"], own["mean"], own["non_finite_voxels"])
-    # Whole chunks, about as much at once as a task copies.
+    # Whole chunks, about as many bytes as a task copies at once.
     step = list(voxels.chunks)
     for axis in reversed(range(len(step))):
         room = PIECE_BYTES // (math.prod(step) * header.dtype.itemsize)
@@ -200,7 +200,7 @@ def convert(
 ) -> IngestReport:
     """Convert a tomogram file to a zarr v3 array at a path of its own.
 
-    The array grows under a hidden name beside the target and is renamed when it is complete.
+    The array is written under a hidden name beside the target and renamed when it is complete.
 
     Parameters
     ----------
@@ -211,7 +211,7 @@ def convert(
     target
         Folder of the new array, for example ``tomogram.zarr``; open it with ``zarr.open_array``.
     overwrite
-        Whether a zarr array or group that is there already may be replaced.
+        Whether an existing zarr array or group may be replaced.
 
     Returns
     -------
@@ -246,7 +246,7 @@ def require_free(target: Path, *, overwrite: bool) -> None:
     Raises
     ------
     OutputError
-        If something is there that is no zarr, or that may not be replaced.
+        If something is there that is not zarr, or that may not be replaced.
     """
     ours = is_zarr(target)
     if (target.exists() or target.is_symlink()) and not (ours and overwrite):
@@ -260,7 +260,7 @@ def require_free(target: Path, *, overwrite: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Statistics of a piece: extremes and sum of its `finite` voxels, and how many more it has."""
+    """Statistics of a region: extremes, sum and number of its finite voxels, and the number of the others."""
 
     minimum: float
     maximum: float
@@ -306,7 +306,7 @@ def _chunks(header: TomogramHeader) -> tuple[int, ...]:
 
 
 def _rows(header: TomogramHeader, array: zarr.Array[Any]) -> list[Region]:
-    """Divide an array into what a task copies: rows of chunks, side by side where the file holds them in one piece."""
+    """Divide an array into the regions that tasks copy: rows of chunks, several if they share a chunk of the file."""
     step = list(array.chunks)
     for axis in range(len(step) - 1):
         stored = min(header.stored_chunks[axis], array.shape[axis])
@@ -333,8 +333,8 @@ def _copy_row(row: Region, *, header: TomogramHeader, array: zarr.Array[Any]) ->
 
 
 def _stream(header: MrcHeader, *, array: zarr.Array[Any]) -> list[_Part]:
-    """Copy a compressed file from its beginning to its end, one layer of chunks at a time."""
-    sections = header.axes.index(0)  # the axis of the array along which the file goes on
+    """Copy a compressed file sequentially, one layer of chunks at a time."""
+    sections = header.axes.index(0)  # the axis of the array along which the file's sections lie
     file_shape = header.file_shape
     section_bytes = header.voxel_bytes // file_shape[0]
     parts = []

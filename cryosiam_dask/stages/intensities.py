@@ -1,8 +1,8 @@
 """The intensities of a tomogram, from a sample that costs as little for four gigavoxels as for four million.
 
-A tomogram lies in pieces that are read at once: chunks, or some rows of a section. `evenly_spread` chooses pieces that
-are evenly spread along each axis and hold no more than so many voxels together; a tomogram with no more than that is
-read in full. A compressed file can only be read from its beginning, so the sample is its first sections.
+A file is read in chunks, or in some rows of a section. `spread_regions` chooses chunks that are evenly spread along
+each axis and hold a limited number of voxels; a smaller tomogram is read completely. A compressed file can only be
+read sequentially, so its sample is its first sections.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from cryosiam_dask.files.tomogram import read_part
 
 SAMPLE_VOXELS = 1 << 22  # 16 MiB of float32, a fraction of a second
 SAMPLE_STREAM_BYTES = 64 * 2**20  # of a compressed file, uncompressed
-_ROWS_VOXELS = 1 << 14  # read at once from a file that has no chunks
-_CENTRAL = (0.005, 0.995)  # quantiles between which the central 99 % lie
+_ROWS_VOXELS = 1 << 14  # read at once from a file without chunks
+_CENTRAL = (0.005, 0.995)  # quantiles of the central 99 %
 
 
 # See `contrast`.
 _BIN, _BINS = 3, 8  # voxels, and bins along either edge of a tile
-_TAIL = 4  # of the 64 bins of a tile, those taken for its brightest and for its darkest
+_TAIL = 4  # number of bins, of the 64 in a tile, that count as its brightest and as its darkest
 _REPEATED = 0.25  # share of a tile's voxels
 _ASYMMETRY, _STANDARD_ERRORS, _TILES = 0.05, 8.0, 32
 _MEDIAN = 0.02
@@ -46,11 +46,11 @@ class Sample:
     values
         Their intensities, one axis, float32.
     share
-        Of the tomogram's voxels, 0 to 1.
+        Share of the tomogram's voxels, 0 to 1.
     where
-        Which voxels these are, in words.
+        Which voxels they are, in words.
     parts
-        The same as they lie in the tomogram, neighbours beside neighbours: (z, y, x) or (y, x) each.
+        The same voxels as contiguous regions, each (z, y, x) or (y, x).
     """
 
     values: NDArray[np.float32]
@@ -59,39 +59,39 @@ class Sample:
     parts: tuple[NDArray[np.float32], ...] = ()
 
 
-def evenly_spread(shape: Sequence[int], piece: Sequence[int], voxels: int) -> list[Region]:
-    """Choose pieces of an array that are evenly spread along each axis.
+def spread_regions(shape: Sequence[int], chunk: Sequence[int], voxels: int) -> list[Region]:
+    """Choose chunks of an array that are evenly spread along each axis.
 
     Parameters
     ----------
-    shape, piece
-        Of the array and of its pieces, which begin at multiples of their own shape.
+    shape, chunk
+        Shapes of the array and of its chunks.
     voxels
-        How many voxels all pieces together may have; one piece is taken even if it has more.
+        Most voxels of all chosen chunks together; at least one chunk is chosen.
 
     Returns
     -------
     list of tuple of slice
-        In C order; all pieces where they hold no more voxels.
+        Regions of the chunks in C order; all chunks if they have no more voxels.
 
     Examples
     --------
-    >>> evenly_spread((10, 4), (2, 4), voxels=16)
+    >>> spread_regions((10, 4), (2, 4), voxels=16)
     [(slice(2, 4, None), slice(0, 4, None)), (slice(6, 8, None), slice(0, 4, None))]
     """
-    counts = [-(-size // edge) for size, edge in zip(shape, piece, strict=True)]
+    counts = [-(-size // edge) for size, edge in zip(shape, chunk, strict=True)]
     chosen = list(counts)
     if math.prod(shape) > voxels:
-        while math.prod(chosen) > 1 and math.prod(chosen) * math.prod(piece) > voxels:
+        while math.prod(chosen) > 1 and math.prod(chosen) * math.prod(chunk) > voxels:
             axis = chosen.index(max(chosen))
             chosen[axis] = chosen[axis] * 9 // 10
     starts = [
-        # The middles of so many equal parts of the axis.
+        # The middles of `number` equal parts of the axis.
         [(2 * i + 1) * count // (2 * number) * edge for i in range(number)]
-        for count, number, edge in zip(counts, chosen, piece, strict=True)
+        for count, number, edge in zip(counts, chosen, chunk, strict=True)
     ]
     return [
-        tuple(slice(a, min(a + edge, size)) for a, edge, size in zip(corner, piece, shape, strict=True))
+        tuple(slice(a, min(a + edge, size)) for a, edge, size in zip(corner, chunk, shape, strict=True))
         for corner in product(*starts)
     ]
 
@@ -104,7 +104,7 @@ def sample_file(header: TomogramHeader, voxels: int = SAMPLE_VOXELS) -> Sample:
     header
         From `cryosiam_dask.files.tomogram.read_header`.
     voxels
-        How many to take at most, of a file that is not compressed.
+        Most voxels to take from a file that is not compressed.
 
     Raises
     ------
@@ -117,46 +117,46 @@ def sample_file(header: TomogramHeader, voxels: int = SAMPLE_VOXELS) -> Sample:
         read, there = beginning.shape[sections], header.shape[sections]
         where = "all voxels" if read == there else f"the first {read} of the {there} sections of the compressed file"
         return _sample([_thinned(beginning, voxels)], read / there, where)
-    piece = header.stored_chunks
-    if math.prod(piece) == 1:  # rows of it
+    chunk = header.stored_chunks
+    if math.prod(chunk) == 1:  # no chunks: some rows
         axes = header.axes if isinstance(header, MrcHeader) else range(len(header.shape))
         rows, columns = [header.shape[list(axes).index(axis)] for axis in range(len(header.shape))][-2:]
         in_file = (1, min(rows, max(_BIN * _BINS, _ROWS_VOXELS // columns)), columns)[-len(header.shape) :]
-        piece = tuple(in_file[axis] for axis in axes)
-    return _sample_pieces(header.shape, piece, voxels, partial(read_part, header))
+        chunk = tuple(in_file[axis] for axis in axes)
+    return _sample_chunks(header.shape, chunk, voxels, partial(read_part, header))
 
 
 def sample_array(array: Sliceable, voxels: int = SAMPLE_VOXELS) -> Sample:
-    """Take a sample of a stored array: chunks of it, if it has any.
+    """Take a sample of a stored array: some of its chunks, or rows if it has none.
 
     Parameters
     ----------
     array
         (z, y, x) or (y, x), real numbers.
     voxels
-        How many to take at most, but for chunks that have more.
+        Most voxels to take.
     """
     chunks = getattr(array, "chunks", None)
     if chunks is None:
         *others, columns = array.shape
         chunks = (*([1] * len(others)), columns)
-    return _sample_pieces(array.shape, chunks, voxels, array.__getitem__)
+    return _sample_chunks(array.shape, chunks, voxels, array.__getitem__)
 
 
-def _sample_pieces(
-    shape: Sequence[int], piece: Sequence[int], voxels: int, read: Callable[[Region], NDArray[Any]]
+def _sample_chunks(
+    shape: Sequence[int], chunk: Sequence[int], voxels: int, read: Callable[[Region], NDArray[Any]]
 ) -> Sample:
     whole = math.prod(shape) <= voxels
-    regions = evenly_spread(shape, shape if whole else piece, voxels)
-    # A piece of more voxels than wanted gives up some of them.
+    regions = spread_regions(shape, shape if whole else chunk, voxels)
+    # Chunks with more voxels than wanted are thinned out.
     parts = [_thinned(np.asarray(read(region)), max(1, voxels // len(regions))) for region in regions]
     taken = sum(math.prod(s.stop - s.start for s in region) for region in regions)
-    where = "all voxels" if whole else f"{len(regions)} evenly spread pieces of it"
+    where = "all voxels" if whole else f"{len(regions)} evenly spread parts of it"
     return _sample(parts, taken / math.prod(shape), where)
 
 
 def _thinned(part: NDArray[Any], voxels: int) -> NDArray[Any]:
-    """Every so manieth section of a part, and rows and columns of it too where it still has more than `voxels`."""
+    """Take every n-th section of a part, and also of its rows and columns while it has more than `voxels` voxels."""
     for axis in range(part.ndim):
         step = min(part.shape[axis], -(-part.size // voxels))
         part = part[(slice(None),) * axis + (slice(None, None, step),)]
@@ -164,7 +164,7 @@ def _thinned(part: NDArray[Any], voxels: int) -> NDArray[Any]:
 
 
 def intensities(sample: Sample, minimum: float, maximum: float) -> Intensities:
-    """Say how the intensities of a sample fall into [`minimum`, `maximum`]."""
+    """Describe how the intensities of a sample lie relative to [`minimum`, `maximum`]."""
     finite = sample.values[np.isfinite(sample.values)]
     count = max(1, sample.values.size)
     quantiles: list[Any] = [None] * 3
@@ -185,32 +185,32 @@ def intensities(sample: Sample, minimum: float, maximum: float) -> Intensities:
 
 
 def contrast(sample: Sample) -> Contrast | None:
-    """Tell whether dense matter is bright or dark.
+    """Estimate whether dense matter is bright or dark.
 
-    Membranes, filaments and complexes are denser than what is between them and fill the smaller part of it. So, near
-    any place, the densest voxels lie further from the median than the thinnest ones.
+    Membranes, filaments and complexes are denser than the space between them and fill the smaller part of it. So the
+    densest voxels of a small area differ more from its median than the least dense ones.
 
-    1. Voxels are averaged 3 × 3 in a section, against noise, and grouped to tiles of 24 × 24 voxels, in which the
-       specimen's slow changes, such as from a lamella to the vacuum, do not count.
-    2. The asymmetry of a tile is (bright + dark - 2 median) / (bright - dark), from -1 to 1, of the means of its
-       brightest and darkest sixteenth.
-    3. A tile counts as much as its bright and dark differ, so that the lamella outweighs the vacuum, but no more than
-       the tile that ranks at nine tenths, so that gold beads do not outweigh the lamella. Tiles in which a quarter of
-       the voxels are the same extreme number (padding, labels) do not count.
+    1. Voxels are averaged 3 × 3 in a section, to reduce noise, and grouped into tiles of 24 × 24 voxels. Within a tile,
+       slow changes of the specimen, such as from a lamella to vacuum, do not matter.
+    2. The asymmetry of a tile is (bright + dark - 2 median) / (bright - dark), from -1 to 1, where bright and dark are
+       the means of its brightest and darkest sixteenth.
+    3. The weight of a tile is bright - dark, so that the lamella outweighs vacuum, but at most the 0.9 quantile, so
+       that gold beads do not outweigh the lamella. Tiles in which a quarter of the voxels have the same extreme value
+       (padding, labels) are ignored.
 
     Parameters
     ----------
     sample
-        With its `parts`.
+        A sample with its `parts`.
 
     Returns
     -------
     Literal or None
-        ``None`` where the mean asymmetry is below 0.05 or below eight of its standard errors, there are fewer than 32
-        tiles, or the median asymmetry, weighted likewise, is not above 0.02 to the same side: the straight edge of a
-        hole may decide the mean, not the median. Phantoms with noise, a missing wedge, gold, ice, fringes or vacuum
-        have 0.07 to 0.4 and more than twelve standard errors, with the sign of their contrast; where noise hides
-        everything it is below 0.02, and of noise alone below six standard errors.
+        ``None`` if the mean asymmetry is below 0.05 or below eight of its standard errors, if there are fewer than 32
+        tiles, or if the weighted median is not above 0.02 with the same sign (the straight edge of a hole may dominate
+        the mean, but not the median). In phantoms with noise, a missing wedge, gold, ice, fringes or vacuum the
+        asymmetry is 0.07 to 0.4, more than twelve standard errors, and has the right sign. If noise hides everything it
+        is below 0.02, and for pure noise below six standard errors.
 
     Examples
     --------
@@ -240,7 +240,7 @@ def contrast(sample: Sample) -> Contrast | None:
 
 
 def _asymmetries(part: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Of each tile of a part that counts: its asymmetry, and how much its bright and dark differ."""
+    """Return the asymmetry, and bright - dark, of each tile of a part that is not ignored."""
     sections = np.moveaxis(part, np.argmin(part.shape), 0) if part.ndim == 3 else part.reshape(-1, *part.shape[-2:])
     edge = _BIN * _BINS
     count, rows, columns = len(sections), sections.shape[1] // edge, sections.shape[2] // edge
@@ -268,5 +268,5 @@ def _sample(parts: Sequence[NDArray[Any]], share: float, where: str) -> Sample:
 
 
 def _float32(values: NDArray[Any]) -> NDArray[np.float32]:
-    with np.errstate(over="ignore"):  # infinite then, and counted as such, as the network's scaling does it
+    with np.errstate(over="ignore"):  # becomes infinite and counts as such, as in the network's scaling
         return values.astype(np.float32)

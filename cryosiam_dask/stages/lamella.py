@@ -1,15 +1,15 @@
 """From lamella probabilities to a clean lamella mask, on chunked arrays.
 
 1. Smooth the probability with a Gaussian, one axis after the other, and compare it with the threshold, block by block.
-   Every block is read with the halo that the Gaussian reaches, so that each voxel is a sum of the very numbers, in
-   the same order, as in the whole array.
+   Every block is read with the halo of the Gaussian, so that each voxel is a sum of the same numbers in the same order
+   as in the whole array.
 2. Find the largest 26-connected component (`cryosiam_dask.stages.components`).
-3. Reduce the component to the corners of its convex hull in each z-slice: the ends of its rows hold all of them.
+3. Reduce the component to the corners of its convex hull in each z-slice; all corners are at the ends of its rows.
 4. Fill, block by block, the hull of each slice, or the hull of the whole component.
 
-Hulls are those of scikit-image: a voxel counts with the middles of its faces, half a voxel away from its centre, and
-belongs to a hull if its centre lies in it or on its surface. All coordinates are therefore halves of integers; doubled,
-they and the half-spaces between them are integers too, and what lies on a surface is decided without rounding.
+Hulls are those of scikit-image: a voxel contributes the centres of its faces, half a voxel away from its own centre,
+and belongs to a hull if its centre lies inside or on the surface. So all coordinates are halves of integers. Doubled,
+they and the half-spaces are integers, and whether a centre lies on the surface is decided without rounding.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ SIGMA = (10.0, 5.0, 5.0)
 """Width of the Gaussian in voxels, (z, y, x)."""
 
 TRUNCATE = 4.0
-"""Where the Gaussian ends, in sigmas."""
+"""Radius of the Gaussian in sigmas."""
 
-_SMOOTHED_VOXELS = 1 << 23  # of a block to smooth: halos take half of the work at this size, more below it
+_SMOOTHED_VOXELS = 1 << 23  # of a block to smooth; the halo is half of the work at this size, and more below it
 
 Corners: TypeAlias = NDArray[np.int64]  # (n, axes): voxels whose convex hull is wanted
 
 
 @dataclass(frozen=True, slots=True)
 class Thickness:
-    """How thick a lamella is along z, in voxels, of the columns (y, x) that hold any of it.
+    """Thickness of a lamella along z, in voxels, over the columns (y, x) that contain any of it.
 
-    It is measured along z, not across the faces: of a lamella that is tilted by α it is 1 / cos α times the distance of
-    these.
+    It is measured along z, not perpendicular to the faces: for a lamella that is tilted by α, it is 1 / cos α times
+    their distance.
 
     Attributes
     ----------
     mean, lowest, highest
-        Voxels of the lamella in a column.
+        Number of voxels of the lamella in a column.
     """
 
     mean: float
@@ -59,7 +59,7 @@ class Thickness:
 
     @classmethod
     def of(cls, columns: Sequence[int] | NDArray[np.int64]) -> Thickness | None:
-        """From how many columns hold 0, 1, 2 … voxels of the lamella; ``None`` if no column holds any.
+        """Compute it from the numbers of columns with 0, 1, 2 … voxels of the lamella; ``None`` without a lamella.
 
         >>> Thickness.of([7, 0, 1, 3])
         Thickness(mean=2.75, lowest=2, highest=3)
@@ -72,7 +72,7 @@ class Thickness:
         return cls(float(held @ counts[held] / counts.sum()), int(held[0]), int(held[-1]))
 
     def described(self, voxel_size_angstrom: Sequence[float | None] | None) -> dict[str, float | str]:
-        """The same in nm, or in voxels where the edge of a voxel along z, the first of three, is unknown.
+        """Convert to nm; if the voxel size along z (the first of three) is unknown, the unit is voxels.
 
         >>> Thickness(50, 7, 57).described((14, 14, 14))
         {'mean': 70.0, 'lowest': 9.8, 'highest': 79.8, 'unit': 'nm'}
@@ -83,7 +83,7 @@ class Thickness:
 
 
 def thickness_words(described: Mapping[str, float | str]) -> str:
-    """A thickness, as `Thickness.described` gives it, in words.
+    """Write a thickness from `Thickness.described` in words.
 
     >>> thickness_words(Thickness(50, 7, 57).described(None))
     'mean thickness 50 voxels (7 to 57)'
@@ -93,7 +93,7 @@ def thickness_words(described: Mapping[str, float | str]) -> str:
 
 
 def stored_thickness(attributes: Mapping[str, Any]) -> dict[str, float | str]:
-    """What the attributes of a prediction tell of its thickness, as `Thickness.described`; empty if nothing."""
+    """Return the thickness in the attributes of a prediction, like `Thickness.described`; empty if there is none."""
     stored, size = attributes.get("thickness_voxels"), attributes.get("voxel_size_angstrom")
     if not isinstance(stored, list | tuple) or len(stored) != 3 or not all(isinstance(n, int | float) for n in stored):
         return {}
@@ -102,21 +102,21 @@ def stored_thickness(attributes: Mapping[str, Any]) -> dict[str, float | str]:
 
 
 def count_columns(labels: Sliceable, *, executor: Executor = SERIAL) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Count the voxels of each label, and the columns along z by how many voxels of any label they hold.
+    """Count the voxels of each label, and the columns along z by their number of labelled voxels.
 
     Parameters
     ----------
     labels
-        (z, y, x), whole numbers from 0 to 255, 0 is background. They are read once, a block at a time.
+        (z, y, x), integers from 0 to 255, 0 is background. They are read once, a block at a time.
     executor
-        Runs the pieces, one for all blocks above each other.
+        Runs one task for each column of blocks.
 
     Returns
     -------
     voxels : (256,)
-        Of each label.
+        Number of voxels of each label.
     columns : (z + 1,)
-        How many columns (y, x) hold 0, 1, 2 … voxels that are not background; see `Thickness.of`.
+        Number of columns (y, x) with 0, 1, 2 … voxels that are not background; see `Thickness.of`.
     """
     blocks = Blocks.of(labels)
     where = [(y, x) for z, y, x in blocks.indices if z == 0]
@@ -142,7 +142,7 @@ def _count_in_columns(
 
 @dataclass(frozen=True, slots=True)
 class HalfSpaces:
-    """A convex body in doubled voxel coordinates: the points p with ``normals @ p <= offsets``, exactly.
+    """A convex body in doubled voxel coordinates: exactly the points p with ``normals @ p <= offsets``.
 
     Attributes
     ----------
@@ -158,18 +158,18 @@ class HalfSpaces:
 
 @dataclass(frozen=True, slots=True)
 class LamellaReport:
-    """What became of a lamella.
+    """Result of the post-processing.
 
     Attributes
     ----------
     found
-        False if no smoothed probability lies above the threshold: the labels were then copied as they are.
+        False if no smoothed probability exceeds the threshold; the labels were then copied unchanged.
     component_voxels
-        Voxels of the largest component of the thresholded, smoothed probability.
+        Number of voxels of the largest component of the thresholded, smoothed probability.
     z_slices
         The slices that it touches, first inclusive and last exclusive.
     voxels
-        Voxels of the output that are not 0.
+        Number of voxels of the output that are not 0.
     """
 
     found: bool
@@ -194,20 +194,20 @@ def postprocess_lamella(
     Parameters
     ----------
     probabilities
-        (z, y, x), or (class, z, y, x) of which class 0 is taken; float32, already multiplied by a mask if there is one.
+        (z, y, x), or (class, z, y, x) whose class 0 is used; float32, already multiplied by the mask if there is one.
     labels
         (z, y, x), the thresholded labels.
     output
-        (z, y, x) in the dtype of the labels, in chunks of its own; another array than `labels`. Written in full.
+        (z, y, x) with the dtype of the labels, not the same array; its chunks may differ. Every voxel is written.
     threshold
         Smoothed probabilities above it are lamella.
     hull
-        "slices": in each z-slice that the component touches, the 2-D hull of what lies in that slice; other slices
-        keep their labels. "volume": the 3-D hull of the component, and nothing else.
+        "slices": the 2-D hull of the component in each z-slice that it touches; other slices keep their labels.
+        "volume": only the 3-D hull of the component.
     work
-        A zarr group, for one temporary array of one byte a voxel, ``lamella_above_threshold``; it is left there.
+        A zarr group for the temporary array ``lamella_above_threshold``, one byte per voxel, which stays there.
     executor, array_module
-        Where the tasks run, and on which arrays.
+        Runs the tasks, and the library of arrays that they use.
 
     Returns
     -------
@@ -223,7 +223,7 @@ def postprocess_lamella(
         raise LabelsError(
             "lamella post-processing needs (z, y, x) labels, and probabilities of the same shape for each class",
             value=f"labels {shape}, probabilities {tuple(probabilities.shape)}",
-            remedy="Turn parameters.network.postprocessing off for 2-D images",
+            remedy="Set parameters.network.postprocessing to False for 2-D images",
         )
     filled = Blocks.between(labels, output)
     smoothed = Blocks.of(labels, voxels=_SMOOTHED_VOXELS)
@@ -286,13 +286,13 @@ def _threshold_block(
     threshold: np.float32,
     array_module: ArrayModule,
 ) -> None:
-    """Smooth one block and write where it exceeds the threshold."""
+    """Smooth one block and write 1 where it exceeds the threshold."""
     device = backend(array_module)
     core = blocks.slices(index)
     window = []
     for part, size, sigma in zip(core, blocks.shape, SIGMA, strict=True):
         halo = int(TRUNCATE * sigma + 0.5)
-        # Outside the volume are zeros, which the filter itself supplies.
+        # The filter itself pads the volume with zeros.
         window.append(slice(max(0, part.start - halo), min(size, part.stop + halo)))
     channel = (0,) * (len(probabilities.shape) - 3)
     smooth = device.xp.asarray(np.asarray(probabilities[(*channel, *window)], dtype=np.float32))
@@ -311,7 +311,7 @@ def _layer_corners(
 ) -> list[Corners]:
     """Return the corners, (y, x), of the component's hull in each z-slice of one layer of blocks.
 
-    `layer` holds the index of each block, and which of its provisional labels belong to the component.
+    `layer` holds, for each block, its index and which of its provisional labels belong to the component.
     """
     blocks = labelling.blocks
     depth, height = blocks.extent(layer[0][0])[0], blocks.shape[1]
@@ -337,7 +337,7 @@ def _corners(left: NDArray[np.int32], right: NDArray[np.int32]) -> Corners:
         return np.zeros((0, 2), dtype=np.int64)
     ends = np.concatenate([np.stack([rows, left[rows]], axis=1), np.stack([rows, right[rows]], axis=1)])
     ends = np.unique(ends, axis=0)
-    # Half a voxel in each direction makes a body even of one voxel, and leaves every corner a corner.
+    # The centres of the faces give even one voxel a volume, and every corner stays a corner.
     hull = ConvexHull(_face_centres(ends))
     return np.unique(ends[hull.vertices // 4], axis=0)
 
@@ -351,8 +351,8 @@ def _fill_block(
 ) -> int:
     """Write one block and return how many of its voxels are not 0.
 
-    `item` is its index and what to fill: the hull corners of each of its slices (none: the labels stay), the body that
-    replaces the labels, or nothing.
+    `item` is its index and what to fill: the hull corners of each of its slices (labels stay where there are none), the
+    body that replaces the labels, or None.
     """
     index, hull = item
     z, y, x = blocks.slices(index)
@@ -373,7 +373,7 @@ def _fill_block(
 
 
 def _face_centres(voxels: NDArray[Any]) -> NDArray[np.int64]:
-    """Return the middles of the faces of each voxel in doubled coordinates: 2 * axes points a voxel, in order.
+    """Return the centres of the faces of each voxel in doubled coordinates, 2 * axes points per voxel, in order.
 
     >>> _face_centres(np.array([[3, 5]])).tolist()
     [[5, 10], [7, 10], [6, 9], [6, 11]]
@@ -384,12 +384,12 @@ def _face_centres(voxels: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def half_spaces(voxels: Corners) -> HalfSpaces:
-    """Return the convex hull of voxels, each with the middles of its faces.
+    """Return the convex hull of the face centres of voxels.
 
     Parameters
     ----------
     voxels
-        (n, axes), int64, in 2-D or 3-D; one is enough.
+        (n, axes), int64, 2-D or 3-D; one voxel is enough.
 
     Examples
     --------
@@ -405,14 +405,14 @@ def half_spaces(voxels: Corners) -> HalfSpaces:
         normals = np.stack([along[:, 1], -along[:, 0]], axis=1)
     else:
         normals = np.cross(facets[:, 1] - facets[:, 0], facets[:, 2] - facets[:, 0])
-    # Qhull knows which side is outside; its own normals are rounded.
+    # Qhull's normals tell which side is outside, but they are rounded.
     normals[(normals * hull.equations[:, :-1]).sum(axis=1) < 0] *= -1
     offsets = (normals * facets[:, 0]).sum(axis=1)
     return HalfSpaces(normals, offsets)
 
 
 def _cutting(body: HalfSpaces, region: tuple[slice, ...]) -> HalfSpaces:
-    """Return the half-spaces that cut a region, or one that holds nothing of it where there is such a one."""
+    """Return the half-spaces that cut a region; if one excludes the whole region, return only that."""
     first, last = (2 * np.array(ends) for ends in zip(*((part.start, part.stop - 1) for part in region), strict=True))
     nearest = (body.normals * np.where(body.normals > 0, first, last)).sum(axis=1)
     farthest = (body.normals * np.where(body.normals > 0, last, first)).sum(axis=1)
@@ -425,8 +425,8 @@ def _cutting(body: HalfSpaces, region: tuple[slice, ...]) -> HalfSpaces:
 def _inside(body: HalfSpaces, lines: NDArray[np.int64], x: slice) -> NDArray[np.bool_]:
     """Return which voxels with x in `x` of each line are inside `body`: (lines, x).
 
-    `lines` holds the leading coordinates, (y,) or (z, y). The body cuts a line in one stretch, so that each facet is
-    looked at once a line, not once a voxel.
+    `lines` holds the leading coordinates, (y,) or (z, y). The part of a line inside the body is one interval, so each
+    facet is evaluated once per line, not once per voxel.
     """
     low = np.full(len(lines), x.start)
     high = np.full(len(lines), x.stop - 1)

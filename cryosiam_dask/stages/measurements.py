@@ -1,7 +1,7 @@
-"""Instances of a segmentation and what is measured of each: a file of instance numbers, and tables.
+"""Instances of a segmentation and their measurements: a file of instance numbers, and tables.
 
-For a tomogram ``<stem>_components.h5`` (dataset ``instances``) with ``<stem>_components.csv`` and ``.parquet``, and for
-all tomograms of a folder ``components.csv`` and ``components.parquet``. A table holds one row for each component:
+A tomogram has ``<stem>_components.h5`` (dataset ``instances``), ``<stem>_components.csv`` and ``.parquet``. All
+tomograms of a folder have ``components.csv`` and ``components.parquet``. A table has one row per component:
 
 ============================================== =========================================================================
 ``tomogram``, ``class``, ``class_name``        names, and the class as a number
@@ -14,7 +14,7 @@ all tomograms of a folder ``components.csv`` and ``components.parquet``. A table
 ``touches_border``                             whether the volume may cut it
 ============================================== =========================================================================
 
-What depends on an unknown voxel size is empty. An image is a volume of one slice, whose z in Å and volume are empty.
+Values that depend on an unknown voxel size are empty. An image is a volume of one slice without z in Å and volume.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from cryosiam_dask.stages.components import ArrayModule, Components, find_compon
 
 CONNECTIVITY = 26
 COLLECTION = "components"  # name of the tables of all tomograms
-STAR_MARK = "# cryosiam_dask"  # how a STAR file of this program begins
-_OF_EVERY_TABLE = {"tomogram", "class", "voxels"}  # columns
+STAR_MARK = "# cryosiam_dask"  # first characters of this program's STAR files
+_COMMON_COLUMNS = {"tomogram", "class", "voxels"}  # columns
 
 
 def component_files(folder: Path, stem: str) -> tuple[Path, Path, Path]:
-    """The files of a tomogram's components: HDF5, CSV, Parquet."""
+    """Return the paths of a tomogram's components: HDF5, CSV, Parquet."""
     return (
         folder / f"{stem}_components.h5",
         folder / f"{stem}_components.csv",
@@ -68,28 +68,28 @@ def write_components(
 ) -> Components:
     """Find, number and measure the components of a tomogram, and write their three files.
 
-    The HDF5 file comes last: where it carries a fingerprint, the tables belong to it.
+    The HDF5 file is written last, so its fingerprint is also that of the tables.
 
     Parameters
     ----------
     folder, stem
-        Where the files go, and the tomogram's name.
+        Folder of the files, and the tomogram's name.
     labels
         (z, y, x) or (y, x), integers, 0 is background.
     work
-        Holds the instances for the time being, as the array ``instances``.
+        Group for the temporary array ``instances``.
     attributes
         For the HDF5 file, as in `cryosiam_dask.files.predictions.write_hdf5`; ``voxel_size_angstrom`` and
         ``class_names`` also for the tables.
     probabilities
         (class, z, y, x) or (class, y, x).
     executor, array_module
-        Where the pieces run, and on which arrays.
+        Runs the tasks, and the library of arrays that they use.
 
     Raises
     ------
     LabelsError
-        If the labels are not integers, negative, or of another shape than the probabilities.
+        If the labels are not integers, are negative, or have another shape than the probabilities.
     OutputError
         If there are no voxels, or a file cannot be written.
     """
@@ -125,9 +125,9 @@ def write_components(
 
 
 def remove_outdated(folder: Path, stem: str, fingerprint: str | None) -> bool:
-    """Remove the components of a tomogram unless they were made from the labels of this fingerprint.
+    """Remove the components of a tomogram unless they were made from the labels with this fingerprint.
 
-    A file of that name that this program did not make stays.
+    Files of other programs stay.
 
     Returns
     -------
@@ -147,33 +147,33 @@ def remove_outdated(folder: Path, stem: str, fingerprint: str | None) -> bool:
 
 
 def made_here(path: Path) -> bool:
-    """Whether this program made a table, a list or a file of components, as far as its content tells."""
+    """Whether this program made a table, a list or a file of components, judging by its content."""
     try:
         if path.suffix == ".h5":
             return INSTANCES in dataset_names(path)
         if path.suffix == ".parquet":
             from pyarrow import parquet  # type: ignore[import-untyped]
 
-            return set(parquet.read_schema(path).names) >= _OF_EVERY_TABLE
+            return set(parquet.read_schema(path).names) >= _COMMON_COLUMNS
         with path.open(encoding="utf-8", errors="replace") as file:
             beginning = file.read(4096)
     except (OSError, ValueError, OutputError):
         return False
     if path.suffix == ".csv":
-        return set(beginning.partition("\n")[0].split(",")) >= _OF_EVERY_TABLE
-    # Before lists were marked, the tomogram stood first in them.
+        return set(beginning.partition("\n")[0].split(",")) >= _COMMON_COLUMNS
+    # Earlier versions wrote no mark, but put the tomogram's name first.
     return beginning.startswith(STAR_MARK) or (
         beginning.startswith("# Created by") and "_rlnTomoName #1\n" in beginning
     )
 
 
 def require_own(*paths: Path) -> None:
-    """Refuse to replace files that this program did not make.
+    """Check that no file of another program would be replaced.
 
     Raises
     ------
     OutputError
-        If there is one.
+        If there is such a file.
     """
     for path in paths:
         if path.exists() and not made_here(path):
@@ -191,23 +191,23 @@ def component_table(
     *,
     class_names: Sequence[str] | None = None,
 ) -> Any:
-    """Return what is measured of each component as a pandas.DataFrame, in the columns of the module's description.
+    """Return the measurements of each component as a pandas.DataFrame; the module's description lists the columns.
 
     Parameters
     ----------
     components
         From `cryosiam_dask.stages.components.find_components` with ``measure=True``.
     tomogram
-        Its name.
+        Name of the tomogram.
     voxel_size_angstrom
-        Along z, y and x (or y and x); ``None`` where it is unknown.
+        Along z, y and x (or y and x); ``None`` where unknown.
     class_names
-        Of the classes from 1 on; ``"class 1"`` and so on where they have none.
+        Names of the classes from 1 on; a class without a name is called ``"class 1"`` and so on.
 
     Raises
     ------
     LabelsError
-        If nothing was measured.
+        If the components were not measured.
     """
     import pandas
 
@@ -235,18 +235,18 @@ def component_table(
 
 
 def voxel_size(ndim: int, voxel_size_angstrom: Sequence[float | None] | None) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return the voxel size along z, y and x in Å, NaN where it is unknown and along z of an image."""
+    """Return the voxel size along z, y and x in Å; NaN if unknown, and along z of an image."""
     known = [np.nan if not size else float(size) for size in voxel_size_angstrom or ()]
     return np.array([np.nan] * (3 - ndim) + known) if len(known) == ndim else np.full(3, np.nan)
 
 
 def write_table(path: Path, table: Any) -> None:
-    """Write a pandas.DataFrame as CSV or, by the ending of `path`, Parquet; complete or not at all.
+    """Write a pandas.DataFrame as CSV or Parquet, depending on the ending of `path`, replacing a file atomically.
 
     Raises
     ------
     OutputError
-        If the file cannot be written; an earlier file is then untouched.
+        If the file cannot be written; an earlier file is then unchanged.
     """
     write_bytes(
         path, table.to_parquet(index=False) if path.suffix == ".parquet" else table.to_csv(index=False).encode()
@@ -255,7 +255,7 @@ def write_table(path: Path, table: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How many components a class has, and how many voxels its median and its largest one."""
+    """Number of components of a class, and voxels of the median and of the largest one."""
 
     count: int
     median: float
@@ -263,7 +263,7 @@ class Sizes:
 
 
 def component_sizes(folder: Path, stem: str) -> dict[int, Sizes] | None:
-    """Return the sizes of the components of each class that has any, ``None`` where they were not measured.
+    """Return the sizes of the components of each class that has any; ``None`` if they were not measured.
 
     Raises
     ------
@@ -279,7 +279,7 @@ def component_sizes(folder: Path, stem: str) -> dict[int, Sizes] | None:
         voxels = pandas.read_parquet(path, columns=["class", "voxels"]).groupby("class")["voxels"]
         rows = voxels.agg(["size", "median", "max"]).itertuples()
         return {int(label): Sizes(int(count), float(median), int(largest)) for label, count, median, largest in rows}
-    except (OSError, ValueError, KeyError) as error:  # what pyarrow raises of a damaged file is one of these
+    except (OSError, ValueError, KeyError) as error:  # pyarrow's errors for damaged files derive from these
         raise OutputError(
             "the table of components must be readable",
             place=path,
@@ -289,16 +289,16 @@ def component_sizes(folder: Path, stem: str) -> dict[int, Sizes] | None:
 
 
 def collect_tables(folder: Path, is_there: Callable[[str], bool] = lambda stem: True) -> None:
-    """Put the tables of all tomograms of a folder together, ``components.csv`` and ``components.parquet``.
+    """Join the tables of all tomograms of a folder as ``components.csv`` and ``components.parquet``.
 
-    Without any table both are removed.
+    If there are no tables, both are removed.
 
     Parameters
     ----------
     folder
-        Which one.
+        Folder of the tables.
     is_there
-        Whether a tomogram (stem) still has a prediction there; tables of others stay and are left out.
+        Whether a tomogram (stem) still has a prediction; tables of other tomograms are left out, but stay.
 
     Raises
     ------
@@ -312,21 +312,21 @@ def collect_tables(folder: Path, is_there: Callable[[str], bool] = lambda stem: 
     text_file, table_file = (folder / f"{COLLECTION}{ending}" for ending in (".csv", ".parquet"))
     with holding(folder):
         schemas = {
-            path: _of_table(path, parquet.read_schema)
+            path: _parquet(path, parquet.read_schema)
             for path in visible(folder, ending)
             if is_there(path.name.removesuffix(ending))
         }
-        paths = [path for path, found in schemas.items() if set(found.names) >= _OF_EVERY_TABLE]
+        paths = [path for path, found in schemas.items() if set(found.names) >= _COMMON_COLUMNS]
         if not paths:
             for path in filter(made_here, (text_file, table_file)):
                 path.unlink()
             return
         require_own(text_file, table_file)
         schema = pyarrow.unify_schemas([schemas[path] for path in paths], promote_options="permissive")
-        # One table after the other: a collection has millions of components.
+        # One table after the other, because a collection has millions of components.
         with replacing(text_file) as text, replacing(table_file) as sink, parquet.ParquetWriter(sink, schema) as writer:
             for path in paths:
-                found = _of_table(path, parquet.read_table)
+                found = _parquet(path, parquet.read_table)
                 columns = {
                     field.name: found[field.name].cast(field.type)
                     if field.name in found.column_names
@@ -338,10 +338,10 @@ def collect_tables(folder: Path, is_there: Callable[[str], bool] = lambda stem: 
                 text.write(table.to_pandas().to_csv(index=False, header=path == paths[0]).encode())
 
 
-def _of_table(path: Path, read: Callable[[Path], Any]) -> Any:
+def _parquet(path: Path, read: Callable[[Path], Any]) -> Any:
     try:
         return read(path)
-    except (OSError, ValueError, KeyError) as error:  # what pyarrow raises of a damaged file is one of these
+    except (OSError, ValueError, KeyError) as error:  # pyarrow's errors for damaged files derive from these
         raise OutputError(
             "the table must be readable to be collected",
             place=path,
@@ -352,6 +352,6 @@ def _of_table(path: Path, read: Callable[[Path], Any]) -> Any:
 
 @contextmanager
 def holding(folder: Path) -> Iterator[None]:
-    """Wait until no other run puts the tables of `folder` together, and keep others from it for the time being."""
+    """Hold the claim on the tables and lists of all tomograms of `folder`; wait while another run holds it."""
     with open_claims() as claims, claims.holding(collection_claim(folder)):
         yield

@@ -1,22 +1,23 @@
-"""A tomogram with its labels as an OME-Zarr image (NGFF 0.5 on zarr format 3), as viewers open it.
+"""Writing a tomogram with its labels as an OME-Zarr image (NGFF 0.5 on zarr format 3).
 
 One group holds both, side by side::
 
     <name>.ome.zarr/
-        0, 1, 2 …                         the tomogram, each level half as many voxels along each axis as the one before
+        0, 1, 2 …                         the tomogram; each level has half as many voxels along each axis
         labels/segmentation/0, 1, 2 …     the labels, in the same levels
 
-1. Level 0 is copied, voxels that are NaN or infinite as the minimum. A voxel of the next level stands for the 2 × 2 × 2
-   (at the far rim fewer) that it covers: of the tomogram their mean, of the labels the most frequent one, of equals the
-   lowest that is not background, so that thin structures do not vanish. Labels are never interpolated.
-2. A voxel's position is that of its centre: those of level n lie (2ⁿ − 1) / 2 voxels of level 0 further inwards, which
-   the level's translation says, in Å along z, y and x.
-3. Viewers are told to show the intensities between which the central 99 % of the voxels lie, as far as a sample tells,
-   from black to white (``omero``); otherwise they would take them for 0 to 1, or for all that there are.
-4. Arrays of more than one shard are sharded, 2 × 2 × 2 chunks of 128 voxels in a file: a volume of 4 gigavoxels is some
-   hundred files instead of thousands. Sharding is what format 3 has and format 2 lacks. Every task writes whole shards.
+1. Level 0 is a copy, with the minimum for voxels that are NaN or infinite. A voxel of the next level covers 2 × 2 × 2
+   voxels (fewer at the far edges). For the tomogram it is their mean. For the labels it is the most frequent label, or
+   among equally frequent ones the lowest that is not background, so that thin structures do not vanish. Labels are
+   never interpolated.
+2. A voxel's position is that of its centre. The centres of level n are shifted inwards by (2ⁿ − 1) / 2 voxels of level
+   0; each level has that translation, in Å along z, y and x.
+3. The attribute ``omero`` tells viewers to show the central 99 % of a sample's intensities from black to white.
+   Otherwise they would show 0 to 1, or the full range.
+4. Arrays larger than one shard are sharded, with 2 × 2 × 2 chunks of 128 voxels per file, so that a volume of 4
+   gigavoxels has hundreds of files instead of thousands. Sharding needs zarr format 3. Every task writes whole shards.
 
-Nothing the size of a volume is ever in memory, and the folder appears complete or not at all.
+No whole volume is ever in memory, and the folder appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ NGFF = "0.5"
 CHUNK, SHARD = 128, 256  # voxels along each axis
 COARSEST = 128  # levels are added until the longest axis has no more voxels than this
 SEGMENTATION = "segmentation"  # name of the label image
-OWN = "cryosiam_dask"  # attribute of the group that holds what is not part of the format
-_DEPTH = 64  # sections that are made at once
+OWN = "cryosiam_dask"  # attribute of the group with our own metadata
+_DEPTH = 64  # sections that are computed at once
 _COMPRESSOR = BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle")
 
 Reduction: TypeAlias = Literal["mean", "mode"]
@@ -65,36 +66,36 @@ def write_ome_zarr(
     attributes: Mapping[str, Any] | None = None,
     executor: Executor = SERIAL,
 ) -> None:
-    """Write a tomogram, and its labels where there are any, as an OME-Zarr image.
+    """Write a tomogram and, if given, its labels as an OME-Zarr image.
 
     Parameters
     ----------
     path
-        For example ``<stem>.ome.zarr``, in a folder that exists; replaced when the new one is complete.
+        For example ``<stem>.ome.zarr``, in an existing folder; replaces an earlier image when it is complete.
     tomogram : (z, y, x) or (y, x)
         Any real dtype.
     labels : (z, y, x) or (y, x), uint8
-        Of the tomogram's shape.
+        The tomogram's shape.
     class_names
-        Of the labels from 1 on; those have colours too.
+        Names of the labels from 1 on; named labels also get colours.
     voxel_size_angstrom
-        Per axis; where one is unknown it is taken for the mean of the others. Unknown along all axes: the image has no
-        unit and voxels of size 1.
+        Per axis; an unknown size is replaced by the mean of the others. If all are unknown, the image has no unit and
+        voxels of size 1.
     position_angstrom
-        Of the centre of the first voxel, per axis.
+        Position of the centre of the first voxel, per axis.
     minimum
-        Takes the place of voxels that are not finite.
+        Replaces voxels that are not finite.
     attributes
         JSON values for the attribute ``cryosiam_dask`` of the group.
     executor
-        Runs the pieces, one for each shard. A task holds about 300 MB.
+        Runs one task for each shard. A task uses about 300 MB.
 
     Raises
     ------
     LabelsError
         If the labels have another shape than the tomogram.
     OutputError
-        If there are no voxels, or the folder cannot be written; an earlier one is then untouched.
+        If there are no voxels, or the folder cannot be written; an earlier one is then unchanged.
     """
     path = Path(path)
     shape = tuple(map(int, tomogram.shape))
@@ -145,7 +146,7 @@ def write_ome_zarr(
 
 
 def read_own_attributes(path: Path) -> dict[str, Any]:
-    """The attribute ``cryosiam_dask`` of an OME-Zarr image; empty if it is of another program or cannot be read."""
+    """Read the attribute ``cryosiam_dask`` of an OME-Zarr image; empty if there is none or it cannot be read."""
     try:
         own = json.loads((path / "zarr.json").read_text(encoding="utf-8"))["attributes"][OWN]
     except (OSError, ValueError, KeyError, TypeError):
@@ -157,7 +158,7 @@ def read_own_attributes(path: Path) -> dict[str, Any]:
 
 
 def _levels(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Shapes of all levels; half of an odd number of voxels is rounded up."""
+    """Return the shapes of all levels; half of an odd number of voxels is rounded up."""
     levels = [shape]
     while max(levels[-1]) > COARSEST:
         levels.append(tuple(-(-size // 2) for size in levels[-1]))
@@ -194,7 +195,7 @@ def _multiscale(
 
 
 def _omero(tomogram: Sliceable, name: str) -> dict[str, Any]:
-    """How viewers show the intensities: the only channel, in grey."""
+    """Return how viewers show the intensities: one channel, in grey."""
     low, high, lowest, highest = contrast_limits(sample_array(tomogram))
     window = {"min": lowest, "max": highest, "start": low, "end": high}
     channel = {"label": name, "color": "FFFFFF", "active": True, "inverted": False, "window": window}
@@ -202,9 +203,9 @@ def _omero(tomogram: Sliceable, name: str) -> dict[str, Any]:
 
 
 def contrast_limits(sample: Sample) -> tuple[float, float, float, float]:
-    """Intensities to show as black and white, and the lowest and the highest, as far as a sample of a tomogram tells.
+    """Return the intensities to show as black and white, and the lowest and highest ones of a sample.
 
-    Black and white differ, also where all voxels are equal or none is finite.
+    Black and white differ, even if all voxels are equal or none is finite.
 
     Parameters
     ----------
@@ -232,7 +233,7 @@ def _image_label(class_names: Sequence[str]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Of what JSON does not know: arrays and numbers of numpy."""
+    """Convert NumPy arrays and numbers, which JSON does not support."""
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
 
 
@@ -241,7 +242,7 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Level:
-    """How one level is made: each voxel of `target` of the up to `factor` voxels of `source` that it covers."""
+    """One level: a voxel of `target` covers up to `factor` voxels of `source` along each axis."""
 
     source: Any
     target: zarr.Array[Any]
@@ -281,7 +282,7 @@ def _fill(
 
 
 def _make(level: _Level, region: Region) -> None:
-    """Make a region of a level, some sections at a time, and write it at once."""
+    """Compute a region of a level, some sections at a time, and write it at once."""
     result = np.empty([part.stop - part.start for part in region], level.target.dtype)
     for first in range(0, result.shape[0], _DEPTH):
         sections = slice(first, min(first + _DEPTH, result.shape[0]))
@@ -306,7 +307,7 @@ def _finite(voxels: NDArray[Any], minimum: float) -> NDArray[Any]:
 
 
 def _corners(voxels: NDArray[Any]) -> list[NDArray[Any]]:
-    """The voxels of each 2 × 2 × 2 cube, as eight arrays; a last odd voxel counts twice, which weighs nothing anew."""
+    """Return the voxels of each 2 × 2 × 2 cube as eight arrays; the last voxel of an odd axis counts twice."""
     padded = np.pad(voxels, [(0, size % 2) for size in voxels.shape], mode="edge")
     return [
         padded[tuple(slice(i, None, 2) for i in corner)] for corner in itertools.product((0, 1), repeat=voxels.ndim)
@@ -314,7 +315,7 @@ def _corners(voxels: NDArray[Any]) -> list[NDArray[Any]]:
 
 
 def mean_of_pairs(voxels: NDArray[Any]) -> NDArray[Any]:
-    """Half as many voxels along each axis: means, of whole numbers rounded to even.
+    """Halve the voxels along each axis by means; means of integers are rounded, halves to even.
 
     >>> mean_of_pairs(np.array([[1, 2, 9], [3, 6, 9]]))
     array([[3, 9]])
@@ -328,7 +329,7 @@ def mean_of_pairs(voxels: NDArray[Any]) -> NDArray[Any]:
 
 
 def mode_of_pairs(labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Half as many voxels along each axis: the most frequent label, of equals the lowest other than 0.
+    """Halve the voxels along each axis by the most frequent label, among equals the lowest other than 0.
 
     >>> mode_of_pairs(np.array([[0, 3, 0, 0, 1], [3, 0, 0, 2, 2]], np.uint8))
     array([[3, 0, 1]], dtype=uint8)

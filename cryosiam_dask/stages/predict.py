@@ -1,11 +1,11 @@
-"""Tomogram to labels: the network's sliding window, block by block.
+"""Predicting labels: the network's sliding window, block by block.
 
 A block (see `cryosiam_dask.core.grid`) is read with the halo that its patches need, its patches are predicted in
-batches, and the cores of the patches are put together to the block's labels, probabilities and distances.
-`predict_window` does that for the voxels of one block, wherever they come from. Two ways lead to it:
+batches, and the cores of the patches are joined to the block's labels, probabilities and distances. `predict_window`
+does that for the voxels of one block. There are two ways to it:
 
 * `predict_store` for stored volumes: every task reads its own block with its halo from the zarr store and writes whole
-  chunks of the outputs. Nothing but the block's index travels. This is what the command line runs.
+  chunks of the outputs. Only the block's index is sent to a worker. The command line uses this way.
 * `predict` for any Dask array: a graph of `dask.array.map_overlap`, in which Dask moves the halos.
 
 Both give the same bytes; ``benchmarks/bench_halo.py`` compares their cost.
@@ -42,7 +42,7 @@ from cryosiam_dask.model.predictor import PredictorSpec, load_predictor, normali
 
 Array = npt.NDArray[Any]
 
-#: What a network can be asked for, and the dtype of each.
+#: Outputs of a network, and their dtypes.
 OUTPUTS: Mapping[str, type] = {
     "labels": np.uint8,
     "probabilities": np.float32,
@@ -61,14 +61,14 @@ def predict_window(
     spec
         The network and how it is run.
     voxels
-        The block's window, normalised: ``block.window_shape`` (z, y, x), float32.
+        The block's normalised window, ``block.window_shape`` (z, y, x), float32.
     block
-        Which patches to predict and where their cores belong.
+        The patches to predict, and the regions of their cores.
     wanted
         Keys of `OUTPUTS`, and ``"highest"``; see `cryosiam_dask.model.predictor.Predictor.predict_block`.
     mask
-        ``block.shape`` (z, y, x), 0 or 1; every output is multiplied by it. A patch whose core lies outside it is not
-        predicted.
+        ``block.shape`` (z, y, x), 0 or 1; every output is multiplied by it. Patches whose core lies outside the mask
+        are not predicted.
 
     Returns
     -------
@@ -77,42 +77,42 @@ def predict_window(
         ``highest`` (class,), of all patches that were predicted, also where they reach out of the mask. Of a denoiser
         ``denoised`` (channel, z, y, x).
     tuple of float
-        When the device began and ended, seconds since the epoch.
+        When the device started and finished, seconds since 1970.
     """
     patches = [p for p in block.patches if mask is None or mask[p.target].any()]
     result, computed = load_predictor(spec).predict_block(voxels, patches, block.shape, wanted)
     if mask is not None:
         for name, values in result.items():
             if name != "highest":
-                values *= mask  # in place: of many classes, a second copy would be what takes the memory
+                values *= mask  # in place, because a second copy of many classes would take too much memory
     return result, computed
 
 
 def _all_classes(region: tuple[slice, ...]) -> Any:
-    """Index of a region in an array that may have a class axis before its (z, y, x)."""
+    """Return the index of a region in an array that may have a class axis before (z, y, x)."""
     return (..., *region)
 
 
-_SLAB = 64  # sections; windows begin at whole chunks of the tomogram
+_SLAB = 64  # sections
 
 
 def tomogram_chunks(grid: Grid) -> tuple[int, ...]:
-    """Chunks in which a tomogram is best stored: with CryoSiam's patches most windows end where chunks do.
+    """Return the best chunk shape for a tomogram; with CryoSiam's patches most windows end at chunk borders.
 
     Parameters
     ----------
     grid
-        The patches that will read it.
+        The patches that will read the tomogram.
     """
     strides = [a.axis.stride if a.axis.exact else _SLAB for a in grid.axes]
     chunk = [s * max(1, round(_SLAB / s)) for s in strides]
-    chunk[-1] *= 4  # every chunk costs about as much as reading so many voxels
+    chunk[-1] *= 4  # opening a chunk costs about as much as reading so many voxels
     return tuple(min(n, c) for n, c in zip(grid.shape, chunk, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
 class StoredPrediction:
-    """Where a tomogram's prediction reads and writes; travels to the workers.
+    """What a tomogram's prediction reads and writes; sent to the workers.
 
     Attributes
     ----------
@@ -121,14 +121,14 @@ class StoredPrediction:
     grid
         Patches and blocks.
     tomogram
-        Intensities as stored, (z, y, x).
+        Stored intensities, (z, y, x).
     outputs
         Arrays to fill by name, with chunks of ``grid.chunks`` over their last axes; zero where nothing is written.
     mask
         The lamella, or ``None``.
     token
-        Attribute ``blocks`` of the outputs' group, if it has one. Nothing is written once it holds another: a call of a
-        run that is gone may still be at work when the next one has begun.
+        Attribute ``blocks`` of the outputs' group, if it has one. Nothing is written after it has changed, because a
+        task of a killed run may still run when the next run has started.
     """
 
     spec: PredictorSpec
@@ -147,15 +147,15 @@ def create_outputs(
     Parameters
     ----------
     group
-        Where to create them; each is called by its name in `wanted`.
+        Group of the arrays, whose names are those in `wanted`.
     grid
-        Gives shape and chunks.
+        Determines shape and chunks.
     classes
         Length of the class axis of ``probabilities`` and ``distances``.
     wanted
         Keys of `OUTPUTS`.
     overwrite
-        Replace arrays of these names.
+        Whether to replace existing arrays.
     """
     outputs = {}
     for name in wanted:
@@ -174,12 +174,12 @@ def create_outputs(
 
 @dataclass(frozen=True, slots=True)
 class BlockTimes:
-    """When a block was worked on, each step as (began, ended) in seconds since the epoch, and what was seen in it.
+    """When a block was processed, as (start, end) in seconds since 1970, and what was found in it.
 
     Attributes
     ----------
     worker
-        Address of the process, as numbers of processes are those of one host alone.
+        Address of the process, because process numbers are unique only on one host.
     read
         Reading and normalising its voxels.
     compute
@@ -191,7 +191,7 @@ class BlockTimes:
     lowest
         The lowest denoised intensity.
     inside
-        Voxels of the block inside the mask; all without one.
+        Number of voxels of the block inside the mask; all if there is no mask.
     """
 
     worker: str
@@ -217,17 +217,17 @@ def predict_store(
     prediction
         What to read and where to write.
     skip
-        Indices of blocks whose results are there already.
+        Indices of blocks whose results exist already.
     done
-        Called with the index of every block whose results have reached the disk, and with what is returned of it;
-        ``None`` where the mask ruled it out.
+        Called with the index of every block whose results are on the disk, and with its `BlockTimes`, or ``None`` if
+        the mask excludes the block.
     executor
-        Runs the blocks.
+        Runs one task for each block.
 
     Returns
     -------
     list of BlockTimes
-        One for each block that was predicted: not for those that the mask ruled out.
+        One for each predicted block; blocks that the mask excludes have none.
     """
     left = [index for index in prediction.grid.indices() if index not in skip]
     blocks = partial(predict_stored_block, prediction)
@@ -243,12 +243,12 @@ def _own_address() -> str:
 
 
 def predict_stored_block(prediction: StoredPrediction, index: tuple[int, ...]) -> BlockTimes | None:
-    """Read, predict and write one block; returns None if the mask leaves nothing to predict in it."""
+    """Read, predict and write one block; return None if the mask excludes it."""
     grid = prediction.grid
     block = grid.block(index)
     mask = None if prediction.mask is None else read_mask(prediction.mask, block.region)
     if mask is not None and not mask.any():
-        return None  # The outputs hold zeros already.
+        return None  # the outputs are zero already
     began = time.time()
     voxels = read_window(prediction.tomogram, block, grid, prediction.spec)
     read = time.time()
@@ -258,7 +258,7 @@ def predict_stored_block(prediction: StoredPrediction, index: tuple[int, ...]) -
     highest = (float(result["denoised"].max()),) if denoises else tuple(result.pop("highest").tolist())
     lowest = float(result["denoised"].min()) if denoises else None
     inside = math.prod(block.shape) if mask is None else int(np.count_nonzero(mask))
-    del voxels  # while the next block's are read
+    del voxels  # another task may be reading the next block
     writing = time.time()
     if prediction.token is not None:
         store = next(iter(prediction.outputs.values())).store
@@ -271,7 +271,7 @@ def predict_stored_block(prediction: StoredPrediction, index: tuple[int, ...]) -
 
 
 def _force_to_disk(array: zarr.Array[Any], region: tuple[slice, ...]) -> None:
-    """Wait until the chunks of a region are on the disk, so that no loss of power takes what was recorded as done."""
+    """Wait until the chunks of a region are on the disk, so that a recorded block survives a loss of power."""
     store = array.store_path.store
     if not isinstance(store, LocalStore):
         return
@@ -288,20 +288,20 @@ def _force_to_disk(array: zarr.Array[Any], region: tuple[slice, ...]) -> None:
 
 
 def _slab(chunks: Any) -> int:
-    """Sections to read at once: whole chunks, so that those of a volume that others stored are decoded only once."""
+    """Return the number of sections to read at once: whole chunks, so that each chunk is decoded only once."""
     chunk = chunks[0] if chunks and isinstance(chunks[0], int) else _SLAB
     return min(chunk * max(1, _SLAB // chunk), 4 * _SLAB)
 
 
 def read_window(tomogram: Any, block: Block, grid: Grid, spec: PredictorSpec) -> npt.NDArray[np.float32]:
-    """Read what a block's patches see.
+    """Read the window of a block.
 
     Parameters
     ----------
     tomogram
-        Intensities as stored, (z, y, x); anything that slices like an array.
+        Stored intensities, (z, y, x); anything that slices like an array.
     block, grid
-        Which voxels.
+        The block and its grid.
     spec
         How intensities are scaled.
 
@@ -318,7 +318,7 @@ def read_window(tomogram: Any, block: Block, grid: Grid, spec: PredictorSpec) ->
     ]
     for pieces in product(*segments):
         source, target = zip(*pieces, strict=True)
-        # Some chunks at a time: as stored and normalised, a whole window would be there three times.
+        # Some chunks at a time, because there would be three copies of a whole window in memory.
         for first in range(source[0].start // depth * depth, source[0].stop, depth):
             slab = slice(max(first, source[0].start), min(first + depth, source[0].stop))
             at = target[0].start + slab.start - source[0].start
@@ -348,7 +348,7 @@ def predict(
     mask
         Shape of the tomogram, 0 or 1; every output is multiplied by it.
     block_size
-        Edge in voxels of the blocks to aim for; never changes a value.
+        Wanted edge of the blocks in voxels; changes no value.
 
     Returns
     -------
@@ -372,7 +372,7 @@ def predict(
         return da.map_overlap(
             partial(_predict_chunk, grid=grid, spec=spec, names=names, stacked=stacked),
             window,
-            # With CryoSiam's patches the first one ends a halo behind its core, with others another halo further.
+            # CryoSiam's first patch ends one halo behind its core, other first patches two halos.
             depth={
                 i: (a.axis.halo, a.axis.halo if a.axis.exact or a.cores > 1 else 2 * a.axis.halo)
                 for i, a in enumerate(grid.axes)
@@ -390,7 +390,7 @@ def predict(
     fields = tuple(name for name in outputs if name != "labels")
     result = {}
     if fields:
-        # One evaluation of the network for everything: labels follow from the probabilities.
+        # One evaluation of the network suffices, because labels follow from the probabilities.
         names = tuple(dict.fromkeys(("probabilities", *fields))) if "labels" in outputs else fields
         stack = overlap(names, stacked=True)
         result = {name: stack[i * spec.classes : (i + 1) * spec.classes] for i, name in enumerate(names)}
@@ -409,7 +409,7 @@ def predict(
 def _predict_chunk(
     voxels: Array, *, grid: Grid, spec: PredictorSpec, names: tuple[str, ...], stacked: bool, block_info: Any = None
 ) -> Array:
-    """`predict_window` on one chunk of a `map_overlap` graph, whose location Dask tells."""
+    """Call `predict_window` for one chunk of a `map_overlap` graph; Dask passes its location."""
     location = block_info[None]["chunk-location"][1 if stacked else 0 :]
     block = grid.block(tuple(location))
     voxels = voxels[tuple(slice(0, n) for n in block.window_shape)]
@@ -418,7 +418,7 @@ def _predict_chunk(
 
 
 def labels_of(probabilities: Array, threshold: float) -> npt.NDArray[np.uint8]:
-    """Labels that follow from probabilities.
+    """Return the labels that follow from probabilities.
 
     Parameters
     ----------

@@ -1,21 +1,20 @@
 """A picture of a segmentation: slices without and with the labels, and all labels along z.
 
-The panels share one scale and stand as in a workshop drawing, the rows of a line being the same y::
+The panels have the same scale and are aligned as in a technical drawing::
 
     x–y bare   x–y with labels   y–z with labels   labels along z
     x–z bare   x–z with labels   legend
 
-A lamella is drawn as its outline, and along z its thickness stands instead of the labels.
+A lamella is drawn as an outline, and the panel along z shows its thickness instead of labels.
 
-1. What is read at once is a tile of a slice or a block of the labels, each by a task of its own, and what a task
-   returns is of the picture's size: a volume of any size on disk will do.
-2. The slices go through the middle of the volume, but where there is next to nothing of the labels in one while others
-   hold more, it is the one that holds most.
-3. Greys are averaged over cells of whole voxels until they are less than twice as fine as the picture, and resampled.
-   Labels and lamella are never mixed: a pixel shows the voxel at its centre.
-4. Along z a class shows wherever a single voxel of it lies in the column, the brighter the more there are. Numbers of
-   classes say nothing about what matters more, so it is not the highest that is seen where several lie in a column, but
-   the one that covers the least of the whole picture: nothing small is hidden.
+1. A task reads a tile of a slice, or a block of the labels, and returns no more than the size of the picture, so the
+   volume on disk may have any size.
+2. The slices go through the middle of the volume. If there are hardly any labels in such a slice, it is replaced by the
+   slice with most labels.
+3. Greys are averaged over cells of whole voxels until they are less than twice as fine as the picture, then resampled.
+   Labels and lamella are never averaged: a pixel shows the voxel at its centre.
+4. Along z, a class is visible wherever a column contains any voxel of it, and brighter the more there are. If a column
+   contains several classes, the one that covers the smallest part of the picture is shown, so nothing small is hidden.
 """
 
 from __future__ import annotations
@@ -48,23 +47,23 @@ from cryosiam_dask.stages.lamella import Thickness, thickness_words
 PALETTE = COLOURS  # label 1 has the first
 OPACITY = 0.5
 
-_ENLARGE_TO, _LONGEST, _WIDEST = 640, 800, 2400  # pixels of an axis when enlarged, at most, and of all panels abreast
+_ENLARGE_TO, _LONGEST, _WIDEST = 640, 800, 2400  # pixels: of an enlarged axis, longest axis, all panels side by side
 _MARGIN, _GAP, _CAPTION, _LINE, _SWATCH = 28, 20, 32, 32, 26
 _TITLE_SIZE, _SIZE = 30, 21  # of letters, in pixels
 _PAPER, _INK, _FAINT, _LAMELLA, _DARK = (255, 255, 255), (30, 30, 36), (110, 110, 120), (255, 255, 255), (18, 18, 22)
 _DIMMEST = 0.55  # of a colour where a class is thinnest along z
-#: From thin to thick, evenly spaced: viridis of S. van der Walt and N. Smith, told apart with any colour blindness.
+#: From thin to thick, evenly spaced: viridis of S. van der Walt and N. Smith, readable with any colour blindness.
 _THICKNESS = (
     (68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141), (39, 173, 129), (92, 200, 99),
     (170, 220, 50), (253, 231, 37),
 )  # fmt: skip
-_LEAST_RANGE = 0.3  # of the scale of a map of thickness, by the thickness
-_EMPTY = 0.1  # a slice in the middle is taken for empty below this share of the labels in the slice that has most
+_LEAST_RANGE = 0.3  # smallest range of the colours of a thickness map, relative to the thickness
+_EMPTY = 0.1  # the middle slice counts as empty below this share of the labels in the slice with most labels
 _LONGEST_NAME, _OUTLINE = 40, "outline of the lamella"
-_LABELS = ("labels", "prediction")  # what they are called alone and beside the truth
-_ANISOTROPIC = 1.05  # voxels longer than this along one axis than along another are drawn so
+_LABELS = ("labels", "prediction")  # captions without and with the truth beside them
+_ANISOTROPIC = 1.05  # ratio of voxel edges from which on the picture is stretched
 _OWN_FONT = Path(__file__).parents[1] / "data" / "fonts" / "DejaVuSans.ttf"  # the letters of Latin, Greek and Cyrillic
-#: Fonts that systems have, for names that our own cannot write.
+#: Fonts of the system, for names with characters that our own font lacks.
 _OTHER_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf")
 _PANELS, _FINGERPRINT, _THUMBNAIL = "panels", "fingerprint", "thumbnail"  # texts within the PNG file
 _THUMBNAIL_BYTES = 24_000
@@ -77,7 +76,7 @@ class _Plane:
     Attributes
     ----------
     axes
-        Of the volume, (z, y, x), along the rows and the columns of the picture.
+        Axes of the volume, (z, y, x), that are the rows and the columns of the picture.
     position
         Voxel along the third axis.
     """
@@ -116,11 +115,11 @@ class _Scale:
     Attributes
     ----------
     shape
-        Voxels.
+        Shape of the volume in voxels.
     pixels
-        Of the picture.
+        Size of the picture in pixels.
     cells
-        Voxels whose greys are averaged.
+        Size of the cells whose greys are averaged, in voxels.
     """
 
     shape: Index
@@ -129,9 +128,9 @@ class _Scale:
 
     @classmethod
     def of(cls, shape: Index, spacing: tuple[float, float, float], volume: bool, abreast: int = 2) -> _Scale:
-        """Fit a volume (or an image) whose voxels have the edges `spacing`, the shortest 1, on a sheet.
+        """Fit a volume (or an image) on a sheet; `spacing` are its voxel edges, the shortest of which is 1.
 
-        `abreast` is the number of pictures of the x–y slice.
+        `abreast` is the number of x–y slices side by side.
         """
         z, y, x = (n * s for n, s in zip(shape, spacing, strict=True))
         longest, width = max(y, x, z if volume else 0), abreast * x
@@ -142,7 +141,7 @@ class _Scale:
         zoom: float = max(1, round(_ENLARGE_TO / longest))
         if zoom * longest > _LONGEST or zoom * width > _WIDEST:
             zoom = min(_LONGEST / longest, _WIDEST / width)
-            zoom = math.floor(zoom) if zoom >= 1 else zoom  # whole pixels for a voxel, as long as there are enough
+            zoom = math.floor(zoom) if zoom >= 1 else zoom  # whole pixels per voxel, if there are enough
         pixels = tuple(max(1, round(n * s * zoom)) for n, s in zip(shape, spacing, strict=True))
         cells = tuple(max(1, n // p) for n, p in zip(shape, pixels, strict=True))
         return cls(shape, (pixels[0], pixels[1], pixels[2]), (cells[0], cells[1], cells[2]))
@@ -152,31 +151,31 @@ class _Scale:
         return -(-self.shape[axis] // self.cells[axis])
 
     def voxels_of_cells(self, axis: int) -> list[int]:
-        """How many voxels each cell has along an axis; the last one may have fewer."""
+        """Return the voxels of each cell along an axis; the last one may have fewer."""
         n, cell = self.shape[axis], self.cells[axis]
         return [min(first + cell, n) - first for first in range(0, n, cell)]
 
     def bins(self, axis: int) -> int:
-        """Along an axis as many as there are voxels, but no more than pixels."""
+        """Number of bins along an axis: of voxels, but at most of pixels."""
         return min(self.shape[axis], self.pixels[axis])
 
     def columns_of_bins(self, axis: int) -> NDArray[np.int64]:
-        """How many voxels fall into each bin along an axis."""
+        """Return the number of voxels in each bin along an axis."""
         return np.bincount(np.arange(self.shape[axis]) * self.bins(axis) // self.shape[axis])
 
     def voxels(self, axis: int) -> NDArray[np.int64]:
-        """The voxel at the centre of each pixel."""
+        """Return the voxel at the centre of each pixel."""
         n, pixels = self.shape[axis], self.pixels[axis]
         return (2 * np.arange(pixels) + 1) * n // (2 * pixels)
 
 
 def preview_file(folder: Path, stem: str) -> Path:
-    """Where the preview of a tomogram lies."""
+    """Return the path of a tomogram's preview."""
     return folder / f"{stem}_preview.png"
 
 
 def most_bytes(shape: Sequence[int], voxel_size_angstrom: Sequence[float | None] | None = None) -> int:
-    """What the preview of a volume takes on the disk at most.
+    """Return an upper bound for the size of a preview on the disk, in bytes.
 
     Parameters
     ----------
@@ -190,7 +189,7 @@ def most_bytes(shape: Sequence[int], voxel_size_angstrom: Sequence[float | None]
     pixels = _Scale.of((z, y, x), _spacing(_voxel_size(voxel_size_angstrom, len(shape))), volume).pixels
     z, y, x = pixels
     panels = 3 * y * x + z * (y + 2 * x) if volume else 2 * y * x
-    return 3 * panels + 500_000  # colours, and the rest of the sheet, which is white but for words
+    return 3 * panels + 500_000  # three bytes a pixel, and the rest of the sheet, which is mostly white
 
 
 def write_preview(
@@ -222,26 +221,26 @@ def write_preview(
         Edge of a voxel in Å, or its edges along each axis, for the scale bar and the panels' proportions; ``None``,
         also for a single axis, gives a bar in voxels.
     class_names
-        What each label is called; label 0 is not drawn. Labels without a name are numbered.
+        Names of the labels; label 0 is not drawn. Labels without a name are numbered.
     lamella
-        A mask of the same shape, drawn as an outline. The legend tells shares of it then, and of the volume otherwise.
+        A mask of the same shape, drawn as an outline. The legend shows shares of the mask, or else of the volume.
     lamella_voxels
-        How many voxels the mask has; counted where it is not given.
+        Number of voxels of the mask; counted if not given.
     as_lamella
         Whether the labels are a lamella: they are drawn as an outline, and along z their thickness, in nm.
     truth
-        What the labels should be, of the same shape: drawn beside them.
+        The true labels, of the same shape, drawn beside the others.
     first
-        Of a part that was cut out of a tomogram, the voxel (z, y, x) or (y, x) of the tomogram at which it begins:
-        the captions count from the beginning of the tomogram.
+        If the volume was cut out of a larger tomogram, the voxel (z, y, x) or (y, x) of that where it begins. Captions
+        then count from the beginning of the tomogram.
     limits
         Intensities shown as black and white; by default the 0.5 and 99.5 percentiles of the slices.
     title
         Printed above the slices, for example the tomogram's name.
     fingerprint
-        Kept in the file, to tell which labels it shows: see `read_fingerprint`.
+        Stored in the file, to identify the labels that it shows; see `read_fingerprint`.
     executor
-        Runs the pieces; what it is to read must then be something that can be sent to other processes.
+        Runs the tasks; if it uses other processes, the arrays must be picklable.
 
     Raises
     ------
@@ -270,7 +269,7 @@ def write_preview(
         )
         where = _where(plane, start) if volume else "x–y"
         picture = Image.fromarray(_overlay(shades, colour, mask if lamella is not None else None, as_lamella))
-        if plane.axes == (1, 0):  # beside the others, of which it has the rows
+        if plane.axes == (1, 0):  # beside the x–y slice, with the same rows
             drawn.append(_Panel(where, 3 if truth is not None else 2, 0, picture))
             continue
         down = int(plane.axes == (0, 2))
@@ -375,7 +374,7 @@ def _save(
     path = real(path)
     partial_file = path.with_name(part_name(path.name))
     try:
-        # A sixth larger than by default, in half the time.
+        # A sixth larger than with the default level, in half the time.
         sheet.save(partial_file, format="PNG", pnginfo=texts, compress_level=3)
         partial_file.replace(path)
     finally:
@@ -383,7 +382,7 @@ def _save(
 
 
 def read_fingerprint(path: Path) -> str | None:
-    """Return the fingerprint that a preview was written with, ``None`` where there is no such picture."""
+    """Return the fingerprint that a preview was written with; ``None`` if there is no such picture."""
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             return str(picture.info.get(_FINGERPRINT, ""))
@@ -399,19 +398,19 @@ def thumbnail(path: Path, most_bytes: int) -> bytes | None:
     path
         From `write_preview`.
     most_bytes
-        The picture is made smaller until it takes no more, as far as 48 pixels.
+        Largest size of the picture, which is reduced to as few as 48 pixels for it.
 
     Returns
     -------
     bytes or None
-        ``None`` where there is no readable preview.
+        ``None`` if there is no readable preview.
     """
     found = thumbnails(path)
     return next((each for each in found if len(each) <= most_bytes), found[-1] if found else None)
 
 
 def thumbnails(path: Path) -> tuple[bytes, ...]:
-    """Return the thumbnail of a preview in all its sizes, the largest first; none of one that cannot be read.
+    """Return the thumbnail of a preview in all its sizes, the largest first; empty if it cannot be read.
 
     Parameters
     ----------
@@ -419,7 +418,7 @@ def thumbnails(path: Path) -> tuple[bytes, ...]:
         From `write_preview`.
     """
     try:
-        with Image.open(path, formats=["PNG"]) as picture:  # its texts stand before its pixels, which are not read
+        with Image.open(path, formats=["PNG"]) as picture:  # the texts come before the pixels, which are not read
             content = base64.b64decode(str(picture.info[_THUMBNAIL]), validate=True)
         with Image.open(BytesIO(content), formats=["WEBP"]) as small:
             image = small.convert("RGB")
@@ -432,7 +431,7 @@ _HEIGHTS = (220, 180, 140, 100, 70, 48)  # of thumbnails, in pixels
 
 
 def _small(picture: Image.Image, most_bytes: int) -> bytes:
-    """A picture as WebP, made smaller until it takes no more than so many bytes, as far as 48 pixels."""
+    """Encode a picture as WebP, reduced to as few as 48 pixels until it takes no more than `most_bytes`."""
     for height in _HEIGHTS:
         content = _as_webp(picture, height)
         if len(content) <= most_bytes:
@@ -448,7 +447,7 @@ def _as_webp(picture: Image.Image, height: int) -> bytes:
     return sink.getvalue()
 
 
-#: What Pillow raises of a file that is missing, no picture, damaged, or too large to be one of ours.
+#: Pillow's errors for a file that is missing, not a picture, damaged, or too large to be one of ours.
 _UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
@@ -456,14 +455,14 @@ _UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def _voxel_size(size: float | Sequence[float | None] | None, ndim: int) -> tuple[float, ...] | None:
-    """Edges of a voxel in Å along each axis, ``None`` if one is unknown."""
+    """Return the edges of a voxel in Å along each axis; ``None`` if one is unknown."""
     sizes = tuple(size) if isinstance(size, Sequence) else (size,) * ndim
     known = tuple(float(s) for s in sizes if s)
     return known if len(known) == ndim else None
 
 
 def _spacing(size: tuple[float, ...] | None) -> tuple[float, float, float]:
-    """Edges of a voxel along z, y and x by the shortest one; slight differences are not worth a blurred picture."""
+    """Return the edges of a voxel along z, y and x relative to the shortest; slight differences are ignored."""
     if size is None or max(size) <= _ANISOTROPIC * min(size):
         return 1.0, 1.0, 1.0
     z, y, x = (*(min(size),) * (3 - len(size)), *size)
@@ -471,12 +470,12 @@ def _spacing(size: tuple[float, ...] | None) -> tuple[float, float, float]:
 
 
 def _stacked(shape: Index) -> bool:
-    """Whether the pictures of an image stand above each other."""
+    """Whether the panels of an image are placed above each other."""
     return shape[2] > 1.6 * shape[1]
 
 
 def _planes(shape: Index, volume: bool, profiles: Sequence[NDArray[np.int64]]) -> list[_Plane]:
-    """The slices, chosen by how many voxels with a label each has along z, y and x; an image is its own only slice."""
+    """Choose the slices by their numbers of labelled voxels along z, y and x; an image is its only slice."""
     if not volume:
         return [_Plane((1, 2), 0)]
     positions = []
@@ -491,7 +490,7 @@ def _planes(shape: Index, volume: bool, profiles: Sequence[NDArray[np.int64]]) -
 
 
 def _where(plane: _Plane, first: Sequence[int]) -> str:
-    """The caption of a slice."""
+    """Return the caption of a slice."""
     return {
         (1, 2): f"x–y at z = {plane.position + first[0]}",
         (1, 0): f"y–z at x = {plane.position + first[2]}",
@@ -508,7 +507,7 @@ def _read_slices(
     ndim: int,
     executor: Executor,
 ) -> tuple[list[NDArray[np.float32]], list[NDArray[Any]], list[NDArray[np.bool_]]]:
-    """Averaged greys, and labels and lamella by pixel, of each slice."""
+    """Return, for each slice, the averaged greys, and the labels and the lamella of each pixel."""
     greys, colours, masks = [], [], []
     for plane in planes:
         rows, columns = plane.axes
@@ -537,7 +536,7 @@ def _read_slices(
 
 
 def _thin(block: tuple[slice, slice, slice], plane: _Plane) -> tuple[slice, slice, slice]:
-    """The part of a block that lies in a slice."""
+    """Return the part of a block that lies in a slice."""
     z, y, x = (
         slice(plane.position, plane.position + 1) if axis == plane.across else part for axis, part in enumerate(block)
     )
@@ -545,13 +544,13 @@ def _thin(block: tuple[slice, slice, slice], plane: _Plane) -> tuple[slice, slic
 
 
 def _cells(tile: _Tile, axis: int, scale: _Scale) -> NDArray[np.int64]:
-    """The cells that a tile has voxels of."""
+    """Return the cells that a tile overlaps."""
     part = tile.region[axis]
     return np.arange(part.start // scale.cells[axis], (part.stop - 1) // scale.cells[axis] + 1)
 
 
 def _pixels(tile: _Tile, axis: int, scale: _Scale) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The pixels whose centres lie in a tile, and the voxels of the tile that they show."""
+    """Return the pixels whose centres lie in a tile, and the voxels of the tile that they show."""
     voxels = scale.voxels(axis)
     part = tile.region[axis]
     pixels = np.flatnonzero((voxels >= part.start) & (voxels < part.stop))
@@ -567,7 +566,7 @@ def _read_tile(
     ndim: int,
     tile: _Tile,
 ) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[np.bool_]]:
-    """Sums of greys in cells, labels and lamella by pixel, as rows and columns of the picture."""
+    """Return sums of greys in cells, and labels and lamella of each pixel, as (rows, columns) of the picture."""
     plane = planes[tile.plane]
     rows, columns = plane.axes
 
@@ -578,7 +577,7 @@ def _read_tile(
 
     with np.errstate(over="ignore", invalid="ignore"):
         grey = read(tomogram).astype(np.float32)
-    # Sums of what is left cannot overflow.
+    # Clipped, so that sums cannot overflow.
     grey = np.clip(np.nan_to_num(grey, nan=0, posinf=0, neginf=0), -1e30, 1e30)
     for axis, of_volume in enumerate(plane.axes):
         first = tile.region[of_volume].start
@@ -586,25 +585,25 @@ def _read_tile(
         grey = np.add.reduceat(grey, starts, axis=axis)
     pixels = np.ix_(_pixels(tile, rows, scale)[1], _pixels(tile, columns, scale)[1])
     shown = np.zeros((pixels[0].size, pixels[1].size), np.uint8) if labels is None else read(labels)[pixels]
-    # A mask may have to be interpolated as it is read, so nothing is asked of it in vain.
+    # Reading a mask may need interpolation, so it is read only where it is shown.
     inside = np.zeros(shown.shape, bool) if lamella is None or not shown.size else read(lamella)[pixels] > 0
     return grey, shown, inside
 
 
 @dataclass(frozen=True, slots=True)
 class _Along:
-    """What lies in the columns along z, of a whole volume or of some of its columns.
+    """Counts along z, of a whole volume or of some of its columns.
 
     Attributes
     ----------
     of_label
-        Voxels of each label, in bins of y and x that are no finer than the voxels and the picture.
+        Number of voxels of each label in bins of y and x, which are no finer than the voxels and the picture.
     profiles
-        How many voxels have a label, for each z, each y and each x.
+        Number of labelled voxels for each z, each y and each x.
     columns
-        How many columns (y, x) hold 0, 1, 2 … voxels with a label.
+        Number of columns (y, x) with 0, 1, 2 … labelled voxels.
     inside
-        Voxels of the mask, if it is counted.
+        Number of voxels of the mask, if it is counted.
     """
 
     of_label: dict[int, NDArray[np.int64]]
@@ -614,7 +613,7 @@ class _Along:
 
 
 def _along_z(labels: Sliceable, lamella: Sliceable | None, blocks: Blocks, scale: _Scale, executor: Executor) -> _Along:
-    """Look along z through all labels."""
+    """Count the labels along z."""
     columns = [(y, x) for z, y, x in blocks.indices if z == 0]
     parts = executor.map(partial(_along_column, labels, lamella, blocks, scale), columns, name="project")
     shape = (scale.bins(1), scale.bins(2))
@@ -634,7 +633,7 @@ def _along_z(labels: Sliceable, lamella: Sliceable | None, blocks: Blocks, scale
 
 
 def _bins(part: slice, axis: int, scale: _Scale) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The bins that voxels of `part` fall into, and where in `part` each begins."""
+    """Return the bins of the voxels of `part`, and where in `part` each bin begins."""
     n, bins = scale.shape[axis], scale.bins(axis)
     numbers = np.arange(part.start * bins // n, (part.stop - 1) * bins // n + 1)
     return numbers, np.maximum(-(-numbers * n // bins) - part.start, 0)
@@ -643,7 +642,7 @@ def _bins(part: slice, axis: int, scale: _Scale) -> tuple[NDArray[np.int64], NDA
 def _along_column(
     labels: Sliceable, lamella: Sliceable | None, blocks: Blocks, scale: _Scale, column: tuple[int, int]
 ) -> _Along:
-    """The same for the blocks above each other, one after the other."""
+    """Count the labels along z in one column of blocks."""
     _, rows, cols = blocks.slices((0, *column))
     counts: dict[int, NDArray[np.int64]] = {}
     of_z, inside = np.zeros(blocks.shape[0], np.int64), 0
@@ -658,7 +657,7 @@ def _along_column(
             if not of_class.any():
                 continue
             voxels = counts.setdefault(label, np.zeros(block.shape[1:], np.int64))
-            for first in range(0, len(block), 255):  # sums of single bytes are many times faster
+            for first in range(0, len(block), 255):  # sums in single bytes are many times faster
                 voxels += of_class[first : first + 255].view(np.uint8).sum(axis=0, dtype=np.uint8)
     together = sum(counts.values(), np.zeros((rows.stop - rows.start, cols.stop - cols.start), np.int64))
     columns = np.bincount(together.ravel(), minlength=blocks.shape[0] + 1)
@@ -672,7 +671,7 @@ def _along_column(
 
 
 def _shades(grey: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Greys of 0..1 as a picture of `size` (width, height); (rows, columns, 3)."""
+    """Convert greys of 0..1 to a picture of `size` (width, height); (rows, columns, 3)."""
     finer = grey.shape[1] > size[0] or grey.shape[0] > size[1]
     filter = Image.Resampling.LANCZOS if finer else Image.Resampling.BICUBIC
     shades = Image.fromarray((np.clip(grey, 0, 1) * 255).round().astype(np.uint8)).resize(size, filter)
@@ -682,7 +681,7 @@ def _shades(grey: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.uint
 def _overlay(
     shades: NDArray[np.uint8], labels: NDArray[Any], lamella: NDArray[np.bool_] | None, as_lamella: bool
 ) -> NDArray[np.uint8]:
-    """Labels in colour over greys, or their outline alone, and the outline of the lamella; (rows, columns, 3)."""
+    """Draw coloured labels, or only their outline, and the outline of the lamella on greys; (rows, columns, 3)."""
     tints = _tints()[(labels - 1) % len(PALETTE)]
     if as_lamella:
         picture = np.where(_outline(labels > 0, 4)[:, :, None], tints, shades)
@@ -698,19 +697,19 @@ def _tints() -> NDArray[np.float32]:
 
 
 def _outline(mask: NDArray[np.bool_], width: int = 2) -> NDArray[np.bool_]:
-    """The inner rim of a mask, so many pixels wide; not drawn along the edges of the picture."""
+    """Return the inner edge of a mask, `width` pixels wide, but not along the edges of the picture."""
     inner: NDArray[np.bool_] = ndimage.binary_erosion(mask, iterations=width, border_value=1)
     return mask & ~inner
 
 
 def _along_z_picture(thickness: Mapping[int, NDArray[np.int64]], scale: _Scale) -> NDArray[np.uint8]:
-    """Each class in its colour wherever there is any of it, what covers least on top; (rows, columns, 3)."""
+    """Draw each class in its colour wherever there is any of it, the least frequent on top; (rows, columns, 3)."""
     rows, columns = (scale.voxels(axis) * scale.bins(axis) // scale.shape[axis] for axis in (1, 2))
     picture = np.full((scale.pixels[1], scale.pixels[2], 3), _DARK, np.float32)
     columns_of_bins = np.outer(scale.columns_of_bins(1), scale.columns_of_bins(2))
     for label in sorted(thickness, key=lambda label: (-np.count_nonzero(thickness[label]), label)):
         voxels = thickness[label] / columns_of_bins
-        # A few columns may be thicker by far than all others: a membrane seen from its edge.
+        # A few columns may be far thicker than all others, such as a membrane seen edge-on.
         thickest = float(np.percentile(voxels[voxels > 0], 98))
         light = _DIMMEST + (1 - _DIMMEST) * np.sqrt(np.minimum(voxels / thickest, 1))
         shown = (voxels > 0)[np.ix_(rows, columns)]
@@ -721,7 +720,7 @@ def _along_z_picture(thickness: Mapping[int, NDArray[np.int64]], scale: _Scale) 
 
 @dataclass(frozen=True, slots=True)
 class _ColourBar:
-    """What the colours of a map of thickness mean: `low` and `high` are its ends, `words` the mean and the range."""
+    """The key of a thickness map: `low` and `high` label its ends, `words` give the mean and the range."""
 
     low: str
     high: str
@@ -729,16 +728,16 @@ class _ColourBar:
 
 
 def _thickness_map(along: _Along, scale: _Scale, edge: float | None) -> tuple[Image.Image, _ColourBar | None]:
-    """A map of how many voxels with a label lie along z, and what its colours mean; `edge` is a voxel's in Å."""
+    """Draw the number of labelled voxels along z, and return the picture with its key; `edge` is a voxel's in Å."""
     thickness = Thickness.of(along.columns)
     picture = np.full((scale.pixels[1], scale.pixels[2], 3), _DARK, np.float32)
     if thickness is None:
         return Image.fromarray(picture.astype(np.uint8)), None
     rows, columns = (scale.voxels(axis) * scale.bins(axis) // scale.shape[axis] for axis in (1, 2))
     voxels = sum(along.of_label.values()) / np.outer(scale.columns_of_bins(1), scale.columns_of_bins(2))
-    # Columns at the rim, of a few voxels, would leave no colours for all the others.
+    # A few thin columns at the rim would leave no colours for all the others.
     low, high = (float(n) for n in np.percentile(voxels[voxels > 0], (2, 98)))
-    # A lamella that is equally thick everywhere looks so: no colours for the rounding to whole voxels.
+    # An even lamella should look even: rounding to whole voxels must not span all colours.
     wider = max(0.0, _LEAST_RANGE * (low + high) / 2 - (high - low)) / 2
     low, high = low - wider, high + wider
     shown = voxels[np.ix_(rows, columns)]
@@ -771,9 +770,9 @@ def _lay_out(
     title: str,
     subtitle: str,
 ) -> tuple[Image.Image, list[tuple[int, int, int, int]]]:
-    """Put panels and legend on a sheet; also return the (left, top, right, bottom) of each panel.
+    """Place panels and legend on a sheet; also return the (left, top, right, bottom) of each panel.
 
-    The legend stands at `place` (column, row) and may take all that is free to its right.
+    The legend is at `place` (column, row) and may use all the space to its right.
     """
     top = _LINE * 2 + 14 if title else _LINE + 4
     columns = 1 + max(place[0], *(panel.column for panel in panels))
@@ -811,7 +810,7 @@ def _lay_out(
 def _legend(
     names: Sequence[str], shares: Sequence[float], with_lamella: bool, height: int, colour_bar: _ColourBar | None
 ) -> Image.Image:
-    """One line for each label, with its share, one for the lamella's outline, and what the colours of a map mean."""
+    """Draw a line for each label with its share, one for the lamella's outline, and the key of a thickness map."""
     names = [name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…" for name in names]
     lines = len(names) + with_lamella
     depth = max(8, height // _LINE)  # of a column of lines
@@ -853,7 +852,7 @@ def _draw_scale_bar(
     pixels_per_voxel: float,
     voxel_size_angstrom: float | None,
 ) -> None:
-    """A bar of a round length, at most a third of the panel's width, in its lower left corner."""
+    """Draw a bar of a round length, at most a third of the panel's width, in the lower left corner."""
     unit, size = ("nm", voxel_size_angstrom / 10) if voxel_size_angstrom else ("voxels", 1.0)
     left, bottom = panel[0] + 14, panel[3] - 16
     length = round_length((panel[2] - panel[0]) / 3 / pixels_per_voxel * size)
@@ -867,13 +866,13 @@ def _draw_scale_bar(
 
 
 def round_length(longest: float) -> float:
-    """The largest of 1, 2 and 5 times a power of ten that does not exceed `longest`."""
+    """Return the largest of 1, 2 and 5 times a power of ten that does not exceed `longest`."""
     power = 10.0 ** np.floor(np.log10(longest))
     return float(max(n for n in (1 * power, 2 * power, 5 * power) if n <= longest * (1 + 1e-9)))
 
 
 def _number(value: float) -> str:
-    """A number with no more digits than it needs."""
+    """Format a number with four significant digits or fewer."""
     return f"{value:.4g}" if value < 1000 else f"{value:.0f}"
 
 
@@ -891,7 +890,7 @@ def _length(text: str, size: int) -> float:
 
 
 def _printable(text: str, size: int) -> tuple[str, Any]:
-    """A text and a font that has its letters: our own, one of the system's, or else other letters."""
+    """Return a text and a font that has its characters: our own, else one of the system, else a plainer text."""
     text = "".join(letter if letter.isprintable() else "?" for letter in text)
     own = _font(str(_OWN_FONT), size)
     for name in (str(_OWN_FONT), *_OTHER_FONTS):
@@ -907,7 +906,7 @@ def _printable(text: str, size: int) -> tuple[str, Any]:
 
 @lru_cache(maxsize=64)
 def _font(name: str, size: int) -> Any:
-    """A font by its file or name, ``None`` if there is no such."""
+    """Load a font by its file or name; ``None`` if there is no such font."""
     try:
         return ImageFont.truetype(name, size)
     except OSError:

@@ -1,4 +1,4 @@
-"""What the outputs of a tomogram tell of it, read once and kept beside its ledger."""
+"""A summary of a tomogram's outputs, read once and kept beside its ledger."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ from cryosiam_dask.stages.preview import preview_file, read_fingerprint, thumbna
 
 @dataclass(slots=True)
 class Summary:
-    """What is known of a tomogram.
+    """What is known about a tomogram.
 
     Attributes
     ----------
     name
-        Its stem.
+        Name of the tomogram.
     status
-        ``"done"``, ``"skipped"``, ``"failed"``, or ``"missing"`` where it has no output.
+        ``"done"``, ``"skipped"``, ``"failed"``, or ``"missing"`` without an output.
     shape
         (z, y, x) or (y, x) in voxels; empty if unknown.
     voxel_size_angstrom
-        Along each axis, ``None`` where it is unknown.
+        Along each axis; ``None`` where unknown.
     voxels
-        Of each label, from 0; empty if unknown.
+        Number of voxels of each label, from 0; empty if unknown.
     lamella
         Share of the volume within the mask.
     thickness
-        Of the lamella, see `cryosiam_dask.stages.lamella.Thickness.described`; empty if unknown.
+        Thickness of the lamella, see `cryosiam_dask.stages.lamella.Thickness.described`; empty if unknown.
     sizes
-        Of the components of each class, if they were measured.
+        Sizes of the components of each class, if they were measured.
     seconds
-        Spent on it.
+        Time spent on it.
     warnings, notes, error
         Warnings, what was decided about the file, and why it failed.
     class_names
-        Of the labels from 1 on, as its output has them.
+        Names of the labels from 1 on, according to the output.
     pictures
         Thumbnail, WebP, in all its sizes, the largest first.
     """
@@ -74,36 +74,38 @@ class Summary:
     pictures: tuple[bytes, ...] = field(default=(), repr=False)
 
     def share(self, label: int, of_lamella: bool) -> float | None:
-        """Of the volume, or of the lamella, that has a label."""
+        """Return the share of a label, of the volume or of the lamella."""
         total = sum(self.voxels) * (self.lamella or 0 if of_lamella else 1)
         return self.voxels[label] / total if total and label < len(self.voxels) else 0.0 if total else None
 
     def voxel_nm3(self) -> float | None:
-        """Volume of a voxel."""
+        """Return the volume of a voxel in nm³; ``None`` if unknown."""
         sizes = [size for size in self.voxel_size_angstrom if size]
         return math.prod(sizes) / 1000 if len(sizes) == 3 else None
 
 
 def mrc_extension(configuration: Configuration) -> str:
-    """Of predictions that have their tomograms' names; none is ever compressed, and those of other files are MRC."""
+    """Return the ending of predictions with their tomograms' names: that of the tomograms without .gz, or .mrc."""
     extension = configuration.file_extension.removesuffix(".gz")
     return extension if Path(extension).suffix in MRC_ENDINGS or extension in MRC_ENDINGS else ".mrc"
 
 
 def remember(configuration: Configuration, picture_bytes: int, name: str) -> Summary:
-    """What the outputs of a tomogram tell of it: as it was kept, or else read and kept.
+    """Return the summary of a tomogram's outputs from the last time, or read the outputs and keep it.
 
     Parameters
     ----------
     configuration
-        As of `write_report`.
+        See `write_report`.
     picture_bytes
-        The thumbnail is the largest that takes no more, or the smallest.
+        Size of the thumbnail: the largest one that takes no more, else the smallest one.
     name
-        The tomogram's.
+        Name of the tomogram.
     """
     note = configuration.prediction_folder / FOLDER / KEPT / f"{name}.json"
-    made_of = json.dumps([_KEPT_VERSION, configuration.model_dump_json(include=_READ), _files(configuration, name)])
+    made_of = json.dumps(
+        [_KEPT_VERSION, configuration.model_dump_json(include=_SOURCE_KEYS), _files(configuration, name)]
+    )
     with suppress(OSError, ValueError, TypeError, KeyError), note.open("rb") as file:
         facts = json.loads(file.readline())
         if facts.pop("made_of") == made_of:
@@ -115,7 +117,7 @@ def remember(configuration: Configuration, picture_bytes: int, name: str) -> Sum
             content = file.read(sum(lengths[:number]))
             tomogram.pictures = (content[-lengths[number - 1] :],) if lengths else ()
             return tomogram
-    tomogram = _look_at(configuration, name)
+    tomogram = _read_summary(configuration, name)
     if tomogram.status == "done":
         facts = {field: getattr(tomogram, field) for field in _FACTS}
         if tomogram.sizes is not None:
@@ -123,7 +125,7 @@ def remember(configuration: Configuration, picture_bytes: int, name: str) -> Sum
         pictures = tomogram.pictures[::-1]
         facts |= {"made_of": made_of, "pictures": [len(picture) for picture in pictures]}
         part = note.with_name(f".{uuid.uuid4().hex}")
-        with suppress(OSError):  # a disk that is full, or a folder of somebody else's
+        with suppress(OSError):  # a full disk, or a folder without permission
             note.parent.mkdir(parents=True, exist_ok=True)
             try:
                 part.write_bytes(b"\n".join((json.dumps(facts).encode(), b"".join(pictures))))
@@ -135,17 +137,17 @@ def remember(configuration: Configuration, picture_bytes: int, name: str) -> Sum
     return tomogram
 
 
-KEPT = "report"  # folder in that of the ledgers
+KEPT = "report"  # subfolder of the ledgers' folder
 _KEPT_VERSION = 2
 _FACTS = ("shape", "voxel_size_angstrom", "voxels", "lamella", "thickness", "sizes", "warnings", "class_names")
-#: What decides where the facts of a tomogram are read.
-_READ = {
+#: Keys that determine from which files a summary is read.
+_SOURCE_KEYS = {
     "data_folder", "mask_folder", "file_extension", "ome_zarr_level", "hdf5_dataset", "save_original_file_extension",
 }  # fmt: skip
 
 
 def _files(configuration: Configuration, name: str) -> list[tuple[int, int] | None]:
-    """Sizes and times of the files that tell of a tomogram."""
+    """Return sizes and times of the files that a summary is read from."""
     folder, masks = configuration.prediction_folder, configuration.mask_folder
     paths = [
         folder / f"{name}_preds.h5",
@@ -166,14 +168,14 @@ def _size_and_time(path: Path) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def _look_at(configuration: Configuration, name: str) -> Summary:
-    """Read what the outputs of a tomogram tell of it."""
+def _read_summary(configuration: Configuration, name: str) -> Summary:
+    """Read the outputs of a tomogram."""
     folder, tomogram = configuration.prediction_folder, Summary(name)
     path = folder / f"{name}_preds.h5"
     fingerprint, thickness = None, dict[str, Any]()
     try:
         component_files(folder, name)[2].exists()  # the longest name
-    except OSError:  # it is too long for the disk, and the tomogram has failed of it
+    except OSError:  # it is too long for the disk, so the tomogram has failed
         return tomogram
     try:
         if path.exists():
@@ -203,7 +205,7 @@ def _look_at(configuration: Configuration, name: str) -> Summary:
 
 
 def _sizes(value: object, ndim: int) -> tuple[float | None, ...]:
-    """Voxel sizes as an attribute tells them; none where another program means something else by its name."""
+    """Return the voxel sizes in an attribute; empty if another program uses its name for something else."""
     if not isinstance(value, list) or len(value) != ndim:
         return ()
     return tuple(value) if all(v is None or isinstance(v, int | float) for v in value) else ()
@@ -212,9 +214,9 @@ def _sizes(value: object, ndim: int) -> tuple[float | None, ...]:
 def _voxels(
     path: Path, attributes: Mapping[str, Any], as_lamella: bool
 ) -> tuple[tuple[int, ...], dict[str, float | str]]:
-    """Voxels of each label of a prediction, and how thick a lamella is; counted where the file tells no voxels.
+    """Return the voxels of each label of a prediction, and the thickness of a lamella; count them if necessary.
 
-    Of files of earlier versions, which tell voxels alone, the thickness stays unknown: counting takes seconds for each.
+    Files of earlier versions have only the voxels. Their thickness stays unknown, because counting takes seconds.
     """
     known, thickness = attributes.get("voxels"), stored_thickness(attributes)
     as_lamella = as_lamella and len(open_dataset(path, "labels").shape) == 3
@@ -238,7 +240,7 @@ def _voxels(
 
 @dataclass(frozen=True, slots=True)
 class _Checked:
-    """Labels that are refused where they are read unless they lie between 0 and 255."""
+    """Labels that are checked to lie between 0 and 255 when a region is read."""
 
     stored: StoredDataset
 
@@ -262,13 +264,13 @@ class _Checked:
 
 
 def _lamella(configuration: Configuration, tomogram: Summary) -> tuple[float | None, dict[str, float | str]]:
-    """Share of a tomogram that lies within its mask, and how thick that is."""
+    """Return the share of a tomogram within its mask, and the thickness of the mask."""
     path = configuration.mask_folder and configuration.mask_folder / f"{tomogram.name}_preds.h5"
     try:
         if not path or not path.exists():
             return None, {}
         attributes = read_attributes(path)
-        if open_dataset(path, "labels").shape == tomogram.shape:  # CryoSiam's own tell no voxel size
+        if open_dataset(path, "labels").shape == tomogram.shape:  # CryoSiam's own masks have no voxel size
             attributes.setdefault("voxel_size_angstrom", list(tomogram.voxel_size_angstrom))
         (outside, *inside), thickness = _voxels(path, attributes, True)
     except (OSError, CryosiamDaskError):

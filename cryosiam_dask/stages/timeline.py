@@ -1,4 +1,4 @@
-"""A picture of who did what when: whether reading and writing hid behind the network, or kept it waiting."""
+"""A picture of what each worker did when, which shows whether reading and writing kept the network waiting."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from PIL import Image, ImageDraw, ImageFont
 from cryosiam_dask.stages.predict import BlockTimes
 
 _WIDTH, _LANE, _LEFT, _TOP = 1200, 22, 96, 60
-# Colours of Okabe and Ito, told apart with any common colour blindness.
+# Colours of Okabe and Ito, which people with any common colour blindness can distinguish.
 _COLOURS = {"read": (86, 180, 233), "compute": (213, 94, 0), "write": (0, 158, 115)}
 
 
 def busy_share(times: Sequence[BlockTimes]) -> float:
-    """Share of the time for which the workers' devices computed, from the first block's beginning to the last's end.
+    """Return the share of the time that the workers' devices computed, from the first block's start to the last's end.
 
     Parameters
     ----------
     times
-        Of all blocks of a tomogram, at least one.
+        Times of all blocks of a tomogram, at least one.
     """
     began = min(block.compute[0] for block in times)
     ended = max(block.compute[1] for block in times)
@@ -29,16 +29,16 @@ def busy_share(times: Sequence[BlockTimes]) -> float:
 
 
 def write_timeline(path: Path, times: Sequence[BlockTimes], title: str) -> None:
-    """Draw a lane for each step of each worker, time from left to right.
+    """Draw lanes for reading, computing and writing of each worker, with time from left to right.
 
     Parameters
     ----------
     path
-        PNG file; replaced if it is there.
+        PNG file; an earlier one is replaced.
     times
-        Of all blocks of a tomogram, at least one.
+        Times of all blocks of a tomogram, at least one.
     title
-        Written above.
+        Title of the picture.
     """
     font = ImageFont.load_default(13)
     workers = sorted({block.worker for block in times})
