@@ -481,7 +481,7 @@ def test_what_is_no_prediction_is_neither_replaced_nor_removed(folder: Path, mad
     assert (outcome.status, outcome.error) == ("done", "")
     configuration = configure(folder)
     (outcome,) = export(configuration, find_predictions(configuration), Listener(), formats=["mrc"])
-    assert f"{manual}: an export must not replace what was not made from a prediction" in outcome.error
+    assert f"{manual}: an export must not replace a file that this program did not make" in outcome.error
     assert {path: path.read_bytes() for path in before} == before
     (outcome,) = segment(configure(folder, output_formats=BOTH), overwrite_all=True)
     assert (outcome.status, outcome.error) == ("done", "")

@@ -132,7 +132,7 @@ class PatchAxis:
         return max(0, self._core_start(i) - self.halo)
 
     def core(self, i: int) -> tuple[int, int]:
-        """Voxels [start, stop) that patch `i` owns; empty if they all lie in the padding."""
+        """Return the voxels [start, stop) that patch `i` owns; empty if they are all padding."""
         stop = self.padded if i == self.count - 1 else self._core_start(i + 1)
         return min(self._core_start(i), self.size), min(stop, self.size)
 
@@ -297,7 +297,7 @@ class Grid:
         )
 
     def indices(self) -> list[tuple[int, ...]]:
-        """Indices of all blocks in raster order."""
+        """Return the indices of all blocks in raster order."""
         return list(product(*map(range, self.block_counts)))
 
     def block(self, index: tuple[int, ...]) -> Block:

@@ -179,27 +179,27 @@ class _Canvas:
 
 
 def _coordinates(box: tuple[slice, ...], origin: NDArray[np.float64]) -> list[Distances]:
-    """Coordinates of a box's voxels relative to a point, for broadcasting: z (d, 1, 1), y (1, h, 1), x (1, 1, w)."""
+    """Return coordinates of a box's voxels relative to a point to broadcast: z (d, 1, 1), y (1, h, 1), x (1, 1, w)."""
     axes = (np.arange(part.start, part.stop) - at for part, at in zip(box, origin, strict=True))
     return [a.astype(np.float32) for a in np.meshgrid(*axes, indexing="ij", sparse=True)]
 
 
 def _slab(canvas: _Canvas) -> NDArray[np.bool_]:
-    """The lamella: a slab about the middle, sloping a few degrees along y and x."""
+    """Return the lamella: a slab through the middle that slopes a few degrees along y and x."""
     z, y, x = _coordinates(tuple(slice(0, s) for s in canvas.shape), np.array(canvas.shape) / 2)
     slope_y, slope_x = canvas.rng.uniform(0.02, 0.05, 2) * canvas.rng.choice([-1, 1], 2)
     return np.asarray(np.abs(z - slope_y * y - slope_x * x) < canvas.rng.uniform(*_THICKNESS) / 2)
 
 
 def _direction(canvas: _Canvas, rise: float) -> NDArray[np.float64]:
-    """A random unit vector (z, y, x) that lies in the plane of the lamella but for a z of up to `rise`."""
+    """Return a random unit vector (z, y, x) in the plane of the lamella, except for a z of up to `rise`."""
     angle = canvas.rng.uniform(0, 2 * np.pi)
     vector = np.array([canvas.rng.uniform(-rise, rise), np.sin(angle), np.cos(angle)])
     return np.asarray(vector / np.linalg.norm(vector))
 
 
 def _draw_vesicle(canvas: _Canvas) -> None:
-    """An ellipsoidal bilayer near the middle of the lamella, so that the faces cut the larger ones open."""
+    """Draw an ellipsoidal bilayer near the middle of the lamella, so that its faces cut the larger ones open."""
     for _ in range(40):
         radius = canvas.rng.uniform(16, 32)
         centre = canvas.point(8)
@@ -213,7 +213,7 @@ def _draw_vesicle(canvas: _Canvas) -> None:
 
 
 def _draw_tube(canvas: _Canvas) -> None:
-    """A membrane tube with round ends."""
+    """Draw a membrane tube with round ends."""
     for _ in range(40):
         start, radius = canvas.point(14), canvas.rng.uniform(10, 13)
         end = start + _direction(canvas, 0.4) * canvas.rng.uniform(25, 60)
@@ -225,7 +225,7 @@ def _draw_tube(canvas: _Canvas) -> None:
 
 
 def _draw_microtubule(canvas: _Canvas) -> None:
-    """A straight hollow cylinder across the whole field; its lumen belongs to it."""
+    """Draw a straight hollow cylinder across the whole field; its lumen belongs to it."""
     for _ in range(40):
         centre, along = canvas.point(14), _direction(canvas, 0.1) * sum(canvas.shape)
         box = tuple(slice(0, s) for s in canvas.shape)
@@ -245,7 +245,7 @@ def _distance_to_segment(box: tuple[slice, ...], start: NDArray[np.float64], end
 
 
 def _draw_filaments(canvas: _Canvas, count: int) -> None:
-    """Worm-like chains: steps of one voxel whose direction drifts; a chain ends where it meets something."""
+    """Draw worm-like chains: steps of one voxel whose direction drifts; a chain ends where it meets something."""
     axis = np.zeros(canvas.shape, bool)
     blocked = ndimage.binary_dilation(canvas.labels > 0, iterations=5)
     for _ in range(count):
@@ -263,7 +263,7 @@ def _draw_filaments(canvas: _Canvas, count: int) -> None:
 
 
 def _draw_particles(canvas: _Canvas, count: int) -> None:
-    """Globular complexes with a lumpy surface and a little structure inside."""
+    """Draw globular complexes with a lumpy surface and a little structure inside."""
     for _ in range(count):
         for _ in range(20):
             centre, radius = canvas.point(28), canvas.rng.uniform(*_PARTICLE_RADII)
@@ -278,7 +278,7 @@ def _draw_particles(canvas: _Canvas, count: int) -> None:
 
 
 def _image(canvas: _Canvas, lamella: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """The density as a microscope with a limited tilt range would show it: noise, missing wedge, slight blur."""
+    """Simulate a microscope with a limited tilt range: noise, missing wedge, slight blur."""
     cytosol = ndimage.gaussian_filter(canvas.rng.standard_normal(canvas.shape, np.float32), 1.2)
     cytosol *= 0.2 / cytosol.std()
     density = np.where(lamella, canvas.density + 0.25 + cytosol * (1 - canvas.density), np.float32(0))
@@ -296,5 +296,5 @@ def _image(canvas: _Canvas, lamella: NDArray[np.bool_]) -> NDArray[np.float32]:
 
 
 def _scale(density: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Bright where dense, mean 0.4, standard deviation 0.15, cut to 0..1."""
+    """Scale to mean 0.4 and standard deviation 0.15, bright where dense, and clip to 0..1."""
     return np.asarray(np.clip(0.4 + 0.15 * (density - density.mean()) / density.std(), 0, 1), np.float32)

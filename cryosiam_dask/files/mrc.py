@@ -56,7 +56,7 @@ def write_mrc(
     Raises
     ------
     OutputError
-        If there are no voxels, or the file cannot be written; an earlier file is then untouched.
+        If there are no voxels, or the file cannot be written; an earlier file is then unchanged.
     """
     require_voxels(path, labels)
     shape = labels.shape

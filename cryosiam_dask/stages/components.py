@@ -585,7 +585,7 @@ def _describe_block(
     measure: bool,
     probabilities: Sliceable | None,
 ) -> _Description:
-    """Pass 1 of one block."""
+    """Run pass 1 of one block."""
     labelled = _label_block(labels, labelling, index)
     if not labelled.count:
         return _Description(0, {}, [])
@@ -688,7 +688,7 @@ def _probability_columns(own: NDArray[np.float32], provisional: NDArray[Any], co
 def _write_block(
     item: tuple[Index, NDArray[Any]], *, labels: Sliceable, output: WritableArray, labelling: Labelling
 ) -> None:
-    """Pass 2 of one block: `item` is its index and the final number of each of its provisional labels."""
+    """Run pass 2 of one block: `item` is its index and the final number of each of its provisional labels."""
     index, numbers = item
     labelling.blocks.write(output, index, relabel_block(labels, labelling, index, numbers.astype(output.dtype)))
 
@@ -701,7 +701,7 @@ def _filter_block(
     removed: WritableArray | None,
     labelling: Labelling,
 ) -> None:
-    """Pass 2 of one block: `item` is its index and whether each of its provisional labels stays."""
+    """Run pass 2 of one block: `item` is its index and whether each of its provisional labels stays."""
     index, stays = item
     blocks = labelling.blocks
     if stays.all():

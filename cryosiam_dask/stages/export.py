@@ -187,7 +187,7 @@ def write_masks(
     for path in paths:
         if path.exists() and read_mrc_fingerprint(path, MASK_LABEL) is None:
             raise OutputError(
-                "an export must not replace what was not made from a prediction", place=path, remedy="Move it away"
+                "an export must not replace a file that this program did not make", place=path, remedy="Move it away"
             )
     write = partial(_write_mask, labels, attributes)
     executor.map(write, list(enumerate(paths, 1)), name="export")
@@ -222,7 +222,7 @@ def position_angstrom(
     return tuple(float(start) * (size or 0.0) for start, size in zip(nstart, voxel_size, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------------ what is there
+# ------------------------------------------------------------------------------------------------------ existing files
 
 
 def formats_done(configuration: Configuration, stem: str, fingerprint: str, names: Sequence[str]) -> bool:
@@ -302,7 +302,7 @@ def remove_outdated_formats(folder: Path, stem: str, fingerprint: str | None, ke
     return removed
 
 
-# ---------------------------------------------------------------------------------------- from what is written already
+# ------------------------------------------------------------------------------------- exports of written predictions
 
 
 def export_prediction(
@@ -349,7 +349,7 @@ def export_prediction(
     whole = [name for name in formats if name != "mrc" or not per_class]
     for path in foreign_formats(prediction.parent, stem, whole):
         raise OutputError(
-            "an export must not replace what was not made from a prediction", place=path, remedy="Move it away"
+            "an export must not replace a file that this program did not make", place=path, remedy="Move it away"
         )
     labels, attributes = uint8_labels(prediction), written_attributes(configuration, prediction, patient=True)
     source = find_source(configuration, stem, attributes)

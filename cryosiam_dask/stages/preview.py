@@ -156,7 +156,7 @@ class _Scale:
         return [min(first + cell, n) - first for first in range(0, n, cell)]
 
     def bins(self, axis: int) -> int:
-        """Number of bins along an axis: of voxels, but at most of pixels."""
+        """Return the number of bins along an axis: one per voxel, but no more than pixels."""
         return min(self.shape[axis], self.pixels[axis])
 
     def columns_of_bins(self, axis: int) -> NDArray[np.int64]:
