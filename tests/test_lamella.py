@@ -219,7 +219,7 @@ def test_hulls_of_random_voxels(seed, axes, count):
 @pytest.mark.parametrize(
     ("probabilities", "labels", "output", "message"),
     [
-        ((1, 9, 9), (9, 9), (9, 9), r"needs \(z, y, x\) labels.*labels \(9, 9\).*postprocessing off for 2-D"),
+        ((1, 9, 9), (9, 9), (9, 9), r"needs \(z, y, x\) labels.*labels \(9, 9\).*postprocessing to False for 2-D"),
         ((1, 9, 9, 8), (9, 9, 9), (9, 9, 9), r"of the same shape.*probabilities \(1, 9, 9, 8\)"),
         ((9, 9, 9), (9, 9, 9), (9, 9, 8), r"the output must have the shape of its input, \(9, 9, 9\)"),
     ],
