@@ -306,7 +306,7 @@ def write_preview(
     for box in (boxes[0], boxes[len(drawn)]):  # of the x–y slice, with and without the labels
         _draw_scale_bar(ImageDraw.Draw(sheet), box, in_x, size[-1] if size else None)
 
-    # Of a volume the x–y slice is the first and what is seen along z is the last panel, of the same size.
+    # For a volume, the first panel is the x–y slice and the last one the view along z, of the same size.
     small = [panel.picture for panel in ((panels[0], panels[-1]) if volume else panels[:1])]
     _save(path, sheet, boxes, small, title, fingerprint)
 
