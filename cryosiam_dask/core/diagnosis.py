@@ -156,7 +156,7 @@ def contrast(found: str | None, invert: bool | None) -> tuple[str, ...]:
 
 
 def contrast_of_raw(found: str | None, invert: bool | None) -> tuple[str, ...]:
-    """Say where a tomogram that is to be denoised is not dark on bright, as raw ones are.
+    """Say whether the contrast of a raw tomogram is the wrong way round for denoising.
 
     Parameters
     ----------

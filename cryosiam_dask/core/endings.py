@@ -1,4 +1,4 @@
-"""Endings of the names that tomograms have; what a file is, its content says."""
+"""File name endings of tomograms. The content of a file decides which format it has."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TOMOGRAM_ENDINGS = (
 
 
 def denoised_ending(ending: str) -> str:
-    """The ending of the MRC files that denoising makes of tomograms with an `ending`.
+    """Return the ending of the MRC files that denoising writes for tomograms with this `ending`.
 
     Examples
     --------

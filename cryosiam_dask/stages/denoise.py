@@ -1,10 +1,10 @@
-"""Denoising: how a raw tomogram is scaled for the network, and how its result is read.
+"""Denoising: scaling a raw tomogram for the network, and reading its result.
 
-1. The percentiles of the whole tomogram become 0 and 1, the brighter one 0: structures are dark in raw tomograms and
-   bright for the networks that come after (`stretch_of`).
-2. The network predicts block by block, as every network does (`cryosiam_dask.stages.predict`).
-3. The lowest and the highest value of all blocks become 0 and 1, whenever a region is read (`Denoised`): nothing is
-   stored twice, and the next model reads what the file holds.
+1. The percentiles of the whole tomogram become 0 and 1, the higher one 0, because structures are dark in raw tomograms
+   and must be bright for the later networks (`stretch_of`).
+2. The network predicts block by block, like every network (`cryosiam_dask.stages.predict`).
+3. The lowest and the highest value of all blocks become 0 and 1 when a region is read (`Denoised`). So nothing is
+   stored twice, and the next model reads the same values as the file holds.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ def stretch_of(
     Parameters
     ----------
     tomogram : (z, y, x) or (y, x), real numbers
-        Intensities as stored. NaN counts for nothing.
+        Stored intensities. NaN is ignored.
     place
-        What an error names.
+        The place that an error names.
     invert
         Whether the higher one becomes 0.
     executor
-        Reads the tomogram, twice.
+        Runs the tasks, which read the tomogram twice.
 
     Raises
     ------
     TomogramError
-        If there is nothing between them, as in a constant tomogram.
+        If the percentiles are equal, as in a constant tomogram.
     """
     read = partial(_read, tomogram=tomogram)
     low, high = percentiles(read, _regions(tomogram), PERCENTS, executor=executor)
@@ -72,11 +72,11 @@ def with_own_moments(
     spec
         How intensities are scaled before.
     tomogram : (z, y, x) or (y, x), real numbers
-        Intensities as stored.
+        Stored intensities.
     mean, std
-        Which of the two are to be the tomogram's own; a standard deviation of 0 counts as 1.
+        Whether to use the tomogram's own mean and standard deviation; a standard deviation of 0 counts as 1.
     executor
-        Reads the tomogram once.
+        Runs the tasks, which read the tomogram once.
     """
     if not mean and not std:
         return spec
@@ -89,7 +89,7 @@ def with_own_moments(
 
 
 def _regions(tomogram: Sliceable) -> list[Region]:
-    """Regions of whole chunks and whole rows, some tens of megabytes each."""
+    """Return regions of whole chunks and whole rows, some tens of megabytes each."""
     *leading, _ = getattr(tomogram, "chunks", None) or (64,) * len(tomogram.shape)
     steps = [edge * max(1, 64 // edge) for edge in leading[:-1]] + [edge * max(1, 256 // edge) for edge in leading[-1:]]
     return list(regions_of(tomogram.shape, (*steps, tomogram.shape[-1])))
@@ -106,16 +106,16 @@ def _sums(region: Region, *, tomogram: Sliceable, spec: PredictorSpec) -> tuple[
 
 @dataclass(frozen=True, slots=True)
 class Denoised:
-    """What a denoiser says, scaled whenever a region of it is read.
+    """The result of a denoiser, scaled when a region is read.
 
     Attributes
     ----------
     prediction
         The network's result, (channel, z, y, x) or (channel, y, x), float32.
     scale
-        The values that become 0 and 1; ``None``: as the network said.
+        The values that become 0 and 1; ``None`` leaves the result unscaled.
     channel
-        Which one is meant; ``None``: all of them, with their axis.
+        The wanted channel; ``None`` means all, with their axis.
     """
 
     prediction: zarr.Array[Any]
@@ -156,7 +156,7 @@ class Denoised:
         return self.scaled(self.prediction[index if self.channel is None else (self.channel, *index)])
 
     def scaled(self, values: Any) -> NDArray[np.float32]:
-        """Values of the network, scaled; all are 0 where it says the same everywhere."""
+        """Scale values of the network; all become 0 if its result is constant."""
         found = np.asarray(values, np.float32)
         if self.scale is None:
             return found
