@@ -108,7 +108,9 @@ def test_the_main_job_with_cryosiams_own_files_and_spelling(tmp_path: Path, monk
         write_yaml(folder / name, {**values, "save_internal_files": False})
     output = call("semantic_predict", "--config_file=config_lamella_slicewise.yaml", "--workers=2", folder=folder)
     assert re.search(r"TS_a_6.80Apx\W+done\W+72 × 88 × 80", output)
-    output = call("semantic_predict", "--config_file", "config_semantic.yaml", "--device", "cpu", folder=folder)
+    output = call(
+        "semantic_predict", "--config_file", "config_semantic.yaml", "--workers", 1, "--device", "cpu", folder=folder
+    )
     counts = np.bincount(expected["semantic"].ravel(), minlength=4)
     assert all(f" {n:,} (" in output for n in counts[1:] if n)
     found = {}
@@ -218,7 +220,8 @@ def test_a_gpu_that_is_not_there_is_an_error(folder: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_stopped_run_leaves_nothing_half_written_and_goes_on(predicted: Path, number: signal.Signals) -> None:
     folder = predicted
-    process = start("semantic-predict", "--config-file", "config.yaml", folder=folder, start_new_session=True)
+    command = ("semantic-predict", "--config-file", "config.yaml", "--workers", 1)
+    process = start(*command, folder=folder, start_new_session=True)
     ledger, others = (
         folder / "out" / ".ledger" / "TS_2.jsonl",
         [folder / "out" / f"TS_{i}_{ending}" for i in (0, 1) for ending in ("preds.h5", "preview.png")],
@@ -248,9 +251,9 @@ def test_a_stopped_run_leaves_nothing_half_written_and_goes_on(predicted: Path, 
     ledgers = [*(f"TS_{i}.jsonl" for i in range(3)), "report"]
     assert sorted(path.name for path in (folder / "out" / ".ledger").iterdir()) == ledgers
     done = ledger.read_bytes().count(b'"what":"block"')
-    output = call("semantic-predict", "--config-file", "config.yaml", folder=folder)
+    output = call(*command, folder=folder)
     assert "TS_0: skipped" in output and "TS_1: skipped" in output
-    size = block_size_for(LARGE, (16, 16, 16), BLOCK_SIZE, 2)
+    size = block_size_for(LARGE, (16, 16, 16), BLOCK_SIZE, 1)
     blocks = len(make_grid(LARGE, (16, 16, 16), size).indices())
     assert f"TS_2: {done} of {blocks} blocks are already done" in output
     outputs = [f"TS_{i}_{ending}" for i in range(3) for ending in ("preds.h5", "preview.png")]
