@@ -1,4 +1,4 @@
-"""The command line by its real entry point, in processes of its own."""
+"""The command line: by its real entry point, in processes of its own, where these matter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import zarr
 from cryosiam_dask import __version__
 from cryosiam_dask.core.grid import block_size_for, make_grid
 from support import golden
-from support.command import COMMAND, call, start
+from support.command import COMMAND, call, invoke, start
 from support.inputs import BLOCK_SIZE, LARGE, make_folder, write_tomogram, write_yaml
 
 LAMELLA = golden.FOLDER / "lamella_then_semantic"
@@ -135,24 +135,24 @@ def test_run_skip_overwrite_and_postprocess(folder: Path) -> None:
     of_one = {".ledger", "TS_1_preds.h5", "TS_1_preview.png", "TS_1_timeline.png", "logs", "report.html"}
     assert {path.name for path in (folder / "out").iterdir()} == of_one
     before = (folder / "out" / "TS_1_preds.h5").read_bytes()
-    output = call("semantic-predict", "--config-file", "config.yaml", "--workers", 1, folder=folder)
+    output = invoke("semantic-predict", "--config-file", "config.yaml", "--workers", 1, folder=folder)
     assert "TS_1: skipped, out/TS_1_preds.h5 was made from the same input" in output
     outputs = of_one | {f"TS_{i}_{ending}" for i in (0, 2) for ending in ("preds.h5", "preview.png")}
     assert {path.name for path in (folder / "out").iterdir()} == outputs
     values = yaml.safe_load((folder / "config.yaml").read_text())
     write_yaml(folder / "other.yaml", {**values, "parameters": {"network": {"threshold": 0.45}}})
-    output = call("semantic-predict", "--config-file", "other.yaml", folder=folder, status=2)
+    output = invoke("semantic-predict", "--config-file", "other.yaml", folder=folder, status=2)
     assert output.count("Replace it with --overwrite") == 3
     assert (folder / "out" / "TS_1_preds.h5").read_bytes() == before
     sizes = {"parameters": {"network": {"postprocessing_sizes": [-1, 10**6, -1]}}}
     write_yaml(folder / "sizes.yaml", {**values, **sizes})
-    output = call("semantic_postprocess", "--config_file=sizes.yaml", "--workers=1", folder=folder)
+    output = invoke("semantic_postprocess", "--config_file=sizes.yaml", "--workers=1", folder=folder)
     assert output.count(" done ") >= 3
     with h5py.File(folder / "out" / "TS_1_preds.h5") as file:
         assert not (file["labels"][:] == 1).any() and (file["removed"][:] == 1).any()
-    assert call("semantic-predict", "--config-file", "sizes.yaml", folder=folder).count("skipped, ") == 3
+    assert invoke("semantic-predict", "--config-file", "sizes.yaml", folder=folder).count("skipped, ") == 3
     (folder / "out" / "report.html").unlink()
-    assert "report: out/report.html" in call("report", "--config-file", "sizes.yaml", folder=folder)
+    assert "report: out/report.html" in invoke("report", "--config-file", "sizes.yaml", folder=folder)
     text = (folder / "out" / "report.html").read_text()
     assert all(f"<bdi>TS_{i}</bdi>" in text for i in range(3)) and text.count("data:image/webp;base64,") == 3
 
@@ -161,7 +161,7 @@ def test_the_largest_patch_is_chosen_by_trying(folder: Path) -> None:
     values = yaml.safe_load((folder / "config.yaml").read_text())
     write_yaml(folder / "auto.yaml", {**values, "parameters": {"data": {"patch_size": "auto"}}})
     arguments = ("--config-file", "auto.yaml", "--filename", "TS_1.mrc", "--workers", 1)
-    output = call("semantic-predict", *arguments, folder=folder)
+    output = invoke("semantic-predict", *arguments, folder=folder)
     with h5py.File(folder / "out" / "TS_1_preds.h5") as file:
         patch = file.attrs["patch_size"].tolist()
         # As long as the tomogram needs it, since that fits into any memory.
@@ -169,11 +169,11 @@ def test_the_largest_patch_is_chosen_by_trying(folder: Path) -> None:
     assert f"patch_size {patch} is the largest that fits" in output
     # With the same patch written down, that is the same result.
     write_yaml(folder / "same.yaml", {**values, "parameters": {"data": {"patch_size": patch}}})
-    assert "skipped, " in call("semantic-predict", "--config-file", "same.yaml", "--filename", "TS_1", folder=folder)
+    assert "skipped, " in invoke("semantic-predict", "--config-file", "same.yaml", "--filename", "TS_1", folder=folder)
 
 
 def test_a_report_needs_predictions(folder: Path) -> None:
-    output = call("report", "--config-file", "config.yaml", folder=folder, status=2)
+    output = invoke("report", "--config-file", "config.yaml", folder=folder, status=2)
     assert "error: key prediction_folder: there must be predictions to report" in output
     assert not (folder / "out").exists()
 
@@ -181,7 +181,7 @@ def test_a_report_needs_predictions(folder: Path) -> None:
 def test_a_patch_larger_than_the_memory_is_refused_with_numbers(folder: Path) -> None:
     values = yaml.safe_load((folder / "config.yaml").read_text())
     write_yaml(folder / "large.yaml", {**values, "parameters": {"data": {"patch_size": [8192, 8192, 8192]}}})
-    output = call("semantic-predict", "--config-file", "large.yaml", "--device", "cpu", folder=folder, status=2)
+    output = invoke("semantic-predict", "--config-file", "large.yaml", "--device", "cpu", folder=folder, status=2)
     message = " ".join(output.split())
     assert re.search(r"must fit into the memory.*about \d+ GB for patch_size \[8192, 8192, 8192\].*of \d+ GB", message)
     assert not (folder / "out").exists()
@@ -191,7 +191,7 @@ def test_failed_tomograms_give_status_1_and_the_others_are_done(folder: Path) ->
     (folder / "data" / "TS_0.mrc").write_bytes(b"\0" * 3000)
     with (folder / "data" / "TS_2.mrc").open("r+b") as file:
         file.truncate(5000)
-    output = call("semantic-predict", "--config-file", "config.yaml", "--workers", 1, folder=folder, status=1)
+    output = invoke("semantic-predict", "--config-file", "config.yaml", "--workers", 1, folder=folder, status=1)
     assert "failed, TS_0: " in output and "failed, TS_2: " in output and "5000" in output
     written = sorted(path.name for path in (folder / "out").iterdir())
     assert written == [".ledger", "TS_1_preds.h5", "TS_1_preview.png", "logs", "report.html"]
@@ -199,10 +199,10 @@ def test_failed_tomograms_give_status_1_and_the_others_are_done(folder: Path) ->
 
 def test_every_fault_of_a_configuration_at_once_and_nothing_made(folder: Path) -> None:
     write_yaml(folder / "bad.yaml", {"data_folder": "nowhere", "prediction_folder": "out", "trained_modell": "m.ckpt"})
-    output = call("semantic-predict", "--config-file", "bad.yaml", folder=folder, status=2)
+    output = invoke("semantic-predict", "--config-file", "bad.yaml", folder=folder, status=2)
     assert output.count("error: ") == 3 and "Did you mean trained_model?" in output
     write_yaml(folder / "bad.yaml", {"data_folder": "nowhere", "prediction_folder": "out", "trained_model": "m.ckpt"})
-    output = call("semantic-predict", "--config-file", "bad.yaml", folder=folder, status=2)
+    output = invoke("semantic-predict", "--config-file", "bad.yaml", folder=folder, status=2)
     assert output.count("error: ") == 2 and "does not exist: nowhere (seen from" in output and "m.ckpt" in output
     assert not (folder / "out").exists()
 
@@ -282,7 +282,7 @@ def test_a_disk_that_is_full_is_said_and_leaves_nothing(folder: Path) -> None:
 def test_components_and_particle_lists(predicted: Path) -> None:
     folder = predicted
     (folder / "whole").rename(folder / "out")
-    output = call("components", "--config-file", "config.yaml", "--workers", 1, folder=folder)
+    output = invoke("components", "--config-file", "config.yaml", "--workers", 1, folder=folder)
     assert output.count(" done ") >= 3
     with (folder / "out" / "components.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -290,25 +290,25 @@ def test_components_and_particle_lists(predicted: Path) -> None:
     with h5py.File(folder / "out" / "TS_1_components.h5") as file:
         assert file["instances"][:].max() == sum(row["tomogram"] == "TS_1" for row in rows)
     arguments = ("--config_file=config.yaml", "--min_voxels=2", "--erode", "--workers=1", "--filename=TS_1.mrc")
-    assert "particles: class 1: " in call("semantic_to_centers", *arguments, folder=folder)
+    assert "particles: class 1: " in invoke("semantic_to_centers", *arguments, folder=folder)
     names = {path.name for path in (folder / "out").glob("*.star")}
     assert {"TS_1_class1_centers.star", "class1_centers.star"} <= names and not any("TS_0" in name for name in names)
-    output = call("components", "--config-file", "config.yaml", "--filename", "TS_9.mrc", folder=folder, status=2)
+    output = invoke("components", "--config-file", "config.yaml", "--filename", "TS_9.mrc", folder=folder, status=2)
     assert "Run semantic-predict first" in output
 
 
 def test_convert(folder: Path) -> None:
-    output = call("convert", "data/TS_0.mrc", "TS_0.zarr", "--workers", 1, folder=folder)
+    output = invoke("convert", "data/TS_0.mrc", "TS_0.zarr", "--workers", 1, folder=folder)
     assert "24 × 20 × 22 (z, y, x), float32" in output and "intensities " in output
     with mrcfile.open(folder / "data" / "TS_0.mrc") as mrc:
         np.testing.assert_array_equal(zarr.open_array(folder / "TS_0.zarr", mode="r")[:], mrc.data)
-    output = call("convert", "data/TS_0.mrc", "TS_0.zarr", folder=folder, status=2)
+    output = invoke("convert", "data/TS_0.mrc", "TS_0.zarr", folder=folder, status=2)
     assert "error: " in output and "--overwrite" in output
-    output = call("convert", "data/TS_0.mrc", "x.mrc", folder=folder, status=2)
+    output = invoke("convert", "data/TS_0.mrc", "x.mrc", folder=folder, status=2)
     assert "x.mrc: the name of a converted tomogram must end with .zarr" in output
     assert "Use x.zarr, or x.ome.zarr" in output
     assert not (folder / "x.mrc").exists()
-    assert "TS_9.mrc" in call("convert", "TS_9.mrc", "x.zarr", folder=folder, status=2)
+    assert "TS_9.mrc" in invoke("convert", "TS_9.mrc", "x.zarr", folder=folder, status=2)
     assert not (folder / "x.zarr").exists()
 
 
@@ -328,8 +328,8 @@ def test_version_help_and_wrong_usage(tmp_path: Path) -> None:
             "demo",
         )
     )
-    assert "--config-file" in call("semantic_predict", "--help", folder=tmp_path)
-    assert "No such command" in call("semantic-predicd", folder=tmp_path, status=2)
-    assert "--config-file" in call("semantic-predict", folder=tmp_path, status=2)
-    output = call("semantic-predict", "--config-file", "none.yaml", folder=tmp_path, status=2)
+    assert "--config-file" in invoke("semantic_predict", "--help", folder=tmp_path)
+    assert "No such command" in invoke("semantic-predicd", folder=tmp_path, status=2)
+    assert "--config-file" in invoke("semantic-predict", folder=tmp_path, status=2)
+    output = invoke("semantic-predict", "--config-file", "none.yaml", folder=tmp_path, status=2)
     assert "error: none.yaml: does not exist. Check the name" in output

@@ -18,7 +18,7 @@ from cryosiam_dask.runs.find import find_predictions
 from cryosiam_dask.runs.outcome import Outcome
 from cryosiam_dask.runs.written import list_centers
 from cryosiam_dask.stages.centers import cryosiam_centers
-from support.command import call
+from support.command import invoke
 
 GOLDEN = Path(__file__).parent / "data" / "centers"
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
@@ -129,7 +129,9 @@ def test_a_class_without_a_number(tmp_path: Path) -> None:
 
 def test_the_command_takes_cryosiams_file(tmp_path: Path) -> None:
     prepare(tmp_path, "minimum_per_class")
-    said = call("semantic_to_centers", "--config_file=config.yaml", "--format=cryosiam", "--workers=1", folder=tmp_path)
+    said = invoke(
+        "semantic_to_centers", "--config_file=config.yaml", "--format=cryosiam", "--workers=1", folder=tmp_path
+    )
     path = GOLDEN / "minimum_per_class" / "expected" / "labels_1.csv"
     same(pandas.read_csv(tmp_path / "preds" / path.name), pandas.read_csv(path))
     assert "particles: class 1: " in said

@@ -33,7 +33,7 @@ from cryosiam_dask.stages.export import convert_to_ome_zarr, formats_done, read_
 from cryosiam_dask.stages.ingest import convert, ingest
 from cryosiam_dask.stages.ome_zarr import read_own_attributes, write_ome_zarr
 from support import checkpoints
-from support.command import call
+from support.command import invoke
 from support.runs import Listener
 
 SHAPE = (24, 20, 22)
@@ -524,13 +524,13 @@ def test_export_command(folder: Path) -> None:
     of_cryosiam(folder, np.ones(SHAPE, np.uint8))
     with pytest.raises(ConfigurationError, match=r"a format other than HDF5; found \['hdf5'\]\. Add 'ome-zarr'"):
         export_predictions(configure(folder), Console(quiet=True))
-    call("export", "--config-file", "config.yaml", "--format", "mrc", "--format", "ome-zarr", folder=folder)
+    invoke("export", "--config-file", "config.yaml", "--format", "mrc", "--format", "ome-zarr", folder=folder)
     assert names(folder / "out") == [".ledger", f"{STEM}.ome.zarr", f"{STEM}_labels.mrc", f"{STEM}_preds.h5", "logs"]
 
 
 def test_convert_command(folder: Path) -> None:
     source = folder / "data" / f"{STEM}.mrc"
-    call("convert", source, "a.ome.zarr", folder=folder)
+    invoke("convert", source, "a.ome.zarr", folder=folder)
     np.testing.assert_allclose(place(folder / "a.ome.zarr"), (SIZE, ORIGIN), rtol=1e-6)
     convert(folder / "a.ome.zarr", folder / "a.zarr")
     stored, report = ingest(folder / "a.zarr", MemoryStore())

@@ -23,7 +23,7 @@ from cryosiam_dask.core.log import LOG, LogFile, begin_logs, latest_log, logged,
 from cryosiam_dask.errors import TomogramError
 from cryosiam_dask.runs.cluster import open_cluster
 from cryosiam_dask.runs.workers import forwarded_warnings
-from support.command import call, start
+from support.command import invoke, start
 from support.inputs import LARGE, make_folder, write_tomogram
 
 ENTRY = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} (DEBUG|INFO|WARNING|ERROR) |    ")
@@ -57,12 +57,12 @@ def test_a_run_is_logged_with_what_the_user_does_not_see(folder: Path) -> None:
     assert re.search(r"ERROR TS_0: .*MRC header.*\n    Traceback \(most recent call last\):\n(    .*\n)+", text)
     assert "WARNING no mask_folder is set" in text and re.search(r"INFO TS_2: done in", text)
     # The next run has one of its own, and says the rest where it is asked to.
-    output = call(*command, "--filename=TS_1", "--verbose", folder=folder)
+    output = invoke(*command, "--filename=TS_1", "--verbose", folder=folder)
     assert log.read_text() == text and len(logs(folder / "out")) == 2
     assert "versions: python" in output and "TS_1: skipped" in output and output.count("report: ") == 1
     latest = next(path for path in logs(folder / "out") if path != log)
     assert latest_log(folder / "out") == latest
-    assert f"log of the latest run: out/logs/{latest.name}" in call(
+    assert f"log of the latest run: out/logs/{latest.name}" in invoke(
         "status", "--config-file=config.yaml", folder=folder
     )
     assert f'href="logs/{latest.name}"' in (folder / "out" / "report.html").read_text()

@@ -23,7 +23,7 @@ from cryosiam_dask.errors import CryosiamDaskError, TomogramError
 from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.stages.ingest import convert
 from support import checkpoints
-from support.command import call
+from support.command import invoke
 from support.inputs import write_tomogram
 
 VOXELS = np.random.default_rng(0).random((12, 20, 16), np.float32)
@@ -167,10 +167,10 @@ def test_a_collection_of_odd_names_and_bad_files(tmp_path: Path) -> None:
               "components": True}  # fmt: skip
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values, allow_unicode=True))
     config = "--config-file=config.yaml"
-    output = call("plan", config, folder=tmp_path, status=1)
+    output = invoke("plan", config, folder=tmp_path, status=1)
     assert output.count("error: ") == 1 and f"error: {data / 'bad html.mrc'}: " in output and not out.exists()
     assert "warning, really hdf5: the name ends with .mrc, but the content is HDF5" in output
-    output = call("semantic-predict", config, folder=tmp_path, status=1)
+    output = invoke("semantic-predict", config, folder=tmp_path, status=1)
     assert output.count("\nfailed, ") == 1 and "failed, bad html: " in output
     done = [*NAMES, "really hdf5"]
     for name in done:
@@ -179,7 +179,7 @@ def test_a_collection_of_odd_names_and_bad_files(tmp_path: Path) -> None:
     assert page.count("data:image/webp;base64,") == len(done) and "<bdi>&lt;b&gt;&amp;&#39;quote&#34;</bdi>" in page
     # Labels of another shape than their tomogram: those of one are put in the place of another's.
     shutil.copy(out / f"{NAMES[0]}_preds.h5", out / "really hdf5_preds.h5")
-    output = call("export", config, "--format=ome-zarr", "--format=mrc", "--json", folder=tmp_path, status=1)
+    output = invoke("export", config, "--format=ome-zarr", "--format=mrc", "--json", folder=tmp_path, status=1)
     document = json.loads(output[output.index('{\n  "tomograms"') : output.rindex("}") + 1])
     found = {each["stem"]: each for each in document["tomograms"]}
     assert {name for name, each in found.items() if each["status"] == "done"} == set(NAMES)

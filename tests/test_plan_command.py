@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ from cryosiam_dask.config import STAGES
 from cryosiam_dask.errors import Problems
 from cryosiam_dask.runs.ledger import read_outcomes
 from support import checkpoints
+from support.command import COMMAND, invoke
 
-COMMAND = Path(sys.executable).with_name("cryosiam-dask")
 SHAPE = (24, 20, 22)
 LONG = "TS_of_a_very_long_name_[with brackets]_and ümlauts_9.96Apx"
 
@@ -134,7 +133,7 @@ def test_plan_of_a_pipeline(pipeline: Path) -> None:
     assert disk["needed_bytes"] == sum(t["work_bytes"] + t["output_bytes"] for t in every)
     assert disk["folders"] == ["out/lamella", "out/semantic"]
     # What the disk is said to take is what a run takes at most.
-    call("run", "--config-file", "pipeline.yaml", "--workers", 1)
+    invoke("run", "--config-file", "pipeline.yaml", "--workers", 1, folder=pipeline)
     for t in every:
         taken = sum(Path(path).stat().st_size for path in (*t["outputs"], t["preview"]))
         assert taken < t["output_bytes"] + 20_000  # attributes

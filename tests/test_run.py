@@ -33,7 +33,7 @@ from cryosiam_dask.runs.ledger import Ledger
 from cryosiam_dask.runs.outcome import Outcome
 from cryosiam_dask.runs.plan import plan_run
 from support import checkpoints, golden
-from support.command import call
+from support.command import call, invoke
 from support.inputs import PIPELINE_CASE as CASE
 from support.inputs import pipeline_of_case
 
@@ -90,7 +90,7 @@ def test_one_pass_on_a_cluster_gives_what_cryosiam_gave(folder: Path, cluster: t
     values = yaml.safe_load((folder / "pipeline.yaml").read_text())
     single = {**{key: values[key] for key in ("data_folder", "file_extension")}, **values["semantic"]}
     (folder / "single.yaml").write_text(yaml.safe_dump({**single, "mask_folder": "out/lamella"}))
-    assert "skipped" in call("semantic-predict", "--config-file", "single.yaml", folder=folder)
+    assert "skipped" in invoke("semantic-predict", "--config-file", "single.yaml", folder=folder)
     # The lamella made again is the same, and so what was made inside it stays.
     (folder / "out" / "lamella" / "TS_a_6.80Apx_preds.h5").unlink()
     before = (folder / "out" / "semantic" / "TS_a_6.80Apx_preds.h5").stat().st_mtime_ns
@@ -98,12 +98,12 @@ def test_one_pass_on_a_cluster_gives_what_cryosiam_gave(folder: Path, cluster: t
     assert "lamella: done" in output and "semantic: already done" in output
     assert "warning: tcp://127.0.0.1:" in output and "has no TLS: every user of this machine can run" in output
     assert (folder / "out" / "semantic" / "TS_a_6.80Apx_preds.h5").stat().st_mtime_ns == before
-    assert call("status", "--config-file", "pipeline.yaml", folder=folder).strip() == "2 done"
+    assert invoke("status", "--config-file", "pipeline.yaml", folder=folder).strip() == "2 done"
 
 
 def test_a_cluster_that_does_not_fit_is_an_error(folder: Path, cluster: tuple[Path, Any], tmp_path: Path) -> None:
     def fails(*options: object) -> str:
-        return " ".join(call("run", "--config-file", "pipeline.yaml", *options, folder=folder, status=2).split())
+        return " ".join(invoke("run", "--config-file", "pipeline.yaml", *options, folder=folder, status=2).split())
 
     assert "a Dask scheduler must answer; found none" in fails("--scheduler", "tcp://127.0.0.1:1")
     assert "a Dask scheduler must answer" in fails("--scheduler", "nonsense://x")
@@ -140,7 +140,7 @@ def test_a_scheduler_that_goes_away_leaves_what_was_done(tmp_path: Path, cluster
         update={key: tmp_path / values[key] for key in ("data_folder", "prediction_folder")}
     ))  # fmt: skip
     assert [(state.state, state.blocks > 0) for state in found] == [("stopped", True)]
-    output = call("semantic-predict", "--config-file", "config.yaml", "--workers", 1, folder=tmp_path)
+    output = invoke("semantic-predict", "--config-file", "config.yaml", "--workers", 1, folder=tmp_path)
     assert " blocks are already done" in output and (tmp_path / "out" / "TS_preds.h5").exists()
 
 
@@ -281,10 +281,10 @@ def test_status_tells_states_and_time_left(tmp_path: Path) -> None:
     assert found[2].detail == "c.mrc: is broken." and found[3].detail == "process 12 on node7" and found[3].blocks == 1
     assert "damaged" in found[5].detail
     assert seconds_left(found) == pytest.approx(15 / 2 * 4)
-    output = call("status", "--config-file", "c.yaml", folder=tmp_path)
+    output = invoke("status", "--config-file", "c.yaml", folder=tmp_path)
     assert "2 done, 1 running, 1 stopped, 1 failed, 2 left; about 00:00:30 left" in output
     assert "c.mrc: is broken." in output and "process 12 on node7" in output
-    document = json.loads(call("status", "--config-file", "c.yaml", "--json", folder=tmp_path))
+    document = json.loads(invoke("status", "--config-file", "c.yaml", "--json", folder=tmp_path))
     assert document["counts"]["done"] == 2 and len(document["tomograms"]) == len(names)
 
 

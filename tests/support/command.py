@@ -1,12 +1,17 @@
-"""The program as a user starts it: a process of its own."""
+"""The program as a user starts it, and the same in this process where the process is not the point."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from typer.testing import CliRunner
+
+from cryosiam_dask.cli import app
 
 COMMAND = Path(sys.executable).with_name("cryosiam-dask")
 
@@ -31,6 +36,16 @@ def call(*arguments: object, folder: Path, status: int = 0, **options: Any) -> s
     assert process.returncode == status, out + err
     assert "Traceback" not in out + err
     return out + err
+
+
+def invoke(*arguments: object, folder: Path, status: int = 0) -> str:
+    """What `call` does, in this process: nothing has to be loaded."""
+    runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})
+    with contextlib.chdir(folder):
+        result = runner.invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    assert result.exit_code == status, result.output
+    assert "Traceback" not in result.output
+    return result.output
 
 
 def contents(folder: Path) -> dict[str, bytes]:
