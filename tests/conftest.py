@@ -1,9 +1,9 @@
 """Settings shared by all tests."""
 
-import os
-
 import pytest
 from hypothesis import settings
+
+from cryosiam_dask.core.machine import cores
 
 # Examples on shared machines may take long; what they show must not depend on it.
 settings.register_profile("no deadline", deadline=None, derandomize=True)
@@ -18,7 +18,7 @@ SLOWEST = (
 
 def pytest_xdist_auto_num_workers() -> int:
     """One more than there are cores: many tests wait for processes."""
-    return len(os.sched_getaffinity(0)) + 1
+    return cores() + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

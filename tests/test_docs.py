@@ -19,6 +19,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 import types
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -98,28 +99,37 @@ ORDER = [TUTORIAL, *(page for page in PAGES if page not in (TUTORIAL, EXAMPLES))
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Two threads, each as on a machine with one core: most of a command's time is the start of its workers."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+
+    def take_core() -> None:
+        if cores:
+            os.sched_setaffinity(0, {cores.pop()})  # of this thread and of what it starts
+
+    with ThreadPoolExecutor(2, initializer=take_core) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def finished(pool: ThreadPoolExecutor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which the tutorial was followed, word for word."""
     folder = tmp_path_factory.mktemp("tutorial")
-    run_page(TUTORIAL, folder)
+    pool.submit(run_page, TUTORIAL, folder).result()
     return folder
 
 
 @pytest.fixture(scope="module")
-def runs(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Path, Future[None]]]:
-    """The other pages, two at a time, as on a machine with one core: most of a command's time is its workers' start."""
-    cores = sorted(os.sched_getaffinity(0))
-
-    def take_core() -> None:
-        os.sched_setaffinity(0, {cores.pop() if len(cores) > 1 else cores[0]})  # of this thread and what it starts
-
-    with ThreadPoolExecutor(2, initializer=take_core) as pool:
-        started = {}
-        for page in filter(to_run, ORDER[1:]):
-            folder = tmp_path_factory.mktemp(page.stem)
-            shutil.copytree(finished, folder, dirs_exist_ok=True)
-            started[page] = pool.submit(run_page, page, folder)
-        yield started
+def runs(
+    finished: Path, pool: ThreadPoolExecutor, tmp_path_factory: pytest.TempPathFactory
+) -> dict[Path, Future[None]]:
+    """The other pages, two at a time."""
+    started = {}
+    for page in filter(to_run, ORDER[1:]):
+        folder = tmp_path_factory.mktemp(page.stem)
+        shutil.copytree(finished, folder, dirs_exist_ok=True)
+        started[page] = pool.submit(run_page, page, folder)
+    return started
 
 
 def test_the_tutorial_leads_to_its_figure(finished: Path) -> None:
@@ -344,3 +354,10 @@ def test_files_are_as_the_page_of_the_viewers_has_them(finished: Path) -> None:
     assert (finished / values["data_folder"] / "phantom_1.mrc").exists()
     with h5py.File(finished / values["prediction_folder"] / name) as file:
         assert file["labels"].shape == (80, 112, 112)
+
+
+def test_the_next_version_is_the_same_everywhere() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools_scm"]["fallback_version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    (first, *_) = re.findall("^## (.*)", (ROOT / "docs" / "changelog.md").read_text(), re.MULTILINE)
+    assert first.split()[0] == version
