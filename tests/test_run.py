@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from cryosiam_dask.cli import app
 from cryosiam_dask.commands.console import print_table
 from cryosiam_dask.commands.segment import _warn_about_intensities
-from cryosiam_dask.commands.status import seconds_left, states
+from cryosiam_dask.commands.status import print_overview, seconds_left, states
 from cryosiam_dask.config import STAGES, Configuration, read_configuration, read_model, read_models, read_pipeline
 from cryosiam_dask.errors import ConfigurationError, Problems
 from cryosiam_dask.runs.ledger import Ledger
@@ -286,6 +286,12 @@ def test_status_tells_states_and_time_left(tmp_path: Path) -> None:
     assert "c.mrc: is broken." in output and "process 12 on node7" in output
     document = json.loads(invoke("status", "--config-file", "c.yaml", "--json", folder=tmp_path))
     assert document["counts"]["done"] == 2 and len(document["tomograms"]) == len(names)
+    values = yaml.safe_load((tmp_path / "c.yaml").read_text()) | {"test_files": ["a.mrc", "g.mrc"]}
+    (tmp_path / "left.yaml").write_text(yaml.safe_dump(values))
+    console = Console(file=io.StringIO(), width=80)
+    print_overview(tmp_path / "left.yaml", console)
+    heads = [head.strip() for head in console.file.getvalue().splitlines()[1].split("┃")]
+    assert heads == ["", "tomogram", "state", ""]  # no column is empty
 
 
 def test_what_the_models_cannot_see_is_said_before_the_run(tmp_path: Path) -> None:

@@ -163,11 +163,16 @@ def print_overview(config_file: Path, console: Console, *, model: str | None = N
         console.file.write(json.dumps(document, indent=2) + "\n")
         return
     shown = [state for state in found if state.state != "done"]
-    table = Table("tomogram", *(("model",) if any(state.stage for state in found) else ()), "state", "blocks", "")
-    for state in shown:
-        row = [escape(state.tomogram), state.state, str(state.blocks or ""), escape(state.detail)]
-        if any(other.stage for other in found):
-            row.insert(1, state.stage)
+    columns = {
+        "tomogram": [escape(state.tomogram) for state in shown],
+        "model": [state.stage for state in shown],
+        "state": [state.state for state in shown],
+        "blocks": [str(state.blocks or "") for state in shown],
+        "detail": [escape(state.detail) for state in shown],
+    }
+    filled = {title: values for title, values in columns.items() if any(values)}
+    table = Table(*filled)
+    for row in zip(*filled.values(), strict=True):
         table.add_row(*row)
     if shown:
         wide = console if console.is_terminal else Console(emoji=False, file=console.file, width=160)
