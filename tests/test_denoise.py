@@ -385,3 +385,13 @@ def test_a_pipeline_without_a_denoiser_has_none(folder: Path) -> None:
     pipeline.write_text(yaml.safe_dump(values))
     with pytest.raises(ConfigurationError, match="needs the keys of a denoiser"):
         read_denoiser(pipeline)
+
+
+@pytest.mark.parametrize(("size", "told"), [(6.8, False), (7.9, False), (10.0, True), (0.0, False)])
+def test_a_voxel_size_far_from_the_models_is_said(folder: Path, size: float, told: bool) -> None:
+    prepare(folder, "scaled", trained_model="cryosiam_denoising.ckpt")
+    (folder / "model.ckpt").rename(folder / "cryosiam_denoising.ckpt")
+    with mrcfile.open(folder / "data" / "tomo.mrc", "r+") as mrc:
+        mrc.voxel_size = size
+    warnings = segment(read_configuration(folder / "config.yaml"))["tomo"].warnings
+    assert any("this model was trained with about 6.8 Å" in warning for warning in warnings) == told

@@ -18,8 +18,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from cryosiam_dask.config import read_models
-from cryosiam_dask.core.phantom import CLASS_NAMES, dice, make_phantom, write_phantom
+from cryosiam_dask.config import STAGES, read_models
+from cryosiam_dask.core.phantom import CLASS_NAMES, dice, make_phantom, write_phantom, write_raw
 from cryosiam_dask.errors import OutputError
 from cryosiam_dask.files.hdf5 import open_hdf5
 from cryosiam_dask.stages.preview import write_preview
@@ -63,7 +63,8 @@ def run_demo(folder: Path, console: Console, *, device: Device = "auto", workers
 def prepare_demo(folder: Path, console: Console) -> tuple[Path, Path, Path]:
     """Write the files of the demo without running it.
 
-    These are ``tomograms/``, ``models/``, ``config_lamella.yaml``, ``config_semantic.yaml`` and ``pipeline.yaml``.
+    These are ``tomograms/``, ``models/``, ``config_lamella.yaml``, ``config_semantic.yaml`` and ``pipeline.yaml``; and
+    ``raw/``, ``config_denoise.yaml`` and ``pipeline_raw.yaml``, which begins with the raw tomograms.
     Paths in the YAML files are relative to the current folder if `folder` is.
 
     Parameters
@@ -76,14 +77,16 @@ def prepare_demo(folder: Path, console: Console) -> tuple[Path, Path, Path]:
     tuple of Path
         The three YAML files.
     """
-    tomograms, models, masks = (folder / name for name in ("tomograms", "models", "lamella"))
+    tomograms, models, masks, unprocessed = (folder / name for name in ("tomograms", "models", "lamella", "raw"))
     try:
-        for each in (tomograms, models):
+        for each in (tomograms, models, unprocessed):
             each.mkdir(parents=True, exist_ok=True)
         for stem, seed in SEEDS.items():
             if not (tomograms / f"{stem}.mrc").exists():  # a repeated demo finds its outputs done
                 write_phantom(make_phantom(seed), tomograms, stem)
-        for name in ("lamella", "semantic"):
+            if not (unprocessed / f"{stem}.mrc").exists():
+                write_raw(make_phantom(seed), unprocessed / f"{stem}.mrc", seed)
+        for name in STAGES:
             checkpoint = files("cryosiam_dask") / "data" / "models" / f"demo_{name}.ckpt"
             (models / f"{name}.ckpt").write_bytes(checkpoint.read_bytes())
         common = {"data_folder": str(tomograms), "file_extension": ".mrc", "test_files": None}
@@ -93,6 +96,16 @@ def prepare_demo(folder: Path, console: Console) -> tuple[Path, Path, Path]:
             "config_lamella": {**common, **lamella},
             "config_semantic": {**common, "mask_folder": str(masks), **semantic},
             "pipeline": {**common, "lamella": lamella, "semantic": semantic},
+            "config_denoise": {
+                "data_folder": str(unprocessed),
+                **_denoise(folder / "denoised", models / "denoise.ckpt"),
+            },
+            "pipeline_raw": {
+                "data_folder": str(unprocessed),
+                "denoise": _denoise(folder / "from_raw" / "denoised", models / "denoise.ckpt"),
+                "lamella": _lamella(folder / "from_raw" / "lamella", models / "lamella.ckpt"),
+                "semantic": _semantic(folder / "from_raw" / "semantic", models / "semantic.ckpt"),
+            },
         }
         for name, values in written.items():
             (folder / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
@@ -103,10 +116,25 @@ def prepare_demo(folder: Path, console: Console) -> tuple[Path, Path, Path]:
         ) from None  # fmt: skip
     console.print(
         f"made {len(SEEDS)} phantom tomograms in {tomograms}, models in {models}, and in {folder} config_lamella.yaml "
-        "and config_semantic.yaml for them, and pipeline.yaml for both in one pass",
+        "and config_semantic.yaml for them, and pipeline.yaml for both in one pass; also raw tomograms of the same in "
+        f"{unprocessed}, config_denoise.yaml to denoise them, and pipeline_raw.yaml for everything in one pass",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
     return folder / "config_lamella.yaml", folder / "config_semantic.yaml", folder / "pipeline.yaml"
+
+
+def _denoise(output: Path, model: Path) -> dict[str, Any]:
+    return {
+        "prediction_folder": str(output),
+        "trained_model": str(model),
+        "save_raw_predictions": False,
+        "scale_prediction": False,  # the models after it were trained on phantoms from 0 to 1, as the denoiser was
+        "parameters": {
+            "data": {"min": 0, "max": 1, "mean": 0, "std": 1},
+            "network": {"in_channels": 1, "spatial_dims": 3},
+        },
+        "hyper_parameters": {"batch_size": 3},
+    }
 
 
 def _lamella(output: Path, model: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from cryosiam_dask.files.folders import visible
 from cryosiam_dask.files.header import TomogramHeader
 from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.model.published import PUBLISHED, parse
+from cryosiam_dask.runs.plan import FAR_OFF
 from cryosiam_dask.stages.intensities import Sample, contrast, intensities, sample_file
 
 #: Begins a comment about something that only the user knows.
@@ -31,7 +32,7 @@ MARK = "CHECK:"
 #: Quantiles of the voxels that CryoSiam's own preparation scales to 0 and 1 (`processing_invert_scale`).
 _QUANTILES = (0.001, 0.999)
 _SAMPLED = 5  # tomograms whose voxels are sampled, evenly spread over all of them
-_FAR_OFF = 0.2  # relative difference from the models' voxel size that is worth a check
+
 _OUTPUTS = ("_preds.h5", "_components.h5", "_labels.mrc")  # and <stem>__<class>.mrc
 
 
@@ -322,7 +323,7 @@ def _doubts(found: Collection) -> list[str]:
     model = PUBLISHED["cryosiam_semantic_segmentation"]
     doubts = ["that these tomograms are denoised: the models were trained on denoised ones", *found.doubts]
     sizes = [size for header in found.headers for size in header.voxel_size_angstrom if size]
-    far = [size for size in sizes if abs(size / model.voxel_size_angstrom - 1) > _FAR_OFF]
+    far = [size for size in sizes if abs(size / model.voxel_size_angstrom - 1) > FAR_OFF]
     if far:
         doubts.append(
             f"the voxel size, {_voxel_sizes(found.headers)}: the published models were made for about "

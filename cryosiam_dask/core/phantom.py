@@ -138,6 +138,14 @@ def write_phantom(phantom: Phantom, folder: Path, stem: str) -> Path:
     return path
 
 
+def write_raw(phantom: Phantom, path: Path, seed: int) -> None:
+    """Write the raw tomogram of a phantom, int16, with its voxel size; see `raw`."""
+    with mrcfile.new(path, overwrite=True) as mrc:
+        mrc.set_data(raw(phantom.tomogram, seed))
+        mrc.set_volume()
+        mrc.voxel_size = phantom.voxel_size_angstrom
+
+
 def dice(prediction: NDArray[np.uint8], truth: NDArray[np.uint8], n_classes: int) -> tuple[float, ...]:
     """Return each class's Dice score, 2 |A ∩ B| / (|A| + |B|), in the order of the labels; 1 if both lack the class."""
     agreed = np.bincount(truth[prediction == truth], minlength=n_classes)

@@ -106,7 +106,7 @@ PUBLISHED: Mapping[str, PublishedModel] = {
     "cryosiam_denoising": PublishedModel(
         "cryosiam_denoising.ckpt",
         "denoising",
-        "Denoises tomograms reconstructed by weighted back-projection, with 'cryosiam denoise_predict'.",
+        "Denoises tomograms reconstructed by weighted back-projection, with 'denoise-predict'.",
         contrast="dark on bright",
     ),
     "cryosiam_lamella": PublishedModel(

@@ -33,7 +33,7 @@ from cryosiam_dask.errors import (
 )
 from cryosiam_dask.model.architecture import default_threshold, peak_bytes, required_divisor, required_halo
 from cryosiam_dask.model.classes import class_names
-from cryosiam_dask.model.published import locate
+from cryosiam_dask.model.published import PUBLISHED, locate
 from cryosiam_dask.runs.find import (
     all_tomograms,
     check_prediction_folder,
@@ -330,7 +330,7 @@ class RunPlan:
         coverage
             Share of the tomogram inside the mask, 0 to 1; ``None`` if unknown.
         """
-        warnings = list(header.warnings)
+        warnings = [*header.warnings, *voxel_size_warnings(self.configuration, header)]
         if found is not None:
             warnings += self.intensity_warnings(header, found)
             if non_finite or (non_finite is None and found.non_finite):
@@ -856,6 +856,26 @@ def _check_network(
             f"labels from {len(sizes)} on are not filtered"
         )
     return patch
+
+
+#: Relative difference from the voxel size of a model's training above which there is a warning.
+FAR_OFF = 0.2
+
+
+def voxel_size_warnings(configuration: Configuration, header: TomogramHeader) -> tuple[str, ...]:
+    """Warn if a tomogram's voxel size is far from that of the model's training, where that is published."""
+    model = PUBLISHED.get(configuration.trained_model.name.removesuffix(".ckpt"))
+    far = [
+        size
+        for size in header.voxel_size_angstrom
+        if model is not None and size and abs(size / model.voxel_size_angstrom - 1) > FAR_OFF
+    ]
+    if model is None or not far:
+        return ()
+    return (
+        f"its voxel size is {far[0]:.4g} Å, and this model was trained with about {model.voxel_size_angstrom:g} Å: "
+        f"'cryosiam-dask match-pixel-size --pixel-size {model.voxel_size_angstrom:g}' resamples tomograms",
+    )
 
 
 def _output_path(configuration: Configuration, source: Path, stem: str) -> Path:
