@@ -18,6 +18,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from rich.console import Console
 
 from cryosiam_dask.commands.plan import show_plan
+from cryosiam_dask.commands.report import write_report
 from cryosiam_dask.config import read_configuration, read_denoiser, read_models
 from cryosiam_dask.core.executor import SerialExecutor
 from cryosiam_dask.errors import ConfigurationError, Problems, TomogramError
@@ -395,3 +396,14 @@ def test_a_voxel_size_far_from_the_models_is_said(folder: Path, size: float, tol
         mrc.voxel_size = size
     warnings = segment(read_configuration(folder / "config.yaml"))["tomo"].warnings
     assert any("this model was trained with about 6.8 Å" in warning for warning in warnings) == told
+
+
+def test_the_report_shows_denoised_tomograms(folder: Path) -> None:
+    prepare(folder, "two_channels_scaled_raw")
+    configuration = read_configuration(folder / "config.yaml")
+    segment(configuration)
+    page = write_report(configuration).read_text()
+    assert (
+        "tomo" in page and "26 × 30 × 11" in page and "Shares of classes" not in page and page.count("data:image") >= 1
+    )
+    assert '<span class="status done">' in page or ">done<" in page

@@ -33,6 +33,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cryosiam_dask._version import __version__
 from cryosiam_dask.config import Configuration
+from cryosiam_dask.core.endings import denoised_ending
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.core.log import FOLDER as LOGS
 from cryosiam_dask.core.log import latest_log
@@ -42,7 +43,7 @@ from cryosiam_dask.files.folders import visible, without_predictions
 from cryosiam_dask.model.classes import COLOURS, are_images, given_names, hexadecimal, named, percentage
 from cryosiam_dask.stages.measurements import holding
 from cryosiam_dask.stages.preview import preview_file
-from cryosiam_dask.stages.summary import KEPT, Summary, mrc_extension, remember
+from cryosiam_dask.stages.summary import KEPT, Summary, remember
 
 REPORT = "report.html"
 PICTURES_BYTES = 11 * 10**6  # of all thumbnails together, so that a page stays below 20 MB
@@ -158,9 +159,12 @@ def _names(configuration: Configuration) -> set[str]:
     folder = configuration.prediction_folder
     if not folder.is_dir():
         return set()
+    ending = denoised_ending(configuration.file_extension)
+    if configuration.denoises:
+        return {path.name.removesuffix(ending) for path in visible(folder, ending)}
     names = {path.name.removesuffix("_preds.h5") for path in visible(folder, "_preds.h5")}
     if configuration.save_original_file_extension:
-        found = {path.stem for path in visible(folder, mrc_extension(configuration))}
+        found = {path.stem for path in visible(folder, ending)}
         # Without the masks of single classes.
         found = {name for name in found if name.rpartition("__")[0] not in found | names}
         names |= {
@@ -240,6 +244,7 @@ def _page(configuration: Configuration, tomograms: Sequence[Summary], warnings: 
     )
     templates = files("cryosiam_dask") / "data" / "templates"
     style, script = (templates.joinpath(f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    shares_of = "lamella" if of_lamella else "image" if are_images(t.shape for t in tomograms) else "volume"
     return environment.get_template("report.html").render(
         title="/".join(configuration.data_folder.resolve().parts[-2:]).lstrip("/"),
         folder=str(configuration.prediction_folder),
@@ -260,7 +265,7 @@ def _page(configuration: Configuration, tomograms: Sequence[Summary], warnings: 
         warnings=warnings,
         histograms=[_histogram(column, rows) for column in columns if column.histogram and _has_histogram(column)],
         deviations=_DEVIATIONS,
-        shares_of="lamella" if of_lamella else "image" if are_images(t.shape for t in tomograms) else "volume",
+        shares_of="" if configuration.denoises else shares_of,
     )
 
 

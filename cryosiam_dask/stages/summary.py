@@ -15,7 +15,7 @@ import numpy as np
 
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.core.blocks import Blocks
-from cryosiam_dask.core.endings import MRC_ENDINGS
+from cryosiam_dask.core.endings import denoised_ending
 from cryosiam_dask.errors import CryosiamDaskError, OutputError
 from cryosiam_dask.files.claims import FOLDER
 from cryosiam_dask.files.hdf5 import StoredDataset, open_dataset, read_attributes
@@ -84,10 +84,9 @@ class Summary:
         return math.prod(sizes) / 1000 if len(sizes) == 3 else None
 
 
-def mrc_extension(configuration: Configuration) -> str:
-    """Return the ending of predictions with their tomograms' names: that of the tomograms without .gz, or .mrc."""
-    extension = configuration.file_extension.removesuffix(".gz")
-    return extension if Path(extension).suffix in MRC_ENDINGS or extension in MRC_ENDINGS else ".mrc"
+def is_mrc(configuration: Configuration) -> bool:
+    """Whether the outputs are MRC files with the names of their tomograms, instead of HDF5 files."""
+    return configuration.denoises or configuration.save_original_file_extension
 
 
 def remember(configuration: Configuration, picture_bytes: int, name: str) -> Summary:
@@ -103,9 +102,8 @@ def remember(configuration: Configuration, picture_bytes: int, name: str) -> Sum
         Name of the tomogram.
     """
     note = configuration.prediction_folder / FOLDER / KEPT / f"{name}.json"
-    made_of = json.dumps(
-        [_KEPT_VERSION, configuration.model_dump_json(include=_SOURCE_KEYS), _files(configuration, name)]
-    )
+    keys = configuration.model_dump_json(include=_SOURCE_KEYS)
+    made_of = json.dumps([_KEPT_VERSION, configuration.denoises, keys, _files(configuration, name)])
     with suppress(OSError, ValueError, TypeError, KeyError), note.open("rb") as file:
         facts = json.loads(file.readline())
         if facts.pop("made_of") == made_of:
@@ -155,7 +153,7 @@ def _files(configuration: Configuration, name: str) -> list[tuple[int, int] | No
         preview_file(folder, name),
         configuration.data_folder / f"{name}{configuration.file_extension}",
         *([masks / f"{name}_preds.h5"] if masks else []),
-        *([folder / f"{name}{mrc_extension(configuration)}"] if configuration.save_original_file_extension else []),
+        *([folder / f"{name}{denoised_ending(configuration.file_extension)}"] if is_mrc(configuration) else []),
     ]
     return list(map(_size_and_time, paths))
 
@@ -178,7 +176,7 @@ def _read_summary(configuration: Configuration, name: str) -> Summary:
     except OSError:  # it is too long for the disk, so the tomogram has failed
         return tomogram
     try:
-        if path.exists():
+        if path.exists() and not configuration.denoises:
             attributes = written_attributes(configuration, path)
             fingerprint = attributes.get("fingerprint")
             tomogram.shape = open_dataset(path, "labels").shape
@@ -188,8 +186,8 @@ def _read_summary(configuration: Configuration, name: str) -> Summary:
             names = attributes.get("class_names")
             tomogram.class_names = tuple(map(str, names)) if isinstance(names, list) else ()
             tomogram.status = "done"
-        elif configuration.save_original_file_extension:
-            header = read_header(folder / f"{name}{mrc_extension(configuration)}")
+        elif is_mrc(configuration):
+            header = read_header(folder / f"{name}{denoised_ending(configuration.file_extension)}")
             tomogram.shape, tomogram.voxel_size_angstrom = header.shape, header.voxel_size_angstrom
             tomogram.status = "done"
         tomogram.sizes = component_sizes(folder, name)
