@@ -1,10 +1,10 @@
-"""Writes what can be read off the program itself: the reference of the keys, and that of the command line.
+"""Generate the reference of the keys and of the command line from the program itself.
 
     python docs/reference.py
 
 makes ``docs/configuration.md``, ``docs/command-line.md``, ``configs/config_all_keys.yaml`` and ``configs/schema.json``
 from the models in ``cryosiam_dask/config.py`` and the commands in ``cryosiam_dask/cli.py``. `tests/test_docs.py` fails
-where a file is another than what is made here.
+if a file is outdated.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def generated() -> dict[str, str]:
-    """The files' contents by their paths."""
+    """Return the contents of the files by path."""
     return {
         "docs/configuration.md": _configuration_page(),
         "docs/command-line.md": _command_line_page(),
@@ -64,7 +64,7 @@ def _standard(schema: Any) -> Any:
 
 
 def _sections(model: Any = Configuration, name: str = "") -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """Each section: its key, its model, and the JSON schema of each of its own keys."""
+    """Yield each section: its key, its model, and the JSON schema of each of its own keys."""
     schema = _standard(model.model_json_schema(by_alias=True))
     below = {
         key: field.annotation for key, field in model.model_fields.items() if hasattr(field.annotation, "model_fields")
@@ -83,7 +83,7 @@ def _about(model: Any, key: str) -> About:
 
 
 def _value(value: Any) -> str:
-    """As YAML writes it."""
+    """Format a value as in YAML."""
     if value is None:
         return "null"
     if isinstance(value, str):
@@ -94,7 +94,7 @@ def _value(value: Any) -> str:
 
 
 def _type(schema: Mapping[str, Any]) -> str:
-    """What a JSON schema allows, in words."""
+    """Describe in words what a JSON schema allows."""
     choices = schema.get("anyOf") or schema.get("oneOf")
     if choices:
         return " or ".join(map(_type, choices))
@@ -129,8 +129,8 @@ def _configuration_page() -> str:
         lines.append("")
     unused = [f"`{f'{section}.{key}'.lstrip('.')}`" for section, keys in UNUSED_KEYS.items() for key in sorted(keys)]
     text = (
-        f"{', '.join(unused[:-1])} and {unused[-1]} may stand in CryoSiam's files. They are accepted, have no effect, "
-        "and the run says so: devices are chosen by `--device` and `--workers`."
+        f"{', '.join(unused[:-1])} and {unused[-1]} are keys of CryoSiam's files that are accepted without effect; a "
+        "run notes them. `--device` and `--workers` choose the devices instead."
     )
     lines += ["## Keys without effect", "", *textwrap.wrap(text, 120)]
     return "\n".join(lines) + "\n"
@@ -139,26 +139,26 @@ def _configuration_page() -> str:
 _INTRODUCTION = """\
 # Every key of the YAML file
 
-Every command takes the YAML file of one model, [CryoSiam's own files](from-cryosiam.md) as they are, or
+Every command accepts the YAML file of one model, such as [CryoSiam's own files](from-cryosiam.md), or
 [one file for both](usage.md#both-models-in-one-pass) models, with these keys below `lamella` and `semantic`. Three keys
-are required. Relative paths are taken from the folder in which the command is started. A key that is not known is an
-error that names the nearest known one.
+are required. Relative paths start from the folder in which the command is started. An unknown key is an error that
+names the most similar known key.
 
-`configs/config_all_keys.yaml` holds all of them with their defaults, to copy from. An editor that knows YAML schemas
-(VS Code with its YAML extension, and others) completes the keys and shows these texts where a file begins with
+`configs/config_all_keys.yaml` lists all of them with their defaults, to copy from. Editors that support YAML schemas (VS
+Code with its YAML extension, and others) complete the keys and show these texts if a file begins with
 
 ```yaml
 # yaml-language-server: $schema=configs/schema.json
 ```
 
-the path being that of `configs/schema.json` as seen from the file."""
+with the path from the file to `configs/schema.json`."""
 
 
 def _all_keys() -> str:
     lines = [
         "# yaml-language-server: $schema=schema.json",
-        "# Every key that cryosiam-dask knows, with its default or, where there is none, an example.",
-        "# Relative paths are taken from the folder in which the command is started.",
+        "# Every key of cryosiam-dask, with its default or, if there is none, an example.",
+        "# Relative paths start from the folder in which the command is started.",
         f"# ({_MADE_BY[0].upper()}{_MADE_BY[1:]}.)",
     ]
     for name, model, keys in _sections():
@@ -200,12 +200,12 @@ def _command_line_page() -> str:
 
 
 _COMMANDS = """\
-`cryosiam-dask COMMAND --help` prints the same. Commands and options are also understood as CryoSiam spells them, with
-underscores: `semantic_predict --config_file=…`. [Exit statuses](usage.md#exit-status) are the same for all."""
+`cryosiam-dask COMMAND --help` prints the same. Commands and options also accept CryoSiam's spelling with underscores:
+`semantic_predict --config_file=…`. [Exit statuses](usage.md#exit-status) are the same for all commands."""
 
 
 def _prose(command: Any) -> Iterator[str]:
-    """The help, its examples as code."""
+    """Yield the help text, with its examples as code."""
     for paragraph in "\n\n".join(filter(None, (command.help, command.epilog))).split("\n\n"):
         text = " ".join(paragraph.split())
         if text.startswith("Example: "):
