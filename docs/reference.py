@@ -144,8 +144,8 @@ Every command accepts the YAML file of one model, such as [CryoSiam's own files]
 are required. Relative paths start from the folder in which the command is started. An unknown key is an error that
 names the most similar known key.
 
-`configs/config_all_keys.yaml` lists all of them with their defaults, to copy from. Editors that support YAML schemas (VS
-Code with its YAML extension, and others) complete the keys and show these texts if a file begins with
+`configs/config_all_keys.yaml` lists all of them with their defaults, to copy from. Editors that support YAML schemas
+(VS Code with its YAML extension, and others) complete the keys and show these texts if a file begins with
 
 ```yaml
 # yaml-language-server: $schema=configs/schema.json

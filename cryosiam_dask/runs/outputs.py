@@ -254,7 +254,7 @@ def draw_denoised(
     attributes: Mapping[str, Any],
     executor: Executor,
 ) -> list[str]:
-    """Draw a raw tomogram beside its denoised one; return warnings; a picture that cannot be drawn is only a warning."""
+    """Draw a raw tomogram beside its denoised one and return warnings, such as that it cannot be drawn."""
     path = preview_file(configuration.prediction_folder, stem)
     if not configuration.preview:
         path.unlink(missing_ok=True)
