@@ -566,7 +566,7 @@ def test_the_users_own_dask_configuration_ends_no_run(tmp_path: Path, monkeypatc
         assert cluster.dashboard_link() == {}  # where it can be used, it is
         with pytest.raises(ClusterError, match=r"requires encryption.*Start it with --protocol tls"):
             cluster.join_cluster(address="tcp://127.0.0.1:1").__enter__()
-        with pytest.raises(ClusterError, match=r"entered with its keys; found none in Dask's configuration"):
+        with pytest.raises(ClusterError, match=r"needs its certificates; found none in Dask's configuration"):
             cluster.join_cluster(address="tls://127.0.0.1:1").__enter__()
 
 

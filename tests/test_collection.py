@@ -162,7 +162,7 @@ def test_names_that_differ_in_case_only_need_a_disk_that_tells_them_apart(
     assert not plan(folder).refused
     monkeypatch.setattr("cryosiam_dask.runs.find._ignores_case", lambda folder: True)
     ((stem, error),) = plan(folder).refused
-    assert stem == "ts_A" and "its outputs would be those of TS_a.mrc" in str(error)
+    assert stem == "ts_A" and "its outputs must not be those of TS_a.mrc" in str(error)
 
 
 def test_what_befalls_all_ends_the_run_at_once(folder: Path, executor: SharedExecutor) -> None:

@@ -233,8 +233,8 @@ def test_folders_that_may_not_be_looked_into_are_named(tmp_path: Path) -> None:
     ):
         assert home in said["home"]
         for name in names:
-            assert f"key {key}: must be a folder that can be looked into" in said[name], said[name]
-    assert "key prediction_folder: must be a folder that can be written to" in of_out["plan"]
+            assert f"key {key}: must be a readable folder" in said[name], said[name]
+    assert "key prediction_folder: must be a folder that can be written or created" in of_out["plan"]
     assert "masks" in (said := found("masks"))["plan"] and said["report"] == "fine"
 
 
