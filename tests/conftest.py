@@ -1,5 +1,7 @@
 """Settings shared by all tests."""
 
+import os
+
 import pytest
 from hypothesis import settings
 
@@ -8,6 +10,11 @@ from cryosiam_dask.core.machine import cores
 # Examples on shared machines may take long; what they show must not depend on it.
 settings.register_profile("no deadline", deadline=None, derandomize=True)
 settings.load_profile("no deadline")
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # beside others, threads that wait for one another would only take their cores
+    import torch
+
+    torch.set_num_threads(1)
 
 #: The files of tests that take longest. They begin first, so that none is alone at the end.
 SLOWEST = (
