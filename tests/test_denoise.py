@@ -407,3 +407,9 @@ def test_the_report_shows_denoised_tomograms(folder: Path) -> None:
         "tomo" in page and "26 × 30 × 11" in page and "Shares of classes" not in page and page.count("data:image") >= 1
     )
     assert '<span class="status done">' in page or ">done<" in page
+
+
+def test_a_model_alone_says_that_its_tomograms_must_be_denoised_first(folder: Path) -> None:
+    models = read_models(chain(folder))
+    with pytest.raises(Problems, match=f"{STEM}.mrc must be denoised first"):
+        plan_run(models["semantic"].model_copy(update={"mask_folder": None}))

@@ -634,9 +634,16 @@ def _plan_run(
         try:
             if mask is not None and not pending and not mask.is_file():
                 raise missing_mask(source, mask)
+            if source in raw and not pending and not source.exists():
+                raise TomogramError(
+                    f"{raw[source].name} must be denoised first",
+                    place=source,
+                    value="no such file",
+                    remedy="Run 'cryosiam-dask denoise-predict' or 'cryosiam-dask run' with this file",
+                )
             if not pending:
                 prediction = fingerprint_of(configuration, source, stem, mask, settings)
-        except MaskError as error:
+        except (MaskError, TomogramError) as error:
             problem = error
         except OSError as error:
             problem = None if is_transient(error) else not_readable(source, mask, error)
