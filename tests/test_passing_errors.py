@@ -379,7 +379,7 @@ def test_an_error_of_what_handles_errors_is_a_failure_that_is_told(
     def broken(*_: object, **__: object) -> None:
         raise ValueError("the handler's own")
 
-    monkeypatch.setattr(tomogram, "_segment", stale_for_good)
+    monkeypatch.setattr(tomogram, "_run_model", stale_for_good)
     monkeypatch.setattr(tomogram, "record", broken)
     LOG.addHandler(handler)
     try:

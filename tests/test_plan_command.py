@@ -21,11 +21,12 @@ import yaml
 from rich.console import Console
 
 from cryosiam_dask.commands.plan import show_files, show_plan
-from cryosiam_dask.config import STAGES
 from cryosiam_dask.errors import Problems
 from cryosiam_dask.runs.ledger import read_outcomes
 from support import checkpoints
 from support.command import COMMAND, invoke
+
+STAGES = ("lamella", "semantic")
 
 SHAPE = (24, 20, 22)
 LONG = "TS_of_a_very_long_name_[with brackets]_and ümlauts_9.96Apx"

@@ -157,7 +157,8 @@ def test_blocks_that_are_recorded_are_not_predicted_again(folder: Path) -> None:
                     path = folder / "out" / f"{stem}.work.zarr" / "labels" / "c" / "/".join(map(str, corner))
                     chunks[path] = path.stat().st_mtime_ns if path.exists() else None
     assert len(chunks) >= 5 and any(chunks.values())
-    recorded = {stem: blocks(folder, stem) for stem in STEMS}
+    # Of one whose output was just written, nothing is resumed.
+    recorded = {stem: blocks(folder, stem) for stem in STEMS if not (folder / "out" / f"{stem}_preds.h5").exists()}
     output = call(*RUN, folder=folder)
     (folder / "config.yaml").write_text(configuration)
     for stem, count in recorded.items():

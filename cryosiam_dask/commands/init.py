@@ -188,10 +188,11 @@ def find_models(folders: Iterable[Path]) -> dict[str, list[Path]]:
 
     for path in paths:
         try:
-            classes = read_checkpoint(path).architecture.out_channels
+            architecture = read_checkpoint(path).architecture
         except CryosiamDaskError:
             continue  # for another task, or damaged
-        found["lamella" if classes == 1 else "semantic"].append(path)
+        if not architecture.denoises:
+            found["lamella" if architecture.out_channels == 1 else "semantic"].append(path)
     return found
 
 
