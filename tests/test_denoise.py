@@ -413,3 +413,11 @@ def test_a_model_alone_says_that_its_tomograms_must_be_denoised_first(folder: Pa
     models = read_models(chain(folder))
     with pytest.raises(Problems, match=f"{STEM}.mrc must be denoised first"):
         plan_run(models["semantic"].model_copy(update={"mask_folder": None}))
+
+
+def test_no_tomogram_is_denoised_again_for_a_picture(folder: Path) -> None:
+    prepare(folder, "scaled")
+    configuration = read_configuration(folder / "config.yaml")
+    segment(configuration)
+    (folder / "out" / "tomo_preview.png").unlink()
+    assert [job.stem for job in plan_run(configuration).skipped] == ["tomo"]

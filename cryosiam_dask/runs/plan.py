@@ -900,7 +900,7 @@ def preview_done(configuration: Configuration, job: Job) -> bool:
     """Whether a tomogram's preview, if wanted, shows its output. The network never runs again for a preview alone."""
     from cryosiam_dask.stages.preview import preview_file, read_fingerprint
 
-    if not configuration.preview or (job.output.suffix != ".h5" and not configuration.denoises):
+    if not configuration.preview or job.output.suffix != ".h5":
         return True
     return read_fingerprint(preview_file(configuration.prediction_folder, job.stem)) == job.fingerprint
 
