@@ -480,8 +480,8 @@ def _pipeline(values: dict[str, Any], path: Path) -> dict[str, Configuration]:
             continue
         denoiser = found.get("denoise")
         # Of what the models have in common, the raw tomograms are the denoiser's alone.
-        shared = {} if denoiser is None else {key for key in _SHARED_KEYS if key in common}
-        shared = common.keys() - shared - (set(_ABOUT_DENOISING) if name != "denoise" else set())
+        left_out = {*(_SHARED_KEYS if denoiser else ()), *(_ABOUT_DENOISING if name != "denoise" else ())}
+        shared = common.keys() - left_out
         own = {**{key: common[key] for key in shared}, **values[name]}
         if name == "semantic" and "lamella" in found:
             own.setdefault("mask_folder", str(found["lamella"].prediction_folder))

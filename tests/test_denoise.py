@@ -421,3 +421,16 @@ def test_no_tomogram_is_denoised_again_for_a_picture(folder: Path) -> None:
     segment(configuration)
     (folder / "out" / "tomo_preview.png").unlink()
     assert [job.stem for job in plan_run(configuration).skipped] == ["tomo"]
+
+
+def test_raw_predictions_that_are_missing_are_made_and_outdated_ones_go(folder: Path) -> None:
+    values = prepare(folder, "two_channels_raw")
+    path = folder / "out" / "tomo_preds.h5"
+    segment(read_configuration(folder / "config.yaml"))
+    before = path.read_bytes()
+    path.unlink()
+    assert segment(read_configuration(folder / "config.yaml"))["tomo"].status == "done"
+    assert path.read_bytes() == before
+    (folder / "config.yaml").write_text(yaml.safe_dump(values | {"save_raw_predictions": False}))
+    segment(read_configuration(folder / "config.yaml"), overwrite=True)
+    assert not path.exists()

@@ -516,6 +516,8 @@ class RunPlan:
             missing.append("its other formats")
         if not preview_done(self.configuration, job):
             missing.append("its picture")
+        if not raw_predictions_done(self.configuration, job):
+            missing.append("its raw predictions")
         return f"{' and '.join(missing)} {'is' if missing == ['its picture'] else 'are'} not" if missing else ""
 
     def spec(self, device: Literal["cpu", "cuda"]) -> PredictorSpec:
@@ -680,7 +682,7 @@ def _plan_run(
             jobs.append(job)
         elif read_fingerprint(output) == job.fingerprint:
             names = class_names(configuration, max(2, checkpoint.architecture.out_channels) - 1)
-            measured = components_done(components, fingerprint, names)
+            measured = components_done(components, fingerprint, names) and raw_predictions_done(configuration, job)
             if measured and formats_done(configuration, stem, fingerprint, names) and preview_done(configuration, job):
                 skipped.append(job)
             elif output.suffix == ".h5":
@@ -894,6 +896,18 @@ def _output_path(configuration: Configuration, source: Path, stem: str) -> Path:
         name = source.name.removesuffix(".gz")
         return configuration.prediction_folder / (name if Path(name).suffix in MRC_ENDINGS else f"{stem}.mrc")
     return configuration.prediction_folder / f"{stem}_preds.h5"
+
+
+def raw_predictions_done(configuration: Configuration, job: Job) -> bool:
+    """Whether the HDF5 file of a denoiser's result, where it is wanted, belongs to the denoised tomogram."""
+    if not (configuration.denoises and configuration.save_raw_predictions):
+        return True
+    return read_fingerprint(raw_predictions_file(configuration.prediction_folder, job.stem)) == job.fingerprint
+
+
+def raw_predictions_file(folder: Path, stem: str) -> Path:
+    """Return the path of the HDF5 file with all channels of a denoiser's result, named as in CryoSiam."""
+    return folder / f"{stem}_preds.h5"
 
 
 def preview_done(configuration: Configuration, job: Job) -> bool:

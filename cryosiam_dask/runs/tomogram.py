@@ -46,7 +46,6 @@ from cryosiam_dask.core.executor import (
 from cryosiam_dask.core.grid import Grid, make_grid
 from cryosiam_dask.core.machine import boot_id
 from cryosiam_dask.errors import (
-    CryosiamDaskError,
     LostClusterError,
     is_transient,
 )
@@ -56,7 +55,7 @@ from cryosiam_dask.files.predictions import write_hdf5, write_raw_predictions
 from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.files.zarr import Voxels, ZarrHeader
 from cryosiam_dask.model.predictor import PredictorSpec
-from cryosiam_dask.runs.fingerprint import known_identity, removal_sizes
+from cryosiam_dask.runs.fingerprint import known_identity, read_fingerprint, removal_sizes
 from cryosiam_dask.runs.outcome import (
     NOTE,
     RESUMABLE,
@@ -75,11 +74,11 @@ from cryosiam_dask.runs.outputs import (
     update_components,
     without_small,
 )
-from cryosiam_dask.runs.plan import Job, RunPlan
+from cryosiam_dask.runs.plan import Job, RunPlan, raw_predictions_file
 from cryosiam_dask.runs.workspace import (
     Workspace,
     array_like,
-    forget_damaged,
+    forgetting_damaged,
     open_workspace,
     record_source,
     work_array,
@@ -247,13 +246,8 @@ def _run_label_models(
             own_name = NamedExecutor(executor, plan.name) if plan.name else executor
             with own as space:
                 record_source(space.ledger, job.source)
-                try:
+                with forgetting_damaged(plan, header.shape, space):
                     result = _run_model(plan, job, tomogram, report, sample, space, device, own_name, timeline, inform)
-                except (OSError, CryosiamDaskError):
-                    raise
-                except Exception:  # an unexpected error may come from damaged intermediate arrays
-                    forget_damaged(plan, header.shape, space)
-                    raise
                 outcome = replace(result, seconds=time.time() - began, stage=plan.name, notes=header.notes)
                 if plan is not last_plan:
                     log_warnings(outcome)
@@ -296,7 +290,7 @@ def _denoise(
     space = workspaces.enter_context(open_workspace(configuration, job.stem, inform, guard))
     record_source(space.ledger, job.source)
     own_name = NamedExecutor(executor, plan.name) if plan.name else executor
-    try:
+    with forgetting_damaged(plan, header.shape, space):
         grid = make_grid(header.shape, plan.patch, halo=plan.halo)
         tomogram, report = _ingest(space, configuration, job, header, grid, own_name)
         spec = _denoising_spec(plan, job, tomogram, space, device, own_name)
@@ -310,12 +304,14 @@ def _denoise(
         if low == high:
             warnings.append(f"the denoised intensities are {low:g} everywhere: check trained_model")
         attributes = _attributes(plan, job, report, warnings)
-        raw = configuration.prediction_folder / f"{job.stem}_preds.h5"
+        raw = raw_predictions_file(configuration.prediction_folder, job.stem)
         if configuration.save_raw_predictions:  # first: the MRC file, written last, marks the outputs complete
             write_raw = partial(
                 write_raw_predictions, predictions=replace(denoised, channel=None), attributes=attributes
             )
             own_name.map(write_raw, [raw], name="export")
+        elif read_fingerprint(raw) is not None:
+            raw.unlink()  # of an earlier run, with other settings
         write = partial(
             write_mrc_floats,
             voxels=denoised,
@@ -326,11 +322,6 @@ def _denoise(
         )
         own_name.map(write, [job.output], name="export")
         warnings += draw_denoised(configuration, job.stem, tomogram, denoised, attributes, own_name)
-    except (OSError, CryosiamDaskError):
-        raise
-    except Exception:  # damaged intermediate arrays may be the cause of an unexpected error
-        forget_damaged(plan, header.shape, space)
-        raise
     keep_for_the_report(configuration, job.stem)
     outcome = outcome_of(job.stem, attributes, header.shape, (), warnings)
     outcome = replace(outcome, seconds=time.time() - began, stage=plan.name, notes=header.notes)

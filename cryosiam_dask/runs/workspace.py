@@ -26,6 +26,7 @@ from cryosiam_dask.core.grid import make_grid
 from cryosiam_dask.core.local_store import AnyDiskStore
 from cryosiam_dask.core.log import LOG
 from cryosiam_dask.errors import (
+    CryosiamDaskError,
     OutputError,
     is_transient,
 )
@@ -173,7 +174,19 @@ def work_stores(configuration: Configuration, stem: str) -> list[Path]:
     return [folder for folder in folders if folder.exists() and _is_own_store(configuration, folder)]
 
 
-def forget_damaged(plan: RunPlan, shape: tuple[int, ...], space: Workspace) -> None:
+@contextmanager
+def forgetting_damaged(plan: RunPlan, shape: tuple[int, ...], space: Workspace) -> Iterator[None]:
+    """After an unexpected error, forget what cannot be read: damaged intermediate arrays may be its cause."""
+    try:
+        yield
+    except (OSError, CryosiamDaskError):
+        raise
+    except Exception:
+        _forget_damaged(plan, shape, space)
+        raise
+
+
+def _forget_damaged(plan: RunPlan, shape: tuple[int, ...], space: Workspace) -> None:
     """Remove ledger entries of arrays and blocks that cannot be read, so that the next run makes them again."""
     work, ledger, found = space.group, space.ledger, space.ledger.last("blocks")
     if "tomogram" in work:
