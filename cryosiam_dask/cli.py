@@ -905,6 +905,8 @@ def _plain_errors(drains: bool = False, writes: bool = True) -> Iterator[threadi
     If `drains`, the first signal only sets the yielded event, so that the command can finish its tasks in flight; and a
     lost cluster exits with status 75, since the same command resumes once the cluster is back.
     """
+    from cryosiam_dask.core.log import own_handlers, traceback_file
+
     stop = threading.Event()
     # Ctrl-C, a batch system's end of a job, and Slurm's warning before it (--signal=B:USR1@300).
     signals = (signal.SIGINT, signal.SIGTERM, *((signal.SIGUSR1,) if drains else ()))
@@ -920,14 +922,13 @@ def _plain_errors(drains: bool = False, writes: bool = True) -> Iterator[threadi
     for each in signals:
         signal.signal(each, interrupt)
     try:
-        yield stop
+        with own_handlers():  # what --verbose prints ends with the command, also where a process runs several
+            yield stop
     except CryosiamDaskError as error:
         for line in str(error).splitlines():
             _complain(f"error: {line}")
         raise typer.Exit(TEMPORARY if drains and isinstance(error, ClusterError) and error.temporary else 2) from None
     except Exception as error:
-        from cryosiam_dask.core.log import traceback_file
-
         path = traceback_file(error)
         if path is None:
             raise

@@ -59,6 +59,7 @@ def test_a_run_is_logged_with_what_the_user_does_not_see(folder: Path) -> None:
     # The next run has one of its own, and says the rest where it is asked to.
     output = invoke(*command, "--filename=TS_1", "--verbose", folder=folder)
     assert log.read_text() == text and len(logs(folder / "out")) == 2
+    assert [type(handler) for handler in LOG.handlers] == [logging.NullHandler]  # both ended with the command
     assert "versions: python" in output and "TS_1: skipped" in output and output.count("report: ") == 1
     latest = next(path for path in logs(folder / "out") if path != log)
     assert latest_log(folder / "out") == latest

@@ -139,17 +139,11 @@ def logged(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @contextmanager
-def _ending() -> Iterator[None]:
+def own_handlers() -> Iterator[None]:
+    """Close, in the end, the logs that were begun within and no others."""
     before, level = list(LOG.handlers), LOG.level
     try:
         yield
-    except BaseException as error:
-        foreseen = isinstance(error, CryosiamDaskError | KeyboardInterrupt)
-        LOG.error("ended by %s", str(error) or type(error).__name__, exc_info=error, extra=SHOWN)
-        paths = [handler.path for handler in LOG.handlers if isinstance(handler, LogFile) and handler not in before]
-        if paths and not foreseen:
-            error.add_note(f"{_NOTE}{paths[-1]}")
-        raise
     finally:
         for handler in [handler for handler in LOG.handlers if handler not in before]:
             for logger in _LOGGERS:
@@ -157,6 +151,21 @@ def _ending() -> Iterator[None]:
             handler.close()
             logging.captureWarnings(False)
         LOG.setLevel(level)
+
+
+@contextmanager
+def _ending() -> Iterator[None]:
+    before = list(LOG.handlers)
+    with own_handlers():
+        try:
+            yield
+        except BaseException as error:
+            foreseen = isinstance(error, CryosiamDaskError | KeyboardInterrupt)
+            LOG.error("ended by %s", str(error) or type(error).__name__, exc_info=error, extra=SHOWN)
+            paths = [handler.path for handler in LOG.handlers if isinstance(handler, LogFile) and handler not in before]
+            if paths and not foreseen:
+                error.add_note(f"{_NOTE}{paths[-1]}")
+            raise
 
 
 _NOTE = "the traceback is in "
@@ -174,7 +183,7 @@ def latest_log(folder: Path) -> Path | None:
 
 
 def print_log(console: Console) -> None:
-    """Print everything that is logged but not shown otherwise (versions, tracebacks …) until this process ends."""
+    """Print everything that is logged but not shown otherwise (versions, tracebacks …), until `own_handlers` ends."""
     handler = logging.Handler()
     handler.setFormatter(_Formatter("%(message)s"))
 

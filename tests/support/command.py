@@ -34,7 +34,7 @@ def call(*arguments: object, folder: Path, status: int = 0, **options: Any) -> s
     process = start(*arguments, folder=folder, **options)
     out, err = process.communicate(timeout=600)
     assert process.returncode == status, out + err
-    assert "Traceback" not in out + err
+    assert "Traceback" not in out + err, out + err
     return out + err
 
 
@@ -44,7 +44,7 @@ def invoke(*arguments: object, folder: Path, status: int = 0) -> str:
     with contextlib.chdir(folder):
         result = runner.invoke(app, list(map(str, arguments)), catch_exceptions=False)
     assert result.exit_code == status, result.output
-    assert "Traceback" not in result.output
+    assert "Traceback" not in result.output, result.output
     return result.output
 
 
