@@ -237,7 +237,8 @@ class HyperParameters(_Model):
     """How the network is run."""
 
     batch_size: Annotated[int, Field(ge=1), About(unit="patches")] = 2
-    """Patches per forward pass on a GPU; a CPU predicts one at a time. It does not change results."""
+    """Patches per forward pass on a GPU; a CPU predicts one at a time. Another size may change the last digits of the
+    probabilities."""
     precision: Annotated[Literal["fp32", "tf32", "bf16", "fp16"], About("bf16", own=True)] = "fp32"
     """Precision of the network's products: `fp32` or, on devices with instructions for it, `tf32`, `bf16` or `fp16`."""
 

@@ -27,6 +27,7 @@ from cryosiam_dask.runs.cluster import open_cluster
 from cryosiam_dask.runs.dask_executor import DaskExecutor
 from cryosiam_dask.stages import components as module
 from cryosiam_dask.stages.components import (
+    backend,
     find_components,
     instances_dtype,
     largest_component,
@@ -463,6 +464,15 @@ def test_only_some_classes(case, wanted):
     labels, block, connectivity = case
     _, output = instances(labels, block=block, connectivity=connectivity, classes=sorted(wanted))
     np.testing.assert_array_equal(output, whole(np.where(np.isin(labels, list(wanted)), labels, 0), connectivity)[0])
+
+
+@given(cases(["uint8", "int16", "uint32"]))
+def test_the_labels_of_a_block_are_numbered_by_their_first_voxel(case):
+    """As cucim numbers them, so that a block may be labelled on a CPU and a GPU in turn."""
+    block, _, connectivity = case
+    labels, count = backend("numpy").label(block, connectivity)
+    numbers, first = np.unique(labels[labels > 0], return_index=True)
+    assert numbers.tolist() == list(range(1, count + 1)) and (np.diff(first) > 0).all()
 
 
 def test_the_largest_component_and_the_first_of_equals():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import h5py
@@ -483,23 +484,33 @@ def test_a_batch_too_large_for_the_gpu_is_an_error(tmp_path):
 class Small(torch.nn.Module):
     """A network on a device that has memory for so many patches at a time."""
 
-    def __init__(self, network, most, error=torch.OutOfMemoryError):
+    def __init__(self, network, most, error=torch.OutOfMemoryError, message="device error: at 0x7f\nmore of it"):
         super().__init__()
-        self.network, self.most, self.error, self.tried = network, most, error, []
+        self.network, self.most, self.error, self.tried = network, most, partial(error, message), []
 
     def forward(self, batch, **options):
         self.tried.append(len(batch))
         if len(batch) > self.most:
-            raise self.error("device error: at 0x7f\nmore of it")
+            raise self.error()
         return self.network(batch, **options)
 
 
-def test_batches_that_do_not_fit_are_halved_and_that_is_remembered(spec):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError, "device error: at 0x7f"),
+        (torch.AcceleratorError, "CUDA error: out of memory"),
+        (RuntimeError, "GET was unable to find an engine to execute this computation"),
+        (RuntimeError, "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_batches_that_do_not_fit_are_halved_and_that_is_remembered(spec, error, message):
     patches = np.random.default_rng(5).random((9, 16, 16, 16), np.float32)
     expected = predict_patches(Predictor(spec), patches, EVERYTHING)
     predictor = Predictor(replace(spec, batch_size=8))
     predictor._batch_size = 8  # as on a GPU
-    predictor._network = network = Small(predictor._network, 2)
+    predictor._network = network = Small(predictor._network, 2, error, message)
     for tried in ([8, 4] + [2] * 5, [2] * 5):
         result = predict_patches(predictor, patches, EVERYTHING)
         assert network.tried == tried
@@ -516,17 +527,25 @@ def test_a_patch_that_does_not_fit_alone_is_an_error_with_numbers(spec):
     predictor._network = network = Small(predictor._network, 0)
     message = (
         r"found batch_size 4 and patch_size \[16, 16, 16\], and a block of \[16, 16, 16\]; even a batch of 1 "
-        r"without another block does not fit"
+        r"without another block does not fit \(device error: at 0x7f\)"
     )
     with pytest.raises(DeviceError, match=message):
         predict_patches(predictor, np.zeros((1, 16, 16, 16), np.float32), EVERYTHING)
     assert network.tried == [4, 2, 1, 1]
 
 
-def test_a_device_that_failed_is_lost(spec):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.AcceleratorError, "device error: at 0x7f"),
+        (RuntimeError, "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling cublasSgemm"),
+    ],
+)
+def test_a_device_that_failed_is_lost(spec, error, message):
     predictor = Predictor(spec)
-    predictor._network = Small(predictor._network, 0, torch.AcceleratorError)
-    with pytest.raises(LostDeviceError, match=rf"process {os.getpid()} on .*device error: at 0x7f\. Look at"):
+    predictor._network = Small(predictor._network, 0, error, message)
+    with pytest.raises(LostDeviceError, match=rf"process {os.getpid()} on .*{message}\. Look at"):
         predict_patches(predictor, np.zeros((1, 16, 16, 16), np.float32), EVERYTHING)
 
 

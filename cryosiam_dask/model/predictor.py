@@ -1,12 +1,12 @@
 """The network on a device: voxels of patches in, labels, probabilities and distances out.
 
-This is the only module that deals with devices. Results must not depend on how patches are grouped into batches, but
-the last bits of the libraries' sums depend on the batch size and on the number of threads. Therefore patches are
+The last bits of the libraries' sums depend on the batch size and on the number of threads. Therefore patches are
 evaluated
 
 * on a CPU one at a time, in one thread (more worker processes use more cores);
 * on a GPU with deterministic algorithms, in batches of constant size; the last one is filled up with zeros. Only if a
-  batch does not fit into the GPU's memory, the batches become smaller, which may change the last bits.
+  batch does not fit into the GPU's memory, the batches become smaller, which may change the last bits, as may another
+  engine of cuDNN: it takes one whose work space fits.
 
 Single precision is the default. Other precisions are optional, and an error on a device without instructions for them.
 """
@@ -15,15 +15,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
@@ -32,9 +31,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cryosiam_dask.core.device import device_refuses, free_memory
 from cryosiam_dask.core.diagnosis import out_of_memory
 from cryosiam_dask.core.grid import Patch
-from cryosiam_dask.errors import CheckpointError, DeviceError, LostDeviceError
+from cryosiam_dask.errors import CheckpointError, DeviceError
 from cryosiam_dask.model.architecture import default_threshold, peak_bytes, required_divisor
 from cryosiam_dask.model.checkpoint import read_checkpoint
 from cryosiam_dask.model.network import build_network, convolve_with_onednn, fold_batch_norms
@@ -61,7 +61,7 @@ class PredictorSpec:
     classes
         Channels of probabilities and distances.
     batch_size
-        Patches per batch on a GPU; does not change results.
+        Patches per batch on a GPU; may change the last bits of probabilities.
     minimum, maximum
         Intensities that become 0 and 1; others are clipped. If intensities are inverted, the minimum is larger than the
         maximum.
@@ -379,11 +379,6 @@ class Predictor:
                 value="a different file than at the start",
                 remedy="Start the run again",
             )
-        if device == "cuda":
-            torch.backends.cudnn.benchmark = False
-            torch.backends.cudnn.deterministic = True
-            torch.backends.cudnn.allow_tf32 = spec.precision == "tf32"
-            torch.backends.cuda.matmul.allow_tf32 = spec.precision == "tf32"
         with torch.device("meta"):  # no random weights, because they come from the checkpoint
             network = build_network(checkpoint.architecture)
         network.load_state_dict(checkpoint.state, assign=True)
@@ -394,7 +389,24 @@ class Predictor:
         # Convolutions are fastest with channels last, on CPUs and GPUs.
         self._layout = torch.channels_last if len(spec.patch) == 2 else torch.channels_last_3d
         self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(spec.precision, torch.float32)
-        self._network = network.to(device, self._dtype).to(memory_format=self._layout)  # type: ignore[call-overload]
+        self._streams = _streams() if device == "cuda" else None
+        for _ in range(2):
+            with (
+                device_refuses() as refused,
+                torch.cuda.stream(self._streams.compute) if self._streams else nullcontext(),
+            ):
+                self._network = network.to(device, self._dtype).to(memory_format=self._layout)  # type: ignore[call-overload]
+                if self._streams:
+                    self._streams.compute.synchronize()
+                break
+            free_memory()
+        else:
+            raise DeviceError(
+                "the network must fit into the GPU's memory",
+                place=spec.checkpoint,
+                value=refused[0],
+                remedy="Stop other programs on the GPU, or use another one",
+            )
         if device == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             convolve_with_onednn(network)
         self._turn = _TURN
@@ -453,22 +465,21 @@ class Predictor:
             )
         while True:
             batch_size = self._batch_size
-            with suppress(torch.OutOfMemoryError), _device_works():
+            with device_refuses():
                 return self._predict_block(window, patches, shape, wanted, batch_size)
-            # Outside the handler, because the exception keeps tensors of the failed attempt in memory.
-            with self._turn, _device_works():
-                torch.cuda.empty_cache()
+            with self._turn, device_refuses() as refused:
+                free_memory()
                 if batch_size > 1:
                     self._batch_size = min(self._batch_size, batch_size // 2)
                     continue
                 # Retry without another block beside it.
-                with suppress(torch.OutOfMemoryError):
-                    return self._predict_block(window, patches, shape, wanted, 1, alone=True)
+                return self._predict_block(window, patches, shape, wanted, 1, alone=True)
             tried, _ = out_of_memory(self.spec.batch_size, self.spec.patch)
             _, remedy = out_of_memory(1, self.spec.patch)
             raise DeviceError(
                 "a patch and its block must fit into the GPU's memory",
-                value=f"{tried}, and a block of {list(shape)}; even a batch of 1 without another block does not fit",
+                value=f"{tried}, and a block of {list(shape)}; even a batch of 1 without another block does not fit "
+                f"({refused[0]})",
                 remedy=f"{remedy}. Or lower block_size, or stop other programs on the GPU",
             )
 
@@ -482,29 +493,36 @@ class Predictor:
         alone: bool = False,
     ) -> tuple[dict[str, npt.NDArray[Any]], tuple[float, float]]:
         """See `predict_block`; `alone` means that this thread already holds the lock."""
-        device = self.spec.device
-        # One stream per block, so that copies do not wait for the computation of another thread.
-        stream = torch.cuda.Stream() if device == "cuda" else None  # type: ignore[no-untyped-call]
-        with torch.inference_mode(), _one_thread(), torch.cuda.stream(stream) if stream else nullcontext():
+        device, streams = self.spec.device, self._streams
+        with torch.inference_mode(), _one_thread():
             # Copied only if torch cannot use it: if it is read-only, of foreign byte order or flipped.
             voxels = torch.from_numpy(np.require(window, np.float32, ["C", "W"]))
-            voxels = voxels.pin_memory().to(device, non_blocking=True) if stream else voxels
+            if streams:
+                with torch.cuda.stream(streams.upload):
+                    voxels = voxels.pin_memory().to(device, non_blocking=True)
+                    voxels.record_stream(streams.compute)
+                    arrived = streams.upload.record_event()
             with nullcontext() if alone else self._turn:
-                began = time.time()
-                result = {
-                    name: torch.zeros(
-                        shape if name == "labels" else (self.spec.classes, *(() if name == "highest" else shape)),
-                        dtype=torch.uint8 if name == "labels" else torch.float32,
-                        device=device,
-                    )
-                    for name in wanted
-                }
-                for batch in _batches(patches, batch_size):
-                    self._evaluate(voxels, batch, result, batch_size)
-                if stream:
-                    stream.synchronize()
-                ended = time.time()
-            return {name: values.cpu().numpy() for name, values in result.items()}, (began, ended)
+                _set_precision(self.spec)
+                with torch.cuda.stream(streams.compute) if streams else nullcontext():
+                    if streams:
+                        streams.compute.wait_event(arrived)
+                    began = time.time()
+                    result = {
+                        name: torch.zeros(
+                            shape if name == "labels" else (self.spec.classes, *(() if name == "highest" else shape)),
+                            dtype=torch.uint8 if name == "labels" else torch.float32,
+                            device=device,
+                        )
+                        for name in wanted
+                    }
+                    for batch in _batches(patches, batch_size):
+                        self._evaluate(voxels, batch, result, batch_size)
+                    if streams:
+                        streams.compute.synchronize()
+                    ended = time.time()
+            with torch.cuda.stream(streams.download) if streams else nullcontext():
+                return {name: values.cpu().numpy() for name, values in result.items()}, (began, ended)
 
     def _evaluate(
         self, voxels: torch.Tensor, patches: Sequence[Patch], result: dict[str, torch.Tensor], size: int
@@ -520,8 +538,8 @@ class Predictor:
         if result.keys() & {"labels", "probabilities", "highest"}:
             found["probabilities"] = scores.sigmoid() if scores.shape[1] == 1 else scores.softmax(dim=1)
         if "labels" in result:
-            # The threshold in single precision, like the probabilities.
-            threshold = torch.tensor(self.spec.threshold, dtype=torch.float32, device=self.spec.device)
+            # In single precision, like the probabilities. A tensor would make the device wait for a copy.
+            threshold = float(np.float32(self.spec.threshold))
             if scores.shape[1] == 1:
                 found["labels"] = found["probabilities"][:, 0] > threshold
             else:
@@ -546,18 +564,28 @@ def _batches(patches: Sequence[Patch], size: int) -> Iterator[list[Patch]]:
         yield from (group[i : i + size] for i in range(0, len(group), size))
 
 
-@contextmanager
-def _device_works() -> Iterator[None]:
-    """Turn an error after which this process can no longer use its device into a `LostDeviceError`."""
-    try:
-        yield
-    except torch.AcceleratorError as error:
-        raise LostDeviceError(
-            "the device must work until the run is over",
-            place=f"process {os.getpid()} on {socket.gethostname()}",
-            value=str(error).splitlines()[0],
-            remedy="Look at the device's log (nvidia-smi, dmesg)",
-        ) from None
+@dataclass(frozen=True, slots=True)
+class _Streams:
+    """The queues of a process's GPU: one that computes, and one for copies in each direction."""
+
+    compute: torch.cuda.Stream
+    upload: torch.cuda.Stream
+    download: torch.cuda.Stream
+
+
+@cache
+def _streams() -> _Streams:
+    """Return this process's streams; PyTorch keeps freed memory for the stream that allocated it, so they are few."""
+    return _Streams(*(torch.cuda.Stream() for _ in range(3)))  # type: ignore[no-untyped-call]
+
+
+def _set_precision(spec: PredictorSpec) -> None:
+    """Choose the GPU's algorithms for the next block: the choice is the process's, whose models may differ in it."""
+    if spec.device == "cuda":
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.allow_tf32 = spec.precision == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = spec.precision == "tf32"
 
 
 @contextmanager

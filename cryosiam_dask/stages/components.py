@@ -20,10 +20,11 @@ caller holds. Components are filtered and measured after the merge, as a whole.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
-from typing import Any, Literal, TypeAlias
+from functools import cache, lru_cache, partial, wraps
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from numcodecs import LZ4
@@ -33,9 +34,11 @@ from scipy.sparse.csgraph import connected_components
 
 from cryosiam_dask.core.arrays import Sliceable, WritableArray
 from cryosiam_dask.core.blocks import Blocks, Index
+from cryosiam_dask.core.device import device_refuses, device_works, free_memory
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.errors import DeviceError, LabelsError
 
+R = TypeVar("R")
 ArrayModule: TypeAlias = Literal["numpy", "cupy"]
 """The library of arrays that a task uses."""
 _REACH = {6: 1, 18: 2, 26: 3}  # number of axes along which a neighbour may differ
@@ -60,17 +63,17 @@ class Backend:
     ----------
     xp
         The module of arrays, numpy or cupy.
-    ndimage
-        `scipy.ndimage` or `cupyx.scipy.ndimage`.
+    gaussian
+        ``gaussian(block, sigma, axis, **options)``: see `scipy.ndimage.gaussian_filter1d`; sums in double precision.
     label
         ``label(block, connectivity) -> (labels, count)``: the components of each class of a C-contiguous (z, y, x)
-        block, numbered from 1.
+        block, numbered from 1 by their first voxel in C order, so that a block may be labelled on either.
     to_host
         Copies a device array to a NumPy array; does nothing on the CPU.
     """
 
     xp: Any
-    ndimage: Any
+    gaussian: Callable[..., Any]
     label: Callable[[Any, int], tuple[Any, int]]
     to_host: Callable[[Any], NDArray[Any]]
 
@@ -92,23 +95,69 @@ def backend(array_module: ArrayModule) -> Backend:
             labels, count = cc3d.connected_components(block, connectivity=connectivity, return_N=True)
             return labels, int(count)
 
-        return Backend(np, ndimage, on_cpu, np.asarray)
+        return Backend(np, ndimage.gaussian_filter1d, on_cpu, np.asarray)
     try:
         import cupy
+        import torch
         from cucim.skimage import measure
         from cupyx.scipy import ndimage
     except ImportError as error:
         raise DeviceError(
             "components on a GPU need cupy and cucim",
             value=error,
-            remedy="Install the extra gpu-cu12 or gpu-cu13, or run on the CPU",
+            remedy="Install the extra, pip install 'cryosiam-dask[gpu-cu13]', or run on the CPU",
         ) from error
+
+    def allocate(size: int, device: int) -> int:
+        stream = cupy.cuda.get_current_stream().ptr
+        return int(torch.cuda.caching_allocator_alloc(size, device, stream))
+
+    def free(pointer: int, _: int) -> None:
+        torch.cuda.caching_allocator_delete(pointer)  # type: ignore[no-untyped-call]
 
     def on_gpu(block: Any, connectivity: int) -> tuple[Any, int]:
         labels, count = measure.label(block, background=0, connectivity=_REACH[connectivity], return_num=True)
         return labels, int(count)
 
-    return Backend(cupy, ndimage, on_gpu, cupy.asnumpy)
+    def gaussian(block: Any, sigma: float, axis: int, **options: Any) -> Any:
+        # Cupy sums in the precision of the block, scipy always in double precision.
+        return ndimage.gaussian_filter1d(block.astype(np.float64), sigma, axis, output=block.dtype, **options)
+
+    with device_works():
+        # Otherwise each library keeps freed memory that the other one needs.
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        cupy.cuda.set_allocator(cupy.cuda.PythonFunctionAllocator(allocate, free).malloc)
+    return Backend(cupy, gaussian, on_gpu, cupy.asnumpy)
+
+
+def wherever_it_fits(task: Callable[..., R]) -> Callable[..., R]:
+    """Let a task run on the CPU if the memory of the GPU does not suffice for it, also after it has been freed.
+
+    Parameters
+    ----------
+    task
+        Takes the keyword `array_module`, or `labelling`, which has it. It may be called several times.
+
+    Returns
+    -------
+    Callable
+        Raises `LostDeviceError` if this process can no longer use its GPU.
+    """
+
+    @wraps(task)
+    def run(*arguments: Any, **options: Any) -> R:
+        labelling = options.get("labelling")
+        if (labelling.array_module if labelling else options["array_module"]) == "cupy":
+            for _ in range(2):
+                with device_refuses():
+                    return task(*arguments, **options)
+                free_memory()
+            warnings.warn("a block that does not fit into the GPU's memory is labelled on the CPU", stacklevel=2)
+            on_cpu = {"array_module": "numpy"}
+            options |= {"labelling": replace(labelling, **on_cpu)} if labelling else on_cpu
+        return task(*arguments, **options)
+
+    return run
 
 
 @dataclass(frozen=True, slots=True)
@@ -577,6 +626,7 @@ def _label_block(labels: Sliceable, labelling: Labelling, index: Index) -> _Labe
     return _Labelled(block, wanted, *device.label(wanted, labelling.connectivity))
 
 
+@wherever_it_fits
 def _describe_block(
     index: Index,
     *,
@@ -685,6 +735,7 @@ def _probability_columns(own: NDArray[np.float32], provisional: NDArray[Any], co
     return {"probability_sum": sums[1:], "probability_max": largest[1:]}
 
 
+@wherever_it_fits
 def _write_block(
     item: tuple[Index, NDArray[Any]], *, labels: Sliceable, output: WritableArray, labelling: Labelling
 ) -> None:
@@ -693,6 +744,7 @@ def _write_block(
     labelling.blocks.write(output, index, relabel_block(labels, labelling, index, numbers.astype(output.dtype)))
 
 
+@wherever_it_fits
 def _filter_block(
     item: tuple[Index, NDArray[np.bool_]],
     *,

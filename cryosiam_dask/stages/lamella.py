@@ -27,7 +27,14 @@ from cryosiam_dask.core.arrays import Sliceable, WritableArray
 from cryosiam_dask.core.blocks import Blocks, Index
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.errors import LabelsError
-from cryosiam_dask.stages.components import ArrayModule, Labelling, backend, largest_component, relabel_block
+from cryosiam_dask.stages.components import (
+    ArrayModule,
+    Labelling,
+    backend,
+    largest_component,
+    relabel_block,
+    wherever_it_fits,
+)
 
 SIGMA = (10.0, 5.0, 5.0)
 """Width of the Gaussian in voxels, (z, y, x)."""
@@ -277,6 +284,7 @@ def postprocess_lamella(
 # ---- the tasks ----
 
 
+@wherever_it_fits
 def _threshold_block(
     index: Index,
     *,
@@ -300,12 +308,13 @@ def _threshold_block(
         blocks.write(output, index, 0)
         return
     for axis, (part, seen, sigma) in enumerate(zip(core, window, SIGMA, strict=True)):
-        smooth = device.ndimage.gaussian_filter1d(smooth, sigma, axis, mode="constant", truncate=TRUNCATE)
+        smooth = device.gaussian(smooth, sigma, axis, mode="constant", truncate=TRUNCATE)
         kept = slice(part.start - seen.start, part.stop - seen.start)
         smooth = smooth[(slice(None),) * axis + (kept,)]
     blocks.write(output, index, device.to_host((smooth > threshold).astype(np.uint8)))
 
 
+@wherever_it_fits
 def _layer_corners(
     layer: Sequence[tuple[Index, NDArray[np.bool_]]], *, above: Sliceable, labelling: Labelling
 ) -> list[Corners]:

@@ -1,0 +1,94 @@
+"""What to do when a GPU refuses: its memory ran out, which another try may change, or this process has lost it.
+
+PyTorch, cuDNN, cuBLAS and cupy report both in their own ways. None of them is imported to tell their errors apart.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cryosiam_dask.errors import LostDeviceError
+
+#: Parts of the messages of PyTorch, cuDNN, cuBLAS and CUDA for too little memory. cuDNN finds no engine for a
+#: convolution if each needs more work space than there is.
+_MEMORY = (
+    "out of memory", "OUT_OF_MEMORY", "ALLOC_FAILED", "ALLOCATION_FAILED", "unable to find an engine",
+    "Unable to find a valid cuDNN algorithm",
+)  # fmt: skip
+#: Parts of the messages of other errors of the device, which PyTorch and cupy raise as a plain `RuntimeError`.
+_DEVICE = ("CUDA error", "CUDA driver error", "cuDNN error", "CUDNN_STATUS_", "CUBLAS_STATUS_", "CuPy failed to load")
+
+
+def memory_ran_out(error: BaseException) -> bool:
+    """Whether an error says that the memory of a GPU did not suffice.
+
+    >>> memory_ran_out(RuntimeError("GET was unable to find an engine to execute this computation"))
+    True
+    >>> memory_ran_out(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    False
+    """
+    if _is(error, "torch", "OutOfMemoryError") or _is(error, "cupy", "OutOfMemoryError"):
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in _MEMORY)
+
+
+def device_failed(error: BaseException) -> bool:
+    """Whether an error, which is not of memory, says that this process can no longer use its GPU.
+
+    >>> device_failed(RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")), device_failed(RuntimeError("no"))
+    (True, False)
+    """
+    if _is(error, "torch", "AcceleratorError") or _is(error, "cupy"):
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in _DEVICE)
+
+
+def _is(error: BaseException, library: str, name: str = "") -> bool:
+    """Whether an error is of a library: of a class with that name, or of any."""
+    return any(kind.__module__.startswith(library) and name in kind.__name__ for kind in type(error).__mro__)
+
+
+@contextmanager
+def device_works() -> Iterator[None]:
+    """Raise a `LostDeviceError` instead of an error after which this process can no longer use its GPU."""
+    try:
+        yield
+    except Exception as error:
+        if memory_ran_out(error) or not device_failed(error):
+            raise
+        raise LostDeviceError(
+            "the device must work until the run is over",
+            place=f"process {os.getpid()} on {socket.gethostname()}",
+            value=_first_line(error),
+            remedy="Look at the device's log (nvidia-smi, dmesg)",
+        ) from None
+
+
+@contextmanager
+def device_refuses() -> Iterator[list[str]]:
+    """Suppress an error of memory within the context, and append its first line to the list; see also `device_works`.
+
+    The caller frees memory and tries again after the context, because the error keeps arrays of the failed try.
+    """
+    refused: list[str] = []
+    try:
+        with device_works():
+            yield refused
+    except Exception as error:
+        if not memory_ran_out(error):
+            raise
+        refused.append(_first_line(error))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def free_memory() -> None:
+    """Return to the GPU what PyTorch keeps of it; cupy, which allocates through PyTorch, keeps nothing."""
+    import torch
+
+    torch.cuda.empty_cache()
