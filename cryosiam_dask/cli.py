@@ -862,7 +862,7 @@ def demo(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Make two phantom tomograms, segment them, and compare the result with the truth.
+    """Make two raw phantom tomograms, denoise and segment them, and compare the result with the truth.
 
     Example: cryosiam-dask demo --output demo --device cpu
     """

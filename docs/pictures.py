@@ -19,7 +19,7 @@ IMAGES = Path(__file__).parent / "images"
 def main(tutorial: Path = Path("tutorial")) -> None:
     """Write the pictures as small as they may be: each below 300 kB."""
     IMAGES.mkdir(exist_ok=True)
-    _shrink(tutorial / "semantic" / "phantom_2_preview.png", "demo.jpg", width=1600)
+    _shrink(tutorial / "comparison.png", "demo.jpg", width=1600)
     _shrink(tutorial / "figure.png", "figure.jpg", width=1400)
     with tempfile.TemporaryDirectory() as folder:
         screen = Path(folder) / "report.png"

@@ -337,7 +337,7 @@ def test_files_are_as_the_page_of_the_viewers_has_them(finished: Path) -> None:
         assert labels.dtype == np.uint8 and labels.max() == len(names) == 4
     with (
         mrcfile.open(f"{stem}_labels.mrc") as written,
-        mrcfile.open(finished / "tutorial" / "tomograms" / "phantom_1.mrc") as tomogram,
+        mrcfile.open(finished / "tutorial" / "denoised" / "phantom_1.mrc") as tomogram,
     ):
         np.testing.assert_array_equal(written.data, labels)
         assert written.data.dtype == np.int8 and written.header.mode == 0

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from cryosiam_dask.core.phantom import CLASS_NAMES, SHAPE, Phantom, dice, make_phantom, write_phantom
+from cryosiam_dask.core.phantom import CLASS_NAMES, HOT, SHAPE, Phantom, dice, make_phantom, make_raw, write_phantom
 from cryosiam_dask.model.checkpoint import read_checkpoint
 
 
@@ -68,10 +68,12 @@ def test_structures_are_brighter_than_what_surrounds_them(phantom: Phantom) -> N
     assert inside > 1.3 * outside
 
 
-def test_the_wedge_is_missing(phantom: Phantom) -> None:
-    """Seen along y, hardly any power lies more than 60° from the plane of zero tilt."""
-    windows = [np.hanning(s).astype(np.float32) for s in phantom.tomogram.shape]
-    cut = phantom.tomogram - phantom.tomogram.mean()
+@pytest.mark.parametrize("raw", [False, True])
+def test_the_wedge_is_missing(phantom: Phantom, raw: bool) -> None:
+    """Seen along y, hardly any power, of noise too, lies more than 60° from the plane of zero tilt."""
+    voxels = np.clip(make_raw(phantom, 3), -5000, 5000).astype(np.float32) if raw else phantom.tomogram
+    windows = [np.hanning(s).astype(np.float32) for s in voxels.shape]
+    cut = voxels - voxels.mean()
     for axis, window in enumerate(windows):
         cut = cut * np.moveaxis(window[:, None, None], 0, axis)
     power = np.abs(np.fft.fftn(cut)) ** 2
@@ -82,13 +84,23 @@ def test_the_wedge_is_missing(phantom: Phantom) -> None:
     assert wedge < 0.02 * rest
 
 
+def test_a_raw_phantom_is_noisy_and_dark_on_bright(phantom: Phantom) -> None:
+    raw = make_raw(phantom, 3)
+    assert raw.shape == phantom.tomogram.shape and raw.dtype == np.int16
+    assert np.array_equal(raw, make_raw(phantom, 3)) and not np.array_equal(raw, make_raw(phantom, 4))
+    hot = np.abs(raw) == 30000
+    assert 0 < np.mean(hot) < 3 * HOT
+    similarity = np.corrcoef(raw[~hot], phantom.tomogram[~hot])[0, 1]
+    assert -0.6 < similarity < -0.2
+
+
 def test_written_files_hold_the_phantom(tmp_path: Path, phantom: Phantom) -> None:
-    path = write_phantom(phantom, tmp_path, "p_1.5")
+    path = write_phantom(phantom, tmp_path, "p_1.5", seed=3)
     assert path == tmp_path / "p_1.5.mrc"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["p_1.5.mrc", "p_1.5_truth.npz"]
     assert mrcfile.validate(path)
     with mrcfile.open(path) as mrc:
-        assert np.array_equal(mrc.data, phantom.tomogram)
+        assert np.array_equal(mrc.data, make_raw(phantom, 3))
         assert mrc.is_volume()
         assert mrc.voxel_size.tolist() == (14.0, 14.0, 14.0)
     with np.load(tmp_path / "p_1.5_truth.npz") as truth:
@@ -113,7 +125,8 @@ def test_the_models_of_the_demo_ship_with_the_package() -> None:
     models = files("cryosiam_dask") / "data" / "models"
     classes = {"demo_lamella.ckpt": 1, "demo_semantic.ckpt": len(CLASS_NAMES)}
     with as_file(models) as folder:
-        assert sum((folder / name).stat().st_size for name in classes) < 1_000_000
+        assert sum(path.stat().st_size for path in folder.iterdir()) < 1_500_000
+        assert read_checkpoint(folder / "demo_denoise.ckpt").architecture.denoises
         for name, count in classes.items():
             checkpoint = read_checkpoint(folder / name)
             assert checkpoint.architecture.out_channels == count

@@ -28,6 +28,7 @@ from cryosiam_dask.stages.preview import (
     read_fingerprint,
     round_length,
     thumbnail,
+    write_denoised_preview,
     write_preview,
 )
 
@@ -213,10 +214,15 @@ def test_percentage(share: float, expected: str) -> None:
 # --------------------------------------------------------------------------------------------------- all labels along z
 
 
+def panel_boxes(path: Path) -> list[list[int]]:
+    with Image.open(path) as image:
+        return json.loads(image.info["panels"])
+
+
 def panels(path: Path) -> list[np.ndarray]:
     """The panels of a preview, by the places that are written into the file."""
     with Image.open(path) as image:
-        return [np.asarray(image.crop(box)).astype(int) for box in json.loads(image.info["panels"])]
+        return [np.asarray(image.crop(box)).astype(int) for box in panel_boxes(path)]
 
 
 def test_along_z_every_class_shows_and_the_smallest_is_on_top(tmp_path: Path) -> None:
@@ -301,13 +307,35 @@ def test_thickness_is_that_of_the_whole_volume(data: st.DataObject) -> None:
 # ----------------------------------------------------------------------------------------------- bare, lamella, truth
 
 
+def test_the_raw_tomogram_stands_beside_the_denoised_one(tmp_path: Path, volume: Any) -> None:
+    denoised, labels = volume
+    raw = np.broadcast_to(np.arange(40, dtype=np.int16), labels.shape)  # brighter from left to right
+    write_preview(tmp_path / "a.png", denoised, labels, truth=labels, raw=raw, limits=(0, 1))
+    of_xy, _, of_xz, bare_xy, bare_xz, true_xy, true_xz, raw_xy, raw_xz, _ = panels(tmp_path / "a.png")
+    for each, bare, drawn, true in ((raw_xy, bare_xy, of_xy, true_xy), (raw_xz, bare_xz, of_xz, true_xz)):
+        assert each.shape == bare.shape == drawn.shape == true.shape
+        assert np.array_equal(drawn[:-80], true[:-80])  # but for the scale bar
+        grey = each[0, :, 0]
+        assert (np.diff(grey) >= 0).all() and grey[0] == 0 and grey[-1] == 255
+    boxes = panel_boxes(tmp_path / "a.png")
+    assert [boxes[n][0] for n in (7, 3, 0, 5)] == sorted({box[0] for box in boxes})[:4]  # from left to right
+
+
+def test_no_paper_is_left_below_a_denoised_preview(tmp_path: Path, volume: Any) -> None:
+    tomogram, _ = volume
+    write_denoised_preview(tmp_path / "a.png", tomogram, tomogram)
+    paper = (picture(tmp_path / "a.png") == 255).all(axis=(1, 2))
+    boxes = panel_boxes(tmp_path / "a.png")
+    bottom = max(box[3] for box in boxes)
+    assert len(boxes) == 4 and paper[bottom:].all() and len(paper) - bottom == boxes[0][0]  # as wide as at the left
+
+
 def test_a_bare_slice_stands_beside_the_labels_and_the_truth_beside_both(tmp_path: Path, volume: Any) -> None:
     tomogram, labels = volume
     truth = np.roll(labels, 4, axis=2)
     write_preview(tmp_path / "a.png", tomogram, labels, truth=truth, limits=(0, 1))
     of_xy, _, of_xz, bare_xy, bare_xz, truth_xy, truth_xz, _ = panels(tmp_path / "a.png")
-    with Image.open(tmp_path / "a.png") as image:
-        boxes = json.loads(image.info["panels"])
+    boxes = panel_boxes(tmp_path / "a.png")
     assert [boxes[n][1] for n in (3, 5)] == [boxes[0][1]] * 2  # in one row, from left to right
     assert boxes[3][0] < boxes[0][0] < boxes[5][0]
     for bare, drawn, true, area in ((bare_xy, of_xy, truth_xy, 32 * 20), (bare_xz, of_xz, truth_xz, 10 * 20)):

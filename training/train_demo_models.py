@@ -1,4 +1,4 @@
-"""Train the two small models of the demo on phantoms and write them as checkpoints in CryoSiam's format::
+"""Train the three small models of the demo on phantoms and write them as checkpoints in CryoSiam's format::
 
     python training/train_demo_models.py denoise     # 500 steps, about 8 minutes on one core
     python training/train_demo_models.py lamella     # 400 steps, about 8 minutes on one core
@@ -30,7 +30,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cryosiam_dask.core.phantom import CLASS_NAMES, make_phantom, raw
+from cryosiam_dask.core.phantom import CLASS_NAMES, make_phantom, make_raw
 from cryosiam_dask.model.network import Architecture, Network, build_network
 from cryosiam_dask.stages.denoise import PERCENTS
 
@@ -65,10 +65,10 @@ class NoisyPatches:
         self.rng = np.random.default_rng(FIRST_SEED)
         self.volumes = []
         for seed in range(FIRST_SEED, FIRST_SEED + PHANTOMS):
-            clean = make_phantom(seed).tomogram
-            noisy = raw(clean, seed).astype(np.float32)
+            phantom = make_phantom(seed)
+            noisy = make_raw(phantom, seed).astype(np.float32)
             low, high = np.percentile(noisy, PERCENTS)
-            self.volumes.append((np.clip((high - noisy) / (high - low), 0, 1), clean))
+            self.volumes.append((np.clip((high - noisy) / (high - low), 0, 1), phantom.tomogram))
 
     def draw(self, count: int, size: int) -> tuple[Tensor, Tensor]:
         """Random patches of `size` voxels along each axis."""

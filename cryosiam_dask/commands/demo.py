@@ -1,7 +1,8 @@
-"""Run the demo: segment two phantom tomograms like a user would, and compare the result with the truth.
+"""Run the demo: segment two raw phantom tomograms like a user would, and compare the result with the truth.
 
-It writes tomograms and the two YAML files to a folder, runs the lamella and then the semantic model on them with the
-small models that ship with the package, prints the Dice score of every class and draws a picture of every tomogram.
+It writes tomograms and YAML files to a folder, runs the denoiser, the lamella and the semantic model on them in one
+pass with the small models that ship with the package, prints the Dice score of every class and draws a picture of every
+tomogram.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cryosiam_dask.config import STAGES, read_models
-from cryosiam_dask.core.phantom import CLASS_NAMES, dice, make_phantom, write_phantom, write_raw
+from cryosiam_dask.core.phantom import CLASS_NAMES, dice, make_phantom, write_phantom
 from cryosiam_dask.errors import OutputError
 from cryosiam_dask.files.hdf5 import open_hdf5
 from cryosiam_dask.stages.preview import write_preview
@@ -51,21 +52,20 @@ def run_demo(folder: Path, console: Console, *, device: Device = "auto", workers
     from cryosiam_dask.commands.console import inform
     from cryosiam_dask.commands.segment import segment
 
-    outcomes: list[Outcome] = []
-    for config_file in prepare_demo(folder, console)[:2]:
-        inform(console, f"\ncryosiam-dask semantic-predict --config-file {config_file}")
-        outcomes += segment(read_models(config_file), console, device=device, workers=workers, overwrite=True)
+    pipeline = prepare_demo(folder, console)
+    inform(console, f"\ncryosiam-dask run {pipeline}")
+    outcomes = segment(read_models(pipeline), console, device=device, workers=workers, overwrite=True)
     if all(outcome.status != "failed" for outcome in outcomes):
         _compare(folder, console)
     return outcomes
 
 
-def prepare_demo(folder: Path, console: Console) -> tuple[Path, Path, Path]:
+def prepare_demo(folder: Path, console: Console) -> Path:
     """Write the files of the demo without running it.
 
-    These are ``tomograms/``, ``models/``, ``config_lamella.yaml``, ``config_semantic.yaml`` and ``pipeline.yaml``; and
-    ``raw/``, ``config_denoise.yaml`` and ``pipeline_raw.yaml``, which begins with the raw tomograms.
-    Paths in the YAML files are relative to the current folder if `folder` is.
+    These are ``raw/``, ``models/``, ``pipeline.yaml`` and a file for each of its models, ``config_denoising.yaml``,
+    ``config_lamella.yaml`` and ``config_semantic.yaml``. Paths in the YAML files are relative to the current folder if
+    `folder` is.
 
     Parameters
     ----------
@@ -74,38 +74,30 @@ def prepare_demo(folder: Path, console: Console) -> tuple[Path, Path, Path]:
 
     Returns
     -------
-    tuple of Path
-        The three YAML files.
+    Path
+        ``pipeline.yaml``.
     """
-    tomograms, models, masks, unprocessed = (folder / name for name in ("tomograms", "models", "lamella", "raw"))
+    raw, models, denoised, masks = (folder / name for name in ("raw", "models", "denoised", "lamella"))
     try:
-        for each in (tomograms, models, unprocessed):
+        for each in (raw, models):
             each.mkdir(parents=True, exist_ok=True)
         for stem, seed in SEEDS.items():
-            if not (tomograms / f"{stem}.mrc").exists():  # a repeated demo finds its outputs done
-                write_phantom(make_phantom(seed), tomograms, stem)
-            if not (unprocessed / f"{stem}.mrc").exists():
-                write_raw(make_phantom(seed), unprocessed / f"{stem}.mrc", seed)
+            if not (raw / f"{stem}_truth.npz").exists():  # a repeated demo finds its outputs done
+                write_phantom(make_phantom(seed), raw, stem, seed)
         for name in STAGES:
             checkpoint = files("cryosiam_dask") / "data" / "models" / f"demo_{name}.ckpt"
             (models / f"{name}.ckpt").write_bytes(checkpoint.read_bytes())
-        common = {"data_folder": str(tomograms), "file_extension": ".mrc", "test_files": None}
+        of_raw, of_denoised = (
+            {"data_folder": str(data), "file_extension": ".mrc", "test_files": None} for data in (raw, denoised)
+        )
+        denoise = _denoise(denoised, models / "denoise.ckpt")
         lamella = _lamella(masks, models / "lamella.ckpt")
         semantic = _semantic(folder / "semantic", models / "semantic.ckpt")
         written = {
-            "config_lamella": {**common, **lamella},
-            "config_semantic": {**common, "mask_folder": str(masks), **semantic},
-            "pipeline": {**common, "lamella": lamella, "semantic": semantic},
-            "config_denoise": {
-                "data_folder": str(unprocessed),
-                **_denoise(folder / "denoised", models / "denoise.ckpt"),
-            },
-            "pipeline_raw": {
-                "data_folder": str(unprocessed),
-                "denoise": _denoise(folder / "from_raw" / "denoised", models / "denoise.ckpt"),
-                "lamella": _lamella(folder / "from_raw" / "lamella", models / "lamella.ckpt"),
-                "semantic": _semantic(folder / "from_raw" / "semantic", models / "semantic.ckpt"),
-            },
+            "pipeline": {**of_raw, "denoise": denoise, "lamella": lamella, "semantic": semantic},
+            "config_denoising": {**of_raw, **denoise},
+            "config_lamella": {**of_denoised, **lamella},
+            "config_semantic": {**of_denoised, "mask_folder": str(masks), **semantic},
         }
         for name, values in written.items():
             (folder / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
@@ -115,12 +107,11 @@ def prepare_demo(folder: Path, console: Console) -> tuple[Path, Path, Path]:
             remedy="Choose another one with --output",
         ) from None  # fmt: skip
     console.print(
-        f"made {len(SEEDS)} phantom tomograms in {tomograms}, models in {models}, and in {folder} config_lamella.yaml "
-        "and config_semantic.yaml for them, and pipeline.yaml for both in one pass; also raw tomograms of the same in "
-        f"{unprocessed}, config_denoise.yaml to denoise them, and pipeline_raw.yaml for everything in one pass",
+        f"made {len(SEEDS)} raw phantom tomograms in {raw}, models in {models}, and in {folder} pipeline.yaml for all "
+        "models in one pass, and config_denoising.yaml, config_lamella.yaml and config_semantic.yaml for one each",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
-    return folder / "config_lamella.yaml", folder / "config_semantic.yaml", folder / "pipeline.yaml"
+    return folder / "pipeline.yaml"
 
 
 def _denoise(output: Path, model: Path) -> dict[str, Any]:
@@ -182,10 +173,11 @@ def _compare(folder: Path, console: Console) -> None:
     scores = {}
     for stem in SEEDS:
         with (
-            np.load(folder / "tomograms" / f"{stem}_truth.npz") as truth,
+            np.load(folder / "raw" / f"{stem}_truth.npz") as truth,
             open_hdf5(folder / "lamella" / f"{stem}_preds.h5") as lamella,
             open_hdf5(folder / "semantic" / f"{stem}_preds.h5") as semantic,
-            mrcfile.open(folder / "tomograms" / f"{stem}.mrc") as tomogram,
+            mrcfile.open(folder / "raw" / f"{stem}.mrc") as raw,
+            mrcfile.open(folder / "denoised" / f"{stem}.mrc") as denoised,
         ):
             inside = dice(lamella["labels"][()], truth["lamella"], 2)[1]
             classes = dice(semantic["labels"][()], truth["labels"], len(CLASS_NAMES))[1:]
@@ -193,12 +185,13 @@ def _compare(folder: Path, console: Console) -> None:
             table.add_row(stem, *(f"{score:.3f}" for score in scores[stem].values()))
             write_preview(
                 folder / f"{stem}.png",
-                tomogram.data,
+                denoised.data,
                 semantic["labels"],
                 voxel_size_angstrom=float(semantic.attrs["voxel_size_angstrom"][-1]),
                 class_names=CLASS_NAMES,
                 lamella=lamella["labels"],
                 truth=truth["labels"],
+                raw=raw.data,
                 title=stem,
             )
     (folder / "dice.json").write_text(json.dumps(scores, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Phantom tomograms with known ground truth, for the demo and for training its two small models.
+"""Phantom tomograms with known ground truth, for the demo and for training its small models.
 
 1. A lamella is a slab, slightly tilted against the grid, with noise only above and below it.
 2. Structures are drawn as signed distances into a volume with a margin: vesicles and tubes (membranes), globular
@@ -7,6 +7,8 @@
    stands for the denoising that CryoSiam expects before it.
 4. Dense matter is bright, as CryoSiam's models expect it. Intensities are scaled to 0..1, so that the documented
    ``min: 0`` and ``max: 1`` fit.
+5. The raw tomogram of the same specimen has more noise, the same wedge and no blur. Dense matter is dark, voxels are
+   16-bit integers, and a few of them are hot or dead.
 
 The margin is cut off at the end, because the Fourier transform treats the volume as periodic.
 """
@@ -32,6 +34,7 @@ VOXEL_SIZE_ANGSTROM = 14.0
 # Lengths in voxels of 14 Å: a lamella of 70 to 78 nm, bilayers of 7 nm, particles of 17 to 25 nm,
 # filaments of 7 nm, microtubules of 25 nm.
 _MARGIN = 16
+_INSIDE = (slice(_MARGIN, -_MARGIN),) * 3
 _THICKNESS = (50.0, 56.0)
 _BILAYER = 2.4
 _PARTICLE_RADII = (6.0, 9.0)
@@ -54,6 +57,8 @@ class Phantom:
         (z, y, x), uint8, indices into `CLASS_NAMES`; 0 outside the lamella.
     lamella
         (z, y, x), uint8, 1 inside the lamella.
+    specimen
+        (z, y, x) with a margin, float32: the density that the microscope sees.
     voxel_size_angstrom
         Edge of a voxel in Å.
     """
@@ -61,6 +66,7 @@ class Phantom:
     tomogram: NDArray[np.float32]
     truth: NDArray[np.uint8]
     lamella: NDArray[np.uint8]
+    specimen: NDArray[np.float32]
     voxel_size_angstrom: float = VOXEL_SIZE_ANGSTROM
 
 
@@ -84,45 +90,54 @@ def make_phantom(seed: int, shape: tuple[int, int, int] = SHAPE) -> Phantom:
             draw(canvas)
     _draw_filaments(canvas, round(50 * area))
     _draw_particles(canvas, round(60 * area))
-    projection = _image(canvas, lamella)
-    inside = tuple(slice(_MARGIN, -_MARGIN) for _ in shape)
+    specimen = _specimen(canvas, lamella)
+    noise = canvas.rng.normal(0, 0.3, specimen.shape).astype(np.float32)
     truth = np.where(lamella, canvas.labels, np.uint8(0))
     return Phantom(
-        tomogram=_scale(projection[inside]),
-        truth=np.ascontiguousarray(truth[inside]),
-        lamella=lamella[inside].astype(np.uint8),
+        tomogram=_scale(_image(specimen + noise, blur=1.0)[_INSIDE]),
+        truth=np.ascontiguousarray(truth[_INSIDE]),
+        lamella=lamella[_INSIDE].astype(np.uint8),
+        specimen=specimen,
     )
 
 
-#: Of a raw phantom: standard deviation of its noise, of [0, 1], and the share of voxels that are hot or dead.
-NOISE, HOT = 0.3, 2e-5
+#: Of a raw phantom: standard deviation of its noise, of the density of structures, and the share of voxels that are
+#: hot or dead.
+NOISE, HOT = 0.6, 2e-5
 
 
-def raw(tomogram: NDArray[np.float32], seed: int) -> NDArray[np.int16]:
-    """Turn a phantom into what a reconstruction looks like before it is denoised.
+def make_raw(phantom: Phantom, seed: int) -> NDArray[np.int16]:
+    """Simulate the reconstruction of a phantom's specimen as it is before it is denoised.
 
     Parameters
     ----------
-    tomogram : (z, y, x), float32
-        Bright on dark, from 0 to 1.
+    phantom
+        The phantom.
     seed
         Of the noise.
 
     Returns
     -------
     (z, y, x), int16
-        Dark on bright, with white noise and some hot and dead voxels.
+        Dark on bright.
     """
     rng = np.random.default_rng((seed, 1))
-    noise = rng.normal(0, NOISE, tomogram.shape).astype(np.float32)
-    voxels = np.round(300 - 1000 * (tomogram + noise))
-    wrong = rng.random(tomogram.shape) < HOT
+    noise = rng.normal(0, NOISE, phantom.specimen.shape).astype(np.float32)
+    voxels = np.round(300 - 1000 * _image(phantom.specimen + noise)[_INSIDE])
+    wrong = rng.random(voxels.shape) < HOT
     voxels[wrong] = rng.choice([-30000, 30000], int(wrong.sum()))
     return voxels.astype(np.int16)
 
 
-def write_phantom(phantom: Phantom, folder: Path, stem: str) -> Path:
-    """Write ``<stem>.mrc`` (float32, with its voxel size) and ``<stem>_truth.npz`` (`labels`, `lamella`).
+def write_phantom(phantom: Phantom, folder: Path, stem: str, seed: int) -> Path:
+    """Write ``<stem>.mrc`` (the raw tomogram, with its voxel size) and ``<stem>_truth.npz`` (`labels`, `lamella`).
+
+    Parameters
+    ----------
+    phantom, folder, stem
+        What to write, and where.
+    seed
+        Of the noise, see `make_raw`.
 
     Returns
     -------
@@ -131,19 +146,11 @@ def write_phantom(phantom: Phantom, folder: Path, stem: str) -> Path:
     """
     path = folder / f"{stem}.mrc"
     with mrcfile.new(path, overwrite=True) as mrc:
-        mrc.set_data(phantom.tomogram)
+        mrc.set_data(make_raw(phantom, seed))
         mrc.set_volume()
         mrc.voxel_size = phantom.voxel_size_angstrom
     np.savez_compressed(folder / f"{stem}_truth.npz", labels=phantom.truth, lamella=phantom.lamella)
     return path
-
-
-def write_raw(phantom: Phantom, path: Path, seed: int) -> None:
-    """Write the raw tomogram of a phantom, int16, with its voxel size; see `raw`."""
-    with mrcfile.new(path, overwrite=True) as mrc:
-        mrc.set_data(raw(phantom.tomogram, seed))
-        mrc.set_volume()
-        mrc.voxel_size = phantom.voxel_size_angstrom
 
 
 def dice(prediction: NDArray[np.uint8], truth: NDArray[np.uint8], n_classes: int) -> tuple[float, ...]:
@@ -285,22 +292,25 @@ def _draw_particles(canvas: _Canvas, count: int) -> None:
                 break
 
 
-def _image(canvas: _Canvas, lamella: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Simulate a microscope with a limited tilt range: noise, missing wedge, slight blur."""
+def _specimen(canvas: _Canvas, lamella: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Return the density: structures in a textured cytosol, and nothing outside the lamella."""
     cytosol = ndimage.gaussian_filter(canvas.rng.standard_normal(canvas.shape, np.float32), 1.2)
     cytosol *= 0.2 / cytosol.std()
-    density = np.where(lamella, canvas.density + 0.25 + cytosol * (1 - canvas.density), np.float32(0))
-    density += canvas.rng.normal(0, 0.3, canvas.shape).astype(np.float32)
+    return np.where(lamella, canvas.density + 0.25 + cytosol * (1 - canvas.density), np.float32(0))
+
+
+def _image(density: NDArray[np.float32], blur: float = 0) -> NDArray[np.float32]:
+    """Take out the missing wedge of a limited tilt range, and blur by a Gaussian whose sigma is `blur` voxels."""
     spectrum = scipy.fft.rfftn(density)
     kz, ky, kx = (
-        scipy.fft.fftfreq(canvas.shape[0])[:, None, None].astype(np.float32),
-        scipy.fft.fftfreq(canvas.shape[1])[None, :, None].astype(np.float32),
-        scipy.fft.rfftfreq(canvas.shape[2])[None, None, :].astype(np.float32),
+        scipy.fft.fftfreq(density.shape[0])[:, None, None].astype(np.float32),
+        scipy.fft.fftfreq(density.shape[1])[None, :, None].astype(np.float32),
+        scipy.fft.rfftfreq(density.shape[2])[None, None, :].astype(np.float32),
     )
     # The specimen turns about y, so each projection fills a plane through the ky axis.
     missing = np.abs(kz) > np.abs(kx) * np.tan(np.deg2rad(_TILT_RANGE_DEGREES))
-    blur = np.exp(-2 * (np.pi * 1.0) ** 2 * (kz**2 + ky**2 + kx**2))
-    return np.asarray(scipy.fft.irfftn(np.where(missing, 0, spectrum * blur), canvas.shape))
+    passed = np.exp(-2 * (np.pi * blur) ** 2 * (kz**2 + ky**2 + kx**2))
+    return np.asarray(scipy.fft.irfftn(np.where(missing, 0, spectrum * passed), density.shape))
 
 
 def _scale(density: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -5,6 +5,8 @@ The panels have the same scale and are aligned as in a technical drawing::
     x–y bare   x–y with labels   y–z with labels   labels along z
     x–z bare   x–z with labels   legend
 
+with the raw tomogram to the left of the bare one and the true labels to the right of the others, where they are given.
+
 A lamella is drawn as an outline, and the panel along z shows its thickness instead of labels.
 
 1. A task reads a tile of a slice, or a block of the labels, and returns no more than the size of the picture, so the
@@ -203,6 +205,7 @@ def write_preview(
     lamella_voxels: int | None = None,
     as_lamella: bool = False,
     truth: Sliceable | None = None,
+    raw: Sliceable | None = None,
     first: Sequence[int] | None = None,
     limits: tuple[float, float] | None = None,
     title: str = "",
@@ -230,6 +233,8 @@ def write_preview(
         Whether the labels are a lamella: they are drawn as an outline, and along z their thickness, in nm.
     truth
         The true labels, of the same shape, drawn beside the others.
+    raw
+        What the tomogram was denoised from, of the same shape, drawn beside it in its own range of intensities.
     first
         If the volume was cut out of a larger tomogram, the voxel (z, y, x) or (y, x) of that where it begins. Captions
         then count from the beginning of the tomogram.
@@ -252,7 +257,7 @@ def write_preview(
     blocks = Blocks.of(labels)
     shape, volume = blocks.shape, blocks.ndim == 3
     size = _voxel_size(voxel_size_angstrom, blocks.ndim)
-    scale = _Scale.of(shape, _spacing(size), volume, abreast=2 if truth is None else 3)
+    scale = _Scale.of(shape, _spacing(size), volume, abreast=2 + sum(each is not None for each in (truth, raw)))
     counted = None if lamella_voxels is not None else lamella
     along = _along_z(labels, counted, blocks, scale, executor)
     planes = _planes(shape, volume, along.profiles)
@@ -263,6 +268,7 @@ def write_preview(
 
     start = (*(0,) * (3 - len(first or ())), *(first or (0, 0, 0)))
     bare, drawn, right = [], [], []
+    left = 0 if raw is None else 1  # column of the bare slices
     for number, (plane, grey, colour, mask) in enumerate(zip(planes, greys, colours, masks, strict=True)):
         shades = _shades(
             (grey - low) / max(high - low, 1e-6), (scale.pixels[plane.axes[1]], scale.pixels[plane.axes[0]])
@@ -270,15 +276,20 @@ def write_preview(
         where = _where(plane, start) if volume else "x–y"
         picture = Image.fromarray(_overlay(shades, colour, mask if lamella is not None else None, as_lamella))
         if plane.axes == (1, 0):  # beside the x–y slice, with the same rows
-            drawn.append(_Panel(where, 3 if truth is not None else 2, 0, picture))
+            drawn.append(_Panel(where, left + (3 if truth is not None else 2), 0, picture))
             continue
         down = int(plane.axes == (0, 2))
-        bare.append(_Panel(where, 0, down, Image.fromarray(shades)))
-        drawn.append(_Panel(_OUTLINE if as_lamella else _LABELS[true is not None], 1, down, picture))
+        bare.append(_Panel(where if raw is None else "denoised", left, down, Image.fromarray(shades)))
+        drawn.append(_Panel(_OUTLINE if as_lamella else _LABELS[true is not None], left + 1, down, picture))
         if true is not None:
             expected = _overlay(shades, true[number], mask if lamella is not None else None, as_lamella)
-            right.append(_Panel("truth", 2, down, Image.fromarray(expected)))
+            right.append(_Panel("truth", left + 2, down, Image.fromarray(expected)))
     panels = [*drawn, *bare, *right]
+    if raw is not None:
+        seen = [plane for plane in planes if plane.axes != (1, 0)]
+        for down, picture in enumerate(_pictures(raw, seen, scale, blocks.ndim, executor)):
+            where = f", {_where(seen[down], start)}" if volume else ""
+            panels.append(_Panel(f"raw{where}", 0, down, picture))
     if not volume and _stacked(shape):
         panels = [replace(panel, column=0, row=panel.column) for panel in panels]
     colour_bar = None
@@ -337,21 +348,29 @@ def write_denoised_preview(
     planes = [plane for plane in _planes(shape, volume, [np.zeros(n, np.int64) for n in shape]) if plane.axes != (1, 0)]
     panels = []
     for column, (name, voxels) in enumerate((("raw", tomogram), ("denoised", denoised))):
-        greys, _, _ = _read_slices(voxels, None, None, planes, scale, blocks.ndim, executor)
-        low, high = map(float, np.percentile(np.concatenate([g.ravel() for g in greys]), (0.5, 99.5)))
-        for row, (plane, grey) in enumerate(zip(planes, greys, strict=True)):
-            pixels = (scale.pixels[plane.axes[1]], scale.pixels[plane.axes[0]])
-            picture = Image.fromarray(_shades((grey - low) / max(high - low, 1e-12), pixels))
-            where = f", {_where(plane, (0, 0, 0))}" if volume else ""
+        for row, picture in enumerate(_pictures(voxels, planes, scale, blocks.ndim, executor)):
+            where = f", {_where(planes[row], (0, 0, 0))}" if volume else ""
             panels.append(_Panel(f"{name}{where}", column, row, picture))
     if not volume and _stacked(shape):
         panels = [replace(panel, column=0, row=panel.column) for panel in panels]
     subtitle = _subtitle(shape[3 - blocks.ndim :], size, None)
-    nothing = Image.new("RGB", (1, 1), _PAPER)
-    sheet, boxes = _lay_out(panels, nothing, (0, 1 + max(panel.row for panel in panels)), "", title, subtitle)
+    sheet, boxes = _lay_out(panels, Image.new("RGB", (0, 0)), (0, 0), "", title, subtitle)
     for box in (boxes[0], boxes[len(planes)]):
         _draw_scale_bar(ImageDraw.Draw(sheet), box, scale.pixels[2] / shape[2], size[-1] if size else None)
     _save(path, sheet, boxes, [panels[0].picture, panels[len(planes)].picture], title, fingerprint)
+
+
+def _pictures(
+    tomogram: Sliceable, planes: Sequence[_Plane], scale: _Scale, ndim: int, executor: Executor
+) -> list[Image.Image]:
+    """Draw slices without labels, from black to white between the percentiles of them all."""
+    greys, _, _ = _read_slices(tomogram, None, None, planes, scale, ndim, executor)
+    low, high = map(float, np.percentile(np.concatenate([g.ravel() for g in greys]), (0.5, 99.5)))
+    sizes = [(scale.pixels[plane.axes[1]], scale.pixels[plane.axes[0]]) for plane in planes]
+    return [
+        Image.fromarray(_shades((grey - low) / max(high - low, 1e-12), size))
+        for grey, size in zip(greys, sizes, strict=True)
+    ]
 
 
 def _save(
