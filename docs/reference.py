@@ -140,8 +140,8 @@ _INTRODUCTION = """\
 # Every key of the YAML file
 
 Every command accepts the YAML file of one model, such as [CryoSiam's own files](from-cryosiam.md), or
-[one file for both](usage.md#both-models-in-one-pass) models, with these keys below `lamella` and `semantic`. Three keys
-are required. Relative paths start from the folder in which the command is started. An unknown key is an error that
+[one file for all models](usage.md#all-models-in-one-pass), with these keys below `denoise`, `lamella` and `semantic`. Three
+keys are required. Relative paths start from the folder in which the command is started. An unknown key is an error that
 names the most similar known key.
 
 `configs/config_all_keys.yaml` lists all of them with their defaults, to copy from. Editors that support YAML schemas
