@@ -140,9 +140,9 @@ _INTRODUCTION = """\
 # Every key of the YAML file
 
 Every command accepts the YAML file of one model, such as [CryoSiam's own files](from-cryosiam.md), or
-[one file for all models](usage.md#all-models-in-one-pass), with these keys below `denoise`, `lamella` and `semantic`. Three
-keys are required. Relative paths start from the folder in which the command is started. An unknown key is an error that
-names the most similar known key.
+[one file for all models](usage.md#all-models-in-one-pass), with these keys below `denoise`, `lamella` and `semantic`.
+Three keys are required. Relative paths start from the folder in which the command is started. An unknown key is an
+error that names the most similar known key.
 
 `configs/config_all_keys.yaml` lists all of them with their defaults, to copy from. Editors that support YAML schemas
 (VS Code with its YAML extension, and others) complete the keys and show these texts if a file begins with
