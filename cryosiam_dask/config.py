@@ -291,6 +291,8 @@ class Configuration(_Model):
     """Scale the denoised intensities of each tomogram to the range from 0 to 1."""
     save_raw_predictions: Annotated[bool, About(model="denoise")] = False
     """Also write all channels of the result to `<stem>_preds.h5`, dataset `preds`."""
+    keep_denoised: Annotated[bool, About(model="denoise", own=True)] = True
+    """Keep the denoised MRC file. `false`, in a pipeline: remove it once all models of the tomogram are done."""
     save_internal_files: bool = False
     """Also write probabilities (`probs`) and distances (`distances`) to the HDF5 file."""
     components: Annotated[bool, About(own=True)] = False
@@ -366,7 +368,7 @@ _ABOUT_LABELS = (
     "save_original_file_extension",
 )  # fmt: skip
 #: Keys that only a denoiser's file has.
-_ABOUT_DENOISING = ("scale_prediction", "save_raw_predictions")
+_ABOUT_DENOISING = ("scale_prediction", "save_raw_predictions", "keep_denoised")
 
 #: pydantic's errors in the words of a YAML file.
 _RULES: Mapping[str, str] = {

@@ -17,17 +17,18 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from rich.console import Console
 
+from cryosiam_dask.commands.forecast import forecast_pipeline
 from cryosiam_dask.commands.plan import show_plan
 from cryosiam_dask.commands.report import write_report
 from cryosiam_dask.config import read_configuration, read_denoiser, read_models
 from cryosiam_dask.core.executor import SerialExecutor
 from cryosiam_dask.errors import ConfigurationError, Problems, TomogramError
-from cryosiam_dask.runs.collection import run
+from cryosiam_dask.runs.collection import remove_denoised, run
 from cryosiam_dask.runs.outcome import Outcome
-from cryosiam_dask.runs.plan import RunPlan, masks_made_before, plan_run
+from cryosiam_dask.runs.plan import RunPlan, masks_made_before, plan_run, with_denoising
 from cryosiam_dask.stages.denoise import stretch_of, with_own_moments
 from support import checkpoints
-from support.command import call
+from support.command import call, invoke
 from support.runs import Acting, Listener, segment
 
 GOLDEN = Path(__file__).parent / "data" / "denoise"
@@ -113,7 +114,7 @@ def plans_of(pipeline: Path) -> list[RunPlan]:
     for name, configuration in read_models(pipeline).items():
         pending = masks_made_before(plans, configuration) if plans else set()
         plans.append(plan_run(configuration, name=name, pending_inputs=pending))
-    return plans
+    return with_denoising(plans)
 
 
 def run_chain(pipeline: Path, executor: SerialExecutor | None = None) -> list[Outcome]:
@@ -180,6 +181,84 @@ def test_a_run_that_is_stopped_anywhere_ends_with_the_same_bytes(folder: Path) -
         assert {outcome.status for outcome in run_chain(pipeline)} <= {"done", "skipped"}
         assert outputs(folder) == whole, step
         assert not list(folder.rglob("*.work.zarr"))
+
+
+def without_denoised(folder: Path, **changes: Any) -> Path:
+    pipeline = chain(folder, preview=False)
+    values = yaml.safe_load(pipeline.read_text())
+    values["denoise"] |= {"keep_denoised": False, **changes}
+    pipeline.write_text(yaml.safe_dump(values))
+    return pipeline
+
+
+def test_a_denoised_file_that_is_not_kept_is_removed_in_the_end(folder: Path) -> None:
+    """And what is done stays done, for every command."""
+    pipeline = without_denoised(folder)
+    path = folder / "denoised" / f"{STEM}.mrc"
+    with np.load(CHAIN / "expected.npz") as expected:
+        invoke("run", pipeline, "--workers", 1, folder=folder)
+        for name in ("lamella", "semantic"):
+            with h5py.File(folder / name / f"{STEM}_preds.h5") as file:
+                np.testing.assert_array_equal(file["labels"][:], expected[name])
+    assert not path.exists()
+    before = outputs(folder)
+    assert invoke("run", pipeline, "--workers", 1, folder=folder).count("skipped, ") == 3
+    assert invoke("semantic-predict", pipeline, "--workers", 1, folder=folder).count("skipped, ") == 1
+    assert outputs(folder).keys() == before.keys()
+    assert "3 done" in invoke("status", pipeline, folder=folder)
+    assert "made from the same input" in invoke("plan", pipeline, folder=folder)
+    for name in ("denoise", "lamella", "semantic"):
+        invoke("report", pipeline, "--model", name, folder=folder)
+    page = (folder / "denoised" / "report.html").read_text()
+    assert STEM in page and "60 × 64 × 56" in page and ">done<" in page and "6.8 (0.68)" in page
+
+
+def test_a_denoised_file_that_is_not_kept_is_made_again_where_it_is_needed(folder: Path) -> None:
+    pipeline = without_denoised(folder)
+    path, labels = folder / "denoised" / f"{STEM}.mrc", folder / "semantic" / f"{STEM}_preds.h5"
+    run_chain(pipeline)
+    whole = labels.read_bytes()
+    labels.unlink()
+    with pytest.raises(Problems, match=f"{STEM}.mrc must be denoised first"):
+        plan_run(read_models(pipeline, "semantic")[""])
+    assert [len(plan.jobs) for plan in plans_of(pipeline)] == [1, 0, 1]
+    assert {outcome.stage: outcome.status for outcome in run_chain(pipeline)} == {
+        "denoise": "done", "lamella": "skipped", "semantic": "done"
+    }  # fmt: skip
+    assert labels.read_bytes() == whole and not path.exists()
+    # Alone, the denoiser makes it for a look; the next run of all removes it.
+    assert segment(read_denoiser(pipeline))[STEM].status == "done" and path.exists()
+    assert [len(plan.skipped) for plan in plans_of(pipeline)] == [1, 1, 1]
+    remove_denoised(plans_of(pipeline))
+    assert not path.exists() and [len(plan.skipped) for plan in plans_of(pipeline)] == [1, 1, 1]
+    # A changed denoiser is told before anything is computed.
+    without_denoised(folder, scale_prediction=False)
+    with pytest.raises(Problems, match="made from another input, checkpoint or other settings"):
+        plans_of(pipeline)
+
+
+def test_a_denoised_file_stays_until_all_models_are_done(folder: Path) -> None:
+    pipeline = without_denoised(folder)
+    path = folder / "denoised" / f"{STEM}.mrc"
+    for stage in ("lamella", "semantic"):
+        run_chain(pipeline, Acting(lambda executor: executor.drain(), f"{stage} predict", 1))
+        assert path.exists()
+    assert {outcome.status for outcome in run_chain(pipeline)} <= {"done", "skipped"} and not path.exists()
+    pipeline = chain(folder, preview=False)  # which keeps it
+    assert [len(plan.jobs) for plan in plans_of(pipeline)] == [1, 1, 1]
+
+
+def test_the_plan_knows_that_denoised_files_go(folder: Path) -> None:
+    """Of three tomograms, as many are there as are in progress."""
+    needed = []
+    for make in (chain, without_denoised):
+        pipeline = make(folder, preview=False)
+        for n in range(9):
+            shutil.copy(folder / "data" / f"{STEM}.mrc", folder / "data" / f"TS_{n}.mrc")
+        (disk,) = forecast_pipeline(plans_of(pipeline), concurrent=3).disks
+        needed.append((disk.needed_bytes, disk.certain_bytes))
+    of_one = 4 * 60 * 64 * 56
+    assert (needed[0][0] - needed[1][0], needed[0][1] - needed[1][1]) == (7 * of_one, 9 * of_one)
 
 
 def test_a_changed_denoiser_makes_all_again(folder: Path) -> None:

@@ -114,6 +114,8 @@ class TomogramForecast:
         of this, probabilities hardly.
     certain_work_bytes, certain_output_bytes
         The part of both that does not depend on compression.
+    removed_bytes
+        The part of the outputs that is removed once all models are done.
     outputs
         Files that will be written.
     preview
@@ -144,6 +146,7 @@ class TomogramForecast:
     output_bytes: int = 0
     certain_work_bytes: int = 0
     certain_output_bytes: int = 0
+    removed_bytes: int = 0
     outputs: tuple[Path, ...] = ()
     preview: Path | None = None
     notes: tuple[str, ...] = ()
@@ -773,6 +776,7 @@ def _disk_bytes(
             "certain_work_bytes": copied if header.dtype.kind == "f" and not configuration.keep_work else 0,
             "output_bytes": 4 * voxels + raw + _preview_bytes(configuration, job, header),
             "certain_output_bytes": 4 * voxels,
+            "removed_bytes": 4 * voxels * plan.removes_denoised,
         }
     fields = sum(4 * classes for name in plan.wanted if name != "labels")
     removal = 2 if removal_sizes(configuration) else 0  # the filtered and the removed labels
@@ -810,11 +814,12 @@ def _needs(configuration: Configuration, tomograms: Iterable[TomogramForecast], 
         sum(sorted((getattr(t, name) for t in done), reverse=True)[: kept or at_once])
         for name, at_once in (("work_bytes", concurrent), ("certain_work_bytes", 1))
     )
+    removed = sorted((t.removed_bytes for t in done), reverse=True)
     return [
         (
             configuration.prediction_folder,
-            sum(t.output_bytes for t in done),
-            sum(t.certain_output_bytes for t in done),
+            sum(t.output_bytes for t in done) - sum(removed[concurrent:]),
+            sum(t.certain_output_bytes for t in done) - sum(removed[1:]),
         ),
         (configuration.work_folder or configuration.prediction_folder, work, certain_work),
     ]

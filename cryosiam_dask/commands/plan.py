@@ -74,7 +74,7 @@ def show_plan(
     )
     from cryosiam_dask.config import read_models
     from cryosiam_dask.core.machine import memory_of_machine
-    from cryosiam_dask.runs.plan import RunPlan, masks_made_before, on_this_machine, plan_run
+    from cryosiam_dask.runs.plan import RunPlan, masks_made_before, on_this_machine, plan_run, with_denoising
 
     problems: list[CryosiamDaskError] = []
     plans: list[RunPlan] = []
@@ -94,6 +94,7 @@ def show_plan(
             except CryosiamDaskError as error:
                 problems += [*_single(error), *unreadable(configuration, filename)]
         if not problems:
+            plans = with_denoising(plans)
             chosen: Literal["cpu", "cuda"] = "cuda" if device == "cuda" or (device == "auto" and _has_gpu()) else "cpu"
             if chosen == "cpu":
                 plans, workers = on_this_machine(plans, workers)

@@ -177,6 +177,7 @@ def _with_outcome(tomogram: Summary, outcome: Mapping[str, Any]) -> Summary:
     """Add the outcome of the run to the summary of the outputs."""
     tomogram.status = outcome.get("status") or tomogram.status
     tomogram.shape = tuple(outcome.get("shape") or tomogram.shape)
+    tomogram.voxel_size_angstrom = tomogram.voxel_size_angstrom or tuple(outcome.get("voxel_size_angstrom") or ())
     tomogram.voxels = tuple(outcome.get("voxels") or tomogram.voxels)
     tomogram.seconds = outcome.get("seconds") or None
     tomogram.warnings = tuple(dict.fromkeys((*(outcome.get("warnings") or ()), *tomogram.warnings)))

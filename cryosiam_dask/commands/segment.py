@@ -43,11 +43,26 @@ from cryosiam_dask.runs.cluster import (
     who_else_has_access,
     write_performance_report,
 )
-from cryosiam_dask.runs.collection import forget_failures, make_folders, outcomes_before, remove_left_overs, run
+from cryosiam_dask.runs.collection import (
+    forget_failures,
+    make_folders,
+    outcomes_before,
+    remove_denoised,
+    remove_left_overs,
+    run,
+)
 from cryosiam_dask.runs.dask_executor import DaskExecutor
 from cryosiam_dask.runs.metrics import Meter
 from cryosiam_dask.runs.outcome import Outcome
-from cryosiam_dask.runs.plan import USABLE, RunPlan, masks_made_before, on_this_machine, plan_run, require_memory
+from cryosiam_dask.runs.plan import (
+    USABLE,
+    RunPlan,
+    masks_made_before,
+    on_this_machine,
+    plan_run,
+    require_memory,
+    with_denoising,
+)
 from cryosiam_dask.runs.progress import FileReporter, Pace, Reporters, make_reporter
 from cryosiam_dask.runs.slurm import open_slurm, read_jobs
 from cryosiam_dask.runs.workers import (
@@ -167,6 +182,7 @@ def segment(
         problems.extend(found.problems)
     if problems:
         raise Problems(problems)
+    plans = with_denoising(plans)
     count = 0  # all GPUs
     if elsewhere or chosen == "cuda":
         plans = [plan.with_shapes() for plan in plans]
@@ -192,6 +208,7 @@ def segment(
         for job in plan.incomplete:
             inform(console, f"{job.stem}: {job.output} is up to date, {plan.outdated(job)}")
     forget_failures(plans)
+    remove_denoised(plans)
     if not any(plan.jobs or plan.incomplete for plan in plans):
         outcomes = outcomes_before(plans)
         print_table(console, outcomes)

@@ -18,6 +18,7 @@ from cryosiam_dask.config import Configuration, read_models
 from cryosiam_dask.core.log import latest_log
 from cryosiam_dask.files.claims import claim_path, process_is_gone
 from cryosiam_dask.runs.find import find_sources, left_out_tomograms, refused_names, shown, unreadable_folder
+from cryosiam_dask.runs.fingerprint import removal_of
 from cryosiam_dask.runs.ledger import read_entries
 
 
@@ -100,7 +101,8 @@ def _state(configuration: Configuration, stem: str, stage: str) -> State:
     last = entries[-1] if entries else {"what": ""}
     if last["what"] == "outcome":
         state = str(last.get("status"))
-        if state == "done" and not _output_exists(configuration, stem):
+        removed = configuration.denoises and removal_of(configuration, stem) is not None
+        if state == "done" and not removed and not _output_exists(configuration, stem):
             return State(stem, stage, "left", detail="its output was removed")
         return State(
             stem, stage, state, detail=str(last.get("error", "")), seconds=float(last.get("seconds", 0)),

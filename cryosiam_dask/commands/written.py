@@ -23,6 +23,7 @@ from cryosiam_dask.files.folders import left_out
 from cryosiam_dask.runs.cluster import open_cluster
 from cryosiam_dask.runs.dask_executor import DaskExecutor
 from cryosiam_dask.runs.find import find_predictions, find_tomograms, unreadable_folder
+from cryosiam_dask.runs.fingerprint import removal_of
 from cryosiam_dask.runs.ledger import read_outcomes
 from cryosiam_dask.runs.outcome import Outcome
 from cryosiam_dask.runs.progress import FileReporter, Pace, Reporters, make_reporter
@@ -192,8 +193,9 @@ def recorded_outcomes(configuration: Configuration) -> dict[str, dict[str, Any]]
                 recorded.setdefault(stem, {"status": "failed", "shape": outcome.get("shape"), "error": error})
     result = {}
     for stem, outcome in recorded.items():
-        known = in_output(stem, outcome)
-        result[stem] = {name: value for name, value in outcome.items() if name not in known}
+        removed = removal_of(configuration, stem) if configuration.denoises else None
+        known = set() if removed else in_output(stem, outcome)
+        result[stem] = {**(removed or {}), **{name: value for name, value in outcome.items() if name not in known}}
     return result
 
 

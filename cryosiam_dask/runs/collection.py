@@ -35,6 +35,8 @@ from cryosiam_dask.core.executor import (
 from cryosiam_dask.errors import LostClusterError, OutputError, is_transient
 from cryosiam_dask.files.atomic import sweep_parts
 from cryosiam_dask.files.claims import Claims, claim_path, open_claims, sweep
+from cryosiam_dask.files.tomogram import read_header
+from cryosiam_dask.runs.fingerprint import known_identity, read_fingerprint
 from cryosiam_dask.runs.ledger import Ledger, read_entries
 from cryosiam_dask.runs.outcome import NOTE, Outcome, failed
 from cryosiam_dask.runs.outputs import collect
@@ -143,6 +145,37 @@ def forget_failures(plans: Sequence[RunPlan]) -> None:
                             claims.release(claim)
 
 
+def remove_denoised(plans: Sequence[RunPlan]) -> None:
+    """Remove denoised tomograms that all models of a pipeline are done with, unless they are to be kept."""
+    if not plans[0].removes_denoised:
+        return
+    left = {job.stem for plan in plans for job in (*plan.jobs, *plan.incomplete)}
+    with open_claims() as claims:
+        for job in plans[0].skipped:
+            if job.stem not in left:
+                _remove_denoised(plans, job.stem, claims)
+
+
+def _remove_denoised(plans: Sequence[RunPlan], stem: str, claims: Claims) -> None:
+    first, *others = plans
+    jobs = {job.stem: job for job in (*first.jobs, *first.skipped)} if first.removes_denoised and others else {}
+    if stem not in jobs or not (path := jobs[stem].output).exists():
+        return
+    folder = first.configuration.prediction_folder
+    claim = claim_path(folder, stem)
+    with suppress(OutputError, OSError):  # it stays until the next run
+        if (made := read_fingerprint(path)) is not None and claims.take(claim):
+            try:
+                ledger, size = Ledger(folder, stem), read_header(path).voxel_size_angstrom
+                before = ledger.last("outcome") or {"status": "done"}
+                identity = known_identity(others[0].configuration, path, stem)
+                ledger.append("removed", fingerprint=made, identity=identity, voxel_size_angstrom=size)
+                ledger.close(**{name: value for name, value in before.items() if name != "what"})
+                path.unlink()
+            finally:
+                claims.release(claim)
+
+
 def make_folders(plan: RunPlan) -> None:
     """Create the folders that a run writes to.
 
@@ -233,7 +266,7 @@ class _Collection:
         claims: Claims,
     ) -> None:
         self.reporter, self.device, self.executor, self.timeline = reporter, device, executor, timeline
-        self.stop, self.claims = stop, claims
+        self.stop, self.claims, self.plans = stop, claims, plans
         self.skipped = outcomes_before(plans)
         works: dict[str, _Work] = {}
         for plan in plans:
@@ -409,6 +442,8 @@ class _Collection:
         elif left:
             self.reporter.end(work.stem, message, left=True)
         else:
+            if not failed:
+                _remove_denoised(self.plans, work.stem, self.claims)
             self.reporter.end(work.stem, message, failed=failed, voxels=voxels)
 
     def _stop_if_hopeless(self, outcome: Outcome) -> None:

@@ -82,7 +82,12 @@ def known_identity(configuration: Configuration, source: Path, stem: str) -> lis
     """
     from cryosiam_dask.files.identity import is_newer_in_part, source_content, source_identity
 
-    if made := _made_here(source):
+    made = _made_here(source)
+    if made or not source.exists():
+        removed = removal_of(configuration.denoiser, stem)
+        if removed and made in (None, removed["fingerprint"]):
+            return list(removed["identity"])
+    if made:
         return [made, source_content(source)]
     identity = source_identity(source)
     entries, _ = read_entries(configuration.prediction_folder, stem)
@@ -95,6 +100,20 @@ def known_identity(configuration: Configuration, source: Path, stem: str) -> lis
     ):
         return list(found["identity"])
     return identity
+
+
+def removal_of(denoiser: Configuration | None, stem: str) -> dict[str, Any] | None:
+    """Return what is known of a denoised tomogram that was removed; ``None`` if it was not, or is to be kept.
+
+    Returns
+    -------
+    dict or None
+        Its ``fingerprint``, its ``identity`` for the models that read it, and its ``voxel_size_angstrom``.
+    """
+    if denoiser is None or denoiser.keep_denoised:
+        return None
+    entries, _ = read_entries(denoiser.prediction_folder, stem)
+    return next((entry for entry in reversed(entries) if entry["what"] == "removed"), None)
 
 
 def _made_here(source: Path) -> str | None:
@@ -124,7 +143,7 @@ def fingerprint_of(
 
 
 def made_otherwise(output: Path) -> OutputError:
-    if not os.access(output, os.R_OK):
+    if output.exists() and not os.access(output, os.R_OK):
         return OutputError(
             "an existing output must be readable",
             place=output,

@@ -86,10 +86,10 @@ class Ledger:
                 self._synced = time.monotonic()
 
     def close(self, **outcome: Any) -> None:
-        """Replace all entries by the tomogram's outcome; its source stays."""
+        """Replace all entries by the tomogram's outcome; its source and the removal of its denoised file stay."""
         with self._lock:
-            source = self.last("source")
-            self._replace([*([source] if source else ()), {"what": "outcome", **outcome}])
+            kept = filter(None, map(self.last, ("source", "removed")))
+            self._replace([*kept, {"what": "outcome", **outcome}])
 
     def _replace(self, entries: list[dict[str, Any]]) -> None:
         self.entries = [{"what": "ledger", "version": VERSION}, *entries]

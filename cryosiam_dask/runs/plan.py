@@ -53,6 +53,7 @@ from cryosiam_dask.runs.fingerprint import (
     identity_of,
     made_otherwise,
     read_fingerprint,
+    removal_of,
     removal_sizes,
     settings_of,
     with_sizes,
@@ -177,6 +178,11 @@ class RunPlan:
     def denoises(self) -> bool:
         """Whether the model denoises."""
         return self.configuration.denoises
+
+    @property
+    def removes_denoised(self) -> bool:
+        """Whether the denoised tomograms are removed when all models of the pipeline are done with them."""
+        return bool(self.name) and self.denoises and not self.configuration.keep_denoised
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -631,18 +637,14 @@ def _plan_run(
         stem = source.name.removesuffix(configuration.file_extension)
         output = _output_path(configuration, source, stem)
         pending = (mask is not None or source in raw) and stem in pending_inputs
+        gone = source in raw and not pending and not source.exists()
         prediction = ""
         problem: CryosiamDaskError | None = None
         try:
             if mask is not None and not pending and not mask.is_file():
                 raise missing_mask(source, mask)
-            if source in raw and not pending and not source.exists():
-                raise TomogramError(
-                    f"{raw[source].name} must be denoised first",
-                    place=source,
-                    value="no such file",
-                    remedy="Run 'cryosiam-dask denoise-predict' or 'cryosiam-dask run' with this file",
-                )
+            if gone and removal_of(configuration.denoiser, stem) is None:
+                raise _must_be_denoised(source, raw[source])
             if not pending:
                 prediction = fingerprint_of(configuration, source, stem, mask, settings)
         except (MaskError, TomogramError) as error:
@@ -652,7 +654,8 @@ def _plan_run(
         fingerprint = with_sizes(prediction, removal_sizes(configuration)) if prediction else ""
         components = configuration.prediction_folder / f"{stem}_components.h5" if configuration.components else None
         job = Job(source, stem, output, mask, components, prediction, fingerprint, identity_of(output), problem)
-        job = replace(job, raw=raw.get(source) if pending else None)
+        job = replace(job, raw=raw.get(source) if pending or (gone and problem is None) else None)
+        removed = removal_of(configuration, stem) if name and configuration.denoises and not output.exists() else None
         formats = other_formats(configuration)
         others = [format_path(configuration.prediction_folder, stem, name) for name in formats]
         foreign = [] if overwrite else foreign_formats(configuration.prediction_folder, stem, formats)
@@ -678,6 +681,13 @@ def _plan_run(
             jobs.append(job)
         elif foreign:
             problems += [made_otherwise(path) for path in foreign]
+        elif removed is not None and not overwrite_all and raw_predictions_done(configuration, job):
+            if removed["fingerprint"] == job.fingerprint:
+                skipped.append(job)  # unless another model needs it: see `with_denoising`
+            elif overwrite:
+                jobs.append(job)
+            else:
+                problems.append(made_otherwise(output))
         elif not output.exists() or overwrite_all or pending:
             jobs.append(job)
         elif read_fingerprint(output) == job.fingerprint:
@@ -694,6 +704,11 @@ def _plan_run(
         else:
             problems.append(made_otherwise(output))
         outputs[output] = source
+    if not name:  # nobody else denoises them
+        jobs = [
+            job if job.raw is None else replace(job, problem=_must_be_denoised(job.source, job.raw), raw=None)
+            for job in jobs
+        ]
     failing = [job.problem for job in jobs if job.problem is not None]
     if len(failing) == len(sources):
         problems += [*refused.values(), *failing]
@@ -703,6 +718,26 @@ def _plan_run(
         configuration, checkpoint, patch, threshold, tuple(jobs), tuple(incomplete), tuple(skipped), tuple(notes),
         tuple((shown(source.name.removesuffix(configuration.file_extension)), why) for source, why in refused.items()),
     )  # fmt: skip
+
+
+def _must_be_denoised(source: Path, raw: Path) -> TomogramError:
+    return TomogramError(
+        f"{raw.name} must be denoised first",
+        place=source,
+        value="no such file",
+        remedy="Run 'cryosiam-dask denoise-predict' or 'cryosiam-dask run' with this file",
+    )
+
+
+def with_denoising(plans: Sequence[RunPlan]) -> list[RunPlan]:
+    """Return the plans of a pipeline, with jobs for denoised tomograms that were removed and are needed again."""
+    if not plans or not plans[0].removes_denoised:
+        return list(plans)
+    first, *others = plans
+    needed = {job.raw for plan in others for job in plan.jobs}
+    again = [job for job in first.skipped if job.source in needed and not job.output.exists()]
+    jobs = tuple(sorted((*first.jobs, *again), key=lambda job: job.source))
+    return [replace(first, jobs=jobs, skipped=tuple(job for job in first.skipped if job not in again)), *others]
 
 
 def on_this_machine(plans: Sequence[RunPlan], workers: int | None) -> tuple[list[RunPlan], int]:
