@@ -7,6 +7,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,10 +21,13 @@ from scipy import ndimage
 from cryosiam_dask.core.grid import Patch
 from cryosiam_dask.errors import DeviceError, LostDeviceError
 from cryosiam_dask.model import predictor as module
-from cryosiam_dask.model.predictor import Predictor, PredictorSpec, predictor_spec
+from cryosiam_dask.model.architecture import peak_bytes, widest
+from cryosiam_dask.model.network import build_network
+from cryosiam_dask.model.predictor import Predictor, PredictorSpec, largest_patch, predictor_spec, unused_gpu
 from cryosiam_dask.stages.components import backend, find_components, remove_small, write_instances
 from cryosiam_dask.stages.lamella import postprocess_lamella
 from support import checkpoints
+from support.checkpoints import SMALL
 from support.gpus import fake_cupy, fake_torch
 
 
@@ -205,6 +210,27 @@ def test_the_lamella_is_found_where_there_is_memory(cupy: None) -> None:
     assert masks[0].any() and (masks[0] == masks[1]).all() and (masks[0] == masks[2]).all()
 
 
+def test_cucim_leaves_no_file_in_the_working_directory(
+    cupy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in {
+        "cucim/__init__.py": "try:\n    from . import clara\nexcept ImportError:\n    pass\n",
+        "cucim/clara.py": "open('cufile.log', 'w').close()\n",
+        "cucim/skimage/__init__.py": "",
+        "cucim/skimage/measure.py": "label = None\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for name in [name for name in fake_cupy.modules() if name.startswith("cucim")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    backend("cupy")
+    assert [path.name for path in tmp_path.iterdir()] == ["cucim"]
+    for name in [name for name in fake_cupy.modules() if name.startswith("cucim")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
 def test_the_faked_functions_take_what_the_real_ones_take() -> None:
     pytest.importorskip("cupy", reason="compares with cupy, which is not installed")
     import cupy
@@ -217,3 +243,85 @@ def test_the_faked_functions_take_what_the_real_ones_take() -> None:
     errors = (cupy.cuda.memory.OutOfMemoryError, cupy.cuda.runtime.CUDARuntimeError)
     for fake, error in zip((fake_cupy.OutOfMemoryError, fake_cupy.CUDARuntimeError), errors, strict=True):
         assert (fake.__module__, fake.__name__, fake.__base__) == (error.__module__, error.__name__, error.__base__)
+
+
+# ---- the device ----
+
+
+@pytest.mark.parametrize("version", [91002, 91501])
+def test_reduced_precision_needs_a_cudnn_that_has_it(
+    cuda: None, spec: PredictorSpec, version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Predictor(replace(spec, precision="bf16"))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    Predictor(spec)
+    found = f"9.{version // 100 % 100}.{version % 100}"
+    with pytest.raises(DeviceError, match=rf"precision bf16 needs cuDNN 9\.16\.0 or newer; found cuDNN {found}.*fp32"):
+        Predictor(replace(spec, precision="bf16"))
+
+
+def test_a_gpu_that_is_not_used_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_DEVICES", tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (tmp_path / "nvidiactl").touch()
+    assert unused_gpu() is None
+    (tmp_path / "nvidia0").touch()
+    assert f"found PyTorch {torch.__version__}, which was built without CUDA. Install" in str(unused_gpu())
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert f"found no GPU that PyTorch {torch.__version__}, built for CUDA 13.0, can use. Install" in str(unused_gpu())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert unused_gpu() is None
+
+
+def test_the_largest_patch_leaves_room_on_a_gpu(
+    cuda: None, spec: PredictorSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    class Here:
+        """Instead of a process for each try."""
+
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+        def __enter__(self) -> Here:
+            return self
+
+        def __exit__(self, *_: Any) -> None: ...
+        def submit(self, function: Any, spec: PredictorSpec, memory: int) -> Any:
+            tried.append((spec.patch, memory))
+            return SimpleNamespace(result=lambda: function(spec, memory))
+
+    monkeypatch.setattr(module, "ProcessPoolExecutor", Here)
+    needed = peak_bytes(SMALL, (40, 40, 40), 2)
+    assert largest_patch(spec, (72, 72, 72), needed) == (40, 40, 40)
+    assert fake_torch.CALLS["set_per_process_memory_fraction"] == 1
+    tried.clear()
+    assert largest_patch(spec, (72, 72, 72), needed, lambda patch: 10) == (16, 16, 16)
+    assert tried == [((16, 16, 16), needed - 10)]
+    # A patch for which cuDNN finds no engine does not fit.
+    monkeypatch.setenv("FAKE_VOXELS", str(2 * 48**3))
+    monkeypatch.setenv("FAKE_ERROR", "GET was unable to find an engine to execute this computation")
+    tried.clear()
+    assert largest_patch(spec, (72, 72, 72), 10**12) == (40, 40, 40)
+    assert [patch[0] for patch, _ in tried] == [72, 40]
+    # Larger arrays than CUDA's libraries count with 32 bits.
+    monkeypatch.delenv("FAKE_VOXELS")
+    monkeypatch.setattr(module, "_MOST_VALUES", widest(SMALL) * 40**3)
+    tried.clear()
+    assert largest_patch(spec, (72, 72, 72), 10**12) == (40, 40, 40)
+    assert len(tried) == 1
+
+
+def test_the_widest_array_of_a_patch_is_known() -> None:
+    """Counted in the network itself."""
+    network = build_network(SMALL).eval()
+    with torch.inference_mode():
+        for part in network.modules():
+            part.register_forward_hook(
+                lambda _, __, out: seen.append(out.shape) if isinstance(out, torch.Tensor) else None
+            )
+        seen: list[Any] = []
+        whole = (slice(0, 16),) * 3
+        network(torch.zeros(1, 1, 16, 16, 16), distances=True, core=whole)
+    most = max(shape[1] for shape in seen if len(shape) == 5 and shape[2:] == (16, 16, 16))
+    assert widest(SMALL) == most

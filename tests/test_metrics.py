@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 from urllib.request import urlopen
@@ -72,12 +73,9 @@ def test_what_was_done_is_counted_beside_what_dask_measures(client: Client) -> N
 
 
 def pretend_gpu(dask_worker: Any) -> None:
-    """Let a worker tell of a GPU, as it does by itself where NVML finds one."""
-
-    async def gpu(_: Any) -> dict[str, int]:
-        return {"utilization": 42, "memory-used": 3_000_000}
-
-    dask_worker.metrics["gpu"] = gpu
+    """Let a worker's monitor tell of a GPU, as it does by itself where NVML finds one."""
+    told = {"gpu-memory-total": 8_000_000, "gpu_utilization": 42, "gpu_memory_used": 3_000_000}
+    dask_worker.monitor.quantities |= {name: deque([value]) for name, value in told.items()}
 
 
 def test_what_workers_tell_of_their_gpus_is_shown(client: Client) -> None:
@@ -91,5 +89,6 @@ def test_what_workers_tell_of_their_gpus_is_shown(client: Client) -> None:
         time.sleep(0.1)
     assert found["cryosiam_dask_gpu_utilisation_ratio", worker] == 0.42
     assert found["cryosiam_dask_gpu_memory_used_bytes", worker] == 3_000_000
+    assert found["cryosiam_dask_gpu_memory_total_bytes", worker] == 8_000_000
     with urlopen(client.dashboard_link.replace("/status", "/individual-gpu-memory"), timeout=30) as page:
         assert page.status == 200

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +38,7 @@ from cryosiam_dask.model.predictor import (
     name_of_gpu,
     require_precision,
     resolve_device,
+    unused_gpu,
 )
 from cryosiam_dask.runs.cluster import (
     is_loopback,
@@ -154,6 +158,8 @@ def segment(
     if not elsewhere:
         try:
             chosen = resolve_device(device)
+            if device == "auto" and (unused := unused_gpu()):
+                warn(console, unused)
         except DeviceError as error:
             problems.append(error)
     if slurm is not None:
@@ -442,9 +448,17 @@ def _with_largest_patch(
     plan: RunPlan, device: Literal["cpu", "cuda"], workers: int | None, console: Console
 ) -> Configuration:
     """Return the configuration of a plan with the largest patch that fits into the device's memory."""
-    extent = tuple(max(sizes) for sizes in zip(plan.patch, *plan.with_shapes().shapes, strict=True))
-    memory = int(USABLE * memory_of_machine() / (workers or cores()))
-    patch = largest_patch(plan.spec(device), extent, memory)
+    plan = plan.with_shapes()
+    extent = tuple(max(sizes) for sizes in zip(plan.patch, *plan.shapes, strict=True))
+    if device == "cuda":
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # this process keeps off the GPU
+            memory = int(USABLE * (pool.submit(memory_of_gpu).result() or 0))
+        patch = largest_patch(
+            plan.spec(device), extent, memory, lambda patch: replace(plan, patch=patch, room=0).block_bytes
+        )
+    else:
+        memory = int(USABLE * memory_of_machine() / (workers or cores()))
+        patch = largest_patch(plan.spec(device), extent, memory)
     inform(console, f"patch_size {list(patch)} is the largest that fits; results depend on it, so set it in the file")
     configuration = plan.configuration
     data = configuration.parameters.data.model_copy(update={"patch_size": patch})

@@ -182,6 +182,13 @@ def required_divisor(architecture: Architecture) -> int:
     return 16 if architecture.decoder == "bifpn" else 4 if architecture.denoises else 8
 
 
+def widest(architecture: Architecture) -> int:
+    """Return the most channels of an array with all voxels of a patch."""
+    heads = (width for widths in architecture.heads.values() for width in widths)
+    levels = (architecture.num_filters[0], *architecture.level_channels[:1], architecture.fpn_channels)
+    return max(*levels, architecture.dense_dim, architecture.out_channels, *heads)
+
+
 def peak_bytes(architecture: Architecture, patch: tuple[int, ...], batch_size: int = 1) -> int:
     """Estimate an upper bound of the memory for one batch, weights included, in bytes.
 

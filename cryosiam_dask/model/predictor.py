@@ -13,11 +13,12 @@ Single precision is the default. Other precisions are optional, and an error on 
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
@@ -35,7 +36,7 @@ from cryosiam_dask.core.device import device_refuses, free_memory
 from cryosiam_dask.core.diagnosis import out_of_memory
 from cryosiam_dask.core.grid import Patch
 from cryosiam_dask.errors import CheckpointError, DeviceError
-from cryosiam_dask.model.architecture import default_threshold, peak_bytes, required_divisor
+from cryosiam_dask.model.architecture import default_threshold, peak_bytes, required_divisor, widest
 from cryosiam_dask.model.checkpoint import read_checkpoint
 from cryosiam_dask.model.network import build_network, convolve_with_onednn, fold_batch_norms
 
@@ -212,15 +213,35 @@ def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cu
         return "cuda"
     if device == "auto":
         return "cpu"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     raise DeviceError(
         "device cuda was asked for and must be usable",
-        value=(
-            "no GPU that PyTorch can use" + (f" with CUDA_VISIBLE_DEVICES={visible}" if visible is not None else "")
-            if torch.version.cuda
-            else f"PyTorch {torch.__version__}, which was built without CUDA"
-        ),
+        value=_without_cuda(),
         remedy="Install PyTorch for CUDA and its driver, or use --device cpu",
+    )
+
+
+def _without_cuda() -> str:
+    """Say why PyTorch finds no GPU."""
+    if not torch.version.cuda:
+        return f"PyTorch {torch.__version__}, which was built without CUDA"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    where = f" with CUDA_VISIBLE_DEVICES={visible}" if visible is not None else ""
+    return f"no GPU that PyTorch {torch.__version__}, built for CUDA {torch.version.cuda}, can use{where}"
+
+
+#: Where Linux lists NVIDIA's GPUs.
+_DEVICES = Path("/dev")
+
+
+def unused_gpu() -> str | None:
+    """Say why a GPU of this machine, which nobody has hidden, cannot be used; ``None`` if there is no such GPU."""
+    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return None
+    if not any(_DEVICES.glob("nvidia[0-9]*")):
+        return None
+    return (
+        f"this machine has an NVIDIA GPU, but the run uses the CPU: found {_without_cuda()}. Install PyTorch for the "
+        "CUDA version of the driver (nvidia-smi shows it), or set --device cpu"
     )
 
 
@@ -245,15 +266,31 @@ def memory_of_gpu() -> int | None:
     return int(free + torch.cuda.memory_reserved())
 
 
+#: From 9.8 on, cuDNN's convolutions in 3-D were wrong or slow in reduced precision, on some GPUs, up to this version.
+_CUDNN = 91600
+
+
+def _cudnn_version(number: int) -> str:
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+
+
 def require_precision(precision: Precision, device: Literal["cpu", "cuda"]) -> None:
     """Check that the device has instructions for a precision; without them it would be slower than single precision.
 
     Raises
     ------
     DeviceError
-        If it does not; the message lists the precisions that it supports.
+        If it does not, or its cuDNN is too old; the message lists the precisions that it supports.
     """
     if device == "cuda":
+        cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        if precision != "fp32" and cudnn is not None and cudnn < _CUDNN:
+            raise DeviceError(
+                f"precision {precision} needs cuDNN {_cudnn_version(_CUDNN)} or newer",
+                place="hyper_parameters.precision",
+                value=f"cuDNN {_cudnn_version(cudnn)}, with wrong or slow convolutions in 3-D",
+                remedy="Install a newer PyTorch, or set it to fp32",
+            )
         capability = torch.cuda.get_device_capability()
         # Tensor cores: fp16 since Volta, bf16 and tf32 since Ampere.
         able = {"fp32"} | ({"fp16"} if capability >= (7, 0) else set())
@@ -276,9 +313,16 @@ def require_precision(precision: Precision, device: Literal["cpu", "cuda"]) -> N
 
 #: Longest patch edge, in voxels, that `largest_patch` tries; a CPU would take minutes for a longer one.
 _LONGEST_PATCH = {"cuda": 448, "cpu": 256}
+#: Most values that an array of one patch may have on a GPU. CUDA's libraries count more of them in other kernels.
+_MOST_VALUES = 2**31 - 1
 
 
-def largest_patch(spec: PredictorSpec, extent: tuple[int, ...], memory: int) -> tuple[int, ...]:
+def largest_patch(
+    spec: PredictorSpec,
+    extent: tuple[int, ...],
+    memory: int,
+    beside: Callable[[tuple[int, ...]], int] = lambda patch: 0,
+) -> tuple[int, ...]:
     """Find the largest patch that fits into the device's memory by running forward passes.
 
     Parameters
@@ -288,7 +332,9 @@ def largest_patch(spec: PredictorSpec, extent: tuple[int, ...], memory: int) -> 
     extent
         Voxels of the largest tomogram along each axis; no longer patch is tried.
     memory
-        Bytes that the network may use on a CPU.
+        Bytes of the device that network and blocks may use.
+    beside
+        Returns the bytes that the smallest blocks for a patch need beside the network.
 
     Raises
     ------
@@ -298,16 +344,19 @@ def largest_patch(spec: PredictorSpec, extent: tuple[int, ...], memory: int) -> 
     architecture = read_checkpoint(spec.checkpoint).architecture
     divisor = required_divisor(architecture)
     longest = max(min(_LONGEST_PATCH[spec.device], -(-max(extent) // divisor) * divisor), *spec.patch)
+    batch_size = 1 if spec.device == "cpu" else spec.batch_size
     tried: set[tuple[int, ...]] = set()
     for edge in (*range(longest, max(spec.patch), -32), 0):
         patch = tuple(max(p, min(edge, -(-n // divisor) * divisor)) for p, n in zip(spec.patch, extent, strict=True))
-        if patch in tried or (spec.device == "cpu" and peak_bytes(architecture, patch) > memory and edge):
+        if patch in tried or (edge and peak_bytes(architecture, patch, batch_size) + beside(patch) > memory):
+            continue
+        if edge and spec.device == "cuda" and widest(architecture) * math.prod(patch) > _MOST_VALUES:
             continue
         tried.add(patch)
         # In a separate process: running out of memory may kill it, or leave memory of the GPU occupied.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             try:
-                pool.submit(_try_patch, replace(spec, patch=patch)).result()
+                pool.submit(_try_patch, replace(spec, patch=patch), memory - beside(patch)).result()
                 return patch
             except (DeviceError, BrokenProcessPool):
                 pass
@@ -319,8 +368,11 @@ def largest_patch(spec: PredictorSpec, extent: tuple[int, ...], memory: int) -> 
     )
 
 
-def _try_patch(spec: PredictorSpec) -> None:
-    """Predict a batch of empty patches."""
+def _try_patch(spec: PredictorSpec, memory: int) -> None:
+    """Predict a batch of empty patches in so much memory of a GPU."""
+    if spec.device == "cuda":
+        _, total = torch.cuda.mem_get_info()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, memory / total)))
     whole = tuple(slice(0, size) for size in spec.patch)
     core = tuple(slice(spec.halo or size // 4, size - (spec.halo or size // 4)) for size in spec.patch)
     window = np.zeros(spec.patch, np.float32)

@@ -93,7 +93,8 @@ def open_cluster(
         If workers cannot start or repeatedly die while starting, or the dashboard cannot listen at the address.
     """
     require_local_address(dashboard_address)
-    settings = cluster_settings(scratch)
+    # A worker without a GPU would tell of the machine's first one.
+    settings = cluster_settings(scratch) | {"distributed.diagnostics.nvml": device == "cuda"}
     options: dict[str, Any] = {
         "dashboard_address": dashboard_address,
         "host": "127.0.0.1",  # unreachable from the network; other users of this machine have no key
@@ -109,6 +110,7 @@ def open_cluster(
         dask.config.set({environment: dask.config.get(environment) | KEEP_MEMORY, **settings}),
     ):
         warnings.filterwarnings("ignore", message="Port .* is already in use")
+        warnings.filterwarnings("ignore", message="Cannot get CPU affinity")  # the workers may use all cores then
         if device == "cuda":
             cluster = _start(lambda: _cuda_cluster(workers, {"security": Security.temporary(), **options}))
         else:
@@ -209,6 +211,8 @@ def _start(make: Callable[[], Any]) -> Any:
 
 
 def _remedy(cause: BaseException, died: bool) -> str:
+    if isinstance(cause, _DeadWorkersError):
+        return f"Look at nvidia-smi and dmesg, leave out a broken GPU with CUDA_VISIBLE_DEVICES, {_WITHOUT_GPUS}"
     if died or isinstance(cause, MemoryError) or getattr(cause, "errno", None) in (errno.ENOMEM, errno.EAGAIN):
         return "Check that it has enough free memory, use fewer --workers, and repeat the command"
     return "Check Dask's own configuration (~/.config/dask, /etc/dask, and DASK_... in the environment)"
@@ -369,21 +373,95 @@ def _interrupts_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+#: What to do if GPUs cannot be named, counted or used.
+_WITHOUT_GPUS = "or use --device cpu"
+
+
 def _cuda_cluster(workers: int, options: dict[str, Any]) -> Any:
-    try:
-        from dask_cuda import LocalCUDACluster
-        from dask_cuda.utils import get_n_gpus
-    except ImportError:
-        raise DeviceError(
-            "running on GPUs needs dask-cuda",
-            remedy="Install the extra for your CUDA version, for example pip install 'cryosiam-dask[gpu-cu12]', "
-            "or use --device cpu",
-        ) from None
-    available = get_n_gpus()
-    if available < max(1, workers):
+    visible = _visible_gpus()
+    if len(visible) < max(1, workers):
         raise DeviceError(
             f"--workers asks for {max(1, workers)} GPUs",
-            value=f"{available} visible (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')})",
+            value=f"{len(visible)} visible (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')})",
             remedy="Ask for fewer, or make more GPUs visible",
         )
-    return LocalCUDACluster(n_workers=workers or available, threads_per_worker=THREADS, **options)
+    from dask_cuda import LocalCUDACluster
+
+    logging.getLogger("asyncio").addFilter(_not_of_a_nanny)
+    count = workers or len(visible)
+    cluster = LocalCUDACluster(n_workers=count, threads_per_worker=THREADS, **options)
+    # It also opens if workers died while they started, and starts no others.
+    started = {worker.name for worker in cluster.scheduler.workers.values()}
+    if dead := [str(name) for name in cluster.worker_spec if name not in started]:
+        cluster.close()
+        raise _DeadWorkersError(f"{len(dead)} of {count} died while starting, on GPU {', '.join(sorted(dead))}")
+    return cluster
+
+
+class _DeadWorkersError(RuntimeError):
+    """Workers of a cluster with GPUs died while they started."""
+
+
+def _not_of_a_nanny(record: logging.LogRecord) -> bool:
+    """Drop asyncio's traceback of a worker that died while it started, which an error reports."""
+    return "Nanny failed to start" not in str(record.exc_info)
+
+
+def _visible_gpus() -> list[int | str]:
+    """Return the numbers or ids of the GPUs that this process may use, as dask-cuda names them.
+
+    Raises
+    ------
+    DeviceError
+        If dask-cuda, NVIDIA's driver or a GPU named in CUDA_VISIBLE_DEVICES is missing.
+    """
+    try:
+        import dask_cuda  # noqa: F401  # itself, since its parts can be imported where it cannot
+        import pynvml
+        from dask_cuda.utils import get_cpu_affinity, get_gpu_count, get_gpu_handle, parse_cuda_visible_device
+    except ImportError as error:
+        raise DeviceError(
+            "running on GPUs needs dask-cuda and what it imports",
+            value=error,
+            remedy=f"Install the extra, pip install 'cryosiam-dask[gpu-cu13]', {_WITHOUT_GPUS}",
+        ) from None
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    try:
+        count = int(get_gpu_count())
+    except pynvml.NVMLError as error:
+        raise DeviceError(
+            "GPUs need NVIDIA's driver and its management library, NVML",
+            value=error,
+            remedy=f"Install the driver, make it visible in the container (--gpus all, --nv), {_WITHOUT_GPUS}",
+        ) from None
+    if not named:
+        return list(range(count)) if named is None else []
+    visible = list[int | str]()
+    for name in named.split(","):
+        wrong = None
+        try:
+            gpu = parse_cuda_visible_device(name)
+            get_gpu_handle(gpu)
+            wrong = "is there twice" if gpu in visible else None
+        except ValueError:
+            wrong = f"is none of the {count} GPUs of this machine"
+        if wrong or (visible and type(visible[0]) is not type(gpu)):
+            raise DeviceError(
+                "must list GPUs of this machine, by their numbers or by their full ids",
+                place="CUDA_VISIBLE_DEVICES in the environment",
+                value=f"{named}, where {name!r} {wrong or 'is of another kind than the first'}",
+                remedy=f"Set it to {','.join(map(str, range(min(count, 2))))} for example ('nvidia-smi -L' lists them)",
+            )
+        visible.append(gpu)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            get_cpu_affinity(visible[0])
+    except TypeError:  # from dask-cuda's own warning, which expects a number
+        raise DeviceError(
+            "must list GPUs by their numbers where the driver does not know which CPU cores are near them",
+            place="CUDA_VISIBLE_DEVICES in the environment",
+            value=named,
+            remedy="'nvidia-smi -L' lists them",
+        ) from None
+    return visible

@@ -175,7 +175,7 @@ class Collector(SchedulerPlugin):  # type: ignore[misc]  # untyped
 
     def _gpus(self) -> Iterator[Metric]:
         families = [
-            GaugeMetricFamily(f"cryosiam_dask_gpu_{name}", text, labels=["worker", "gpu"])
+            GaugeMetricFamily(f"cryosiam_dask_gpu_{name}", text, labels=["worker"])
             for name, text in (
                 ("memory_used_bytes", "Memory in use on a worker's GPU"),
                 ("memory_total_bytes", "Memory of a worker's GPU"),
@@ -183,10 +183,10 @@ class Collector(SchedulerPlugin):  # type: ignore[misc]  # untyped
             )
         ]
         for worker in list(self._scheduler.workers.values()):
-            now, fixed = worker.metrics.get("gpu") or {}, worker.extra.get("gpu") or {}
-            busy = now.get("utilization")
-            values = now.get("memory-used"), fixed.get("memory-total"), None if busy is None else busy / 100
-            for family, value in zip(families, values, strict=True):
+            # Of Dask's system monitor. The metrics of the name "gpu" are only there if NVML was loaded before Dask.
+            busy = worker.metrics.get("gpu_utilization")
+            used, total = worker.metrics.get("gpu_memory_used"), worker.metrics.get("gpu-memory-total")
+            for family, value in zip(families, (used, total, None if busy is None else busy / 100), strict=True):
                 if value is not None:
-                    family.add_metric([worker.address, str(fixed.get("name") or "")], value)
+                    family.add_metric([worker.address], value)
         yield from (family for family in families if family.samples)

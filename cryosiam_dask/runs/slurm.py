@@ -180,7 +180,7 @@ def read_jobs(jobs: str) -> dict[str, Any]:
             "running as Slurm jobs needs dask-jobqueue",
             place=f"--slurm {jobs}",
             value="no dask_jobqueue",
-            remedy="Install the extra, for example pip install 'cryosiam-dask[gpu-cu12,hpc]'",
+            remedy="Install the extra, for example pip install 'cryosiam-dask[gpu-cu13,hpc]'",
         )
     if missing := [name for name in ("sbatch", "scancel") if shutil.which(name) is None]:
         raise ClusterError(

@@ -20,8 +20,10 @@ caller holds. Components are filtered and measured after the merge, as a whole.
 from __future__ import annotations
 
 import itertools
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial, wraps
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -99,7 +101,9 @@ def backend(array_module: ArrayModule) -> Backend:
     try:
         import cupy
         import torch
-        from cucim.skimage import measure
+
+        with _without_clara():
+            from cucim.skimage import measure
         from cupyx.scipy import ndimage
     except ImportError as error:
         raise DeviceError(
@@ -128,6 +132,19 @@ def backend(array_module: ArrayModule) -> Backend:
         torch.cuda.init()  # type: ignore[no-untyped-call]
         cupy.cuda.set_allocator(cupy.cuda.PythonFunctionAllocator(allocate, free).malloc)
     return Backend(cupy, gaussian, on_gpu, cupy.asnumpy)
+
+
+@contextmanager
+def _without_clara() -> Iterator[None]:
+    """Leave out the part of cucim that reads images: its libraries print messages, and write cufile.log here."""
+    missing = "cucim.clara" not in sys.modules
+    if missing:
+        sys.modules["cucim.clara"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if missing:
+            del sys.modules["cucim.clara"]
 
 
 def wherever_it_fits(task: Callable[..., R]) -> Callable[..., R]:

@@ -59,7 +59,7 @@ def visible(count: int) -> list[str]:
     return [str(i) for i in range(count)] if named is None else [name for name in named.split(",") if name]
 
 
-def install(torch: Any, patch: Callable[[Any, str, Any], object] = setattr, count: int = 1) -> None:
+def install(torch: Any, patch: Callable[[Any, str, Any], object] = setattr) -> None:
     """Fake GPUs; `patch` sets an attribute, as `pytest.MonkeyPatch.setattr` does."""
     CALLS.clear()
     STREAMS.clear()
@@ -100,18 +100,21 @@ def install(torch: Any, patch: Callable[[Any, str, Any], object] = setattr, coun
 
         return call
 
-    properties = [
-        SimpleNamespace(name="Fake GPU", uuid=f"GPU-0000000{name}-0000-0000-0000-000000000000", total_memory=8 * 10**9)
-        for name in visible(count)
-    ]
+    def properties() -> list[SimpleNamespace]:
+        """Of the GPUs that are visible by now: a worker is pinned after it has loaded PyTorch."""
+        return [
+            SimpleNamespace(name="Fake GPU", uuid=f"GPU-0000000{name}-0000-0000-0000-000000000000")
+            for name in visible(int(os.environ.get("FAKE_GPUS", 1)))
+        ]
+
     for name, value in {
         "Stream": Stream,
         "stream": stream,
-        "is_available": lambda: bool(properties),
-        "device_count": lambda: len(properties),
+        "is_available": lambda: bool(properties()),
+        "device_count": lambda: len(properties()),
         "get_device_capability": lambda *_: (9, 0),
         "get_device_name": lambda *_: "Fake GPU",
-        "get_device_properties": lambda device: properties[device],
+        "get_device_properties": lambda device: properties()[device],
         "mem_get_info": lambda *_: (7 * 10**9, 8 * 10**9),
         "memory_reserved": lambda *_: 0,
         "init": counted("init"),

@@ -1,0 +1,121 @@
+"""Workers on faked GPUs: pinned, replaced, counted, and plain errors where they cannot be."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cryosiam_dask.errors import DeviceError
+from cryosiam_dask.runs.cluster import open_cluster
+from support.gpus import environment, fake_dask_cuda, fake_pynvml
+
+PROGRAM = """
+if __name__ == "__main__":
+    import json, os, time
+    from urllib.request import urlopen
+
+    from cryosiam_dask.errors import CryosiamDaskError
+    from cryosiam_dask.model.predictor import name_of_gpu
+    from cryosiam_dask.runs.cluster import open_cluster
+    from cryosiam_dask.runs.metrics import Collector
+    from cryosiam_dask.runs.workers import ask, describe_devices
+
+    try:
+        with open_cluster("cuda", 0, dashboard_address="127.0.0.1:0") as client:
+            client.register_plugin(Collector())
+            found = {
+                "devices": describe_devices(client, name_of_gpu),
+                "pinned": sorted(ask(client, os.getenv, "CUDA_VISIBLE_DEVICES").values()),
+            }
+            for _ in range(600):
+                text = urlopen(client.dashboard_link.replace("/status", "/metrics"), timeout=30).read().decode()
+                found["metrics"] = [line for line in text.splitlines() if line.startswith("cryosiam_dask_gpu")]
+                if len(found["metrics"]) == 3 * len(found["pinned"]):
+                    break
+                time.sleep(0.1)
+            print(json.dumps(found))
+    except CryosiamDaskError as error:
+        print(type(error).__name__, error)
+"""
+
+
+def opened(folder: Path, count: int, **variables: object) -> str:
+    """What a program prints that opens a cluster for all GPUs."""
+    (folder / "program.py").write_text(PROGRAM)
+    done = subprocess.run(
+        [sys.executable, folder / "program.py"],
+        env=environment(count, **variables),
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert not done.stderr and not done.returncode, done.stderr
+    return done.stdout
+
+
+def test_each_gpu_has_a_worker_and_tells_of_itself(tmp_path: Path) -> None:
+    """Also where one died while it started, and where the driver does not know which cores are near them."""
+    found = json.loads(opened(tmp_path, 2, FAKE_AFFINITY="missing", FAKE_DIE_ONCE=tmp_path / "died"))
+    assert (tmp_path / "died").exists()
+    assert found["devices"] == "cuda" and found["pinned"] == ["0,1", "1,0"]
+    values = {re.sub(r"\{.*\}", "", line) for line in found["metrics"]}
+    assert len(found["metrics"]) == 6 and values == {
+        "cryosiam_dask_gpu_memory_used_bytes 1e+09",
+        "cryosiam_dask_gpu_memory_total_bytes 8e+09",
+        "cryosiam_dask_gpu_utilisation_ratio 0.42",
+    }
+
+
+def test_a_gpu_whose_workers_always_die_is_named(tmp_path: Path) -> None:
+    told = opened(tmp_path, 1, FAKE_DIE="0")
+    assert "ClusterError this machine: worker processes must be able to start; found 1 of 1 died" in told
+    assert "on GPU 0. Look at nvidia-smi and dmesg, leave out a broken GPU with CUDA_VISIBLE_DEVICES" in told
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "0,7"}, r"found 0,7, where '7' is none of the 2 GPUs of this machine.*0,1 for exam"),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,"}, "found 0,1,, where '' is none of the 2 GPUs"),
+        ({"CUDA_VISIBLE_DEVICES": "1,1"}, "found 1,1, where '1' is there twice"),
+        ({"CUDA_VISIBLE_DEVICES": "one"}, "found one, where 'one' is none of"),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-12"}, "found GPU-12, where 'GPU-12' is none of"),
+        ({"CUDA_VISIBLE_DEVICES": f"0,{fake_pynvml.nvmlDeviceGetUUID(1)}"}, "is of another kind than the first"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, r"asks for 1 GPUs; found 0 visible \(CUDA_VISIBLE_DEVICES=\)"),
+        (
+            {"CUDA_VISIBLE_DEVICES": fake_pynvml.nvmlDeviceGetUUID(1), "FAKE_AFFINITY": "missing"},
+            "must list GPUs by their numbers where the driver does not know",
+        ),
+        ({"FAKE_GPUS": "0"}, r"asks for 1 GPUs; found 0 visible \(CUDA_VISIBLE_DEVICES=not set\)"),
+        ({"FAKE_NVML": "missing"}, "management library, NVML; found NVML Shared Library Not Found. Install the driver"),
+    ],
+)
+def test_gpus_that_cannot_be_used_are_a_plain_error(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for made in (fake_dask_cuda.modules(), fake_pynvml.modules()):
+        for name, module in made.items():
+            monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in {"FAKE_GPUS": "2", **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DeviceError, match=message), open_cluster("cuda", 0, dashboard_address="127.0.0.1:0"):
+        pass
+
+
+def test_what_dask_cuda_lacks_is_told_to_who_has_installed_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Finder:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "dask_cuda":
+                raise ImportError("cuda-bindings must be installed")
+
+    monkeypatch.delitem(sys.modules, "dask_cuda", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    with (
+        pytest.raises(DeviceError, match=r"found cuda-bindings must be installed\. .*\[gpu-cu13\]"),
+        open_cluster("cuda", 1),
+    ):
+        pass
