@@ -33,6 +33,11 @@ def test_components(tmp_path: Path) -> None:
     assert [row["agrees"] for row in found if row["method"].startswith("here")] == [True] * 3
 
 
+def test_node(tmp_path: Path) -> None:
+    (row,) = rows("bench_node", tmp_path / "rows.json", "--quick")
+    assert row["helpers"] == 1 and row["blocks"] == 16 and 0 < row["busy"] <= 1 and row["mvoxel_per_s"] > 0
+
+
 def test_inference(tmp_path: Path) -> None:
     found = rows("bench_inference", tmp_path / "rows.json", "--quick")
     # The plain loop is CryoSiam's procedure written down once more: exact mode gives its labels.

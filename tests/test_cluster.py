@@ -233,6 +233,33 @@ def test_what_needs_no_device_runs_beside_calls_that_fill_the_devices(client: Cl
     assert results == [True] * 9
 
 
+def is_first(dask_worker: Any) -> bool:
+    """Whether a worker, or one that replaces it, is the first one of the cluster."""
+    return bool(dask_worker.name == 0)
+
+
+def kinds(client: Client) -> dict[int, bool]:
+    """Whether each worker process is the first one."""
+    return dict(client.run(lambda dask_worker: (os.getpid(), dask_worker.name == 0)).values())
+
+
+def test_blocks_go_to_the_workers_with_a_device_and_the_rest_to_the_others(client: Client, tmp_path: Path) -> None:
+    executor = DaskExecutor(client, has_device=is_first)
+    assert executor.workers == 1
+    for name, overlap in (("label", False), ("predict", True)):
+        used = set(executor.map(process, range(40), name=name, overlap=overlap))
+        assert {kinds(client)[pid] for pid in used} == {overlap}
+        # A worker that dies is replaced by one of its kind.
+        died = partial(die_once, tmp_path / f"died {name}")
+        assert executor.map(died, range(20), name=name, overlap=overlap) == list(range(20))
+
+
+def test_workers_that_all_have_a_device_do_everything(client: Client) -> None:
+    executor = DaskExecutor(client, has_device=partial(bool, 1))
+    assert executor.workers == 2
+    assert executor.map(square, range(20), name="label") == [n * n for n in range(20)]
+
+
 def test_errors_arrive_as_they_were_raised_and_end_the_step(client: Client) -> None:
     with pytest.raises(TomogramError, match=r"^x\.mrc: must be whole; found half of it\. Copy it again\.$"):
         DaskExecutor(client).map(refuse, range(1000), name="refuse")
@@ -290,11 +317,11 @@ def drawn(folder: Path, names: Sequence[str | None]) -> str | None:
     [
         ((None, None), "cpu"),
         (("GPU-1", "GPU-2"), "cuda"),
-        (("GPU-1", None), "all workers must have a GPU, or none; found 1 of 2 with one"),
+        (("GPU-1", None), "cuda"),  # the other one helps
         (("GPU-1", "GPU-1"), "every worker must have its own GPU; found GPU-1 used by"),
     ],
 )
-def test_every_worker_has_a_gpu_of_its_own_or_none_has(
+def test_no_two_workers_share_a_gpu(
     client: Client, tmp_path: Path, names: tuple[str | None, ...], expected: str
 ) -> None:
     describe = partial(drawn, tmp_path, names)

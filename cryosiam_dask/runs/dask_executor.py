@@ -37,6 +37,9 @@ from cryosiam_dask.runs.workers import R, Setup, T, load_tasks, register_in_work
 #: Tasks in flight for each worker, of those that may overlap and as many of the others: while one runs, the other
 #: waits, reads or writes, so that the worker is never idle. A worker has a thread for each.
 IN_FLIGHT = 2
+#: The same for a worker with a device beside workers without: while it computes one block, it writes another and reads
+#: a third.
+IN_FLIGHT_ON_DEVICE = 3
 THREADS = 2 * IN_FLIGHT
 #: Attempts at a task whose workers die, hang or lose their devices.
 TRIES = 3
@@ -53,7 +56,8 @@ class DaskExecutor:
 
     Tasks are pending here and not in the scheduler: each worker receives a few, those of the tomogram that began first,
     and another one whenever one is done. Tasks that use the device and tasks that do not are counted separately, so
-    that neither kind waits for the other.
+    that neither kind waits for the other. Where some workers have a device and others have none, tasks that use the
+    device run on the former, and all others on the latter, the helpers.
 
     Parameters
     ----------
@@ -67,6 +71,8 @@ class DaskExecutor:
         Called with the step of every finished task and the seconds since it was submitted; ``None`` if it is retried.
     inform
         Receives messages for the user, such as that there has been no worker for long.
+    has_device
+        Called once in every worker process: whether it has a device. ``None``: all have one.
     """
 
     def __init__(
@@ -77,8 +83,10 @@ class DaskExecutor:
         hang_seconds: float = HANG_SECONDS,
         watch: Callable[[str, float | None], None] = lambda step, seconds: None,
         inform: Callable[[str], None] = lambda message: None,
+        has_device: Callable[[], bool] | None = None,
     ) -> None:
         self.client = client
+        self.has_device = has_device
         self.watch = watch
         self.inform = inform
         self.progress = progress
@@ -86,8 +94,10 @@ class DaskExecutor:
         self._groups: list[_TaskGroup] = []
         self._in_flight: dict[Future, _Task] = {}
         self._durations: dict[str, deque[float]] = {}
-        self._addresses: dict[str, int] = {}
+        self._addresses: set[str] = set(client.nthreads())
         self._abandoned: set[str] = set()
+        self._has_device: dict[str, bool] = {}  # by address, of the workers that have answered
+        self._asked: set[str] = set()
         self._last_worker = math.inf  # when a worker was last seen; infinite after the user was told that there is none
         self._lock = threading.RLock()
         self._events: queue.SimpleQueue[_Finished | None] = queue.SimpleQueue()
@@ -96,11 +106,23 @@ class DaskExecutor:
         self._any_succeeded = False
         client.register_plugin(_ForgetFinished())
         register_in_workers(client, Setup(load_tasks), "tasks")
+        if has_device is not None:
+            self._asked = set(self._addresses)
+            self._ask(sorted(self._asked))
 
     @property
     def workers(self) -> int:
-        """Worker processes of the cluster."""
-        return max(1, len(self._addresses or self.client.nthreads()))
+        """Worker processes that have a device."""
+        return max(1, len(self._with_device))
+
+    @property
+    def _with_device(self) -> list[str]:
+        return [address for address in self._addresses if self.has_device is None or self._has_device.get(address)]
+
+    @property
+    def _helpers(self) -> list[str]:
+        """Workers without a device; if there are none, all."""
+        return [*self._addresses.difference(self._with_device)] or [*self._addresses]
 
     def map(
         self,
@@ -134,8 +156,14 @@ class DaskExecutor:
     def tasks_wanted(self) -> int:
         """See `cryosiam_dask.core.executor.SharedExecutor`."""
         with self._lock:
-            waiting = sum(len(group.pending) for group in self._groups if group.overlap)
-            return max(0, 2 * IN_FLIGHT * len(self._addresses) - waiting) if self._any_succeeded else 0
+            pending = sum(len(group.pending) for group in self._groups if group.overlap)
+            wanted = 2 * self._in_flight_on_device * len(self._with_device)
+            return max(0, wanted - pending) if self._any_succeeded else 0
+
+    @property
+    def _in_flight_on_device(self) -> int:
+        """Tasks that use the device in flight for each worker."""
+        return IN_FLIGHT if self.has_device is None else IN_FLIGHT_ON_DEVICE
 
     def drain(self) -> None:
         """See `cryosiam_dask.core.executor.SharedExecutor`."""
@@ -212,9 +240,10 @@ class DaskExecutor:
                     raise _scheduler_is_gone(self.client, f"no answer within {self.hang_seconds:.0f} s") from None
                 # A hanging worker takes long to be replaced, and would meanwhile receive the same task again.
                 self._abandoned &= set(found)  # a new worker may have the same address
-                self._addresses = {address: n for address, n in found.items() if address not in self._abandoned}
+                self._addresses = {a for a in found if a not in self._abandoned and self._knows(a)}
+                self._ask_new(set(found))
         now = time.monotonic()
-        if self._addresses:
+        if self._with_device:
             self._last_worker = now
         elif now - self._last_worker > _NO_WORKER_SECONDS:
             self._last_worker = math.inf
@@ -231,6 +260,31 @@ class DaskExecutor:
                 if now - task.began > max(seconds, _HANG_FACTOR * usual.get(task.group.name, 0.0)):
                     self._retry(future, task, _task_hangs(task, now))
 
+    def _knows(self, address: str) -> bool:
+        return self.has_device is None or address in self._has_device
+
+    def _ask_new(self, found: set[str]) -> None:
+        """Ask new workers whether they have a device, without waiting for the answers."""
+        if self.has_device is None:
+            return
+        self._asked &= found
+        self._has_device = {address: has for address, has in self._has_device.items() if address in found}
+        new = found - self._asked
+        if new:
+            self._asked |= new
+            threading.Thread(target=self._ask, args=(sorted(new),), daemon=True, name="ask workers").start()
+
+    def _ask(self, addresses: list[str]) -> None:
+        answers: dict[str, Any] = {}
+        with suppress(Exception):  # asked again in a second
+            answers = self.client.run(self.has_device, workers=addresses, on_error="return")
+        for address in addresses:
+            if isinstance(answers.get(address), bool):
+                self._has_device[address] = answers[address]
+            else:
+                self._asked.discard(address)
+        self._events.put(None)
+
     def _submit_pending(self) -> None:
         """Submit pending tasks to workers that have room, those of the first groups first."""
         for group in self._groups:
@@ -242,29 +296,29 @@ class DaskExecutor:
             groups = [group for group in self._groups if group.overlap == overlap and group.pending]
             if not groups:
                 continue
-            load = dict.fromkeys(self._addresses, 0)
+            load = dict.fromkeys(self._with_device if overlap else self._helpers, 0)
+            most = self._in_flight_on_device if overlap else IN_FLIGHT
             for task in self._in_flight.values():
                 if task.group.overlap == overlap and task.address in load:
                     load[task.address] += 1
-            heap = [(count, address) for address, count in load.items() if count < IN_FLIGHT]
+            heap = [(count, address) for address, count in load.items() if count < most]
             heapq.heapify(heap)
             for group in groups:
                 passed_over = []
                 while group.pending and heap:
                     count, address = heapq.heappop(heap)
-                    number = self._next_task(group, address)
+                    number = self._next_task(group, address, len(load) == 1)
                     if number is None:
                         passed_over.append((count, address))
                         continue
                     self._submit(group, number, address)
-                    if count + 1 < IN_FLIGHT:
+                    if count + 1 < most:
                         heapq.heappush(heap, (count + 1, address))
                 for entry in passed_over:
                     heapq.heappush(heap, entry)
 
-    def _next_task(self, group: _TaskGroup, address: str) -> int | None:
-        """Take the next task for a worker, except those whose disk failed there, unless it is the only worker."""
-        alone = len(self._addresses) == 1
+    def _next_task(self, group: _TaskGroup, address: str, alone: bool) -> int | None:
+        """Take the next task for a worker, except those whose disk failed there, unless it is `alone`."""
         for place, number in enumerate(group.pending):
             if alone or group.failed_at.get(number) != address:
                 del group.pending[place]
@@ -342,7 +396,7 @@ class DaskExecutor:
             with suppress(CommClosedError):
                 self.client.cancel([future], force=True)
         if restart and task.address in self._addresses:
-            del self._addresses[task.address]
+            self._addresses.remove(task.address)
             self._abandoned.add(task.address)
             threading.Thread(target=_restart, args=(self.client, task.address), daemon=True).start()
         group.tries[task.number] += 1

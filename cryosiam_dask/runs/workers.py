@@ -179,7 +179,7 @@ def ask(client: Client, function: Callable[..., R], *arguments: object) -> dict[
 
 
 def describe_devices(client: Client, describe: Callable[[], str | None]) -> Literal["cpu", "cuda"]:
-    """Return the device of the workers: each has its own GPU, or none has one.
+    """Return the device of the workers: no two share a GPU; workers without one help the others.
 
     Parameters
     ----------
@@ -191,31 +191,32 @@ def describe_devices(client: Client, describe: Callable[[], str | None]) -> Lite
     Raises
     ------
     DeviceError
-        If two workers share a GPU, or only some have one.
+        If two workers share a GPU.
     """
     found: dict[str, str | None] = ask(client, describe)
     with_gpu = {worker: gpu for worker, gpu in found.items() if gpu is not None}
     if not with_gpu:
         return "cpu"
-    if len(with_gpu) < len(found):
-        raise DeviceError(
-            "all workers must have a GPU, or none",
-            value=f"{len(with_gpu)} of {len(found)} with one, and {min(set(found) - set(with_gpu))} without",
-            remedy="Start the others with 'dask cuda worker', or remove them",
-        )
     for worker, gpu in with_gpu.items():
         twin = next((other for other in with_gpu if other != worker and with_gpu[other] == gpu), None)
         if twin:
             raise DeviceError(
                 "every worker must have its own GPU",
                 value=f"{gpu} used by {worker} and {twin}",
-                remedy="Start the workers with 'dask cuda worker', which pins each to a GPU",
+                remedy="Start the workers with 'dask cuda worker', which pins each to a GPU, and those that help them "
+                "with 'dask worker', where CUDA_VISIBLE_DEVICES is empty",
             )
     return "cuda"
 
 
+#: Memory of a worker without a GPU beside workers with one, in bytes: libraries, and the largest of its tasks.
+HELPER_BYTES = 1_500_000_000
+
+
 def memory_of_workers(client: Client, of_gpu: Callable[[], int | None] | None) -> tuple[int, int, int | None]:
     """Return the smallest memory of a worker, in bytes: alone on its host, shared with workers there, and of its GPU.
+
+    If GPUs are asked for, workers without one count only as what they take from the others on their host.
 
     Parameters
     ----------
@@ -226,12 +227,16 @@ def memory_of_workers(client: Client, of_gpu: Callable[[], int | None] | None) -
     """
     known = client.scheduler_info(n_workers=-1)["workers"]
     found = ask(client, _memory, of_gpu)
-    hosts = Counter(known[worker]["host"] for worker in found if worker in known)
+    computing = {worker: memory for worker, (memory, gpu) in found.items() if of_gpu is None or gpu is not None}
+    hosts, helpers = (
+        Counter(known[worker]["host"] for worker in workers if worker in known)
+        for workers in (computing, found.keys() - computing.keys())
+    )
     alone, shared = [], []
-    for worker, (memory, _) in found.items():
-        limit = known.get(worker, {}).get("memory_limit") or memory
+    for worker, memory in computing.items():
+        limit, host = known.get(worker, {}).get("memory_limit") or memory, known.get(worker, {}).get("host")
         alone.append(min(limit, memory))
-        shared.append(min(limit, memory // max(1, hosts[known.get(worker, {}).get("host")])))
+        shared.append(min(limit, (memory - helpers[host] * HELPER_BYTES) // max(1, hosts[host])))
     gpus = [gpu for _, gpu in found.values() if gpu is not None]
     return min(alone), min(shared), min(gpus, default=None)
 
