@@ -13,7 +13,7 @@ import dask.array as da
 import numpy as np
 import pytest
 import zarr
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import ndimage
@@ -28,10 +28,12 @@ from cryosiam_dask.runs.dask_executor import DaskExecutor
 from cryosiam_dask.stages import components as module
 from cryosiam_dask.stages.components import (
     backend,
+    describe_block,
     find_components,
     instances_dtype,
     largest_component,
     relabel_block,
+    removal_labelling,
     remove_small,
     write_instances,
 )
@@ -400,13 +402,7 @@ def test_what_the_caller_holds_of_a_block_is_small():
     components = find_components(labels, block=(64, 128, 128))
     tables = [components.numbers, components.voxels, components.classes, components.first]
     assert sum(table.nbytes for table in tables) < 0.1 * labels.size
-    described = module._describe_block(
-        (0, 0, 0),
-        labels=labels,
-        labelling=module.Labelling(Blocks.of(labels, (128, 128, 128))),
-        measure=False,
-        probabilities=None,
-    )
+    described = describe_block(labels, (0, 0, 0), labelling=module.Labelling(Blocks.of(labels, (128, 128, 128))))
     assert len(pickle.dumps(described)) < 0.05 * labels.size
 
 
@@ -421,7 +417,7 @@ def test_counts_beyond_32_bits():
     labels[:, :, 2:] = [[[0, 1]], [[1, 0]]]
     labelling = module.Labelling(Blocks.of(labels, (2, 2, 2)), connectivity=26)
     described = [
-        module._describe_block(index, labels=labels, labelling=labelling, measure=False, probabilities=None)
+        describe_block(labelling.blocks.read(labels, index), index, labelling=labelling)
         for index in labelling.blocks.indices
     ]
     # As if thousands of millions of labels came before; nothing that large is made.
@@ -518,6 +514,41 @@ def test_removal_equals_labelling_each_class_of_the_whole_array(case, sizes):
         assert summary.found[label] == (ndimage.label(labels == label, np.ones((3, 3, 3)))[1] if looked_at else 0)
         left = ndimage.label(reference == label, np.ones((3, 3, 3)))[1]
         assert not looked_at or summary.found[label] - summary.removed[label] == left
+
+
+@given(
+    cases(dtypes=["uint8"]),
+    st.lists(st.integers(-1, 12), min_size=5, max_size=5),
+    st.integers(1, 40),
+    st.integers(0, 2**32 - 1),
+)
+def test_removal_after_blocks_of_any_edges_were_described_elsewhere(case, sizes, voxels, seed):
+    labels, chunks, _ = case
+    random = np.random.default_rng(seed)
+    edges = [sorted({0, size, *random.integers(1, size + 1, 2).tolist()}) for size in labels.shape if size]
+    assume(len(edges) == labels.ndim)
+    divided = Blocks.within(edges, voxels)
+    assert [divided.axis_edges[axis - labels.ndim] for axis in range(labels.ndim)] == [
+        tuple(sorted({*axis, *cuts})) for axis, cuts in zip(edges, divided.axis_edges[-labels.ndim :], strict=True)
+    ]
+    labelling = removal_labelling(divided, sizes)
+    every = [slice(0, size) for size in labels.shape]
+    assert divided.inside(every) == divided.indices
+    known = [
+        index for index in divided.indices if random.random() < 0.7
+    ]  # the others are described when they are needed
+    described = {index: describe_block(divided.read(labels, index), index, labelling=labelling) for index in known}
+    output, removal = (
+        zarr.group({}).create_array("output", shape=labels.shape, chunks=chunks, dtype="uint8", fill_value=3)
+        for _ in range(2)
+    )
+    summary = remove_small(
+        store(labels, chunks), output, sizes, removed=removal, labelling=labelling, described=described
+    )
+    reference = removed(labels, sizes)
+    np.testing.assert_array_equal(output[:], reference)
+    np.testing.assert_array_equal(removal[:], labels - reference)
+    assert summary == remove_small(labels, np.empty_like(labels), sizes)
 
 
 @pytest.mark.parametrize("block", [(8, 8, 8), (4, 8, 8), (4, 4, 8), (4, 4, 4)])
@@ -622,4 +653,4 @@ def test_the_same_stored_array_is_refused_as_output():
 def test_errors_travel_from_the_workers(processes):
     with pytest.raises(LabelsError, match="must not be negative"):
         find_components(-FEW, executor=processes)
-    assert pickle.loads(pickle.dumps(partial(module._describe_block, measure=False))).keywords == {"measure": False}
+    assert pickle.loads(pickle.dumps(partial(module.describe_block, measure=False))).keywords == {"measure": False}

@@ -23,21 +23,25 @@ _LARGEST_BLOCK = 1 << 29  # a provisional label fits 29 bits: see `_touching`
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """A volume cut into equal blocks; the last one along an axis may be smaller. Everything is (z, y, x).
+    """A volume cut into blocks. Everything is (z, y, x).
 
     Attributes
     ----------
     shape
         Voxels of the volume; a 2-D image is a volume of one slice.
     block
-        Voxels of a block.
+        Voxels of the largest block.
     ndim
         Axes of the array itself, 2 or 3.
+    edges
+        Where the blocks begin along each axis, and the size of the axis at the end; ``None``: all are equal, but for
+        the last one along an axis, which may be smaller.
     """
 
     shape: Index
     block: Index
     ndim: int
+    edges: tuple[tuple[int, ...], ...] | None = None
 
     @classmethod
     def of(cls, array: Sliceable, block: Sequence[int] | None = None, *, voxels: int | None = None) -> Blocks:
@@ -90,10 +94,53 @@ class Blocks:
         blocks.require_whole_chunks(output)
         return blocks
 
+    @classmethod
+    def within(cls, edges: Sequence[Sequence[int]], voxels: int | None = None) -> Blocks:
+        """Cut every block of another division into blocks of at most `voxels` voxels, `BLOCK_VOXELS` if not given.
+
+        Parameters
+        ----------
+        edges
+            Where the blocks of the other division begin along each axis, and the size of the axis at the end.
+        """
+        voxels = BLOCK_VOXELS if voxels is None else voxels
+        of_axes = [(0, 1)] * (3 - len(edges)) + [tuple(axis) for axis in edges]
+        lengths = [[b - a for a, b in itertools.pairwise(axis)] for axis in of_axes]
+        parts = [1, 1, 1]
+        # Across z first, so that rows stay whole.
+        while math.prod(-(-max(n) // p) for n, p in zip(lengths, parts, strict=True)) > voxels:
+            divisible = [axis for axis in range(3) if parts[axis] < min(lengths[axis])]
+            if not divisible:
+                break
+            parts[max(divisible, key=lambda axis: (-(-max(lengths[axis]) // parts[axis]), -axis))] += 1
+        cuts = tuple(
+            (*(a + (b - a) * i // p for a, b in itertools.pairwise(axis) for i in range(p)), axis[-1])
+            for axis, p in zip(of_axes, parts, strict=True)
+        )
+        longest = [max(b - a for a, b in itertools.pairwise(axis)) for axis in cuts]
+        sizes = [axis[-1] for axis in cuts]
+        return cls((sizes[0], sizes[1], sizes[2]), (longest[0], longest[1], longest[2]), len(edges), cuts)
+
+    def inside(self, region: Sequence[slice]) -> list[Index]:
+        """Return the blocks of a region that consists of whole blocks, in C order."""
+        where = [slice(0, 1)] * (3 - len(region)) + [*region]
+        ranges = [
+            [i for i, (a, b) in enumerate(itertools.pairwise(axis)) if part.start <= a and b <= part.stop]
+            for axis, part in zip(self.axis_edges, where, strict=True)
+        ]
+        return [(z, y, x) for z, y, x in itertools.product(*ranges)]
+
+    @property
+    def axis_edges(self) -> tuple[tuple[int, ...], ...]:
+        """Where the blocks begin along each axis, and the size of the axis at the end."""
+        if self.edges is not None:
+            return self.edges
+        return tuple((0, *range(edge, size, edge), size) for edge, size in zip(self.block, self.shape, strict=True))
+
     @property
     def counts(self) -> Index:
         """Number of blocks along each axis; one, of no voxels, along an axis of length 0."""
-        z, y, x = (max(1, -(-size // edge)) for size, edge in zip(self.shape, self.block, strict=True))
+        z, y, x = (len(axis) - 1 for axis in self.axis_edges)
         return z, y, x
 
     @property
@@ -104,10 +151,7 @@ class Blocks:
 
     def slices(self, index: Index) -> Slices:
         """Return the region of block `index`."""
-        z, y, x = (
-            slice(i * edge, min((i + 1) * edge, size))
-            for i, edge, size in zip(index, self.block, self.shape, strict=True)
-        )
+        z, y, x = (slice(axis[i], axis[i + 1]) for i, axis in zip(index, self.axis_edges, strict=True))
         return z, y, x
 
     def extent(self, index: Index) -> Index:
@@ -141,7 +185,7 @@ class Blocks:
                 remedy="Create the output with that shape",
             )
         for axis, chunk in enumerate(chunk_shape(output), start=3 - self.ndim):
-            if self.block[axis] % chunk and self.block[axis] < self.shape[axis]:
+            if any(edge % chunk for edge in self.axis_edges[axis][1:-1]):
                 raise LabelsError(
                     f"output chunks of {chunk} voxels do not divide the block edge {self.block[axis]} on axis "
                     f"{axis - 3 + self.ndim}, so two tasks would write one chunk",

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from cryosiam_dask._version import __version__
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.core.arrays import Sliceable
-from cryosiam_dask.core.blocks import Blocks
+from cryosiam_dask.core.blocks import Blocks, Index
 from cryosiam_dask.core.executor import (
     Executor,
     with_retries,
@@ -38,7 +38,7 @@ from cryosiam_dask.stages.centers import (
     labels_of,
     remove_outdated_centers,
 )
-from cryosiam_dask.stages.components import ArrayModule, remove_small
+from cryosiam_dask.stages.components import ArrayModule, Description, Labelling, count_labels, remove_small
 from cryosiam_dask.stages.export import (
     export_prediction,
     other_formats,
@@ -55,6 +55,11 @@ from cryosiam_dask.stages.preview import preview_file, read_fingerprint, write_d
 from cryosiam_dask.stages.summary import remember
 
 
+def all_sizes(sizes: Sequence[int]) -> list[int]:
+    """Return ``postprocessing_sizes`` with an entry for each value of uint8: other labels are not filtered."""
+    return [*sizes, *[-1] * (256 - len(sizes))]
+
+
 def without_small(
     labels: zarr.Array[Any],
     voxels: tuple[int, ...],
@@ -62,16 +67,25 @@ def without_small(
     work: zarr.Group,
     executor: Executor,
     array_module: ArrayModule,
+    labelling: Labelling | None = None,
+    described: Mapping[Index, Description] | None = None,
 ) -> tuple[zarr.Array[Any], zarr.Array[Any], tuple[int, ...]]:
     """Apply ``postprocessing_sizes``; return the labels, the removed labels, and the number of `voxels` of each label.
 
     The removed labels are kept in the output, where they compress well: added to the others they restore the unfiltered
-    labels, so that other sizes can be tried without inference.
+    labels, so that other sizes can be tried without inference. `labelling` and `described` are those of `remove_small`.
     """
     kept, removed = (exportable_array(work, name, labels.shape) for name in ("filtered", "removed"))
-    # One entry for each value of uint8; labels without an entry of their own are not filtered.
-    all_sizes = [*sizes, *[-1] * (256 - len(sizes))]
-    removal = remove_small(labels, kept, all_sizes, removed=removed, executor=executor, array_module=array_module)
+    removal = remove_small(
+        labels,
+        kept,
+        all_sizes(sizes),
+        removed=removed,
+        labelling=labelling,
+        described=described,
+        executor=executor,
+        array_module=array_module,
+    )
     left = np.array(voxels) - removal.removed_voxels[: len(voxels)]
     left[0] += sum(removal.removed_voxels)
     return kept, removed, tuple(left.tolist())
@@ -92,15 +106,8 @@ def count_voxels(
 
 
 def _count_block(labels: zarr.Array[Any], blocks: Blocks, index: tuple[int, int, int]) -> NDArray[np.int64]:
-    block = blocks.read(labels, index)
-    counts = np.zeros(256, np.int64)
-    highest = int(block.max())
-    if highest > 20:
-        return np.bincount(block.reshape(-1), minlength=256)
-    # A few comparisons are many times faster than np.bincount, which converts all voxels to 64-bit integers.
-    for label in range(highest + 1):
-        counts[label] = np.count_nonzero(block == label)
-    return counts
+    counts = count_labels(blocks.read(labels, index))
+    return np.pad(counts, (0, 256 - len(counts)))
 
 
 def update_center_lists(configuration: Configuration, outcomes: list[Outcome], inform: Callable[[str], None]) -> None:

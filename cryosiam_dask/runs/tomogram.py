@@ -28,10 +28,12 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any, Literal
 
+import numpy as np
 import zarr
 
 from cryosiam_dask._version import __version__
 from cryosiam_dask.config import Configuration
+from cryosiam_dask.core.blocks import Blocks, Index
 from cryosiam_dask.core.diagnosis import Intensities
 from cryosiam_dask.core.diagnosis import blank as why_blank
 from cryosiam_dask.core.executor import (
@@ -67,6 +69,7 @@ from cryosiam_dask.runs.outcome import (
     record,
 )
 from cryosiam_dask.runs.outputs import (
+    all_sizes,
     count_voxels,
     draw_denoised,
     draw_preview,
@@ -83,7 +86,7 @@ from cryosiam_dask.runs.workspace import (
     record_source,
     work_array,
 )
-from cryosiam_dask.stages.components import ArrayModule
+from cryosiam_dask.stages.components import ArrayModule, Description, Labelling, removal_labelling
 from cryosiam_dask.stages.denoise import Denoised, stretch_of, with_own_moments
 from cryosiam_dask.stages.export import (
     MRC_LABEL,
@@ -294,7 +297,8 @@ def _denoise(
         grid = make_grid(header.shape, plan.patch, halo=plan.halo)
         tomogram, report = _ingest(space, configuration, job, header, grid, own_name)
         spec = _denoising_spec(plan, job, tomogram, space, device, own_name)
-        outputs, blocks = _predict(plan, job, tomogram, space, spec, own_name, timeline, inform)
+        predicted = _predict(plan, job, tomogram, space, spec, own_name, timeline, inform)
+        outputs, blocks = predicted.outputs, predicted.blocks
         low, high = min(block["lowest"] for block in blocks), max(block["highest"][0] for block in blocks)
         denoised = Denoised(outputs["denoised"], (low, high) if configuration.scale_prediction else None)
         found = intensities(
@@ -372,6 +376,36 @@ def _ingest(
     return tomogram, report
 
 
+@dataclass(frozen=True, slots=True)
+class _Predicted:
+    """The results of a prediction.
+
+    Attributes
+    ----------
+    outputs
+        The arrays by name.
+    blocks
+        The ledger's entry of every block.
+    labelling, described
+        See `remove_small`: the labels' components, as far as blocks were predicted in this run; ``None`` if not wanted.
+    """
+
+    outputs: dict[str, zarr.Array[Any]]
+    blocks: list[dict[str, Any]]
+    labelling: Labelling | None
+    described: dict[Index, Description]
+
+    def voxels(self, count: int) -> tuple[int, ...] | None:
+        """Return the number of voxels of each label, of at least `count`; ``None`` if it was not recorded."""
+        if not all("counts" in block for block in self.blocks):
+            return None
+        found = np.zeros(256, np.int64)
+        for block in self.blocks:
+            found[1 : 1 + len(block["counts"])] += np.array(block["counts"], np.int64)
+        found[0] = math.prod(self.outputs["labels"].shape) - found.sum()
+        return tuple(found[: max(count, int(np.flatnonzero(found)[-1]) + 1)].tolist())
+
+
 def _predict(
     plan: RunPlan,
     job: Job,
@@ -381,11 +415,8 @@ def _predict(
     executor: Executor,
     timeline: bool,
     inform: Callable[[str], None],
-) -> tuple[dict[str, zarr.Array[Any]], list[dict[str, Any]]]:
-    """Predict block by block, except for the blocks that an earlier run recorded.
-
-    Returns the arrays by name, and the ledger's entry of every block.
-    """
+) -> _Predicted:
+    """Predict block by block, except for the blocks that an earlier run recorded."""
     work, ledger, key, done = space.group, space.ledger, job.prediction_fingerprint, set()
     found = ledger.last("blocks")
     resumed = found is not None and found["key"] == key and all(name in work for name in plan.wanted)
@@ -409,17 +440,30 @@ def _predict(
         outputs = create_outputs(work, grid, plan.checkpoint.architecture.out_channels, plan.wanted)
         ledger.append("blocks", key=key, block_size=block_size)
     mask = plan.mask_of(job, tuple(tomogram.shape))
-    prediction = StoredPrediction(spec, grid, tomogram, outputs, mask, token)
+    sizes, labelling = removal_sizes(plan.configuration), None
+    if sizes and not plan.configuration.parameters.network.postprocessing:
+        array_module: ArrayModule = "cupy" if spec.device == "cuda" else "numpy"
+        within = Blocks.within([axis.edges for axis in grid.axes])
+        labelling = removal_labelling(within, all_sizes(sizes), array_module=array_module)
+    prediction = StoredPrediction(spec, grid, tomogram, outputs, mask, labelling, token)
+    described = dict[Index, Description]()
 
     def record_block(index: tuple[int, ...], block: BlockTimes | None) -> None:
-        highest, inside = (block.highest, block.inside) if block else ((), 0)
+        highest, inside, counts = (block.highest, block.inside, block.counts) if block else ((), 0, ())
         lowest = {} if block is None or block.lowest is None else {"lowest": block.lowest}
-        ledger.append("block", index=index, highest=highest, inside=inside, **lowest)
+        ledger.append("block", index=index, highest=highest, inside=inside, counts=counts, **lowest)
+        described.update(block.described if block else ())
 
     times = predict_store(prediction, skip=done, done=record_block, executor=executor)
     if timeline and times:
         write_timeline(plan.configuration.prediction_folder / f"{job.stem}_timeline.png", times, job.stem)
-    return outputs, ledger.since("block", "blocks")
+    recorded = ledger.since("block", "blocks")
+    if labelling is not None:
+        for entry in recorded:
+            if not any(entry.get("counts", (1,))):  # nothing but background
+                region = grid.block(tuple(entry["index"])).region
+                described.update((each, Description(0, {}, [])) for each in labelling.blocks.inside(region))
+    return _Predicted(outputs, recorded, labelling, described)
 
 
 def _run_model(
@@ -438,7 +482,8 @@ def _run_model(
     configuration, network, header = plan.configuration, plan.configuration.parameters.network, report.header
     array_module: ArrayModule = "cupy" if device == "cuda" else "numpy"
     work = space.group
-    outputs, blocks = _predict(plan, job, tomogram, space, plan.spec(device), executor, timeline, inform)
+    predicted = _predict(plan, job, tomogram, space, plan.spec(device), executor, timeline, inform)
+    outputs, blocks = predicted.outputs, predicted.blocks
     labels, warnings = outputs["labels"], list[str]()
     if network.postprocessing:
         filled = array_like(work, "lamella", labels)
@@ -461,10 +506,15 @@ def _run_model(
         labels = filled
     removed, sizes = None, removal_sizes(configuration)
     thick = network.postprocessing and labels.ndim == 3
-    voxels, thickness = count_voxels(labels, plan.labels, executor, thick and not sizes)
+    counted, thickness = None if network.postprocessing else predicted.voxels(plan.labels), None
+    if counted is None:
+        counted, thickness = count_voxels(labels, plan.labels, executor, thick and not sizes)
+    voxels = counted
     found_voxels = sum(voxels[1:])
     if sizes:
-        labels, removed, voxels = without_small(labels, voxels, sizes, work, executor, array_module)
+        labels, removed, voxels = without_small(
+            labels, voxels, sizes, work, executor, array_module, predicted.labelling, predicted.described
+        )
         if thick:
             thickness = count_voxels(labels, plan.labels, executor, thick)[1]
     data, mask = configuration.parameters.data, plan.mask_of(job, header.shape)

@@ -13,16 +13,20 @@ whole chunks) is labelled alone, and then the labels that touch at borders are m
 5. Number the components 1 .. K by their first voxel in C order, so that the numbers do not depend on the blocks.
 6. Pass 2, one task per block: read and label it again (cheaper than storing labels), look up the final numbers, write.
 
-Memory depends on the size of a volume only through the tables, about 40 bytes per provisional label, which only the
-caller holds. Components are filtered and measured after the merge, as a whole.
+Pass 1 can be part of another task that has a block's labels at hand: see `describe_block`. To remove small components,
+pass 2 needs no labels: pass 1 returns the runs of voxels of all provisional labels that are small enough.
+
+Memory depends on the size of a volume only through the tables, about 40 bytes per provisional label, and these runs,
+which only the caller holds. Components are filtered and measured after the merge, as a whole.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial, wraps
@@ -41,11 +45,11 @@ from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.errors import DeviceError, LabelsError
 
 R = TypeVar("R")
-ArrayModule: TypeAlias = Literal["numpy", "cupy"]
-"""The library of arrays that a task uses."""
+ArrayModule: TypeAlias = Literal["numpy", "cupy", "auto"]
+"""The library of arrays that a task uses; "auto" is cupy in a process that has a GPU, and numpy in any other."""
 _REACH = {6: 1, 18: 2, 26: 3}  # number of axes along which a neighbour may differ
 _PROBABILITY_ONE = 1 << 30  # probabilities are summed as integers, so that sums do not depend on the blocks
-_PLANES = LZ4()  # border planes are mostly background
+_PACKED = LZ4()  # border planes are mostly background, and distances between runs are small
 # Measurements of a component: how those of two parts are merged, the dtype, and the shape of an entry.
 _COLUMNS: dict[str, tuple[np.ufunc, Any, tuple[int, ...]]] = {
     "voxels": (np.add, np.int64, ()),
@@ -89,6 +93,8 @@ def backend(array_module: ArrayModule) -> Backend:
     DeviceError
         If cupy or cucim is needed and cannot be imported.
     """
+    if array_module == "auto":
+        return backend(_own_module(array_module))
     if array_module == "numpy":
         import cc3d
         from scipy import ndimage
@@ -134,6 +140,15 @@ def backend(array_module: ArrayModule) -> Backend:
     return Backend(cupy, gaussian, on_gpu, cupy.asnumpy)
 
 
+def _own_module(array_module: ArrayModule) -> ArrayModule:
+    """Return which library of arrays this process uses."""
+    if array_module != "auto":
+        return array_module
+    import torch
+
+    return "cupy" if torch.cuda.is_available() else "numpy"
+
+
 @contextmanager
 def _without_clara() -> Iterator[None]:
     """Leave out the part of cucim that reads images: its libraries print messages, and write cufile.log here."""
@@ -164,7 +179,7 @@ def wherever_it_fits(task: Callable[..., R]) -> Callable[..., R]:
     @wraps(task)
     def run(*arguments: Any, **options: Any) -> R:
         labelling = options.get("labelling")
-        if (labelling.array_module if labelling else options["array_module"]) == "cupy":
+        if _own_module(labelling.array_module if labelling else options["array_module"]) == "cupy":
             for _ in range(2):
                 with device_refuses():
                     return task(*arguments, **options)
@@ -193,6 +208,9 @@ class Labelling:
         Labels must be below it; None accepts any.
     array_module
         "numpy" labels on the CPU, "cupy" on the GPU.
+    sizes
+        For each class, index = label: the runs of provisional labels with at most as many voxels are described, since
+        their components may have to be removed. Empty: those of none.
     """
 
     blocks: Blocks
@@ -200,6 +218,7 @@ class Labelling:
     classes: tuple[int, ...] | None = None
     n_classes: int | None = None
     array_module: ArrayModule = "numpy"
+    sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.connectivity not in _REACH:
@@ -301,6 +320,28 @@ class Components:
 
 
 @dataclass(frozen=True, slots=True)
+class Description:
+    """The result of pass 1 for a block.
+
+    Attributes
+    ----------
+    count
+        Number of provisional labels.
+    columns
+        Measurements by name, a row for each provisional label.
+    planes
+        Low z, high z, low y, high y, low x, high x: compressed uint32 labels; empty without labels.
+    runs
+        Compressed; see `_small_runs`.
+    """
+
+    count: int
+    columns: dict[str, NDArray[Any]]
+    planes: list[bytes]
+    runs: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class Removal:
     """What `remove_small` did, one entry for each class, index = label.
 
@@ -362,31 +403,69 @@ def find_components(
     LabelsError
         If the labels are not integers, are negative or not below `n_classes`, or an argument does not fit the array.
     """
-    if np.dtype(labels.dtype).kind not in "bui":
-        raise LabelsError("labels must be integers", value=np.dtype(labels.dtype), remedy="Convert them first")
     labelling = Labelling(
         Blocks.of(labels, block), connectivity, None if classes is None else tuple(classes), n_classes, array_module
     )
+    _require_integers(labels)
     if probabilities is not None and probabilities.shape[1:] != tuple(labels.shape):
         raise LabelsError(
             f"probabilities must have a class axis and then the shape of the labels, {tuple(labels.shape)}",
             value=tuple(probabilities.shape),
             remedy="Use labels and probabilities of the same prediction, or predict again",
         )
-    task = partial(
-        _describe_block,
-        labels=labels,
-        labelling=labelling,
-        measure=measure or probabilities is not None,
-        probabilities=probabilities,
-    )
-    return _merged(
-        labelling,
-        executor.map(task, labelling.blocks.indices, name="label"),
-        np.dtype(labels.dtype),
-        task.keywords["measure"],
-        probabilities is not None,
-    )
+    measure = measure or probabilities is not None
+    task = partial(_read_and_describe, labels, labelling, measure=measure, probabilities=probabilities)
+    descriptions = executor.map(task, labelling.blocks.indices, name="label")
+    return _merged(labelling, descriptions, np.dtype(labels.dtype), measure, probabilities is not None)
+
+
+@wherever_it_fits
+def describe_block(
+    labels: NDArray[Any],
+    index: Index,
+    *,
+    labelling: Labelling,
+    measure: bool = False,
+    probabilities: Sliceable | None = None,
+) -> Description:
+    """Run pass 1 of one block, whose labels are at hand.
+
+    Parameters
+    ----------
+    labels
+        The block, (z, y, x), C-contiguous.
+    index, labelling
+        Which block this is, and how blocks are labelled.
+    measure, probabilities
+        See `find_components`.
+
+    Raises
+    ------
+    LabelsError
+        If the labels are negative or not below ``labelling.n_classes``.
+    """
+    labelled = _label_block(labels, labelling, index)
+    if not labelled.count:
+        return Description(0, {}, [])
+    device = backend(labelling.array_module)
+    starts, lengths, run_labels = _runs(labelled, device)
+    columns = _columns(starts, lengths, run_labels, labelled.count, labelling.blocks, index, measure)
+    columns["class"] = labelled.block.reshape(-1)[columns.pop("local")]
+    if probabilities is not None:
+        own = _own_probabilities(labelled.block, labelling, index, columns["class"], probabilities)
+        columns |= _probability_columns(own, device.to_host(labelled.labels), labelled.count)
+    planes = [
+        _PACKED.encode(device.to_host(labelled.labels[(slice(None),) * axis + (side,)]).astype(np.uint32))
+        for axis in range(3)
+        for side in (0, -1)
+    ]
+    runs = _small_runs(starts, lengths, run_labels, columns, labelling) if labelling.sizes else b""
+    return Description(labelled.count, columns, planes, runs)
+
+
+def _require_integers(labels: Sliceable) -> None:
+    if np.dtype(labels.dtype).kind not in "bui":
+        raise LabelsError("labels must be integers", value=np.dtype(labels.dtype), remedy="Convert them first")
 
 
 def write_instances(
@@ -431,6 +510,8 @@ def remove_small(
     removed: WritableArray | None = None,
     n_classes: int | None = None,
     connectivity: int = 26,
+    labelling: Labelling | None = None,
+    described: Mapping[Index, Description] | None = None,
     executor: Executor = SERIAL,
     array_module: ArrayModule = "numpy",
 ) -> Removal:
@@ -451,6 +532,9 @@ def remove_small(
         Number of classes, the background included; by default the number of sizes.
     connectivity
         See `find_components`; CryoSiam uses 26.
+    labelling, described
+        From `removal_labelling`, and what `describe_block` returned for some or all of its blocks; the others are
+        described here. If given, `n_classes`, `connectivity` and `array_module` are those of the labelling.
     executor, array_module
         Runs the tasks, and the library of arrays that they use.
 
@@ -464,6 +548,52 @@ def remove_small(
     LabelsError
         If `sizes` does not have one entry of at least -1 for each class, or the labels hold another class.
     """
+    _require_integers(labels)
+    if not np.can_cast(labels.dtype, output.dtype):
+        raise LabelsError(
+            f"the output must hold labels of {np.dtype(labels.dtype)}",
+            value=np.dtype(output.dtype),
+            remedy="Create the output with the dtype of the labels",
+        )
+    _require_two_arrays(labels, output)
+    blocks = Blocks.between(labels, output)
+    if removed is not None:
+        blocks.require_whole_chunks(removed)
+    if labelling is None:
+        labelling = removal_labelling(
+            Blocks.of(labels), sizes, n_classes=n_classes, connectivity=connectivity, array_module=array_module
+        )
+    found = dict(described or {})
+    left = [index for index in labelling.blocks.indices if index not in found]
+    task = partial(_read_and_describe, labels, labelling, measure=False, probabilities=None)
+    found |= zip(left, executor.map(task, left, name="label") if left else (), strict=True)
+    descriptions = [found[index] for index in labelling.blocks.indices]
+    components = _merged(labelling, descriptions, np.dtype(labels.dtype), False, False)
+    stays = components.voxels > np.asarray(sizes)[components.classes.astype(np.int64)]
+    goes = ~np.append(True, stays)[components.numbers]
+    runs = _runs_by_block(labelling.blocks, blocks, descriptions, components.per_block(goes))
+    write = partial(_write_without, labels=labels, output=output, removed=removed, blocks=blocks)
+    executor.map(write, runs, name="remove small")
+    n_classes = len(sizes) if labelling.n_classes is None else labelling.n_classes
+
+    def per_class(of: NDArray[np.bool_], weights: NDArray[np.int64] | None = None) -> tuple[int, ...]:
+        counted = np.bincount(
+            components.classes[of].astype(np.int64), None if weights is None else weights[of], minlength=n_classes
+        )
+        return tuple(int(count) for count in counted)
+
+    return Removal(per_class(stays | True), per_class(~stays), per_class(~stays, components.voxels))
+
+
+def removal_labelling(
+    blocks: Blocks,
+    sizes: Sequence[int],
+    *,
+    n_classes: int | None = None,
+    connectivity: int = 26,
+    array_module: ArrayModule = "numpy",
+) -> Labelling:
+    """Return how blocks are labelled to remove what is small; see `remove_small` for the parameters and errors."""
     n_classes = len(sizes) if n_classes is None else n_classes
     if len(sizes) != n_classes:
         raise LabelsError(
@@ -479,37 +609,9 @@ def remove_small(
             value=list(sizes),
             remedy="Write -1 to keep all components of a label",
         )
-    if not np.can_cast(labels.dtype, output.dtype):
-        raise LabelsError(
-            f"the output must hold labels of {np.dtype(labels.dtype)}",
-            value=np.dtype(output.dtype),
-            remedy="Create the output with the dtype of the labels",
-        )
-    _require_two_arrays(labels, output)
-    blocks = Blocks.between(labels, output)
-    components = find_components(
-        labels,
-        connectivity=connectivity,
-        # Every component has at least one voxel, so a size of 0 also keeps all.
-        classes=[label for label, size in enumerate(sizes) if label and size > 0],
-        n_classes=n_classes,
-        block=blocks.block[3 - blocks.ndim :],
-        executor=executor,
-        array_module=array_module,
-    )
-    stays = components.voxels > np.asarray(sizes)[components.classes.astype(np.int64)]
-    if removed is not None:
-        components.labelling.blocks.require_whole_chunks(removed)
-    task = partial(_filter_block, labels=labels, output=output, removed=removed, labelling=components.labelling)
-    executor.map(task, components.per_block(np.append(True, stays)[components.numbers]), name="remove small")
-
-    def per_class(of: NDArray[np.bool_], weights: NDArray[np.int64] | None = None) -> tuple[int, ...]:
-        counted = np.bincount(
-            components.classes[of].astype(np.int64), None if weights is None else weights[of], minlength=n_classes
-        )
-        return tuple(int(count) for count in counted)
-
-    return Removal(per_class(stays | True), per_class(~stays), per_class(~stays, components.voxels))
+    # Every component has at least one voxel, so a size of 0 also keeps all.
+    classes = tuple(label for label, size in enumerate(sizes) if label and size > 0)
+    return Labelling(blocks, connectivity, classes, n_classes, array_module, tuple(sizes))
 
 
 def largest_component(
@@ -553,7 +655,7 @@ def relabel_block(labels: Sliceable, labelling: Labelling, index: Index, values:
     blocks = labelling.blocks
     if not values.any():
         return np.zeros(blocks.extent(index), dtype=values.dtype)
-    labelled, device = _label_block(labels, labelling, index), backend(labelling.array_module)
+    labelled, device = _label_block(blocks.read(labels, index), labelling, index), backend(labelling.array_module)
     return device.to_host(device.xp.asarray(np.append(values.dtype.type(0), values)).take(labelled.labels))
 
 
@@ -564,6 +666,19 @@ def instances_dtype(count: int) -> np.dtype[Any]:
     (dtype('uint8'), dtype('uint16'))
     """
     return np.min_scalar_type(count)
+
+
+def count_labels(labels: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Count the voxels of each label, up to the highest one.
+
+    >>> count_labels(np.array([0, 3, 3], np.uint8))
+    array([1, 0, 0, 2])
+    """
+    highest = int(labels.max(initial=0))
+    if highest > 20:
+        return np.bincount(labels.reshape(-1))
+    # A few comparisons are many times faster than np.bincount, which converts all voxels to 64-bit integers.
+    return np.array([np.count_nonzero(labels == label) for label in range(highest + 1)])
 
 
 def require_channel(label: int, channels: int) -> None:
@@ -592,18 +707,6 @@ def _require_two_arrays(labels: Sliceable, output: Sliceable) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Description:
-    """The result of pass 1 for a block: a row for each provisional label, and the border planes.
-
-    `planes` holds low z, high z, low y, high y, low x, high x: compressed uint32 labels; empty without labels.
-    """
-
-    count: int
-    columns: dict[str, NDArray[Any]]
-    planes: list[bytes]
-
-
-@dataclass(frozen=True, slots=True)
 class _Labelled:
     """A block on the host, and its voxels of the wanted classes and their labels 1 .. count on the device."""
 
@@ -613,9 +716,8 @@ class _Labelled:
     count: int = 0
 
 
-def _label_block(labels: Sliceable, labelling: Labelling, index: Index) -> _Labelled:
-    """Read, check and label block `index`."""
-    block = labelling.blocks.read(labels, index)
+def _label_block(block: NDArray[Any], labelling: Labelling, index: Index) -> _Labelled:
+    """Check and label block `index`."""
     if block.dtype.kind == "b":
         block = block.view(np.uint8)
     if block.size:
@@ -643,32 +745,12 @@ def _label_block(labels: Sliceable, labelling: Labelling, index: Index) -> _Labe
     return _Labelled(block, wanted, *device.label(wanted, labelling.connectivity))
 
 
-@wherever_it_fits
-def _describe_block(
-    index: Index,
-    *,
-    labels: Sliceable,
-    labelling: Labelling,
-    measure: bool,
-    probabilities: Sliceable | None,
-) -> _Description:
+def _read_and_describe(
+    labels: Sliceable, labelling: Labelling, index: Index, *, measure: bool, probabilities: Sliceable | None
+) -> Description:
     """Run pass 1 of one block."""
-    labelled = _label_block(labels, labelling, index)
-    if not labelled.count:
-        return _Description(0, {}, [])
-    device = backend(labelling.array_module)
-    starts, lengths, run_labels = _runs(labelled, device)
-    columns = _columns(starts, lengths, run_labels, labelled.count, labelling.blocks, index, measure)
-    columns["class"] = labelled.block.reshape(-1)[columns.pop("local")]
-    if probabilities is not None:
-        own = _own_probabilities(labelled.block, labelling, index, columns["class"], probabilities)
-        columns |= _probability_columns(own, device.to_host(labelled.labels), labelled.count)
-    planes = [
-        _PLANES.encode(device.to_host(labelled.labels[(slice(None),) * axis + (side,)]).astype(np.uint32))
-        for axis in range(3)
-        for side in (0, -1)
-    ]
-    return _Description(labelled.count, columns, planes)
+    block = labelling.blocks.read(labels, index)
+    return describe_block(block, index, labelling=labelling, measure=measure, probabilities=probabilities)
 
 
 def _runs(labelled: _Labelled, device: Backend) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
@@ -686,6 +768,77 @@ def _runs(labelled: _Labelled, device: Backend) -> tuple[NDArray[Any], NDArray[A
     starts, lengths = starts[foreground], lengths[foreground]
     run_labels = labelled.labels.reshape(-1)[starts].astype(np.int64)
     return device.to_host(starts), device.to_host(lengths), device.to_host(run_labels)
+
+
+def _small_runs(
+    starts: NDArray[Any],
+    lengths: NDArray[Any],
+    run_labels: NDArray[Any],
+    columns: Mapping[str, NDArray[Any]],
+    labelling: Labelling,
+) -> bytes:
+    """Return the runs of labels that may be too small: start, length and provisional label, uint32, compressed.
+
+    Starts are the distances in C order to the start of the run before, in the block.
+    """
+    small = columns["voxels"] <= np.asarray(labelling.sizes)[columns["class"].astype(np.int64)]
+    kept = small[run_labels - 1]
+    starts = np.diff(starts[kept], prepend=0)
+    packed: bytes = _PACKED.encode(np.stack([starts, lengths[kept], run_labels[kept]]).astype(np.uint32))
+    return packed
+
+
+def _runs_by_block(
+    labelled: Blocks,
+    blocks: Blocks,
+    descriptions: Sequence[Description],
+    goes: Sequence[tuple[Index, NDArray[np.bool_]]],
+) -> list[tuple[Index, NDArray[np.int64], NDArray[np.int64]]]:
+    """Return, for each of `blocks`, the starts and lengths of the runs in it that are to be removed.
+
+    Parameters
+    ----------
+    labelled
+        The blocks that were described.
+    blocks
+        Those that are written.
+    descriptions, goes
+        Of each described block: its description, and its index with whether each provisional label goes.
+    """
+    starts, lengths = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for description, (index, which) in zip(descriptions, goes, strict=True):
+        if not which.any():
+            continue
+        distance, long, label = np.frombuffer(_PACKED.decode(description.runs), np.uint32).reshape(3, -1)
+        kept = which[label - 1]
+        start = np.cumsum(distance, dtype=np.int64)[kept]
+        origin = [part.start for part in labelled.slices(index)]
+        places = [at + zero for at, zero in zip(np.unravel_index(start, labelled.extent(index)), origin, strict=True)]
+        starts.append(np.ravel_multi_index(tuple(places), blocks.shape))
+        lengths.append(long[kept].astype(np.int64))
+    start, length = np.concatenate(starts), np.concatenate(lengths)
+    z, y, x = np.unravel_index(start, blocks.shape)
+    edges = [np.array(axis[1:-1], dtype=np.int64) for axis in blocks.axis_edges]
+    # A run along x may lie in several blocks, one after the other.
+    first, last = (np.searchsorted(edges[2], at, side="right") for at in (x, x + length - 1))
+    times = last - first + 1
+    run = np.repeat(np.arange(len(start)), times)
+    column = first[run] + np.arange(len(run)) - np.repeat(np.cumsum(times) - times, times)
+    begins = np.array(blocks.axis_edges[2])
+    low = np.maximum(x[run], begins[column])
+    high = np.minimum((x + length)[run], begins[column + 1])
+    places = [np.searchsorted(edges[0], z, side="right")[run], np.searchsorted(edges[1], y, side="right")[run], column]
+    block = np.ravel_multi_index(tuple(places), blocks.counts)
+    order = np.argsort(block, kind="stable")
+    bounds = np.searchsorted(block[order], np.arange(math.prod(blocks.counts) + 1))
+    items = []
+    for number, index in enumerate(blocks.indices):
+        own = order[bounds[number] : bounds[number + 1]]
+        origin = [part.start for part in blocks.slices(index)]
+        at = tuple(place[which] - zero for place, which, zero in zip((z, y), (run[own],) * 2, origin, strict=False))
+        local = np.ravel_multi_index((*at, low[own] - origin[2]), blocks.extent(index)) if len(own) else own
+        items.append((index, local, high[own] - low[own]))
+    return items
 
 
 def _columns(
@@ -761,38 +914,34 @@ def _write_block(
     labelling.blocks.write(output, index, relabel_block(labels, labelling, index, numbers.astype(output.dtype)))
 
 
-@wherever_it_fits
-def _filter_block(
-    item: tuple[Index, NDArray[np.bool_]],
+def _write_without(
+    item: tuple[Index, NDArray[np.int64], NDArray[np.int64]],
     *,
     labels: Sliceable,
     output: WritableArray,
     removed: WritableArray | None,
-    labelling: Labelling,
+    blocks: Blocks,
 ) -> None:
-    """Run pass 2 of one block: `item` is its index and whether each of its provisional labels stays."""
-    index, stays = item
-    blocks = labelling.blocks
-    if stays.all():
-        before = block = blocks.read(labels, index)
-    else:
-        labelled = _label_block(labels, labelling, index)
-        before, block = labelled.block, labelled.block.copy()
-        starts, lengths, run_labels = _runs(labelled, backend(labelling.array_module))
-        goes = ~stays[run_labels - 1]
-        # Few voxels are removed; finding them is much cheaper than looking up the component of every voxel.
-        starts, lengths = starts[goes], lengths[goes]
-        voxels = np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
-        voxels += np.arange(len(voxels))
-        block.reshape(-1)[voxels] = 0
+    """Write one block without some voxels: `item` is its index, and starts and lengths of their runs along x."""
+    index, starts, lengths = item
+    block = blocks.read(labels, index)
+    voxels = np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+    voxels += np.arange(len(voxels))
+    flat = block.reshape(-1)
+    gone = flat[voxels]
+    flat[voxels] = 0
     blocks.write(output, index, block.astype(output.dtype, copy=False))
-    if removed is not None:
-        blocks.write(removed, index, 0 if stays.all() else (before - block).astype(removed.dtype, copy=False))
+    if removed is not None and not len(voxels):
+        blocks.write(removed, index, 0)
+    elif removed is not None:
+        other = np.zeros(block.size, removed.dtype)
+        other[voxels] = gone
+        blocks.write(removed, index, other.reshape(block.shape))
 
 
 def _merged(
     labelling: Labelling,
-    descriptions: list[_Description],
+    descriptions: list[Description],
     class_dtype: np.dtype[Any],
     measure: bool,
     with_probabilities: bool,
@@ -866,7 +1015,7 @@ _TO = {-1: slice(0, 1), 0: slice(1, -1), 1: slice(-1, None)}
 
 
 def _touching(
-    labelling: Labelling, descriptions: list[_Description], offsets: NDArray[np.int64], classes: NDArray[Any]
+    labelling: Labelling, descriptions: list[Description], offsets: NDArray[np.int64], classes: NDArray[Any]
 ) -> Iterator[NDArray[np.int64]]:
     """Yield, for each plane between two blocks, the pairs of provisional labels that touch across it, (m, 2).
 
@@ -883,7 +1032,7 @@ def _touching(
 
     @lru_cache(maxsize=4 * max(blocks.counts))
     def plane(index: Index, axis: int, high: bool) -> NDArray[np.uint32]:
-        unpacked = _PLANES.decode(descriptions[position[index]].planes[2 * axis + high])
+        unpacked = _PACKED.decode(descriptions[position[index]].planes[2 * axis + high])
         return np.frombuffer(unpacked, dtype=np.uint32).reshape(np.delete(blocks.extent(index), axis))
 
     for axis, index in itertools.product(range(3), indices):

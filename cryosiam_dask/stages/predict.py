@@ -17,7 +17,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -34,11 +34,13 @@ from zarr.codecs import BloscCodec
 from zarr.storage import LocalStore
 
 from cryosiam_dask.core.arrays import Sliceable
+from cryosiam_dask.core.blocks import Index
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.core.grid import DEFAULT_BLOCK_SIZE, Block, Grid, make_grid, wrapped_segments
 from cryosiam_dask.errors import OutputError
 from cryosiam_dask.files.mask import Mask, read_mask
 from cryosiam_dask.model.predictor import PredictorSpec, load_predictor, normalise
+from cryosiam_dask.stages.components import Description, Labelling, count_labels, describe_block
 
 Array = npt.NDArray[Any]
 
@@ -126,6 +128,9 @@ class StoredPrediction:
         Arrays to fill by name, with chunks of ``grid.chunks`` over their last axes; zero where nothing is written.
     mask
         The lamella, or ``None``.
+    labelling
+        How the components of the labels are to be found; its blocks divide those of `grid`. Each is labelled as soon as
+        it is predicted, so that nothing has to be read again. ``None``: they are not.
     token
         Attribute ``blocks`` of the outputs' group, if it has one. Nothing is written after it has changed, because a
         task of a killed run may still run when the next run has started.
@@ -136,6 +141,7 @@ class StoredPrediction:
     tomogram: Sliceable
     outputs: Mapping[str, zarr.Array[Any]]
     mask: Mask | None = None
+    labelling: Labelling | None = None
     token: str | None = None
 
 
@@ -192,6 +198,10 @@ class BlockTimes:
         The lowest denoised intensity.
     inside
         Number of voxels of the block inside the mask; all if there is no mask.
+    counts
+        Number of voxels of each label from 1 on.
+    described
+        The blocks of `StoredPrediction.labelling` in this block, with what was found in them.
     """
 
     worker: str
@@ -201,6 +211,8 @@ class BlockTimes:
     highest: tuple[float, ...] = ()
     lowest: float | None = None
     inside: int = 0
+    counts: tuple[int, ...] = ()
+    described: tuple[tuple[Index, Description], ...] = ()
 
 
 def predict_store(
@@ -259,6 +271,8 @@ def predict_stored_block(prediction: StoredPrediction, index: tuple[int, ...]) -
     lowest = float(result["denoised"].min()) if denoises else None
     inside = math.prod(block.shape) if mask is None else int(np.count_nonzero(mask))
     del voxels  # another task may be reading the next block
+    counts = tuple(count_labels(result["labels"])[1:].tolist()) if "labels" in result else ()
+    described = tuple(_describe(result["labels"], block, prediction.labelling)) if prediction.labelling else ()
     writing = time.time()
     if prediction.token is not None:
         store = next(iter(prediction.outputs.values())).store
@@ -267,7 +281,18 @@ def predict_stored_block(prediction: StoredPrediction, index: tuple[int, ...]) -
     for name, values in result.items():
         prediction.outputs[name][_all_classes(block.region)] = values
         _force_to_disk(prediction.outputs[name], block.region)
-    return BlockTimes(_own_address(), (began, read), computed, (writing, time.time()), highest, lowest, inside)
+    written = (writing, time.time())
+    return BlockTimes(_own_address(), (began, read), computed, written, highest, lowest, inside, counts, described)
+
+
+def _describe(labels: Array, block: Block, labelling: Labelling) -> Iterator[tuple[Index, Description]]:
+    """Yield the blocks of a labelling in a block whose labels, (z, y, x) or (y, x), are at hand."""
+    for index in labelling.blocks.inside(block.region):
+        where = labelling.blocks.slices(index)[-labels.ndim :]
+        part = labels[
+            tuple(slice(s.start - r.start, s.stop - r.start) for s, r in zip(where, block.region, strict=True))
+        ]
+        yield index, describe_block(part.reshape(labelling.blocks.extent(index)), index, labelling=labelling)
 
 
 def _force_to_disk(array: zarr.Array[Any], region: tuple[slice, ...]) -> None:
