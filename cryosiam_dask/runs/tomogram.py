@@ -442,7 +442,7 @@ def _predict(
     mask = plan.mask_of(job, tuple(tomogram.shape))
     sizes, labelling = removal_sizes(plan.configuration), None
     if sizes and not plan.configuration.parameters.network.postprocessing:
-        array_module: ArrayModule = "cupy" if spec.device == "cuda" else "numpy"
+        array_module: ArrayModule = "auto" if spec.device == "cuda" else "numpy"
         within = Blocks.within([axis.edges for axis in grid.axes])
         labelling = removal_labelling(within, all_sizes(sizes), array_module=array_module)
     prediction = StoredPrediction(spec, grid, tomogram, outputs, mask, labelling, token)
@@ -480,7 +480,7 @@ def _run_model(
 ) -> Outcome:
     """Take a tomogram through one model, and write its outputs."""
     configuration, network, header = plan.configuration, plan.configuration.parameters.network, report.header
-    array_module: ArrayModule = "cupy" if device == "cuda" else "numpy"
+    array_module: ArrayModule = "auto" if device == "cuda" else "numpy"
     work = space.group
     predicted = _predict(plan, job, tomogram, space, plan.spec(device), executor, timeline, inform)
     outputs, blocks = predicted.outputs, predicted.blocks
