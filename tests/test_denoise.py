@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import signal
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,11 +28,12 @@ from cryosiam_dask.config import read_configuration, read_denoiser, read_models
 from cryosiam_dask.core.executor import SerialExecutor
 from cryosiam_dask.errors import ConfigurationError, Problems, TomogramError
 from cryosiam_dask.runs.collection import remove_denoised, run
+from cryosiam_dask.runs.ledger import read_entries
 from cryosiam_dask.runs.outcome import Outcome
 from cryosiam_dask.runs.plan import RunPlan, masks_made_before, plan_run, with_denoising
 from cryosiam_dask.stages.denoise import stretch_of, with_own_moments
 from support import checkpoints
-from support.command import call, invoke
+from support.command import call, children, invoke, start
 from support.runs import Acting, Listener, segment
 
 GOLDEN = Path(__file__).parent / "data" / "denoise"
@@ -117,6 +122,16 @@ def plans_of(pipeline: Path) -> list[RunPlan]:
     return with_denoising(plans)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The outputs of a chain in many blocks, without pictures, to which nothing happens."""
+    folder = tmp_path_factory.mktemp("whole")
+    with contextlib.chdir(folder):
+        run_chain(chain(folder, block_size=16, preview=False))
+        require_cryosiams(folder)
+    return outputs(folder)
+
+
 def run_chain(pipeline: Path, executor: SerialExecutor | None = None) -> list[Outcome]:
     return run(plans_of(pipeline), Listener(), executor=executor)
 
@@ -129,10 +144,13 @@ def require_cryosiams(folder: Path) -> None:
                 np.testing.assert_array_equal(file["labels"][:], expected[name])
 
 
+FOLDERS = ("denoised", "lamella", "semantic")
+
+
 def outputs(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
-        for name in ("denoised", "lamella", "semantic")
+        for name in FOLDERS
         for path in sorted((folder / name).iterdir())
         if path.is_file()
     }
@@ -152,7 +170,7 @@ def test_three_commands_equal_one(folder: Path) -> None:
     chain(folder)
     run_chain(folder / "pipeline.yaml")
     together = outputs(folder)
-    for name in ("denoised", "lamella", "semantic"):
+    for name in FOLDERS:
         shutil.rmtree(folder / name)
     for name in ("denoise", "lamella", "semantic"):
         assert segment(read_configuration(folder / f"config_{name}.yaml"))[STEM].status == "done"
@@ -168,19 +186,41 @@ STEPS = [
 ]  # fmt: skip
 
 
-def test_a_run_that_is_stopped_anywhere_ends_with_the_same_bytes(folder: Path) -> None:
+def test_a_run_that_is_stopped_anywhere_ends_with_the_same_bytes(folder: Path, whole: dict[str, bytes]) -> None:
     pipeline = chain(folder, block_size=16, preview=False)
-    run_chain(pipeline)
-    require_cryosiams(folder)
-    whole = outputs(folder)
     for step, count in STEPS:
-        for name in ("denoised", "lamella", "semantic"):
-            shutil.rmtree(folder / name)
+        for name in FOLDERS:
+            shutil.rmtree(folder / name, ignore_errors=True)
         acting = Acting(lambda executor: executor.drain(), step, count)
         assert "left" in {outcome.status for outcome in run_chain(pipeline, acting)}, step
         assert {outcome.status for outcome in run_chain(pipeline)} <= {"done", "skipped"}
         assert outputs(folder) == whole, step
         assert not list(folder.rglob("*.work.zarr"))
+
+
+def test_runs_that_are_killed_in_every_model_end_with_the_same_bytes(folder: Path, whole: dict[str, bytes]) -> None:
+    """First the worker, which is replaced, and then all processes of the run."""
+    pipeline = chain(folder, block_size=16, preview=False)
+    for name in FOLDERS:
+        process = start(
+            "run", "pipeline.yaml", "--workers", 1, "--device", "cpu", folder=folder, start_new_session=True
+        )
+        before = 0
+        for kill in (os.kill, os.killpg):
+            while (found := blocks(folder / name)) <= before:
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.005)
+            kill(process.pid if kill is os.killpg else children(process.pid)[0], signal.SIGKILL)
+            before = found
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL and blocks(folder / name)
+    assert [outcome.status for outcome in run_chain(pipeline)] == ["skipped", "skipped", "done"]
+    assert outputs(folder) == whole
+
+
+def blocks(prediction_folder: Path) -> int:
+    """How many are recorded."""
+    return sum(entry["what"] == "block" for entry in read_entries(prediction_folder, STEM)[0])
 
 
 def without_denoised(folder: Path, **changes: Any) -> Path:
@@ -422,14 +462,15 @@ def test_an_mrc_of_unknown_voxel_size_keeps_it_unknown(folder: Path) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.sampled_from([np.int8, np.int16, np.uint16, np.float32]).flatmap(
-        lambda dtype: arrays(dtype, array_shapes(min_dims=2, max_dims=3, min_side=2, max_side=12))
+    st.sampled_from(["bool", "u1", "i1", ">i2", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", ">f4", "f8"]).flatmap(
+        lambda dtype: arrays(np.dtype(dtype), array_shapes(min_dims=2, max_dims=3, min_side=2, max_side=12))
     ),
     st.booleans(),
 )
 def test_the_stretch_is_that_of_all_voxels(voxels: np.ndarray, invert: bool) -> None:
-    finite = voxels[np.isfinite(voxels)] if voxels.dtype == np.float32 else voxels
-    wanted = np.percentile(finite.astype(np.float64), [0.1, 99.9]) if finite.size == voxels.size else None
+    with np.errstate(over="ignore"):
+        numbers = voxels.astype(np.float32).astype(np.float64)
+    wanted = np.percentile(numbers, [0.1, 99.9]) if np.isfinite(numbers).all() else None
     if wanted is None or not np.float32(wanted[0]) < np.float32(wanted[1]) or not np.isfinite(wanted[1] - wanted[0]):
         return
     zero, one = stretch_of(voxels, "x", invert=invert)

@@ -10,7 +10,10 @@ from hypothesis.extra import numpy as hnp
 
 from cryosiam_dask.core.percentiles import percentiles
 
-DTYPES = ["<f4", ">f4", "<f8", "<f2", "i1", "u1", "<i2", ">i2", "<u2", "<i4"]
+#: Of real numbers that a tomogram's file may hold.
+DTYPES = [
+    "<f2", ">f2", "<f4", ">f4", "<f8", ">f8", "?", "i1", "u1", "<i2", ">i2", "<u2", ">u2", "<i4", "<u4", "<i8", "<u8"
+]  # fmt: skip
 
 
 @given(

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
@@ -20,7 +19,7 @@ from cryosiam_dask.core.grid import make_grid
 from cryosiam_dask.files.claims import process_is_gone
 from cryosiam_dask.runs.ledger import read_entries
 from support import checkpoints
-from support.command import call, contents, start
+from support.command import call, children, contents, start
 from support.inputs import write_tomogram, write_yaml
 
 #: More of them can be tried by hand.
@@ -66,15 +65,6 @@ def blocks(folder: Path, stem: str) -> int:
 
 def change(folder: Path, **values: Any) -> None:
     write_yaml(folder / "config.yaml", {**yaml.safe_load((folder / "config.yaml").read_text()), **values})
-
-
-def children(process: int) -> list[int]:
-    """The worker processes of a run."""
-    try:
-        found = psutil.Process(process).children()
-        return [child.pid for child in found if "spawn_main" in " ".join(child.cmdline())]
-    except psutil.Error:
-        return []
 
 
 def start_until(folder: Path, stem: str, count: int) -> subprocess.Popen[str]:

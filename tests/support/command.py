@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 from typer.testing import CliRunner
 
 from cryosiam_dask.cli import app
@@ -27,6 +28,15 @@ def start(*arguments: object, folder: Path, **options: Any) -> subprocess.Popen[
         env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"},
         **options,
     )
+
+
+def children(process: int) -> list[int]:
+    """The worker processes of a run."""
+    try:
+        found = psutil.Process(process).children()
+        return [child.pid for child in found if "spawn_main" in " ".join(child.cmdline())]
+    except psutil.Error:
+        return []
 
 
 def call(*arguments: object, folder: Path, status: int = 0, **options: Any) -> str:
