@@ -46,6 +46,13 @@ def test_inference(tmp_path: Path) -> None:
         assert picture.size[0] > 500
 
 
+def test_denoise(tmp_path: Path) -> None:
+    found = rows("bench_denoise", tmp_path / "rows.json", "--quick")
+    assert [row["method"] for row in found] == ["plain loop", "here", "three runs", "one pass"]
+    # The plain loop is CryoSiam's procedure written down once more, and one pass gives the labels of three runs.
+    assert found[1]["difference"] < 1e-4 and found[3]["difference"] == 0
+
+
 def test_overhead(tmp_path: Path) -> None:
     found = rows("bench_overhead", tmp_path / "rows.json", "--quick")
     assert [row["method"] for row in found] == ["one process", "whole path", "whole path, slow network"]

@@ -26,15 +26,13 @@ SMALL = Architecture(
     kernel_size=(3, 3, 3),
 )
 
-_HEADS = ("semantic_head", "distance_head")
-
 
 def content(architecture: Architecture, patch: int = 16, seed: int = 0) -> dict[str, Any]:
     """What the training of a network would have saved."""
     torch.manual_seed(seed)
     network = build_network(architecture)
     state = {
-        ("_model." if name.startswith(_HEADS) else "_model_backbone.") + name: (
+        ("_model." if "_head." in name else "_model_backbone.") + name: (
             # Weights, statistics and shares of fusions that no default happens to equal.
             torch.rand_like(tensor) + 0.5 if tensor.ndim == 1 or name.endswith((".w1", ".w2")) else tensor
         ).clone()
@@ -54,7 +52,8 @@ def content(architecture: Architecture, patch: int = 16, seed: int = 0) -> dict[
                     "data": {"patch_size": [patch] * dims},
                     "network": {
                         "spatial_dims": dims,
-                        "out_channels": architecture.out_channels,
+                        "n_output_channels" if architecture.denoises else "out_channels": architecture.out_channels,
+                        "filters": list(architecture.semantic_widths),
                         "dense_dim": architecture.dense_dim,
                         "kernel_size": list(architecture.kernel_size),
                         "padding": [k // 2 for k in architecture.kernel_size],
