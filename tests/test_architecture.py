@@ -29,7 +29,7 @@ ROOMS = [["cli"], ["commands"], ["runs"], ["stages"], ["files"], ["model", "conf
 
 #: The rooms and modules that may use a library which is heavy, optional or best hidden behind functions of our own.
 ONLY_IN = {
-    "torch": {"model.network", "model.checkpoint", "model.predictor"},
+    "torch": {"model.network", "model.checkpoint", "model.device", "model.predictor"},
     "monai": set(),
     "dask": {"stages.predict", "runs", "commands.view"},
     "napari": {"commands.view"},

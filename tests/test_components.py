@@ -425,18 +425,6 @@ def test_counts_beyond_32_bits():
     assert np.concatenate(pairs).tolist() == [[2**40, 2**41]]
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("connectivity", REACH)
-def test_a_gpu_gives_the_same_bytes(connectivity):
-    labels = blobs((50, 60, 70))
-    on_cpu, on_gpu = (
-        instances(labels, block=(20, 30, 70), connectivity=connectivity, measure=True, array_module=array_module)
-        for array_module in ("numpy", "cupy")
-    )
-    assert on_cpu[1].tobytes() == on_gpu[1].tobytes()
-    np.testing.assert_array_equal(on_cpu[0].measurements.centroids, on_gpu[0].measurements.centroids)
-
-
 # ---- choosing components ----
 
 

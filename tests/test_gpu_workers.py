@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
+import yaml
+from numpy.typing import NDArray
 
 from cryosiam_dask.errors import DeviceError
 from cryosiam_dask.runs.cluster import open_cluster
+from support.command import call, invoke
 from support.gpus import environment, fake_dask_cuda, fake_pynvml
+from support.inputs import make_folder, write_yaml
 
 PROGRAM = """
 if __name__ == "__main__":
@@ -119,3 +126,43 @@ def test_what_dask_cuda_lacks_is_told_to_who_has_installed_it(monkeypatch: pytes
         open_cluster("cuda", 1),
     ):
         pass
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs for every command."""
+    for name, value in environment(2).items():
+        monkeypatch.setenv(name, value)
+
+
+def labels(folder: Path) -> list[NDArray[np.uint8]]:
+    found = []
+    for path in sorted(folder.glob("*_preds.h5")):
+        with h5py.File(path) as file:
+            found.append(file["labels"][:])
+    return found
+
+
+def test_a_run_on_gpus_with_little_memory_gives_the_labels_of_a_cpu(
+    tmp_path: Path, gpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest patch is that for which cuDNN finds an engine, with batches of two instead of four."""
+    folder = make_folder(tmp_path)
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    parameters = {"data": {"patch_size": "auto"}, "network": {"postprocessing_sizes": [-1, 5, 5]}}
+    more = {"parameters": parameters, "hyper_parameters": {"batch_size": 4}}
+    write_yaml(folder / "config.yaml", {**values, **more})
+    monkeypatch.setenv("FAKE_VOXELS", str(2 * 16**3))
+    monkeypatch.setenv("FAKE_ERROR", "GET was unable to find an engine to execute this computation")
+    output = call("semantic-predict", "--config-file", "config.yaml", "--device", "cuda", folder=folder)
+    assert "patch_size [16, 16, 16] is the largest that fits" in output
+    assert "on 2 cuda workers" in output and output.count(" done ") >= 3
+    found = labels(folder / "out")
+    shutil.rmtree(folder / "out")
+    del parameters["data"]
+    write_yaml(folder / "config.yaml", {**values, "parameters": parameters})
+    invoke("semantic-predict", "--config-file", "config.yaml", "--device", "cpu", folder=folder)
+    right = labels(folder / "out")
+    assert len(found) == len(right) == 3
+    # The batches change the last bits of what the CPU below the faked GPU computes.
+    assert all((one != other).mean() < 1e-3 for one, other in zip(found, right, strict=True))

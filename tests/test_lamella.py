@@ -235,23 +235,6 @@ def test_bad_input_is_refused_in_words(probabilities, labels, output, message):
     assert sorted(group) == ["l", "o", "p"]
 
 
-@pytest.mark.gpu
-def test_a_gpu_gives_the_golden_mask(small_blocks):
-    golden = expected("lamella_then_semantic")
-    group = zarr.group({})
-    output = group.create_array("output", shape=(72, 88, 80), chunks=(40, 40, 40), dtype="uint8")
-    postprocess_lamella(
-        golden["lamella_probs"],
-        golden["lamella_none"],
-        output,
-        threshold=0.9,
-        hull="slices",
-        work=group,
-        array_module="cupy",
-    )
-    np.testing.assert_array_equal(output[:], golden["lamella_slicewise"])
-
-
 # ------------------------------------------------------------------------------------------------------------ thickness
 
 

@@ -137,9 +137,10 @@ def read_mask(case, shape):
     return mask
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("case", golden.CASES)
-def test_predictions_equal_those_of_cryosiam(case):
-    expected, spec = golden.expected(case), golden_spec(case)
+def test_predictions_equal_those_of_cryosiam(case, device):
+    expected, spec = golden.expected(case), replace(golden_spec(case), device=device)
     voxels = mrcfile.read(golden.FOLDER / case / "data" / "tomo.mrc")
     mask = read_mask(case, voxels.shape) if case.startswith("masked") else np.ones(voxels.shape, np.int8)
     # Of the larger volumes every third patch, which takes in all positions along every axis.
@@ -455,30 +456,6 @@ def test_the_largest_patch_is_bounded_by_tomogram_and_memory(spec):
     assert largest_patch(spec, (100, 100, 100), 1) == spec.patch
     enough = peak_bytes(SMALL, (40, 40, 40))
     assert largest_patch(spec, (72, 72, 72), enough) == (40, 40, 40)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("decoder", ["fpn", "bifpn"])
-def test_the_gpu_agrees_with_the_cpu_for_every_batch(tmp_path, decoder):
-    architecture = replace(SMALL, decoder=decoder, bifpn_layers=2 * (decoder == "bifpn"))
-    spec = make_spec(checkpoints.write(tmp_path / "model.ckpt", architecture), batch_size=3)
-    patches = some_patches(7, spec)
-    on_cpu = predict_patches(load_predictor(spec), patches, EVERYTHING)
-    predictor = load_predictor(replace(spec, device="cuda"))
-    on_gpu = predict_patches(predictor, patches, EVERYTHING)
-    for name in ("probabilities", "distances"):
-        np.testing.assert_allclose(on_gpu[name], on_cpu[name], rtol=0, atol=1e-4)
-    for i, patch in enumerate(patches):
-        for name, values in predict_patches(predictor, patch[None], EVERYTHING).items():
-            np.testing.assert_array_equal(values[0], on_gpu[name][i])
-
-
-@pytest.mark.gpu
-def test_a_batch_too_large_for_the_gpu_is_an_error(tmp_path):
-    path = checkpoints.write(tmp_path / "model.ckpt")
-    spec = make_spec(path, device="cuda", patch=(256, 256, 256), batch_size=2**12)
-    with pytest.raises(DeviceError, match=r"batch_size 4096 and patch_size \[256, 256, 256\]"):
-        predict_patches(load_predictor(spec), some_patches(1, spec), {"labels"})
 
 
 class Small(torch.nn.Module):

@@ -32,12 +32,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cryosiam_dask.core.device import device_refuses, free_memory
 from cryosiam_dask.core.diagnosis import out_of_memory
 from cryosiam_dask.core.grid import Patch
 from cryosiam_dask.errors import CheckpointError, DeviceError
 from cryosiam_dask.model.architecture import default_threshold, peak_bytes, required_divisor, widest
 from cryosiam_dask.model.checkpoint import read_checkpoint
+from cryosiam_dask.model.device import device_refuses, free_memory
 from cryosiam_dask.model.network import build_network, convolve_with_onednn, fold_batch_norms
 
 _CACHED = 1 << 16  # voxels that fit into a processor's cache

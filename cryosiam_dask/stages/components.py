@@ -40,9 +40,9 @@ from scipy.sparse.csgraph import connected_components
 
 from cryosiam_dask.core.arrays import Sliceable, WritableArray
 from cryosiam_dask.core.blocks import Blocks, Index
-from cryosiam_dask.core.device import device_refuses, device_works, free_memory
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.errors import DeviceError, LabelsError
+from cryosiam_dask.model.device import device_refuses, device_works, free_memory, has_gpu, share_memory
 
 R = TypeVar("R")
 ArrayModule: TypeAlias = Literal["numpy", "cupy", "auto"]
@@ -106,7 +106,6 @@ def backend(array_module: ArrayModule) -> Backend:
         return Backend(np, ndimage.gaussian_filter1d, on_cpu, np.asarray)
     try:
         import cupy
-        import torch
 
         with _without_clara():
             from cucim.skimage import measure
@@ -118,13 +117,6 @@ def backend(array_module: ArrayModule) -> Backend:
             remedy="Install the extra, pip install 'cryosiam-dask[gpu-cu13]', or run on the CPU",
         ) from error
 
-    def allocate(size: int, device: int) -> int:
-        stream = cupy.cuda.get_current_stream().ptr
-        return int(torch.cuda.caching_allocator_alloc(size, device, stream))
-
-    def free(pointer: int, _: int) -> None:
-        torch.cuda.caching_allocator_delete(pointer)  # type: ignore[no-untyped-call]
-
     def on_gpu(block: Any, connectivity: int) -> tuple[Any, int]:
         labels, count = measure.label(block, background=0, connectivity=_REACH[connectivity], return_num=True)
         return labels, int(count)
@@ -134,9 +126,7 @@ def backend(array_module: ArrayModule) -> Backend:
         return ndimage.gaussian_filter1d(block.astype(np.float64), sigma, axis, output=block.dtype, **options)
 
     with device_works():
-        # Otherwise each library keeps freed memory that the other one needs.
-        torch.cuda.init()  # type: ignore[no-untyped-call]
-        cupy.cuda.set_allocator(cupy.cuda.PythonFunctionAllocator(allocate, free).malloc)
+        share_memory(cupy)
     return Backend(cupy, gaussian, on_gpu, cupy.asnumpy)
 
 
@@ -144,9 +134,7 @@ def _own_module(array_module: ArrayModule) -> ArrayModule:
     """Return which library of arrays this process uses."""
     if array_module != "auto":
         return array_module
-    import torch
-
-    return "cupy" if torch.cuda.is_available() else "numpy"
+    return "cupy" if has_gpu() else "numpy"
 
 
 @contextmanager

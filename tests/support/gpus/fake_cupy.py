@@ -138,6 +138,7 @@ def modules() -> dict[str, ModuleType]:
         PythonFunctionAllocator=PythonFunctionAllocator,
         set_allocator=lambda _: CALLS.update(["set_allocator"]),
         get_current_stream=lambda: SimpleNamespace(ptr=0),
+        runtime=SimpleNamespace(CUDARuntimeError=CUDARuntimeError, getDeviceCount=lambda: 0),
     )
     cupy.ndarray = Array
     cupy.asarray = lambda values, *a, **k: Array(np.array(getattr(values, "values", values), *a, **k))

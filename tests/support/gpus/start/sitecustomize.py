@@ -17,9 +17,11 @@ _FAKES = {"cupy": "cupy", "cupyx": "cupy", "cucim": "cupy", "dask_cuda": "dask_c
 class _Made(importlib.abc.Loader):
     """Loads a module that is faked as a whole."""
 
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        fake = importlib.import_module(f"support.gpus.fake_{_FAKES[spec.name.partition('.')[0]]}")
-        return dict(fake.modules())[spec.name]
+        return self.module
 
     def exec_module(self, module: ModuleType) -> None:
         pass
@@ -27,8 +29,9 @@ class _Made(importlib.abc.Loader):
 
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if name.partition(".")[0] in _FAKES:
-            return importlib.machinery.ModuleSpec(name, _Made(), is_package=True)
+        if fake := _FAKES.get(name.partition(".")[0]):
+            made = dict(importlib.import_module(f"support.gpus.fake_{fake}").modules()).get(name)
+            return None if made is None else importlib.machinery.ModuleSpec(name, _Made(made), is_package=True)
         if name != "torch":
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)

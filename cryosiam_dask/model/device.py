@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from cryosiam_dask.errors import LostDeviceError
 
@@ -87,8 +88,29 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def has_gpu() -> bool:
+    """Whether this process can use a GPU."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def free_memory() -> None:
     """Return to the GPU what PyTorch keeps of it; cupy, which allocates through PyTorch, keeps nothing."""
     import torch
 
     torch.cuda.empty_cache()
+
+
+def share_memory(cupy: Any) -> None:
+    """Let cupy allocate through PyTorch: otherwise each library keeps freed memory that the other one needs."""
+    import torch
+
+    def allocate(size: int, device: int) -> int:
+        return int(torch.cuda.caching_allocator_alloc(size, device, cupy.cuda.get_current_stream().ptr))
+
+    def free(pointer: int, _: int) -> None:
+        torch.cuda.caching_allocator_delete(pointer)  # type: ignore[no-untyped-call]
+
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    cupy.cuda.set_allocator(cupy.cuda.PythonFunctionAllocator(allocate, free).malloc)
