@@ -27,22 +27,27 @@ if __name__ == "__main__":
     from urllib.request import urlopen
 
     from cryosiam_dask.errors import CryosiamDaskError
-    from cryosiam_dask.model.predictor import name_of_gpu
+    from cryosiam_dask.model.predictor import has_gpu, name_of_gpu
     from cryosiam_dask.runs.cluster import open_cluster
+    from cryosiam_dask.runs.dask_executor import DaskExecutor
     from cryosiam_dask.runs.metrics import Collector
     from cryosiam_dask.runs.workers import ask, describe_devices
 
     try:
-        with open_cluster("cuda", 0, dashboard_address="127.0.0.1:0") as client:
+        with open_cluster("cuda", 0, cpu_workers=1, dashboard_address="127.0.0.1:0") as client:
             client.register_plugin(Collector())
             found = {
                 "devices": describe_devices(client, name_of_gpu),
                 "pinned": sorted(ask(client, os.getenv, "CUDA_VISIBLE_DEVICES").values()),
             }
+            executor = DaskExecutor(client, has_device=has_gpu)
+            for name, overlap in (("predict", True), ("label", False)):
+                used = executor.map(os.getenv, ["CUDA_VISIBLE_DEVICES"] * 20, name=name, overlap=overlap)
+                found[name] = sorted(set(used))
             for _ in range(600):
                 text = urlopen(client.dashboard_link.replace("/status", "/metrics"), timeout=30).read().decode()
                 found["metrics"] = [line for line in text.splitlines() if line.startswith("cryosiam_dask_gpu")]
-                if len(found["metrics"]) == 3 * len(found["pinned"]):
+                if len(found["metrics"]) == 6:
                     break
                 time.sleep(0.1)
             print(json.dumps(found))
@@ -63,11 +68,12 @@ def opened(folder: Path, count: int, **variables: object) -> str:
     return done.stdout
 
 
-def test_each_gpu_has_a_worker_and_tells_of_itself(tmp_path: Path) -> None:
+def test_each_gpu_has_a_worker_and_tells_of_itself_and_a_cpu_worker_helps(tmp_path: Path) -> None:
     """Also where one died while it started, and where the driver does not know which cores are near them."""
     found = json.loads(opened(tmp_path, 2, FAKE_AFFINITY="missing", FAKE_DIE_ONCE=tmp_path / "died"))
     assert (tmp_path / "died").exists()
-    assert found["devices"] == "cuda" and found["pinned"] == ["0,1", "1,0"]
+    assert found["devices"] == "cuda" and found["pinned"] == ["", "0,1", "1,0"]
+    assert found["predict"] == ["0,1", "1,0"] and found["label"] == [""]
     values = {re.sub(r"\{.*\}", "", line) for line in found["metrics"]}
     assert len(found["metrics"]) == 6 and values == {
         "cryosiam_dask_gpu_memory_used_bytes 1e+09",
@@ -110,6 +116,16 @@ def test_gpus_that_cannot_be_used_are_a_plain_error(
     for name, value in {"FAKE_GPUS": "2", **variables}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(DeviceError, match=message), open_cluster("cuda", 0, dashboard_address="127.0.0.1:0"):
+        pass
+
+
+def test_more_cpu_workers_than_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for made in (fake_dask_cuda.modules(), fake_pynvml.modules()):
+        for name, module in made.items():
+            monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setenv("FAKE_GPUS", "1")
+    wanted = r"asks for 99999 workers of about 1.5 GB each; found \d+ GB of memory. Ask for at most \d+"
+    with pytest.raises(DeviceError, match=wanted), open_cluster("cuda", 0, cpu_workers=99999):
         pass
 
 

@@ -32,10 +32,12 @@ from cryosiam_dask.errors import (
 from cryosiam_dask.files.header import TomogramHeader
 from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.model.predictor import (
+    has_gpu,
     largest_patch,
     load_predictor,
     memory_of_gpu,
     name_of_gpu,
+    on_device,
     require_precision,
     resolve_device,
     unused_gpu,
@@ -91,6 +93,7 @@ def segment(
     filename: str | None = None,
     device: Device = "auto",
     workers: int | None = None,
+    cpu_workers: int | None = None,
     scheduler: str | None = None,
     scheduler_file: Path | None = None,
     slurm: str | None = None,
@@ -118,6 +121,8 @@ def segment(
     workers
         Number of worker processes; ``None``: all visible GPUs, or as many as cores and memory allow. For a running
         cluster: how many to wait for.
+    cpu_workers
+        Number of workers without a GPU beside those with one; see `cryosiam_dask.runs.cluster.open_cluster`.
     scheduler, scheduler_file
         See `cryosiam_dask.runs.cluster.join_cluster`; ``None``: workers are started on this machine.
     slurm
@@ -256,13 +261,16 @@ def segment(
                 wanted = count or workers
                 inform(console, f"starting {counted(wanted, 'worker')}" if wanted else "starting a worker for each GPU")
                 client = stack.enter_context(
-                    open_cluster(chosen, count or workers or 0, dashboard_address=dashboard_address)
+                    open_cluster(
+                        chosen, count or workers or 0, cpu_workers=cpu_workers, dashboard_address=dashboard_address
+                    )
                 )
             found_device = describe_devices(client, name_of_gpu) if elsewhere or chosen == "cuda" else chosen
             if elsewhere:
                 chosen = _device_of(found_device, device)
                 for plan in plans:
-                    ask(client, require_precision, plan.configuration.hyper_parameters.precision, chosen)
+                    precision = plan.configuration.hyper_parameters.precision
+                    ask(client, on_device, chosen, require_precision, precision, chosen)
             if elsewhere or chosen == "cuda":
                 alone, shared, of_gpu = memory_of_workers(client, memory_of_gpu if chosen == "cuda" else None)
                 require_memory(plans, alone, of_gpu)
@@ -275,11 +283,14 @@ def segment(
                 inform(console, f"loading the network{'s' * (len([plan for plan in plans if plan.jobs]) > 1)}")
             for plan in plans:
                 if plan.jobs:
-                    setup = Setup(partial(load_predictor, plan.spec(chosen)))
+                    setup = Setup(partial(on_device, chosen, load_predictor, plan.spec(chosen)))
                     register_in_workers(client, setup, f"model {plan.name}")
+            running = len(client.nthreads())
+            computing = sum(ask(client, has_gpu).values()) if chosen == "cuda" else running
+            beside = f" and {running - computing} without a GPU beside them" if running > computing else ""
             inform(
                 console,
-                f"{counted(total, 'tomogram')} on {counted(len(client.nthreads()), f'{chosen} worker')}; "
+                f"{counted(total, 'tomogram')} on {counted(computing, f'{chosen} worker')}{beside}; "
                 f"dashboard {client.dashboard_link}",
             )
             largest = max(plans, key=lambda plan: plan.bytes_per_worker)
@@ -293,14 +304,16 @@ def segment(
                     else ""
                 ),
             )
-            pace = Pace(total, _network_voxels(plans), len(client.nthreads()))
+            pace = Pace(total, _network_voxels(plans), computing)
             reporter = Meter(Reporters(pace, make_reporter(console, pace), FileReporter(pace)), client)
 
             def watch(step: str, seconds: float | None) -> None:
                 reporter.watch(step, seconds)
                 pace.watch(step, seconds)
 
-            executor = DaskExecutor(client, watch=watch, inform=reporter.inform)
+            executor = DaskExecutor(
+                client, watch=watch, inform=reporter.inform, has_device=has_gpu if chosen == "cuda" else None
+            )
             try:
                 outcomes = run(plans, reporter, device=chosen, executor=executor, timeline=timeline, stop=stop)
             finally:

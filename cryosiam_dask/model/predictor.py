@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from itertools import cycle
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,7 @@ _CACHED = 1 << 16  # voxels that fit into a processor's cache
 #: Held while computing: a worker of a pipeline has several networks, but memory and a core for one at a time.
 _TURN = threading.Lock()
 
+R = TypeVar("R")
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
@@ -251,6 +252,16 @@ def name_of_gpu() -> str | None:
         return None
     properties = torch.cuda.get_device_properties(0)
     return f"{properties.name} {getattr(properties, 'uuid', '')}".strip()
+
+
+def has_gpu() -> bool:
+    """Whether this process can use a GPU."""
+    return bool(torch.cuda.is_available())
+
+
+def on_device(device: Literal["cpu", "cuda"], function: Callable[..., R], *arguments: object) -> R | None:
+    """Call a function, unless GPUs are used and this process, which helps those with a GPU, has none."""
+    return function(*arguments) if device == "cpu" or has_gpu() else None
 
 
 def count_of_gpus() -> int:

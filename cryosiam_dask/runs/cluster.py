@@ -31,13 +31,14 @@ from distributed.security import Security
 from distributed.utils import clean_dashboard_address
 
 from cryosiam_dask.core.log import LOG
+from cryosiam_dask.core.machine import cores, memory_of_machine
 from cryosiam_dask.errors import (
     ClusterError,
     CryosiamDaskError,
     DeviceError,
 )
 from cryosiam_dask.runs.dask_executor import THREADS, TRIES
-from cryosiam_dask.runs.workers import Setup, leave_at_once, register_in_workers, require_versions
+from cryosiam_dask.runs.workers import HELPER_BYTES, Setup, leave_at_once, register_in_workers, require_versions
 
 #: Make glibc keep freed memory in one heap for all threads, for the network's next layer and patch. Otherwise every
 #: large tensor is mapped anew, and the kernel spends much CPU time clearing its pages.
@@ -62,6 +63,7 @@ def open_cluster(
     device: Literal["cpu", "cuda"],
     workers: int,
     *,
+    cpu_workers: int | None = None,
     dashboard_address: str = "127.0.0.1:8787",
     scratch: str | None = None,
 ) -> Iterator[Client]:
@@ -76,6 +78,8 @@ def open_cluster(
         ``"cuda"``: one worker for each visible GPU, pinned to it. ``"cpu"``: workers that compute in one thread.
     workers
         Number of workers; for ``"cuda"`` at most the number of visible GPUs, 0 for all of them.
+    cpu_workers
+        Number of workers without a GPU beside those of ``"cuda"``; ``None``: see `default_cpu_workers`.
     dashboard_address
         Where the Dask dashboard listens; if its port is in use, another port of the same host.
     scratch
@@ -88,7 +92,8 @@ def open_cluster(
     Raises
     ------
     DeviceError
-        If GPUs were asked for and dask-cuda or enough GPUs are missing.
+        If GPUs were asked for and dask-cuda or enough GPUs are missing, or the memory does not suffice for
+        `cpu_workers`.
     ClusterError
         If workers cannot start or repeatedly die while starting, or the dashboard cannot listen at the address.
     """
@@ -112,7 +117,7 @@ def open_cluster(
         warnings.filterwarnings("ignore", message="Port .* is already in use")
         warnings.filterwarnings("ignore", message="Cannot get CPU affinity")  # the workers may use all cores then
         if device == "cuda":
-            cluster = _start(lambda: _cuda_cluster(workers, {"security": Security.temporary(), **options}))
+            cluster = _start(lambda: _cuda_cluster(workers, cpu_workers, {"security": Security.temporary(), **options}))
         else:
             options |= {"n_workers": workers, "threads_per_worker": THREADS, "processes": True}
             cluster = _start(lambda: LocalCluster(security=Security.temporary(), **options))
@@ -377,7 +382,12 @@ def _interrupts_blocked() -> Iterator[None]:
 _WITHOUT_GPUS = "or use --device cpu"
 
 
-def _cuda_cluster(workers: int, options: dict[str, Any]) -> Any:
+def default_cpu_workers(gpus: int) -> int:
+    """Return the number of workers beside those with GPUs: one for each core that is left, in half of the memory."""
+    return max(0, min(cores() - gpus, memory_of_machine() // 2 // HELPER_BYTES))
+
+
+def _cuda_cluster(workers: int, cpu_workers: int | None, options: dict[str, Any]) -> Any:
     visible = _visible_gpus()
     if len(visible) < max(1, workers):
         raise DeviceError(
@@ -385,16 +395,33 @@ def _cuda_cluster(workers: int, options: dict[str, Any]) -> Any:
             value=f"{len(visible)} visible (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')})",
             remedy="Ask for fewer, or make more GPUs visible",
         )
+    count = workers or len(visible)
+    if cpu_workers is None:
+        cpu_workers = default_cpu_workers(count)
+    elif cpu_workers * HELPER_BYTES > memory_of_machine():
+        raise DeviceError(
+            f"--cpu-workers asks for {cpu_workers} workers of about {HELPER_BYTES / 1e9:g} GB each",
+            value=f"{memory_of_machine() / 1e9:.0f} GB of memory",
+            remedy=f"Ask for at most {default_cpu_workers(count)}, or leave the option out",
+        )
     from dask_cuda import LocalCUDACluster
 
     logging.getLogger("asyncio").addFilter(_not_of_a_nanny)
-    count = workers or len(visible)
     cluster = LocalCUDACluster(n_workers=count, threads_per_worker=THREADS, **options)
     # It also opens if workers died while they started, and starts no others.
     started = {worker.name for worker in cluster.scheduler.workers.values()}
     if dead := [str(name) for name in cluster.worker_spec if name not in started]:
         cluster.close()
         raise _DeadWorkersError(f"{len(dead)} of {count} died while starting, on GPU {', '.join(sorted(dead))}")
+    helper = {
+        **{name: value for name, value in cluster.new_spec["options"].items() if not name.startswith("preload")},
+        "env": {"CUDA_VISIBLE_DEVICES": ""},
+        # It would tell of the first GPU of the machine.
+        "config": dask.config.merge(dask.config.config, {"distributed": {"diagnostics": {"nvml": False}}}),
+    }
+    for number in range(cpu_workers):
+        cluster.worker_spec[f"cpu-{number}"] = {"cls": cluster.new_spec["cls"], "options": helper}
+    cluster.sync(cluster._correct_state)
     return cluster
 
 

@@ -460,7 +460,8 @@ class RunPlan:
             return {"a worker": host - _PROCESS_BYTES - self.network_bytes}
         batch = self.configuration.hyper_parameters.batch_size
         network = peak_bytes(self.checkpoint.architecture, self.patch, batch)
-        return {_GPU: int(USABLE * device) - network, "a worker": host - _PROCESS_BYTES}
+        # `block_bytes` counts two blocks, but three are in flight beside a GPU: see `runs.dask_executor`.
+        return {_GPU: int(USABLE * device) - network, "a worker": (host - _PROCESS_BYTES) * 2 // 3}
 
     def _block_size_in(self, room: int) -> int:
         return self.configuration.block_size or min(self._largest_block_size(shape, room) for shape in self._shapes)
