@@ -57,7 +57,7 @@ from cryosiam_dask.runs.collection import (
     remove_left_overs,
     run,
 )
-from cryosiam_dask.runs.dask_executor import DaskExecutor
+from cryosiam_dask.runs.dask_executor import IN_FLIGHT, IN_FLIGHT_ON_DEVICE, DaskExecutor
 from cryosiam_dask.runs.metrics import Meter
 from cryosiam_dask.runs.outcome import Outcome
 from cryosiam_dask.runs.plan import (
@@ -294,9 +294,11 @@ def segment(
                 f"dashboard {client.dashboard_link}",
             )
             largest = max(plans, key=lambda plan: plan.bytes_per_worker)
+            in_flight = IN_FLIGHT if chosen == "cpu" else IN_FLIGHT_ON_DEVICE
             inform(
                 console,
-                f"memory of a worker: about {math.ceil(largest.block_bytes / 1e8) / 10} GB for two blocks, "
+                f"memory of a worker: about {math.ceil(largest.block_bytes * in_flight / 2e8) / 10} GB for "
+                f"{in_flight} blocks, "
                 f"{math.ceil(largest.network_bytes / 1e8) / 10} GB for the network"
                 + (
                     f" and each of {largest.configuration.hyper_parameters.batch_size} patches, on its GPU"
