@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from enum import StrEnum
+from inspect import Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -32,7 +33,6 @@ from cryosiam_dask._version import __version__
 from cryosiam_dask.errors import ClusterError, CryosiamDaskError, DiskError
 
 if TYPE_CHECKING:
-    from cryosiam_dask.config import Configuration
     from cryosiam_dask.runs.outcome import Outcome
 
 #: CryoSiam's commands that have another name here.
@@ -255,61 +255,7 @@ PerformanceReport = Annotated[
 ]
 
 
-@app.command(cls=Configured)
-def denoise_predict(
-    config_file: ConfigFile,
-    filename: Filename = None,
-    device: DeviceOption = Device.auto,
-    workers: Workers = None,
-    overwrite: Overwrite = False,
-    overwrite_all: OverwriteAll = False,
-    dashboard_address: Dashboard = "127.0.0.1:8787",
-    timeline: Timeline = False,
-    scheduler: Scheduler = None,
-    scheduler_file: SchedulerFile = None,
-    slurm: Slurm = None,
-    worker_timeout: WorkerTimeout = None,
-    performance_report: PerformanceReport = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    as_json: OutcomesAsJson = False,
-) -> None:
-    """Denoise every raw tomogram: the first step before lamella and semantic segmentation.
-
-    Example: cryosiam-dask denoise-predict --config-file configs/config_denoising.yaml
-    """
-    _segment("denoise", **locals())
-
-
-@app.command(cls=Configured)
-def semantic_predict(
-    config_file: ConfigFile,
-    model: Model = None,
-    filename: Filename = None,
-    device: DeviceOption = Device.auto,
-    workers: Workers = None,
-    overwrite: Overwrite = False,
-    overwrite_all: OverwriteAll = False,
-    dashboard_address: Dashboard = "127.0.0.1:8787",
-    timeline: Timeline = False,
-    scheduler: Scheduler = None,
-    scheduler_file: SchedulerFile = None,
-    slurm: Slurm = None,
-    worker_timeout: WorkerTimeout = None,
-    performance_report: PerformanceReport = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    as_json: OutcomesAsJson = False,
-) -> None:
-    """Predict the lamella or the semantic classes of every tomogram with one model; of a pipeline, the last.
-
-    Example: cryosiam-dask semantic-predict --config-file configs/config_lamella.yaml
-    """
-    _segment("segment", **locals())
-
-
-@app.command(cls=Configured)
-def run(
+def _of_run(
     config_file: ConfigFile,
     model: OnlyModel = None,
     filename: Filename = None,
@@ -328,11 +274,69 @@ def run(
     verbose: Verbose = False,
     as_json: OutcomesAsJson = False,
 ) -> None:
+    """Declare the options of the commands that run models."""
+
+
+def _of_predictions(
+    config_file: ConfigFile,
+    model: Model = None,
+    filename: Filename = None,
+    workers: Workers = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: OutcomesAsJson = False,
+) -> None:
+    """Declare the options of the commands on existing predictions; a command's own stand before ``--workers``."""
+
+
+def _options(declared: Callable[..., None], **others: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command, which takes them as keywords, the options of a declaration.
+
+    `others` replace some of the declared annotations; ``None`` leaves an option out.
+    """
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        *own, _ = signature(command, eval_str=True).parameters.values()
+        shared = [
+            each.replace(annotation=others.get(name, each.annotation))
+            for name, each in signature(declared, eval_str=True).parameters.items()
+            if others.get(name, each) is not None
+        ]
+        where = [each.name for each in shared].index("workers")
+        command.__signature__ = Signature([*shared[:where], *own, *shared[where:]])  # type: ignore[attr-defined]
+        return command
+
+    return add
+
+
+@app.command(cls=Configured)
+@_options(_of_run, model=None)
+def denoise_predict(**options: Any) -> None:
+    """Denoise every raw tomogram: the first step before lamella and semantic segmentation.
+
+    Example: cryosiam-dask denoise-predict --config-file configs/config_denoising.yaml
+    """
+    _segment("denoise", **options)
+
+
+@app.command(cls=Configured)
+@_options(_of_run, model=Model)
+def semantic_predict(**options: Any) -> None:
+    """Predict the lamella or the semantic classes of every tomogram with one model; of a pipeline, the last.
+
+    Example: cryosiam-dask semantic-predict --config-file configs/config_lamella.yaml
+    """
+    _segment("segment", **options)
+
+
+@app.command(cls=Configured)
+@_options(_of_run)
+def run(**options: Any) -> None:
     """Predict with all models of a file: the lamella of every tomogram and, inside it, its semantic classes.
 
     Example: cryosiam-dask run configs/pipeline.yaml
     """
-    _segment("all", **locals())
+    _segment("all", **options)
 
 
 def _segment(
@@ -390,60 +394,58 @@ def status(
         print_overview(config_file, Console(emoji=False), model=model, as_json=as_json)
 
 
-@app.command(cls=Configured)
-def semantic_postprocess(
-    config_file: ConfigFile,
-    model: Model = None,
-    filename: Filename = None,
-    workers: Workers = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    as_json: OutcomesAsJson = False,
+def _on_predictions(
+    action: str,
+    config_file: Path,
+    model: str | None,
+    filename: str | None,
+    quiet: bool,
+    verbose: bool,
+    as_json: bool,
+    sizes: bool = False,
+    **options: Any,
 ) -> None:
+    """Call a function of `cryosiam_dask.commands.written`, once there are a configuration and predictions for it."""
+    with _plain_errors():
+        # Slow imports come after the checks of what a user may have mistyped.
+        from cryosiam_dask.config import read_model
+        from cryosiam_dask.runs.find import find_predictions
+
+        configuration = read_model(config_file, model)
+        find_predictions(configuration, filename, sizes=sizes)
+        from cryosiam_dask.commands import written
+
+        console = _console(quiet, verbose, as_json)
+        _exit(getattr(written, action)(configuration, console, filename=filename, **options), as_json=as_json)
+
+
+@app.command(cls=Configured)
+@_options(_of_predictions)
+def semantic_postprocess(**options: Any) -> None:
     """Apply postprocessing_sizes to existing predictions, without inference.
 
     Example: cryosiam-dask semantic-postprocess --config-file configs/config_semantic.yaml
     """
-    with _plain_errors():
-        configuration = _predicted(config_file, model, filename, sizes=True)
-        from cryosiam_dask.commands.written import postprocess_again
-
-        console = _console(quiet, verbose, as_json)
-        _exit(postprocess_again(configuration, console, filename=filename, workers=workers), as_json=as_json)
+    _on_predictions("postprocess_again", sizes=True, **options)
 
 
 @app.command(cls=Configured)
-def components(
-    config_file: ConfigFile,
-    model: Model = None,
-    filename: Filename = None,
-    workers: Workers = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    as_json: OutcomesAsJson = False,
-) -> None:
+@_options(_of_predictions)
+def components(**options: Any) -> None:
     """Number and measure the connected components of existing predictions.
 
     Example: cryosiam-dask components --config-file configs/config_semantic.yaml
     """
-    with _plain_errors():
-        configuration = _predicted(config_file, model, filename)
-        from cryosiam_dask.commands.written import measure_predictions
-
-        console = _console(quiet, verbose, as_json)
-        _exit(measure_predictions(configuration, console, filename=filename, workers=workers), as_json=as_json)
+    _on_predictions("measure_predictions", **options)
 
 
 @app.command(cls=Configured)
+@_options(_of_predictions)
 def semantic_to_centers(
-    config_file: ConfigFile,
-    model: Model = None,
-    filename: Filename = None,
     min_voxels: Annotated[
         int | None,
         typer.Option(
-            help="Leave out components with at most this many voxels. Default: the key min_voxels.",
-            **_numbers(int, 0),
+            help="Leave out components with at most this many voxels. Default: the key min_voxels.", **_numbers(int, 0)
         ),
     ] = None,
     erode: Annotated[
@@ -457,30 +459,13 @@ def semantic_to_centers(
             **_choices(ListForm),
         ),
     ] = ListForm.relion,
-    workers: Workers = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    as_json: OutcomesAsJson = False,
+    **options: Any,
 ) -> None:
     """List the component centres of each class in STAR files for RELION 5 and Warp, and in CSV files.
 
     Example: cryosiam-dask semantic-to-centers --config-file configs/config_semantic.yaml --min-voxels 10
     """
-    with _plain_errors():
-        configuration = _predicted(config_file, model, filename)
-        from cryosiam_dask.commands.written import list_particles
-
-        console = _console(quiet, verbose, as_json)
-        outcomes = list_particles(
-            configuration,
-            console,
-            filename=filename,
-            min_voxels=min_voxels,
-            erode=erode,
-            form=form.value,
-            workers=workers,
-        )
-        _exit(outcomes, as_json=as_json)
+    _on_predictions("list_particles", min_voxels=min_voxels, erode=erode, form=form.value, **options)
 
 
 @app.command(cls=Configured)
@@ -502,10 +487,8 @@ def report(config_file: ConfigFile, model: Model = None) -> None:
 
 
 @app.command(cls=Configured)
+@_options(_of_predictions)
 def export(
-    config_file: ConfigFile,
-    model: Model = None,
-    filename: Filename = None,
     formats: Annotated[
         list[Format] | None,
         typer.Option(
@@ -515,10 +498,7 @@ def export(
     per_class: Annotated[
         bool, typer.Option("--per-class", help="Write MRC as one mask for each class, <stem>__<class>.mrc.")
     ] = False,
-    workers: Workers = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    as_json: OutcomesAsJson = False,
+    **options: Any,
 ) -> None:
     """Write existing predictions as OME-Zarr (with their tomograms) or MRC, without inference.
 
@@ -526,16 +506,8 @@ def export(
 
     Example: cryosiam-dask export --config-file configs/config_semantic.yaml --format mrc --per-class
     """
-    with _plain_errors():
-        configuration = _predicted(config_file, model, filename)
-        from cryosiam_dask.commands.written import export_predictions
-
-        names = [each.value for each in formats or ()]
-        console = _console(quiet, verbose, as_json)
-        outcomes = export_predictions(
-            configuration, console, formats=names, per_class=per_class, filename=filename, workers=workers
-        )
-        _exit(outcomes, as_json=as_json)
+    names = [each.value for each in formats or ()]
+    _on_predictions("export_predictions", formats=names, per_class=per_class, **options)
 
 
 @app.command(cls=Configured)
@@ -697,10 +669,7 @@ def convert(
     ],
     level: Annotated[
         int,
-        typer.Option(
-            help="Level of an OME-Zarr image; 0 is full resolution.",
-            **_numbers(int, 0),
-        ),
+        typer.Option(help="Level of an OME-Zarr image; 0 is full resolution.", **_numbers(int, 0)),
     ] = 0,
     dataset: Annotated[str | None, typer.Option(help="Dataset of an HDF5 file with more than one volume.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.zarr.")] = False,
@@ -741,17 +710,11 @@ def processing_invert_scale(
     invert: Annotated[bool, typer.Option("--invert", help="Change the sign: dark becomes bright.")] = False,
     lower_end_percentage: Annotated[
         float | None,
-        typer.Option(
-            help="Percentile of the (inverted) intensities that becomes 0.",
-            **_numbers(float, 0, 100),
-        ),
+        typer.Option(help="Percentile of the (inverted) intensities that becomes 0.", **_numbers(float, 0, 100)),
     ] = None,
     upper_end_percentage: Annotated[
         float | None,
-        typer.Option(
-            help="Percentile of the (inverted) intensities that becomes 1.",
-            **_numbers(float, 0, 100),
-        ),
+        typer.Option(help="Percentile of the (inverted) intensities that becomes 1.", **_numbers(float, 0, 100)),
     ] = None,
 ) -> None:
     """Invert the intensities of tomograms and scale them to 0 to 1, as float32 MRC files.
@@ -783,17 +746,11 @@ def match_pixel_size(
     output_path: Annotated[Path, typer.Argument(metavar="OUT", help="MRC file to write, or folder for them.")],
     pixel_size: Annotated[
         float,
-        typer.Option(
-            help="Voxel size of the result in Å.",
-            **_numbers(float, 0.01),
-        ),
+        typer.Option(help="Voxel size of the result in Å.", **_numbers(float, 0.01)),
     ],
     input_pixel_size: Annotated[
         float | None,
-        typer.Option(
-            help="Voxel size of the input in Å. Default: that of its header.",
-            **_numbers(float, 0.01),
-        ),
+        typer.Option(help="Voxel size of the input in Å. Default: that of its header.", **_numbers(float, 0.01)),
     ] = None,
 ) -> None:
     """Resample tomograms to another voxel size by cropping or padding their Fourier transforms; values keep their
@@ -874,16 +831,6 @@ def demo(
             prepare_demo(output, console)
         else:
             _exit(run_demo(output, console, device=device.value, workers=workers))
-
-
-def _predicted(config_file: Path, model: str | None, filename: str | None = None, **needed: bool) -> Configuration:
-    """Read the configuration of a command on predictions, and check that there are any before slow imports."""
-    from cryosiam_dask.config import read_model
-    from cryosiam_dask.runs.find import find_predictions
-
-    configuration = read_model(config_file, model)
-    find_predictions(configuration, filename, **needed)
-    return configuration
 
 
 def _console(quiet: bool, verbose: bool, as_json: bool = False) -> Console:

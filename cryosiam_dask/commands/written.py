@@ -16,9 +16,7 @@ from cryosiam_dask.config import Configuration
 from cryosiam_dask.core.executor import with_retries
 from cryosiam_dask.core.log import LOG, logged
 from cryosiam_dask.core.machine import cores
-from cryosiam_dask.errors import (
-    ConfigurationError,
-)
+from cryosiam_dask.errors import ConfigurationError
 from cryosiam_dask.files.folders import left_out
 from cryosiam_dask.runs.cluster import open_cluster
 from cryosiam_dask.runs.dask_executor import DaskExecutor
@@ -27,10 +25,7 @@ from cryosiam_dask.runs.fingerprint import removal_of
 from cryosiam_dask.runs.ledger import read_outcomes
 from cryosiam_dask.runs.outcome import Outcome
 from cryosiam_dask.runs.progress import FileReporter, Pace, Reporters, make_reporter
-from cryosiam_dask.runs.workers import (
-    forwarded_warnings,
-    log_workers,
-)
+from cryosiam_dask.runs.workers import forwarded_warnings, log_workers
 from cryosiam_dask.runs.written import export, list_centers, measure, postprocess
 from cryosiam_dask.stages.export import other_formats
 
@@ -46,10 +41,8 @@ def postprocess_again(
     configuration, console, filename, workers
         See `cryosiam_dask.commands.segment.segment`.
     """
-    predictions = find_predictions(configuration, filename, sizes=True)
-    open_logs("semantic-postprocess", [configuration], console)
-    _note_left_out(configuration, filename, console)
-    outcomes = _with_predictions(partial(postprocess, configuration, predictions), len(predictions), console, workers)
+    action = partial(postprocess, configuration)
+    outcomes = _with_predictions("semantic-postprocess", action, configuration, filename, console, workers, sizes=True)
     report_on(configuration, outcomes, console)
     return outcomes
 
@@ -65,10 +58,8 @@ def measure_predictions(
     configuration, console, filename, workers
         See `cryosiam_dask.commands.segment.segment`.
     """
-    predictions = find_predictions(configuration, filename)
-    open_logs("components", [configuration], console)
-    _note_left_out(configuration, filename, console)
-    outcomes = _with_predictions(partial(measure, configuration, predictions), len(predictions), console, workers)
+    action = partial(measure, configuration)
+    outcomes = _with_predictions("components", action, configuration, filename, console, workers)
     report_on(configuration, outcomes, console)
     return outcomes
 
@@ -112,11 +103,8 @@ def export_predictions(
             value=list(configuration.output_formats),
             remedy="Add 'ome-zarr' or 'mrc' to it, or give --format",
         )
-    predictions = find_predictions(configuration, filename)
-    open_logs("export", [configuration], console)
-    _note_left_out(configuration, filename, console)
-    action = partial(export, configuration, predictions, formats=formats, per_class=per_class)
-    return _with_predictions(action, len(predictions), console, workers)
+    action = partial(export, configuration, formats=formats, per_class=per_class)
+    return _with_predictions("export", action, configuration, filename, console, workers)
 
 
 @logged
@@ -139,11 +127,8 @@ def list_particles(
     min_voxels, erode, form
         See `cryosiam_dask.runs.written.list_centers`.
     """
-    predictions = find_predictions(configuration, filename)
-    open_logs("semantic-to-centers", [configuration], console)
-    _note_left_out(configuration, filename, console)
-    action = partial(list_centers, configuration, predictions, min_voxels=min_voxels, erode=erode, form=form)
-    return _with_predictions(action, len(predictions), console, workers)
+    action = partial(list_centers, configuration, min_voxels=min_voxels, erode=erode, form=form)
+    return _with_predictions("semantic-to-centers", action, configuration, filename, console, workers)
 
 
 def _note_left_out(configuration: Configuration, filename: str | None, console: Console) -> None:
@@ -233,16 +218,26 @@ def report_on(
 
 
 def _with_predictions(
-    action: Callable[..., list[Outcome]], count: int, console: Console, workers: int | None
+    command: str,
+    action: Callable[..., list[Outcome]],
+    configuration: Configuration,
+    filename: str | None,
+    console: Console,
+    workers: int | None,
+    sizes: bool = False,
 ) -> list[Outcome]:
-    """Run an action on existing predictions with CPU workers, and print the outcomes."""
-    inform(console, f"starting {counted(workers or cores(), 'worker')}")
-    with open_cluster("cpu", workers or cores()) as client, forwarded_warnings(client):
+    """Run the action of a command on existing predictions with CPU workers, and print the outcomes."""
+    predictions = find_predictions(configuration, filename, sizes=sizes)
+    open_logs(command, [configuration], console)
+    _note_left_out(configuration, filename, console)
+    count = workers or cores()
+    inform(console, f"starting {counted(count, 'worker')}")
+    with open_cluster("cpu", count) as client, forwarded_warnings(client):
         log_workers(client, "cpu")
-        pace = Pace(count)
+        pace = Pace(len(predictions))
         reporter = Reporters(pace, make_reporter(console, pace), FileReporter(pace))
         try:
-            outcomes = action(reporter, executor=DaskExecutor(client))
+            outcomes = action(predictions, reporter, executor=DaskExecutor(client))
         finally:
             reporter.close()
     print_table(console, outcomes)
