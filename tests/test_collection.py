@@ -138,7 +138,7 @@ def test_a_name_that_no_output_can_have_fails_its_tomogram_alone(folder: Path) -
     for stem in ("tab\\t", "TS_\\udcb5"):
         assert "its name must be UTF-8 text without tabs" in str(refused[stem])
     assert f"its name must have at most {LONGEST} bytes" in str(refused[long])
-    problems = forecast(found.configuration, found).all_problems
+    problems = forecast(found).all_problems
     assert set(problems) == {str(error) for error in refused.values()}
     outcomes = {outcome.stem: outcome for outcome in run(found, Listener())}
     assert outcomes.pop("good").status == "done"

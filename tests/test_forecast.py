@@ -83,7 +83,7 @@ def configure(folder: Path, *, data: dict[str, Any] | None = None, network: dict
 
 
 def predicted(configuration: Configuration, **options: Any) -> Forecast:
-    return forecast(configuration, plan_run(configuration), **options)
+    return forecast(plan_run(configuration), **options)
 
 
 def of(found: Forecast, stem: str = "TS_1") -> TomogramForecast:
@@ -114,9 +114,9 @@ def test_the_time_of_a_run_is_told_from_the_latest_like_it(folder: Path) -> None
     twice = pace_of_runs(plan, "cpu", 4)
     assert twice is not None and twice.patches_per_second == pytest.approx(2 * pace.patches_per_second)
     assert pace_of_runs(plan, "cpu", None) == pace
-    found = forecast(configuration, plan, pace=pace)
+    found = forecast(plan, pace=pace)
     assert found.seconds == pytest.approx(2 * patches / pace.patches_per_second) and found.pace == pace.source
-    assert forecast(configuration, plan).seconds is None
+    assert forecast(plan).seconds is None
     record("f", 0, 1, device="cuda", run="3", workers=8)
     of_gpus = pace_of_runs(plan, "cuda", None)
     assert of_gpus is not None and of_gpus.source.endswith("1 tomogram on 8 cuda workers")
@@ -351,7 +351,7 @@ def test_a_run_says_what_was_said_before_it(folder: Path, classes: int) -> None:
     for name, change in UNFIT.items():
         write_tomogram(folder / "data" / f"{name}.mrc", change(voxels))
     planned = plan_run(configure(folder)).with_shapes()
-    before = forecast(planned.configuration, planned)
+    before = forecast(planned)
     outcomes = {outcome.stem: outcome for outcome in run(planned, Silent())}
     recorded = read_outcomes(planned.configuration.prediction_folder)
     assert len(outcomes) == len(UNFIT)
@@ -372,7 +372,7 @@ def test_a_mask_of_another_shape_is_said_and_one_of_other_proportions_fails_alon
     write_mask(folder / "masks" / "TS_1_preds.h5", np.ones([n // 2 for n in SHAPE], np.uint8))
     write_mask(folder / "masks" / "TS_2_preds.h5", np.ones(SHAPE[::-1], np.uint8))
     planned = plan_run(configure(folder, mask_folder=str(folder / "masks"))).with_shapes()
-    found = forecast(planned.configuration, planned)
+    found = forecast(planned)
     said = f"{folder}/masks/TS_1_preds.h5 has 20 × 18 × 22 voxels and is resized to 40 × 36 × 44"
     first, second = run(planned, Silent())
     assert any(said in warning for warning in of(found).warnings) and found.status == 1

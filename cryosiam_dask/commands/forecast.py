@@ -1,6 +1,6 @@
 """Forecast what a run will read, compute and write, and what it will cost, without writing anything.
 
-`forecast` takes a configuration and its plan (see `cryosiam_dask.runs.plan`); a run of several models has a forecast
+`forecast` takes a plan (see `cryosiam_dask.runs.plan`); a run of several models has a forecast
 for each. For every tomogram that the plan does not skip it
 
 1. reads the header and a sample of the intensities (see `cryosiam_dask.stages.intensities`), since a wrong scaling is
@@ -27,22 +27,25 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+from pydantic_core import to_jsonable_python
 
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.core.diagnosis import Intensities
 from cryosiam_dask.core.grid import Grid, make_grid
-from cryosiam_dask.core.json_values import as_json
 from cryosiam_dask.errors import CryosiamDaskError, DeviceError, TomogramError
 from cryosiam_dask.files.header import TomogramHeader
 from cryosiam_dask.files.mask import Mask, read_stored
 from cryosiam_dask.files.tomogram import read_header, read_part
-from cryosiam_dask.files.zarr import ZarrHeader
 from cryosiam_dask.runs.find import find_tomograms
 from cryosiam_dask.runs.fingerprint import removal_sizes
 from cryosiam_dask.runs.ledger import read_outcomes
 from cryosiam_dask.runs.plan import Job, RunPlan
-from cryosiam_dask.stages.export import format_path, other_formats
+from cryosiam_dask.stages.components import REMOVAL_BYTES
+from cryosiam_dask.stages.export import format_path, most_bytes_of_formats, other_formats
+from cryosiam_dask.stages.ingest import compresses, copy_bytes
 from cryosiam_dask.stages.intensities import intensities, sample_file, spread_regions
+from cryosiam_dask.stages.lamella import WORK_BYTES
+from cryosiam_dask.stages.measurements import INSTANCE_BYTES, component_files
 from cryosiam_dask.stages.preview import most_bytes, preview_file
 
 MASK_VOXELS = 1 << 31  # read from all masks together, in a few seconds
@@ -251,7 +254,7 @@ class Forecast:
 
     def as_json(self) -> dict[str, Any]:
         """Return the same as JSON values, in the units of the attributes."""
-        values: dict[str, Any] = as_json(self)
+        values = to_jsonable_python(self, inf_nan_mode="null", fallback=str)
         return {**values, "problems": list(self.all_problems)}
 
     @property
@@ -293,9 +296,9 @@ class PipelineForecast:
 
     def as_json(self) -> dict[str, Any]:
         """Return the same as JSON values; see `Forecast`."""
-        values: dict[str, Any] = {**as_json(self), "seconds": self.seconds}
+        values = to_jsonable_python(self, inf_nan_mode="null", fallback=str)
         stages = {name: stage.as_json() for name, stage in self.stages.items()}
-        return {**values, "stages": stages, "problems": list(self.all_problems)}
+        return {**values, "seconds": self.seconds, "stages": stages, "problems": list(self.all_problems)}
 
     @property
     def status(self) -> int:
@@ -444,13 +447,12 @@ def forecast_pipeline(
     for plan, pace in zip_longest(plans, paces):
         kept = last if plan is not plans[-1] else ()  # in the work store of the last model
         stages[plan.name] = found = _forecast_model(plan, workers, memory_bytes, pace, sampled, kept)
-        needs += _needs(plan.configuration, found.tomograms, concurrent)
+        needs += _needs(plan, found.tomograms, concurrent)
     disks = _disks(needs)
     return PipelineForecast(stages, disks, *_check_disks(disks))
 
 
 def forecast(
-    configuration: Configuration,
     plan: RunPlan,
     *,
     workers: int = 1,
@@ -462,8 +464,8 @@ def forecast(
 
     Parameters
     ----------
-    configuration, plan
-        The YAML file, and its plan from `cryosiam_dask.runs.plan.plan_run`.
+    plan
+        From `cryosiam_dask.runs.plan.plan_run`.
     workers
         Number of worker processes; small tomograms have smaller blocks for more workers.
     concurrent
@@ -473,8 +475,8 @@ def forecast(
     pace
         Of the model, if known.
     """
-    found = _forecast_model(replace(plan, configuration=configuration), workers, memory_bytes, pace, {})
-    disks = _disks(_needs(configuration, found.tomograms, concurrent))
+    found = _forecast_model(plan, workers, memory_bytes, pace, {})
+    disks = _disks(_needs(plan, found.tomograms, concurrent))
     warnings, problems = _check_disks(disks)
     return replace(found, disks=disks, warnings=(*found.warnings, *warnings), problems=problems)
 
@@ -495,15 +497,15 @@ def _forecast_model(
     configuration = plan.configuration
     voxels = max(_LEAST_MASK_VOXELS, MASK_VOXELS // max(1, len(plan.jobs)))
     tomograms = [
-        *(_tomogram(configuration, plan, job, workers, voxels, job.stem in converted, sampled) for job in plan.jobs),
-        *(_forecast_incomplete(configuration, plan, job) for job in plan.incomplete),
+        *(_tomogram(plan, job, workers, voxels, job.stem in converted, sampled) for job in plan.jobs),
+        *(_forecast_incomplete(plan, job) for job in plan.incomplete),
         *(
             TomogramForecast(
                 job.stem,
                 job.source,
                 "skip",
                 "made from the same input, checkpoint and settings",
-                outputs=_outputs(configuration, job),
+                outputs=_outputs(plan, job),
             )
             for job in plan.skipped
         ),
@@ -565,10 +567,10 @@ def disk_warnings(plans: Sequence[RunPlan]) -> tuple[str, ...]:
             with suppress(CryosiamDaskError):  # the tomogram fails later
                 header = plan.header(job)
                 kept = plan is not plans[-1] and job.stem in last
-                room: dict[str, Any] = dict(_disk_bytes(plan.configuration, plan, job, header, kept))
+                room: dict[str, Any] = dict(_disk_bytes(plan, job, header, kept))
                 tomograms.append(TomogramForecast(job.stem, job.source, "segment", **room))
-        tomograms += [_forecast_incomplete(plan.configuration, plan, job) for job in plan.incomplete]
-        needs += _needs(plan.configuration, tomograms, USUALLY_AT_ONCE)
+        tomograms += [_forecast_incomplete(plan, job) for job in plan.incomplete]
+        needs += _needs(plan, tomograms, USUALLY_AT_ONCE)
     warnings, problems = _check_disks(_disks(needs))
     return (*problems, *warnings)
 
@@ -646,7 +648,6 @@ def _cut(part: slice, edges: list[int]) -> Iterable[tuple[int, slice]]:
 
 
 def _tomogram(
-    configuration: Configuration,
     plan: RunPlan,
     job: Job,
     workers: int,
@@ -656,12 +657,12 @@ def _tomogram(
 ) -> TomogramForecast:
     header: TomogramHeader | None = None
     pending = not job.fingerprint and job.problem is None and not plan.denoises
-    known: dict[str, Any] = {"outputs": _outputs(configuration, job), "denoised_first": job.raw is not None}
+    known: dict[str, Any] = {"outputs": _outputs(plan, job), "denoised_first": job.raw is not None}
     known["mask_to_come"] = pending and job.mask is not None
-    known["preview"] = _preview(configuration, job)
+    known["preview"] = _preview(plan, job)
     opened: Mask | None = None
     problems: list[str] = [] if job.problem is None else [str(job.problem)]
-    data = configuration.parameters.data
+    data = plan.configuration.parameters.data
     try:
         header = plan.header(job)
         known |= _of_header(header)
@@ -669,7 +670,7 @@ def _tomogram(
         grid = plan.blocks(header.shape, workers)
         known |= {"blocks": math.prod(grid.block_counts), "patches": grid.patch_count}
         known["block_shape"] = tuple(max(b - a for a, b in pairwise(axis.edges)) for axis in grid.axes)
-        known |= _disk_bytes(configuration, plan, job, header, converted)
+        known |= _disk_bytes(plan, job, header, converted)
     except CryosiamDaskError as error:
         if not isinstance(job.problem, TomogramError):  # otherwise already in the list
             problems.append(str(error))
@@ -705,23 +706,23 @@ def _tomogram(
     )
 
 
-def _forecast_incomplete(configuration: Configuration, plan: RunPlan, job: Job) -> TomogramForecast:
+def _forecast_incomplete(plan: RunPlan, job: Job) -> TomogramForecast:
     """Forecast a tomogram whose labels are up to date."""
     reason = f"{job.output} is up to date, {plan.outdated(job)}"
     try:
-        header = read_header(job.source, **configuration.reading)
+        header = read_header(job.source, **plan.configuration.reading)
     except CryosiamDaskError:  # only the labels are read
-        return TomogramForecast(job.stem, job.source, "measure", reason, outputs=_outputs(configuration, job)[1:])
-    instances = 4 * math.prod(header.shape) if job.components else 0
+        return TomogramForecast(job.stem, job.source, "measure", reason, outputs=_outputs(plan, job)[1:])
+    instances, outputs, _ = _other_bytes(plan, job, header)
     return TomogramForecast(
         job.stem,
         job.source,
         "measure",
         reason,
         work_bytes=instances,
-        output_bytes=instances + _format_bytes(configuration, header) + _preview_bytes(configuration, job, header),
-        outputs=_outputs(configuration, job)[1:],
-        preview=_preview(configuration, job),
+        output_bytes=outputs,
+        outputs=_outputs(plan, job)[1:],
+        preview=_preview(plan, job),
         **_of_header(header),
     )
 
@@ -737,64 +738,44 @@ def _of_header(header: TomogramHeader) -> dict[str, Any]:
     }
 
 
-def _outputs(configuration: Configuration, job: Job) -> tuple[Path, ...]:
-    formats = [format_path(configuration.prediction_folder, job.stem, name) for name in other_formats(configuration)]
-    if job.components is None:
-        return job.output, *formats
-    return job.output, job.components, *(job.components.with_suffix(e) for e in (".csv", ".parquet")), *formats
+def _outputs(plan: RunPlan, job: Job) -> tuple[Path, ...]:
+    folder = plan.configuration.prediction_folder
+    components = component_files(folder, job.stem) if job.components else ()
+    return job.output, *components, *(format_path(folder, job.stem, f) for f in other_formats(plan.configuration))
 
 
-def _preview(configuration: Configuration, job: Job) -> Path | None:
-    return preview_file(configuration.prediction_folder, job.stem) if configuration.preview else None
+def _preview(plan: RunPlan, job: Job) -> Path | None:
+    return preview_file(plan.configuration.prediction_folder, job.stem) if plan.configuration.preview else None
 
 
-def _preview_bytes(configuration: Configuration, job: Job, header: TomogramHeader) -> int:
-    return most_bytes(header.shape, header.voxel_size_angstrom) if _preview(configuration, job) else 0
+def _other_bytes(plan: RunPlan, job: Job, header: TomogramHeader) -> tuple[int, int, int]:
+    """Return the sizes of components, of all that is not the labels together, and how much of that is certain."""
+    instances = INSTANCE_BYTES * math.prod(header.shape) if job.components else 0
+    formats, certain = most_bytes_of_formats(other_formats(plan.configuration), header)
+    preview = most_bytes(header.shape, header.voxel_size_angstrom) if plan.configuration.preview else 0
+    return instances, instances + formats + preview, certain
 
 
-#: Voxels of all levels of an image, relative to the first: each level has at most a quarter of the previous one.
-_ALL_LEVELS = 4 / 3
-
-
-def _format_bytes(configuration: Configuration, header: TomogramHeader) -> int:
-    """Return the maximum size of a tomogram's other formats."""
-    voxels, formats = math.prod(header.shape), other_formats(configuration)
-    image = math.ceil(_ALL_LEVELS * voxels * (1 + header.dtype.itemsize)) if "ome-zarr" in formats else 0
-    return image + (voxels if "mrc" in formats else 0)
-
-
-def _disk_bytes(
-    configuration: Configuration, plan: RunPlan, job: Job, header: TomogramHeader, converted: bool
-) -> dict[str, int]:
-    """Return the disk space of a tomogram's work store and outputs."""
-    voxels, classes = math.prod(header.shape), plan.checkpoint.architecture.out_channels
-    if plan.denoises:
-        copied = 0 if isinstance(header, ZarrHeader) else header.dtype.itemsize * voxels
-        raw = 4 * classes * voxels if configuration.save_raw_predictions else 0
-        return {
-            "work_bytes": copied + 4 * classes * voxels,
-            "certain_work_bytes": copied if header.dtype.kind == "f" and not configuration.keep_work else 0,
-            "output_bytes": 4 * voxels + raw + _preview_bytes(configuration, job, header),
-            "certain_output_bytes": 4 * voxels,
-            "removed_bytes": 4 * voxels * plan.removes_denoised,
-        }
-    fields = sum(4 * classes for name in plan.wanted if name != "labels")
-    removal = 2 if removal_sizes(configuration) else 0  # the filtered and the removed labels
-    lamella = 2 if configuration.parameters.network.postprocessing else 0  # the hull, and the thresholded core
-    instances = 4 if job.components else 0
-    # Zarr input is not copied, and only one of several models stores the converted tomogram.
-    tomogram = (
-        0 if converted or job.raw is not None or isinstance(header, ZarrHeader) else header.dtype.itemsize * voxels
-    )
+def _disk_bytes(plan: RunPlan, job: Job, header: TomogramHeader, converted: bool) -> dict[str, int]:
+    """Add up the disk space of a tomogram's work store and outputs."""
+    configuration, voxels = plan.configuration, math.prod(header.shape)
+    # Only one of several models stores the tomogram, unless a denoiser of the same run leaves it.
+    copy = copy_bytes(header) if plan.denoises or not (converted or job.raw) else 0
+    removal = REMOVAL_BYTES if removal_sizes(configuration) else 0
+    lamella = WORK_BYTES if configuration.parameters.network.postprocessing else 0
+    instances, others, certain_others = _other_bytes(plan, job, header)
+    # Of a voxel: of the network's outputs, of the result, and of what is kept beside it.
+    network, result = plan.bytes_per_voxel, 4 if plan.denoises else 1
     is_mrc = job.output.suffix != ".h5"
-    internal = fields if configuration.save_internal_files else 0
+    kept = 0 if is_mrc else removal // 2
+    if configuration.save_raw_predictions if plan.denoises else configuration.save_internal_files:
+        kept += network if plan.denoises else network - result
     return {
-        "work_bytes": tomogram + voxels * (1 + fields + removal + lamella + instances),
-        "certain_work_bytes": tomogram if header.dtype.kind == "f" and not configuration.keep_work else 0,
-        "output_bytes": voxels * (1 + internal + instances + (0 if is_mrc else removal // 2))
-        + _format_bytes(configuration, header)
-        + _preview_bytes(configuration, job, header),
-        "certain_output_bytes": voxels * (is_mrc + ("mrc" in other_formats(configuration))),
+        "work_bytes": copy + voxels * (network + removal + lamella) + instances,
+        "certain_work_bytes": 0 if compresses(header, keep_work=configuration.keep_work) else copy,
+        "output_bytes": voxels * (result + kept) + others,
+        "certain_output_bytes": voxels * result * is_mrc + certain_others,
+        "removed_bytes": voxels * result * plan.removes_denoised,
     }
 
 
@@ -805,9 +786,9 @@ USUALLY_AT_ONCE = 3
 _Need: TypeAlias = tuple[Path, int, int]  # folder, maximum and certain bytes
 
 
-def _needs(configuration: Configuration, tomograms: Iterable[TomogramForecast], concurrent: int) -> list[_Need]:
+def _needs(plan: RunPlan, tomograms: Iterable[TomogramForecast], concurrent: int) -> list[_Need]:
     """Return the disk space needed in each folder."""
-    done = [t for t in tomograms if t.action in ("segment", "measure")]
+    configuration, done = plan.configuration, [t for t in tomograms if t.action in ("segment", "measure")]
     # Work stores are removed when their tomogram is done, unless keep_work is set. Only one is certain.
     kept = len(done) if configuration.keep_work else 0
     work, certain_work = (

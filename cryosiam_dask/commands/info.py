@@ -21,10 +21,10 @@ from typing import Any, Literal, TypeAlias
 import h5py
 import numpy as np
 import zarr
+from pydantic_core import to_jsonable_python
 
 from cryosiam_dask.core.diagnosis import Intensities, percent, scaling, to_write
 from cryosiam_dask.core.endings import HDF5_ENDINGS, MRC_ENDINGS
-from cryosiam_dask.core.json_values import as_json
 from cryosiam_dask.errors import CryosiamDaskError, OutputError, TomogramError
 from cryosiam_dask.files.folders import require_there, unusable
 from cryosiam_dask.files.hdf5 import INSTANCES, LABELS, PROBABILITIES, hdf5_datasets, open_hdf5, read_attributes
@@ -126,7 +126,7 @@ class Information:
 
     def as_json(self) -> dict[str, Any]:
         """Return the same as JSON values, with null for NaN and infinity."""
-        values: dict[str, Any] = as_json(self)
+        values: dict[str, Any] = to_jsonable_python(self, bytes_mode="hex", inf_nan_mode="null", fallback=str)
         return values
 
 

@@ -118,7 +118,7 @@ def show_plan(
     if len(plans) > 1:
         found = forecast_pipeline(plans, paces=paces, **options)
     else:
-        found = forecast(plans[0].configuration, plans[0], pace=paces[0], **options)
+        found = forecast(plans[0], pace=paces[0], **options)
     if as_json:
         _print_json(console, found.as_json())
         return found.status

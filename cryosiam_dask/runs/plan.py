@@ -237,10 +237,14 @@ class RunPlan:
     def _shapes(self) -> tuple[tuple[int, ...], ...]:
         return self.shapes or ((2**30,) * len(self.patch),)
 
-    def _bytes_of(self, grid: Grid) -> int:
+    @property
+    def bytes_per_voxel(self) -> int:
+        """Bytes of the network's `wanted` outputs, in memory and, without compression, in the work store."""
         classes = self.checkpoint.architecture.out_channels
-        per_voxel = sum(1 if name == "labels" else 4 * classes for name in self.wanted)
-        return 2 * (math.prod(grid.largest_window) * 4 + math.prod(grid.largest_block) * per_voxel)
+        return sum(1 if name == "labels" else 4 * classes for name in self.wanted)
+
+    def _bytes_of(self, grid: Grid) -> int:
+        return 2 * (math.prod(grid.largest_window) * 4 + math.prod(grid.largest_block) * self.bytes_per_voxel)
 
     def blocks(self, shape: tuple[int, ...], workers: int = 1) -> Grid:
         """Cut a tomogram of `shape`, (z, y, x), into blocks.

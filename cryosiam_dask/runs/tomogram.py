@@ -95,7 +95,7 @@ from cryosiam_dask.stages.export import (
     remove_outdated_formats,
     write_other_formats,
 )
-from cryosiam_dask.stages.ingest import IngestReport, Statistics, ingest
+from cryosiam_dask.stages.ingest import IngestReport, Statistics, compresses, ingest
 from cryosiam_dask.stages.intensities import Sample, intensities, sample_array, sample_file
 from cryosiam_dask.stages.lamella import (
     postprocess_lamella,
@@ -355,7 +355,7 @@ def _ingest(
 ) -> tuple[Voxels, IngestReport]:
     """Return the tomogram as zarr: the input itself, the copy of an earlier run, or a new copy."""
     chunks = None if header.compressed else tomogram_chunks(grid)
-    compress = header.dtype.kind != "f" or configuration.keep_work
+    compress = compresses(header, keep_work=configuration.keep_work)
     identity = [known_identity(configuration, job.source, job.stem), configuration.reading, chunks, compress]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     found = space.ledger.last("ingested")

@@ -490,6 +490,10 @@ def write_instances(
     executor.map(task, components.per_block(components.numbers), name="number")
 
 
+#: What `remove_small` fills, per voxel: the labels that stay, and those that were removed.
+REMOVAL_BYTES = 2
+
+
 def remove_small(
     labels: Sliceable,
     output: WritableArray,

@@ -11,6 +11,7 @@ start times the voxel size. An OME-Zarr image has only a translation, which is s
 from __future__ import annotations
 
 import glob
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,11 +29,12 @@ from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.errors import CryosiamDaskError, LabelsError, OutputError, TomogramError, is_transient
 from cryosiam_dask.files.folders import real
 from cryosiam_dask.files.hdf5 import StoredDataset, open_dataset, read_attributes
+from cryosiam_dask.files.header import TomogramHeader
 from cryosiam_dask.files.mrc import write_mrc
 from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.model.classes import file_names, given_names, named
 from cryosiam_dask.stages.ingest import IngestReport, ingest, require_free
-from cryosiam_dask.stages.ome_zarr import SEGMENTATION, read_own_attributes, write_ome_zarr
+from cryosiam_dask.stages.ome_zarr import SEGMENTATION, most_bytes, read_own_attributes, write_ome_zarr
 
 #: Marks before the fingerprint in the label of an MRC header: for labels, and for the mask of a class.
 MRC_LABEL, MASK_LABEL = "cryosiam_dask ", "cryosiam_dask mask "
@@ -64,6 +66,12 @@ def _masks(folder: Path, stem: str) -> dict[Path, str]:
 def other_formats(configuration: Configuration) -> tuple[str, ...]:
     """Return the formats in ``output_formats`` other than HDF5, each once."""
     return tuple(name for name in _ENDINGS if name in configuration.output_formats)
+
+
+def most_bytes_of_formats(formats: Sequence[str], header: TomogramHeader) -> tuple[int, int]:
+    """Return an upper bound for the size of a tomogram's other formats in bytes, and how much of it is certain."""
+    mrc = math.prod(header.shape) if "mrc" in formats else 0
+    return mrc + (most_bytes(header.shape, header.dtype) if "ome-zarr" in formats else 0), mrc
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,16 @@ class Statistics:
         return {"min": self.minimum, "max": self.maximum, "mean": self.mean, "non_finite_voxels": self.non_finite}
 
 
+def copy_bytes(header: TomogramHeader) -> int:
+    """Return the size of the copy that `ingest` makes, without compression, in bytes."""
+    return 0 if isinstance(header, ZarrHeader) else header.dtype.itemsize * math.prod(header.shape)
+
+
+def compresses(header: TomogramHeader, *, keep_work: bool) -> bool:
+    """Whether the copy of a tomogram is worth compressing: one of floats, which hardly shrinks, only if it is kept."""
+    return header.dtype.kind != "f" or keep_work
+
+
 @dataclass(frozen=True, slots=True)
 class IngestReport:
     """Header, statistics and all warnings of an ingested tomogram."""

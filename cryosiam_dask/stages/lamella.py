@@ -163,6 +163,10 @@ class HalfSpaces:
     offsets: NDArray[np.int64]
 
 
+#: What `postprocess_lamella` adds to the work store, per voxel: what lies above the threshold, and its output.
+WORK_BYTES = 2
+
+
 @dataclass(frozen=True, slots=True)
 class LamellaReport:
     """Result of the post-processing.

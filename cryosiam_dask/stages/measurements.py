@@ -41,6 +41,8 @@ from cryosiam_dask.model.classes import named
 from cryosiam_dask.stages.components import ArrayModule, Components, find_components, instances_dtype, write_instances
 
 CONNECTIVITY = 26
+#: Of an instance number, at most: per voxel in the work store and in ``<stem>_components.h5``.
+INSTANCE_BYTES = 4
 COLLECTION = "components"  # name of the tables of all tomograms
 STAR_MARK = "# cryosiam_dask"  # first characters of this program's STAR files
 _COMMON_COLUMNS = {"tomogram", "class", "voxels"}  # columns

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -52,6 +53,14 @@ _DEPTH = 64  # sections that are computed at once
 _COMPRESSOR = BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle")
 
 Reduction: TypeAlias = Literal["mean", "mode"]
+
+
+def most_bytes(shape: Sequence[int], dtype: np.dtype[Any]) -> int:
+    """Return an upper bound for the size of a tomogram's image with its labels, in bytes.
+
+    Each level has at most a quarter of the voxels of the previous one.
+    """
+    return math.ceil(4 / 3 * math.prod(shape) * (1 + dtype.itemsize))
 
 
 def write_ome_zarr(
