@@ -520,60 +520,45 @@ def _denoised_by(denoiser: Configuration) -> dict[str, Any]:
     return {"data_folder": str(denoiser.prediction_folder), "file_extension": ending, "test_files": files}
 
 
+_MADE_BY_A_DENOISER = {
+    "data_folder": "must be what the denoiser makes: its prediction_folder",
+    "file_extension": "must be the ending of the files that the denoiser makes",
+}
+
+
 def _at_odds(path: Path, found: Mapping[str, Configuration]) -> Iterator[ConfigurationError]:
     """Yield contradictions between the models of a pipeline."""
-    denoiser = found.get("denoise")
+
+    def wrong(key: str, rule: str, value: object, remedy: str = "Leave it out") -> ConfigurationError:
+        return ConfigurationError(rule, place=f"{path}, key {key}", value=value, remedy=remedy)
+
+    denoiser, lamella, semantic = (found.get(name) for name in STAGES)
     for name, one in found.items():
         if denoiser is None or one is denoiser:
             continue
-        for key, value in _denoised_by(denoiser).items():
-            if key != "test_files" and str(getattr(one, key)) != value:
-                yield ConfigurationError(
-                    "must be what the denoiser makes: its prediction_folder"
-                    if key == "data_folder"
-                    else "must be the ending of the files that the denoiser makes",
-                    place=f"{path}, key {name}.{key}",
-                    value=f"{getattr(one, key)}, and not {value}",
-                    remedy="Leave it out",
-                )
+        made = _denoised_by(denoiser)
+        for key, rule in _MADE_BY_A_DENOISER.items():
+            if (given := str(getattr(one, key))) != made[key]:
+                yield wrong(f"{name}.{key}", rule, f"{given}, and not {made[key]}")
         if one.prediction_folder == denoiser.prediction_folder:
-            yield ConfigurationError(
-                "must be another folder than the denoiser's",
-                place=f"{path}, key {name}.prediction_folder",
-                value=one.prediction_folder,
-                remedy="Set it to another folder",
-            )
-    if "lamella" in found and "semantic" in found:
-        yield from _labels_at_odds(path, found["lamella"], found["semantic"])
-
-
-def _labels_at_odds(path: Path, lamella: Configuration, semantic: Configuration) -> Iterator[ConfigurationError]:
-    for key, one, other in (
-        *((key, getattr(lamella, key), getattr(semantic, key)) for key in _SHARED_KEYS),
-        ("mask_folder", lamella.prediction_folder, semantic.mask_folder),
-    ):
-        if one != other:
-            yield ConfigurationError(
-                "must be the lamella's prediction_folder"
-                if key == "mask_folder"
-                else "must be the same for both models, which segment the same tomograms",
-                place=f"{path}, key semantic.{key}",
-                value=f"{other} instead of {one}",
-                remedy="Leave it out" if key == "mask_folder" else "Write it once, above lamella and semantic",
-            )
+            rule = "must be another folder than the denoiser's"
+            yield wrong(f"{name}.prediction_folder", rule, one.prediction_folder, "Set it to another folder")
+    if lamella is None or semantic is None:
+        return
+    for key in _SHARED_KEYS:
+        if (first := getattr(lamella, key)) != (other := getattr(semantic, key)):
+            rule = "must be the same for both models, which segment the same tomograms"
+            remedy = "Write it once, above lamella and semantic"
+            yield wrong(f"semantic.{key}", rule, f"{other} instead of {first}", remedy)
+    if semantic.mask_folder != lamella.prediction_folder:
+        value = f"{semantic.mask_folder} instead of {lamella.prediction_folder}"
+        yield wrong("semantic.mask_folder", "must be the lamella's prediction_folder", value)
     if lamella.prediction_folder == semantic.prediction_folder:
-        yield ConfigurationError(
-            "must not be the lamella's folder, whose files have the same names",
-            place=f"{path}, key semantic.prediction_folder",
-            value=semantic.prediction_folder,
-            remedy="Set it to another folder",
-        )
+        rule = "must not be the lamella's folder, whose files have the same names"
+        yield wrong("semantic.prediction_folder", rule, semantic.prediction_folder, "Set it to another folder")
     if lamella.save_original_file_extension:
-        yield ConfigurationError(
-            "must be False, because the semantic model reads the mask from HDF5",
-            place=f"{path}, key lamella.save_original_file_extension",
-            remedy="Leave it out",
-        )
+        rule = "must be False, because the semantic model reads the mask from HDF5"
+        yield wrong("lamella.save_original_file_extension", rule, None)
 
 
 def read_models(path: Path | str, model: str | None = None) -> dict[str, Configuration]:

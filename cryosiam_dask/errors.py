@@ -136,6 +136,13 @@ def not_written(error: OSError, rule: str, *, place: object, remedy: str) -> Out
     return kind(rule, place=place, value=error.strerror or error, remedy=remedy)
 
 
+def not_ours(path: Path) -> OutputError:
+    """Return the error to raise if an output would replace a file that this program did not make."""
+    return OutputError(
+        "an output must not replace a file that this program did not make", place=path, remedy="Move it away"
+    )
+
+
 def not_there(path: Path) -> str:
     """Return the rule for a path in a configuration that does not exist."""
     return f"does not exist: {path}" + ("" if path.is_absolute() else f" (seen from {Path.cwd()})")

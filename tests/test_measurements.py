@@ -208,7 +208,7 @@ def test_tables_of_deleted_predictions_are_not_collected_and_files_of_others_sta
 def test_a_damaged_table_is_named(tmp_path: Path) -> None:
     write(tmp_path, "TS", volume((5, 6, 7), 2, 0.2, 0))
     (tmp_path / "TS_components.parquet").write_bytes(b"nothing")
-    with pytest.raises(OutputError, match=r"TS_components.parquet: the table must be readable.*components' again"):
+    with pytest.raises(OutputError, match=r"TS_components.parquet: the table of components must be.*components' again"):
         collect_tables(tmp_path)
 
 

@@ -28,14 +28,14 @@ import numpy as np
 
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, not_written
-from cryosiam_dask.files.hdf5 import open_dataset
+from cryosiam_dask.files.hdf5 import open_dataset, uint8_labels
 from cryosiam_dask.files.header import TomogramHeader
 from cryosiam_dask.files.mask import open_mask
 from cryosiam_dask.files.tomogram import read_header, read_part
 from cryosiam_dask.files.zarr import ZarrHeader
 from cryosiam_dask.model.classes import COLOURS, given_names, named
 from cryosiam_dask.runs.find import find_predictions
-from cryosiam_dask.stages.export import find_source, position_angstrom, require_shape, uint8_labels, written_attributes
+from cryosiam_dask.stages.export import find_source, position_angstrom, require_shape, written_attributes
 from cryosiam_dask.stages.ingest import ingest
 from cryosiam_dask.stages.intensities import Sample, sample_array, sample_file
 from cryosiam_dask.stages.ome_zarr import contrast_limits

@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 
 from cryosiam_dask.core.arrays import Region
-from cryosiam_dask.errors import OutputError, TomogramError
+from cryosiam_dask.errors import LabelsError, OutputError, TomogramError
 from cryosiam_dask.files.header import (
     MOST_MISSING,
     TomogramHeader,
@@ -61,6 +61,72 @@ class StoredDataset:
             raise OutputError(
                 f"the dataset '{self.name}' must be readable", place=self.path, value=error, remedy=_AGAIN
             ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Uint8:
+    """Labels of any integer dtype, checked and converted when a region is read."""
+
+    stored: StoredDataset
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def chunks(self) -> tuple[int, ...] | None:
+        return self.stored.chunks
+
+    @property
+    def dtype(self) -> np.dtype[np.uint8]:
+        return np.dtype(np.uint8)
+
+    def __getitem__(self, region: Any, /) -> Any:
+        return as_uint8(np.asarray(self.stored[region]), self.stored.path)
+
+
+def as_uint8(labels: np.ndarray[Any, Any], place: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Convert labels of an integer dtype that were read from `place`.
+
+    Raises
+    ------
+    LabelsError
+        If they do not lie between 0 and 255.
+    """
+    if labels.size and (labels.min() < 0 or labels.max() > 255):
+        raise LabelsError(
+            "labels must lie between 0 and 255", place=place, value=f"{labels.min()} to {labels.max()}",
+            remedy="Predict again, or correct the file if it was edited",
+        )  # fmt: skip
+    return labels.astype(np.uint8)
+
+
+def open_labels(prediction: Path, kinds: str = "iu") -> StoredDataset:
+    """Open the labels of any program's predictions file.
+
+    Parameters
+    ----------
+    prediction
+        ``<stem>_preds.h5``.
+    kinds
+        Kinds of dtypes that are accepted.
+
+    Raises
+    ------
+    LabelsError
+        If they have another dtype.
+    """
+    labels = open_dataset(prediction, LABELS)
+    if labels.dtype.kind not in kinds:
+        raise LabelsError(
+            "labels must be whole numbers", place=prediction, value=labels.dtype, remedy="Run semantic-predict again"
+        )
+    return labels
+
+
+def uint8_labels(prediction: Path, kinds: str = "iu") -> _Uint8:
+    """As `open_labels`, converted to uint8 when a region is read; see `as_uint8`."""
+    return _Uint8(open_labels(prediction, kinds))
 
 
 def open_hdf5(path: str | Path, **options: Any) -> Any:

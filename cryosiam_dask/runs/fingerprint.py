@@ -33,32 +33,27 @@ def settings_of(
 ) -> dict[str, Any]:
     """Return everything that the numbers of an output depend on, except its input."""
     network, data = configuration.parameters.network, configuration.parameters.data
-    if configuration.denoises:
-        return {
-            "numbers_version": NUMBERS_VERSION,
-            "checkpoint_sha256": checkpoint.sha256,
-            "patch_size": list(patch),
-            "halo": data.halo,
-            "precision": configuration.hyper_parameters.precision,
-            "scaling": [data.min, data.max, data.mean, data.std],
-            "invert": data.invert is not False,
-            "scale_prediction": configuration.scale_prediction,
-            "save_raw_predictions": configuration.save_raw_predictions,
-            **{name: value for name, value in configuration.reading.items() if value or value is False},
-        }
-    return {
+    common = {
         "numbers_version": NUMBERS_VERSION,
         "checkpoint_sha256": checkpoint.sha256,
         "patch_size": list(patch),
         "halo": data.halo,
         "precision": configuration.hyper_parameters.precision,
         "scaling": [data.min, data.max, data.mean, data.std],
+        # Only if set, so that earlier outputs stay valid.
+        **{name: value for name, value in configuration.reading.items() if value or value is False},
+    }
+    if configuration.denoises:
+        return common | {
+            "invert": data.invert is not False,
+            "scale_prediction": configuration.scale_prediction,
+            "save_raw_predictions": configuration.save_raw_predictions,
+        }
+    return common | {
         "threshold": threshold,
         "hull": ("volume" if network.hull_3d else "slices") if network.postprocessing else None,
         "save_internal_files": configuration.save_internal_files,
-        # Only if set, so that earlier outputs stay valid.
         **({"invert": True} if data.invert else {}),
-        **{name: value for name, value in configuration.reading.items() if value or value is False},
     }
 
 

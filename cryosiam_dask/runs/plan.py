@@ -809,96 +809,69 @@ def _check_network(
 ) -> tuple[int, ...]:
     """Compare the configuration with the checkpoint; return the patch shape to use."""
     architecture, network = checkpoint.architecture, configuration.parameters.network
+    data = configuration.parameters.data
+
+    def refuse(key: str, rule: str, value: object, remedy: str) -> None:
+        problems.append(ConfigurationError(rule, place=f"key {key}", value=value, remedy=remedy))
+
     if architecture.denoises != configuration.denoises:
         kind, purpose = ("a denoiser", "segments") if architecture.denoises else ("a model that segments", "denoises")
-        problems.append(
-            ConfigurationError(
-                f"must be the checkpoint of a model that {purpose}",
-                place="key trained_model",
-                value=f"{configuration.trained_model}, {kind}",
-                remedy="Set trained_model to another checkpoint, or use the command "
-                + ("denoise-predict" if architecture.denoises else "semantic-predict, without scale_prediction"),
-            )
-        )
+        command = "denoise-predict" if architecture.denoises else "semantic-predict, without scale_prediction"
+        refuse(
+            "trained_model", f"must be the checkpoint of a model that {purpose}",
+            f"{configuration.trained_model}, {kind}",
+            f"Set trained_model to another checkpoint, or use the command {command}",
+        )  # fmt: skip
         return checkpoint.patch_size
-    data = configuration.parameters.data
     if not configuration.denoises and (data.mean is None or data.std is None):
-        problems.append(
-            ConfigurationError(
-                "must be a number: only a denoiser takes the tomogram's own",
-                place=f"key parameters.data.{'mean' if data.mean is None else 'std'}",
-                value="null",
-                remedy="Set mean to 0 and std to 1, or to what the model was trained with",
-            )
-        )
+        refuse(
+            f"parameters.data.{'mean' if data.mean is None else 'std'}",
+            "must be a number: only a denoiser takes the tomogram's own", "null",
+            "Set mean to 0 and std to 1, or to what the model was trained with",
+        )  # fmt: skip
     for key, value in (("spatial_dims", architecture.spatial_dims), ("in_channels", architecture.in_channels)):
-        if getattr(network, key) != value:
-            problems.append(
-                ConfigurationError(
-                    f"must agree with the checkpoint {configuration.trained_model}, which has {value}",
-                    place=f"key parameters.network.{key}",
-                    value=getattr(network, key),
-                    remedy=f"Set it to {value}, or trained_model to another checkpoint",
-                )
-            )
-    given = configuration.parameters.data.patch_size
+        if (given := getattr(network, key)) != value:
+            rule = f"must agree with the checkpoint {configuration.trained_model}, which has {value}"
+            remedy = f"Set it to {value}, or trained_model to another checkpoint"
+            refuse(f"parameters.network.{key}", rule, given, remedy)
+    wanted = data.patch_size
     # "auto" depends on the device: see `cryosiam_dask.commands.segment`.
-    patch = checkpoint.patch_size if given in (None, "auto") else tuple(map(int, given))
+    patch = checkpoint.patch_size if wanted in (None, "auto") else tuple(map(int, wanted))
     divisor = required_divisor(architecture)
     if len(patch) != architecture.spatial_dims or any(p % divisor for p in patch):
         rounded = [max(divisor, p // divisor * divisor) for p in (*patch, *patch[-1:] * 3)][: architecture.spatial_dims]
-        problems.append(
-            ConfigurationError(
-                f"must be {architecture.spatial_dims} multiples of {divisor}, the stride of its coarsest level",
-                place="key parameters.data.patch_size",
-                value=list(patch),
-                remedy=f"Set it to {rounded}",
-            )
-        )
-    halo, needed = configuration.parameters.data.halo, required_halo(architecture)
+        rule = f"must be {architecture.spatial_dims} multiples of {divisor}, the stride of its coarsest level"
+        refuse("parameters.data.patch_size", rule, list(patch), f"Set it to {rounded}")
+    halo, needed = data.halo, required_halo(architecture)
     if halo is not None and not needed <= halo < min(patch) / 2:
-        problems.append(
-            ConfigurationError(
-                f"must be at least {needed}, the halo that this network needs, and less than half of patch_size "
-                f"{list(patch)}",
-                place="key parameters.data.halo",
-                value=halo,
-                remedy=f"Set it to {max(needed, min(patch) // 8)}"
-                if 2 * needed < min(patch)
-                else f"Set patch_size to {(2 * needed // divisor + 1) * divisor} or more along each axis",
-            )
+        refuse(
+            "parameters.data.halo",
+            f"must be at least {needed}, the halo that this network needs, and less than half of patch_size "
+            f"{list(patch)}",
+            halo,
+            f"Set it to {max(needed, min(patch) // 8)}"
+            if 2 * needed < min(patch)
+            else f"Set patch_size to {(2 * needed // divisor + 1) * divisor} or more along each axis",
         )
     if configuration.save_internal_files and not architecture.has_distance_head:
         notes.append(f"{configuration.trained_model} has no distance head: only probs are saved, not distances")
     if network.postprocessing and architecture.spatial_dims == 2:
-        problems.append(
-            ConfigurationError(
-                "lamella post-processing needs a model of 3-D tomograms",
-                place="key parameters.network.postprocessing",
-                value=f"True, and a model of {architecture.spatial_dims}-D images",
-                remedy="Set it to False",
-            )
-        )
+        refuse(
+            "parameters.network.postprocessing", "lamella post-processing needs a model of 3-D tomograms",
+            f"True, and a model of {architecture.spatial_dims}-D images", "Set it to False",
+        )  # fmt: skip
     sizes, labels = network.postprocessing_sizes, max(2, architecture.out_channels)
     names = configuration.class_names
     if names is not None and len(names) != labels - 1:
-        problems.append(
-            ConfigurationError(
-                f"must name the model's labels from 1 on, which are {labels - 1}",
-                place="key class_names",
-                value=f"{len(names)} name{'s' * (len(names) != 1)}, {list(names)}",
-                remedy="Remove the background, label 0" if len(names) == labels else "Correct it, or set it to null",
-            )
-        )
+        refuse(
+            "class_names", f"must name the model's labels from 1 on, which are {labels - 1}",
+            f"{len(names)} name{'s' * (len(names) != 1)}, {list(names)}",
+            "Remove the background, label 0" if len(names) == labels else "Correct it, or set it to null",
+        )  # fmt: skip
     if sizes is not None and any(size >= 0 for size in sizes[labels:]):
-        problems.append(
-            ConfigurationError(
-                f"must have one entry for each of the model's {labels} labels, background included",
-                place="key parameters.network.postprocessing_sizes",
-                value=list(sizes),
-                remedy="Remove the entries of labels that do not exist",
-            )
-        )
+        rule = f"must have one entry for each of the model's {labels} labels, background included"
+        remedy = "Remove the entries of labels that do not exist"
+        refuse("parameters.network.postprocessing_sizes", rule, list(sizes), remedy)
     elif sizes is not None and len(sizes) < labels:
         notes.append(
             f"postprocessing_sizes has {len(sizes)} entries for the {labels} labels 0 to {labels - 1}: "

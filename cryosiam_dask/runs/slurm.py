@@ -23,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -193,22 +194,16 @@ def read_jobs(jobs: str) -> dict[str, Any]:
     defaults: dict[str, Any] = dask.config.get("jobqueue.slurm")
     given, place = _user_keys(jobs)
     for key, value in given.items():
+        wrong = partial(ConfigurationError, place=f"{place}, key {key}")
         if key not in defaults:
             near = difflib.get_close_matches(key, defaults, 1, 0.5)
-            raise ConfigurationError(
-                "dask-jobqueue does not know this key",
-                place=f"{place}, key {key}",
-                remedy=f"Did you mean {near[0]}?" if near else f"It knows {', '.join(sorted(defaults))}",
-            )
+            remedy = f"Did you mean {near[0]}?" if near else f"It knows {', '.join(sorted(defaults))}"
+            raise wrong("dask-jobqueue does not know this key", remedy=remedy)
         if isinstance(defaults[key], list) and not isinstance(value, list):
-            raise ConfigurationError(
-                "must be a list",
-                place=f"{place}, key {key}",
-                value=repr(value),
-                remedy="Write each value on its own line, after a hyphen",
-            )
+            remedy = "Write each value on its own line, after a hyphen"
+            raise wrong("must be a list", value=repr(value), remedy=remedy)
         if key in ("cores", "processes") and value is not None and not (isinstance(value, int) and value > 0):
-            raise ConfigurationError("must be a whole number above 0", place=f"{place}, key {key}", value=repr(value))
+            raise wrong("must be a whole number above 0", value=repr(value))
     section = {**defaults, **given}
     for key, example in (("cores", "8, the CPU cores of a job"), ("memory", "'64 GB', of a job")):
         if not section[key]:

@@ -28,11 +28,18 @@ from cryosiam_dask.core.executor import (
 )
 from cryosiam_dask.errors import (
     LostClusterError,
-    OutputError,
 )
 from cryosiam_dask.files.atomic import sweep_parts
 from cryosiam_dask.files.claims import Claims, claim_path, open_claims
-from cryosiam_dask.files.hdf5 import StoredDataset, dataset_names, open_dataset, open_hdf5, read_attributes
+from cryosiam_dask.files.hdf5 import (
+    StoredDataset,
+    as_uint8,
+    dataset_names,
+    open_dataset,
+    open_hdf5,
+    open_labels,
+    read_attributes,
+)
 from cryosiam_dask.files.predictions import replace_labels
 from cryosiam_dask.model.classes import counted, named
 from cryosiam_dask.runs.fingerprint import components_done, removal_sizes, with_sizes
@@ -219,7 +226,7 @@ def list_centers(
         return _list_as_cryosiam(configuration, predictions, reporter, 100 if smallest is None else smallest, executor)
 
     def act(path: Path, executor: Executor) -> Outcome:
-        labels, probabilities = labels_written(path), probabilities_of(path)
+        labels, probabilities = open_labels(path), probabilities_of(path)
         attributes = attributes_written(configuration, path)
         counts = write_centers(
             folder,
@@ -256,7 +263,7 @@ def _list_as_cryosiam(
     known: list[Sequence[str]] = []  # names of the classes of each prediction
 
     def act(path: Path, executor: Executor) -> Outcome:
-        labels, probabilities = labels_written(path), probabilities_of(path)
+        labels, probabilities = open_labels(path), probabilities_of(path)
         table = cryosiam_centers(stem_of(path), labels, min_voxels=min_voxels, executor=executor)
         tables[stem_of(path)] = table
         stored = probabilities.shape[0] - 1 if probabilities else 0
@@ -349,7 +356,7 @@ def _attempt(
 
 def measure_one(configuration: Configuration, path: Path, executor: Executor) -> Outcome:
     """Number and measure the components of one existing prediction."""
-    stem, labels = stem_of(path), labels_written(path)
+    stem, labels = stem_of(path), open_labels(path)
     with work_group(configuration, stem) as work:
         attributes, probabilities = attributes_written(configuration, path), probabilities_of(path)
         warnings, components = update_components(configuration, stem, labels, probabilities, attributes, work, executor)
@@ -390,7 +397,7 @@ def _complete(plan: RunPlan, job: Job, executor: Executor) -> Outcome:
         measured = measure_one(configuration, job.output, executor)
         warnings, components = [*measured.warnings], measured.components
     if not preview_done(configuration, job):
-        labels, attributes = labels_written(job.output), attributes_written(configuration, job.output)
+        labels, attributes = open_labels(job.output), attributes_written(configuration, job.output)
         with work_group(configuration, job.stem) as work:
             warnings += draw_preview_again(configuration, job.stem, labels, attributes, work, executor, missing=True)
     if not formats_done(configuration, job.stem, job.fingerprint, plan.class_names):
@@ -402,19 +409,10 @@ def _complete(plan: RunPlan, job: Job, executor: Executor) -> Outcome:
     forget_failure(Ledger(configuration.prediction_folder, job.stem))
     keep_for_the_report(configuration, job.stem)
     outcome = Outcome(
-        job.stem, "done", labels_written(job.output).shape, time.time() - began, warnings=tuple(warnings),
+        job.stem, "done", open_labels(job.output).shape, time.time() - began, warnings=tuple(warnings),
         stage=plan.name, components=components,
     )  # fmt: skip
     return log_warnings(outcome)
-
-
-def labels_written(path: Path) -> StoredDataset:
-    labels = open_dataset(path, "labels")
-    if labels.dtype.kind not in "iu":
-        raise OutputError(
-            "labels must be whole numbers", place=path, value=labels.dtype, remedy="Run semantic-predict again"
-        )
-    return labels
 
 
 def probabilities_of(path: Path) -> StoredDataset | None:
@@ -423,7 +421,7 @@ def probabilities_of(path: Path) -> StoredDataset | None:
 
 def _read_unfiltered(path: Path, work: zarr.Group, executor: Executor) -> zarr.Array[Any]:
     """Copy the labels of a prediction, including those that were removed, to a zarr array."""
-    shape = labels_written(path).shape
+    shape = open_labels(path).shape
     labels = work.create_array("labels", shape=shape, chunks=tuple(min(128, n) for n in shape), dtype=np.uint8)
     executor.map(partial(_read_unfiltered_chunk, path, labels), _corners(labels), name="read")
     return labels
@@ -436,14 +434,7 @@ def _read_unfiltered_chunk(path: Path, labels: zarr.Array[Any], corner: tuple[in
         if "removed" in file:
             # In 64 bits, since a sum in 8 bits could wrap around to a valid label.
             chunk = np.add(chunk, file["removed"][region], dtype=np.int64, casting="same_kind")
-    if chunk.min() < 0 or chunk.max() > 255:
-        raise OutputError(
-            "labels must lie between 0 and 255",
-            place=path,
-            value=f"{chunk.min()} to {chunk.max()}",
-            remedy="Predict again, or correct the edited file",
-        )
-    labels[region] = chunk
+    labels[region] = as_uint8(chunk, path)
 
 
 def _corners(array: zarr.Array[Any]) -> list[tuple[int, ...]]:

@@ -26,9 +26,9 @@ import zarr
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.core.arrays import Sliceable
 from cryosiam_dask.core.executor import SERIAL, Executor
-from cryosiam_dask.errors import CryosiamDaskError, LabelsError, OutputError, TomogramError, is_transient
+from cryosiam_dask.errors import CryosiamDaskError, LabelsError, OutputError, TomogramError, is_transient, not_ours
 from cryosiam_dask.files.folders import real
-from cryosiam_dask.files.hdf5 import StoredDataset, open_dataset, read_attributes
+from cryosiam_dask.files.hdf5 import open_dataset, read_attributes, uint8_labels
 from cryosiam_dask.files.header import TomogramHeader
 from cryosiam_dask.files.mrc import write_mrc
 from cryosiam_dask.files.tomogram import read_header
@@ -194,9 +194,7 @@ def write_masks(
     paths = mask_paths(folder, stem, attributes["class_names"])
     for path in paths:
         if path.exists() and read_mrc_fingerprint(path, MASK_LABEL) is None:
-            raise OutputError(
-                "an export must not replace a file that this program did not make", place=path, remedy="Move it away"
-            )
+            raise not_ours(path)
     write = partial(_write_mask, labels, attributes)
     executor.map(write, list(enumerate(paths, 1)), name="export")
     for path in set(_masks(folder, stem)).difference(paths):
@@ -356,9 +354,7 @@ def export_prediction(
     stem = prediction.name.removesuffix("_preds.h5")
     whole = [name for name in formats if name != "mrc" or not per_class]
     for path in foreign_formats(prediction.parent, stem, whole):
-        raise OutputError(
-            "an export must not replace a file that this program did not make", place=path, remedy="Move it away"
-        )
+        raise not_ours(path)
     labels, attributes = uint8_labels(prediction), written_attributes(configuration, prediction, patient=True)
     source = find_source(configuration, stem, attributes)
     tomogram, warnings = None, list[str]()
@@ -480,48 +476,6 @@ def require_shape(prediction: Path, labels: tuple[int, ...], source: Path, tomog
             value=labels,
             remedy="Set data_folder and file_extension (or ome_zarr_level) to the tomogram that they were made from",
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Uint8:
-    """Labels of any integer dtype, checked and converted when a region is read."""
-
-    stored: StoredDataset
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.stored.shape
-
-    @property
-    def dtype(self) -> np.dtype[np.uint8]:
-        return np.dtype(np.uint8)
-
-    def __getitem__(self, region: Any, /) -> Any:
-        values = np.asarray(self.stored[region])
-        if values.size and (values.min() < 0 or values.max() > 255):
-            raise LabelsError(
-                "labels must lie between 0 and 255",
-                place=self.stored.path,
-                value=f"{values.min()} to {values.max()}",
-                remedy="Predict again, or correct the file if it was edited",
-            )
-        return values.astype(np.uint8)
-
-
-def uint8_labels(prediction: Path) -> _Uint8:
-    """Open the labels of any program's predictions file as uint8.
-
-    Raises
-    ------
-    LabelsError
-        If they are not integers; when a region is read, also if they do not lie between 0 and 255.
-    """
-    stored = open_dataset(prediction, "labels")
-    if stored.dtype.kind not in "iu":
-        raise LabelsError(
-            "labels must be whole numbers", place=prediction, value=stored.dtype, remedy="Run semantic-predict again"
-        )
-    return _Uint8(stored)
 
 
 def _highest(labels: Sliceable, executor: Executor) -> int:

@@ -31,7 +31,7 @@ import zarr
 
 from cryosiam_dask.core.arrays import Sliceable
 from cryosiam_dask.core.executor import SERIAL, Executor
-from cryosiam_dask.errors import LabelsError, OutputError
+from cryosiam_dask.errors import LabelsError, OutputError, not_ours
 from cryosiam_dask.files.atomic import replacing, require_voxels, write_bytes
 from cryosiam_dask.files.claims import collection_claim, open_claims
 from cryosiam_dask.files.folders import visible
@@ -179,11 +179,7 @@ def require_own(*paths: Path) -> None:
     """
     for path in paths:
         if path.exists() and not made_here(path):
-            raise OutputError(
-                "an output must not replace a file that this program did not make",
-                place=path,
-                remedy="Move it away, or rename it",
-            )
+            raise not_ours(path)
 
 
 def component_table(
@@ -277,17 +273,9 @@ def component_sizes(folder: Path, stem: str) -> dict[int, Sizes] | None:
     path = component_files(folder, stem)[2]
     if not path.exists():
         return None
-    try:
-        voxels = pandas.read_parquet(path, columns=["class", "voxels"]).groupby("class")["voxels"]
-        rows = voxels.agg(["size", "median", "max"]).itertuples()
-        return {int(label): Sizes(int(count), float(median), int(largest)) for label, count, median, largest in rows}
-    except (OSError, ValueError, KeyError) as error:  # pyarrow's errors for damaged files derive from these
-        raise OutputError(
-            "the table of components must be readable",
-            place=path,
-            value=error,
-            remedy="Remove the file and run 'cryosiam-dask components' again",
-        ) from None
+    voxels = _parquet(path, partial(pandas.read_parquet, columns=["class", "voxels"])).groupby("class")["voxels"]
+    rows = voxels.agg(["size", "median", "max"]).itertuples()
+    return {int(label): Sizes(int(count), float(median), int(largest)) for label, count, median, largest in rows}
 
 
 def collect_tables(folder: Path, is_there: Callable[[str], bool] = lambda stem: True) -> None:
@@ -345,7 +333,7 @@ def _parquet(path: Path, read: Callable[[Path], Any]) -> Any:
         return read(path)
     except (OSError, ValueError, KeyError) as error:  # pyarrow's errors for damaged files derive from these
         raise OutputError(
-            "the table must be readable to be collected",
+            "the table of components must be readable",
             place=path,
             value=error,
             remedy="Remove the file and run 'cryosiam-dask components' again",

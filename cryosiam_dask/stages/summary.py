@@ -16,9 +16,9 @@ import numpy as np
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.core.blocks import Blocks
 from cryosiam_dask.core.endings import denoised_ending
-from cryosiam_dask.errors import CryosiamDaskError, OutputError
+from cryosiam_dask.errors import CryosiamDaskError
 from cryosiam_dask.files.claims import FOLDER
-from cryosiam_dask.files.hdf5 import StoredDataset, open_dataset, read_attributes
+from cryosiam_dask.files.hdf5 import open_dataset, read_attributes, uint8_labels
 from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.stages.export import written_attributes
 from cryosiam_dask.stages.lamella import Thickness, count_columns, stored_thickness
@@ -220,10 +220,7 @@ def _voxels(
     as_lamella = as_lamella and len(open_dataset(path, "labels").shape) == 3
     if isinstance(known, list) and all(isinstance(n, int) for n in known):
         return tuple(known), thickness if as_lamella else {}
-    labels = open_dataset(path, "labels")
-    if labels.dtype.kind not in "biu":
-        raise OutputError("labels must be whole numbers", place=path, value=labels.dtype, remedy="Predict again")
-    checked = _Checked(labels)
+    checked = uint8_labels(path, "biu")
     if as_lamella:
         counts, columns = count_columns(checked)
         found = Thickness.of(columns)
@@ -234,31 +231,6 @@ def _voxels(
         for index in blocks.indices:
             counts += np.bincount(blocks.read(checked, index).reshape(-1), minlength=256)
     return tuple(counts[: int(np.flatnonzero(counts)[-1]) + 1].tolist()), thickness
-
-
-@dataclass(frozen=True, slots=True)
-class _Checked:
-    """Labels that are checked to lie between 0 and 255 when a region is read."""
-
-    stored: StoredDataset
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.stored.shape
-
-    @property
-    def chunks(self) -> tuple[int, ...] | None:
-        return self.stored.chunks
-
-    @property
-    def dtype(self) -> Any:
-        return self.stored.dtype
-
-    def __getitem__(self, region: Any, /) -> Any:
-        block = self.stored[region]
-        if block.min() < 0 or block.max() > 255:
-            raise OutputError("labels must lie between 0 and 255", place=self.stored.path, remedy="Predict again")
-        return block
 
 
 def _lamella(configuration: Configuration, tomogram: Summary) -> tuple[float | None, dict[str, float | str]]:
