@@ -30,6 +30,7 @@ from cryosiam_dask.files.folders import require_there, unusable
 from cryosiam_dask.files.hdf5 import INSTANCES, LABELS, PROBABILITIES, hdf5_datasets, open_hdf5, read_attributes
 from cryosiam_dask.files.header import TomogramHeader
 from cryosiam_dask.files.mrc import MrcHeader
+from cryosiam_dask.files.signatures import OTHERS, PACKED
 from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.stages.intensities import intensities, sample_file
 
@@ -37,31 +38,20 @@ Kind: TypeAlias = Literal["tomogram", "zarr", "HDF5", "checkpoint"]
 
 COUNTED_VOXELS = 1 << 28  # labels of larger volumes are not counted, since it takes many seconds
 _ZARR = ("zarr.json", ".zarray", ".zgroup")
-_HDF5 = b"\x89HDF\r\n\x1a\n"
 #: First bytes of a file, its description, and its kind.
 _MAGIC: tuple[tuple[bytes, str, Kind | None], ...] = (
-    (_HDF5, "an HDF5 file", "HDF5"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file", "HDF5"),
     (b"PK\x03\x04", "a zip archive, as torch writes checkpoints", "checkpoint"),
     (b"\x80\x02", "a pickle, as old versions of torch write checkpoints", "checkpoint"),
     (b"\x1f\x8b", "a gzip file", "tomogram"),
     (b"\0\5\x16\7", "what macOS puts beside another file, whose name lacks the ._", None),
-    (b"II*\0", "a TIFF image", None),
-    (b"MM\0*", "a TIFF image", None),
-    (b"II+\0", "a TIFF image", None),
-    (b"\x89PNG", "a PNG image", None),
-    (b"\xff\xd8\xff", "a JPEG image", None),
-    (b"%PDF", "a PDF document", None),
-    (b"\x93NUMPY", "a NumPy array", None),
-    (b"BZh", "a bzip2 file", None),
-    (b"\xfd7zXZ", "an xz file", None),
-    (b"\x28\xb5\x2f\xfd", "a zstd file", None),
+    *((start, what, None) for start, what in OTHERS.items()),
 )
 _BY_NAME: Mapping[str, Kind] = {
     **dict.fromkeys((*MRC_ENDINGS, ".gz"), "tomogram"),
     **dict.fromkeys(HDF5_ENDINGS, "HDF5"),
     **dict.fromkeys((".ckpt", ".pt", ".pth"), "checkpoint"),
 }
-_PACKED = ("a bzip2 file", "an xz file", "a zstd file")
 _WHAT = "must be a tomogram (MRC, HDF5, zarr or OME-Zarr), a file of predictions or components, or a checkpoint"
 _KINDS: Mapping[Kind, str] = {
     "tomogram": "a tomogram", "zarr": "a zarr store", "HDF5": "an HDF5 file", "checkpoint": "a checkpoint",
@@ -184,7 +174,7 @@ def _kind(path: Path) -> Kind:
     if found is None and h5py.is_hdf5(path):  # after a user block
         found = "an HDF5 file", "HDF5"
     if found is not None and found[1] is None:
-        packed = found[0] in _PACKED
+        packed = found[0].split()[1] in PACKED
         raise TomogramError(
             _WHAT,
             place=path,

@@ -158,14 +158,8 @@ def invert_scale(
         if lower is not None or upper is not None:
             bounds = _bounds(plain, source, 0.0 if lower is None else lower, 100.0 if upper is None else upper)
         scaled = _Scaled(voxels, header.shape, plain.sign, *(bounds or (None, None)))
-        write_mrc_floats(
-            target,
-            scaled,
-            voxel_size_angstrom=header.voxel_size_angstrom,
-            origin_angstrom=header.origin_angstrom,
-            nstart=header.nstart,
-            label="cryosiam-dask: intensities " + ("inverted" if invert else "kept") + (", scaled" if bounds else ""),
-        )
+        label = "cryosiam-dask: intensities " + ("inverted" if invert else "kept") + (", scaled" if bounds else "")
+        write_mrc_floats(target, scaled, label=label, **header.placement)
     return bounds
 
 

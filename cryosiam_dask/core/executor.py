@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from cryosiam_dask.core.log import LOG
 from cryosiam_dask.errors import CryosiamDaskError, StorageError, is_transient
@@ -171,11 +171,10 @@ class SerialExecutor:
         function: Callable[[T], R],
         items: Sequence[T],
         *,
-        name: str,
-        overlap: bool = False,
         done: Callable[[T, R], None] | None = None,
+        **unused: Any,
     ) -> list[R]:
-        """Return ``[function(item) for item in items]``; `name` and `overlap` are not used."""
+        """See `Executor`."""
         results = []
         for item in items:
             if self._drained:
@@ -216,17 +215,9 @@ class NamedExecutor:
         """See `Executor`."""
         return self.executor.workers
 
-    def map(
-        self,
-        function: Callable[[T], R],
-        items: Sequence[T],
-        *,
-        name: str,
-        overlap: bool = False,
-        done: Callable[[T, R], None] | None = None,
-    ) -> list[R]:
+    def map(self, function: Callable[[T], R], items: Sequence[T], *, name: str, **options: Any) -> list[R]:
         """See `Executor`."""
-        return self.executor.map(function, items, name=f"{self.model} {name}", overlap=overlap, done=done)
+        return self.executor.map(function, items, name=f"{self.model} {name}", **options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,9 +248,8 @@ class GuardedExecutor:
         function: Callable[[T], R],
         items: Sequence[T],
         *,
-        name: str,
-        overlap: bool = False,
         done: Callable[[T, R], None] | None = None,
+        **options: Any,
     ) -> list[R]:
         """See `Executor`."""
 
@@ -270,7 +260,7 @@ class GuardedExecutor:
 
         self.guard()
         try:
-            return self.executor.map(function, items, name=name, overlap=overlap, done=record)
+            return self.executor.map(function, items, done=record, **options)
         except Exception:
             self.guard()  # if another run took over, that is most likely why the task failed
             raise

@@ -114,13 +114,20 @@ class TomogramHeader(ABC):
             If it cannot be read.
         """
 
+    @property
+    def placement(self) -> dict[str, Any]:
+        """Voxel size and position, as `cryosiam_dask.files.mrc.write_mrc` takes them."""
+        return {
+            "voxel_size_angstrom": self.voxel_size_angstrom,
+            "origin_angstrom": self.origin_angstrom,
+            "nstart": self.nstart,
+        }
+
     def attributes(self) -> dict[str, Any]:
         """Return the attributes of the zarr array as JSON values: axes, sizes in Å, and the source."""
         return {
             "axes": list("zyx"[-len(self.shape) :]),
-            "voxel_size_angstrom": list(self.voxel_size_angstrom),
-            "origin_angstrom": list(self.origin_angstrom),
-            "nstart": list(self.nstart),
+            **{name: list(values) for name, values in self.placement.items()},
             "source": self.path.name,
             "source_bytes": self.file_bytes,
             "source_modified": self.modified,

@@ -24,7 +24,7 @@ from cryosiam_dask.core.arrays import Region, Sliceable, regions_of
 from cryosiam_dask.errors import TomogramError
 from cryosiam_dask.files.atomic import Sink, replacing, require_voxels
 from cryosiam_dask.files.header import TomogramHeader, native, plausible_sizes, unknown_sizes
-from cryosiam_dask.files.signatures import PACKED, resemblance_of
+from cryosiam_dask.files.signatures import PACKED, name_of, resemblance_of
 
 MRC_BLOCK = 128  # sections and rows that are in memory at once
 
@@ -68,7 +68,7 @@ def write_mrc(
     values = np.flatnonzero(counts)
     dtype = np.dtype(np.int8 if values[-1] < 128 else "<u2")
 
-    header = _mrc_header(shape, dtype, voxel_size_angstrom, origin_angstrom, nstart, label)
+    header = _mrc_header(shape, dtype, label, voxel_size_angstrom, origin_angstrom, nstart)
     mean = values @ counts[values] / math.prod(shape)
     header["dmin"], header["dmax"], header["dmean"] = values[0], values[-1], mean
     header["rms"] = math.sqrt((values - mean) ** 2 @ counts[values] / math.prod(shape))
@@ -82,23 +82,21 @@ def write_mrc_floats(
     path: str | Path,
     voxels: Sliceable,
     *,
-    voxel_size_angstrom: Sequence[float | None] | None = None,
-    origin_angstrom: Sequence[float] | None = None,
-    nstart: Sequence[int] | None = None,
     label: str = "",
+    **placement: Any,
 ) -> None:
     """Write intensities as an MRC file of mode 2 (float32), replacing an earlier one atomically.
 
     Parameters
     ----------
-    path, voxel_size_angstrom, origin_angstrom, nstart, label
+    path, label, placement
         See `write_mrc`, also for the errors.
     voxels : (z, y, x) or (y, x), real numbers
         Each voxel is read once.
     """
     require_voxels(path, voxels)
     shape, dtype = voxels.shape, np.dtype("<f4")
-    header = _mrc_header(shape, dtype, voxel_size_angstrom, origin_angstrom, nstart, label)
+    header = _mrc_header(shape, dtype, label, **placement)
     low, high, total, squares, count = math.inf, -math.inf, 0.0, 0.0, 0
     with replacing(Path(path), alone=True) as sink:
         for region in regions_of(shape, (*[MRC_BLOCK] * (len(shape) - 1), shape[-1])):
@@ -106,11 +104,8 @@ def write_mrc_floats(
             _write_rows(sink, region, block, shape)
             if (finite := block[np.isfinite(block)].astype(np.float64)).size:
                 low, high = min(low, float(finite.min())), max(high, float(finite.max()))
-                total, squares, count = (
-                    total + float(finite.sum()),
-                    squares + float(finite @ finite),
-                    count + finite.size,
-                )
+                total, squares = total + float(finite.sum()), squares + float(finite @ finite)
+                count += finite.size
         if count:  # otherwise the statistics stay 0, which means unknown
             mean = total / count
             header["dmin"], header["dmax"], header["dmean"] = low, high, mean
@@ -123,10 +118,10 @@ def write_mrc_floats(
 def _mrc_header(
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
-    voxel_size_angstrom: Sequence[float | None] | None,
-    origin_angstrom: Sequence[float] | None,
-    nstart: Sequence[int] | None,
     label: str,
+    voxel_size_angstrom: Sequence[float | None] | None = None,
+    origin_angstrom: Sequence[float] | None = None,
+    nstart: Sequence[int] | None = None,
 ) -> Any:
     """Return the header of an MRC file without statistics."""
     header = np.zeros((), HEADER_DTYPE.newbyteorder("<"))
@@ -335,15 +330,14 @@ def _in_byte_order(raw: bytes, path: Path, file_bytes: int, warnings: list[str])
                 warnings.append(f"machine stamp {stamp} is unknown or wrong; read as {read}-endian")
             return header, order
     header = np.frombuffer(raw, HEADER_DTYPE.newbyteorder(orders[0]))[0]
-    resemblance = resemblance_of(path)
     remedy = "Remove the file from the folder or write it again: it is damaged, or not an MRC file"
-    if resemblance.endswith(PACKED):
+    if name_of(path) in PACKED:
         remedy = "Decompress it: gzip is the only compression that is read"
     raise TomogramError(
         f"an MRC header must have three sizes from 1 to {_LARGEST_AXIS} and a mode",
         place=path,
         value=f"sizes {tuple(int(header[name]) for name in ('nx', 'ny', 'nz'))}, mode {header['mode']} "
-        f"in a file of {file_bytes} bytes{resemblance}",
+        f"in a file of {file_bytes} bytes{resemblance_of(path)}",
         remedy=remedy,
     )
 

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 from pathlib import Path
 
-#: First bytes of other file types that are found under a tomogram's name.
-_SIGNATURES = {
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"PK\3\4": "ZIP",
-    b"\x89PNG": "PNG",
-    b"\xff\xd8\xff": "JPEG",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"(\xb5/\xfd": "zstd",
-    b"\x89HDF": "HDF5",
-    b"%PDF": "PDF",
-    b"<": "HTML or XML",
-    b"version https://git-lfs": "Git LFS pointer",
+#: First bytes of files that are neither tomograms nor checkpoints, nor outputs of this program.
+OTHERS = {
+    b"II*\0": "a TIFF image",
+    b"MM\0*": "a TIFF image",
+    b"II+\0": "a TIFF image",
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"%PDF": "a PDF document",
+    b"\x93NUMPY": "a NumPy array",
+    b"BZh": "a bzip2 file",
+    b"\xfd7zXZ": "an xz file",
+    b"(\xb5/\xfd": "a zstd file",
 }
-PACKED = ("bzip2 does", "xz does", "zstd does", "ZIP does")
+#: Of what is found under a tomogram's name.
+_NAMES = {start: what.split()[1] for start, what in OTHERS.items()} | {
+    b"PK\3\4": "ZIP", b"\x89HDF": "HDF5", b"<": "HTML or XML", b"version https://git-lfs": "Git LFS pointer",
+}  # fmt: skip
+PACKED = ("bzip2", "xz", "zstd", "ZIP")
+
+
+def name_of(path: Path) -> str:
+    """Return the name of the type of a file that is none of ours, such as ``"TIFF"``; empty if it is unknown."""
+    with path.open("rb") as file:
+        first = file.read(32).lstrip()
+    return next((name for start, name in _NAMES.items() if first.startswith(start)), "")
 
 
 def resemblance_of(path: Path) -> str:
-    with path.open("rb") as file:
-        first = file.read(32).lstrip()
-    return next((f", which begin as {kind} does" for start, kind in _SIGNATURES.items() if first.startswith(start)), "")
+    """Describe the beginning of such a file for an error."""
+    return f", which begin as {name} does" if (name := name_of(path)) else ""

@@ -316,14 +316,7 @@ def _denoise(
             own_name.map(write_raw, [raw], name="export")
         elif read_fingerprint(raw) is not None:
             raw.unlink()  # of an earlier run, with other settings
-        write = partial(
-            write_mrc_floats,
-            voxels=denoised,
-            voxel_size_angstrom=header.voxel_size_angstrom,
-            origin_angstrom=header.origin_angstrom,
-            nstart=header.nstart,
-            label=MRC_LABEL + job.fingerprint,
-        )
+        write = partial(write_mrc_floats, voxels=denoised, label=MRC_LABEL + job.fingerprint, **header.placement)
         own_name.map(write, [job.output], name="export")
         warnings += draw_denoised(configuration, job.stem, tomogram, denoised, attributes, own_name)
     keep_for_the_report(configuration, job.stem)
@@ -540,14 +533,7 @@ def _run_model(
             attributes=attributes,
         )
     else:
-        write = partial(
-            write_mrc,
-            labels=labels,
-            voxel_size_angstrom=header.voxel_size_angstrom,
-            origin_angstrom=header.origin_angstrom,
-            nstart=header.nstart,
-            label=MRC_LABEL + job.fingerprint,
-        )
+        write = partial(write_mrc, labels=labels, label=MRC_LABEL + job.fingerprint, **header.placement)
     executor.map(write, [job.output], name="export")
     warnings += draw_preview(configuration, job.stem, tomogram, labels, mask, attributes, executor)
     formats, folder = other_formats(configuration), configuration.prediction_folder
@@ -595,9 +581,7 @@ def _attributes(plan: RunPlan, job: Job, report: IngestReport, warnings: Sequenc
         "software": f"cryosiam_dask {__version__}",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "source": job.source.name,
-        "voxel_size_angstrom": header.voxel_size_angstrom,
-        "origin_angstrom": header.origin_angstrom,
-        "nstart": header.nstart,
+        **header.placement,
         "axes": "zyx"[-len(header.shape) :],
         "class_names": plan.class_names,  # of the labels from 1 on
         "checkpoint": plan.configuration.trained_model.name,

@@ -33,7 +33,7 @@ from cryosiam_dask.files.header import TomogramHeader
 from cryosiam_dask.files.mrc import write_mrc
 from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.model.classes import file_names, given_names, named
-from cryosiam_dask.stages.ingest import IngestReport, ingest, require_free
+from cryosiam_dask.stages.ingest import IngestReport, converting_to, ingest
 from cryosiam_dask.stages.ome_zarr import SEGMENTATION, most_bytes, read_own_attributes, write_ome_zarr
 
 #: Marks before the fingerprint in the label of an MRC header: for labels, and for the mask of a class.
@@ -130,18 +130,12 @@ def write_other_formats(
     OutputError
         If a file cannot be written; an earlier one is then unchanged.
     """
-    size, origin, nstart = (attributes.get(name) for name in ("voxel_size_angstrom", "origin_angstrom", "nstart"))
+    placement = placement_in(attributes)
     for name in formats:
         path = format_path(folder, stem, name)
         if name == "mrc":
-            write = partial(
-                write_mrc,
-                labels=labels,
-                voxel_size_angstrom=size,
-                origin_angstrom=origin,
-                nstart=nstart,
-                label=MRC_LABEL + attributes.get("fingerprint", ""),
-            )
+            label = MRC_LABEL + attributes.get("fingerprint", "")
+            write = partial(write_mrc, labels=labels, label=label, **placement)
             executor.map(write, [path], name="export")
         elif tomogram is not None:
             write_ome_zarr(
@@ -149,8 +143,8 @@ def write_other_formats(
                 tomogram.voxels,
                 labels,
                 class_names=attributes.get("class_names") or (),
-                voxel_size_angstrom=size,
-                position_angstrom=position_angstrom(size, origin, nstart),
+                voxel_size_angstrom=placement["voxel_size_angstrom"],
+                position_angstrom=position_angstrom(**placement),
                 minimum=tomogram.minimum,
                 attributes={key: attributes[key] for key in _CARRIED if attributes.get(key) is not None},
                 executor=executor,
@@ -203,29 +197,30 @@ def write_masks(
 
 def _write_mask(labels: Sliceable, attributes: Mapping[str, Any], each: tuple[int, Path]) -> None:
     label, path = each
-    write_mrc(
-        path,
-        _ClassMask(labels, label),
-        voxel_size_angstrom=attributes.get("voxel_size_angstrom"),
-        origin_angstrom=attributes.get("origin_angstrom"),
-        nstart=attributes.get("nstart"),
-        label=MASK_LABEL + attributes.get("fingerprint", ""),
-    )
+    text = MASK_LABEL + attributes.get("fingerprint", "")
+    write_mrc(path, _ClassMask(labels, label), label=text, **placement_in(attributes))
+
+
+def placement_in(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return voxel size and position from attributes, as `write_mrc` and `position_angstrom` take them."""
+    return {name: attributes.get(name) for name in ("voxel_size_angstrom", "origin_angstrom", "nstart")}
 
 
 def position_angstrom(
-    voxel_size: Sequence[float | None] | None, origin: Sequence[float] | None, nstart: Sequence[int] | None
+    voxel_size_angstrom: Sequence[float | None] | None,
+    origin_angstrom: Sequence[float] | None,
+    nstart: Sequence[int] | None,
 ) -> tuple[float, ...] | None:
     """Return where viewers of MRC files place the first voxel: the origin or, if that is 0, start times voxel size.
 
     >>> position_angstrom((10, 10, 10), (0, 0, 0), (0, -3, 2))
     (0.0, -30.0, 20.0)
     """
-    if origin is not None and any(origin):
-        return tuple(map(float, origin))
-    if voxel_size is None or nstart is None:
+    if origin_angstrom is not None and any(origin_angstrom):
+        return tuple(map(float, origin_angstrom))
+    if voxel_size_angstrom is None or nstart is None:
         return None
-    return tuple(float(start) * (size or 0.0) for start, size in zip(nstart, voxel_size, strict=True))
+    return tuple(float(start) * (size or 0.0) for start, size in zip(nstart, voxel_size_angstrom, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------ existing files
@@ -525,21 +520,19 @@ def convert_to_ome_zarr(
     """
     target = Path(target)
     header = read_header(source, level=level, dataset=dataset)
-    require_free(target, overwrite=overwrite)
     work = target.with_name(f".{target.name}.work")
     try:
-        voxels, report = ingest(source, work, level=level, dataset=dataset, executor=executor)
-        write_ome_zarr(
-            target,
-            voxels,
-            voxel_size_angstrom=header.voxel_size_angstrom,
-            position_angstrom=position_angstrom(header.voxel_size_angstrom, header.origin_angstrom, header.nstart),
-            minimum=report.statistics.minimum or 0.0,
-            attributes={**header.attributes(), "statistics": report.statistics.attributes()},
-            executor=executor,
-        )
-    except OutputError as error:
-        raise type(error)(error.rule, place=target, value=error.value, remedy=error.remedy) from error
+        with converting_to(target, overwrite=overwrite):
+            voxels, report = ingest(source, work, level=level, dataset=dataset, executor=executor)
+            write_ome_zarr(
+                target,
+                voxels,
+                voxel_size_angstrom=header.voxel_size_angstrom,
+                position_angstrom=position_angstrom(**header.placement),
+                minimum=report.statistics.minimum or 0.0,
+                attributes={**header.attributes(), "statistics": report.statistics.attributes()},
+                executor=executor,
+            )
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return report

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -237,17 +238,29 @@ def convert(
     """
     target = Path(target)
     header = read_header(source, level=level, dataset=dataset)
+    with converting_to(target, overwrite=overwrite), replacing_folder(target) as part:
+        _, statistics = _fill(header, part, None, chunks, True, executor)
+    return _report(header, statistics)
+
+
+@contextmanager
+def converting_to(target: Path, *, overwrite: bool) -> Iterator[None]:
+    """Convert to `target`, if that `require_free` allows, and name it in all errors.
+
+    Raises
+    ------
+    OutputError
+        If the target exists or cannot be written.
+    """
     require_free(target, overwrite=overwrite)
     try:
-        with replacing_folder(target) as part:
-            _, statistics = _fill(header, part, None, chunks, True, executor)
+        yield
     except OutputError as error:
         raise type(error)(error.rule, place=target, value=error.value, remedy=error.remedy) from error
     except OSError as error:
         raise not_written(
             error, "the converted tomogram must be writable", place=target, remedy="Choose another place"
         ) from error
-    return _report(header, statistics)
 
 
 def require_free(target: Path, *, overwrite: bool) -> None:
