@@ -22,9 +22,7 @@ from cryosiam_dask.core.log import LOG, SHOWN, begin_logs
 from cryosiam_dask.core.machine import cores, memory_of_machine
 from cryosiam_dask.model.classes import are_images
 from cryosiam_dask.runs.outcome import Outcome
-from cryosiam_dask.runs.workers import (
-    versions,
-)
+from cryosiam_dask.runs.workers import versions
 
 
 def inform(console: Console, message: str) -> None:

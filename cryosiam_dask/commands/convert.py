@@ -9,9 +9,7 @@ from rich.console import Console
 
 from cryosiam_dask.commands.console import inform, warn
 from cryosiam_dask.core.machine import cores
-from cryosiam_dask.errors import (
-    OutputError,
-)
+from cryosiam_dask.errors import OutputError
 from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.runs.cluster import open_cluster
 from cryosiam_dask.runs.dask_executor import DaskExecutor

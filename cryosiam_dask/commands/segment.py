@@ -22,13 +22,7 @@ from cryosiam_dask.config import Configuration
 from cryosiam_dask.core.diagnosis import Intensities, merged_warnings
 from cryosiam_dask.core.log import LOG, SHOWN, logged
 from cryosiam_dask.core.machine import cores, memory_of_machine
-from cryosiam_dask.errors import (
-    ClusterError,
-    ConfigurationError,
-    CryosiamDaskError,
-    DeviceError,
-    Problems,
-)
+from cryosiam_dask.errors import ClusterError, ConfigurationError, CryosiamDaskError, DeviceError, Problems
 from cryosiam_dask.files.header import TomogramHeader
 from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.model.predictor import (

@@ -11,11 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cryosiam_dask.config import Configuration
-from cryosiam_dask.errors import (
-    OutputError,
-    TomogramError,
-    is_transient,
-)
+from cryosiam_dask.errors import OutputError, TomogramError, is_transient
 from cryosiam_dask.model.classes import named
 from cryosiam_dask.runs.ledger import read_entries
 

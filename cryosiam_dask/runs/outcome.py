@@ -11,28 +11,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from cryosiam_dask.core.executor import (
-    Executor,
-    Interrupted,
-    all_workers,
-)
+from cryosiam_dask.core.executor import Executor, Interrupted, all_workers
 from cryosiam_dask.core.log import LOG, SHOWN
-from cryosiam_dask.errors import (
-    ClusterError,
-    CryosiamDaskError,
-    DeviceError,
-    DiskError,
-    StorageError,
-    not_written,
-)
+from cryosiam_dask.errors import ClusterError, CryosiamDaskError, DeviceError, DiskError, StorageError, not_written
 from cryosiam_dask.model.classes import counted, shares
 from cryosiam_dask.runs.ledger import Ledger
 from cryosiam_dask.runs.plan import Job, RunPlan
-from cryosiam_dask.stages.lamella import (
-    Thickness,
-    stored_thickness,
-    thickness_words,
-)
+from cryosiam_dask.stages.lamella import Thickness, stored_thickness, thickness_words
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,39 +17,19 @@ from cryosiam_dask._version import __version__
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.core.arrays import Sliceable
 from cryosiam_dask.core.blocks import Blocks, Index
-from cryosiam_dask.core.executor import (
-    Executor,
-    with_retries,
-)
+from cryosiam_dask.core.executor import Executor, with_retries
 from cryosiam_dask.core.log import LOG
-from cryosiam_dask.errors import (
-    CryosiamDaskError,
-    OutputError,
-    StorageError,
-    is_transient,
-)
+from cryosiam_dask.errors import CryosiamDaskError, OutputError, StorageError, is_transient
 from cryosiam_dask.files.hdf5 import read_attributes
 from cryosiam_dask.files.mask import open_mask
 from cryosiam_dask.files.predictions import exportable_array
 from cryosiam_dask.model.classes import given_names, named
 from cryosiam_dask.runs.outcome import ENDING, Outcome, failure_of, names_in
-from cryosiam_dask.stages.centers import (
-    collect_centers,
-    labels_of,
-    remove_outdated_centers,
-)
+from cryosiam_dask.stages.centers import collect_centers, labels_of, remove_outdated_centers
 from cryosiam_dask.stages.components import ArrayModule, Description, Labelling, count_labels, remove_small
-from cryosiam_dask.stages.export import (
-    export_prediction,
-    other_formats,
-    remove_outdated_formats,
-    written_attributes,
-)
+from cryosiam_dask.stages.export import export_prediction, other_formats, remove_outdated_formats, written_attributes
 from cryosiam_dask.stages.ingest import ingest
-from cryosiam_dask.stages.lamella import (
-    Thickness,
-    count_columns,
-)
+from cryosiam_dask.stages.lamella import Thickness, count_columns
 from cryosiam_dask.stages.measurements import COLLECTION, collect_tables, remove_outdated, write_components
 from cryosiam_dask.stages.preview import preview_file, read_fingerprint, write_denoised_preview, write_preview
 from cryosiam_dask.stages.summary import remember

@@ -47,10 +47,7 @@ from cryosiam_dask.core.executor import (
 )
 from cryosiam_dask.core.grid import Grid, make_grid
 from cryosiam_dask.core.machine import boot_id
-from cryosiam_dask.errors import (
-    LostClusterError,
-    is_transient,
-)
+from cryosiam_dask.errors import LostClusterError, is_transient
 from cryosiam_dask.files.header import TomogramHeader
 from cryosiam_dask.files.mrc import write_mrc, write_mrc_floats
 from cryosiam_dask.files.predictions import write_hdf5, write_raw_predictions
@@ -88,18 +85,10 @@ from cryosiam_dask.runs.workspace import (
 )
 from cryosiam_dask.stages.components import ArrayModule, Description, Labelling, removal_labelling
 from cryosiam_dask.stages.denoise import Denoised, stretch_of, with_own_moments
-from cryosiam_dask.stages.export import (
-    MRC_LABEL,
-    Placed,
-    other_formats,
-    remove_outdated_formats,
-    write_other_formats,
-)
+from cryosiam_dask.stages.export import MRC_LABEL, Placed, other_formats, remove_outdated_formats, write_other_formats
 from cryosiam_dask.stages.ingest import IngestReport, Statistics, compresses, ingest
 from cryosiam_dask.stages.intensities import Sample, intensities, sample_array, sample_file
-from cryosiam_dask.stages.lamella import (
-    postprocess_lamella,
-)
+from cryosiam_dask.stages.lamella import postprocess_lamella
 from cryosiam_dask.stages.predict import BlockTimes, StoredPrediction, create_outputs, predict_store, tomogram_chunks
 from cryosiam_dask.stages.timeline import write_timeline
 

@@ -19,17 +19,11 @@ import zarr
 
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.core.blocks import Blocks
-from cryosiam_dask.core.executor import (
-    Interrupted,
-)
+from cryosiam_dask.core.executor import Interrupted
 from cryosiam_dask.core.grid import make_grid
 from cryosiam_dask.core.local_store import AnyDiskStore
 from cryosiam_dask.core.log import LOG
-from cryosiam_dask.errors import (
-    CryosiamDaskError,
-    OutputError,
-    is_transient,
-)
+from cryosiam_dask.errors import CryosiamDaskError, OutputError, is_transient
 from cryosiam_dask.files.atomic import part_name
 from cryosiam_dask.files.identity import is_newer_in_part, newest_chunk, source_content, source_identity
 from cryosiam_dask.runs.ledger import Ledger

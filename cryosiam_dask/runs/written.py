@@ -26,9 +26,7 @@ from cryosiam_dask.core.executor import (
     TakenOver,
     with_retries,
 )
-from cryosiam_dask.errors import (
-    LostClusterError,
-)
+from cryosiam_dask.errors import LostClusterError
 from cryosiam_dask.files.atomic import sweep_parts
 from cryosiam_dask.files.claims import Claims, claim_path, open_claims
 from cryosiam_dask.files.hdf5 import (
@@ -61,17 +59,9 @@ from cryosiam_dask.runs.outputs import (
 from cryosiam_dask.runs.plan import Job, RunPlan, preview_done
 from cryosiam_dask.runs.progress import Reporter
 from cryosiam_dask.runs.workspace import forget_failure, work_group, work_stores
-from cryosiam_dask.stages.centers import (
-    cryosiam_centers,
-    labels_of,
-    write_centers,
-    write_cryosiam_centers,
-)
+from cryosiam_dask.stages.centers import cryosiam_centers, labels_of, write_centers, write_cryosiam_centers
 from cryosiam_dask.stages.components import require_channel
-from cryosiam_dask.stages.export import (
-    export_prediction,
-    formats_done,
-)
+from cryosiam_dask.stages.export import export_prediction, formats_done
 
 
 def postprocess(
