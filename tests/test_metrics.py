@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from cryosiam_dask.runs.cluster import open_cluster
 from cryosiam_dask.runs.dask_executor import DaskExecutor
 from cryosiam_dask.runs.metrics import Meter
+from cryosiam_dask.runs.progress import Reporters
 from support.runs import Listener
 
 Samples = dict[tuple[str, str], float]
@@ -44,7 +45,7 @@ def double(number: int) -> int:
 
 def test_what_was_done_is_counted_beside_what_dask_measures(client: Client) -> None:
     listener = Listener()
-    meter = Meter(listener, client)
+    meter = Reporters(Meter(client), listener)
     executor = DaskExecutor(client, watch=meter.watch)
     meter.begin("TS_1")
     executor.share("TS_1", 0, lambda name, done, total: meter.step("TS_1", name, done, total)).map(
@@ -65,7 +66,7 @@ def test_what_was_done_is_counted_beside_what_dask_measures(client: Client) -> N
     assert ends["cryosiam_dask_tomograms_total", "done"] == ends["cryosiam_dask_tomograms_total", "failed"] == 1
     assert ends["cryosiam_dask_voxels_total", ""] == 1000
     # Another run on the same scheduler adds to it: a counter never falls.
-    again = Meter(Listener(), client)
+    again = Meter(client)
     again.end("TS_2", "done in 3 s", voxels=500)
     again.close()
     ends = asked(client, "status")
@@ -79,7 +80,7 @@ def pretend_gpu(dask_worker: Any) -> None:
 
 
 def test_what_workers_tell_of_their_gpus_is_shown(client: Client) -> None:
-    Meter(Listener(), client).close()
+    Meter(client).close()
     assert not any("gpu" in name for name, _ in asked(client, "worker"))
     client.run(pretend_gpu)
     (worker,) = client.scheduler_info(n_workers=-1)["workers"]

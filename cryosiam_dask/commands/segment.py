@@ -301,15 +301,9 @@ def segment(
                 ),
             )
             pace = Pace(total, _network_voxels(plans), computing)
-            reporter = Meter(Reporters(pace, make_reporter(console, pace), FileReporter(pace)), client)
-
-            def watch(step: str, seconds: float | None) -> None:
-                reporter.watch(step, seconds)
-                pace.watch(step, seconds)
-
-            executor = DaskExecutor(
-                client, watch=watch, inform=reporter.inform, has_device=has_gpu if chosen == "cuda" else None
-            )
+            reporter = Reporters(Meter(client), pace, make_reporter(console, pace), FileReporter(pace))
+            of_device = has_gpu if chosen == "cuda" else None
+            executor = DaskExecutor(client, watch=reporter.watch, inform=reporter.inform, has_device=of_device)
             try:
                 outcomes = run(plans, reporter, device=chosen, executor=executor, timeline=timeline, stop=stop)
             finally:

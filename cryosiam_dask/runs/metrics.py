@@ -25,20 +25,17 @@ _INTERVAL = 2.0
 _OUTCOMES = ("done", "failed")
 
 
-class Meter:
-    """A reporter that counts and passes everything on.
+class Meter(Reporter):
+    """A reporter that counts.
 
     Parameters
     ----------
-    reporter
-        Receives the same.
     client
         Of the cluster whose scheduler exports the counts.
     """
 
-    def __init__(self, reporter: Reporter, client: Client) -> None:
-        self._reporter, self._client = reporter, client
-        self._run = uuid.uuid4().hex
+    def __init__(self, client: Client) -> None:
+        self._client, self._run = client, uuid.uuid4().hex
         self._lock = threading.Lock()
         self._tasks: Counter[str] = Counter()
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -53,7 +50,7 @@ class Meter:
             self._thread.start()
 
     def watch(self, step: str, seconds: float | None) -> None:
-        """A task of a step is done, `seconds` after it was submitted; ``None``: it is retried."""
+        """See `cryosiam_dask.runs.progress.Reporter`."""
         with self._lock:
             if seconds is None:
                 self._retries[step] += 1
@@ -61,32 +58,18 @@ class Meter:
                 self._tasks[step] += 1
                 self._seconds[step] += seconds
 
-    def begin(self, tomogram: str) -> None:
-        """See `cryosiam_dask.runs.progress.Reporter`."""
-        self._reporter.begin(tomogram)
-
-    def step(self, tomogram: str, name: str, done: int, total: int) -> None:
-        """See `cryosiam_dask.runs.progress.Reporter`."""
-        self._reporter.step(tomogram, name, done, total)
-
     def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0, left: bool = False) -> None:
         """See `cryosiam_dask.runs.progress.Reporter`."""
         with self._lock:
             self._voxels += voxels
             if failed or voxels:
                 self._tomograms[_OUTCOMES[failed]] += 1
-        self._reporter.end(tomogram, message, failed=failed, voxels=voxels, left=left)
-
-    def inform(self, message: str) -> None:
-        """See `cryosiam_dask.runs.progress.Reporter`."""
-        self._reporter.inform(message)
 
     def close(self) -> None:
         """See `cryosiam_dask.runs.progress.Reporter`."""
         self._over.set()
         if self._thread:
             self._thread.join()
-        self._reporter.close()
 
     def _totals(self) -> dict[str, Any]:
         with self._lock:

@@ -10,9 +10,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partialmethod
 from statistics import fmean
-from typing import Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -23,28 +23,26 @@ from rich.text import Text
 from cryosiam_dask.core.log import LOG, SHOWN
 
 
-class Reporter(Protocol):
+class Reporter:
     """Receives the progress of a run, from any thread; several tomograms may be in progress at the same time."""
 
     def begin(self, tomogram: str) -> None:
         """Report that a tomogram starts."""
-        ...
 
     def step(self, tomogram: str, name: str, done: int, total: int) -> None:
         """Report that `done` of `total` tasks of the step `name` of a tomogram are done."""
-        ...
+
+    def watch(self, step: str, seconds: float | None) -> None:
+        """Report that a task of a step is done, `seconds` after it was submitted; ``None``: it is retried."""
 
     def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0, left: bool = False) -> None:
         """Report how a tomogram ended, the `voxels` that were segmented, and whether work is `left`."""
-        ...
 
     def inform(self, message: str) -> None:
         """Show a message."""
-        ...
 
     def close(self) -> None:
         """End the report."""
-        ...
 
 
 @dataclass(slots=True)
@@ -64,13 +62,12 @@ class _Tomogram:
     steps: dict[str, float] = field(default_factory=dict)
 
 
-class Pace:
+class Pace(Reporter):
     """Estimate how much of a run is done, and the time left.
 
     1. Each kind of work (a model's blocks, reading, writing outputs) has a rate: the seconds that workers spent,
-    divided
-       by the voxels. A model that has not started yet is assumed to be as fast as the others; other work counts once it
-       has been seen.
+       divided by the voxels. A model that has not started yet is assumed to be as fast as the others; other work counts
+       once it has been seen.
     2. Tasks in flight count as half done.
     3. The ratio of time left to elapsed time is that of work left to work done, in worker seconds. It is at least the
        time of the consecutive steps of any one tomogram.
@@ -102,9 +99,6 @@ class Pace:
         self._kinds: dict[str, _Kind] = {}
         self._lock = threading.RLock()
 
-    def begin(self, tomogram: str) -> None:
-        """See `Reporter`."""
-
     def step(self, tomogram: str, name: str, done: int, total: int) -> None:
         """See `Reporter`."""
         with self._lock:
@@ -116,7 +110,7 @@ class Pace:
             self._kinds.setdefault(name, _Kind()).voxels += self._voxels(found, name) * (done / total - before)
 
     def watch(self, step: str, seconds: float | None) -> None:
-        """Count a task of a step that is done, `seconds` after it was submitted; ``None``: it is retried."""
+        """See `Reporter`."""
         with self._lock:
             if seconds is not None:
                 kind = self._kinds.setdefault(step, _Kind())
@@ -130,12 +124,6 @@ class Pace:
             if not left:
                 self.ended += 1
                 self.failed += failed
-
-    def inform(self, message: str) -> None:
-        """See `Reporter`."""
-
-    def close(self) -> None:
-        """See `Reporter`."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -240,7 +228,7 @@ def _is_of_network(step: str) -> bool:
     return step.split()[-1] == "predict"
 
 
-class LogReporter:
+class LogReporter(Reporter):
     """Plain lines, at most three for each tomogram: start, end, and occasionally the progress of the run.
 
     Parameters
@@ -286,9 +274,6 @@ class LogReporter:
         with self._lock:
             self._console.print(f"{time.strftime('%H:%M:%S')} {message}", markup=False, highlight=False, soft_wrap=True)
 
-    def close(self) -> None:
-        """See `Reporter`."""
-
 
 @dataclass(slots=True)
 class _Line:
@@ -300,7 +285,7 @@ class _Line:
     total: int = 1
 
 
-class TerminalReporter:
+class TerminalReporter(Reporter):
     """Show a bar for the run and one for each tomogram in progress, with the time left.
 
     On narrow terminals it shortens the middle of names, drops the rate, then shortens the bars.
@@ -320,9 +305,6 @@ class TerminalReporter:
             console=console, get_renderable=self.render, refresh_per_second=4, redirect_stdout=False, transient=False
         )
         self._live.start()
-
-    def begin(self, tomogram: str) -> None:
-        """See `Reporter`."""
 
     def step(self, tomogram: str, name: str, done: int, total: int) -> None:
         """See `Reporter`."""
@@ -469,7 +451,7 @@ class FileReporter(LogReporter):
         LOG.info(message, extra=SHOWN)
 
 
-class Reporters:
+class Reporters(Reporter):
     """Pass everything to several reporters.
 
     Parameters
@@ -479,32 +461,18 @@ class Reporters:
     """
 
     def __init__(self, *reporters: Reporter) -> None:
-        self._reporters: Sequence[Reporter] = reporters
+        self._reporters = reporters
 
-    def begin(self, tomogram: str) -> None:
-        """See `Reporter`."""
+    def _all(self, method: Callable[..., None], *arguments: Any, **options: Any) -> None:
         for reporter in self._reporters:
-            reporter.begin(tomogram)
+            getattr(reporter, method.__name__)(*arguments, **options)
 
-    def step(self, tomogram: str, name: str, done: int, total: int) -> None:
-        """See `Reporter`."""
-        for reporter in self._reporters:
-            reporter.step(tomogram, name, done, total)
-
-    def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0, left: bool = False) -> None:
-        """See `Reporter`."""
-        for reporter in self._reporters:
-            reporter.end(tomogram, message, failed=failed, voxels=voxels, left=left)
-
-    def inform(self, message: str) -> None:
-        """See `Reporter`."""
-        for reporter in self._reporters:
-            reporter.inform(message)
-
-    def close(self) -> None:
-        """See `Reporter`."""
-        for reporter in self._reporters:
-            reporter.close()
+    begin = partialmethod(_all, Reporter.begin)
+    step = partialmethod(_all, Reporter.step)
+    watch = partialmethod(_all, Reporter.watch)
+    end = partialmethod(_all, Reporter.end)
+    inform = partialmethod(_all, Reporter.inform)
+    close = partialmethod(_all, Reporter.close)
 
 
 def make_reporter(console: Console, pace: Pace) -> Reporter:

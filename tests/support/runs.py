@@ -10,9 +10,10 @@ from cryosiam_dask.core.executor import SerialExecutor
 from cryosiam_dask.runs.collection import run
 from cryosiam_dask.runs.outcome import Outcome
 from cryosiam_dask.runs.plan import plan_run
+from cryosiam_dask.runs.progress import Reporter
 
 
-class Listener:
+class Listener(Reporter):
     """A reporter that remembers."""
 
     def __init__(self) -> None:
