@@ -20,7 +20,7 @@ import scipy.fft
 import zarr
 from numpy.typing import NDArray
 
-from cryosiam_dask.core.arrays import Region
+from cryosiam_dask.core.arrays import Region, regions_of
 from cryosiam_dask.core.endings import HDF5_ENDINGS, MRC_ENDINGS, TOMOGRAM_ENDINGS
 from cryosiam_dask.core.percentiles import percentiles
 from cryosiam_dask.errors import OutputError, TomogramError, not_written
@@ -176,8 +176,7 @@ def _bounds(voxels: _Scaled, place: Path, lower: float, upper: float) -> tuple[f
 
 
 def _parts(shape: tuple[int, ...]) -> Iterator[Region]:
-    edges = [[slice(at, min(at + _PART, size)) for at in range(0, size, _PART)] for size in shape]
-    yield from itertools.product(*edges)
+    return regions_of(shape, (_PART,) * len(shape))
 
 
 @contextmanager
@@ -366,16 +365,12 @@ def _resample_axis(source: Any, target: Any, axis: int, place: Path) -> None:
     before, after = source.shape[axis], target.shape[axis]
     others = [n for n in range(len(target.shape)) if n != axis]
     # Whole chunks along the other axes, as long as the lines fit into memory.
-    lines, step = _tile(max(before, after)), {}
+    lines, step = _tile(max(before, after)), [before] * len(target.shape)
     for n in reversed(others):
         step[n] = min(target.shape[n], max(1, lines if n != others[-1] else min(lines, 128)))
         lines = max(1, lines // step[n])
-    for corner in itertools.product(*(range(0, target.shape[n], step[n]) for n in others)):
-        region = [slice(None)] * len(target.shape)
-        region[axis] = slice(0, before)
-        for n, at in zip(others, corner, strict=True):
-            region[n] = slice(at, min(at + step[n], target.shape[n]))
-        values = np.asarray(source[tuple(region)])
+    for region in regions_of(source.shape, step):
+        values = np.asarray(source[region])
         if not np.isfinite(values).all():
             raise TomogramError(
                 "all voxels must be finite numbers, since each one affects the whole result", place=place,
@@ -389,5 +384,5 @@ def _resample_axis(source: Any, target: Any, axis: int, place: Path) -> None:
         for part in (slice(0, kept - low), slice(-low, None) if low else slice(0, 0)):
             where = (*[slice(None)] * axis, part)
             resampled[where] = spectrum[where]
-        region[axis] = slice(0, after)
-        target[tuple(region)] = (scipy.fft.ifft(resampled, axis=axis) * (after / before)).astype(np.complex64)
+        there = (*region[:axis], slice(0, after), *region[axis + 1 :])
+        target[there] = (scipy.fft.ifft(resampled, axis=axis) * (after / before)).astype(np.complex64)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ import numpy as np
 import zarr
 
 from cryosiam_dask.config import Configuration
+from cryosiam_dask.core.arrays import Region, regions_of
 from cryosiam_dask.core.executor import (
     SERIAL,
     Executor,
@@ -413,23 +413,15 @@ def _read_unfiltered(path: Path, work: zarr.Group, executor: Executor) -> zarr.A
     """Copy the labels of a prediction, including those that were removed, to a zarr array."""
     shape = open_labels(path).shape
     labels = work.create_array("labels", shape=shape, chunks=tuple(min(128, n) for n in shape), dtype=np.uint8)
-    executor.map(partial(_read_unfiltered_chunk, path, labels), _corners(labels), name="read")
+    regions = list(regions_of(shape, labels.chunks))
+    executor.map(partial(_read_unfiltered_chunk, path, labels), regions, name="read")
     return labels
 
 
-def _read_unfiltered_chunk(path: Path, labels: zarr.Array[Any], corner: tuple[int, ...]) -> None:
-    region = _chunk_region(labels, corner)
+def _read_unfiltered_chunk(path: Path, labels: zarr.Array[Any], region: Region) -> None:
     with open_hdf5(path) as file:
         chunk = file["labels"][region]
         if "removed" in file:
             # In 64 bits, since a sum in 8 bits could wrap around to a valid label.
             chunk = np.add(chunk, file["removed"][region], dtype=np.int64, casting="same_kind")
     labels[region] = as_uint8(chunk, path)
-
-
-def _corners(array: zarr.Array[Any]) -> list[tuple[int, ...]]:
-    return list(product(*(range(0, n, c) for n, c in zip(array.shape, array.chunks, strict=True))))
-
-
-def _chunk_region(array: zarr.Array[Any], corner: tuple[int, ...]) -> tuple[slice, ...]:
-    return tuple(slice(a, min(a + c, n)) for a, c, n in zip(corner, array.chunks, array.shape, strict=True))

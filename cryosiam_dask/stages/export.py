@@ -24,7 +24,7 @@ import numpy as np
 import zarr
 
 from cryosiam_dask.config import Configuration
-from cryosiam_dask.core.arrays import Sliceable
+from cryosiam_dask.core.arrays import Region, Sliceable, regions_of
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.errors import CryosiamDaskError, LabelsError, OutputError, TomogramError, is_transient, not_ours
 from cryosiam_dask.files.folders import real
@@ -474,15 +474,12 @@ def require_shape(prediction: Path, labels: tuple[int, ...], source: Path, tomog
 
 
 def _highest(labels: Sliceable, executor: Executor) -> int:
-    slabs = [slice(first, first + 64) for first in range(0, labels.shape[0], 64)]
-    return max(executor.map(partial(_highest_of_slab, labels), slabs, name="count"))
+    regions = list(regions_of(labels.shape, (64, 512, *labels.shape[2:])))
+    return max(executor.map(partial(_highest_in, labels), regions, name="count"))
 
 
-def _highest_of_slab(labels: Sliceable, slab: slice) -> int:
-    highest = 0
-    for first in range(0, labels.shape[1], 512):
-        highest = max(highest, int(np.max(labels[(slab, slice(first, first + 512))])))
-    return highest
+def _highest_in(labels: Sliceable, region: Region) -> int:
+    return int(np.max(labels[region]))
 
 
 # --------------------------------------------------------------------------------------------------------- conversion

@@ -13,7 +13,6 @@ Arrays are always (z, y, x), or (y, x) for an image; voxel sizes and positions h
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ import zarr
 from zarr.codecs import BloscCodec
 from zarr.storage import StoreLike
 
-from cryosiam_dask.core.arrays import Region
+from cryosiam_dask.core.arrays import Region, regions_of
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.core.local_store import AnyDiskStore
 from cryosiam_dask.errors import OutputError, not_written
@@ -166,7 +165,7 @@ def _fill(
             (parts,) = executor.map(partial(_stream, array=array), [header], name="ingest")
         else:
             copied = executor.map(partial(_copy_row, header=header, array=array), _rows(header, array), name="ingest")
-            parts = itertools.chain.from_iterable(copied)
+            parts = [part for row in copied for part in row]
         statistics = _merge(parts)
         array.update_attributes({"statistics": statistics.attributes()})
     except OSError as error:
@@ -189,13 +188,11 @@ def _stored_statistics(header: ZarrHeader, voxels: Voxels, executor: Executor) -
     for axis in reversed(range(len(step))):
         room = PIECE_BYTES // (math.prod(step) * header.dtype.itemsize)
         step[axis] *= max(1, min(room, -(-header.shape[axis] // step[axis])))
-    starts = list(itertools.product(*(range(0, n, s) for n, s in zip(header.shape, step, strict=True))))
-    look = partial(_look, voxels=voxels, step=tuple(step), path=header.path)
-    return _merge(executor.map(look, starts, name="ingest"))
+    look = partial(_look, voxels=voxels, path=header.path)
+    return _merge(executor.map(look, list(regions_of(header.shape, step)), name="ingest"))
 
 
-def _look(start: tuple[int, ...], *, voxels: Voxels, step: tuple[int, ...], path: Path) -> _Part:
-    region = tuple(slice(a, min(a + s, n)) for a, s, n in zip(start, step, voxels.shape, strict=True))
+def _look(region: Region, *, voxels: Voxels, path: Path) -> _Part:
     return part_of(read_region(voxels, region, path))
 
 
@@ -335,11 +332,7 @@ def _rows(header: TomogramHeader, array: zarr.Array[Any]) -> list[Region]:
         stored = min(header.stored_chunks[axis], array.shape[axis])
         fits = PIECE_BYTES // (math.prod(step[:-1]) * array.shape[-1] * header.dtype.itemsize)
         step[axis] *= max(1, min(fits, -(-stored // step[axis])))
-    edges = [
-        [slice(a, min(a + width, n)) for a in range(0, n, width)]
-        for n, width in zip(array.shape[:-1], step, strict=False)
-    ]
-    return [(*part, slice(0, array.shape[-1])) for part in itertools.product(*edges)]
+    return list(regions_of(array.shape, (*step[:-1], array.shape[-1])))
 
 
 def _copy_row(row: Region, *, header: TomogramHeader, array: zarr.Array[Any]) -> list[_Part]:

@@ -36,7 +36,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec
 
-from cryosiam_dask.core.arrays import Region, Sliceable
+from cryosiam_dask.core.arrays import Region, Sliceable, regions_of
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.core.local_store import AnyDiskStore
 from cryosiam_dask.errors import LabelsError, OutputError, not_written
@@ -284,9 +284,8 @@ def _fill(
             dimension_names=list("zyx"[-len(shape) :]),
         )
         level = _Level(before, target, 2 if n else 1, reduction, minimum)
-        step = target.shards or target.chunks
-        edges = ([slice(a, min(a + s, size)) for a in range(0, size, s)] for size, s in zip(shape, step, strict=True))
-        executor.map(partial(_make, level), list(itertools.product(*edges)), name="pyramid")
+        regions = regions_of(shape, target.shards or target.chunks)
+        executor.map(partial(_make, level), list(regions), name="pyramid")
         before = target
 
 
