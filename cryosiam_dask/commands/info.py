@@ -191,10 +191,7 @@ def _kind(path: Path) -> Kind:
     kind = found[1] if found else claimed
     if kind is None:
         raise TomogramError(
-            _WHAT,
-            place=path,
-            value=f"bytes that begin with {beginning[:8]!r}",
-            remedy="Check the path",
+            _WHAT, place=path, value=f"bytes that begin with {beginning[:8]!r}", remedy="Check the path"
         )
     return kind
 

@@ -349,10 +349,7 @@ def _transform(transform: Any, ndim: int) -> tuple[Any, Any]:
 
 def _no_level(path: Path, level: int, found: str) -> TomogramError:
     return TomogramError(
-        f"level {level}, which ome_zarr_level names, must exist",
-        place=path,
-        value=found,
-        remedy="Lower ome_zarr_level",
+        f"level {level}, which ome_zarr_level names, must exist", place=path, value=found, remedy="Lower ome_zarr_level"
     )
 
 
