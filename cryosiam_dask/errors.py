@@ -136,10 +136,10 @@ def not_written(error: OSError, rule: str, *, place: object, remedy: str) -> Out
     return kind(rule, place=place, value=error.strerror or error, remedy=remedy)
 
 
-def not_ours(path: Path) -> OutputError:
-    """Return the error to raise if an output would replace a file that this program did not make."""
+def not_ours(path: Path, what: str = "an output") -> OutputError:
+    """Return the error to raise if `what` would replace a file that this program did not make."""
     return OutputError(
-        "an output must not replace a file that this program did not make", place=path, remedy="Move it away"
+        f"{what} must not replace a file that this program did not make", place=path, remedy="Move it away"
     )
 
 

@@ -25,7 +25,7 @@ from mrcfile.dtypes import HEADER_DTYPE
 from zarr.storage import MemoryStore
 
 from cryosiam_dask.errors import OutputError, TomogramError
-from cryosiam_dask.files.tomogram import read_header, stem
+from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.stages import ingest as ingest_module
 from cryosiam_dask.stages.ingest import convert, ingest
 
@@ -360,17 +360,6 @@ def test_complex_voxels_warn(tmp_path: Path) -> None:
     assert read_header(write(tmp_path / "x.mrc", volume(dtype="c8"))).warnings == (
         "complex voxels: only their real part is used",
     )
-
-
-def test_stems() -> None:
-    cases = {
-        "TS_018_9.96Apx.mrc": "TS_018_9.96Apx",
-        "/x.mrc.d/tomo.mrc": "tomo",
-        "a.rec.gz": "a",
-        "folder.rec/b.mrc.rec": "b.mrc",
-        "plain": "plain",
-    }
-    assert {path: stem(path) for path in cases} == cases
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

@@ -27,7 +27,7 @@ from cryosiam_dask.stages.preview import (
     preview_file,
     read_fingerprint,
     round_length,
-    thumbnail,
+    thumbnails,
     write_denoised_preview,
     write_preview,
 )
@@ -504,15 +504,14 @@ def test_fingerprint_and_thumbnail(tmp_path: Path, volume: Any) -> None:
     write_preview(tmp_path / "a.png", tomogram, labels, fingerprint="abc", limits=(0, 1))
     assert read_fingerprint(tmp_path / "a.png") == "abc"
     for most in (100_000, 900):
-        content = thumbnail(tmp_path / "a.png", most)
-        assert content and len(content) <= most
+        content = next(each for each in thumbnails(tmp_path / "a.png") if len(each) <= most)
         with Image.open(BytesIO(content)) as small:
             assert small.format == "WEBP"
             assert small.width == pytest.approx(2 * small.height * 40 / 64, abs=2)  # x–y, and beside it along z
             assert np.abs(np.asarray(small)[small.height // 2, small.width // 4] - over_grey(1, 0.5)).max() < 12
             assert np.abs(np.asarray(small)[small.height // 2, small.width * 3 // 4] - PALETTE[0]).max() < 12
     write_preview(tmp_path / "b.png", tomogram[0], labels[8], fingerprint="abc", limits=(0, 1))
-    with Image.open(BytesIO(thumbnail(tmp_path / "b.png", 100_000) or b"")) as small:
+    with Image.open(BytesIO(thumbnails(tmp_path / "b.png")[0])) as small:
         assert small.width == pytest.approx(small.height * 40 / 64, abs=1)
 
 
@@ -522,7 +521,7 @@ def test_no_thumbnail_of_what_is_no_preview(tmp_path: Path) -> None:
     write_preview(tmp_path / "cut.png", np.random.default_rng(0).random((30, 30, 30)), np.zeros((30, 30, 30), np.uint8))
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2_000])
     for name in ("missing.png", "text.png", "other.png", "cut.png"):
-        assert thumbnail(tmp_path / name, 10_000) is None
+        assert thumbnails(tmp_path / name) == ()
     assert read_fingerprint(tmp_path / "missing.png") is None and read_fingerprint(tmp_path / "text.png") is None
 
 

@@ -18,18 +18,6 @@ from cryosiam_dask.files.signatures import resemblance_of
 from cryosiam_dask.files.zarr import is_zarr, read_zarr_header
 
 
-def stem(path: str | Path) -> str:
-    """Return the name of a tomogram: its file name without ``.gz`` and then without its last extension.
-
-    Examples
-    --------
-    >>> stem("/data/x.mrc.d/TS_018_9.96Apx.mrc.gz")
-    'TS_018_9.96Apx'
-    """
-    name = Path(path).name
-    return Path(name.removesuffix(".gz")).stem
-
-
 def read_header(
     path: str | Path, *, level: int = 0, dataset: str | None = None, unsigned: bool | None = None
 ) -> TomogramHeader:

@@ -188,7 +188,7 @@ def write_masks(
     paths = mask_paths(folder, stem, attributes["class_names"])
     for path in paths:
         if path.exists() and read_mrc_fingerprint(path, MASK_LABEL) is None:
-            raise not_ours(path)
+            raise not_ours(path, "an export")
     write = partial(_write_mask, labels, attributes)
     executor.map(write, list(enumerate(paths, 1)), name="export")
     for path in set(_masks(folder, stem)).difference(paths):
@@ -349,7 +349,7 @@ def export_prediction(
     stem = prediction.name.removesuffix("_preds.h5")
     whole = [name for name in formats if name != "mrc" or not per_class]
     for path in foreign_formats(prediction.parent, stem, whole):
-        raise not_ours(path)
+        raise not_ours(path, "an export")
     labels, attributes = uint8_labels(prediction), written_attributes(configuration, prediction, patient=True)
     source = find_source(configuration, stem, attributes)
     tomogram, warnings = None, list[str]()

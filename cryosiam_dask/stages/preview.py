@@ -409,25 +409,6 @@ def read_fingerprint(path: Path) -> str | None:
         return None
 
 
-def thumbnail(path: Path, most_bytes: int) -> bytes | None:
-    """Return the x–y slice of a preview, and the labels along z beside it, as a small WebP picture.
-
-    Parameters
-    ----------
-    path
-        From `write_preview`.
-    most_bytes
-        Largest size of the picture, which is reduced to as few as 48 pixels for it.
-
-    Returns
-    -------
-    bytes or None
-        ``None`` if there is no readable preview.
-    """
-    found = thumbnails(path)
-    return next((each for each in found if len(each) <= most_bytes), found[-1] if found else None)
-
-
 def thumbnails(path: Path) -> tuple[bytes, ...]:
     """Return the thumbnail of a preview in all its sizes, the largest first; empty if it cannot be read.
 
