@@ -34,7 +34,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from cryosiam_dask._version import __version__
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.core.endings import denoised_ending
-from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.core.log import FOLDER as LOGS
 from cryosiam_dask.core.log import latest_log
 from cryosiam_dask.files.atomic import write_bytes
@@ -56,7 +55,6 @@ def write_report(
     outcomes: Mapping[str, Mapping[str, Any]] | None = None,
     *,
     warnings: Sequence[str] | None = None,
-    executor: Executor = SERIAL,
 ) -> Path:
     """Write the report of a prediction folder, atomically replacing an earlier one.
 
@@ -69,8 +67,6 @@ def write_report(
         they failed, are listed too.
     warnings
         Warnings about the run as a whole; ``None``: those of the latest run that had any.
-    executor
-        Runs one task for each tomogram.
 
     Returns
     -------
@@ -89,10 +85,7 @@ def write_report(
         raise without_predictions(folder)
     look_at = partial(remember, configuration, PICTURES_BYTES // len(names))
     with holding(folder):  # several jobs may end at the same time
-        tomograms = [
-            _with_outcome(tomogram, outcomes.get(tomogram.name, {}))
-            for tomogram in executor.map(look_at, names, name="report")
-        ]
+        tomograms = [_with_outcome(look_at(name), outcomes.get(name, {})) for name in names]
         warnings = _kept_warnings(folder, warnings)
         write_bytes(path, _page(configuration, tomograms, warnings, state).encode("utf-8", "replace"))
     return path

@@ -210,13 +210,9 @@ def _find_predictions(configuration: Configuration, filename: str | None, sizes:
         if not path.is_file()
     ]
     if sizes and configuration.parameters.network.postprocessing_sizes is None:
-        problems.append(
-            ConfigurationError(
-                "this key is required to remove small components",
-                place="key parameters.network.postprocessing_sizes",
-                remedy="Add a list with one entry per label, such as [ -1, 5000, -1, -1, -1 ]",
-            )
-        )
+        key, rule = "parameters.network.postprocessing_sizes", "this key is required to remove small components"
+        remedy = "Add a list with one entry per label, such as [ -1, 5000, -1, -1, -1 ]"
+        problems.append(ConfigurationError(rule, place=f"key {key}", remedy=remedy))
     if problems:
         raise Problems(problems)
     return predictions
@@ -251,7 +247,7 @@ def _tomograms(configuration: Configuration, filename: str | None, problems: lis
         return [denoised_file(denoiser, source) for source in _tomograms(denoiser, filename, problems)]
     folder, extension = configuration.data_folder, configuration.file_extension
     if not folder.is_dir():
-        problems.append(not_found("data_folder", folder, "folder"))
+        problems.append(not_found("data_folder", folder))
         return []
     if filename is not None or configuration.test_files is not None:
         place = "--filename" if filename is not None else "key test_files"
@@ -266,24 +262,14 @@ def _tomograms(configuration: Configuration, filename: str | None, problems: lis
             if not _is_tomogram(folder / name) and _is_tomogram(folder / f"{name}{extension}"):
                 name += extension
             if not name.endswith(extension):
-                problems.append(
-                    ConfigurationError(
-                        f"the names of tomograms must end with file_extension, which is {extension}",
-                        place=place,
-                        value=name,
-                        remedy="Change the name or file_extension",
-                    )
-                )
+                rule = f"the names of tomograms must end with file_extension, which is {extension}"
+                remedy = "Change the name or file_extension"
+                problems.append(ConfigurationError(rule, place=place, value=name, remedy=remedy))
             elif why := _why_no_tomogram(folder / name):
                 near = difflib.get_close_matches(name, [path.name for path in folder.iterdir()], 1, 0.7)
-                problems.append(
-                    ConfigurationError(
-                        f"the tomogram must be a file in data_folder, which is {folder}",
-                        place=place,
-                        value=f"{name} ({why})",
-                        remedy=f"Did you mean {near[0]}?" if near and near[0] != name else "Check the name",
-                    )
-                )
+                rule = f"the tomogram must be a file in data_folder, which is {folder}"
+                remedy = f"Did you mean {near[0]}?" if near and near[0] != name else "Check the name"
+                problems.append(ConfigurationError(rule, place=place, value=f"{name} ({why})", remedy=remedy))
             else:
                 sources.append(folder / name)
         if not names:
@@ -360,7 +346,7 @@ def find_masks(
     if folder is None:
         return [None] * len(sources)
     if not folder.is_dir() and not pending:
-        problems.append(not_found("mask_folder", folder, "folder"))
+        problems.append(not_found("mask_folder", folder))
         return [None] * len(sources)
     masks = [folder / f"{s.name.removesuffix(configuration.file_extension)}_preds.h5" for s in sources]
     missing = [
@@ -404,8 +390,8 @@ def not_readable(source: Path, mask: Path | None, error: OSError) -> CryosiamDas
     )
 
 
-def not_found(key: str, path: Path, kind: str) -> ConfigurationError:
-    rule = f"must be a {kind}, and {path} is not" if path.exists() else not_there(path)
+def not_found(key: str, path: Path) -> ConfigurationError:
+    rule = f"must be a folder, and {path} is not" if path.exists() else not_there(path)
     remedy = f"Run the lamella prediction first, or correct {key}" if key == "mask_folder" else f"Correct {key}"
     return ConfigurationError(rule, place=f"key {key}", remedy=remedy)
 
@@ -418,11 +404,6 @@ def check_prediction_folder(configuration: Configuration, problems: list[Cryosia
         existing = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             what = "read-only" if existing.is_dir() else "a file" if existing.exists() else "a link that leads nowhere"
-            problems.append(
-                OutputError(
-                    "must be a folder that can be written or created",
-                    place=f"key {key}",
-                    value=f"{path} ({existing} is {what})",
-                    remedy=f"Set {key} to another folder, change its permissions, or mount the disk",
-                )
-            )
+            rule, value = "must be a folder that can be written or created", f"{path} ({existing} is {what})"
+            remedy = f"Set {key} to another folder, change its permissions, or mount the disk"
+            problems.append(OutputError(rule, place=f"key {key}", value=value, remedy=remedy))

@@ -77,7 +77,6 @@ from cryosiam_dask.runs.outputs import (
 from cryosiam_dask.runs.plan import Job, RunPlan, raw_predictions_file
 from cryosiam_dask.runs.workspace import (
     Workspace,
-    array_like,
     forgetting_damaged,
     open_workspace,
     record_source,
@@ -468,7 +467,10 @@ def _run_model(
     outputs, blocks = predicted.outputs, predicted.blocks
     labels, warnings = outputs["labels"], list[str]()
     if network.postprocessing:
-        filled = array_like(work, "lamella", labels)
+        filled = work.create_array(
+            "lamella", shape=labels.shape, chunks=labels.chunks, dtype=labels.dtype, fill_value=0,
+            compressors=labels.compressors,
+        )  # fmt: skip
         found = postprocess_lamella(
             outputs["probabilities"],
             labels,

@@ -228,12 +228,6 @@ def work_group(configuration: Configuration, stem: str) -> Iterator[zarr.Group]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def array_like(work: zarr.Group, name: str, labels: zarr.Array[Any]) -> zarr.Array[Any]:
-    return work.create_array(
-        name, shape=labels.shape, chunks=labels.chunks, dtype=labels.dtype, fill_value=0, compressors=labels.compressors
-    )
-
-
 def forget_failure(ledger: Ledger) -> None:
     """Record as done a tomogram that was recorded as failed."""
     before = ledger.last("outcome")
