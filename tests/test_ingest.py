@@ -140,7 +140,7 @@ def test_any_mode_order_layout_and_chunking(
     path.write_bytes(gzip.compress(raw, 1) if compressed else raw)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ingest_module, "PIECE_BYTES", piece)
+        patch.setattr(ingest_module, "TASK_BYTES", piece)
         array, report = read(path, chunks=[min(c, 9) for c in chunks])
 
     columns, rows, sections = axes

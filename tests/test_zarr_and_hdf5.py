@@ -262,7 +262,7 @@ def test_images_and_missing_chunks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("piece", [1, 700, 2**20])
 def test_statistics_of_what_is_read_in_place(tmp_path: Path, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cryosiam_dask.stages.ingest.PIECE_BYTES", piece)
+    monkeypatch.setattr("cryosiam_dask.stages.ingest.TASK_BYTES", piece)
     data = volume()
     data[0, 0, :3] = np.nan, np.inf, -np.inf
     zarr.create_array(tmp_path / "x.zarr", data=data, chunks=(5, 4, 3))

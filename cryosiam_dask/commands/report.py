@@ -1,7 +1,7 @@
 """Write the report: one self-contained page, `report.html`, about all tomograms of a prediction folder.
 
 1. Attributes, sizes of components and a thumbnail of the preview are read from the outputs of each tomogram. They are
-   cached in the folder ``.ledger/report`` (`remember`) until an output changes.
+   cached in the folder ``.ledger/report`` (`summary_of`) until an output changes.
 2. Seconds, warnings and failures of the run are added.
 3. The share and thickness of the lamella and the share of each class are compared between tomograms. An outlier lies
    more than 3.5 robust standard deviations (1.4826 times the median absolute deviation) from the median, and by more
@@ -40,9 +40,9 @@ from cryosiam_dask.files.atomic import write_bytes
 from cryosiam_dask.files.claims import FOLDER
 from cryosiam_dask.files.folders import visible, without_predictions
 from cryosiam_dask.model.classes import COLOURS, are_images, given_names, hexadecimal, named, percentage
-from cryosiam_dask.stages.measurements import holding
+from cryosiam_dask.stages.measurements import claimed_collection
 from cryosiam_dask.stages.preview import preview_file
-from cryosiam_dask.stages.summary import KEPT, Summary, remember
+from cryosiam_dask.stages.summary import KEPT, Summary, summary_of
 
 REPORT = "report.html"
 PICTURES_BYTES = 11 * 10**6  # of all thumbnails together, so that a page stays below 20 MB
@@ -83,8 +83,8 @@ def write_report(
     names = sorted(_names(configuration) | set(outcomes), key=_natural)
     if not names:
         raise without_predictions(folder)
-    look_at = partial(remember, configuration, PICTURES_BYTES // len(names))
-    with holding(folder):  # several jobs may end at the same time
+    look_at = partial(summary_of, configuration, PICTURES_BYTES // len(names))
+    with claimed_collection(folder):  # several jobs may end at the same time
         tomograms = [_with_outcome(look_at(name), outcomes.get(name, {})) for name in names]
         warnings = _kept_warnings(folder, warnings)
         write_bytes(path, _page(configuration, tomograms, warnings, state).encode("utf-8", "replace"))

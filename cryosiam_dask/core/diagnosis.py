@@ -261,12 +261,12 @@ def shared_warnings(
     return sentences, instead
 
 
-def merged_warnings(said: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+def merged_warnings(warnings: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """Merge warnings about several tomograms that differ only in their numbers.
 
     Parameters
     ----------
-    said
+    warnings
         Pairs of a tomogram's name and a sentence about it.
 
     Returns
@@ -280,7 +280,7 @@ def merged_warnings(said: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     [('a and c (the numbers are those of a)', '3 voxels are NaN'), ('b and d', 'no mask')]
     """
     groups: dict[str, dict[str, str]] = {}
-    for name, sentence in said:
+    for name, sentence in warnings:
         groups.setdefault(_NUMBER.sub("0", sentence.replace(f"/{name}", "/")), {}).setdefault(name, sentence)
     found = []
     for group in groups.values():

@@ -99,7 +99,7 @@ class Claims:
         return path in self._held
 
     @contextmanager
-    def holding(self, path: Path) -> Iterator[None]:
+    def held(self, path: Path) -> Iterator[None]:
         """Wait for a claim, and hold it during the ``with`` block."""
         while not self.take(path):
             time.sleep(0.2)

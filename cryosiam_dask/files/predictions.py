@@ -114,7 +114,7 @@ def write_hdf5(
 
 
 def write_raw_predictions(path: str | Path, predictions: Sliceable, *, attributes: Mapping[str, Any]) -> None:
-    """Write what a network says before anything is made of it, replacing an earlier file at once when it is complete.
+    """Write all channels of a denoiser's result, replacing an earlier file at once when it is complete.
 
     Parameters
     ----------

@@ -427,15 +427,15 @@ def _missing_chunks(array: zarr.Array[Any], folder: Path) -> tuple[list[str], st
     chunk have voxels with the fill value next to it. If no chunk exists, or more than `MOST_MISSING` are missing and
     some neighbours are not empty at the border, the tomogram is incomplete.
     """
-    piece = array.shards or array.chunks
-    counts = [-(-n // p) for n, p in zip(array.shape, piece, strict=True)]
+    stored = array.shards or array.chunks
+    counts = [-(-n // p) for n, p in zip(array.shape, stored, strict=True)]
     there = {Path(at, name).relative_to(folder).as_posix() for at, _, names in os.walk(folder) for name in names}
     all_of_them = list(np.ndindex(*counts))
     missing = {index for index in all_of_them if array.metadata.encode_chunk_key(index) not in there}
     if not missing:
         return [], ""
     share = len(missing) / len(all_of_them)
-    abrupt = any(ends_abruptly(array, array.fill_value, piece, counts, missing))
+    abrupt = any(ends_abruptly(array, array.fill_value, stored, counts, missing))
     what = (
         f"{len(missing)} of {len(all_of_them)} {'shards' if array.shards else 'chunks'} ({100 * share:.1f} %) are "
         f"missing and read as {array.fill_value}"

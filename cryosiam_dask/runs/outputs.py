@@ -32,7 +32,7 @@ from cryosiam_dask.stages.ingest import ingest
 from cryosiam_dask.stages.lamella import Thickness, count_columns
 from cryosiam_dask.stages.measurements import COLLECTION, collect_tables, remove_outdated, write_components
 from cryosiam_dask.stages.preview import preview_file, read_fingerprint, write_denoised_preview, write_preview
-from cryosiam_dask.stages.summary import remember
+from cryosiam_dask.stages.summary import summary_of
 
 
 def all_sizes(sizes: Sequence[int]) -> list[int]:
@@ -119,7 +119,7 @@ _OUTDATED_LISTS = (
 
 def keep_for_the_report(configuration: Configuration, stem: str) -> None:
     with suppress(Exception):  # the report reads it again then
-        remember(configuration, 0, stem)
+        summary_of(configuration, 0, stem)
 
 
 def update_formats(configuration: Configuration, path: Path, work: zarr.Group, executor: Executor) -> list[str]:

@@ -324,8 +324,7 @@ def _quoted(security: Security) -> Security:
 def _reason(error: Exception) -> str:
     """Extract sbatch's own message from an error of dask-jobqueue."""
     text = str(error)
-    said = text.partition("stderr:\n")[2].strip() or text
-    return " ".join(said.split())
+    return " ".join((text.partition("stderr:\n")[2].strip() or text).split())
 
 
 def _refusal(place: str, reason: str) -> ClusterError:

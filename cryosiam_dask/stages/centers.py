@@ -51,8 +51,8 @@ from cryosiam_dask.stages.components import Components, find_components
 from cryosiam_dask.stages.measurements import (
     CONNECTIVITY,
     STAR_MARK,
+    claimed_collection,
     component_table,
-    holding,
     made_here,
     require_own,
     voxel_size,
@@ -292,7 +292,7 @@ def write_cryosiam_centers(
     import pandas
     import starfile
 
-    with holding(folder):
+    with claimed_collection(folder):
         found = {}
         for label in range(1, classes + 1):
             path = folder / f"labels_{label}.csv"
@@ -495,7 +495,7 @@ def collect_centers(
     import pandas
 
     outdated: dict[str, None] = {}
-    with holding(folder):
+    with claimed_collection(folder):
         parts: dict[int, list[Any]] = {}
         of_relion: dict[int, list[tuple[str, str]]] = {}
         now: dict[str, str | None] = {}

@@ -37,7 +37,7 @@ from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.files.zarr import Voxels, ZarrHeader, is_zarr, read_region
 
 CHUNK = 128  # voxels along each axis
-PIECE_BYTES = 64 * 2**20  # that a task reads and writes at once
+TASK_BYTES = 64 * 2**20  # that a task reads and writes at once
 COMPRESSOR = BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle")  # the work store is written once and read twice
 
 
@@ -186,7 +186,7 @@ def _stored_statistics(header: ZarrHeader, voxels: Voxels, executor: Executor) -
     # Whole chunks, about as many bytes as a task copies at once.
     step = list(voxels.chunks)
     for axis in reversed(range(len(step))):
-        room = PIECE_BYTES // (math.prod(step) * header.dtype.itemsize)
+        room = TASK_BYTES // (math.prod(step) * header.dtype.itemsize)
         step[axis] *= max(1, min(room, -(-header.shape[axis] // step[axis])))
     look = partial(_look, voxels=voxels, path=header.path)
     return _merge(executor.map(look, list(regions_of(header.shape, step)), name="ingest"))
@@ -330,7 +330,7 @@ def _rows(header: TomogramHeader, array: zarr.Array[Any]) -> list[Region]:
     step = list(array.chunks)
     for axis in range(len(step) - 1):
         stored = min(header.stored_chunks[axis], array.shape[axis])
-        fits = PIECE_BYTES // (math.prod(step[:-1]) * array.shape[-1] * header.dtype.itemsize)
+        fits = TASK_BYTES // (math.prod(step[:-1]) * array.shape[-1] * header.dtype.itemsize)
         step[axis] *= max(1, min(fits, -(-stored // step[axis])))
     return list(regions_of(array.shape, (*step[:-1], array.shape[-1])))
 
@@ -338,7 +338,7 @@ def _rows(header: TomogramHeader, array: zarr.Array[Any]) -> list[Region]:
 def _copy_row(row: Region, *, header: TomogramHeader, array: zarr.Array[Any]) -> list[_Part]:
     """Copy a region of whole chunks, a few chunks of its last axis at a time."""
     column_bytes = math.prod(s.stop - s.start for s in row[:-1]) * array.chunks[-1] * header.dtype.itemsize
-    width = max(1, PIECE_BYTES // column_bytes) * array.chunks[-1]
+    width = max(1, TASK_BYTES // column_bytes) * array.chunks[-1]
     parts = []
     for first in range(0, array.shape[-1], width):
         region: Region = (*row[:-1], slice(first, min(first + width, array.shape[-1])))

@@ -300,7 +300,7 @@ def collect_tables(folder: Path, is_there: Callable[[str], bool] = lambda stem: 
 
     ending = "_components.parquet"
     text_file, table_file = (folder / f"{COLLECTION}{ending}" for ending in (".csv", ".parquet"))
-    with holding(folder):
+    with claimed_collection(folder):
         schemas = {
             path: _parquet(path, parquet.read_schema)
             for path in visible(folder, ending)
@@ -341,7 +341,7 @@ def _parquet(path: Path, read: Callable[[Path], Any]) -> Any:
 
 
 @contextmanager
-def holding(folder: Path) -> Iterator[None]:
+def claimed_collection(folder: Path) -> Iterator[None]:
     """Hold the claim on the tables and lists of all tomograms of `folder`; wait while another run holds it."""
-    with open_claims() as claims, claims.holding(collection_claim(folder)):
+    with open_claims() as claims, claims.held(collection_claim(folder)):
         yield

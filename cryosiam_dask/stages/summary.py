@@ -89,7 +89,7 @@ def is_mrc(configuration: Configuration) -> bool:
     return configuration.denoises or configuration.save_original_file_extension
 
 
-def remember(configuration: Configuration, picture_bytes: int, name: str) -> Summary:
+def summary_of(configuration: Configuration, picture_bytes: int, name: str) -> Summary:
     """Return the summary of a tomogram's outputs from the last time, or read the outputs and keep it.
 
     Parameters
