@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from cryosiam_dask.commands import view
 from cryosiam_dask.config import Configuration, read_configuration
 from cryosiam_dask.errors import ConfigurationError, LabelsError
+from cryosiam_dask.files.header import TomogramHeader
 from cryosiam_dask.files.predictions import write_hdf5
 from cryosiam_dask.model.classes import COLOURS
 from cryosiam_dask.stages.ingest import convert
@@ -173,14 +174,14 @@ def test_large_volumes_have_levels_and_are_read_a_piece_at_a_time(
     monkeypatch.setattr(view, "_SINGLE", 1000)
     monkeypatch.setattr(view, "_COARSEST", 6)
     read: list[int] = []
-    original = view.read_part
+    original = TomogramHeader.__getitem__
 
-    def recorded(header: Any, region: Any) -> Any:
+    def recorded(header: TomogramHeader, region: Any) -> Any:
         part = original(header, region)
         read.append(part.size)
         return part
 
-    monkeypatch.setattr(view, "read_part", recorded)
+    monkeypatch.setattr(TomogramHeader, "__getitem__", recorded)
     found, _ = gathered(configure(folder))
     assert max(read) <= 20 * 16
     for name, whole in (("TS_1", voxels()), ("actin", np.where(make_labels() == 2, 2, 0))):

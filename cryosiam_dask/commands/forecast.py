@@ -35,7 +35,7 @@ from cryosiam_dask.core.grid import Grid, make_grid
 from cryosiam_dask.errors import CryosiamDaskError, DeviceError, TomogramError
 from cryosiam_dask.files.header import TomogramHeader
 from cryosiam_dask.files.mask import Mask, read_stored
-from cryosiam_dask.files.tomogram import read_header, read_part
+from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.runs.find import find_tomograms
 from cryosiam_dask.runs.fingerprint import removal_sizes
 from cryosiam_dask.runs.ledger import read_outcomes
@@ -393,10 +393,9 @@ def pace_of_trial(plan: RunPlan, device: Literal["cpu", "cuda"], workers: int | 
     header = read_header(job.source, **plan.configuration.reading)
     grid = make_grid(header.shape, plan.patch, max(plan.patch), plan.halo)
     block = grid.block(list(grid.indices())[len(grid.indices()) // 2])
-    if header.compressed:  # reading up to its middle would take longer than the trial
-        window = np.zeros(block.window_shape, np.float32)
-    else:
-        window = read_window(_Reading(header), block, grid, spec)
+    # Reading a compressed file up to its middle would take longer than the trial.
+    empty = np.zeros(block.window_shape, np.float32)
+    window = empty if header.compressed else read_window(header, block, grid, spec)
     count = workers or 1 if device == "cpu" else 1
     one = partial(measured_pace, spec, window, block.patches, block.shape)
     try:
@@ -409,16 +408,6 @@ def pace_of_trial(plan: RunPlan, device: Literal["cpu", "cuda"], workers: int | 
         ) from None  # fmt: skip
     all_of = workers or count_of_gpus() if device == "cuda" else count
     return Pace(pace / count * all_of, f"as fast as in a trial of {TRIAL_SECONDS:.0f} s on {device} just now")
-
-
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    """Slices an uncompressed file like an array."""
-
-    header: TomogramHeader
-
-    def __getitem__(self, region: tuple[slice, ...]) -> np.ndarray[Any, Any]:
-        return read_part(self.header, region)
 
 
 def forecast_pipeline(

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import scipy.fft
 import zarr
 from numpy.typing import NDArray
 
-from cryosiam_dask.core.arrays import Region, regions_of
+from cryosiam_dask.core.arrays import Computed, regions_of
 from cryosiam_dask.core.endings import HDF5_ENDINGS, MRC_ENDINGS, TOMOGRAM_ENDINGS
 from cryosiam_dask.core.percentiles import percentiles
 from cryosiam_dask.errors import OutputError, TomogramError, not_written
@@ -28,7 +29,7 @@ from cryosiam_dask.files.atomic import part_name
 from cryosiam_dask.files.folders import visible
 from cryosiam_dask.files.header import TomogramHeader
 from cryosiam_dask.files.mrc import write_mrc_floats
-from cryosiam_dask.files.tomogram import read_header, read_part
+from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.files.zarr import Voxels, is_zarr
 from cryosiam_dask.stages.ingest import ingest
 
@@ -87,37 +88,19 @@ def _name(source: Path) -> str:
     return f"{source.name}.mrc"
 
 
-@dataclass(frozen=True, slots=True)
-class _Scaled:
-    """A tomogram whose intensities are inverted and scaled when they are read; NaN becomes 0."""
+def _as_floats(voxels: Any) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):
+        return np.array(voxels, np.float32)
 
-    source: TomogramHeader | Voxels
-    shape: tuple[int, ...]
-    sign: int = 1
-    low: float | None = None
-    high: float | None = None
 
-    @property
-    def dtype(self) -> np.dtype[np.float32]:
-        """Of the voxels."""
-        return np.dtype(np.float32)
+def _inverted(voxels: Any) -> NDArray[np.float32]:
+    return -_as_floats(voxels)
 
-    def __getitem__(self, region: Any) -> NDArray[np.float32]:
-        """Read a region, (z, y, x) or (y, x)."""
-        voxels = self.original(region)
-        if self.sign < 0:
-            np.negative(voxels, out=voxels)
-        if self.low is None or self.high is None:
-            return voxels
-        scaled = (voxels.astype(np.float64) - self.low) / (self.high - self.low)
-        return np.nan_to_num(np.clip(scaled, 0, 1), nan=0.0).astype(np.float32)
 
-    def original(self, region: Region) -> NDArray[np.float32]:
-        """Read a region without scaling, as float32."""
-        source = self.source
-        voxels = read_part(source, region) if isinstance(source, TomogramHeader) else source[region]
-        with np.errstate(over="ignore"):
-            return np.array(voxels, np.float32)
+def _scaled(voxels: NDArray[np.float32], low: float, high: float) -> NDArray[np.float32]:
+    """Scale intensities so that `low` and `high` become 0 and 1; NaN becomes 0."""
+    scaled = (voxels.astype(np.float64) - low) / (high - low)
+    return np.nan_to_num(np.clip(scaled, 0, 1), nan=0.0).astype(np.float32)
 
 
 def invert_scale(
@@ -153,18 +136,19 @@ def invert_scale(
     header.require_complete()
     _require_other_file(source, target)
     with _voxels(header, target) as voxels:
-        bounds = None
-        plain = _Scaled(voxels, header.shape, -1 if invert else 1)
+        bounds, float32 = None, np.dtype(np.float32)
+        result = Computed(voxels, _inverted if invert else _as_floats, float32)
         if lower is not None or upper is not None:
-            bounds = _bounds(plain, source, 0.0 if lower is None else lower, 100.0 if upper is None else upper)
-        scaled = _Scaled(voxels, header.shape, plain.sign, *(bounds or (None, None)))
+            bounds = _bounds(result, source, 0.0 if lower is None else lower, 100.0 if upper is None else upper)
+            result = Computed(result, partial(_scaled, low=bounds[0], high=bounds[1]), float32)
         label = "cryosiam-dask: intensities " + ("inverted" if invert else "kept") + (", scaled" if bounds else "")
-        write_mrc_floats(target, scaled, label=label, **header.placement)
+        write_mrc_floats(target, result, label=label, **header.placement)
     return bounds
 
 
-def _bounds(voxels: _Scaled, place: Path, lower: float, upper: float) -> tuple[float, float]:
-    low, high = percentiles(voxels.__getitem__, list(_parts(voxels.shape)), (lower, upper))
+def _bounds(voxels: Computed, place: Path, lower: float, upper: float) -> tuple[float, float]:
+    regions = list(regions_of(voxels.shape, (_PART,) * len(voxels.shape)))
+    low, high = percentiles(voxels.__getitem__, regions, (lower, upper))
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise TomogramError(
             "the two percentiles must be different, finite intensities",
@@ -173,10 +157,6 @@ def _bounds(voxels: _Scaled, place: Path, lower: float, upper: float) -> tuple[f
             remedy="Choose percentiles further apart, or check whether the tomogram is empty",
         )
     return low, high
-
-
-def _parts(shape: tuple[int, ...]) -> Iterator[Region]:
-    return regions_of(shape, (_PART,) * len(shape))
 
 
 @contextmanager
@@ -312,7 +292,7 @@ def match_pixel_size(found: Resampling, target: Path) -> None:
     try:
         folder.mkdir()
         with _voxels(header, target) as voxels:
-            stage: Any = _Scaled(voxels, header.shape)
+            stage: Any = Computed(voxels, _as_floats, np.dtype(np.float32))
             for axis in range(len(found.shape)):
                 shape = (*found.shape[: axis + 1], *header.shape[axis + 1 :])
                 store = zarr.create_array(
@@ -325,7 +305,7 @@ def match_pixel_size(found: Resampling, target: Path) -> None:
                 stage = store
             write_mrc_floats(
                 target,
-                _Real(stage),
+                Computed(stage, _real, np.dtype(np.float32)),
                 voxel_size_angstrom=found.after,
                 origin_angstrom=header.origin_angstrom,
                 nstart=[round(n * a / b) for n, a, b in zip(header.nstart, found.before, found.after, strict=True)],
@@ -339,25 +319,8 @@ def match_pixel_size(found: Resampling, target: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@dataclass(frozen=True, slots=True)
-class _Real:
-    """The real part of a stored array, which may be (z, y, x) or (y, x)."""
-
-    stored: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the array."""
-        return tuple(self.stored.shape)
-
-    @property
-    def dtype(self) -> np.dtype[np.float32]:
-        """Of the voxels."""
-        return np.dtype(np.float32)
-
-    def __getitem__(self, region: Any) -> NDArray[np.float32]:
-        """Read a region."""
-        return np.ascontiguousarray(self.stored[region].real, np.float32)
+def _real(voxels: Any) -> NDArray[np.float32]:
+    return np.ascontiguousarray(voxels.real, np.float32)
 
 
 def _resample_axis(source: Any, target: Any, axis: int, place: Path) -> None:

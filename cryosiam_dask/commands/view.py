@@ -18,7 +18,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +30,7 @@ from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, not_writ
 from cryosiam_dask.files.hdf5 import open_dataset, uint8_labels
 from cryosiam_dask.files.header import TomogramHeader
 from cryosiam_dask.files.mask import open_mask
-from cryosiam_dask.files.tomogram import read_header, read_part
+from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.files.zarr import ZarrHeader
 from cryosiam_dask.model.classes import COLOURS, given_names, named
 from cryosiam_dask.runs.find import find_predictions
@@ -171,7 +170,7 @@ def layers(
                 found.append(Layer("labels", levels, {**place, **options}, {1: _LAMELLA}, contour=2))
             except CryosiamDaskError as error:
                 warn(f"the lamella is not shown: {error}")
-        levels = _levels(_lazy(labels.shape, labels.dtype, labels.__getitem__, labels.stored.chunks))
+        levels = _levels(_lazy(labels.shape, labels.dtype, labels.__getitem__, labels.chunks))
         yield found + _of_classes(levels, _names(configuration, attributes, levels), place)
 
 
@@ -216,7 +215,7 @@ def _open(header: TomogramHeader, configuration: Configuration, stack: ExitStack
     """Open a tomogram, unpacked until `stack` is closed if it is compressed, and take a sample of its voxels."""
     if not header.compressed and not isinstance(header, ZarrHeader):
         chunks = None if math.prod(header.stored_chunks) == 1 else header.stored_chunks
-        return _lazy(header.shape, header.dtype, partial(read_part, header), chunks), sample_file(header)
+        return _lazy(header.shape, header.dtype, header.__getitem__, chunks), sample_file(header)
     if isinstance(header, ZarrHeader):
         tomogram = header.open()
     else:

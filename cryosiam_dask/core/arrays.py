@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 #: A slice for each axis, in the order of the array's axes.
@@ -27,6 +28,38 @@ class WritableArray(Sliceable, Protocol):
     """An array that blocks are written to."""
 
     def __setitem__(self, key: Any, value: Any, /) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """An array that is computed, whenever a region is read, from the same region of another.
+
+    Attributes
+    ----------
+    source
+        The other array, of the same shape and chunks.
+    compute
+        Called with what is read of it; picklable if the array is sent to workers.
+    dtype
+        Of the result.
+    """
+
+    source: Sliceable
+    compute: Callable[[Any], Any]
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the other array."""
+        return tuple(self.source.shape)
+
+    @property
+    def chunks(self) -> tuple[int, ...] | None:
+        """Of the other array."""
+        return getattr(self.source, "chunks", None)
+
+    def __getitem__(self, region: Any, /) -> Any:
+        return self.compute(self.source[region])
 
 
 def regions_of(shape: Sequence[int], step: Sequence[int]) -> Iterator[Region]:

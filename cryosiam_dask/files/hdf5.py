@@ -10,13 +10,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-from cryosiam_dask.core.arrays import Region
+from cryosiam_dask.core.arrays import Computed, Region
 from cryosiam_dask.errors import LabelsError, OutputError, TomogramError
 from cryosiam_dask.files.header import (
     MOST_MISSING,
@@ -63,28 +64,6 @@ class StoredDataset:
             ) from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Uint8:
-    """Labels of any integer dtype, checked and converted when a region is read."""
-
-    stored: StoredDataset
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.stored.shape
-
-    @property
-    def chunks(self) -> tuple[int, ...] | None:
-        return self.stored.chunks
-
-    @property
-    def dtype(self) -> np.dtype[np.uint8]:
-        return np.dtype(np.uint8)
-
-    def __getitem__(self, region: Any, /) -> Any:
-        return as_uint8(np.asarray(self.stored[region]), self.stored.path)
-
-
 def as_uint8(labels: np.ndarray[Any, Any], place: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Convert labels of an integer dtype that were read from `place`.
 
@@ -124,9 +103,9 @@ def open_labels(prediction: Path, kinds: str = "iu") -> StoredDataset:
     return labels
 
 
-def uint8_labels(prediction: Path, kinds: str = "iu") -> _Uint8:
+def uint8_labels(prediction: Path, kinds: str = "iu") -> Computed:
     """As `open_labels`, converted to uint8 when a region is read; see `as_uint8`."""
-    return _Uint8(open_labels(prediction, kinds))
+    return Computed(open_labels(prediction, kinds), partial(as_uint8, place=prediction), np.dtype(np.uint8))
 
 
 def open_hdf5(path: str | Path, **options: Any) -> Any:

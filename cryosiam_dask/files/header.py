@@ -114,6 +114,10 @@ class TomogramHeader(ABC):
             If it cannot be read.
         """
 
+    def __getitem__(self, region: Region, /) -> np.ndarray[Any, Any]:
+        """As `read`, in the byte order and dtype of the machine, so that the file can be sliced like an array."""
+        return native(self.read(region), self.dtype)
+
     @property
     def placement(self) -> dict[str, Any]:
         """Voxel size and position, as `cryosiam_dask.files.mrc.write_mrc` takes them."""

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from cryosiam_dask.core.arrays import Region
 from cryosiam_dask.core.endings import HDF5_ENDINGS
 from cryosiam_dask.errors import TomogramError
 from cryosiam_dask.files.hdf5 import is_hdf5, read_hdf5_header
-from cryosiam_dask.files.header import TomogramHeader, native
+from cryosiam_dask.files.header import TomogramHeader
 from cryosiam_dask.files.mrc import read_mrc_header, unreadable
 from cryosiam_dask.files.signatures import resemblance_of
 from cryosiam_dask.files.zarr import is_zarr, read_zarr_header
@@ -74,25 +70,3 @@ def _as_named(header: TomogramHeader, kind: str, agrees: bool) -> TomogramHeader
         return header
     warning = f"the name ends with {header.path.suffix}, but the content is {kind}; it is read as {kind}"
     return replace(header, warnings=(*header.warnings, warning))
-
-
-def read_part(header: TomogramHeader, region: Region) -> np.ndarray[Any, Any]:
-    """Read a region of a file that is not compressed.
-
-    Parameters
-    ----------
-    header
-        From `read_header`.
-    region
-        A slice with start and stop for each axis of ``header.shape``.
-
-    Returns
-    -------
-    ndarray, (z, y, x) or (y, x), ``header.dtype``
-
-    Raises
-    ------
-    TomogramError
-        If the file cannot be read.
-    """
-    return native(header.read(region), header.dtype)

@@ -24,7 +24,7 @@ import numpy as np
 import zarr
 
 from cryosiam_dask.config import Configuration
-from cryosiam_dask.core.arrays import Region, Sliceable, regions_of
+from cryosiam_dask.core.arrays import Computed, Region, Sliceable, regions_of
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.errors import CryosiamDaskError, LabelsError, OutputError, TomogramError, is_transient, not_ours
 from cryosiam_dask.files.folders import real
@@ -151,25 +151,6 @@ def write_other_formats(
             )
 
 
-@dataclass(frozen=True, slots=True)
-class _ClassMask:
-    """1 where labels are of a class and 0 elsewhere, computed when a region is read."""
-
-    labels: Sliceable
-    label: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.labels.shape
-
-    @property
-    def dtype(self) -> np.dtype[np.uint8]:
-        return np.dtype(np.uint8)
-
-    def __getitem__(self, region: Any, /) -> Any:
-        return (np.asarray(self.labels[region]) == self.label).astype(np.uint8)
-
-
 def write_masks(
     folder: Path, stem: str, labels: Sliceable, *, attributes: Mapping[str, Any], executor: Executor = SERIAL
 ) -> None:
@@ -198,7 +179,13 @@ def write_masks(
 def _write_mask(labels: Sliceable, attributes: Mapping[str, Any], each: tuple[int, Path]) -> None:
     label, path = each
     text = MASK_LABEL + attributes.get("fingerprint", "")
-    write_mrc(path, _ClassMask(labels, label), label=text, **placement_in(attributes))
+    mask = Computed(labels, partial(_mask_of, label), np.dtype(np.uint8))
+    write_mrc(path, mask, label=text, **placement_in(attributes))
+
+
+def _mask_of(label: int, labels: Any) -> Any:
+    """Return 1 where labels are of a class, and 0 elsewhere."""
+    return (np.asarray(labels) == label).astype(np.uint8)
 
 
 def placement_in(attributes: Mapping[str, Any]) -> dict[str, Any]:

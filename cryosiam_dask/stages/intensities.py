@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -21,7 +20,6 @@ from cryosiam_dask.core.arrays import Region, Sliceable
 from cryosiam_dask.core.diagnosis import Contrast, Intensities
 from cryosiam_dask.files.header import TomogramHeader
 from cryosiam_dask.files.mrc import MrcHeader, read_beginning
-from cryosiam_dask.files.tomogram import read_part
 
 SAMPLE_VOXELS = 1 << 22  # 16 MiB of float32, a fraction of a second
 SAMPLE_STREAM_BYTES = 64 * 2**20  # of a compressed file, uncompressed
@@ -123,7 +121,7 @@ def sample_file(header: TomogramHeader, voxels: int = SAMPLE_VOXELS) -> Sample:
         rows, columns = [header.shape[list(axes).index(axis)] for axis in range(len(header.shape))][-2:]
         in_file = (1, min(rows, max(_BIN * _BINS, _ROWS_VOXELS // columns)), columns)[-len(header.shape) :]
         chunk = tuple(in_file[axis] for axis in axes)
-    return _sample_chunks(header.shape, chunk, voxels, partial(read_part, header))
+    return _sample_chunks(header.shape, chunk, voxels, header.__getitem__)
 
 
 def sample_array(array: Sliceable, voxels: int = SAMPLE_VOXELS) -> Sample:
