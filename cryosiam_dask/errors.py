@@ -12,7 +12,8 @@ from __future__ import annotations
 import errno
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,15 @@ def not_written(error: OSError, rule: str, *, place: object, remedy: str) -> Out
     """
     kind = DiskError if error.errno in _DISK_ERRORS else OutputError
     return kind(rule, place=place, value=error.strerror or error, remedy=remedy)
+
+
+@contextmanager
+def writing(rule: str, *, place: object, remedy: str) -> Iterator[None]:
+    """Raise `not_written` if the kernel refuses to write in the ``with`` block."""
+    try:
+        yield
+    except OSError as error:
+        raise not_written(error, rule, place=place, remedy=remedy) from error
 
 
 def not_ours(path: Path, what: str = "an output") -> OutputError:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from cryosiam_dask.core.arrays import Computed, regions_of
 from cryosiam_dask.core.endings import HDF5_ENDINGS, MRC_ENDINGS, TOMOGRAM_ENDINGS
 from cryosiam_dask.core.percentiles import percentiles
-from cryosiam_dask.errors import OutputError, TomogramError, not_written
+from cryosiam_dask.errors import OutputError, TomogramError, not_written, writing
 from cryosiam_dask.files.atomic import part_name
 from cryosiam_dask.files.folders import visible
 from cryosiam_dask.files.header import TomogramHeader
@@ -68,12 +68,8 @@ def files(source: Path, target: Path) -> list[tuple[Path, Path]]:
             value=" and ".join(str(path) for path, to in found.items() if to == twice[0]),
             remedy="Prepare them one by one",
         )  # fmt: skip
-    try:
+    with writing("must be a folder that can be created", place=target, remedy="Choose another one"):
         target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise not_written(
-            error, "must be a folder that can be created", place=target, remedy="Choose another one"
-        ) from error
     return list(found.items())
 
 

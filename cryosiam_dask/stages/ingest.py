@@ -29,7 +29,7 @@ from zarr.storage import StoreLike
 from cryosiam_dask.core.arrays import Region, regions_of
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.core.local_store import AnyDiskStore
-from cryosiam_dask.errors import OutputError, not_written
+from cryosiam_dask.errors import OutputError, writing
 from cryosiam_dask.files.atomic import replacing_folder
 from cryosiam_dask.files.header import TomogramHeader, native
 from cryosiam_dask.files.mrc import STREAM_BYTES, MrcHeader, read_layers
@@ -147,7 +147,8 @@ def _fill(
 ) -> tuple[zarr.Array[Any], Statistics]:
     if isinstance(store, str | Path):
         store = AnyDiskStore(store)
-    try:
+    remedy = "Free space on the disk, check the permissions, or choose another place"
+    with writing("the converted tomogram must be writable", place=getattr(store, "root", store), remedy=remedy):
         array = zarr.create_array(
             store,
             name=name,
@@ -168,13 +169,6 @@ def _fill(
             parts = [part for row in copied for part in row]
         statistics = _merge(parts)
         array.update_attributes({"statistics": statistics.attributes()})
-    except OSError as error:
-        raise not_written(
-            error,
-            "the converted tomogram must be writable",
-            place=getattr(store, "root", store),
-            remedy="Free space on the disk, check the permissions, or choose another place",
-        ) from error
     return array, statistics
 
 
@@ -251,13 +245,10 @@ def converting_to(target: Path, *, overwrite: bool) -> Iterator[None]:
     """
     require_free(target, overwrite=overwrite)
     try:
-        yield
+        with writing("the converted tomogram must be writable", place=target, remedy="Choose another place"):
+            yield
     except OutputError as error:
         raise type(error)(error.rule, place=target, value=error.value, remedy=error.remedy) from error
-    except OSError as error:
-        raise not_written(
-            error, "the converted tomogram must be writable", place=target, remedy="Choose another place"
-        ) from error
 
 
 def require_free(target: Path, *, overwrite: bool) -> None:

@@ -39,7 +39,7 @@ from zarr.codecs import BloscCodec
 from cryosiam_dask.core.arrays import Region, Sliceable, regions_of
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.core.local_store import AnyDiskStore
-from cryosiam_dask.errors import LabelsError, OutputError, not_written
+from cryosiam_dask.errors import LabelsError, OutputError, writing
 from cryosiam_dask.files.atomic import replacing_folder
 from cryosiam_dask.model.classes import COLOURS
 from cryosiam_dask.stages.intensities import Sample, intensities, sample_array
@@ -121,37 +121,30 @@ def write_ome_zarr(
     position = np.array(position_angstrom if position_angstrom is not None and unit else (0.0,) * len(shape))
     levels = _levels(shape)
     describe = partial(_multiscale, levels=levels, scale=scale, position=position, unit=unit)
-    try:
-        with replacing_folder(path) as part:
-            image = zarr.create_group(AnyDiskStore(part), zarr_format=3)
-            dtype = np.dtype(np.uint8) if tomogram.dtype == bool else np.dtype(tomogram.dtype).newbyteorder("=")
-            _fill(image, tomogram, levels, dtype, "mean", minimum, executor)
-            multiscale = describe(name=path.name.removesuffix(".ome.zarr"), reduction="mean")
-            own = json.loads(json.dumps(dict(attributes or {}), default=_plain))
-            if labels is not None:
-                folder = image.create_group("labels")
-                segmentation = folder.create_group(SEGMENTATION)
-                _fill(segmentation, labels, levels, np.dtype(np.uint8), "mode", 0, executor)
-                described = describe(name=SEGMENTATION, reduction="mode")
-                segmentation.attrs["ome"] = {
-                    "version": NGFF,
-                    "multiscales": [described],
-                    "image-label": _image_label(class_names),
-                }
-                folder.attrs["ome"] = {"version": NGFF, "labels": [SEGMENTATION]}
-            ome: dict[str, Any] = {
+    remedy = "Free space on the disk, check the permissions, or choose another folder"
+    with writing("the output must be writable", place=path, remedy=remedy), replacing_folder(path) as part:
+        image = zarr.create_group(AnyDiskStore(part), zarr_format=3)
+        dtype = np.dtype(np.uint8) if tomogram.dtype == bool else np.dtype(tomogram.dtype).newbyteorder("=")
+        _fill(image, tomogram, levels, dtype, "mean", minimum, executor)
+        multiscale = describe(name=path.name.removesuffix(".ome.zarr"), reduction="mean")
+        own = json.loads(json.dumps(dict(attributes or {}), default=_plain))
+        if labels is not None:
+            folder = image.create_group("labels")
+            segmentation = folder.create_group(SEGMENTATION)
+            _fill(segmentation, labels, levels, np.dtype(np.uint8), "mode", 0, executor)
+            described = describe(name=SEGMENTATION, reduction="mode")
+            segmentation.attrs["ome"] = {
                 "version": NGFF,
-                "multiscales": [multiscale],
-                "omero": _omero(tomogram, multiscale["name"]),
+                "multiscales": [described],
+                "image-label": _image_label(class_names),
             }
-            image.attrs.update({"ome": ome, OWN: own})
-    except OSError as error:
-        raise not_written(
-            error,
-            "the output must be writable",
-            place=path,
-            remedy="Free space on the disk, check the permissions, or choose another folder",
-        ) from error
+            folder.attrs["ome"] = {"version": NGFF, "labels": [SEGMENTATION]}
+        ome: dict[str, Any] = {
+            "version": NGFF,
+            "multiscales": [multiscale],
+            "omero": _omero(tomogram, multiscale["name"]),
+        }
+        image.attrs.update({"ome": ome, OWN: own})
 
 
 def read_own_attributes(path: Path) -> dict[str, Any]:
