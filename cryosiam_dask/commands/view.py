@@ -27,12 +27,12 @@ import numpy as np
 
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, not_written
-from cryosiam_dask.files.hdf5 import open_dataset, uint8_labels
+from cryosiam_dask.files.hdf5 import open_dataset, uint8_labels, voxel_size_in
 from cryosiam_dask.files.header import TomogramHeader
 from cryosiam_dask.files.mask import open_mask
 from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.files.zarr import ZarrHeader
-from cryosiam_dask.model.classes import COLOURS, given_names, named
+from cryosiam_dask.model.classes import COLOURS, given_names, named, names_in
 from cryosiam_dask.runs.find import find_predictions
 from cryosiam_dask.stages.export import find_source, position_angstrom, require_shape, written_attributes
 from cryosiam_dask.stages.ingest import ingest
@@ -175,8 +175,7 @@ def layers(
 
 
 def _names(configuration: Configuration, attributes: dict[str, Any], levels: Sequence[Any]) -> tuple[str, ...]:
-    stored, counted = attributes.get("class_names"), attributes.get("voxels")
-    names = given_names(configuration) or (tuple(map(str, stored)) if isinstance(stored, list) else ())
+    names, counted = given_names(configuration) or names_in(attributes), attributes.get("voxels")
     if isinstance(counted, list):
         return named(names, max(len(names), len(counted) - 1))
     return named(names, max(len(names), int(levels[-1].max().compute())))  # of another program
@@ -202,12 +201,11 @@ def _of_classes(levels: Sequence[Any], names: Sequence[str], place: dict[str, An
 
 def _place(attributes: dict[str, Any], ndim: int) -> dict[str, Any]:
     """Return position and voxel size of a layer in nm; in voxels if their size is unknown."""
-    size = attributes.get("voxel_size_angstrom")
-    axes = tuple("zyx"[-ndim:])
-    if not isinstance(size, list | tuple) or len(size) != ndim or not all(size):
+    size, axes = voxel_size_in(attributes, ndim), tuple("zyx"[-ndim:])
+    if not size or not all(size):
         return {"axis_labels": axes}
     position = position_angstrom(size, attributes.get("origin_angstrom"), attributes.get("nstart")) or (0.0,) * ndim
-    nm = [tuple(float(n) / 10 for n in numbers) for numbers in (size, position)]
+    nm = [tuple(float(n or 0) / 10 for n in numbers) for numbers in (size, position)]
     return {"axis_labels": axes, "scale": nm[0], "translate": nm[1], "units": ("nm",) * ndim}
 
 

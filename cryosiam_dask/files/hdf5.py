@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -196,6 +196,13 @@ def read_attributes(path: str | Path) -> dict[str, Any]:
     """
     with reading(Path(path)) as file:
         return {name: _plain(value) for name, value in file.attrs.items()}
+
+
+def voxel_size_in(attributes: Mapping[str, Any], ndim: int) -> Sequence[float | None] | None:
+    """Return the voxel size in attributes; ``None`` without one, or if another program uses the name otherwise."""
+    size = attributes.get("voxel_size_angstrom")
+    fits = isinstance(size, list | tuple) and len(size) == ndim and all(isinstance(v, float | int | None) for v in size)
+    return size if fits else None
 
 
 def _not_permitted(path: Path) -> OutputError:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import colorsys
 import math
 import re
-from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from cryosiam_dask.config import Configuration
 
@@ -61,6 +61,12 @@ def given_names(configuration: Configuration) -> tuple[str, ...]:
     Without that key, the label of a lamella model (``network.postprocessing``) is ``"lamella"``, and others have none.
     """
     return tuple(configuration.class_names or (("lamella",) if configuration.parameters.network.postprocessing else ()))
+
+
+def names_in(attributes: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the class names in the attributes of a prediction."""
+    names = attributes.get("class_names")
+    return tuple(map(str, names)) if isinstance(names, list | tuple) else ()
 
 
 def named(names: Sequence[str] | None, count: int) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from cryosiam_dask.core.executor import Executor, Interrupted, all_workers
 from cryosiam_dask.core.log import LOG, SHOWN
 from cryosiam_dask.errors import ClusterError, CryosiamDaskError, DeviceError, DiskError, StorageError, not_written
-from cryosiam_dask.model.classes import counted, shares
+from cryosiam_dask.model.classes import counted, names_in, shares
 from cryosiam_dask.runs.ledger import Ledger
 from cryosiam_dask.runs.plan import Job, RunPlan
 from cryosiam_dask.stages.lamella import Thickness, stored_thickness, thickness_words
@@ -174,12 +174,6 @@ def outcome_of(
         thickness=stored_thickness(attributes) if voxels else {},
         components=components or {},
     )
-
-
-def names_in(attributes: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the class names in the attributes of a prediction."""
-    names = attributes.get("class_names")
-    return tuple(map(str, names)) if isinstance(names, list | tuple) else ()
 
 
 #: Prefix of messages about decisions on a file.

@@ -23,8 +23,8 @@ from cryosiam_dask.errors import CryosiamDaskError, OutputError, StorageError, i
 from cryosiam_dask.files.hdf5 import read_attributes
 from cryosiam_dask.files.mask import open_mask
 from cryosiam_dask.files.predictions import exportable_array
-from cryosiam_dask.model.classes import given_names, named
-from cryosiam_dask.runs.outcome import ENDING, Outcome, failure_of, names_in
+from cryosiam_dask.model.classes import given_names, named, names_in
+from cryosiam_dask.runs.outcome import ENDING, Outcome, failure_of
 from cryosiam_dask.stages.centers import collect_centers, labels_of, remove_outdated_centers
 from cryosiam_dask.stages.components import ArrayModule, Description, Labelling, count_labels, remove_small
 from cryosiam_dask.stages.export import export_prediction, other_formats, remove_outdated_formats, written_attributes

@@ -39,10 +39,10 @@ from cryosiam_dask.files.hdf5 import (
     read_attributes,
 )
 from cryosiam_dask.files.predictions import replace_labels
-from cryosiam_dask.model.classes import counted, named
+from cryosiam_dask.model.classes import counted, named, names_in
 from cryosiam_dask.runs.fingerprint import components_done, removal_sizes, with_sizes
 from cryosiam_dask.runs.ledger import Ledger
-from cryosiam_dask.runs.outcome import Outcome, as_numbers, failure_of, log_warnings, names_in, outcome_of
+from cryosiam_dask.runs.outcome import Outcome, as_numbers, failure_of, log_warnings, outcome_of
 from cryosiam_dask.runs.outputs import (
     attributes_written,
     collect,

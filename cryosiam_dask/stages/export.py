@@ -28,7 +28,7 @@ from cryosiam_dask.core.arrays import Computed, Region, Sliceable, regions_of
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.errors import CryosiamDaskError, LabelsError, OutputError, TomogramError, is_transient, not_ours
 from cryosiam_dask.files.folders import real
-from cryosiam_dask.files.hdf5 import open_dataset, read_attributes, uint8_labels
+from cryosiam_dask.files.hdf5 import open_dataset, read_attributes, uint8_labels, voxel_size_in
 from cryosiam_dask.files.header import TomogramHeader
 from cryosiam_dask.files.mrc import write_mrc
 from cryosiam_dask.files.tomogram import read_header
@@ -393,13 +393,7 @@ def written_attributes(configuration: Configuration, prediction: Path, *, patien
     """
     attributes = read_attributes(prediction)
     shape = open_dataset(prediction, "labels").shape
-    size = attributes.get("voxel_size_angstrom")
-    if (
-        not isinstance(size, list)
-        or len(size) != len(shape)
-        or not all(isinstance(v, float | int | None) for v in size)
-    ):
-        size = None  # missing, or another program's attribute of this name
+    size = voxel_size_in(attributes, len(shape))
     if size and all(size):
         return attributes
     attributes = {name: value for name, value in attributes.items() if size or name != "voxel_size_angstrom"}

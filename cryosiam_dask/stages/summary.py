@@ -18,8 +18,9 @@ from cryosiam_dask.core.blocks import Blocks
 from cryosiam_dask.core.endings import denoised_ending
 from cryosiam_dask.errors import CryosiamDaskError
 from cryosiam_dask.files.claims import FOLDER
-from cryosiam_dask.files.hdf5 import open_dataset, read_attributes, uint8_labels
+from cryosiam_dask.files.hdf5 import open_dataset, read_attributes, uint8_labels, voxel_size_in
 from cryosiam_dask.files.tomogram import read_header
+from cryosiam_dask.model.classes import names_in
 from cryosiam_dask.stages.export import written_attributes
 from cryosiam_dask.stages.lamella import Thickness, count_columns, stored_thickness
 from cryosiam_dask.stages.measurements import Sizes, component_files, component_sizes
@@ -181,10 +182,9 @@ def _read_summary(configuration: Configuration, name: str) -> Summary:
             fingerprint = attributes.get("fingerprint")
             tomogram.shape = open_dataset(path, "labels").shape
             tomogram.voxels, thickness = _voxels(path, attributes, configuration.parameters.network.postprocessing)
-            tomogram.voxel_size_angstrom = _sizes(attributes.get("voxel_size_angstrom"), len(tomogram.shape))
+            tomogram.voxel_size_angstrom = tuple(voxel_size_in(attributes, len(tomogram.shape)) or ())
             tomogram.warnings = tuple(str(attributes.get("warnings") or "").splitlines())
-            names = attributes.get("class_names")
-            tomogram.class_names = tuple(map(str, names)) if isinstance(names, list) else ()
+            tomogram.class_names = names_in(attributes)
             tomogram.status = "done"
         elif is_mrc(configuration):
             header = read_header(folder / f"{name}{denoised_ending(configuration.file_extension)}")
@@ -202,13 +202,6 @@ def _read_summary(configuration: Configuration, name: str) -> Summary:
     return tomogram
 
 
-def _sizes(value: object, ndim: int) -> tuple[float | None, ...]:
-    """Return the voxel sizes in an attribute; empty if another program uses its name for something else."""
-    if not isinstance(value, list) or len(value) != ndim:
-        return ()
-    return tuple(value) if all(v is None or isinstance(v, int | float) for v in value) else ()
-
-
 def _voxels(
     path: Path, attributes: Mapping[str, Any], as_lamella: bool
 ) -> tuple[tuple[int, ...], dict[str, float | str]]:
@@ -224,8 +217,7 @@ def _voxels(
     if as_lamella:
         counts, columns = count_columns(checked)
         found = Thickness.of(columns)
-        size = attributes.get("voxel_size_angstrom")
-        thickness = found.described(size if isinstance(size, list) and len(size) == 3 else None) if found else {}
+        thickness = found.described(voxel_size_in(attributes, 3)) if found else {}
     else:
         blocks, counts = Blocks.of(checked), np.zeros(256, np.int64)
         for index in blocks.indices:
