@@ -22,7 +22,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -130,11 +130,11 @@ def segment_tomogram(
     Interrupted, KeyboardInterrupt
         If the run is to stop; finished work is kept.
     """
-    current = _Current(*jobs[0])
+    run = _Run(*jobs[0], device, executor, timeline, inform, guard)
     yielded = set[str]()
     for pause in (*RETRY_PAUSES, None):
         try:
-            for outcome in _run_models(jobs, current, device, executor, timeline, inform, guard):
+            for outcome in _run_models(run, jobs):
                 if outcome.stage not in yielded:  # a retry yields the finished stages again
                     yielded.add(outcome.stage)
                     yield outcome
@@ -144,148 +144,137 @@ def segment_tomogram(
         except Exception as error:
             guard()
             if pause is None or not is_transient(error):
-                plan, job, began = current.plan, current.job, current.began
-                outcome = failure_of(job.stem, current.shape, began, retries_exhausted(error), job.output, plan.name)
-                yield record(plan, outcome, began, device, executor, goes_on=isinstance(error, RESUMABLE))
+                failure = retries_exhausted(error)
+                outcome = failure_of(run.job.stem, run.shape, run.began, failure, run.job.output, run.plan.name)
+                yield run.record(outcome, goes_on=isinstance(error, RESUMABLE))
                 return
             inform(f"{error}: trying again in {pause:g} s")
             wait(pause, guard)
 
 
 @dataclass(slots=True)
-class _Current:
-    """The model, job and shape at hand, for the outcome of a failure."""
+class _Run:
+    """The model and job at hand, the shape of their tomogram, and what `segment_tomogram` was given."""
 
     plan: RunPlan
     job: Job
+    device: Literal["cpu", "cuda"]
+    executor: Executor
+    timeline: bool
+    inform: Callable[[str], None]
+    guard: Callable[[], None]
     began: float = field(default_factory=time.time)
     shape: tuple[int, ...] = ()
 
+    def begin(self, plan: RunPlan, job: Job) -> None:
+        """Go on with the next model."""
+        self.plan, self.job, self.began = plan, job, time.time()
 
-def _run_models(
-    jobs: Sequence[tuple[RunPlan, Job]],
-    current: _Current,
-    device: Literal["cpu", "cuda"],
-    executor: Executor,
-    timeline: bool,
-    inform: Callable[[str], None],
-    guard: Callable[[], None],
-) -> Iterator[Outcome]:
-    if jobs[0][1].problem is not None:
-        raise jobs[0][1].problem
+    @property
+    def named(self) -> Executor:
+        """The executor for the tasks of the model at hand."""
+        return NamedExecutor(self.executor, self.plan.name) if self.plan.name else self.executor
+
+    def workspace(self) -> AbstractContextManager[Workspace]:
+        """Open the work store of the job at hand."""
+        return open_workspace(self.plan.configuration, self.job.stem, self.inform, self.guard)
+
+    def record(self, outcome: Outcome, **options: bool) -> Outcome:
+        """Record the outcome of the job at hand."""
+        return record(self.plan, outcome, self.began, self.device, self.executor, **options)
+
+    def done(self, outcome: Outcome) -> Outcome:
+        """Record the outcome of a job that is done, unless another run has taken the tomogram over."""
+        self.guard()
+        log_warnings(outcome)
+        return self.record(outcome)
+
+
+def _run_models(run: _Run, jobs: Sequence[tuple[RunPlan, Job]]) -> Iterator[Outcome]:
+    run.plan, run.job = jobs[0]
+    if run.job.problem is not None:
+        raise run.job.problem
     with ExitStack() as stack:
         denoised = None
-        if jobs[0][0].denoises:
-            (plan, job), *jobs = jobs
-            outcome, denoised = _denoise(plan, job, current, device, executor, timeline, inform, guard, stack)
+        if run.plan.denoises:
+            outcome, denoised = _denoise(run, stack)
+            jobs = jobs[1:]
             if not jobs:
                 stack.close()
-            if outcome.status == "done":
-                guard()
-                log_warnings(outcome)
-                record(plan, outcome, current.began, device, executor)
-            yield outcome
+            yield run.done(outcome) if outcome.status == "done" else outcome
         if jobs:
-            yield from _run_label_models(jobs, current, device, executor, timeline, inform, guard, denoised)
+            yield from _run_label_models(run, jobs, denoised)
 
 
 def _run_label_models(
-    jobs: Sequence[tuple[RunPlan, Job]],
-    current: _Current,
-    device: Literal["cpu", "cuda"],
-    executor: Executor,
-    timeline: bool,
-    inform: Callable[[str], None],
-    guard: Callable[[], None],
-    given: tuple[Denoised, Statistics] | None,
+    run: _Run, jobs: Sequence[tuple[RunPlan, Job]], given: tuple[Denoised, Statistics] | None
 ) -> Iterator[Outcome]:
     """Run the models that give labels, on the tomogram that has just been denoised if one is `given`."""
     last_plan, last = jobs[-1]
-    current.plan, current.job = jobs[0]
+    run.plan, run.job = jobs[0]
     header = read_header(last.source, **last_plan.configuration.reading)
-    jobs[0][0].require_usable(header)
-    current.shape = header.shape
+    run.plan.require_usable(header)
+    run.shape = header.shape
     for note in header.notes if given is None else ():
-        inform(f"{NOTE}{note}")
+        run.inform(f"{NOTE}{note}")
     # The last job's workspace is closed last, so it holds the tomogram for all models.
-    with open_workspace(last_plan.configuration, last.stem, inform, guard) as shared:
+    with open_workspace(last_plan.configuration, last.stem, run.inform, run.guard) as shared:
         grid = make_grid(header.shape, last_plan.patch, halo=last_plan.halo)
         tomogram: Voxels | Denoised
         if given is None:
-            tomogram, report = _ingest(shared, last_plan.configuration, last, header, grid, executor)
+            tomogram, report = _ingest(shared, last_plan.configuration, last, header, grid, run.executor)
         else:
             tomogram, report = given[0], IngestReport(header, given[1], ())
         # The same voxels as before the run, except for a compressed file, of which only the beginning was sampled.
         sample = sample_array(tomogram) if header.compressed else sample_file(header)
         for plan, job in jobs:
-            began = time.time()
-            current.plan, current.job, current.began = plan, job, began
+            run.begin(plan, job)
             plan.require_usable(header)
             if job.problem is not None:
                 raise job.problem
-            current.job = job = plan.with_fingerprint(job)
+            run.job = job = plan.with_fingerprint(job)
             if plan.done_meanwhile(job):
                 outcome = Outcome(job.stem, "skipped", header.shape, stage=plan.name)
                 if plan is not last_plan:
                     yield outcome
                 continue
-            own = (
-                nullcontext(shared)
-                if job.stem == last.stem and plan is last_plan
-                else open_workspace(plan.configuration, job.stem, inform, guard)
-            )
-            own_name = NamedExecutor(executor, plan.name) if plan.name else executor
-            with own as space:
+            with nullcontext(shared) if job.stem == last.stem and plan is last_plan else run.workspace() as space:
                 record_source(space.ledger, job.source)
                 with forgetting_damaged(plan, header.shape, space):
-                    result = _run_model(plan, job, tomogram, report, sample, space, device, own_name, timeline, inform)
-                outcome = replace(result, seconds=time.time() - began, stage=plan.name, notes=header.notes)
+                    result = _run_model(run, tomogram, report, sample, space)
+                outcome = replace(result, seconds=time.time() - run.began, stage=plan.name, notes=header.notes)
                 if plan is not last_plan:
-                    log_warnings(outcome)
-                    guard()
-                    yield record(plan, outcome, began, device, executor)
-    guard()
+                    yield run.done(outcome)
     if outcome.status == "done":
-        log_warnings(outcome)
-        record(last_plan, outcome, began, device, executor)
+        run.done(outcome)
     else:  # skipped: the outcome of the run that made it stays the last one
+        run.guard()
         before = shared.ledger.last("outcome") or {"status": "done"}
         shared.ledger.close(**{name: value for name, value in before.items() if name != "what"})
     yield outcome
 
 
-def _denoise(
-    plan: RunPlan,
-    job: Job,
-    current: _Current,
-    device: Literal["cpu", "cuda"],
-    executor: Executor,
-    timeline: bool,
-    inform: Callable[[str], None],
-    guard: Callable[[], None],
-    workspaces: ExitStack,
-) -> tuple[Outcome, tuple[Denoised, Statistics] | None]:
+def _denoise(run: _Run, workspaces: ExitStack) -> tuple[Outcome, tuple[Denoised, Statistics] | None]:
     """Denoise a raw tomogram and write its file; return also the voxels, readable until `workspaces` is closed.
 
     They are ``None`` if another run has made the file meanwhile.
     """
-    configuration, began = plan.configuration, time.time()
-    header = read_header(job.source, **configuration.reading)
+    plan, configuration, began = run.plan, run.plan.configuration, time.time()
+    header = read_header(run.job.source, **configuration.reading)
     plan.require_usable(header)
-    current.shape = header.shape
+    run.shape = header.shape
     for note in header.notes:
-        inform(f"{NOTE}{note}")
-    current.job = job = plan.with_fingerprint(job)
+        run.inform(f"{NOTE}{note}")
+    run.job = job = plan.with_fingerprint(run.job)
     if plan.done_meanwhile(job):
         return Outcome(job.stem, "skipped", header.shape, stage=plan.name), None
-    space = workspaces.enter_context(open_workspace(configuration, job.stem, inform, guard))
+    space, executor = workspaces.enter_context(run.workspace()), run.named
     record_source(space.ledger, job.source)
-    own_name = NamedExecutor(executor, plan.name) if plan.name else executor
     with forgetting_damaged(plan, header.shape, space):
         grid = make_grid(header.shape, plan.patch, halo=plan.halo)
-        tomogram, report = _ingest(space, configuration, job, header, grid, own_name)
-        spec = _denoising_spec(plan, job, tomogram, space, device, own_name)
-        predicted = _predict(plan, job, tomogram, space, spec, own_name, timeline, inform)
+        tomogram, report = _ingest(space, configuration, job, header, grid, executor)
+        spec = _denoising_spec(run, tomogram, space)
+        predicted = _predict(run, tomogram, space, spec)
         outputs, blocks = predicted.outputs, predicted.blocks
         low, high = min(block["lowest"] for block in blocks), max(block["highest"][0] for block in blocks)
         denoised = Denoised(outputs["denoised"], (low, high) if configuration.scale_prediction else None)
@@ -301,12 +290,12 @@ def _denoise(
             write_raw = partial(
                 write_raw_predictions, predictions=replace(denoised, channel=None), attributes=attributes
             )
-            own_name.map(write_raw, [raw], name="export")
+            executor.map(write_raw, [raw], name="export")
         elif read_fingerprint(raw) is not None:
             raw.unlink()  # of an earlier run, with other settings
         write = partial(write_mrc_floats, voxels=denoised, label=MRC_LABEL + job.fingerprint, **header.placement)
-        own_name.map(write, [job.output], name="export")
-        warnings += draw_denoised(configuration, job.stem, tomogram, denoised, attributes, own_name)
+        executor.map(write, [job.output], name="export")
+        warnings += draw_denoised(configuration, job.stem, tomogram, denoised, attributes, executor)
     keep_for_the_report(configuration, job.stem)
     outcome = outcome_of(job.stem, attributes, header.shape, (), warnings)
     outcome = replace(outcome, seconds=time.time() - began, stage=plan.name, notes=header.notes)
@@ -314,14 +303,13 @@ def _denoise(
     return outcome, (denoised, Statistics(*ends, None, 0))
 
 
-def _denoising_spec(
-    plan: RunPlan, job: Job, tomogram: Voxels, space: Workspace, device: Literal["cpu", "cuda"], executor: Executor
-) -> PredictorSpec:
+def _denoising_spec(run: _Run, tomogram: Voxels, space: Workspace) -> PredictorSpec:
     """Return how a tomogram is scaled for its denoiser: computed once from all voxels, then read from the ledger."""
-    data, spec, key = plan.configuration.parameters.data, plan.spec(device), job.prediction_fingerprint
+    data, spec, executor = run.plan.configuration.parameters.data, run.plan.spec(run.device), run.named
+    key = run.job.prediction_fingerprint
     found = space.ledger.last("scaling")
     if found is None or found["key"] != key:
-        stretch = stretch_of(tomogram, job.source, invert=data.invert is not False, executor=executor)
+        stretch = stretch_of(tomogram, run.job.source, invert=data.invert is not False, executor=executor)
         own = with_own_moments(
             replace(spec, stretch=stretch), tomogram, mean=data.mean is None, std=data.std is None, executor=executor
         )
@@ -387,30 +375,22 @@ class _Predicted:
         return tuple(found[: max(count, int(np.flatnonzero(found)[-1]) + 1)].tolist())
 
 
-def _predict(
-    plan: RunPlan,
-    job: Job,
-    tomogram: Voxels | Denoised,
-    space: Workspace,
-    spec: PredictorSpec,
-    executor: Executor,
-    timeline: bool,
-    inform: Callable[[str], None],
-) -> _Predicted:
+def _predict(run: _Run, tomogram: Voxels | Denoised, space: Workspace, spec: PredictorSpec) -> _Predicted:
     """Predict block by block, except for the blocks that an earlier run recorded."""
-    work, ledger, key, done = space.group, space.ledger, job.prediction_fingerprint, set()
+    plan, job, work, ledger, done = run.plan, run.job, space.group, space.ledger, set()
+    key = job.prediction_fingerprint
     found = ledger.last("blocks")
     resumed = found is not None and found["key"] == key and all(name in work for name in plan.wanted)
     own = plan.configuration.block_size
     if found and resumed and own is not None and found["block_size"] > own:
-        inform(f"block_size is now {own}: the blocks of {found['block_size']} voxels per axis are predicted again")
+        run.inform(f"block_size is now {own}: the blocks of {found['block_size']} voxels per axis are predicted again")
         resumed = False
-    block_size = found["block_size"] if found and resumed else plan.block_size(tomogram.shape, executor.workers)
+    block_size = found["block_size"] if found and resumed else plan.block_size(tomogram.shape, run.named.workers)
     grid = make_grid(tomogram.shape, plan.patch, block_size, plan.halo)
     if resumed:
         done = {tuple(entry["index"]) for entry in ledger.since("block", "blocks")}
         outputs = {name: work_array(work, name) for name in plan.wanted}
-        inform(f"{len(done)} of {len(grid.indices())} blocks are already done")
+        run.inform(f"{len(done)} of {len(grid.indices())} blocks are already done")
     token = uuid.uuid4().hex
     work.attrs["blocks"] = token
     # List the files: arrays that are copied to HDF5 have zarr format 2, which a group of format 3 does not list.
@@ -435,8 +415,8 @@ def _predict(
         ledger.append("block", index=index, highest=highest, inside=inside, counts=counts, **lowest)
         described.update(block.described if block else ())
 
-    times = predict_store(prediction, skip=done, done=record_block, executor=executor)
-    if timeline and times:
+    times = predict_store(prediction, skip=done, done=record_block, executor=run.named)
+    if run.timeline and times:
         write_timeline(plan.configuration.prediction_folder / f"{job.stem}_timeline.png", times, job.stem)
     recorded = ledger.since("block", "blocks")
     if labelling is not None:
@@ -448,22 +428,13 @@ def _predict(
 
 
 def _run_model(
-    plan: RunPlan,
-    job: Job,
-    tomogram: Voxels | Denoised,
-    report: IngestReport,
-    sample: Sample,
-    space: Workspace,
-    device: Literal["cpu", "cuda"],
-    executor: Executor,
-    timeline: bool,
-    inform: Callable[[str], None],
+    run: _Run, tomogram: Voxels | Denoised, report: IngestReport, sample: Sample, space: Workspace
 ) -> Outcome:
     """Take a tomogram through one model, and write its outputs."""
-    configuration, network, header = plan.configuration, plan.configuration.parameters.network, report.header
-    array_module: ArrayModule = "auto" if device == "cuda" else "numpy"
-    work = space.group
-    predicted = _predict(plan, job, tomogram, space, plan.spec(device), executor, timeline, inform)
+    plan, job, executor, work, header = run.plan, run.job, run.named, space.group, report.header
+    configuration, network = plan.configuration, plan.configuration.parameters.network
+    array_module: ArrayModule = "auto" if run.device == "cuda" else "numpy"
+    predicted = _predict(run, tomogram, space, plan.spec(run.device))
     outputs, blocks = predicted.outputs, predicted.blocks
     labels, warnings = outputs["labels"], list[str]()
     if network.postprocessing:
