@@ -472,14 +472,9 @@ def _pipeline(values: dict[str, Any], path: Path) -> dict[str, Configuration]:
     found: dict[str, Configuration] = {}
     for name in names:
         if not isinstance(values[name], dict):
-            problems.append(
-                ConfigurationError(
-                    "a pipeline needs the keys of this model, indented below its name",
-                    place=f"{path}, key {name}",
-                    value=repr(values[name]),
-                    remedy="Compare it with configs/pipeline.yaml, or leave this model out",
-                )
-            )
+            rule, place = "a pipeline needs the keys of this model, indented below its name", f"{path}, key {name}"
+            remedy = "Compare it with configs/pipeline.yaml, or leave this model out"
+            problems.append(ConfigurationError(rule, place=place, value=repr(values[name]), remedy=remedy))
             continue
         denoiser = found.get("denoise")
         # Of what the models have in common, the raw tomograms are the denoiser's alone.

@@ -283,14 +283,10 @@ def _tomograms(configuration: Configuration, filename: str | None, problems: lis
     if not sources:
         found = sorted({"".join(path.suffixes[-1:]) for path in folder.iterdir() if _is_tomogram(path)} - {""})
         others = "; ".join(left_out_tomograms(configuration))
-        problems.append(
-            ConfigurationError(
-                f"there must be at least one file whose name ends with file_extension, which is {extension}",
-                place=f"key data_folder, {folder}",
-                value=others or (f"files ending with {', '.join(found[:8])}" if found else "no file at all"),
-                remedy="Check data_folder and file_extension",
-            )
-        )
+        value = others or (f"files ending with {', '.join(found[:8])}" if found else "no file at all")
+        rule = f"there must be at least one file whose name ends with file_extension, which is {extension}"
+        place, remedy = f"key data_folder, {folder}", "Check data_folder and file_extension"
+        problems.append(ConfigurationError(rule, place=place, value=value, remedy=remedy))
     return sources
 
 

@@ -666,22 +666,12 @@ def _plan_run(
         foreign = [] if overwrite else foreign_formats(configuration.prediction_folder, stem, formats)
         inputs = {path.resolve() for path in (source, mask) if path}
         if inputs & {path.resolve() for path in (output, *others)}:
-            problems.append(
-                OutputError(
-                    "an output must not replace its own input",
-                    place=output,
-                    remedy="Set prediction_folder to a folder other than data_folder and mask_folder",
-                )
-            )
+            remedy = "Set prediction_folder to a folder other than data_folder and mask_folder"
+            problems.append(OutputError("an output must not replace its own input", place=output, remedy=remedy))
         elif output in outputs:
-            problems.append(
-                OutputError(
-                    "two tomograms must not have the same output",
-                    place=output,
-                    value=f"{outputs[output]} and {source}",
-                    remedy="Segment them separately, each with its own prediction_folder",
-                )
-            )
+            rule, value = "two tomograms must not have the same output", f"{outputs[output]} and {source}"
+            remedy = "Segment them separately, each with its own prediction_folder"
+            problems.append(OutputError(rule, place=output, value=value, remedy=remedy))
         elif problem is not None:
             jobs.append(job)
         elif foreign:
