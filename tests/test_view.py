@@ -26,6 +26,7 @@ from cryosiam_dask.files.header import TomogramHeader
 from cryosiam_dask.files.predictions import write_hdf5
 from cryosiam_dask.model.classes import COLOURS
 from cryosiam_dask.stages.ingest import convert
+from cryosiam_dask.stages.intensities import sample_file
 
 SHAPE = (12, 20, 16)
 SIZE, ORIGIN = (20.0, 10.0, 10.0), (-30.0, 5.0, 7.0)
@@ -181,7 +182,13 @@ def test_large_volumes_have_levels_and_are_read_a_piece_at_a_time(
         read.append(part.size)
         return part
 
+    def sampled(header: TomogramHeader) -> Any:
+        found = sample_file(header)
+        read.clear()  # a sample is larger than a layer's piece
+        return found
+
     monkeypatch.setattr(TomogramHeader, "__getitem__", recorded)
+    monkeypatch.setattr(view, "sample_file", sampled)
     found, _ = gathered(configure(folder))
     assert max(read) <= 20 * 16
     for name, whole in (("TS_1", voxels()), ("actin", np.where(make_labels() == 2, 2, 0))):
