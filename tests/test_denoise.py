@@ -28,6 +28,7 @@ from cryosiam_dask.config import read_configuration, read_denoiser, read_models
 from cryosiam_dask.core.executor import SerialExecutor
 from cryosiam_dask.errors import ConfigurationError, Problems, TomogramError
 from cryosiam_dask.runs.collection import remove_denoised, run
+from cryosiam_dask.runs.find import find_predictions
 from cryosiam_dask.runs.ledger import read_entries
 from cryosiam_dask.runs.outcome import Outcome
 from cryosiam_dask.runs.plan import RunPlan, masks_made_before, plan_run, with_denoising
@@ -333,6 +334,15 @@ def test_the_other_models_look_for_what_the_denoiser_makes(folder: Path, ending:
     assert [model.data_folder for model in models.values()] == [Path("data"), Path("denoised"), Path("denoised")]
     assert {models[name].file_extension for name in ("lamella", "semantic")} == {made}
     assert models["semantic"].test_files == (f"TS_b{made}",)
+
+
+@pytest.mark.parametrize("name", ["TS_b.mrc.gz", "data/TS_b.mrc.gz", "TS_b.mrc", "denoised/TS_b.mrc", "TS_b"])
+def test_predictions_are_found_by_the_name_of_the_raw_tomogram_too(folder: Path, name: str) -> None:
+    model = read_models(chain(folder, file_extension=".mrc.gz"), "semantic")[""]
+    for made in ("data/TS_b.mrc.gz", "denoised/TS_b.mrc", "semantic/TS_b_preds.h5"):
+        (folder / made).parent.mkdir(exist_ok=True)
+        (folder / made).touch()
+    assert find_predictions(model, name) == [Path("semantic/TS_b_preds.h5")]
 
 
 @pytest.mark.parametrize(

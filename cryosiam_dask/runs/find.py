@@ -194,14 +194,13 @@ def find_predictions(configuration: Configuration, filename: str | None = None, 
 
 
 def _find_predictions(configuration: Configuration, filename: str | None, sizes: bool) -> list[Path]:
-    folder, extension = configuration.prediction_folder, configuration.file_extension
+    folder = configuration.prediction_folder
     names = (filename,) if filename is not None else configuration.test_files
     if names is None:
         predictions = visible(folder, "_preds.h5") if folder.is_dir() else []
     else:
         place = "--filename" if filename is not None else "key test_files"
-        names = tuple(Path(name_in_data_folder(configuration, name, place)).name for name in names)
-        predictions = [folder / f"{name.removesuffix(extension)}_preds.h5" for name in names]
+        predictions = [folder / f"{_stem(configuration, name, place)}_preds.h5" for name in names]
     problems: list[CryosiamDaskError] = [
         OutputError(
             not_there(path), place="key prediction_folder", remedy="Run semantic-predict first, or correct the name"
@@ -216,6 +215,16 @@ def _find_predictions(configuration: Configuration, filename: str | None, sizes:
     if problems:
         raise Problems(problems)
     return predictions
+
+
+def _stem(configuration: Configuration, name: str, place: str) -> str:
+    """Return the stem of a tomogram, named as in `data_folder` or, in a pipeline, as the raw one that it is made of."""
+    known = [each for each in (configuration, configuration.denoiser) if each and name.endswith(each.file_extension)]
+    for each in known[:-1]:
+        with suppress(ConfigurationError):  # it may be a path to the other one
+            return Path(name_in_data_folder(each, name, place)).name.removesuffix(each.file_extension)
+    last = known[-1] if known else configuration
+    return Path(name_in_data_folder(last, name, place)).name.removesuffix(last.file_extension)
 
 
 def unreadable_folder(key: str, folder: Path, error: OSError) -> ConfigurationError:
