@@ -290,7 +290,7 @@ def test_a_denoised_file_stays_until_all_models_are_done(folder: Path) -> None:
 
 
 def test_the_plan_knows_that_denoised_files_go(folder: Path) -> None:
-    """Of three tomograms, as many are there as are in progress."""
+    """Of ten, there are only those of the tomograms in progress."""
     needed = []
     for make in (chain, without_denoised):
         pipeline = make(folder, preview=False)

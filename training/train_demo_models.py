@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +31,11 @@ from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from cryosiam_dask.core.phantom import CLASS_NAMES, make_phantom, make_raw
 from cryosiam_dask.model.network import Architecture, Network, build_network
 from cryosiam_dask.stages.denoise import PERCENTS
+from support.checkpoints import HIDDEN, saved
 
 MODELS = Path(__file__).parents[1] / "cryosiam_dask" / "data" / "models"
 FIRST_SEED, PHANTOMS = 1000, 60
@@ -244,7 +247,7 @@ def architecture(task: Task) -> Architecture:
 def checkpoint(network: Network, task: Task) -> dict[str, Any]:
     """The content of a CryoSiam checkpoint; convolutions are stored in half precision, which loads into single."""
     shape = architecture(task)
-    width, dense, hidden = shape.level_channels[-1], shape.dense_dim, 8
+    width, dense, hidden = shape.level_channels[-1], shape.dense_dim, HIDDEN
     # No prediction uses these parts of CryoSiam's pretraining, but a strict reader misses them.
     pretraining = nn.ModuleDict(
         {
@@ -267,45 +270,13 @@ def checkpoint(network: Network, task: Task) -> dict[str, Any]:
             ),
         }
     )
-    state = {}
-    for name, tensor in (network.state_dict() | pretraining.state_dict()).items():
-        prefix = "_model." if "_head." in name else "_model_backbone."
-        state[prefix + name] = tensor.half().contiguous() if tensor.ndim > 1 else tensor
-    data = {"patch_size": [PATCH] * 3, "min": 0, "max": 1, "mean": 0, "std": 1}
-    common = {"in_channels": 1, "spatial_dims": 3, "dense_dim": dense}
-    head = {
-        "n_output_channels" if shape.denoises else "out_channels": shape.out_channels,
-        "filters": list(shape.semantic_widths),
-        "kernel_size": 3,
-        "padding": 1,
-        **({} if shape.denoises else {"distance_prediction": True}),
-    }
-    backbone = {
-        "block_type": shape.block_type,
-        "num_layers": list(shape.num_layers),
-        "num_filters": list(shape.num_filters),
-        "fpn_channels": shape.fpn_channels,
-        "no_max_pool": True,
-        "dim": hidden,
-        "pred_dim": hidden,
-        "dense_pred_dim": hidden,
-        "include_levels_loss": False,
-        "add_fpn_later_conv": shape.later_convolutions,
-        "decoder_type": shape.decoder,
-        "fpn_layers": 2,
-    }
+    everything = network.state_dict() | pretraining.state_dict()
+    state = {name: tensor.half().contiguous() if tensor.ndim > 1 else tensor for name, tensor in everything.items()}
     return {
         "epoch": 0,
         "global_step": task.steps,
         "pytorch-lightning_version": "2.1.3",
-        "state_dict": state,
-        "hyper_parameters": {
-            "config": {
-                "parameters": {"network": common | head, "data": data},
-                "hyper_parameters": {"batch_size": BATCH},
-            },
-            "backbone_config": {"parameters": {"network": common | backbone, "data": data}},
-        },
+        **saved(state, shape, PATCH),
     }
 
 
