@@ -278,6 +278,16 @@ def test_a_denoised_file_that_is_not_kept_is_made_again_where_it_is_needed(folde
         plans_of(pipeline)
 
 
+def test_a_run_beside_another_one_finds_what_that_has_done_and_removed(folder: Path) -> None:
+    pipeline = without_denoised(folder)
+    planned_before = plans_of(pipeline)
+    run_chain(pipeline)
+    before, executor = outputs(folder), Acting(lambda executor: executor.drain(), "denoise predict", 1)
+    outcomes = run(planned_before, Listener(), executor=executor)
+    assert [outcome.status for outcome in outcomes] == ["skipped"] * 3 and not executor.done
+    assert outputs(folder) == before
+
+
 def test_a_denoised_file_stays_until_all_models_are_done(folder: Path) -> None:
     pipeline = without_denoised(folder)
     path = folder / "denoised" / f"{STEM}.mrc"

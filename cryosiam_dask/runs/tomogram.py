@@ -54,7 +54,7 @@ from cryosiam_dask.files.predictions import write_hdf5, write_raw_predictions
 from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.files.zarr import Voxels, ZarrHeader
 from cryosiam_dask.model.predictor import PredictorSpec
-from cryosiam_dask.runs.fingerprint import known_identity, read_fingerprint, removal_sizes
+from cryosiam_dask.runs.fingerprint import known_identity, read_fingerprint, removal_of, removal_sizes
 from cryosiam_dask.runs.outcome import (
     NOTE,
     RESUMABLE,
@@ -194,6 +194,9 @@ def _run_models(run: _Run, jobs: Sequence[tuple[RunPlan, Job]]) -> Iterator[Outc
     run.plan, run.job = jobs[0]
     if run.job.problem is not None:
         raise run.job.problem
+    if _removed_meanwhile(jobs):
+        yield from (Outcome(job.stem, "skipped", run.shape, stage=plan.name) for plan, job in jobs)
+        return
     with ExitStack() as stack:
         denoised = None
         if run.plan.denoises:
@@ -204,6 +207,19 @@ def _run_models(run: _Run, jobs: Sequence[tuple[RunPlan, Job]]) -> Iterator[Outc
             yield run.done(outcome) if outcome.status == "done" else outcome
         if jobs:
             yield from _run_label_models(run, jobs, denoised)
+
+
+def _removed_meanwhile(jobs: Sequence[tuple[RunPlan, Job]]) -> bool:
+    """Whether another run has finished all models since the plan, and has removed the denoised tomogram."""
+    (plan, job), *others = jobs
+    if not plan.removes_denoised or plan.overwrite_all or job.output.exists():
+        return False
+    removed = removal_of(plan.configuration, job.stem)
+    return (
+        removed is not None
+        and removed["fingerprint"] == plan.with_fingerprint(job).fingerprint
+        and all(one.done_meanwhile(one.with_fingerprint(other)) for one, other in others)
+    )
 
 
 def _run_label_models(
