@@ -6,7 +6,7 @@
 
 * `one process`: reads the MRC file through a memory map, slab by slab, thresholds it, and writes the labels with h5py
   (gzip 1): the least that anybody has to do.
-* `whole path`: a run as the command line makes it, with `postprocessing_sizes`: MRC to zarr, blocks with halos, labels,
+* `whole path`: a run as the command line makes it, with `postprocessing_sizes`: statistics, blocks with halos, labels,
   components, HDF5, on worker processes that stand ready. Only the network is replaced: a voxel above the middle of the
   intensities gets label 1. No picture is drawn; `bench_outputs.py` tells what that takes.
 * `whole path, slow network`: the same with a network that sleeps for so long that it is what limits a run;

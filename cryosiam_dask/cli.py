@@ -250,6 +250,14 @@ WorkerTimeout = Annotated[
         **_numbers(float, 0),
     ),
 ]
+CpuWorkers = Annotated[
+    int | None,
+    typer.Option(
+        help="Number of worker processes without a GPU beside those with one, for all that needs none. "
+        "Default: the cores that are left, in half of the memory.",
+        **_numbers(int, 0),
+    ),
+]
 PerformanceReport = Annotated[
     Path | None, typer.Option(help="Write Dask's own report of what every worker did to this HTML file.")
 ]
@@ -261,6 +269,7 @@ def _of_run(
     filename: Filename = None,
     device: DeviceOption = Device.auto,
     workers: Workers = None,
+    cpu_workers: CpuWorkers = None,
     overwrite: Overwrite = False,
     overwrite_all: OverwriteAll = False,
     dashboard_address: Dashboard = "127.0.0.1:8787",

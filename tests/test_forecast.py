@@ -251,7 +251,8 @@ def test_disk_is_no_less_than_what_a_run_takes(folder: Path, kind: str) -> None:
 
 
 def test_a_zarr_is_read_where_it_is_and_other_formats_count(folder: Path) -> None:
-    copied = of(predicted(configure(folder)))
+    copied = of(predicted(configure(folder, work_folder=str(folder / "work"))))
+    assert of(predicted(configure(folder))).work_bytes == copied.work_bytes - 4 * math.prod(SHAPE)
     convert(folder / "data" / "TS_1.mrc", folder / "data" / "TS_1.zarr")
     (found,) = predicted(configure(folder, file_extension=".zarr")).tomograms
     assert copied.work_bytes - found.work_bytes == 4 * math.prod(SHAPE) and found.certain_work_bytes == 0
@@ -276,7 +277,7 @@ def test_a_tomogram_larger_than_the_disk_is_a_problem(folder: Path) -> None:
         mrc.header.nz = mrc.header.mz = 900
     with (folder / "data" / "TS_3.mrc").open("r+b") as file:
         file.truncate(1024 + 4 * 60_000 * 60_000 * 900)
-    found = predicted(configure(folder))
+    found = predicted(configure(folder, work_folder=str(folder / "work")))
     assert len(found.problems) == 1 and "there must be 12960.0 GB of free disk space" in found.problems[0]
     assert found.all_problems == found.problems
     assert of(found, "TS_3").intensities.share < 1e-5  # type: ignore[union-attr]

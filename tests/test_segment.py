@@ -332,6 +332,51 @@ def test_work_store_is_removed_or_kept(folder: Path, work: str | None) -> None:
     np.testing.assert_array_equal(group["labels"][:], labels(folder))
 
 
+@pytest.mark.parametrize("dtype", ["i1", "<i2", "<f4", ">f4", "<f2"])
+def test_an_mrc_file_is_read_where_it_is_with_the_same_results_as_a_copy(folder: Path, dtype: str) -> None:
+    voxels = np.random.default_rng(3).integers(-100, 100, SHAPE)
+    with mrcfile.new(folder / "data" / "TS_1.mrc", overwrite=True) as mrc:
+        mrc.set_data((voxels / (1 if dtype[-2] == "i" else 100)).astype(dtype))
+    results = []
+    for work in (None, str(folder / "work")):
+        found = segment(
+            configure(folder, work_folder=work, parameters={"data": {"min": -50.0, "max": 90.0}}),
+            filename="TS_1.mrc",
+            overwrite_all=True,
+        )
+        results.append((found["TS_1"].voxels, labels(folder).tobytes(), found["TS_1"].warnings))
+    assert results[0] == results[1]
+
+
+class Replacing(SerialExecutor):
+    """Replaces the tomogram while it is predicted."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def map(self, function: Any, items: Any, *, name: str, **options: Any) -> list[Any]:
+        found = super().map(function, items, name=name, **options)
+        if name == "predict":
+            self.path.unlink()
+            write_tomogram(self.path, 7)
+        return found
+
+
+def test_a_tomogram_that_is_replaced_while_it_is_read_gets_no_output(folder: Path) -> None:
+    plan = plan_run(configure(folder), filename="TS_1.mrc")
+    make_folders(plan)
+    jobs = [(plan, job) for job in plan.jobs]
+    (outcome,) = segment_one(jobs, executor=Replacing(folder / "data" / "TS_1.mrc"))
+    assert outcome.status == "failed" and "a tomogram must not change while it is segmented" in outcome.error
+    assert not (folder / "out" / "TS_1_preds.h5").exists()
+    # The next run sees another tomogram, and uses nothing of the blocks before.
+    assert segment(configure(folder), filename="TS_1.mrc")["TS_1"].status == "done"
+    again = labels(folder)
+    shutil.rmtree(folder / "out")
+    assert np.array_equal(labels_of_a_run(folder), again)
+
+
 class Waiting(Listener):
     """A reporter that lets another run go on when it is told that this one waits for it."""
 

@@ -749,7 +749,7 @@ def _disk_bytes(plan: RunPlan, job: Job, header: TomogramHeader, converted: bool
     """Add up the disk space of a tomogram's work store and outputs."""
     configuration, voxels = plan.configuration, math.prod(header.shape)
     # Only one of several models stores the tomogram, unless a denoiser of the same run leaves it.
-    copy = copy_bytes(header) if plan.denoises or not (converted or job.raw) else 0
+    copy = copy_bytes(header, configuration) if plan.denoises or not (converted or job.raw) else 0
     removal = REMOVAL_BYTES if removal_sizes(configuration) else 0
     lamella = WORK_BYTES if configuration.parameters.network.postprocessing else 0
     instances, others, certain_others = _other_bytes(plan, job, header)

@@ -194,6 +194,8 @@ def segment(
     else:
         plans, count = on_this_machine(plans, workers)
     _require_any(plans)
+    if cpu_workers is not None and (elsewhere or chosen == "cpu"):
+        warn(console, "--cpu-workers has no effect: it is for workers with GPUs that are started on this machine")
     for plan in plans:
         make_folders(plan)
     open_logs(_command(plans), [plan.configuration for plan in plans], console)

@@ -573,6 +573,72 @@ def read_region_of(header: MrcHeader, region: Region) -> np.ndarray[Any, Any]:
     return voxels.reshape([s.stop - s.start for s in stored]).transpose(header.axes)
 
 
+@dataclass(frozen=True, slots=True)
+class MrcVoxels:
+    """The voxels of an uncompressed MRC file as an array that is read a region at a time, and can be sent to workers.
+
+    Attributes
+    ----------
+    header
+        Of the file; see `in_place`.
+    """
+
+    header: MrcHeader
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(z, y, x) or (y, x)."""
+        return self.header.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes, 2 or 3."""
+        return len(self.header.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the voxels as they are read."""
+        return self.header.dtype
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """What is best read at once: whole rows of a section."""
+        *sections, rows, columns = self.header.shape
+        return (*(1 for _ in sections), min(rows, 512), columns)
+
+    def __getitem__(self, region: Any, /) -> np.ndarray[Any, Any]:
+        given = region if isinstance(region, tuple) else (region,)
+        parts = (*given, *[slice(None)] * (self.ndim - len(given)))
+        whole = [
+            slice(*part.indices(size)[:2]) if isinstance(part, slice) else slice(part, part + 1)
+            for part, size in zip(parts, self.shape, strict=True)
+        ]
+        voxels = native(self.header.read(tuple(whole)), self.dtype)
+        return voxels[tuple(slice(None) if isinstance(part, slice) else 0 for part in parts)]
+
+    def require_unchanged(self) -> None:
+        """Check that the file is the one whose header was read.
+
+        Raises
+        ------
+        TomogramError
+            If it has been replaced or written to.
+        """
+        found = self.header.path.stat()
+        if (found.st_size, found.st_mtime) != (self.header.file_bytes, self.header.modified):
+            raise TomogramError(
+                "a tomogram must not change while it is segmented",
+                place=self.header.path,
+                value="another size or time than at the start",
+                remedy="Repeat the command: the tomogram starts again from the beginning",
+            )
+
+
+def in_place(header: TomogramHeader) -> bool:
+    """Whether voxels are read fast enough where they are: an MRC file that is not compressed, with sections along z."""
+    return isinstance(header, MrcHeader) and not header.compressed and header.axes == tuple(range(len(header.shape)))
+
+
 def read_layers(header: MrcHeader, depth: int, section_bytes: int) -> Iterator[tuple[int, bytes]]:
     """Yield (first section, bytes of up to `depth` sections) of a compressed file."""
     read = 0

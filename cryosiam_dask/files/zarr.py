@@ -27,6 +27,7 @@ from cryosiam_dask.files.header import (
     space_axes,
     unknown_sizes,
 )
+from cryosiam_dask.files.mrc import MrcVoxels
 
 ZARR_METADATA = ("zarr.json", ".zarray", ".zgroup", ".zattrs")
 LARGEST_CHUNK = 2 * 2**30  # bytes; a chunk is decoded as a whole
@@ -83,7 +84,7 @@ class ArrayView:
         return np.asarray(self.array[tuple(index)]).transpose([sorted(kept).index(axis) for axis in kept])
 
 
-Voxels: TypeAlias = zarr.Array[Any] | ArrayView
+Voxels: TypeAlias = zarr.Array[Any] | ArrayView | MrcVoxels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

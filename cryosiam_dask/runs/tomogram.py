@@ -49,7 +49,7 @@ from cryosiam_dask.core.grid import Grid, make_grid
 from cryosiam_dask.core.machine import boot_id
 from cryosiam_dask.errors import LostClusterError, is_transient
 from cryosiam_dask.files.header import TomogramHeader
-from cryosiam_dask.files.mrc import write_mrc, write_mrc_floats
+from cryosiam_dask.files.mrc import MrcHeader, MrcVoxels, write_mrc, write_mrc_floats
 from cryosiam_dask.files.predictions import write_hdf5, write_raw_predictions
 from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.files.zarr import Voxels, ZarrHeader
@@ -85,7 +85,7 @@ from cryosiam_dask.runs.workspace import (
 from cryosiam_dask.stages.components import ArrayModule, Description, Labelling, removal_labelling
 from cryosiam_dask.stages.denoise import Denoised, stretch_of, with_own_moments
 from cryosiam_dask.stages.export import MRC_LABEL, Placed, other_formats, remove_outdated_formats, write_other_formats
-from cryosiam_dask.stages.ingest import IngestReport, Statistics, compresses, ingest
+from cryosiam_dask.stages.ingest import IngestReport, Statistics, compresses, ingest, reads_in_place
 from cryosiam_dask.stages.intensities import Sample, intensities, sample_array, sample_file
 from cryosiam_dask.stages.lamella import postprocess_lamella
 from cryosiam_dask.stages.predict import BlockTimes, StoredPrediction, create_outputs, predict_store, tomogram_chunks
@@ -292,6 +292,8 @@ def _denoise(run: _Run, workspaces: ExitStack) -> tuple[Outcome, tuple[Denoised,
         spec = _denoising_spec(run, tomogram, space)
         predicted = _predict(run, tomogram, space, spec)
         outputs, blocks = predicted.outputs, predicted.blocks
+        if isinstance(tomogram, MrcVoxels):
+            tomogram.require_unchanged()
         low, high = min(block["lowest"] for block in blocks), max(block["highest"][0] for block in blocks)
         denoised = Denoised(outputs["denoised"], (low, high) if configuration.scale_prediction else None)
         found = intensities(
@@ -338,22 +340,34 @@ def _denoising_spec(run: _Run, tomogram: Voxels, space: Workspace) -> PredictorS
 def _ingest(
     space: Workspace, configuration: Configuration, job: Job, header: TomogramHeader, grid: Grid, executor: Executor
 ) -> tuple[Voxels, IngestReport]:
-    """Return the tomogram as zarr: the input itself, the copy of an earlier run, or a new copy."""
+    """Return the tomogram: the input itself, the copy of an earlier run, or a new copy."""
     chunks = None if header.compressed else tomogram_chunks(grid)
     compress = compresses(header, keep_work=configuration.keep_work)
     identity = [known_identity(configuration, job.source, job.stem), configuration.reading, chunks, compress]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     found = space.ledger.last("ingested")
-    in_place = isinstance(header, ZarrHeader)
+    copy = not reads_in_place(header, configuration)
     # After a reboot, pages that the kernel had not written are missing from the copy.
     copied = found is not None and found["boot"] == boot_id() != "" and "tomogram" in space.group
-    if found and found["key"] == key and (in_place or copied):
+    if found and found["key"] == key and (copied or not copy):
         values = found["statistics"]
         statistics = Statistics(values["min"], values["max"], values["mean"], values["non_finite_voxels"])
-        tomogram = header.open() if isinstance(header, ZarrHeader) else work_array(space.group, "tomogram")
+        tomogram: Voxels
+        if isinstance(header, ZarrHeader):
+            tomogram = header.open()
+        elif isinstance(header, MrcHeader) and not copy:
+            tomogram = MrcVoxels(header)
+        else:
+            tomogram = work_array(space.group, "tomogram")
         return tomogram, IngestReport(header, statistics, tuple(found["warnings"]))
     tomogram, report = ingest(
-        job.source, space.group.store, chunks=chunks, compress=compress, executor=executor, **configuration.reading
+        job.source,
+        space.group.store,
+        chunks=chunks,
+        compress=compress,
+        copy=copy,
+        executor=executor,
+        **configuration.reading,
     )
     space.ledger.append(
         "ingested", key=key, boot=boot_id(), statistics=report.statistics.attributes(), warnings=report.warnings
@@ -452,6 +466,8 @@ def _run_model(
     array_module: ArrayModule = "auto" if run.device == "cuda" else "numpy"
     predicted = _predict(run, tomogram, space, plan.spec(run.device))
     outputs, blocks = predicted.outputs, predicted.blocks
+    if isinstance(tomogram, MrcVoxels):
+        tomogram.require_unchanged()
     labels, warnings = outputs["labels"], list[str]()
     if network.postprocessing:
         filled = work.create_array(

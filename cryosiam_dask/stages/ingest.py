@@ -26,13 +26,14 @@ import zarr
 from zarr.codecs import BloscCodec
 from zarr.storage import StoreLike
 
+from cryosiam_dask.config import Configuration
 from cryosiam_dask.core.arrays import Region, regions_of
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.core.local_store import AnyDiskStore
 from cryosiam_dask.errors import OutputError, writing
 from cryosiam_dask.files.atomic import replacing_folder
 from cryosiam_dask.files.header import TomogramHeader, native
-from cryosiam_dask.files.mrc import STREAM_BYTES, MrcHeader, read_layers
+from cryosiam_dask.files.mrc import STREAM_BYTES, MrcHeader, MrcVoxels, in_place, read_layers
 from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.files.zarr import Voxels, ZarrHeader, is_zarr, read_region
 
@@ -55,9 +56,18 @@ class Statistics:
         return {"min": self.minimum, "max": self.maximum, "mean": self.mean, "non_finite_voxels": self.non_finite}
 
 
-def copy_bytes(header: TomogramHeader) -> int:
-    """Return the size of the copy that `ingest` makes, without compression, in bytes."""
-    return 0 if isinstance(header, ZarrHeader) else header.dtype.itemsize * math.prod(header.shape)
+def reads_in_place(header: TomogramHeader, configuration: Configuration) -> bool:
+    """Whether a tomogram is read where it is.
+
+    A `work_folder` may be on a faster disk, and whoever sets `keep_work` wants the copy.
+    """
+    stays = configuration.keep_work or configuration.work_folder is not None
+    return isinstance(header, ZarrHeader) or (in_place(header) and not stays)
+
+
+def copy_bytes(header: TomogramHeader, configuration: Configuration) -> int:
+    """Return the size of the copy that `ingest` makes for a run, without compression, in bytes."""
+    return 0 if reads_in_place(header, configuration) else header.dtype.itemsize * math.prod(header.shape)
 
 
 def compresses(header: TomogramHeader, *, keep_work: bool) -> bool:
@@ -84,6 +94,7 @@ def ingest(
     level: int = 0,
     dataset: str | None = None,
     unsigned: bool | None = None,
+    copy: bool = True,
     executor: Executor = SERIAL,
 ) -> tuple[Voxels, IngestReport]:
     """Copy the voxels of a tomogram file to a new zarr array, or open the zarr array that holds them already.
@@ -102,6 +113,8 @@ def ingest(
         which is read sequentially, one layer of chunks at a time.
     compress
         Whether to compress the voxels. Floats hardly shrink, and are read faster uncompressed.
+    copy
+        Whether an MRC file is copied that can be read where it is; see `cryosiam_dask.files.mrc.in_place`.
     executor
         Runs one task for each row of chunks, or a single one for a compressed file. A task uses about 200 MB.
 
@@ -110,7 +123,8 @@ def ingest(
     array : zarr.Array, (z, y, x) or (y, x)
         Stored voxels, non-finite ones included: int8, uint8, int16, uint16 or float32 for an MRC file, else the dtype
         of the file. Its attributes are those of `TomogramHeader.attributes` and ``statistics``. A source that is zarr
-        is returned read-only, as it is or as a `cryosiam_dask.files.zarr.ArrayView`.
+        is returned read-only, as it is or as a `cryosiam_dask.files.zarr.ArrayView`; an MRC file that is not copied is
+        returned as `cryosiam_dask.files.mrc.MrcVoxels`.
     report : IngestReport
         The header, the statistics and all warnings.
 
@@ -124,7 +138,10 @@ def ingest(
     header = read_header(source, level=level, dataset=dataset, unsigned=unsigned)
     if isinstance(header, ZarrHeader):
         voxels = header.open()
-        statistics = _stored_statistics(header, voxels, executor)
+        statistics = _stored_statistics(header) or _statistics(voxels, header.path, executor)
+    elif isinstance(header, MrcHeader) and in_place(header) and not copy:
+        voxels = MrcVoxels(header)
+        statistics = _statistics(voxels, header.path, executor)
     else:
         voxels, statistics = _fill(header, store, name, chunks, compress, executor)
     return voxels, _report(header, statistics)
@@ -172,22 +189,25 @@ def _fill(
     return array, statistics
 
 
-def _stored_statistics(header: ZarrHeader, voxels: Voxels, executor: Executor) -> Statistics:
-    """Return the statistics of a zarr array from its attributes, or else from all voxels."""
+def _stored_statistics(header: ZarrHeader) -> Statistics | None:
+    """Return the statistics in the attributes of a zarr array."""
     own = header.statistics
-    if own:
-        return Statistics(own["min"], own["max"], own["mean"], own["non_finite_voxels"])
+    return Statistics(own["min"], own["max"], own["mean"], own["non_finite_voxels"]) if own else None
+
+
+def _statistics(voxels: Voxels, path: Path, executor: Executor) -> Statistics:
+    """Return the statistics of all voxels of a file that is read where it is."""
     # Whole chunks, about as many bytes as a task copies at once.
     step = list(voxels.chunks)
     for axis in reversed(range(len(step))):
-        room = TASK_BYTES // (math.prod(step) * header.dtype.itemsize)
-        step[axis] *= max(1, min(room, -(-header.shape[axis] // step[axis])))
-    look = partial(_look, voxels=voxels, path=header.path)
-    return _merge(executor.map(look, list(regions_of(header.shape, step)), name="ingest"))
+        room = TASK_BYTES // (math.prod(step) * voxels.dtype.itemsize)
+        step[axis] *= max(1, min(room, -(-voxels.shape[axis] // step[axis])))
+    look = partial(_look, voxels=voxels, path=path)
+    return _merge(executor.map(look, list(regions_of(voxels.shape, step)), name="ingest"))
 
 
 def _look(region: Region, *, voxels: Voxels, path: Path) -> _Part:
-    return part_of(read_region(voxels, region, path))
+    return part_of(voxels[region] if isinstance(voxels, MrcVoxels) else read_region(voxels, region, path))
 
 
 def convert(
