@@ -85,6 +85,30 @@ def test_collection(tmp_path: Path) -> None:
     assert (tmp_path / "rows.png").exists()
 
 
+def checked(output: Path, *options: str, status: int = 0, **environment: str) -> list[dict[str, Any]]:
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu_check.py", "--output", output, "--fake", *options],
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == status, done.stdout + done.stderr
+    path = output / "rows.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_the_checks_of_a_gpu(tmp_path: Path) -> None:
+    """On faked ones; with them the tests that a GPU is needed for."""
+    correct = ("--part", "correct", "--only", "machine", "tests of a gpu")
+    assert checked(tmp_path, *correct, "--seconds", "0", status=3) == []
+    found = checked(tmp_path, *correct)
+    assert [row["status"] for row in found if "status" in row] == ["ok", "ok"] and found[0]["gpu"] == "Fake GPU"
+    assert checked(tmp_path, *correct) == found  # what is done is not done again
+    harm = ("--part", "harm", "--only", "little memory")
+    *_, row = checked(tmp_path, *harm, status=1, FAKE_VOXELS="1")
+    assert row["status"] == "failed" and "must fit into the GPU's memory" in row["why"] and row["fake"] is True
+    *_, row = checked(tmp_path, *harm)
+    assert row["status"] == "ok"
+
+
 def test_the_page_on_scale_says_what_was_measured(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "scale.md").read_text()
     (result,) = set(re.findall(r"benchmarks/results/[\w.-]+\.json", page)) - {"benchmarks/results/scaling-2-cores.json"}

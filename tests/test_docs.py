@@ -199,6 +199,7 @@ def test_commands_and_options_exist(path: Path) -> None:
 FOREIGN = {
     "--input_star", "--coords_angpix", "--nthreads", "--nworkers", "--protocol", "--signal", "--requeue", "--plugin",
     "--scheduler-file", "--config_file", "--filename", "--gres",
+    "--seconds", "--only", "--fake",
 }  # fmt: skip
 
 

@@ -421,7 +421,11 @@ def _cuda_cluster(workers: int, cpu_workers: int | None, options: dict[str, Any]
     }
     for number in range(cpu_workers):
         cluster.worker_spec[f"cpu-{number}"] = {"cls": cluster.new_spec["cls"], "options": helper}
-    cluster.sync(cluster._correct_state)
+    try:
+        cluster.sync(cluster._correct_state)
+    except BaseException:
+        cluster.close()  # for another try, its GPUs must be free
+        raise
     return cluster
 
 
