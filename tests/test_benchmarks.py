@@ -38,6 +38,11 @@ def test_node(tmp_path: Path) -> None:
     assert row["helpers"] == 1 and row["blocks"] == 16 and 0 < row["busy"] <= 1 and row["mvoxel_per_s"] > 0
 
 
+def test_lamella(tmp_path: Path) -> None:
+    (row,) = rows("bench_lamella", tmp_path / "rows.json", "--quick")
+    assert row["lamella_voxels"] > 0.05 * 128**3 and {"smooth", "label", "find hulls"} <= row["steps"].keys()
+
+
 def test_inference(tmp_path: Path) -> None:
     found = rows("bench_inference", tmp_path / "rows.json", "--quick")
     # The plain loop is CryoSiam's procedure written down once more: exact mode gives its labels.
