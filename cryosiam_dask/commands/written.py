@@ -204,7 +204,7 @@ def report_on(
         recorded = recorded_outcomes(configuration)
         now = {
             # The recorded seconds are those of the prediction, not those of later commands.
-            each.stem: {**asdict(each), "seconds": recorded.get(each.stem, {}).get("seconds")}
+            each.stem: {**(known := recorded.get(each.stem, {})), **asdict(each), "seconds": known.get("seconds")}
             for each in outcomes
             if each.status != "skipped"
         }
