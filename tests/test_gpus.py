@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,16 @@ from cryosiam_dask.errors import DeviceError, LostDeviceError
 from cryosiam_dask.model import predictor as module
 from cryosiam_dask.model.architecture import peak_bytes, widest
 from cryosiam_dask.model.network import build_network
-from cryosiam_dask.model.predictor import Predictor, PredictorSpec, largest_patch, predictor_spec, unused_gpu
+from cryosiam_dask.model.predictor import (
+    Predictor,
+    PredictorSpec,
+    largest_patch,
+    memory_of_gpu,
+    name_of_gpu,
+    predictor_spec,
+    require_precision,
+    unused_gpu,
+)
 from cryosiam_dask.stages.components import backend, find_components, remove_small, write_instances
 from cryosiam_dask.stages.lamella import postprocess_lamella
 from support import checkpoints
@@ -258,6 +268,34 @@ def test_reduced_precision_needs_a_cudnn_that_has_it(
     found = f"9.{version // 100 % 100}.{version % 100}"
     with pytest.raises(DeviceError, match=rf"precision bf16 needs cuDNN 9\.16\.0 or newer; found cuDNN {found}.*fp32"):
         Predictor(replace(spec, precision="bf16"))
+
+    def refuse() -> None:
+        raise RuntimeError("cuDNN version incompatibility: PyTorch was compiled against (9, 20, 0)\nmore of it")
+
+    monkeypatch.setattr(torch.backends.cudnn, "version", refuse)
+    Predictor(spec)
+    with pytest.raises(DeviceError, match=r"needs cuDNN 9\.16\.0 or newer; found cuDNN version incompatibility.*fp32"):
+        Predictor(replace(spec, precision="tf32"))
+
+
+@pytest.mark.parametrize(
+    ("ask", "asked"),
+    [
+        (name_of_gpu, "get_device_properties"),
+        (memory_of_gpu, "mem_get_info"),
+        (partial(require_precision, "fp32", "cuda"), "get_device_capability"),
+    ],
+)
+def test_a_gpu_that_fails_when_it_is_asked_is_lost(
+    cuda: None, ask: Callable[[], object], asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: unknown error\nmore of it")
+
+    ask()
+    monkeypatch.setattr(torch.cuda, asked, fail)
+    with pytest.raises(LostDeviceError, match=r"found CUDA error: unknown error\. Look at"):
+        ask()
 
 
 def test_a_gpu_that_is_not_used_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

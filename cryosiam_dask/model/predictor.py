@@ -37,7 +37,7 @@ from cryosiam_dask.core.grid import Patch
 from cryosiam_dask.errors import CheckpointError, DeviceError
 from cryosiam_dask.model.architecture import default_threshold, peak_bytes, required_divisor, widest
 from cryosiam_dask.model.checkpoint import read_checkpoint
-from cryosiam_dask.model.device import device_refuses, free_memory
+from cryosiam_dask.model.device import device_refuses, device_works, free_memory
 from cryosiam_dask.model.network import build_network, convolve_with_onednn, fold_batch_norms
 
 _CACHED = 1 << 16  # voxels that fit into a processor's cache
@@ -246,6 +246,7 @@ def unused_gpu() -> str | None:
     )
 
 
+@device_works()
 def name_of_gpu() -> str | None:
     """Return a unique name of the GPU that this process uses; ``None`` if it uses none."""
     if not torch.cuda.is_available():
@@ -269,6 +270,7 @@ def count_of_gpus() -> int:
     return torch.cuda.device_count()
 
 
+@device_works()
 def memory_of_gpu() -> int | None:
     """Return the bytes of GPU memory that this process may use; ``None`` if it has no GPU."""
     if not torch.cuda.is_available():
@@ -281,10 +283,25 @@ def memory_of_gpu() -> int | None:
 _CUDNN = 91600
 
 
-def _cudnn_version(number: int) -> str:
-    return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+def _require_cudnn(precision: Precision) -> None:
+    def written(number: int) -> str:
+        return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+
+    try:
+        number = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        found = f"cuDNN {written(number)}, with wrong or slow convolutions in 3-D" if number else "none"
+    except RuntimeError as error:  # another one than PyTorch was built with, or one that does not know the GPU
+        number, found = 0, str(error).splitlines()[0]
+    if not number or number < _CUDNN:
+        raise DeviceError(
+            f"precision {precision} needs cuDNN {written(_CUDNN)} or newer",
+            place="hyper_parameters.precision",
+            value=found,
+            remedy="Install a newer PyTorch, or set it to fp32",
+        )
 
 
+@device_works()
 def require_precision(precision: Precision, device: Literal["cpu", "cuda"]) -> None:
     """Check that the device has instructions for a precision; without them it would be slower than single precision.
 
@@ -294,14 +311,8 @@ def require_precision(precision: Precision, device: Literal["cpu", "cuda"]) -> N
         If it does not, or its cuDNN is too old; the message lists the precisions that it supports.
     """
     if device == "cuda":
-        cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-        if precision != "fp32" and cudnn is not None and cudnn < _CUDNN:
-            raise DeviceError(
-                f"precision {precision} needs cuDNN {_cudnn_version(_CUDNN)} or newer",
-                place="hyper_parameters.precision",
-                value=f"cuDNN {_cudnn_version(cudnn)}, with wrong or slow convolutions in 3-D",
-                remedy="Install a newer PyTorch, or set it to fp32",
-            )
+        if precision != "fp32":
+            _require_cudnn(precision)
         capability = torch.cuda.get_device_capability()
         # Tensor cores: fp16 since Volta, bf16 and tf32 since Ampere.
         able = {"fp32"} | ({"fp16"} if capability >= (7, 0) else set())
