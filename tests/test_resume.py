@@ -22,8 +22,6 @@ from support import checkpoints
 from support.command import call, children, contents, start
 from support.inputs import write_tomogram, write_yaml
 
-#: More of them can be tried by hand.
-KILLS = int(os.environ.get("CRYOSIAM_DASK_KILLS", "3"))
 STEMS = ("TS_0", "TS_1")
 SHAPE = (24, 40, 40)
 PATCH, BLOCK_SIZE = (16, 16, 16), 8
@@ -96,11 +94,12 @@ def tidy(folder: Path) -> None:
     assert all(process_is_gone(path.read_bytes()) for path in (folder / "out" / ".ledger").glob("*.claim"))
 
 
-def test_runs_killed_at_any_moment_end_with_the_bytes_of_one_that_was_not(folder: Path) -> None:
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_runs_killed_at_any_moment_end_with_the_bytes_of_one_that_was_not(folder: Path, kills: int) -> None:
     """The client, with or without its workers, or one worker: several times, then a run that is let alone."""
     moments, expected = random.Random(20), contents(folder / "whole")
     killed = 0
-    while killed < KILLS:
+    while killed < kills:
         for _ in range(moments.randint(1, 2)):
             what = ("group", "client", "worker")[killed % 3]
             process = start(*RUN, folder=folder, start_new_session=True)
