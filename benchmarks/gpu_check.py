@@ -582,6 +582,7 @@ def run_disturbed(output: Path, name: str, disturb: Callable[[subprocess.Popen[s
     found = labels_in(folder / "out")
     shares = [float((found[key] == values).mean()) for key, values in right.items()]
     tell(disturbed=what, status=first, equal=shares)
+    assert what, "the run ended before it was disturbed"
     assert len(shares) == 2 and min(shares) == 1
 
 
@@ -640,6 +641,12 @@ def interrupted_and_resumed(output: Path) -> None:
         return None
 
     run_disturbed(output, "resumed", interrupt)
+
+
+@check("harm")
+def an_assertion_on_the_device(output: Path) -> None:
+    """And metrics of the GPU."""
+    tests(["tests/test_on_gpu.py", "-k", "each_worker_has_its_gpu"])
 
 
 def hang_once(mark: Path, number: int) -> int:

@@ -22,7 +22,7 @@ import zarr
 from cryosiam_dask.core.grid import Patch
 from cryosiam_dask.errors import DeviceError
 from cryosiam_dask.model.architecture import required_halo, widest
-from cryosiam_dask.model.device import device_works
+from cryosiam_dask.model.device import device_works, has_gpu
 from cryosiam_dask.model.predictor import (
     Predictor,
     PredictorSpec,
@@ -248,7 +248,8 @@ def test_each_worker_has_its_gpu_and_work_of_a_lost_one_goes_on(tmp_path: Path, 
         client.register_plugin(Collector())
         assert describe_devices(client, name_of_gpu) == "cuda"
         call = partial(predicted, tmp_path / "mark", spec, how)
-        found = DaskExecutor(client).map(call, range(6), name="predict", overlap=True)
+        executor = DaskExecutor(client, has_device=has_gpu)
+        found = executor.map(call, range(6), name="predict", overlap=True)
         assert (tmp_path / "mark").exists()
         assert [found[number] for number in (0, 1, 3)] == expected
         names = [name for name in ask(client, name_of_gpu).values() if name is not None]
