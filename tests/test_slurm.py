@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ import yaml
 from cryosiam_dask.errors import ClusterError, ConfigurationError, LostClusterError
 from cryosiam_dask.runs import slurm
 from cryosiam_dask.runs.dask_executor import DaskExecutor
-from cryosiam_dask.runs.slurm import open_slurm, read_jobs
+from cryosiam_dask.runs.slurm import open_slurm, read_jobs, with_helpers
 from support import checkpoints, golden
 from support.command import call, start
 from support.inputs import PIPELINE_CASE as CASE
@@ -279,6 +280,25 @@ def test_a_job_with_gpus_has_a_pinned_worker_for_each(fake: FakeSlurm, directive
     assert f"#SBATCH {directive}" in lines and "#SBATCH --cpus-per-task=8" in lines
     command = next(line for line in lines if "-m dask_cuda.cli tls://10.0.0.1:8786" in line)
     assert command.rpartition("--nthreads")[2].split()[0] == "4" and "--memory-limit 0" in command
+
+
+def test_the_cores_that_gpus_leave_get_workers_too(fake: FakeSlurm) -> None:
+    from distributed.cli.dask_worker import main
+
+    job = {"processes": None, "cores": 8, "job_extra_directives": ["--gres=gpu:2"]}
+    section = read_jobs(str(fake.describe(**job, memory="64 GB", local_directory="/tmp/a b")))
+    (command,) = [line for line in script(section) if "-m dask_cuda.cli" in line]
+    helpers, same = with_helpers(command, section).splitlines()
+    assert same == command and helpers.startswith("CUDA_VISIBLE_DEVICES= ") and helpers.endswith(" &")
+    words = shlex.split(helpers.removesuffix(" &").partition(" -m distributed.cli.dask_worker ")[2])
+    found = main.make_context("dask worker", words).params  # all of them are options that it knows
+    assert found["n_workers"] == "6" and found["name"] == "x-helper" and found["nthreads"] == 4
+    # Half of the memory is for them.
+    few = read_jobs(str(fake.describe(**job, memory="7 GB")))
+    assert "--nworkers 2 " in with_helpers(command, few)
+    assert with_helpers(command, read_jobs(str(fake.describe(**job | {"cores": 2})))) == command
+    plain = "python -m distributed.cli.dask_worker tls://10.0.0.1:8786"
+    assert with_helpers(plain, section) == plain
 
 
 @pytest.mark.parametrize("directive", ["--gres=craynetwork:1", "--exclude=gpu1", "--mail-type=END", "--constraint=gpu"])

@@ -73,6 +73,7 @@ from cryosiam_dask.runs.workers import (
     log_workers,
     memory_of_workers,
     register_in_workers,
+    wait_for_gpu,
 )
 from cryosiam_dask.stages.intensities import Sample, intensities, sample_file
 
@@ -261,6 +262,8 @@ def segment(
                         chosen, count or workers or 0, cpu_workers=cpu_workers, dashboard_address=dashboard_address
                     )
                 )
+            if elsewhere and device == "cuda":
+                wait_for_gpu(client, name_of_gpu, 60 * (worker_timeout or 2))
             found_device = describe_devices(client, name_of_gpu) if elsewhere or chosen == "cuda" else chosen
             if elsewhere:
                 chosen = _device_of(found_device, device)

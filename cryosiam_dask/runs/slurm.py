@@ -1,9 +1,9 @@
 """Run workers as Slurm jobs, submitted through dask-jobqueue for the duration of a run.
 
 A file in dask-jobqueue's format, or a section of Dask's configuration, describes a job. This module adds what follows
-from it: a worker for each GPU, pinned to it by dask-cuda, or for each CPU core; threads that read and write while one
-computes; an end shortly before the walltime, so that tasks move to other workers in order; and TLS keys that only this
-user can read, without which nobody can connect to the scheduler.
+from it: a worker for each GPU, pinned to it by dask-cuda, and for each core that is left, or else for each core; threads
+that read and write while one computes; an end before the walltime, so that tasks move to other workers in order; and TLS
+keys that only this user can read, without which nobody can connect to the scheduler.
 
 A job that ends, at its walltime or with its node, is submitted again.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import itertools
 import math
 import re
 import shlex
@@ -30,13 +31,21 @@ from typing import Any
 
 import dask
 import yaml
+from dask.utils import parse_bytes
 from distributed import Client, Status
 from distributed.security import Security
 
 from cryosiam_dask.errors import ClusterError, ConfigurationError, LostClusterError, why_unreadable
 from cryosiam_dask.runs.cluster import KEEP_MEMORY, cluster_settings, require_local_address
 from cryosiam_dask.runs.dask_executor import THREADS
-from cryosiam_dask.runs.workers import Setup, leave_at_once, register_in_workers, require_versions
+from cryosiam_dask.runs.workers import (
+    HELPER_BYTES,
+    Setup,
+    leave_at_once,
+    register_in_workers,
+    require_versions,
+    workers_of,
+)
 
 #: Seconds between two checks for jobs that have ended.
 _CHECK_SECONDS = 15.0
@@ -98,6 +107,7 @@ def open_slurm(
 
         def __init__(self, *args: Any, security: Security, **options: Any) -> None:
             super().__init__(*args, security=_quoted(security), **options)
+            self._command_template: str = with_helpers(self._command_template, section)
 
         async def start(self) -> None:
             try:
@@ -232,6 +242,37 @@ def read_jobs(jobs: str) -> dict[str, Any]:
     return section
 
 
+#: End of the names of workers without a GPU beside those with one.
+_HELPER = "-helper"
+#: Options that a worker with a GPU and one without have in common.
+_COMMON = {
+    "--name", "--nthreads", "--memory-limit", "--death-timeout", "--local-directory", "--protocol", "--interface",
+    "--tls-ca-file", "--tls-cert", "--tls-key",
+}  # fmt: skip
+
+
+def with_helpers(command: str, section: Mapping[str, Any]) -> str:
+    """Add workers without a GPU to the command of a job, for the cores that its workers with one leave.
+
+    Parameters
+    ----------
+    command
+        Starts the workers of a job.
+    section
+        See `read_jobs`. As on a node, these workers take up to half of the memory.
+    """
+    python, gpus, rest = command.partition(" -m dask_cuda.cli ")
+    room = int(parse_bytes(section["memory"])) // 2 // HELPER_BYTES
+    count = min(section["cores"] - section["processes"], room)
+    if not gpus or count < 1:
+        return command
+    address, *words = shlex.split(rest)
+    common = [word for pair in itertools.pairwise(words) if pair[0] in _COMMON for word in pair]
+    common[common.index("--name") + 1] += _HELPER
+    helpers = shlex.join([address, *common, "--nworkers", str(count), "--no-dashboard"])
+    return f"CUDA_VISIBLE_DEVICES= {python} -m distributed.cli.dask_worker {helpers} &\n{command}"
+
+
 def _load_dask_jobqueue() -> None:
     """Load its defaults into Dask's configuration, and restore the handler of Ctrl-C, which it replaces."""
     handler = signal.getsignal(signal.SIGINT)
@@ -340,7 +381,7 @@ def _wait_for_worker(
     cluster: Any, client: Client, refused: list[str], seconds: float, stop: threading.Event, place: str
 ) -> None:
     began = looked = time.monotonic()
-    while not client.nthreads():
+    while not any(_HELPER not in str(worker["name"]) for worker in workers_of(client).values()):
         now = time.monotonic()
         if refused:
             raise _refusal(place, refused[0])
@@ -383,7 +424,7 @@ def _resubmit(
     missing: set[Any] = set()
     while not over.wait(_CHECK_SECONDS):
         with suppress(Exception):  # the scheduler may be gone, which the run notices itself
-            there = {str(worker["name"]) for worker in client.scheduler_info(n_workers=-1)["workers"].values()}
+            there = {str(worker["name"]) for worker in workers_of(client).values()}
             alive = {
                 name
                 for name, spec in list(cluster.worker_spec.items())

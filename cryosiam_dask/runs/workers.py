@@ -178,6 +178,26 @@ def ask(client: Client, function: Callable[..., R], *arguments: object) -> dict[
     return found
 
 
+def workers_of(client: Client) -> dict[str, Any]:
+    """Return what the scheduler knows of every worker, by address."""
+    return dict(client.scheduler_info(n_workers=-1)["workers"])
+
+
+def wait_for_gpu(client: Client, describe: Callable[[], str | None], seconds: float) -> None:
+    """Wait until a worker with a GPU has joined: those without one may start sooner.
+
+    Parameters
+    ----------
+    client, describe
+        See `describe_devices`.
+    seconds
+        To wait for it.
+    """
+    end = time.monotonic() + seconds
+    while describe_devices(client, describe) == "cpu" and time.monotonic() < end:
+        time.sleep(0.5)
+
+
 def describe_devices(client: Client, describe: Callable[[], str | None]) -> Literal["cpu", "cuda"]:
     """Return the device of the workers: no two share a GPU; workers without one help the others.
 
@@ -225,7 +245,7 @@ def memory_of_workers(client: Client, of_gpu: Callable[[], int | None] | None) -
     of_gpu
         Returns a worker's GPU memory; ``None`` to skip it.
     """
-    known = client.scheduler_info(n_workers=-1)["workers"]
+    known = workers_of(client)
     found = ask(client, _memory, of_gpu)
     computing = {worker: memory for worker, (memory, gpu) in found.items() if of_gpu is None or gpu is not None}
     hosts, helpers = (
@@ -259,6 +279,6 @@ def log_workers(client: Client, device: str) -> None:
     from cryosiam_dask.model.predictor import name_of_gpu  # no scheduler needs torch for the rest of this module
 
     gpus = ask(client, name_of_gpu) if device == "cuda" else {}
-    for address, worker in client.scheduler_info(n_workers=-1)["workers"].items():
+    for address, worker in workers_of(client).items():
         name = gpus.get(address) or device
         LOG.debug("worker %s: %s, %d threads, on %s", address, name, worker["nthreads"], worker["host"])
