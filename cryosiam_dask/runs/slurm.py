@@ -1,9 +1,9 @@
 """Run workers as Slurm jobs, submitted through dask-jobqueue for the duration of a run.
 
 A file in dask-jobqueue's format, or a section of Dask's configuration, describes a job. This module adds what follows
-from it: a worker for each GPU, pinned to it by dask-cuda, and for each core that is left, or else for each core; threads
-that read and write while one computes; an end before the walltime, so that tasks move to other workers in order; and TLS
-keys that only this user can read, without which nobody can connect to the scheduler.
+from it: a worker for each GPU, pinned to it by dask-cuda, and for each core that is left, or else for each core;
+threads that read and write while one computes; an end before the walltime, so that tasks move to other workers in
+order; and TLS keys that only this user can read, without which nobody can connect to the scheduler.
 
 A job that ends, at its walltime or with its node, is submitted again.
 """
