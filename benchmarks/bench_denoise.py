@@ -41,7 +41,7 @@ import zarr
 from rich.console import Console
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
-from bench_inference import Peak, _warm, architecture, machine, plain_loop  # noqa: E402
+from bench_inference import Peak, _warm, architecture, machine, plain_loop, write_results  # noqa: E402
 
 from cryosiam_dask.commands.demo import prepare_demo  # noqa: E402
 from cryosiam_dask.core.grid import block_size_for, make_grid  # noqa: E402
@@ -183,13 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(json.dumps(row), flush=True)
         rows += found
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n    ".join(map(json.dumps, rows))
-        settings = {key: value for key, value in vars(options).items() if key not in ("output", "quick")}
-        options.output.write_text(
-            f'{{\n  "machine": {json.dumps(described)},\n  "settings": {json.dumps(settings)},\n'
-            f'  "rows": [\n    {lines}\n  ]\n}}\n'
-        )
+        write_results(options, described, rows)
 
 
 if __name__ == "__main__":

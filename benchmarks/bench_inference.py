@@ -174,6 +174,17 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
+def write_results(options: argparse.Namespace, described: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write what was measured, on which machine and with which options, to the file of the option ``--output``."""
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n    ".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    settings = {key: value for key, value in vars(options).items() if key not in ("output", "quick")}
+    options.output.write_text(
+        f'{{\n  "machine": {json.dumps(described)},\n  "settings": {json.dumps(settings)},\n'
+        f'  "rows": [\n    {lines}\n  ]\n}}\n'
+    )
+
+
 def bench(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     shape = tuple(options.shape)
@@ -310,13 +321,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = bench(options, Path(folder))
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n    ".join(json.dumps(row, ensure_ascii=False) for row in rows)
-        settings = {key: value for key, value in vars(options).items() if key not in ("output", "quick")}
-        options.output.write_text(
-            f'{{\n  "machine": {json.dumps(described)},\n  "settings": {json.dumps(settings)},\n'
-            f'  "rows": [\n    {lines}\n  ]\n}}\n'
-        )
+        write_results(options, described, rows)
         draw(rows, options.output.with_suffix(".png"))
 
 

@@ -25,7 +25,7 @@ import zarr
 from zarr.codecs import BloscCodec
 
 sys.path[:0] = [str(Path(__file__).parent)]
-from bench_inference import machine  # noqa: E402
+from bench_inference import machine, write_results  # noqa: E402
 from bench_overhead import Resident  # noqa: E402
 
 from cryosiam_dask.core.blocks import Blocks  # noqa: E402
@@ -119,18 +119,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.quick:
         options.sizes, options.workers = [128], 1
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
     described = machine("cpu")
     with tempfile.TemporaryDirectory() as folder:
         rows = bench(options, Path(folder))
     if options.output:
-        lines = ",\n    ".join(json.dumps(row) for row in rows)
-        settings = {key: value for key, value in vars(options).items() if key not in ("output", "quick")}
-        options.output.write_text(
-            f'{{\n  "machine": {json.dumps(described)},\n  "settings": {json.dumps(settings)},\n'
-            f'  "rows": [\n    {lines}\n  ]\n}}\n'
-        )
+        write_results(options, described, rows)
 
 
 if __name__ == "__main__":

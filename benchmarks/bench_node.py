@@ -26,7 +26,7 @@ import numpy as np
 import yaml
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
-from bench_inference import machine  # noqa: E402
+from bench_inference import machine, write_results  # noqa: E402
 from bench_overhead import Quiet, make_tomogram  # noqa: E402
 
 from cryosiam_dask.config import read_configuration  # noqa: E402
@@ -134,18 +134,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.quick:
         options.rate, options.helpers, options.tomograms, options.size, options.patch = [10.0], 1, 2, 64, 32
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
     described = machine("cpu")
     with tempfile.TemporaryDirectory() as folder:
         rows = bench(options, Path(folder))
     if options.output:
-        lines = ",\n    ".join(json.dumps(row) for row in rows)
-        settings = {key: value for key, value in vars(options).items() if key not in ("output", "quick")}
-        options.output.write_text(
-            f'{{\n  "machine": {json.dumps(described)},\n  "settings": {json.dumps(settings)},\n'
-            f'  "rows": [\n    {lines}\n  ]\n}}\n'
-        )
+        write_results(options, described, rows)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ import yaml
 from scipy import ndimage
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
-from bench_inference import machine  # noqa: E402
+from bench_inference import machine, write_results  # noqa: E402
 
 from cryosiam_dask.config import read_configuration  # noqa: E402
 from cryosiam_dask.core.grid import Patch  # noqa: E402
@@ -239,17 +239,12 @@ def main(arguments: list[str] | None = None) -> None:
     if options.quick:
         options.size, options.patch, options.workers, options.repeats, options.sleep = 64, 32, 1, 1, 0.001
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.parent.mkdir(parents=True, exist_ok=True)  # for the timeline
     described = machine("cpu")
     with tempfile.TemporaryDirectory() as folder:
         rows = bench(options, Path(folder))
     if options.output:
-        lines = ",\n    ".join(json.dumps(row) for row in rows)
-        settings = {key: value for key, value in vars(options).items() if key not in ("output", "quick")}
-        options.output.write_text(
-            f'{{\n  "machine": {json.dumps(described)},\n  "settings": {json.dumps(settings)},\n'
-            f'  "rows": [\n    {lines}\n  ]\n}}\n'
-        )
+        write_results(options, described, rows)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from bench_inference import THRESHOLD, _warm, architecture, machine
+from bench_inference import THRESHOLD, _warm, architecture, machine, write_results
 
 from cryosiam_dask.core.grid import block_size_for, make_grid
 from cryosiam_dask.model.predictor import predictor_spec
@@ -140,13 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = bench(options, Path(folder))
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n    ".join(json.dumps(row) for row in rows)
-        settings = {key: value for key, value in vars(options).items() if key not in ("output", "quick")}
-        options.output.write_text(
-            f'{{\n  "machine": {json.dumps(described)},\n  "settings": {json.dumps(settings)},\n'
-            f'  "rows": [\n    {lines}\n  ]\n}}\n'
-        )
+        write_results(options, described, rows)
         draw(rows, options.output.with_suffix(".png"))
 
 
