@@ -254,6 +254,31 @@ def test_blocks_go_to_the_workers_with_a_device_and_the_rest_to_the_others(clien
         assert executor.map(died, range(20), name=name, overlap=overlap) == list(range(20))
 
 
+def answer_or_hang(folder: Path, dask_worker: Any) -> bool:
+    """Whether a worker is the first one; another one answers only when there is a file ``done`` (or after long)."""
+    if dask_worker.name == 0:
+        return True
+    for _ in range(1000):
+        if (folder / "done").exists():
+            return False
+        time.sleep(0.01)
+    (folder / "given up").touch()
+    return False
+
+
+def test_a_new_worker_that_does_not_answer_keeps_no_other_one_waiting(client: Client, tmp_path: Path) -> None:
+    client.wait_for_workers(2)
+    executor = DaskExecutor(client, has_device=is_first)
+    executor.has_device = partial(answer_or_hang, tmp_path)
+    executor._ask_new(set())  # all workers are new again
+    try:
+        assert executor.map(square, range(4), name="predict", overlap=True) == [0, 1, 4, 9]
+        assert not (tmp_path / "given up").exists()
+    finally:
+        (tmp_path / "done").touch()
+    assert executor.map(square, range(4), name="label") == [0, 1, 4, 9]
+
+
 def test_workers_that_all_have_a_device_do_everything(client: Client) -> None:
     executor = DaskExecutor(client, has_device=partial(bool, 1))
     assert executor.workers == 2

@@ -519,6 +519,7 @@ def test_removal_after_blocks_of_any_edges_were_described_elsewhere(case, sizes,
     assert [divided.axis_edges[axis - labels.ndim] for axis in range(labels.ndim)] == [
         tuple(sorted({*axis, *cuts})) for axis, cuts in zip(edges, divided.axis_edges[-labels.ndim :], strict=True)
     ]
+    assert np.prod(divided.block) <= voxels
     labelling = removal_labelling(divided, sizes)
     every = [slice(0, size) for size in labels.shape]
     assert divided.inside(every) == divided.indices

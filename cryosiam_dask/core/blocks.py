@@ -105,21 +105,19 @@ class Blocks:
         """
         voxels = BLOCK_VOXELS if voxels is None else voxels
         of_axes = [(0, 1)] * (3 - len(edges)) + [tuple(axis) for axis in edges]
-        lengths = [[b - a for a, b in itertools.pairwise(axis)] for axis in of_axes]
+        largest = [max(b - a for a, b in itertools.pairwise(axis)) for axis in of_axes]
         parts = [1, 1, 1]
         # Across z first, so that rows stay whole.
-        while math.prod(-(-max(n) // p) for n, p in zip(lengths, parts, strict=True)) > voxels:
-            divisible = [axis for axis in range(3) if parts[axis] < min(lengths[axis])]
-            if not divisible:
-                break
-            parts[max(divisible, key=lambda axis: (-(-max(lengths[axis]) // parts[axis]), -axis))] += 1
-        cuts = tuple(
-            (*(a + (b - a) * i // p for a, b in itertools.pairwise(axis) for i in range(p)), axis[-1])
-            for axis, p in zip(of_axes, parts, strict=True)
-        )
+        while math.prod(-(-n // p) for n, p in zip(largest, parts, strict=True)) > max(1, voxels):
+            parts[max(range(3), key=lambda axis: (-(-largest[axis] // parts[axis]), -axis))] += 1
+        cuts = []
+        for axis, size, p in zip(of_axes, largest, parts, strict=True):
+            most = -(-size // p)  # a shorter block has fewer parts
+            of_block = [(a, b, -(-(b - a) // most)) for a, b in itertools.pairwise(axis)]
+            cuts.append((*(a + (b - a) * i // n for a, b, n in of_block for i in range(n)), axis[-1]))
         longest = [max(b - a for a, b in itertools.pairwise(axis)) for axis in cuts]
         sizes = [axis[-1] for axis in cuts]
-        return cls((sizes[0], sizes[1], sizes[2]), (longest[0], longest[1], longest[2]), len(edges), cuts)
+        return cls((sizes[0], sizes[1], sizes[2]), (longest[0], longest[1], longest[2]), len(edges), tuple(cuts))
 
     def inside(self, region: Sequence[slice]) -> list[Index]:
         """Return the blocks of a region that consists of whole blocks, in C order."""

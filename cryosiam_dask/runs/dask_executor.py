@@ -37,8 +37,7 @@ from cryosiam_dask.runs.workers import R, Setup, T, load_tasks, register_in_work
 #: Tasks in flight for each worker, of those that may overlap and as many of the others: while one runs, the other
 #: waits, reads or writes, so that the worker is never idle. A worker has a thread for each.
 IN_FLIGHT = 2
-#: The same for a worker with a device beside workers without: while it computes one block, it writes another and reads
-#: a third.
+#: The same for a worker with a GPU: while it computes one block, it writes another and reads a third.
 IN_FLIGHT_ON_DEVICE = 3
 THREADS = 2 * IN_FLIGHT
 #: Attempts at a task whose workers die, hang or lose their devices.
@@ -72,7 +71,7 @@ class DaskExecutor:
     inform
         Receives messages for the user, such as that there has been no worker for long.
     has_device
-        Called once in every worker process: whether it has a device. ``None``: all have one.
+        Called in every worker process: whether it has a device. ``None``: all have one.
     """
 
     def __init__(
@@ -108,12 +107,13 @@ class DaskExecutor:
         register_in_workers(client, Setup(load_tasks), "tasks")
         if has_device is not None:
             self._asked = set(self._addresses)
-            self._ask(sorted(self._asked))
+            self._ask(*self._asked)
 
     @property
     def workers(self) -> int:
         """Worker processes that have a device."""
-        return max(1, len(self._with_device))
+        with self._lock:
+            return max(1, len(self._with_device))
 
     @property
     def _with_device(self) -> list[str]:
@@ -247,7 +247,8 @@ class DaskExecutor:
             self._last_worker = now
         elif now - self._last_worker > _NO_WORKER_SECONDS:
             self._last_worker = math.inf
-            self.inform("no worker is left: the run goes on once another one joins the scheduler")
+            which = " with a GPU" if self._addresses else ""
+            self.inform(f"no worker{which} is left: the run goes on once another one joins the scheduler")
         usual = {name: statistics.median(times) for name, times in self._durations.items()}
         with self._lock:
             for future, task in list(self._in_flight.items()):
@@ -267,22 +268,24 @@ class DaskExecutor:
         """Ask new workers whether they have a device, without waiting for the answers."""
         if self.has_device is None:
             return
-        self._asked &= found
-        self._has_device = {address: has for address, has in self._has_device.items() if address in found}
-        new = found - self._asked
-        if new:
+        with self._lock:
+            self._asked &= found
+            self._has_device = {address: has for address, has in self._has_device.items() if address in found}
+            new = found - self._asked
             self._asked |= new
-            threading.Thread(target=self._ask, args=(sorted(new),), daemon=True, name="ask workers").start()
+        for address in new:  # each alone, because one may never answer
+            threading.Thread(target=self._ask, args=(address,), daemon=True, name="ask a worker").start()
 
-    def _ask(self, addresses: list[str]) -> None:
+    def _ask(self, *addresses: str) -> None:
         answers: dict[str, Any] = {}
         with suppress(Exception):  # asked again in a second
-            answers = self.client.run(self.has_device, workers=addresses, on_error="return")
-        for address in addresses:
-            if isinstance(answers.get(address), bool):
-                self._has_device[address] = answers[address]
-            else:
-                self._asked.discard(address)
+            answers = self.client.run(self.has_device, workers=[*addresses], on_error="return")
+        with self._lock:
+            for address in addresses:
+                if isinstance(answers.get(address), bool):
+                    self._has_device[address] = answers[address]
+                else:
+                    self._asked.discard(address)
         self._events.put(None)
 
     def _submit_pending(self) -> None:

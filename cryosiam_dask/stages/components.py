@@ -23,9 +23,9 @@ which only the caller holds. Components are filtered and measured after the merg
 from __future__ import annotations
 
 import itertools
-import math
 import sys
 import warnings
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -785,7 +785,7 @@ def _runs_by_block(
     blocks: Blocks,
     descriptions: Sequence[Description],
     goes: Sequence[tuple[Index, NDArray[np.bool_]]],
-) -> list[tuple[Index, NDArray[np.int64], NDArray[np.int64]]]:
+) -> list[tuple[Index, NDArray[np.uint32], NDArray[np.uint32]]]:
     """Return, for each of `blocks`, the starts and lengths of the runs in it that are to be removed.
 
     Parameters
@@ -797,40 +797,30 @@ def _runs_by_block(
     descriptions, goes
         Of each described block: its description, and its index with whether each provisional label goes.
     """
-    starts, lengths = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    runs: dict[Index, list[NDArray[np.uint32]]] = {index: [np.zeros((2, 0), np.uint32)] for index in blocks.indices}
+    edges = blocks.axis_edges
+    # Block by block, so that there is hardly more than the result in memory.
     for description, (index, which) in zip(descriptions, goes, strict=True):
         if not which.any():
             continue
-        distance, long, label = np.frombuffer(_PACKED.decode(description.runs), np.uint32).reshape(3, -1)
+        distance, length, label = np.frombuffer(_PACKED.decode(description.runs), np.uint32).reshape(3, -1)
         kept = which[label - 1]
-        start = np.cumsum(distance, dtype=np.int64)[kept]
-        origin = [part.start for part in labelled.slices(index)]
-        places = [at + zero for at, zero in zip(np.unravel_index(start, labelled.extent(index)), origin, strict=True)]
-        starts.append(np.ravel_multi_index(tuple(places), blocks.shape))
-        lengths.append(long[kept].astype(np.int64))
-    start, length = np.concatenate(starts), np.concatenate(lengths)
-    z, y, x = np.unravel_index(start, blocks.shape)
-    edges = [np.array(axis[1:-1], dtype=np.int64) for axis in blocks.axis_edges]
-    # A run along x may lie in several blocks, one after the other.
-    first, last = (np.searchsorted(edges[2], at, side="right") for at in (x, x + length - 1))
-    times = last - first + 1
-    run = np.repeat(np.arange(len(start)), times)
-    column = first[run] + np.arange(len(run)) - np.repeat(np.cumsum(times) - times, times)
-    begins = np.array(blocks.axis_edges[2])
-    low = np.maximum(x[run], begins[column])
-    high = np.minimum((x + length)[run], begins[column + 1])
-    places = [np.searchsorted(edges[0], z, side="right")[run], np.searchsorted(edges[1], y, side="right")[run], column]
-    block = np.ravel_multi_index(tuple(places), blocks.counts)
-    order = np.argsort(block, kind="stable")
-    bounds = np.searchsorted(block[order], np.arange(math.prod(blocks.counts) + 1))
-    items = []
-    for number, index in enumerate(blocks.indices):
-        own = order[bounds[number] : bounds[number + 1]]
-        origin = [part.start for part in blocks.slices(index)]
-        at = tuple(place[which] - zero for place, which, zero in zip((z, y), (run[own],) * 2, origin, strict=False))
-        local = np.ravel_multi_index((*at, low[own] - origin[2]), blocks.extent(index)) if len(own) else own
-        items.append((index, local, high[own] - low[own]))
-    return items
+        start, length = np.cumsum(distance, dtype=np.int64)[kept], length[kept]
+        region = labelled.slices(index)
+        local = np.unravel_index(start, labelled.extent(index))
+        z, y, x = (at + part.start for at, part in zip(local, region, strict=True))
+        depth, height, width = (
+            range(bisect_right(axis, part.start) - 1, bisect_left(axis, part.stop))
+            for axis, part in zip(edges, region, strict=True)
+        )
+        for written in itertools.product(depth, height, width):
+            of_z, of_y, of_x = blocks.slices(written)
+            low, high = np.maximum(x, of_x.start), np.minimum(x + length, of_x.stop)
+            inside = (of_z.start <= z) & (z < of_z.stop) & (of_y.start <= y) & (y < of_y.stop) & (low < high)
+            at = (z[inside] - of_z.start, y[inside] - of_y.start, low[inside] - of_x.start)
+            starts = np.ravel_multi_index(at, blocks.extent(written))
+            runs[written].append(np.stack([starts, (high - low)[inside]]).astype(np.uint32))
+    return [(index, *np.concatenate(parts, axis=1)) for index, parts in runs.items()]
 
 
 def _columns(
@@ -907,7 +897,7 @@ def _write_block(
 
 
 def _write_without(
-    item: tuple[Index, NDArray[np.int64], NDArray[np.int64]],
+    item: tuple[Index, NDArray[np.uint32], NDArray[np.uint32]],
     *,
     labels: Sliceable,
     output: WritableArray,
@@ -917,7 +907,7 @@ def _write_without(
     """Write one block without some voxels: `item` is its index, and starts and lengths of their runs along x."""
     index, starts, lengths = item
     block = blocks.read(labels, index)
-    voxels = np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+    voxels = np.repeat(starts - np.cumsum(lengths, dtype=np.int64) + lengths, lengths)
     voxels += np.arange(len(voxels))
     flat = block.reshape(-1)
     gone = flat[voxels]
