@@ -302,12 +302,13 @@ class Configuration(_Model):
     save_original_file_extension: bool = False
     """Write an MRC file with the input's name instead of HDF5; has no effect with `save_internal_files`."""
     work_folder: Annotated[_Path | None, About("/local_ssd/work", own=True)] = None
-    """Folder of the temporary zarr stores. `null`: beside the outputs."""
+    """Folder of the temporary zarr stores, to which MRC files are then copied. `null`: beside the outputs."""
     keep_work: Annotated[bool, About(own=True)] = False
     """Keep each tomogram's zarr store (tomogram, labels) after its output is complete."""
     block_size: Annotated[Annotated[int, Field(ge=4)] | None, About("256", "voxels", own=True)] = None
     """Edge of the blocks that are read, predicted and written at once. It changes memory and speed, but no result.
-    `null`: the largest edge up to 320 with which two blocks fit into the memory of a worker and of its GPU."""
+    `null`: the largest edge up to 320 with which two blocks fit into the memory of a worker; if it has a GPU, two into
+    that of the GPU and three into its own."""
     parameters: Parameters = Parameters()
     hyper_parameters: HyperParameters = HyperParameters()
 

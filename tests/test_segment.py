@@ -39,7 +39,7 @@ from cryosiam_dask.runs.written import postprocess as postprocess_files
 from cryosiam_dask.stages.preview import preview_file, read_fingerprint, write_preview
 from support import checkpoints, golden
 from support.inputs import SHAPE, configure, write_tomogram
-from support.runs import Listener, segment
+from support.runs import Acting, Listener, segment
 
 LEDGER = [".ledger", *(f".ledger/{stem}.jsonl" for stem in ("TS_1", "TS_2_9.96Apx", "TS_3"))]
 
@@ -348,33 +348,42 @@ def test_an_mrc_file_is_read_where_it_is_with_the_same_results_as_a_copy(folder:
     assert results[0] == results[1]
 
 
-class Replacing(SerialExecutor):
-    """Replaces the tomogram while it is predicted."""
+@pytest.mark.parametrize("removed", [False, True])
+def test_a_tomogram_that_is_replaced_while_it_is_read_gets_no_output(folder: Path, removed: bool) -> None:
+    path = folder / "data" / "TS_1.mrc"
 
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path = path
+    def replace(executor: SerialExecutor) -> None:
+        path.unlink()
+        if not removed:
+            write_tomogram(path, 7)
 
-    def map(self, function: Any, items: Any, *, name: str, **options: Any) -> list[Any]:
-        found = super().map(function, items, name=name, **options)
-        if name == "predict":
-            self.path.unlink()
-            write_tomogram(self.path, 7)
-        return found
-
-
-def test_a_tomogram_that_is_replaced_while_it_is_read_gets_no_output(folder: Path) -> None:
     plan = plan_run(configure(folder), filename="TS_1.mrc")
     make_folders(plan)
     jobs = [(plan, job) for job in plan.jobs]
-    (outcome,) = segment_one(jobs, executor=Replacing(folder / "data" / "TS_1.mrc"))
-    assert outcome.status == "failed" and "a tomogram must not change while it is segmented" in outcome.error
-    assert not (folder / "out" / "TS_1_preds.h5").exists()
+    (outcome,) = segment_one(jobs, executor=Acting(replace, count=len(plan.blocks(SHAPE).indices())))
+    assert outcome.status == "failed" and not (folder / "out" / "TS_1_preds.h5").exists()
+    if removed:
+        assert outcome.error.startswith(f"{path}: does not exist")
+        return
+    assert "a tomogram must not change while it is segmented" in outcome.error
     # The next run sees another tomogram, and uses nothing of the blocks before.
     assert segment(configure(folder), filename="TS_1.mrc")["TS_1"].status == "done"
     again = labels(folder)
     shutil.rmtree(folder / "out")
     assert np.array_equal(labels_of_a_run(folder), again)
+
+
+def test_a_copy_of_an_earlier_file_is_not_taken_for_one_that_was_read_where_it_is(folder: Path) -> None:
+    path, scale = folder / "data" / "TS_1.mrc", {"parameters": {"data": {"min": -50.0, "max": 90.0}}}
+    for number, keep in enumerate((True, False, True)):
+        if number < 2:
+            voxels = np.random.default_rng(number).integers(-100, 100, SHAPE).astype("i2")
+            with mrcfile.new(path, overwrite=True) as mrc:
+                mrc.set_data(voxels)
+        plan = plan_run(configure(folder, keep_work=keep, block_size=8, **scale), filename="TS_1.mrc")
+        run(plan, Listener(), executor=Acting(SerialExecutor.drain) if number < 2 else SerialExecutor())
+    stored = zarr.open_group(folder / "out" / "TS_1.work.zarr", mode="r")["tomogram"]
+    np.testing.assert_array_equal(stored[:], voxels)
 
 
 class Waiting(Listener):

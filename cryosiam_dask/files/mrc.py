@@ -622,15 +622,18 @@ class MrcVoxels:
         Raises
         ------
         TomogramError
-            If it has been replaced or written to.
+            If it has been removed, replaced or written to.
         """
-        found = self.header.path.stat()
+        try:
+            found = self.header.path.stat()
+        except OSError as error:
+            raise unreadable(self.header.path, error) from error
         if (found.st_size, found.st_mtime) != (self.header.file_bytes, self.header.modified):
             raise TomogramError(
                 "a tomogram must not change while it is segmented",
                 place=self.header.path,
                 value="another size or time than at the start",
-                remedy="Repeat the command: the tomogram starts again from the beginning",
+                remedy="Repeat the command: unless only the time has changed, the tomogram starts again",
             )
 
 

@@ -150,7 +150,7 @@ class RunPlan:
     shapes
         Distinct shapes of the tomograms of `jobs`, as far as they are known; see `with_shapes`.
     room
-        Bytes that a worker has for its two blocks; ``None`` if unknown.
+        Bytes that a worker has for two blocks; ``None`` if unknown.
     """
 
     configuration: Configuration
@@ -220,7 +220,7 @@ class RunPlan:
 
     @property
     def block_bytes(self) -> int:
-        """Memory of a worker for its two blocks, in bytes: one is predicted while another is read or written."""
+        """Memory of a worker for two blocks, in bytes: one is predicted while another is read or written."""
         return max(self._bytes_of(self.blocks(shape)) for shape in self._shapes)
 
     @property
@@ -464,7 +464,7 @@ class RunPlan:
             return {"a worker": host - _PROCESS_BYTES - self.network_bytes}
         batch = self.configuration.hyper_parameters.batch_size
         network = peak_bytes(self.checkpoint.architecture, self.patch, batch)
-        # `block_bytes` counts two blocks, but three are in flight beside a GPU: see `runs.dask_executor`.
+        # `block_bytes` is that of two blocks, but three are in flight beside a GPU: see `runs.dask_executor`.
         return {_GPU: int(USABLE * device) - network, "a worker": (host - _PROCESS_BYTES) * 2 // 3}
 
     def _block_size_in(self, room: int) -> int:

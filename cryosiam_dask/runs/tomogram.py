@@ -343,10 +343,11 @@ def _ingest(
     """Return the tomogram: the input itself, the copy of an earlier run, or a new copy."""
     chunks = None if header.compressed else tomogram_chunks(grid)
     compress = compresses(header, keep_work=configuration.keep_work)
-    identity = [known_identity(configuration, job.source, job.stem), configuration.reading, chunks, compress]
+    copy = not reads_in_place(header, configuration)
+    # An earlier run that read the tomogram where it is left a copy as it was, perhaps that of another file.
+    identity = [known_identity(configuration, job.source, job.stem), configuration.reading, chunks, compress, copy]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     found = space.ledger.last("ingested")
-    copy = not reads_in_place(header, configuration)
     # After a reboot, pages that the kernel had not written are missing from the copy.
     copied = found is not None and found["boot"] == boot_id() != "" and "tomogram" in space.group
     if found and found["key"] == key and (copied or not copy):
