@@ -31,11 +31,14 @@ done
 export DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH=100
 dask scheduler --protocol tls --scheduler-file "$scheduler_file" --dashboard-address 127.0.0.1:8787 &
 # One process for each GPU of a node, pinned to it; four threads, so that it reads and writes while it computes.
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # newer versions of srun do not take it over
 common=(--scheduler-file "$scheduler_file" --nthreads 4 --no-dashboard --death-timeout 300)
 srun --overlap dask cuda worker "${common[@]}" &
 # The other cores do what needs no GPU; each such process takes up to 1.5 GB of memory.
-srun --overlap env CUDA_VISIBLE_DEVICES= dask worker "${common[@]}" --memory-limit 0 \
-    --nworkers $((SLURM_CPUS_PER_TASK - SLURM_GPUS_ON_NODE)) &
+left=$((SLURM_CPUS_PER_TASK - SLURM_GPUS_ON_NODE))
+if [ $left -gt 0 ]; then
+    srun --overlap env CUDA_VISIBLE_DEVICES= dask worker "${common[@]}" --memory-limit 0 --nworkers $left &
+fi
 until [ -s "$scheduler_file" ]; do sleep 1; done
 
 cryosiam-dask run --config-file "$1" --scheduler-file "$scheduler_file" --device cuda &

@@ -279,6 +279,15 @@ def test_a_new_worker_that_does_not_answer_keeps_no_other_one_waiting(client: Cl
     assert executor.map(square, range(4), name="label") == [0, 1, 4, 9]
 
 
+def test_a_cluster_whose_devices_do_not_come_back_ends_the_run(client: Client) -> None:
+    executor = DaskExecutor(client, has_device=is_first, hang_seconds=2)
+    assert executor.map(square, [3], name="predict", overlap=True) == [9]
+    executor.has_device = partial(bool, 0)
+    executor._ask_new(set())  # as if all workers were new
+    with pytest.raises(DeviceError, match=r"^a worker must have a GPU until the run ends; found none for \d+ s"):
+        executor.map(square, [3], name="predict", overlap=True)
+
+
 def test_workers_that_all_have_a_device_do_everything(client: Client) -> None:
     executor = DaskExecutor(client, has_device=partial(bool, 1))
     assert executor.workers == 2

@@ -126,8 +126,13 @@ def test_plan_of_a_pipeline(pipeline: Path) -> None:
     assert (lamella["classes"], semantic["classes"]) == (1, 3) and values["problems"] == []
     assert [t["mask_to_come"] for t in lamella["tomograms"]] == [False, False]
     assert [t["mask_to_come"] for t in semantic["tomograms"]] == [True, True]
-    # The tomogram is converted once, for both.
     first, second = (stage["tomograms"][0]["work_bytes"] for stage in (lamella, semantic))
+    assert second == first  # the tomogram is read where it is
+    # If a copy is wanted, it is made once, for both.
+    keeping = yaml.safe_load((pipeline / "pipeline.yaml").read_text()) | {"keep_work": True}
+    (pipeline / "keeping.yaml").write_text(yaml.safe_dump(keeping))
+    kept = json.loads(printed(show_plan, pipeline / "keeping.yaml", as_json=True))["stages"]
+    first, second = (kept[name]["tomograms"][0]["work_bytes"] for name in STAGES)
     assert second - first == 4 * math.prod(SHAPE)
     (disk,) = values["disks"]
     every = [t for stage in (lamella, semantic) for t in stage["tomograms"]]

@@ -206,7 +206,7 @@ class Forecast:
     bytes_per_worker
         Memory of a worker that runs the network on the CPU.
     block_bytes
-        The part of it for two blocks; a worker with a GPU needs this too.
+        The part of it for two blocks; a worker with a GPU, which has three, needs half as much again.
     network_bytes
         The part of it for the network; a worker with a GPU needs this on the GPU for each patch of a batch.
     batch_size

@@ -277,7 +277,7 @@ def _facts(found: Forecast) -> dict[str, str]:
         f"worker{'s' * (found.workers != 1)}"
         + (f", of {_bytes(found.memory_bytes)}" if found.memory_bytes is not None else ""),
         "memory on GPUs": f"{_bytes(found.network_bytes)} on the GPU for each of {found.batch_size} patches, "
-        f"{_bytes(found.block_bytes)} beside it",
+        f"{_bytes(found.block_bytes * 3 // 2)} beside it",
     }
 
 

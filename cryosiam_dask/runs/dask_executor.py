@@ -98,6 +98,7 @@ class DaskExecutor:
         self._has_device: dict[str, bool] = {}  # by address, of the workers that have answered
         self._asked: set[str] = set()
         self._last_worker = math.inf  # when a worker was last seen; infinite after the user was told that there is none
+        self._last_device = math.inf  # when a worker with a device was last seen
         self._lock = threading.RLock()
         self._events: queue.SimpleQueue[_Finished | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -206,7 +207,7 @@ class DaskExecutor:
     # The methods below run in the dispatching thread, which lives as long as there are task groups.
 
     def _dispatch(self) -> None:
-        checked = -math.inf
+        checked, self._last_device = -math.inf, time.monotonic()
         try:
             while True:
                 if time.monotonic() - checked > 1:
@@ -244,7 +245,9 @@ class DaskExecutor:
                 self._ask_new(set(found))
         now = time.monotonic()
         if self._with_device:
-            self._last_worker = now
+            self._last_worker = self._last_device = now
+        elif self._addresses and self.client.cluster is not None and now - self._last_device > self.hang_seconds:
+            raise _devices_are_gone(now - self._last_device)  # to a cluster that is ours nobody adds another one
         elif now - self._last_worker > _NO_WORKER_SECONDS:
             self._last_worker = math.inf
             which = " with a GPU" if self._addresses else ""
@@ -539,6 +542,14 @@ def _task_hangs(task: _Task, now: float) -> DeviceError:
         place=f"step '{task.group.name}'",
         value=f"no result after {now - task.began:.0f} s, on several workers in turn",
         remedy="Check the workers' devices and disks, then repeat the command: finished work is kept",
+    )
+
+
+def _devices_are_gone(seconds: float) -> DeviceError:
+    return DeviceError(
+        "a worker must have a GPU until the run ends",
+        value=f"none for {seconds:.0f} s",
+        remedy="Look with nvidia-smi what the GPUs lack, then repeat the command: finished work is kept",
     )
 
 
