@@ -25,6 +25,7 @@ from mrcfile.dtypes import HEADER_DTYPE
 from zarr.storage import MemoryStore
 
 from cryosiam_dask.errors import OutputError, TomogramError
+from cryosiam_dask.files.mrc import MrcVoxels, read_mrc_header
 from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.stages import ingest as ingest_module
 from cryosiam_dask.stages.ingest import convert, ingest
@@ -86,6 +87,13 @@ def read(path: Path, **options: Any) -> tuple[zarr.Array, ingest_module.IngestRe
 def write(path: Path, data: np.ndarray, **fields: Any) -> Path:
     path.write_bytes(mrc_bytes(data, **fields))
     return path
+
+
+@pytest.mark.parametrize("region", [np.s_[2], np.s_[-1, 1:3], np.s_[::2, np.int64(3), 1:6:3], np.s_[1:3, -4:]])
+def test_a_file_that_is_read_where_it_is_slices_like_an_array(tmp_path: Path, region: Any) -> None:
+    voxels = np.random.default_rng(0).random((6, 7, 8), np.float32)
+    (tmp_path / "x.mrc").write_bytes(mrc_bytes(voxels))
+    np.testing.assert_array_equal(MrcVoxels(read_mrc_header(tmp_path / "x.mrc", None))[region], voxels[region])
 
 
 @pytest.mark.parametrize("compressed", [False, True])

@@ -610,11 +610,11 @@ class MrcVoxels:
         given = region if isinstance(region, tuple) else (region,)
         parts = (*given, *[slice(None)] * (self.ndim - len(given)))
         whole = [
-            slice(*part.indices(size)[:2]) if isinstance(part, slice) else slice(part, part + 1)
+            slice(*part.indices(size)[:2]) if isinstance(part, slice) else slice(at := range(size)[part], at + 1)
             for part, size in zip(parts, self.shape, strict=True)
         ]
         voxels = native(self.header.read(tuple(whole)), self.dtype)
-        return voxels[tuple(slice(None) if isinstance(part, slice) else 0 for part in parts)]
+        return voxels[tuple(slice(None, None, part.step) if isinstance(part, slice) else 0 for part in parts)]
 
     def require_unchanged(self) -> None:
         """Check that the file is the one whose header was read.
