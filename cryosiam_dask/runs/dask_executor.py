@@ -98,7 +98,7 @@ class DaskExecutor:
         self._has_device: dict[str, bool] = {}  # by address, of the workers that have answered
         self._asked: set[str] = set()
         self._last_worker = math.inf  # when a worker was last seen; infinite after the user was told that there is none
-        self._last_device = math.inf  # when a worker with a device was last seen
+        self._last_device = math.inf  # when a worker with a device was last seen, or none at all
         self._lock = threading.RLock()
         self._events: queue.SimpleQueue[_Finished | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -244,10 +244,12 @@ class DaskExecutor:
                 self._addresses = {a for a in found if a not in self._abandoned and self._knows(a)}
                 self._ask_new(set(found))
         now = time.monotonic()
+        if self._with_device or not self._addresses:
+            self._last_device = now
+        elif self.client.cluster is not None and now - self._last_device > self.hang_seconds:
+            raise _devices_are_gone(now - self._last_device)  # nobody adds another one to a cluster of this run
         if self._with_device:
-            self._last_worker = self._last_device = now
-        elif self._addresses and self.client.cluster is not None and now - self._last_device > self.hang_seconds:
-            raise _devices_are_gone(now - self._last_device)  # to a cluster that is ours nobody adds another one
+            self._last_worker = now
         elif now - self._last_worker > _NO_WORKER_SECONDS:
             self._last_worker = math.inf
             which = " with a GPU" if self._addresses else ""
