@@ -269,7 +269,8 @@ def test_a_disk_that_is_full_is_said_and_leaves_nothing(folder: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 
-    arguments = ("--config-file", "config.yaml", "--workers", 1)
+    arguments = ("--config-file", "copied.yaml", "--workers", 1)
+    (folder / "copied.yaml").write_text((folder / "config.yaml").read_text() + "\nwork_folder: work\n")
     output = call("semantic-predict", *arguments, folder=folder, status=1, preexec_fn=limit)
     assert "failed, TS_3: " in output and "File too large" in output
     # Pictures are larger here, and no reason for a tomogram to fail.
@@ -277,6 +278,7 @@ def test_a_disk_that_is_full_is_said_and_leaves_nothing(folder: Path) -> None:
     assert sorted(p.name for p in (folder / "out").iterdir()) == [
         ".ledger", *(f"TS_{i}_preds.h5" for i in range(3)), "logs", "report.html",
     ]  # fmt: skip
+    assert not list((folder / "work").iterdir())
 
 
 def test_components_and_particle_lists(predicted: Path) -> None:

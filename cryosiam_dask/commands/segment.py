@@ -262,8 +262,8 @@ def segment(
                         chosen, count or workers or 0, cpu_workers=cpu_workers, dashboard_address=dashboard_address
                     )
                 )
-            if elsewhere and device == "cuda":
-                wait_for_gpu(client, name_of_gpu, 60 * (worker_timeout or 2))
+            if joins and device == "cuda":
+                wait_for_gpu(client, name_of_gpu, 60 * (worker_timeout or 0.5))
             found_device = describe_devices(client, name_of_gpu) if elsewhere or chosen == "cuda" else chosen
             if elsewhere:
                 chosen = _device_of(found_device, device)
