@@ -12,7 +12,8 @@
 * `whole path, slow network`: the same with a network that sleeps for so long that it is what limits a run;
   `busy` is the share of the time for which the workers were in it.
 
-`worker_bytes` is the most resident memory of any worker, `client_bytes` that of the process that leads.
+`worker_bytes` is the most resident memory of any worker, `client_bytes` that of the process that leads, and
+`cpu_ns_per_voxel` the least time of a run that all of them together spent on a core.
 """
 
 from __future__ import annotations
@@ -107,6 +108,11 @@ class Resident:
             self.bytes = max(self.bytes, *(process.memory_info().rss for process in self.processes))
 
 
+def cpu_seconds(processes: Sequence[int]) -> float:
+    """What processes have spent on a core so far."""
+    return sum(sum(psutil.Process(number).cpu_times()[:2]) for number in processes)
+
+
 def one_process(source: Path, target: Path) -> None:
     with mrcfile.mmap(source) as mrc, h5py.File(target, "w") as file:
         labels = file.create_dataset(
@@ -172,6 +178,7 @@ def bench(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         # In turn, so that whatever else the machine does falls on both.
         times: dict[str, list[float]] = {"one process": [], "whole path": []}
         worker_bytes = client_bytes = 0
+        spent: list[float] = []
         client.run(install_null_network, 0.0)
         processes = list(client.run(os.getpid).values())
         for _ in range(options.repeats):
@@ -181,9 +188,10 @@ def bench(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             steps.clear()
             shutil.rmtree(folder / "out", ignore_errors=True)  # what is there would not be made again
             with Resident(processes) as workers, Resident([os.getpid()]) as leader:
-                began = time.perf_counter()
+                began, before = time.perf_counter(), cpu_seconds([*processes, os.getpid()])
                 (outcome,) = collection.run(plan, Quiet(), executor=Stepwise(client))
                 times["whole path"].append(time.perf_counter() - began)
+                spent.append(cpu_seconds([*processes, os.getpid()]) - before)
             assert outcome.status == "done", outcome.error
             worker_bytes, client_bytes = max(worker_bytes, workers.bytes), max(client_bytes, leader.bytes)
         row("one process", times["one process"])
@@ -194,6 +202,7 @@ def bench(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             workers=options.workers,
             worker_bytes=worker_bytes,
             client_bytes=client_bytes,
+            cpu_ns_per_voxel=round(1e9 * min(spent) / voxels, 1),
             seconds_of_steps=dict(steps),
         )
         with h5py.File(folder / "plain.h5") as plain, h5py.File(folder / "out" / "t_preds.h5") as ours:

@@ -560,14 +560,16 @@ def read_region_of(header: MrcHeader, region: Region) -> np.ndarray[Any, Any]:
     rows, columns = stored[-2:]
     height, width = header.file_shape[-2:]
     voxels = np.empty((len(sections), rows.stop - rows.start, columns.stop - columns.start), header.file_dtype)
+    whole = np.empty((rows.stop - rows.start, width), header.file_dtype)
     try:
         with header.path.open("rb") as file:
             for voxels_of_section, section in zip(voxels, sections, strict=True):
                 file.seek(header.offset + (section * height + rows.start) * width * header.file_dtype.itemsize)
-                run = np.fromfile(file, header.file_dtype, (rows.stop - rows.start) * width)
-                if run.size < (rows.stop - rows.start) * width:  # truncated since its header was read
+                run: Any = voxels_of_section if voxels_of_section.shape == whole.shape else whole
+                if file.readinto(run.view(np.uint8)) < run.nbytes:  # truncated since its header was read
                     raise _too_short(header, header.path.stat().st_size)
-                voxels_of_section[:] = run.reshape(-1, width)[:, columns]
+                if run is whole:
+                    voxels_of_section[:] = whole[:, columns]
     except OSError as error:
         raise unreadable(header.path, error) from error
     return voxels.reshape([s.stop - s.start for s in stored]).transpose(header.axes)

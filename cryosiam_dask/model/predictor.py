@@ -154,7 +154,9 @@ def predictor_spec(
     )
 
 
-def normalise(voxels: npt.NDArray[Any], spec: PredictorSpec) -> npt.NDArray[np.float32]:
+def normalise(
+    voxels: npt.NDArray[Any], spec: PredictorSpec, out: npt.NDArray[np.float32] | None = None
+) -> npt.NDArray[np.float32]:
     """Scale intensities like those that the network was trained with.
 
     Parameters
@@ -164,15 +166,18 @@ def normalise(voxels: npt.NDArray[Any], spec: PredictorSpec) -> npt.NDArray[np.f
         counts as its first value, and infinity is clipped.
     spec
         Has ``stretch``, ``minimum``, ``maximum``, ``mean`` and ``std``.
+    out
+        A C-contiguous array of the same shape for the result; a new one if not given.
 
     Returns
     -------
     ndarray
-        ``(clip((v - minimum) / (maximum - minimum), 0, 1) - mean) / std``, float32; a new array. With a stretch, v is
+        ``(clip((v - minimum) / (maximum - minimum), 0, 1) - mean) / std``, float32. With a stretch, v is
         ``clip((v - stretch[0]) / (stretch[1] - stretch[0]), 0, 1)``.
     """
     given = np.ascontiguousarray(voxels).reshape(-1)
-    scaled = np.empty(given.shape, np.float32)
+    scaled = np.empty(given.shape, np.float32) if out is None else out.reshape(-1)
+    width = spec.maximum - spec.minimum
     with np.errstate(over="ignore"):  # values that overflow are infinite, or clipped
         # In sections that stay in the processor's cache during all operations.
         for first in range(0, given.size, _CACHED):
@@ -187,11 +192,16 @@ def normalise(voxels: npt.NDArray[Any], spec: PredictorSpec) -> npt.NDArray[np.f
             finite = np.isfinite(section)
             if not finite.all():
                 section[~finite] = spec.minimum
-            section -= spec.minimum
-            section /= spec.maximum - spec.minimum
+            # Steps that change nothing, as with the defaults, are left out.
+            if spec.minimum:
+                section -= spec.minimum
+            if width != 1:
+                section /= width
             section.clip(0, 1, out=section)
-            section -= spec.mean
-            section /= spec.std
+            if spec.mean:
+                section -= spec.mean
+            if spec.std != 1:
+                section /= spec.std
     return scaled.reshape(voxels.shape)
 
 

@@ -335,20 +335,27 @@ def read_window(tomogram: Any, block: Block, grid: Grid, spec: PredictorSpec) ->
     ndarray
         ``block.window_shape`` (z, y, x), float32: normalised, then padded with zeros and wrapped around past the end.
     """
-    voxels = np.zeros(block.window_shape, np.float32)
     depth = _slab(getattr(tomogram, "chunks", None))
     segments = [
         wrapped_segments(start, stop, a.axis.size, a.axis.padded)
         for (start, stop), a in zip(block.window, grid.axes, strict=True)
     ]
+    covered = all(
+        sum(t.stop - t.start for _, t in axis) == n for axis, n in zip(segments, block.window_shape, strict=True)
+    )
+    voxels = (np.empty if covered else np.zeros)(block.window_shape, np.float32)
     for pieces in product(*segments):
         source, target = zip(*pieces, strict=True)
         # Some chunks at a time, because there would be three copies of a whole window in memory.
         for first in range(source[0].start // depth * depth, source[0].stop, depth):
             slab = slice(max(first, source[0].start), min(first + depth, source[0].stop))
             at = target[0].start + slab.start - source[0].start
-            inside = slice(at, at + slab.stop - slab.start)
-            voxels[(inside, *target[1:])] = normalise(np.asarray(tomogram[(slab, *source[1:])]), spec)
+            part = voxels[(slice(at, at + slab.stop - slab.start), *target[1:])]
+            found = np.asarray(tomogram[(slab, *source[1:])])
+            if part.flags.c_contiguous:
+                normalise(found, spec, out=part)
+            else:
+                part[...] = normalise(found, spec)
     return voxels
 
 
