@@ -42,7 +42,14 @@ from cryosiam_dask.errors import (
 from cryosiam_dask.runs import cluster, dask_executor
 from cryosiam_dask.runs.cluster import open_cluster
 from cryosiam_dask.runs.dask_executor import DaskExecutor
-from cryosiam_dask.runs.workers import Setup, ask, describe_devices, forwarded_warnings, register_in_workers
+from cryosiam_dask.runs.workers import (
+    Setup,
+    ask,
+    describe_devices,
+    forwarded_warnings,
+    memory_of_workers,
+    register_in_workers,
+)
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +287,7 @@ def test_a_new_worker_that_does_not_answer_keeps_no_other_one_waiting(client: Cl
 
 
 def test_a_cluster_whose_devices_do_not_come_back_ends_the_run(client: Client) -> None:
-    executor = DaskExecutor(client, has_device=is_first, hang_seconds=2)
+    executor = DaskExecutor(client, has_device=is_first, hang_seconds=5)
     assert executor.map(square, [3], name="predict", overlap=True) == [9]
     executor.has_device = partial(bool, 0)
     executor._ask_new(set())  # as if all workers were new
@@ -366,6 +373,11 @@ def test_no_two_workers_share_a_gpu(
             describe_devices(client, describe)
 
 
+def test_gpus_that_are_gone_when_their_memory_is_asked_for_are_a_plain_error(client: Client) -> None:
+    with pytest.raises(LostClusterError, match="a worker with a GPU must keep running until the run ends"):
+        memory_of_workers(client, type(None))
+
+
 def answer_or_leave(mark: Path) -> int:
     """Kill the first of the worker processes that are asked."""
     try:
@@ -423,7 +435,7 @@ def touch(path: Path) -> None:
 
 def test_a_call_that_hangs_is_done_elsewhere(client: Client, tmp_path: Path) -> None:
     before = set(client.nthreads())
-    executor = DaskExecutor(client, hang_seconds=2)
+    executor = DaskExecutor(client, hang_seconds=10)  # longer than a new process takes to load what it needs
     executor.map(process, range(4), name="warm", overlap=True)
     found = executor.map(partial(hang_once, tmp_path / "hung"), range(8), name="hang", overlap=True)
     assert found == list(range(8)) and (tmp_path / "hung").exists()
@@ -708,7 +720,7 @@ def remembered(dask_scheduler: Any) -> tuple[int, int, int, int]:
 
 def test_the_scheduler_forgets_calls_that_are_over(client: Client) -> None:
     executor = DaskExecutor(client)
-    for _ in range(150):
+    for _ in range(250):
         assert executor.map(square, range(4), name="square") == [0, 1, 4, 9]
     spans, groups, notes, names = client.run_on_scheduler(remembered)
-    assert spans <= 125 and groups <= 40 and notes <= 250 and names <= 250
+    assert spans <= 150 and groups <= 40 and notes <= 250 and names <= 250

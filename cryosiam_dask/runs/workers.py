@@ -166,12 +166,7 @@ def ask(client: Client, function: Callable[..., R], *arguments: object) -> dict[
     answers = client.run(function, *arguments, on_error="return")
     found = {worker: answer for worker, answer in answers.items() if not isinstance(answer, OSError)}
     if not found:
-        raise LostClusterError(
-            "a worker must keep running until the run ends",
-            place=client.scheduler.address,
-            value="none that answers",
-            remedy="Look at the workers' output, start them again and repeat the command",
-        )
+        raise _workers_are_gone(client)
     for answer in found.values():
         if isinstance(answer, Exception):
             raise answer
@@ -229,6 +224,15 @@ def describe_devices(client: Client, describe: Callable[[], str | None]) -> Lite
     return "cuda"
 
 
+def _workers_are_gone(client: Client, kind: str = "") -> LostClusterError:
+    return LostClusterError(
+        f"a worker{kind} must keep running until the run ends",
+        place=client.scheduler.address,
+        value="none that answers",
+        remedy="Look at the workers' output, start them again and repeat the command",
+    )
+
+
 #: Memory of a worker without a GPU beside workers with one, in bytes: libraries, and the largest of its tasks.
 HELPER_BYTES = 1_500_000_000
 
@@ -248,6 +252,8 @@ def memory_of_workers(client: Client, of_gpu: Callable[[], int | None] | None) -
     known = workers_of(client)
     found = ask(client, _memory, of_gpu)
     computing = {worker: memory for worker, (memory, gpu) in found.items() if of_gpu is None or gpu is not None}
+    if not computing:
+        raise _workers_are_gone(client, " with a GPU")
     hosts, helpers = (
         Counter(known[worker]["host"] for worker in workers if worker in known)
         for workers in (computing, found.keys() - computing.keys())
@@ -256,7 +262,7 @@ def memory_of_workers(client: Client, of_gpu: Callable[[], int | None] | None) -
     for worker, memory in computing.items():
         limit, host = known.get(worker, {}).get("memory_limit") or memory, known.get(worker, {}).get("host")
         alone.append(min(limit, memory))
-        shared.append(min(limit, (memory - helpers[host] * HELPER_BYTES) // max(1, hosts[host])))
+        shared.append(min(limit, max(0, memory - helpers[host] * HELPER_BYTES) // max(1, hosts[host])))
     gpus = [gpu for _, gpu in found.values() if gpu is not None]
     return min(alone), min(shared), min(gpus, default=None)
 
