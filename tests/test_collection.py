@@ -61,16 +61,22 @@ def folder(tmp_path: Path) -> Path:
 
 
 class Stopper(Listener):
-    """A reporter that stops the run when three blocks of a tomogram have been predicted."""
+    """A reporter that stops the run when three blocks of a tomogram are recorded, and holds it there until it stops."""
 
     def __init__(self, stop: threading.Event) -> None:
         super().__init__()
-        self.stop = stop
+        self.stop, self.stops = stop, threading.Event()
 
     def step(self, tomogram: str, name: str, done: int, total: int) -> None:
         super().step(tomogram, name, done, total)
         if name == "predict" and done == 3:
             self.stop.set()
+            assert self.stops.wait(60)
+
+    def inform(self, text: str) -> None:
+        super().inform(text)
+        if text.startswith("stopping: "):
+            self.stops.set()
 
 
 def plan(folder: Path, **changes: Any) -> RunPlan:
