@@ -720,7 +720,7 @@ def remembered(dask_scheduler: Any) -> tuple[int, int, int, int]:
 
 def test_the_scheduler_forgets_calls_that_are_over(client: Client) -> None:
     executor = DaskExecutor(client)
-    for _ in range(250):
+    for _ in range(150):
         assert executor.map(square, range(4), name="square") == [0, 1, 4, 9]
     spans, groups, notes, names = client.run_on_scheduler(remembered)
-    assert spans <= 150 and groups <= 40 and notes <= 250 and names <= 250
+    assert spans <= 125 and groups <= 40 and notes <= 250 and names <= 250

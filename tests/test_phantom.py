@@ -125,6 +125,7 @@ def test_the_models_of_the_demo_ship_with_the_package() -> None:
     models = files("cryosiam_dask") / "data" / "models"
     classes = {"demo_lamella.ckpt": 1, "demo_semantic.ckpt": len(CLASS_NAMES)}
     with as_file(models) as folder:
+        assert sum((folder / name).stat().st_size for name in classes) < 1_000_000
         assert sum(path.stat().st_size for path in folder.iterdir()) < 1_500_000
         assert read_checkpoint(folder / "demo_denoise.ckpt").architecture.denoises
         for name, count in classes.items():
