@@ -594,7 +594,7 @@ class _ForgetFinished(SchedulerPlugin):  # type: ignore[misc]  # untyped
     name = "forget finished tasks"
     idempotent = True
     #: Finished tasks between two clean-ups; spans to keep, since workers may still report on the latest ones.
-    _EVERY, _SPANS = 100, 100
+    _EVERY, _SPANS = 50, 100
 
     async def start(self, scheduler: Any) -> None:
         """See `distributed.SchedulerPlugin`."""
