@@ -537,7 +537,20 @@ def test_removal_after_blocks_of_any_edges_were_described_elsewhere(case, sizes,
     reference = removed(labels, sizes)
     np.testing.assert_array_equal(output[:], reference)
     np.testing.assert_array_equal(removal[:], labels - reference)
-    assert summary == remove_small(labels, np.empty_like(labels), sizes)
+    kept = np.empty_like(labels)
+    assert summary == remove_small(labels, kept, sizes)
+    np.testing.assert_array_equal(kept, reference)
+
+
+@pytest.mark.parametrize("chunks", [None, (5, 9, 7), (2, 3, 7)])
+def test_arrays_in_memory_stay_as_they_are(chunks):
+    labels = np.random.default_rng(5).integers(0, 4, (5, 9, 7), dtype=np.uint8)
+    before, sizes = labels.copy(), [-1, 20, -1, 6]
+    given = labels if chunks is None else da.from_array(labels, chunks=chunks)
+    output = np.empty_like(labels)
+    remove_small(given, output, sizes)
+    np.testing.assert_array_equal(labels, before)
+    np.testing.assert_array_equal(output, removed(before, sizes))
 
 
 @pytest.mark.parametrize("block", [(8, 8, 8), (4, 8, 8), (4, 4, 8), (4, 4, 4)])

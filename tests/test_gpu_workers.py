@@ -27,7 +27,8 @@ if __name__ == "__main__":
     from urllib.request import urlopen
 
     from cryosiam_dask.errors import CryosiamDaskError
-    from cryosiam_dask.model.predictor import has_gpu, name_of_gpu
+    from cryosiam_dask.model.device import has_gpu
+    from cryosiam_dask.model.predictor import name_of_gpu
     from cryosiam_dask.runs.cluster import open_cluster
     from cryosiam_dask.runs.dask_executor import DaskExecutor
     from cryosiam_dask.runs.metrics import Collector

@@ -25,8 +25,8 @@ from cryosiam_dask.core.machine import cores, memory_of_machine
 from cryosiam_dask.errors import ClusterError, ConfigurationError, CryosiamDaskError, DeviceError, Problems
 from cryosiam_dask.files.header import TomogramHeader
 from cryosiam_dask.files.tomogram import read_header
+from cryosiam_dask.model.device import has_gpu
 from cryosiam_dask.model.predictor import (
-    has_gpu,
     largest_patch,
     load_predictor,
     memory_of_gpu,

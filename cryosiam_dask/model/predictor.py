@@ -37,7 +37,7 @@ from cryosiam_dask.core.grid import Patch
 from cryosiam_dask.errors import CheckpointError, DeviceError
 from cryosiam_dask.model.architecture import default_threshold, peak_bytes, required_divisor, widest
 from cryosiam_dask.model.checkpoint import read_checkpoint
-from cryosiam_dask.model.device import device_refuses, device_works, free_memory
+from cryosiam_dask.model.device import device_refuses, device_works, free_memory, has_gpu
 from cryosiam_dask.model.network import build_network, convolve_with_onednn, fold_batch_norms
 
 _CACHED = 1 << 16  # voxels that fit into a processor's cache
@@ -263,11 +263,6 @@ def name_of_gpu() -> str | None:
         return None
     properties = torch.cuda.get_device_properties(0)
     return f"{properties.name} {getattr(properties, 'uuid', '')}".strip()
-
-
-def has_gpu() -> bool:
-    """Whether this process can use a GPU."""
-    return bool(torch.cuda.is_available())
 
 
 def on_device(device: Literal["cpu", "cuda"], function: Callable[..., R], *arguments: object) -> R | None:

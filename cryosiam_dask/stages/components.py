@@ -195,7 +195,7 @@ class Labelling:
     n_classes
         Labels must be below it; None accepts any.
     array_module
-        "numpy" labels on the CPU, "cupy" on the GPU.
+        See `ArrayModule`.
     sizes
         For each class, index = label: the runs of provisional labels with at most as many voxels are described, since
         their components may have to be removed. Empty: those of none.
@@ -909,9 +909,10 @@ def _write_without(
     block = blocks.read(labels, index)
     voxels = np.repeat(starts - np.cumsum(lengths, dtype=np.int64) + lengths, lengths)
     voxels += np.arange(len(voxels))
-    flat = block.reshape(-1)
-    gone = flat[voxels]
-    flat[voxels] = 0
+    gone = block.reshape(-1)[voxels]
+    if len(voxels):
+        block = block.copy()  # it may be a view of the caller's array
+        block.reshape(-1)[voxels] = 0
     blocks.write(output, index, block.astype(output.dtype, copy=False))
     if removed is not None and not len(voxels):
         blocks.write(removed, index, 0)
