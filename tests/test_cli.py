@@ -306,10 +306,11 @@ def test_convert(folder: Path) -> None:
         np.testing.assert_array_equal(zarr.open_array(folder / "TS_0.zarr", mode="r")[:], mrc.data)
     output = invoke("convert", "data/TS_0.mrc", "TS_0.zarr", folder=folder, status=2)
     assert "error: " in output and "--overwrite" in output
-    output = invoke("convert", "data/TS_0.mrc", "x.mrc", folder=folder, status=2)
-    assert "x.mrc: the name of a converted tomogram must end with .zarr" in output
-    assert "Use x.zarr, or x.ome.zarr" in output
-    assert not (folder / "x.mrc").exists()
+    for name in ("x.mrc", "x.zarr.zip", "x.ome.zarr.gz"):
+        output = invoke("convert", "data/TS_0.mrc", name, folder=folder, status=2)
+        assert f"{name}: the name of a converted tomogram must end with .zarr" in output
+        assert "Use x.zarr, or x.ome.zarr" in output
+        assert not (folder / name).exists()
     assert "TS_9.mrc" in invoke("convert", "TS_9.mrc", "x.zarr", folder=folder, status=2)
     assert not (folder / "x.zarr").exists()
 

@@ -45,10 +45,11 @@ def convert_file(
         ``shape`` (z, y, x), ``dtype``, ``target``.
     """
     if not target.name.lower().endswith(".zarr"):
+        name = target.stem.removesuffix(".zarr").removesuffix(".ome")
         raise OutputError(
             "the name of a converted tomogram must end with .zarr",
             place=target,
-            remedy=f"Use {target.stem}.zarr, or {target.stem}.ome.zarr for an image with several levels",
+            remedy=f"Use {name}.zarr, or {name}.ome.zarr for an image with several levels",
         )
     header = read_header(source, level=level, dataset=dataset)  # errors come before workers start
     header.require_complete()
