@@ -50,6 +50,7 @@ from cryosiam_dask.runs.workers import (
     memory_of_workers,
     register_in_workers,
 )
+from support.runs import wait_for_workers
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +165,7 @@ asyncio.run(enter())
 
 def test_nobody_else_on_this_machine_gets_in(client: Client) -> None:
     """Neither without keys nor with others; as another user, where this one may become one."""
-    client.wait_for_workers(2)
+    wait_for_workers(client, 2)
     workers = client.scheduler_info(n_workers=-1)["workers"]
     servers = [client.scheduler.address, *workers, *(worker["nanny"] for worker in workers.values())]
     assert len(servers) == 5
@@ -274,7 +275,7 @@ def answer_or_hang(folder: Path, dask_worker: Any) -> bool:
 
 
 def test_a_new_worker_that_does_not_answer_keeps_no_other_one_waiting(client: Client, tmp_path: Path) -> None:
-    client.wait_for_workers(2)
+    wait_for_workers(client, 2)
     executor = DaskExecutor(client, has_device=is_first)
     executor.has_device = partial(answer_or_hang, tmp_path)
     executor._ask_new(set())  # all workers are new again
@@ -324,7 +325,7 @@ def test_work_that_kills_every_worker_ends_with_a_remedy(client: Client) -> None
 
 def test_every_process_is_set_up_once(client: Client, tmp_path: Path) -> None:
     client.register_plugin(Setup(partial(mark_process, tmp_path)), name="mark")
-    client.wait_for_workers(2)
+    wait_for_workers(client, 2)
     processes = {str(pid) for pid in DaskExecutor(client).map(process, range(40), name="process")}
     assert processes <= {path.name for path in tmp_path.iterdir()}
 
@@ -390,7 +391,7 @@ def answer_or_leave(mark: Path) -> int:
 
 def test_a_worker_that_is_lost_while_it_is_asked_is_left_out(client: Client, tmp_path: Path) -> None:
     assert list(ask(client, answer_or_leave, tmp_path / "left").values()) == [1]
-    client.wait_for_workers(2)
+    wait_for_workers(client, 2)
     with pytest.raises(TomogramError, match="must be whole"):
         ask(client, refuse, 3)
 
@@ -441,7 +442,7 @@ def test_a_call_that_hangs_is_done_elsewhere(client: Client, tmp_path: Path) -> 
     assert found == list(range(8)) and (tmp_path / "hung").exists()
     while before <= set(client.nthreads()):  # until the process is gone
         time.sleep(0.1)
-    client.wait_for_workers(2)
+    wait_for_workers(client, 2)
 
 
 def write_slowly(path: Path, number: int) -> None:
@@ -456,7 +457,7 @@ def test_a_large_file_may_take_longer_than_a_block(client: Client, tmp_path: Pat
 
 
 def test_a_lost_device_costs_its_process_and_three_end_the_step(client: Client, tmp_path: Path) -> None:
-    client.wait_for_workers(2)
+    wait_for_workers(client, 2)
     executor = DaskExecutor(client)
     (tmp_path / "two").mkdir()
     found = executor.map(partial(lose_device, tmp_path / "two", 2), range(5), name="lose", overlap=True)
@@ -467,7 +468,7 @@ def test_a_lost_device_costs_its_process_and_three_end_the_step(client: Client, 
     with pytest.raises(LostDeviceError, match="the device must work"):
         executor.map(partial(lose_device, tmp_path / "many", 99), range(5), name="lose", overlap=True)
     assert len(list((tmp_path / "many").iterdir())) == 3
-    client.wait_for_workers(2)
+    wait_for_workers(client, 2)
 
 
 def test_a_drained_run_finishes_what_it_began(client: Client, tmp_path: Path) -> None:
@@ -510,7 +511,7 @@ def mark_process_or_die(folder: Path) -> None:
 def test_a_worker_that_dies_of_a_plugin_does_not_keep_it_from_the_others(tmp_path: Path) -> None:
     with open_cluster("cpu", 2, dashboard_address="127.0.0.1:0") as client:
         register_in_workers(client, Setup(partial(mark_process_or_die, tmp_path)), "mark")
-        client.wait_for_workers(2)
+        wait_for_workers(client, 2)
         running = {str(process) for process in client.run(os.getpid).values()}
         assert {path.name for path in tmp_path.iterdir()} == running | {"died"}
 
@@ -673,7 +674,7 @@ def warn_of(path: str) -> int:
 
 
 def test_a_warning_of_a_name_that_is_not_utf8_costs_no_worker(client: Client, caplog: pytest.LogCaptureFixture) -> None:
-    client.wait_for_workers(2)
+    wait_for_workers(client, 2)
     odd = os.fsdecode(b"/data/\xb5 dir/x.mrc")
     with forwarded_warnings(client), caplog.at_level(logging.WARNING, "py.warnings"):
         before = set(client.run(os.getpid).values())

@@ -27,6 +27,7 @@ from support import checkpoints, golden
 from support.command import call, start
 from support.inputs import PIPELINE_CASE as CASE
 from support.inputs import pipeline_of_case, write_tomogram, write_yaml
+from support.runs import wait_for_workers
 
 COMMANDS = {
     "sbatch": """
@@ -242,7 +243,7 @@ def test_a_job_that_ends_is_submitted_again(
     with open_slurm(
         jobs, 2 * processes, folder=tmp_path, dashboard_address="127.0.0.1:0", inform=told.append
     ) as client:
-        client.wait_for_workers(2 * processes, timeout=60)
+        wait_for_workers(client, 2 * processes)
         first = fake.jobs()
         assert len(first) == 2
         assert set(DaskExecutor(client).map(os.getpgid, [0] * 40, name="group", overlap=True)) == first
