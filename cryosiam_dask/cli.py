@@ -742,8 +742,9 @@ def processing_invert_scale(
         def prepare(source: Path, target: Path) -> None:
             bounds = invert_scale(source, target, invert=invert, lower=lower_end_percentage, upper=upper_end_percentage)
             words = ["inverted"] * invert
-            if bounds is not None:
-                words.append("{:g} became 0 and {:g} became 1".format(*(bound + 0.0 for bound in bounds)))  # no -0
+            if bounds is not None:  # of the file, whose low intensities become high if they are inverted
+                zero, one = (bound * (-1 if invert else 1) + 0.0 for bound in bounds)  # no -0
+                words.append(f"{zero:g} became 0 and {one:g} became 1")
             _inform(console, f"{target}: {', '.join(words) or 'intensities as they were'}")
 
         _each(files(input_path, output_path), prepare)

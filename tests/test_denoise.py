@@ -248,7 +248,12 @@ def test_a_denoised_file_that_is_not_kept_is_removed_in_the_end(folder: Path) ->
     assert invoke("semantic-predict", pipeline, "--workers", 1, folder=folder).count("skipped, ") == 1
     assert outputs(folder).keys() == before.keys()
     assert "3 done" in invoke("status", pipeline, folder=folder)
-    assert "made from the same input" in invoke("plan", pipeline, folder=folder)
+    planned = invoke("plan", pipeline, folder=folder)
+    assert f"{STEM}.mrc was made from the same input, checkpoint and settings, and removed since all models" in planned
+    assert "no masks" not in planned
+    assert "Make it again with denoise-predict, or" in invoke(
+        "export", pipeline, "--format", "ome-zarr", status=1, folder=folder
+    )
     for name in ("denoise", "lamella", "semantic"):
         invoke("report", pipeline, "--model", name, folder=folder)
     for text in (*pages, page.read_text()):
@@ -273,6 +278,13 @@ def test_a_denoised_file_that_is_not_kept_is_made_again_where_it_is_needed(folde
     assert [len(plan.skipped) for plan in plans_of(pipeline)] == [1, 1, 1]
     remove_denoised(plans_of(pipeline))
     assert not path.exists() and [len(plan.skipped) for plan in plans_of(pipeline)] == [1, 1, 1]
+    # That the file is gone is no problem beside others.
+    with pytest.raises(Problems) as raised, open(os.devnull, "w") as null:
+        values = yaml.safe_load(pipeline.read_text())
+        values["semantic"]["parameters"]["network"]["threshold"] = 0.3
+        pipeline.write_text(yaml.safe_dump(values))
+        show_plan(pipeline, Console(file=null), workers=1)
+    assert len(raised.value.problems) == 1 and "made from another input" in str(raised.value)
     # A changed denoiser is told before anything is computed.
     without_denoised(folder, scale_prediction=False)
     with pytest.raises(Problems, match="made from another input, checkpoint or other settings"):
@@ -311,6 +323,13 @@ def test_the_plan_knows_that_denoised_files_go(folder: Path) -> None:
         needed.append((disk.needed_bytes, disk.certain_bytes))
     of_one = 4 * 60 * 64 * 56
     assert (needed[0][0] - needed[1][0], needed[0][1] - needed[1][1]) == (7 * of_one, 9 * of_one)
+
+
+def test_a_model_with_a_pending_mask_reads_what_is_denoised_already(folder: Path) -> None:
+    pipeline = chain(folder, preview=False)
+    run_chain(pipeline, Acting(lambda executor: executor.drain(), "lamella predict", 1))
+    _, lamella, semantic = plans_of(pipeline)
+    assert [job.raw for job in (*lamella.jobs, *semantic.jobs)] == [None, None]
 
 
 def test_a_changed_denoiser_makes_all_again(folder: Path) -> None:

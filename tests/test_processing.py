@@ -195,8 +195,9 @@ def test_the_commands_take_files_and_folders_and_cryosiams_spelling(tmp_path: Pa
         return result.output
 
     raw, out = tmp_path / "raw", tmp_path / "out"
-    call("processing_invert_scale", f"--input_path={raw}", f"--output_path={out}", "--invert",
-         "--lower_end_percentage=0", "--upper_end_percentage=100")  # fmt: skip
+    said = call("processing_invert_scale", f"--input_path={raw}", f"--output_path={out}", "--invert",
+                "--lower_end_percentage=0", "--upper_end_percentage=100")  # fmt: skip
+    assert f"a.mrc: inverted, {volume.max():g} became 0 and {volume.min():g} became 1" in said
     with mrcfile.open(out / "a.mrc") as a, mrcfile.open(out / "b.rec") as b:
         np.testing.assert_allclose(a.data, 1 - b.data, atol=1e-6)
     said = call("match-pixel-size", raw / "a.mrc", tmp_path / "a14.mrc", "--pixel-size", 14)

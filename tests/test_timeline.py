@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from cryosiam_dask.stages.predict import BlockTimes
-from cryosiam_dask.stages.timeline import busy_share, write_timeline
+from cryosiam_dask.stages.timeline import _marks, busy_share, write_timeline
 
 
 def block(worker, start, seconds=1.0):
@@ -30,3 +30,10 @@ def test_the_picture_has_a_bar_for_every_step_of_every_block(tmp_path):
         assert len(lanes) == 2  # one for each worker
         bars = [int((np.diff((pixels[lane[0]] == colour).all(-1).astype(int)) == 1).sum()) for lane in lanes]
         assert bars == [2, 1]
+
+
+@pytest.mark.parametrize(("seconds", "step"), [(0.07, 0.005), (0.6, 0.05), (1, 0.1), (3.1, 0.5), (15, 1), (99, 10)])
+def test_the_times_below_the_picture_are_round_and_evenly_apart(seconds, step):
+    marks = _marks(seconds)
+    assert marks == pytest.approx([step * n for n in range(len(marks))])
+    assert seconds - step < marks[-1] <= seconds

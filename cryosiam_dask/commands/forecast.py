@@ -39,7 +39,7 @@ from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.runs.find import find_tomograms
 from cryosiam_dask.runs.fingerprint import removal_sizes
 from cryosiam_dask.runs.ledger import read_outcomes
-from cryosiam_dask.runs.plan import Job, RunPlan
+from cryosiam_dask.runs.plan import Job, RunPlan, up_to_date
 from cryosiam_dask.stages.components import REMOVAL_BYTES
 from cryosiam_dask.stages.export import format_path, most_bytes_of_formats, other_formats
 from cryosiam_dask.stages.ingest import compresses, copy_bytes
@@ -493,7 +493,7 @@ def _forecast_model(
                 job.stem,
                 job.source,
                 "skip",
-                "made from the same input, checkpoint and settings",
+                up_to_date(job),
                 outputs=_outputs(plan, job),
             )
             for job in plan.skipped
@@ -586,6 +586,8 @@ def unreadable(configuration: Configuration, filename: str | None = None) -> lis
     """Return the errors of the headers of a configuration's tomograms, even if it cannot be planned."""
     problems: list[CryosiamDaskError] = []
     for source in find_tomograms(configuration, filename):
+        if configuration.denoiser and not source.exists():
+            continue  # a run makes it first
         try:
             read_header(source, **configuration.reading)
         except TomogramError as error:

@@ -322,7 +322,11 @@ def _voxel_sizes(headers: Sequence[TomogramHeader]) -> str:
 def _doubts(found: Collection) -> list[str]:
     """List facts that no file contains, or that do not suit the published models."""
     model = PUBLISHED["cryosiam_semantic_segmentation"]
-    doubts = ["that these tomograms are denoised: the models were trained on denoised ones", *found.doubts]
+    doubts = [
+        "that these tomograms are denoised, as those that the models were trained on; if they are raw, run "
+        "denoise-predict first and init on its results",
+        *found.doubts,
+    ]
     sizes = [size for header in found.headers for size in header.voxel_size_angstrom if size]
     far = [size for size in sizes if abs(size / model.voxel_size_angstrom - 1) > FAR_OFF]
     if far:

@@ -259,7 +259,9 @@ def _facts(found: Forecast) -> dict[str, str]:
         if any(t.mask_to_come for t in todo)
         else f"masks in {', '.join(masks)}"
         if masks
-        else "no masks",
+        else "no masks"
+        if todo
+        else "",
         "model": f"{found.model}, "
         + ("a denoiser" if found.denoises else f"{classes} {'classes' if classes > 1 else 'class'}"),
         "patch": f"{_shape(found.patch)} voxels, halo {found.halo or 'a quarter of it'}, {found.precision}",

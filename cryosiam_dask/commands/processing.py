@@ -149,7 +149,7 @@ def _bounds(voxels: Computed, place: Path, lower: float, upper: float) -> tuple[
         raise TomogramError(
             "the two percentiles must be different, finite intensities",
             place=place,
-            value=f"{low:g} at {lower:g} % and {high:g} at {upper:g} %",
+            value=f"{low + 0.0:g} at {lower:g} % and {high + 0.0:g} at {upper:g} %",  # no -0
             remedy="Choose percentiles further apart, or check whether the tomogram is empty",
         )
     return low, high

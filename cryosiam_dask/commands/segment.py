@@ -61,6 +61,7 @@ from cryosiam_dask.runs.plan import (
     on_this_machine,
     plan_run,
     require_memory,
+    up_to_date,
     with_denoising,
 )
 from cryosiam_dask.runs.progress import FileReporter, Pace, Reporters, make_reporter
@@ -212,7 +213,7 @@ def segment(
         for stem, why in plan.refused:
             LOG.error("%s: %s", stem, why, extra=SHOWN)
         for job in plan.skipped:
-            inform(console, f"{job.stem}: skipped, {job.output} was made from the same input, checkpoint and settings")
+            inform(console, f"{job.stem}: skipped, {job.output} was {up_to_date(job)}")
         for job in plan.incomplete:
             inform(console, f"{job.stem}: {job.output} is up to date, {plan.outdated(job)}")
     forget_failures(plans)

@@ -153,7 +153,8 @@ def layers(
     with ExitStack() as stack:
         if source is None:
             missing = f"no {stem}{configuration.file_extension} in {configuration.data_folder}"
-            warn(f"{missing}: the labels are shown alone")
+            again = "; denoise-predict makes it again" * (configuration.denoiser is not None)
+            warn(f"{missing}: the labels are shown alone{again}")
         else:
             header = read_header(source, **configuration.reading)
             require_shape(prediction, labels.shape, source, header.shape)

@@ -19,7 +19,7 @@ from cryosiam_dask.core.arrays import Sliceable
 from cryosiam_dask.core.blocks import Blocks, Index
 from cryosiam_dask.core.executor import Executor, with_retries
 from cryosiam_dask.core.log import LOG
-from cryosiam_dask.errors import CryosiamDaskError, OutputError, StorageError, is_transient
+from cryosiam_dask.errors import CryosiamDaskError, OutputError, StorageError, TomogramError, is_transient
 from cryosiam_dask.files.hdf5 import read_attributes
 from cryosiam_dask.files.mask import open_mask
 from cryosiam_dask.files.predictions import exportable_array
@@ -286,6 +286,8 @@ def draw_preview_again(
         source = configuration.data_folder / Path(str(attributes["source"])).name
         mask_file = configuration.mask_folder and configuration.mask_folder / f"{stem}_preds.h5"
         mask = open_mask(mask_file, labels.shape) if mask_file and mask_file.exists() else None
+        if configuration.denoiser and not source.exists():
+            raise TomogramError("does not exist", place=source, remedy="Make it again with denoise-predict")
         tomogram, _ = ingest(source, work.store, executor=executor, **configuration.reading)
         if tuple(tomogram.shape) != tuple(labels.shape):
             raise OutputError("the tomogram must have the shape of its labels", place=source, value=tomogram.shape)

@@ -724,15 +724,33 @@ def _must_be_denoised(source: Path, raw: Path) -> TomogramError:
     )
 
 
+def up_to_date(job: Job) -> str:
+    """Say why a tomogram is skipped."""
+    gone = "" if job.output.exists() else ", and removed since all models are done with it"
+    return f"made from the same input, checkpoint and settings{gone}"
+
+
 def with_denoising(plans: Sequence[RunPlan]) -> list[RunPlan]:
-    """Return the plans of a pipeline, with jobs for denoised tomograms that were removed and are needed again."""
-    if not plans or not plans[0].removes_denoised:
+    """Return the plans of a pipeline, with jobs for denoised tomograms that were removed and are needed again.
+
+    A model whose mask is pending reads the file of a tomogram that is denoised already.
+    """
+    if not plans or not plans[0].denoises:
         return list(plans)
     first, *others = plans
-    needed = {job.raw for plan in others for job in plan.jobs}
-    again = [job for job in first.skipped if job.source in needed and not job.output.exists()]
-    jobs = tuple(sorted((*first.jobs, *again), key=lambda job: job.source))
-    return [replace(first, jobs=jobs, skipped=tuple(job for job in first.skipped if job not in again)), *others]
+    if first.removes_denoised:
+        needed = {job.raw for plan in others for job in plan.jobs}
+        again = [job for job in first.skipped if job.source in needed and not job.output.exists()]
+        jobs = tuple(sorted((*first.jobs, *again), key=lambda job: job.source))
+        first = replace(first, jobs=jobs, skipped=tuple(job for job in first.skipped if job not in again))
+    made = {job.source for job in first.jobs}
+    return [
+        first,
+        *(
+            replace(plan, jobs=tuple(job if job.raw in made else replace(job, raw=None) for job in plan.jobs))
+            for plan in others
+        ),
+    ]
 
 
 def on_this_machine(plans: Sequence[RunPlan], workers: int | None) -> tuple[list[RunPlan], int]:

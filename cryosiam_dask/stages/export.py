@@ -349,7 +349,12 @@ def export_prediction(
                 "an OME-Zarr image holds the tomogram beside its labels, so the tomogram must be there",
                 place=prediction,
                 value=f"no {stem}{configuration.file_extension} in {configuration.data_folder}",
-                remedy="Correct data_folder and file_extension, or request only 'mrc'",
+                remedy=(
+                    "Make it again with denoise-predict"
+                    if configuration.denoiser
+                    else "Correct data_folder and file_extension"
+                )
+                + ", or request only 'mrc'",
             )
         voxels, report = ingest(source, work.store, executor=executor, **configuration.reading)
         tomogram = Placed.of(voxels, report)

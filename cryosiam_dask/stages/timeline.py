@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,13 @@ def busy_share(times: Sequence[BlockTimes]) -> float:
     return sum(block.compute[1] - block.compute[0] for block in times) / max(1e-9, workers * (ended - began))
 
 
+def _marks(seconds: float) -> list[float]:
+    """Return 6 to 16 round numbers from 0 to `seconds`, evenly apart."""
+    power = 10.0 ** math.floor(math.log10(seconds))
+    step = next(part * power for part in (0.1, 0.2, 0.5, 1) if seconds / (part * power) <= 15)
+    return [round(number * step, 12) for number in range(int(seconds / step) + 1)]
+
+
 def write_timeline(path: Path, times: Sequence[BlockTimes], title: str) -> None:
     """Draw lanes for reading, computing and writing of each worker, with time from left to right.
 
@@ -47,7 +55,8 @@ def write_timeline(path: Path, times: Sequence[BlockTimes], title: str) -> None:
     height = _TOP + len(workers) * (4 * _LANE) + 40
     picture = Image.new("RGB", (_LEFT + _WIDTH + 30, height), "white")
     pen = ImageDraw.Draw(picture)
-    text = f"{title}: {len(times)} blocks in {seconds:.1f} s, devices busy {busy_share(times):.0%} of the time"
+    blocks = "1 block" if len(times) == 1 else f"{len(times)} blocks"
+    text = f"{title}: {blocks} in {seconds:.1f} s, devices busy {busy_share(times):.0%} of the time"
     pen.text((10, 10), text, fill="black", font=font)
 
     def across(time: float) -> float:
@@ -66,9 +75,9 @@ def write_timeline(path: Path, times: Sequence[BlockTimes], title: str) -> None:
                         (across(start), y, max(across(start) + 1, across(stop) - 2), y + _LANE - 5), fill=colour
                     )
     bottom = height - 30
-    for tenth in range(11):
-        x = _LEFT + _WIDTH * tenth / 10
+    for mark in _marks(seconds):
+        x = across(began + mark)
         pen.line((x, bottom - 4, x, bottom), fill="black")
-        pen.text((x - 10, bottom + 4), f"{seconds * tenth / 10:.1f}", fill="black", font=font)
+        pen.text((x, bottom + 4), f"{mark:g}", fill="black", font=font, anchor="ma")
     pen.text((10, bottom + 4), "seconds", fill="black", font=font)
     picture.save(path)
