@@ -332,6 +332,16 @@ def test_a_model_with_a_pending_mask_reads_what_is_denoised_already(folder: Path
     assert [job.raw for job in (*lamella.jobs, *semantic.jobs)] == [None, None]
 
 
+def test_blocks_of_a_model_that_is_done_are_not_said_to_be_kept_if_the_next_one_fails(folder: Path) -> None:
+    def fail(executor: SerialExecutor) -> None:
+        raise RuntimeError
+
+    listener = Listener()
+    run(plans_of(chain(folder, block_size=16, preview=False)), listener, executor=Acting(fail, "lamella predict"))
+    (kept,) = (message for message in listener.messages if "kept in" in message)
+    assert "predicted blocks are kept in lamella" in kept and not list((folder / "denoised").glob("*.zarr"))
+
+
 def test_a_changed_denoiser_makes_all_again(folder: Path) -> None:
     pipeline = chain(folder, preview=False)
     run_chain(pipeline)

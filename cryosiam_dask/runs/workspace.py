@@ -61,17 +61,24 @@ def open_workspace(
     try:
         yield Workspace(folder, group, ledger)
     except Exception as error:
-        if isinstance(error, RESUMABLE) or is_transient(error) or has_blocks(ledger):
+        resumable = isinstance(error, RESUMABLE) or is_transient(error) or has_blocks(ledger)
+        if resumable and not _is_done(configuration, stem):
             count = len(ledger.since("block", "blocks"))
             if count and not isinstance(error, Interrupted):
-                inform(f"its {count} predicted blocks are kept in {folder}")
-        else:
+                inform(f"its {count} predicted block{'s are' if count > 1 else ' is'} kept in {folder}")
+        elif not (resumable and configuration.keep_work):
             guard()
             shutil.rmtree(folder, ignore_errors=True)
         raise
     if not configuration.keep_work:
         guard()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_done(configuration: Configuration, stem: str) -> bool:
+    """Whether a model's outcome has replaced all that its ledger held, so that an error is that of a later model."""
+    ledger = Ledger(configuration.prediction_folder, stem)
+    return (ledger.last("outcome") or {}).get("status") == "done" and ledger.last("store") is None
 
 
 def record_source(ledger: Ledger, source: Path) -> None:
