@@ -359,7 +359,7 @@ class Configuration(_Model):
 
     @property
     def unused(self) -> tuple[str, ...]:
-        """Keys of CryoSiam in the file that have no effect here."""
+        """Keys in the file that have no effect here."""
         return self._unused
 
 
@@ -715,8 +715,9 @@ def _configuration(
         problems = [_explain(where(next(iter(e["loc"]), "")), e) for e in error.errors(include_url=False)]
         there = {key: value for key, value in values.items() if key not in pending}
         raise Problems([*problems, *_missing_paths(where, there)]) from None
-    configuration._unused, configuration._place = unused, place
-    denoises = stage == STAGES[0] or (not stage and any(key in values for key in _ABOUT_DENOISING))
+    about_denoising = tuple(key for key in _ABOUT_DENOISING if key in values)
+    denoises = stage == STAGES[0] or (not stage and bool(about_denoising))
+    configuration._unused, configuration._place = (*unused, *(() if denoises else about_denoising)), place
     return configuration.for_denoising() if denoises else configuration
 
 

@@ -279,7 +279,7 @@ def test_a_denoised_file_that_is_not_kept_is_made_again_where_it_is_needed(folde
     remove_denoised(plans_of(pipeline))
     assert not path.exists() and [len(plan.skipped) for plan in plans_of(pipeline)] == [1, 1, 1]
     # That the file is gone is no problem beside others.
-    with pytest.raises(Problems) as raised, open(os.devnull, "w") as null:
+    with pytest.raises(Problems) as raised, Path(os.devnull).open("w") as null:
         values = yaml.safe_load(pipeline.read_text())
         values["semantic"]["parameters"]["network"]["threshold"] = 0.3
         pipeline.write_text(yaml.safe_dump(values))
@@ -433,6 +433,14 @@ def test_keys_about_labels_have_no_effect_and_that_is_said(folder: Path) -> None
         *plan.notes
     }
     assert plan.jobs[0].components is None and plan.jobs[0].mask is None
+
+
+def test_keys_about_denoising_have_no_effect_on_other_models_and_that_is_said(folder: Path) -> None:
+    pipeline = chain(folder)
+    values = yaml.safe_load(pipeline.read_text())
+    values["lamella"]["keep_denoised"] = False
+    pipeline.write_text(yaml.safe_dump(values))
+    assert [one.unused for one in read_models(pipeline).values()] == [(), ("keep_denoised",), ()]
 
 
 def test_raw_tomograms_are_not_overwritten(folder: Path) -> None:
