@@ -415,6 +415,12 @@ def test_a_checkpoint_of_the_other_kind_is_named_for_what_it_is(folder: Path) ->
             plan_run(read_configuration(folder / "config.yaml"))
 
 
+@pytest.mark.parametrize("command", ["components", "semantic-to-centers", "view"])
+def test_commands_on_labels_want_no_denoiser(folder: Path, command: str) -> None:
+    said = invoke(command, chain(folder), "--model", "denoise", folder=folder, status=2)
+    assert "pipeline.yaml, denoise: this command needs a model that gives labels; found a denoiser" in said
+
+
 def test_documented_defaults_take_the_place_of_missing_keys(folder: Path) -> None:
     prepare(folder, "scaled")
     values = yaml.safe_load((folder / "config.yaml").read_text())

@@ -185,7 +185,7 @@ def find_predictions(configuration: Configuration, filename: str | None = None, 
     Problems
         If there are none, one is missing, or the configuration lacks ``postprocessing_sizes``.
     ConfigurationError
-        If the folder cannot be read.
+        If the folder cannot be read, or the model is a denoiser.
     """
     try:
         return with_retries(partial(_find_predictions, configuration, filename, sizes))
@@ -194,6 +194,11 @@ def find_predictions(configuration: Configuration, filename: str | None = None, 
 
 
 def _find_predictions(configuration: Configuration, filename: str | None, sizes: bool) -> list[Path]:
+    if configuration.denoises:
+        raise ConfigurationError(
+            "this command needs a model that gives labels", place=configuration.place, value="a denoiser",
+            remedy="Name another model of a pipeline with --model, or give the file of another model",
+        )  # fmt: skip
     folder = configuration.prediction_folder
     names = (filename,) if filename is not None else configuration.test_files
     if names is None:
