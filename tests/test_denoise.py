@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ from cryosiam_dask.commands.report import write_report
 from cryosiam_dask.config import read_configuration, read_denoiser, read_models
 from cryosiam_dask.core.executor import SerialExecutor
 from cryosiam_dask.errors import ConfigurationError, Problems, TomogramError
+from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.runs.collection import remove_denoised, run
 from cryosiam_dask.runs.find import find_predictions
 from cryosiam_dask.runs.ledger import read_entries
 from cryosiam_dask.runs.outcome import Outcome
 from cryosiam_dask.runs.plan import RunPlan, masks_made_before, plan_run, with_denoising
 from cryosiam_dask.stages.denoise import stretch_of, with_own_moments
+from cryosiam_dask.stages.intensities import intensities, sample_file
 from support import checkpoints
 from support.command import call, children, invoke, start
 from support.runs import Acting, Listener, segment
@@ -504,6 +507,22 @@ def test_tomograms_that_are_bright_on_dark_already(folder: Path) -> None:
     segment(read_configuration(folder / "config.yaml"))
     with np.load(folder / "expected.npz") as expected:
         np.testing.assert_allclose(written(folder / "out" / "tomo.mrc"), expected["denoised"], atol=1e-4)
+
+
+def test_the_denoiser_is_named_if_what_it_made_is_dark_on_bright(folder: Path) -> None:
+    denoise, lamella, _ = plans_of(chain(folder))
+    header = read_header(denoise.jobs[0].source)
+    dark = replace(intensities(sample_file(header), 0, 1), contrast="dark on bright")
+    for said in (
+        lamella.intensity_warnings(header, dark),
+        [each for each, _ in lamella.shared_warnings([dark] * 2)[0]],
+    ):
+        assert any("'invert: false' below parameters.data of denoise" in each for each in said)
+        assert not any("'invert: true'" in each for each in said)
+    flat = replace(dark, central=(3.0, 3.0))
+    assert denoise.intensity_warnings(header, flat) == [
+        "almost all voxels are 3: there is nothing to see. Check the file"
+    ]
 
 
 def test_several_channels_of_a_smaller_volume_than_the_patch(folder: Path) -> None:

@@ -124,7 +124,7 @@ sees next to no contrast. Write below parameters.data 'min: 0.48' and 'max: 0.51
     return ()
 
 
-def contrast(found: str | None, invert: bool | None) -> tuple[str, ...]:
+def contrast(found: str | None, invert: bool | None, denoised: bool = False) -> tuple[str, ...]:
     """Say whether the contrast of a tomogram is the wrong way round for CryoSiam's models.
 
     Parameters
@@ -133,6 +133,8 @@ def contrast(found: str | None, invert: bool | None) -> tuple[str, ...]:
         See `cryosiam_dask.stages.intensities.contrast`.
     invert
         ``parameters.data.invert``. ``False`` silences the warning about dark on bright: the user decided.
+    denoised
+        Whether a denoiser of the same pipeline made the tomogram, so that its own ``invert`` is the cause.
 
     Examples
     --------
@@ -143,6 +145,12 @@ def contrast(found: str | None, invert: bool | None) -> tuple[str, ...]:
 'invert: true', or 'invert: false' if this model was trained on such tomograms
     """
     if found == "dark on bright" and invert is None:
+        if denoised:
+            return (
+                "dense matter looks dark on bright, and CryoSiam's models expect it bright on dark: if the raw "
+                "tomogram is bright on dark already, write 'invert: false' below parameters.data of denoise, not of "
+                "this model",
+            )
         return (
             "dense matter looks dark on bright, and CryoSiam's models expect it bright on dark: write below "
             "parameters.data 'invert: true', or 'invert: false' if this model was trained on such tomograms",
@@ -220,7 +228,7 @@ def distinct_digits(low: float, high: float) -> tuple[str, str]:
 
 
 def shared_warnings(
-    found: Sequence[Intensities], minimum: float, maximum: float, invert: bool | None
+    found: Sequence[Intensities], minimum: float, maximum: float, invert: bool | None, denoised: bool = False
 ) -> tuple[list[tuple[str, int]], set[str]]:
     """Return the warnings that hold for all tomograms of a collection, so that each is shown once.
 
@@ -230,6 +238,8 @@ def shared_warnings(
         The intensities of each tomogram.
     minimum, maximum, invert
         The keys of ``parameters.data``.
+    denoised
+        See `contrast`.
 
     Returns
     -------
@@ -256,8 +266,9 @@ def shared_warnings(
         sentences.append((_APART, sum(map(bool, single))))
     known = [f.contrast for f in found if f.contrast is not None]
     if len(set(known)) == 1 and 2 * len(known) >= count:
-        sentences += [(sentence, len(known)) for sentence in contrast(known[0], invert)]
-        instead.update(contrast(known[0], invert))
+        of_contrast = contrast(known[0], invert, denoised)
+        sentences += [(sentence, len(known)) for sentence in of_contrast]
+        instead.update(of_contrast)
     return sentences, instead
 
 

@@ -363,10 +363,12 @@ class RunPlan:
         partly = header.compressed and found.share < 1
         judged = f" (judged by {found.where}: only its beginning is read)" if partly else ""
         if self.denoises:
-            sentences = contrast_of_raw(found.contrast, data.invert)
+            flat = found.central is not None and found.central[0] == found.central[1]
+            of_range = scaling(0, 0, found.central, 0, 1) if flat else ()
+            sentences = (*of_range, *contrast_of_raw(found.contrast, data.invert))
         else:
             of_range = scaling(found.below, found.above, found.central, data.min, data.max)
-            sentences = (*of_range, *contrast(found.contrast, data.invert))
+            sentences = (*of_range, *contrast(found.contrast, data.invert, self.configuration.denoiser is not None))
         return [f"{sentence}{judged}" for sentence in sentences]
 
     def shared_warnings(self, found: Sequence[Intensities]) -> tuple[list[tuple[str, int]], set[str]]:
@@ -374,7 +376,7 @@ class RunPlan:
         if self.denoises:
             return [], set()
         data = self.configuration.parameters.data
-        return shared_warnings(found, data.min, data.max, data.invert)
+        return shared_warnings(found, data.min, data.max, data.invert, self.configuration.denoiser is not None)
 
     def require_usable(self, header: TomogramHeader) -> None:
         """Refuse a truncated file, an image for a 3-D model, and a tomogram for a 2-D model.
