@@ -30,7 +30,7 @@ _TRANSIENT = {
 
 
 def is_transient(error: BaseException | None) -> bool:
-    """Whether an error is a disk error that may go away by itself, or was caused by one."""
+    """Whether an error may go away by itself, or was caused by one of a disk that may."""
     while error is not None:
         if isinstance(error, CryosiamDaskError):
             return error.transient
@@ -60,7 +60,8 @@ class CryosiamDaskError(Exception):
     Attributes
     ----------
     transient
-        Whether it was created while a transient disk error was handled (see `is_transient`).
+        Whether it was created while a transient disk error was handled (see `is_transient`), or the memory of a GPU
+        did not suffice.
     """
 
     def __init__(self, rule: str, *, place: object = "", value: object = None, remedy: str = "") -> None:

@@ -19,8 +19,9 @@ import zarr
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from cryosiam_dask.core.executor import retries_exhausted
 from cryosiam_dask.core.grid import Patch
-from cryosiam_dask.errors import DeviceError, LostDeviceError
+from cryosiam_dask.errors import DeviceError, LostDeviceError, is_transient
 from cryosiam_dask.model import predictor as module
 from cryosiam_dask.model.architecture import peak_bytes, widest
 from cryosiam_dask.model.network import build_network
@@ -129,8 +130,10 @@ def test_a_network_that_does_not_fit_is_tried_again_and_then_an_error(
     refusals[:] = 2 * [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB")]
     with pytest.raises(
         DeviceError, match=r"network must fit into the GPU's memory; found CUDA out of memory.*other pro"
-    ):
+    ) as raised:
         Predictor(spec)
+    assert is_transient(raised.value)  # another GPU may have the memory
+    assert "Stop other programs on the GPU" in str(retries_exhausted(raised.value)) and not is_transient(raised.value)
     refusals[:] = [torch.AcceleratorError("CUDA error: unspecified launch failure")]
     with pytest.raises(LostDeviceError, match="unspecified launch failure"):
         Predictor(spec)

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from cryosiam_dask.core.log import LOG
-from cryosiam_dask.errors import CryosiamDaskError, StorageError, is_transient
+from cryosiam_dask.errors import CryosiamDaskError, DeviceError, StorageError, is_transient
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -24,8 +24,8 @@ R = TypeVar("R")
 Progress = Callable[[str, int, int], None]
 
 
-#: Seconds to wait before each retry after a transient disk error: a file server that restarts, or its replacement,
-#: usually answers within half a minute.
+#: Seconds to wait before each retry after a transient error, mostly of a disk: a file
+#: server that restarts, or its replacement, usually answers within half a minute.
 RETRY_PAUSES = (1.0, 5.0, 25.0)
 
 
@@ -38,7 +38,7 @@ class TakenOver(Interrupted):
 
 
 def with_retries(work: Callable[[], R], check: Callable[[], None] = lambda: None) -> R:
-    """Return ``work()``, retried after each of `RETRY_PAUSES` if it fails with a transient disk error.
+    """Return ``work()``, retried after each of `RETRY_PAUSES` if it fails with a transient error.
 
     Parameters
     ----------
@@ -88,7 +88,8 @@ def retries_exhausted(error: Exception) -> Exception:
             value=f"{getattr(error, 'strerror', None) or error}, {len(RETRY_PAUSES) + 1} times in "
             f"{sum(RETRY_PAUSES):.0f} s",
         )
-    error.remedy = "Look at the disk, then repeat the command: it goes on from the blocks that are done"
+    if not isinstance(error, DeviceError):
+        error.remedy = "Look at the disk, then repeat the command: it goes on from the blocks that are done"
     error.transient = False
     return error
 

@@ -480,7 +480,7 @@ class Predictor:
                 break
             free_memory()
         else:
-            raise DeviceError(
+            raise _does_not_fit(
                 "the network must fit into the GPU's memory",
                 place=spec.checkpoint,
                 value=refused[0],
@@ -555,7 +555,7 @@ class Predictor:
                 return self._predict_block(window, patches, shape, wanted, 1, alone=True)
             tried, _ = out_of_memory(self.spec.batch_size, self.spec.patch)
             _, remedy = out_of_memory(1, self.spec.patch)
-            raise DeviceError(
+            raise _does_not_fit(
                 "a patch and its block must fit into the GPU's memory",
                 value=f"{tried}, and a block of {list(shape)}; even a batch of 1 without another block does not fit "
                 f"({refused[0]})",
@@ -632,6 +632,13 @@ class Predictor:
             for i, patch in enumerate(patches if name != "highest" else ()):
                 target: Any = (..., *patch.target)
                 values[target] = found[name][i]
+
+
+def _does_not_fit(rule: str, **details: Any) -> DeviceError:
+    """Return an error after which another GPU is tried, or the same one later: its memory may be another program's."""
+    error = DeviceError(rule, **details)
+    error.transient = True
+    return error
 
 
 def _batches(patches: Sequence[Patch], size: int) -> Iterator[list[Patch]]:
