@@ -13,9 +13,11 @@ import sys
 import threading
 import time
 import warnings
+from _thread import interrupt_main
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -39,7 +41,7 @@ from cryosiam_dask.errors import (
     LostDeviceError,
     TomogramError,
 )
-from cryosiam_dask.runs import cluster, dask_executor
+from cryosiam_dask.runs import cluster, dask_executor, workers
 from cryosiam_dask.runs.cluster import open_cluster
 from cryosiam_dask.runs.dask_executor import DaskExecutor
 from cryosiam_dask.runs.workers import (
@@ -294,6 +296,40 @@ def test_a_cluster_whose_devices_do_not_come_back_ends_the_run(client: Client) -
     executor._ask_new(set())  # as if all workers were new
     with pytest.raises(DeviceError, match=r"^a worker must have a GPU until the run ends; found none for \d+ s"):
         executor.map(square, [3], name="predict", overlap=True)
+
+
+def test_a_cluster_of_this_run_whose_workers_do_not_come_back_ends_the_run(client: Client) -> None:
+    executor = DaskExecutor(client, hang_seconds=1)
+    executor._knows = lambda address: False  # type: ignore[method-assign]  # as if there were none
+    with pytest.raises(LostClusterError, match=r"^this machine: a worker must run until the run ends; found none for "):
+        executor.map(square, [3], name="predict", overlap=True)
+
+
+def test_a_broken_device_does_not_use_up_the_attempts_at_a_task(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.wait_for_workers(2)
+    ended: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+    for name in ("_retire", "_restart"):
+        monkeypatch.setattr(dask_executor, name, lambda _, address, name=name: ended.put((name, address)))
+    executor = DaskExecutor(client, has_device=partial(bool, 1))
+    broken, works = executor._addresses
+    group = dask_executor._TaskGroup(square, [1], "lose", "", 0, True, lambda *_: None, None)
+    executor._groups.append(group)
+
+    def lose() -> None:
+        future = client.submit(square, 1)
+        task = dask_executor._Task(group, 0, broken, 0.0)
+        executor._handle(dask_executor._Finished(future, error=LostDeviceError("the device must work")), task)
+
+    executor._proven.add(works)
+    for _ in range(5):
+        lose()
+    assert group.error is None and group.pending and ended.get(timeout=60) == ("_retire", broken)
+    executor._proven.clear()  # no other device works either
+    for _ in range(3):
+        lose()
+    assert isinstance(group.error, LostDeviceError)
 
 
 def test_workers_that_all_have_a_device_do_everything(client: Client) -> None:
@@ -597,7 +633,9 @@ def test_a_scheduler_that_answers_no_more_ends_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("times", [1, 3])
-def test_a_worker_that_dies_while_it_starts_is_started_again(times: int) -> None:
+def test_a_worker_that_dies_while_it_starts_is_started_again(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_REPLACE_SECONDS", (0.1, 0.1))
+
     def workers() -> set[int]:
         found = set()
         for child in psutil.Process().children():
@@ -620,10 +658,28 @@ def test_a_worker_that_dies_while_it_starts_is_started_again(times: int) -> None
     if times == 1:
         with opened as client:
             assert DaskExecutor(client).map(square, [2], name="square") == [4]
+            times = 2  # and the one that replaces it
+            kill()
+            assert DaskExecutor(client).map(square, [2], name="square") == [4]
     else:
         with pytest.raises(ClusterError, match=r"must be able to start.*failed to start.*fewer --workers"), opened:
             pass
     killing.join()
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_what_hangs_while_it_starts_is_killed(interrupted: bool) -> None:
+    hanging = get_context("spawn").Process(target=time.sleep, args=(3000,))
+
+    def start() -> None:
+        hanging.start()
+        if interrupted:
+            interrupt_main()
+        hanging.join()
+
+    with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
+        cluster._within(3000 if interrupted else 0.1, {*active_children()}, start)
+    assert hanging.exitcode == -signal.SIGKILL
 
 
 def test_the_users_own_dask_configuration_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -684,6 +740,23 @@ def test_a_warning_of_a_name_that_is_not_utf8_costs_no_worker(client: Client, ca
             time.sleep(0.01)
         assert set(client.run(os.getpid).values()) == before
     assert "/data/\\udcb5 dir/x.mrc is odd" in caplog.text
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_the_end_does_not_wait_for_a_worker_that_does_not_answer(
+    client: Client, joined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_FORGET_SECONDS", 0.1)
+    client.wait_for_workers(2)
+    before = client.run(os.getpid)
+    stopped = min(before.values())
+    other = Client(client.scheduler.address, security=client.security, set_as_default=False)
+    try:
+        with other, forwarded_warnings(other if joined else client):
+            os.kill(stopped, signal.SIGSTOP)
+        assert client.nthreads().keys() == before.keys()  # it was not given up, which takes five minutes
+    finally:
+        os.kill(stopped, signal.SIGCONT)
 
 
 def test_it_is_said_that_no_worker_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

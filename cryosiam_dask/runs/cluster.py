@@ -13,19 +13,25 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import socket
 import tempfile
+import threading
+import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from functools import partial
 from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
 import dask
-from distributed import Client, LocalCluster, performance_report
+from distributed import Client, LocalCluster, Status, performance_report
 from distributed.comm import CommClosedError, get_address_host_port
 from distributed.security import Security
 from distributed.utils import clean_dashboard_address
@@ -38,7 +44,7 @@ from cryosiam_dask.errors import (
     DeviceError,
 )
 from cryosiam_dask.runs.dask_executor import THREADS, TRIES
-from cryosiam_dask.runs.workers import HELPER_BYTES, Setup, leave_at_once, register_in_workers, require_versions
+from cryosiam_dask.runs.workers import HELPER_BYTES, R, Setup, leave_at_once, register_in_workers, require_versions
 
 #: Make glibc keep freed memory in one heap for all threads, for the network's next layer and patch. Otherwise every
 #: large tensor is mapped anew, and the kernel spends much CPU time clearing its pages.
@@ -109,21 +115,76 @@ def open_cluster(
         "silence_logs": logging.CRITICAL,
     }
     environment = "distributed.nanny.pre-spawn-environ"
-    with (
-        _interrupts_blocked(),
-        warnings.catch_warnings(),
-        dask.config.set({environment: dask.config.get(environment) | KEEP_MEMORY, **settings}),
-    ):
+    settings[environment] = dask.config.get(environment) | KEEP_MEMORY
+    others = {*multiprocessing.active_children()}
+    with _interrupts_blocked(), warnings.catch_warnings(), dask.config.set(settings):
         warnings.filterwarnings("ignore", message="Port .* is already in use")
         warnings.filterwarnings("ignore", message="Cannot get CPU affinity")  # the workers may use all cores then
         if device == "cuda":
-            cluster = _start(lambda: _cuda_cluster(workers, cpu_workers, {"security": Security.temporary(), **options}))
+            make = partial(_cuda_cluster, workers, cpu_workers, options)
         else:
-            options |= {"n_workers": workers, "threads_per_worker": THREADS, "processes": True}
-            cluster = _start(lambda: LocalCluster(security=Security.temporary(), **options))
-    with dask.config.set(settings), cluster, Client(cluster, set_as_default=False) as client:
-        register_in_workers(client, Setup(leave_at_once), "leave")
-        yield client
+            make = partial(LocalCluster, n_workers=workers, threads_per_worker=THREADS, processes=True, **options)
+        cluster = _start(lambda: _within(_START_SECONDS, others, lambda: make(security=Security.temporary())))
+    over = threading.Event()
+    with dask.config.set(settings):
+        try:
+            threading.Thread(target=_replace, args=(cluster, over), daemon=True, name="replace").start()
+            with Client(cluster, set_as_default=False) as client:
+                register_in_workers(client, Setup(_leave_silently), "leave")
+                yield client
+        finally:
+            over.set()
+            _within(_CLOSE_SECONDS, others, cluster.close)
+
+
+def _leave_silently() -> None:
+    """See `leave_at_once`; a worker that retires would also log the end of its connections on the user's terminal."""
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    leave_at_once()
+
+
+#: Seconds after which workers are killed that have not started, and that have not ended.
+_START_SECONDS, _CLOSE_SECONDS = 600.0, 20.0
+#: Seconds between two looks for workers that Dask has given up, at first and at most.
+_REPLACE_SECONDS = 15.0, 600.0
+
+
+def _within(seconds: float, others: Collection[BaseProcess], call: Callable[[], R]) -> R:
+    """Return ``call()``; if it takes longer or fails, kill the processes that were started since there were `others`.
+
+    So does an interrupt. Dask waits for ever for a process that hangs while it starts, also to close its cluster.
+    """
+
+    def kill() -> None:
+        for process in {*multiprocessing.active_children()}.difference(others):
+            process.kill()
+
+    # In a thread, since an interrupt within Dask would leave a cluster that nobody can close.
+    with ThreadPoolExecutor(1) as pool:
+        called, end = pool.submit(call), time.monotonic() + seconds
+        try:
+            while not wait([called], 0.5).done:  # a blocked signal does not end a longer wait
+                if time.monotonic() > end:
+                    kill()
+            return called.result()
+        except BaseException:
+            kill()
+            while not wait([called], 0.5).done:
+                kill()
+            raise
+
+
+def _replace(cluster: Any, over: threading.Event) -> None:
+    """Start workers again that died while they replaced others, which Dask does not."""
+    pause, longest = _REPLACE_SECONDS
+    while not over.wait(pause):
+        with suppress(Exception):  # the next one may start
+            for name, worker in list(cluster.workers.items()):
+                if worker.status in (Status.closed, Status.failed):
+                    del cluster.workers[name]
+            if cluster.worker_spec.keys() - cluster.workers.keys():
+                pause = min(2 * pause, longest)
+                cluster.sync(cluster._correct_state)
 
 
 def cluster_settings(scratch: str | None = None) -> dict[str, Any]:
@@ -387,7 +448,7 @@ def default_cpu_workers(gpus: int) -> int:
     return max(0, min(cores() - gpus, memory_of_machine() // 2 // HELPER_BYTES))
 
 
-def _cuda_cluster(workers: int, cpu_workers: int | None, options: dict[str, Any]) -> Any:
+def _cuda_cluster(workers: int, cpu_workers: int | None, options: dict[str, Any], security: Security) -> Any:
     visible = _visible_gpus()
     if len(visible) < max(1, workers):
         raise DeviceError(
@@ -407,7 +468,7 @@ def _cuda_cluster(workers: int, cpu_workers: int | None, options: dict[str, Any]
     from dask_cuda import LocalCUDACluster
 
     logging.getLogger("asyncio").addFilter(_not_of_a_nanny)
-    cluster = LocalCUDACluster(n_workers=count, threads_per_worker=THREADS, **options)
+    cluster = LocalCUDACluster(n_workers=count, threads_per_worker=THREADS, security=security, **options)
     # It also opens if workers died while they started, and starts no others.
     started = {worker.name for worker in cluster.scheduler.workers.values()}
     if dead := [str(name) for name in cluster.worker_spec if name not in started]:

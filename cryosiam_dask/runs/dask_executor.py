@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dask.utils import key_split
-from distributed import Client, Future, KilledWorker, SchedulerPlugin
+from distributed import Client, Future, KilledWorker, LocalCluster, SchedulerPlugin
 from distributed.comm import CommClosedError
 from distributed.protocol.pickle import dumps, loads
 
@@ -48,6 +48,19 @@ HANG_SECONDS, _HANG_FACTOR = 900.0, 20.0
 _NO_WORKER_SECONDS = 60.0
 #: Factor on the seconds above for tasks that do not use the device: one may write a file of hundreds of gigabytes.
 _FILE_FACTOR = 24.0
+
+
+def _restart(client: Client, address: str) -> None:
+    """Restart a worker process, or retire it if it has no nanny that could restart it."""
+    try:
+        client.restart_workers([address], timeout=10, raise_for_error=False)
+    except Exception:
+        _retire(client, address)
+
+
+def _retire(client: Client, address: str) -> None:
+    with suppress(Exception):
+        client.retire_workers([address])
 
 
 class DaskExecutor:
@@ -98,12 +111,13 @@ class DaskExecutor:
         self._has_device: dict[str, bool] = {}  # by address, of the workers that have answered
         self._asked: set[str] = set()
         self._last_worker = math.inf  # when a worker was last seen; infinite after the user was told that there is none
-        self._last_device = math.inf  # when a worker with a device was last seen, or none at all
+        self._last_device = math.inf  # when a worker with a device was last seen
         self._lock = threading.RLock()
         self._events: queue.SimpleQueue[_Finished | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._drained = False
         self._any_succeeded = False
+        self._proven: set[str] = set()  # workers that have finished a task that uses the device
         client.register_plugin(_ForgetFinished())
         register_in_workers(client, Setup(load_tasks), "tasks")
         if has_device is not None:
@@ -244,10 +258,13 @@ class DaskExecutor:
                 self._addresses = {a for a in found if a not in self._abandoned and self._knows(a)}
                 self._ask_new(set(found))
         now = time.monotonic()
-        if self._with_device or not self._addresses:
+        # Nobody adds another one to a cluster of this run; only jobs of Slurm may all be pending.
+        local = isinstance(self.client.cluster, LocalCluster)
+        if self._with_device or not (self._addresses or local):
             self._last_device = now
         elif self.client.cluster is not None and now - self._last_device > self.hang_seconds:
-            raise _devices_are_gone(now - self._last_device)  # nobody adds another one to a cluster of this run
+            gone = _devices_are_gone if self._addresses else _workers_are_gone
+            raise gone(now - self._last_device)
         if self._with_device:
             self._last_worker = now
         elif now - self._last_worker > _NO_WORKER_SECONDS:
@@ -260,7 +277,7 @@ class DaskExecutor:
                 if future not in self._in_flight:
                     continue  # its group has just ended
                 if task.address not in self._addresses:
-                    self._retry(future, task, _worker_died(task.group.name), restart=False)
+                    self._retry(future, task, _worker_died(task.group.name), None)
                     continue
                 seconds = self.hang_seconds * (1 if task.group.overlap else _FILE_FACTOR)
                 if now - task.began > max(seconds, _HANG_FACTOR * usual.get(task.group.name, 0.0)):
@@ -334,10 +351,11 @@ class DaskExecutor:
         return None
 
     def _submit(self, group: _TaskGroup, number: int, address: str) -> None:
+        group.submitted += 1
         future = self.client.submit(
             group.pickled,
             dumps(group.items[number]),
-            key=(group.prefix, number, group.tries[number] + group.transient_failures[number]),
+            key=(group.prefix, number, group.submitted),
             pure=False,
             workers=[address],
         )
@@ -376,14 +394,18 @@ class DaskExecutor:
         error = finished.error
         if error is None:
             self._durations.setdefault(group.name, deque(maxlen=99)).append(time.monotonic() - task.began)
-            self._any_succeeded |= group.overlap
+            if group.overlap:
+                self._any_succeeded = True
+                self._proven.add(task.address)
             self.watch(group.name, time.monotonic() - task.began)
             group.results.put((number, finished.result))
         elif isinstance(error, LostDeviceError):
-            self._retry(finished.future, task, error)
+            # A device that has never worked while others do is broken: it must not use up the attempts at a task.
+            broken = task.address not in self._proven and not self._proven.isdisjoint(self._with_device)
+            self._retry(finished.future, task, error, _retire if broken else _restart, counts=not broken)
         elif isinstance(error, CancelledError | asyncio.CancelledError | CommClosedError | KilledWorker):
             # The scheduler was restarted and forgot the task, or gave it up.
-            self._retry(finished.future, task, _worker_died(group.name), restart=False)
+            self._retry(finished.future, task, _worker_died(group.name), None)
         elif is_transient(error) and group.transient_failures[number] < len(RETRY_PAUSES):
             pause = RETRY_PAUSES[group.transient_failures[number]]
             LOG.warning(
@@ -396,18 +418,28 @@ class DaskExecutor:
         else:
             self._finish(group, retries_exhausted(error) if isinstance(error, Exception) else error)
 
-    def _retry(self, future: Future, task: _Task, error: CryosiamDaskError, restart: bool = True) -> None:
-        """Retry a task whose worker failed in another process; after `TRIES` attempts, fail with `error`."""
+    def _retry(
+        self,
+        future: Future,
+        task: _Task,
+        error: CryosiamDaskError,
+        end: Callable[[Client, str], None] | None = _restart,
+        counts: bool = True,
+    ) -> None:
+        """Retry a task whose worker failed in another process; after `TRIES` attempts that count, fail with `error`.
+
+        `end` ends the worker's process, unless that is already gone.
+        """
         group = task.group
         if self._in_flight.pop(future, None):
             group.in_flight -= 1
             with suppress(CommClosedError):
                 self.client.cancel([future], force=True)
-        if restart and task.address in self._addresses:
+        if end and task.address in self._addresses:
             self._addresses.remove(task.address)
             self._abandoned.add(task.address)
-            threading.Thread(target=_restart, args=(self.client, task.address), daemon=True).start()
-        group.tries[task.number] += 1
+            threading.Thread(target=end, args=(self.client, task.address), daemon=True).start()
+        group.tries[task.number] += counts
         LOG.warning("%s, task %d, worker %s: %s", group.prefix, task.number, task.address, error)
         if group.tries[task.number] >= TRIES:
             self._finish(group, error)
@@ -446,6 +478,7 @@ class _TaskGroup:
     pending: deque[int] = field(init=False)
     tries: list[int] = field(init=False)
     in_flight: int = 0
+    submitted: int = 0
     #: Tasks to retry after a transient disk error, each with the time to do it, and how many errors each has had.
     delayed: list[tuple[float, int]] = field(default_factory=list)
     transient_failures: Counter[int] = field(default_factory=Counter)
@@ -520,15 +553,6 @@ class _TomogramExecutor:
         return self.executor._run(group)
 
 
-def _restart(client: Client, address: str) -> None:
-    """Restart a worker process, or retire it if it has no nanny that could restart it."""
-    try:
-        client.restart_workers([address], timeout=10, raise_for_error=False)
-    except Exception:
-        with suppress(Exception):
-            client.retire_workers([address])
-
-
 def _worker_died(step: str) -> DeviceError:
     return DeviceError(
         "a worker process died several times during the same task",
@@ -552,6 +576,15 @@ def _devices_are_gone(seconds: float) -> DeviceError:
         "a worker must have a GPU until the run ends",
         value=f"none for {seconds:.0f} s",
         remedy="Look with nvidia-smi what the GPUs lack, then repeat the command: finished work is kept",
+    )
+
+
+def _workers_are_gone(seconds: float) -> LostClusterError:
+    return LostClusterError(
+        "a worker must run until the run ends",
+        place="this machine",
+        value=f"none for {seconds:.0f} s",
+        remedy="Look with free, nvidia-smi and dmesg what it lacks, then repeat the command: finished work is kept",
     )
 
 

@@ -8,6 +8,7 @@ import logging
 import os
 import pkgutil
 import platform
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -147,10 +148,22 @@ def forwarded_warnings(client: Client) -> Iterator[None]:
     try:
         yield
     finally:
-        if client.status == "running":
-            with suppress(Exception):  # the cluster may be closing
-                client.unforward_logging("py.warnings")
-                client.unregister_worker_plugin("warnings")
+        if client.cluster is None:  # workers of this run end with it
+            # One that does not answer would keep this process waiting.
+            thread = threading.Thread(target=_forget_warnings, args=(client,), daemon=True, name="forget warnings")
+            thread.start()
+            thread.join(_FORGET_SECONDS)
+
+
+#: Seconds for all workers to stop logging warnings.
+_FORGET_SECONDS = 10.0
+
+
+def _forget_warnings(client: Client) -> None:
+    if client.status == "running":
+        with suppress(Exception):  # the cluster may be closing
+            client.unforward_logging("py.warnings")
+            client.unregister_worker_plugin("warnings")
 
 
 def ask(client: Client, function: Callable[..., R], *arguments: object) -> dict[str, R]:
