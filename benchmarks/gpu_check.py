@@ -749,7 +749,13 @@ def main(arguments: list[str] | None = None) -> int:
         from support.gpus import environment
 
         return subprocess.run([sys.executable, __file__, *(arguments or sys.argv[1:])], env=environment(1)).returncode
-    output.mkdir(parents=True, exist_ok=True)
+    path = output / "rows.jsonl"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write("\n" if path.read_bytes()[-1:] not in (b"", b"\n") else "")  # after a row that a kill cut off
+    except OSError as error:
+        parser.error(f"--output {output}: {error.strerror}")
     names = [name for name in CHECKS[options.part] if not options.only or name in options.only]
     if unknown := set(options.only or ()) - set(names):
         parser.error(
@@ -758,7 +764,7 @@ def main(arguments: list[str] | None = None) -> int:
     end = time.monotonic() + options.seconds
 
     def write(row: Row) -> None:
-        with (output / "rows.jsonl").open("a") as file:
+        with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def statuses() -> dict[str, Row]:
