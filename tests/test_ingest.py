@@ -89,7 +89,10 @@ def write(path: Path, data: np.ndarray, **fields: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("region", [np.s_[2], np.s_[-1, 1:3], np.s_[::2, np.int64(3), 1:6:3], np.s_[1:3, -4:]])
+@pytest.mark.parametrize(
+    "region",
+    [np.s_[2], np.s_[-1, 1:3], np.s_[::2, np.int64(3), 1:6:3], np.s_[1:3, -4:], np.s_[::-1, 4:1:-2], np.s_[:, 5:2]],
+)
 def test_a_file_that_is_read_where_it_is_slices_like_an_array(tmp_path: Path, region: Any) -> None:
     voxels = np.random.default_rng(0).random((6, 7, 8), np.float32)
     (tmp_path / "x.mrc").write_bytes(mrc_bytes(voxels))

@@ -611,12 +611,11 @@ class MrcVoxels:
     def __getitem__(self, region: Any, /) -> np.ndarray[Any, Any]:
         given = region if isinstance(region, tuple) else (region,)
         parts = (*given, *[slice(None)] * (self.ndim - len(given)))
-        whole = [
-            slice(*part.indices(size)[:2]) if isinstance(part, slice) else slice(at := range(size)[part], at + 1)
-            for part, size in zip(parts, self.shape, strict=True)
-        ]
-        voxels = native(self.header.read(tuple(whole)), self.dtype)
-        return voxels[tuple(slice(None, None, part.step) if isinstance(part, slice) else 0 for part in parts)]
+        chosen = [range(size)[part] for part, size in zip(parts, self.shape, strict=True)]  # a range or an index
+        ranges = [each if isinstance(each, range) else range(each, each + 1) for each in chosen]
+        whole = tuple(slice(min(each), max(each) + 1) if each else slice(0, 0) for each in ranges)
+        voxels = native(self.header.read(whole), self.dtype)
+        return voxels[tuple(slice(None, None, each.step) if isinstance(each, range) else 0 for each in chosen)]
 
     def require_unchanged(self) -> None:
         """Check that the file is the one whose header was read.
