@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from mrcfile.dtypes import HEADER_DTYPE
 from zarr.storage import MemoryStore
 
+from cryosiam_dask.core.executor import SerialExecutor
 from cryosiam_dask.errors import OutputError, TomogramError
 from cryosiam_dask.files.mrc import MrcVoxels, read_mrc_header
 from cryosiam_dask.files.tomogram import read_header
@@ -97,6 +98,21 @@ def test_a_file_that_is_read_where_it_is_slices_like_an_array(tmp_path: Path, re
     voxels = np.random.default_rng(0).random((6, 7, 8), np.float32)
     (tmp_path / "x.mrc").write_bytes(mrc_bytes(voxels))
     np.testing.assert_array_equal(MrcVoxels(read_mrc_header(tmp_path / "x.mrc", None))[region], voxels[region])
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_a_file_that_changes_while_it_is_read_is_no_tomogram(tmp_path: Path, copy: bool) -> None:
+    path, store = write(tmp_path / "x.mrc", volume()), MemoryStore()
+
+    class Writing(SerialExecutor):
+        def map(self, *arguments: Any, **options: Any) -> list[Any]:
+            found = super().map(*arguments, **options)
+            write(path, volume((5, 6, 8)))
+            return found
+
+    with pytest.raises(TomogramError, match="must not change"):
+        ingest(path, store, copy=copy, executor=Writing())
+    assert not copy or "statistics" not in zarr.open_array(store, path="tomogram").attrs
 
 
 @pytest.mark.parametrize("compressed", [False, True])

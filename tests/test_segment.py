@@ -373,6 +373,26 @@ def test_a_tomogram_that_is_replaced_while_it_is_read_gets_no_output(folder: Pat
     assert np.array_equal(labels_of_a_run(folder), again)
 
 
+def test_no_block_of_a_file_that_was_there_for_a_while_is_kept(folder: Path) -> None:
+    """Such as of one that is copied again over itself, and holds zeros until that is done."""
+    path, configuration = folder / "data" / "TS_1.mrc", configure(folder, block_size=8, save_internal_files=True)
+    whole = path.read_bytes()
+
+    def probabilities() -> np.ndarray:
+        assert segment(configuration, filename="TS_1.mrc")["TS_1"].status == "done"
+        with h5py.File(folder / "out" / "TS_1_preds.h5") as file:
+            return file["probs"][:]
+
+    executor = Acting(lambda _: path.write_bytes(whole[:1024].ljust(len(whole), b"\0")))
+    (outcome,) = run(plan_run(configuration, filename="TS_1.mrc"), Listener(), executor=executor)
+    assert "a tomogram must not change while it is segmented" in outcome.error
+    assert Ledger(folder / "out", "TS_1").last("block")
+    path.write_bytes(whole)
+    resumed = probabilities()
+    shutil.rmtree(folder / "out")
+    np.testing.assert_array_equal(resumed, probabilities())
+
+
 def test_a_copy_of_an_earlier_file_is_not_taken_for_one_that_was_read_where_it_is(folder: Path) -> None:
     path, scale = folder / "data" / "TS_1.mrc", {"parameters": {"data": {"min": -50.0, "max": 90.0}}}
     for number, keep in enumerate((True, False, True)):

@@ -617,25 +617,27 @@ class MrcVoxels:
         voxels = native(self.header.read(whole), self.dtype)
         return voxels[tuple(slice(None, None, each.step) if isinstance(each, range) else 0 for each in chosen)]
 
-    def require_unchanged(self) -> None:
-        """Check that the file is the one whose header was read.
 
-        Raises
-        ------
-        TomogramError
-            If it has been removed, replaced or written to.
-        """
-        try:
-            found = self.header.path.stat()
-        except OSError as error:
-            raise unreadable(self.header.path, error) from error
-        if (found.st_size, found.st_mtime) != (self.header.file_bytes, self.header.modified):
-            raise TomogramError(
-                "a tomogram must not change while it is segmented",
-                place=self.header.path,
-                value="another size or time than at the start",
-                remedy="Repeat the command: unless only the time has changed, the tomogram starts again",
-            )
+def require_unchanged(header: TomogramHeader) -> None:
+    """Check that a file, not a zarr, is the one whose header was read.
+
+    Raises
+    ------
+    TomogramError
+        If it has been removed, replaced or written to.
+    """
+    try:
+        with header.path.open("rb") as file:  # opened, because a network disk may tell an earlier time until then
+            found = os.fstat(file.fileno())
+    except OSError as error:
+        raise unreadable(header.path, error) from error
+    if (found.st_size, found.st_mtime) != (header.file_bytes, header.modified):
+        raise TomogramError(
+            "a tomogram must not change while it is segmented",
+            place=header.path,
+            value="another size or time than at the start",
+            remedy="Repeat the command: unless only the time has changed, the tomogram starts again",
+        )
 
 
 def in_place(header: TomogramHeader) -> bool:

@@ -49,7 +49,7 @@ from cryosiam_dask.core.grid import Grid, make_grid
 from cryosiam_dask.core.machine import boot_id
 from cryosiam_dask.errors import LostClusterError, is_transient
 from cryosiam_dask.files.header import TomogramHeader
-from cryosiam_dask.files.mrc import MrcHeader, MrcVoxels, write_mrc, write_mrc_floats
+from cryosiam_dask.files.mrc import MrcHeader, MrcVoxels, require_unchanged, write_mrc, write_mrc_floats
 from cryosiam_dask.files.predictions import write_hdf5, write_raw_predictions
 from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.files.zarr import Voxels, ZarrHeader
@@ -293,7 +293,7 @@ def _denoise(run: _Run, workspaces: ExitStack) -> tuple[Outcome, tuple[Denoised,
         predicted = _predict(run, tomogram, space, spec)
         outputs, blocks = predicted.outputs, predicted.blocks
         if isinstance(tomogram, MrcVoxels):
-            tomogram.require_unchanged()
+            require_unchanged(tomogram.header)
         low, high = min(block["lowest"] for block in blocks), max(block["highest"][0] for block in blocks)
         denoised = Denoised(outputs["denoised"], (low, high) if configuration.scale_prediction else None)
         found = intensities(
@@ -332,6 +332,8 @@ def _denoising_spec(run: _Run, tomogram: Voxels, space: Workspace) -> PredictorS
             replace(spec, stretch=stretch), tomogram, mean=data.mean is None, std=data.std is None, executor=executor
         )
         found = {"key": key, "stretch": stretch, "mean": own.mean, "std": own.std}
+        if isinstance(tomogram, MrcVoxels):
+            require_unchanged(tomogram.header)
         space.ledger.append("scaling", **found)
     low, high = found["stretch"]
     return replace(spec, stretch=(low, high), mean=found["mean"], std=found["std"])
@@ -441,6 +443,8 @@ def _predict(run: _Run, tomogram: Voxels | Denoised, space: Workspace, spec: Pre
     described = dict[Index, Description]()
 
     def record_block(index: tuple[int, ...], block: BlockTimes | None) -> None:
+        if isinstance(tomogram, MrcVoxels):
+            require_unchanged(tomogram.header)  # the file may become again what it was, and this block would be kept
         highest, inside, counts = (block.highest, block.inside, block.counts) if block else ((), 0, ())
         lowest = {} if block is None or block.lowest is None else {"lowest": block.lowest}
         ledger.append("block", index=index, highest=highest, inside=inside, counts=counts, **lowest)
@@ -468,7 +472,7 @@ def _run_model(
     predicted = _predict(run, tomogram, space, plan.spec(run.device))
     outputs, blocks = predicted.outputs, predicted.blocks
     if isinstance(tomogram, MrcVoxels):
-        tomogram.require_unchanged()
+        require_unchanged(tomogram.header)
     labels, warnings = outputs["labels"], list[str]()
     if network.postprocessing:
         filled = work.create_array(

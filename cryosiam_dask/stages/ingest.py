@@ -33,7 +33,7 @@ from cryosiam_dask.core.local_store import AnyDiskStore
 from cryosiam_dask.errors import OutputError, writing
 from cryosiam_dask.files.atomic import replacing_folder
 from cryosiam_dask.files.header import TomogramHeader, native
-from cryosiam_dask.files.mrc import STREAM_BYTES, MrcHeader, MrcVoxels, in_place, read_layers
+from cryosiam_dask.files.mrc import STREAM_BYTES, MrcHeader, MrcVoxels, in_place, read_layers, require_unchanged
 from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.files.zarr import Voxels, ZarrHeader, is_zarr, read_region
 
@@ -142,6 +142,7 @@ def ingest(
     elif isinstance(header, MrcHeader) and in_place(header) and not copy:
         voxels = MrcVoxels(header)
         statistics = _statistics(voxels, header.path, executor)
+        require_unchanged(header)
     else:
         voxels, statistics = _fill(header, store, name, chunks, compress, executor)
     return voxels, _report(header, statistics)
@@ -185,6 +186,8 @@ def _fill(
             copied = executor.map(partial(_copy_row, header=header, array=array), _rows(header, array), name="ingest")
             parts = [part for row in copied for part in row]
         statistics = _merge(parts)
+        if not isinstance(header, ZarrHeader):
+            require_unchanged(header)  # voxels of two files, or of a file that is being written, are no tomogram
         array.update_attributes({"statistics": statistics.attributes()})
     return array, statistics
 
