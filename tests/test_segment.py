@@ -375,7 +375,10 @@ def test_a_tomogram_that_is_replaced_while_it_is_read_gets_no_output(folder: Pat
 
 def test_no_block_of_a_file_that_was_there_for_a_while_is_kept(folder: Path) -> None:
     """Such as of one that is copied again over itself, and holds zeros until that is done."""
-    path, configuration = folder / "data" / "TS_1.mrc", configure(folder, block_size=8, save_internal_files=True)
+    path, configuration = (
+        folder / "data" / "TS_1.mrc",
+        configure(folder, block_size=16, save_internal_files=True, preview=False),
+    )
     whole = path.read_bytes()
 
     def probabilities() -> np.ndarray:
