@@ -630,6 +630,14 @@ def written(output, block=(1, 1, 3)):
         (lambda: remove_small(FEW, output_of(), [-1, 3], n_classes=3), "each of the 3 labels.*found 2 entries"),
         (lambda: remove_small(FEW, output_of(), [-1, 3, -2]), "number of voxels; .*Write -1"),
         (lambda: remove_small(FEW, output_of(dtype="uint8"), [-1, 3, 3]), "must hold labels of int16; found uint8"),
+        (
+            lambda: remove_small(FEW, output_of(), [-1, 3, 3], removed=output_of(dtype="uint8")),
+            "must hold labels of int16; found uint8",
+        ),
+        (
+            lambda: remove_small(FEW, output_of(), [-1, 3, 3], labelling=removal_labelling(Blocks.of(FEW), [-1, 1, 1])),
+            r"sizes: blocks must have been described for .*; found \[-1, 3, 3\] and \[-1, 1, 1\]",
+        ),
         (lambda: remove_small(FEW, output_of((1, 2, 5)), [-1, 3, 3]), r"the shape of its input, \(1, 1, 5\)"),
         (lambda: remove_small(FEW, FEW, [-1, 3, 3]), "must not be the array of labels"),
     ],

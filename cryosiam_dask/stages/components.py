@@ -526,7 +526,8 @@ def remove_small(
         See `find_components`; CryoSiam uses 26.
     labelling, described
         From `removal_labelling`, and what `describe_block` returned for some or all of its blocks; the others are
-        described here. If given, `n_classes`, `connectivity` and `array_module` are those of the labelling.
+        described here. If given, `n_classes`, `connectivity` and `array_module` are those of the labelling, and
+        `sizes` must be. To save memory the descriptions are emptied.
     executor, array_module
         Runs the tasks, and the library of arrays that they use.
 
@@ -541,12 +542,13 @@ def remove_small(
         If `sizes` does not have one entry of at least -1 for each class, or the labels hold another class.
     """
     _require_integers(labels)
-    if not np.can_cast(labels.dtype, output.dtype):
-        raise LabelsError(
-            f"the output must hold labels of {np.dtype(labels.dtype)}",
-            value=np.dtype(output.dtype),
-            remedy="Create the output with the dtype of the labels",
-        )
+    for array in (output, removed):
+        if array is not None and not np.can_cast(labels.dtype, array.dtype):
+            raise LabelsError(
+                f"the output must hold labels of {np.dtype(labels.dtype)}",
+                value=np.dtype(array.dtype),
+                remedy="Create the output with the dtype of the labels",
+            )
     _require_two_arrays(labels, output)
     blocks = Blocks.between(labels, output)
     if removed is not None:
@@ -554,6 +556,13 @@ def remove_small(
     if labelling is None:
         labelling = removal_labelling(
             Blocks.of(labels), sizes, n_classes=n_classes, connectivity=connectivity, array_module=array_module
+        )
+    elif labelling.sizes != tuple(sizes):
+        raise LabelsError(
+            "blocks must have been described for the sizes of the removal",
+            place="sizes",
+            value=f"{list(sizes)} and {list(labelling.sizes)}",
+            remedy="Describe them again with the labelling of these sizes",
         )
     found = dict(described or {})
     left = [index for index in labelling.blocks.indices if index not in found]
