@@ -308,7 +308,7 @@ def test_a_cluster_of_this_run_whose_workers_do_not_come_back_ends_the_run(clien
 def test_a_broken_device_does_not_use_up_the_attempts_at_a_task(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client.wait_for_workers(2)
+    wait_for_workers(client, 2)
     ended: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
     for name in ("_retire", "_restart"):
         monkeypatch.setattr(dask_executor, name, lambda _, address, name=name: ended.put((name, address)))
@@ -747,7 +747,7 @@ def test_the_end_does_not_wait_for_a_worker_that_does_not_answer(
     client: Client, joined: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers, "_FORGET_SECONDS", 0.1)
-    client.wait_for_workers(2)
+    wait_for_workers(client, 2)
     before = client.run(os.getpid)
     stopped = min(before.values())
     other = Client(client.scheduler.address, security=client.security, set_as_default=False)
