@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import logging
 import os
 import queue
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -28,7 +31,8 @@ import psutil
 import pytest
 from dask.utils import key_split
 from distributed import Client
-from distributed.comm import connect
+from distributed.comm import connect, listen
+from distributed.security import Security
 from tornado.web import RequestHandler
 
 import cryosiam_dask
@@ -52,7 +56,7 @@ from cryosiam_dask.runs.workers import (
     memory_of_workers,
     register_in_workers,
 )
-from support.runs import wait_for_workers
+from support.workers import wait_for_workers
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +152,8 @@ def test_every_worker_takes_part_and_listens_to_this_machine_alone(client: Clien
 
 STRANGER = """
 import asyncio, distributed.comm.tcp, os, sys
-from distributed.comm import connect
+from distributed.comm import connect, listen
+from distributed.security import Security
 from distributed.security import Security
 keys = Security.temporary().get_connection_args("client")
 connections = [(a, k) for address in sys.argv[1:] for a, k in (
@@ -668,7 +673,9 @@ def test_a_worker_that_dies_while_it_starts_is_started_again(times: int, monkeyp
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_what_hangs_while_it_starts_is_killed(interrupted: bool) -> None:
+def test_what_hangs_while_it_starts_is_killed(interrupted: bool, request: pytest.FixtureRequest) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run in the background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     hanging = get_context("spawn").Process(target=time.sleep, args=(3000,))
 
     def start() -> None:
@@ -680,6 +687,26 @@ def test_what_hangs_while_it_starts_is_killed(interrupted: bool) -> None:
     with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
         cluster._within(3000 if interrupted else 0.1, {*active_children()}, start)
     assert hanging.exitcode == -signal.SIGKILL
+
+
+def test_a_connection_that_ends_with_its_scheduler_is_not_shown(caplog: pytest.LogCaptureFixture) -> None:
+    async def connect_and_leave() -> None:
+        listener = await listen("tls://127.0.0.1:0", print, **Security.temporary().get_listen_args("scheduler"))
+        host, _, port = listener.contact_address.rpartition("//")[2].partition(":")
+        with socket.create_connection((host, int(port))) as connection:
+            await asyncio.sleep(0.1)  # accepted, but without a handshake
+            listener.stop()
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await asyncio.sleep(0.1)
+
+    logger = logging.getLogger("tornado.application")
+    for hidden in (False, True):
+        logger.filters.clear()
+        if hidden:
+            cluster.hide_lost_connections()
+        asyncio.run(connect_and_leave())
+        assert ("non-started TCPListener" in caplog.text) != hidden
+        caplog.clear()
 
 
 def test_the_users_own_dask_configuration_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

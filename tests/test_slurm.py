@@ -27,7 +27,7 @@ from support import checkpoints, golden
 from support.command import call, start
 from support.inputs import PIPELINE_CASE as CASE
 from support.inputs import pipeline_of_case, write_tomogram, write_yaml
-from support.runs import wait_for_workers
+from support.workers import wait_for_workers
 
 COMMANDS = {
     "sbatch": """

@@ -104,6 +104,7 @@ def open_cluster(
         If workers cannot start or repeatedly die while starting, or the dashboard cannot listen at the address.
     """
     require_local_address(dashboard_address)
+    hide_lost_connections()
     # A worker without a GPU would tell of the machine's first one.
     settings = cluster_settings(scratch) | {"distributed.diagnostics.nvml": device == "cuda"}
     options: dict[str, Any] = {
@@ -492,6 +493,16 @@ def _cuda_cluster(workers: int, cpu_workers: int | None, options: dict[str, Any]
 
 class _DeadWorkersError(RuntimeError):
     """Workers of a cluster with GPUs died while they started."""
+
+
+def hide_lost_connections() -> None:
+    """Keep the traceback of a worker that ends while it connects to a scheduler that closes off the terminal."""
+    logging.getLogger("tornado.application").addFilter(_not_of_a_listener)
+
+
+def _not_of_a_listener(record: logging.LogRecord) -> bool:
+    """Drop tornado's traceback of a connection that was lost after its listener had been stopped."""
+    return "non-started TCPListener" not in str(record.exc_info)
 
 
 def _not_of_a_nanny(record: logging.LogRecord) -> bool:

@@ -148,15 +148,14 @@ def forwarded_warnings(client: Client) -> Iterator[None]:
     try:
         yield
     finally:
-        if client.cluster is None:  # workers of this run end with it
-            # One that does not answer would keep this process waiting.
-            thread = threading.Thread(target=_forget_warnings, args=(client,), daemon=True, name="forget warnings")
-            thread.start()
-            thread.join(_FORGET_SECONDS)
+        # In a thread, since a worker that does not answer would keep this process waiting.
+        thread = threading.Thread(target=_forget_warnings, args=(client,), daemon=True, name="forget warnings")
+        thread.start()
+        thread.join(_FORGET_SECONDS)
 
 
 #: Seconds for all workers to stop logging warnings.
-_FORGET_SECONDS = 10.0
+_FORGET_SECONDS = 5.0
 
 
 def _forget_warnings(client: Client) -> None:

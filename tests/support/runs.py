@@ -1,12 +1,9 @@
-"""Runs in this process, what they report to, and their workers."""
+"""Runs in this process, and what they report to."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
-
-from distributed import Client
 
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.core.executor import SerialExecutor
@@ -58,13 +55,3 @@ class Acting(SerialExecutor):
 
 def segment(configuration: Configuration, **options: Any) -> dict[str, Outcome]:
     return {outcome.stem: outcome for outcome in run(plan_run(configuration, **options), Listener())}
-
-
-def wait_for_workers(client: Client, count: int) -> None:
-    """Wait until a cluster has so many workers.
-
-    `Client.wait_for_workers` gives its cluster a list of workers that may lack one that has just joined, and then the
-    cluster cannot be closed once this one has died.
-    """
-    while len(client.nthreads()) < count:
-        time.sleep(0.02)
