@@ -9,6 +9,8 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 import typer
 from rich.console import Console
@@ -160,3 +162,15 @@ def test_public_names_exist() -> None:
         assert getattr(cryosiam_dask, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         cryosiam_dask.nothing  # noqa: B018
+
+
+def test_commands_without_a_network_do_not_load_torch(tmp_path: Path) -> None:
+    for name in ("data", "out"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "m.ckpt").write_bytes(b"")
+    keys = {"data_folder": "data", "prediction_folder": "out", "trained_model": "m.ckpt", "output_formats": ["mrc"]}
+    (tmp_path / "fine.yaml").write_text(json.dumps(keys))
+    with h5py.File(tmp_path / "out" / "TS_1_preds.h5", "w") as file:
+        file["labels"] = np.ones((4, 5, 6), np.uint8)
+    statuses, libraries = loaded(["export", "fine.yaml", "--workers", "1"], folder=tmp_path)
+    assert statuses == [0] and (tmp_path / "out" / "TS_1_labels.mrc").exists() and "torch" not in libraries

@@ -294,9 +294,11 @@ def leave_at_once() -> None:
 
 def log_workers(client: Client, device: str) -> None:
     """Log the address, device and host of every worker."""
-    from cryosiam_dask.model.predictor import name_of_gpu  # no scheduler needs torch for the rest of this module
+    gpus: dict[str, str | None] = {}
+    if device == "cuda":
+        from cryosiam_dask.model.predictor import name_of_gpu  # nobody needs torch for the rest of this module
 
-    gpus = ask(client, name_of_gpu) if device == "cuda" else {}
+        gpus = ask(client, name_of_gpu)
     for address, worker in workers_of(client).items():
         name = gpus.get(address) or device
         LOG.debug("worker %s: %s, %d threads, on %s", address, name, worker["nthreads"], worker["host"])
