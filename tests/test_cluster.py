@@ -310,9 +310,7 @@ def test_a_cluster_of_this_run_whose_workers_do_not_come_back_ends_the_run(clien
         executor.map(square, [3], name="predict", overlap=True)
 
 
-def test_a_broken_device_does_not_use_up_the_attempts_at_a_task(
-    client: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_device_is_not_started_again_at_once(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     wait_for_workers(client, 2)
     ended: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
     for name in ("_retire", "_restart"):
@@ -328,12 +326,13 @@ def test_a_broken_device_does_not_use_up_the_attempts_at_a_task(
         executor._handle(dask_executor._Finished(future, error=LostDeviceError("the device must work")), task)
 
     executor._proven.add(works)
-    for _ in range(5):
-        lose()
+    lose()
     assert group.error is None and group.pending and ended.get(timeout=60) == ("_retire", broken)
     executor._proven.clear()  # no other device works either
-    for _ in range(3):
-        lose()
+    executor._addresses.add(broken)
+    lose()
+    assert group.error is None and ended.get(timeout=60) == ("_restart", broken)
+    lose()
     assert isinstance(group.error, LostDeviceError)
 
 
@@ -686,7 +685,7 @@ def test_what_hangs_while_it_starts_is_killed(interrupted: bool, request: pytest
 
     with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
         cluster._within(3000 if interrupted else 0.1, {*active_children()}, start)
-    assert hanging.exitcode == -signal.SIGKILL
+    assert not psutil.pid_exists(hanging.pid)  # its exit code may be in the hands of another thread that waited for it
 
 
 def test_a_connection_that_ends_with_its_scheduler_is_not_shown(caplog: pytest.LogCaptureFixture) -> None:

@@ -400,9 +400,10 @@ class DaskExecutor:
             self.watch(group.name, time.monotonic() - task.began)
             group.results.put((number, finished.result))
         elif isinstance(error, LostDeviceError):
-            # A device that has never worked while others do is broken: it must not use up the attempts at a task.
+            # A device that has never worked while others do is broken: restarted at once, it would use up the attempts
+            # at a task.
             broken = task.address not in self._proven and not self._proven.isdisjoint(self._with_device)
-            self._retry(finished.future, task, error, _retire if broken else _restart, counts=not broken)
+            self._retry(finished.future, task, error, _retire if broken else _restart)
         elif isinstance(error, CancelledError | asyncio.CancelledError | CommClosedError | KilledWorker):
             # The scheduler was restarted and forgot the task, or gave it up.
             self._retry(finished.future, task, _worker_died(group.name), None)
@@ -424,9 +425,8 @@ class DaskExecutor:
         task: _Task,
         error: CryosiamDaskError,
         end: Callable[[Client, str], None] | None = _restart,
-        counts: bool = True,
     ) -> None:
-        """Retry a task whose worker failed in another process; after `TRIES` attempts that count, fail with `error`.
+        """Retry a task whose worker failed in another process; after `TRIES` attempts, fail with `error`.
 
         `end` ends the worker's process, unless that is already gone.
         """
@@ -439,7 +439,7 @@ class DaskExecutor:
             self._addresses.remove(task.address)
             self._abandoned.add(task.address)
             threading.Thread(target=end, args=(self.client, task.address), daemon=True).start()
-        group.tries[task.number] += counts
+        group.tries[task.number] += 1
         LOG.warning("%s, task %d, worker %s: %s", group.prefix, task.number, task.address, error)
         if group.tries[task.number] >= TRIES:
             self._finish(group, error)
