@@ -24,8 +24,8 @@ R = TypeVar("R")
 Progress = Callable[[str, int, int], None]
 
 
-#: Seconds to wait before each retry after a transient error, mostly of a disk: a file
-#: server that restarts, or its replacement, usually answers within half a minute.
+#: Seconds to wait before each retry after a transient error, mostly of a disk: a file server that restarts, or its
+#: replacement, usually answers within half a minute.
 RETRY_PAUSES = (1.0, 5.0, 25.0)
 
 
