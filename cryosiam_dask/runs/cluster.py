@@ -104,7 +104,7 @@ def open_cluster(
         If workers cannot start or repeatedly die while starting, or the dashboard cannot listen at the address.
     """
     require_local_address(dashboard_address)
-    hide_lost_connections()
+    silence_dask()
     # A worker without a GPU would tell of the machine's first one.
     settings = cluster_settings(scratch) | {"distributed.diagnostics.nvml": device == "cuda"}
     options: dict[str, Any] = {
@@ -333,11 +333,11 @@ def join_cluster(
                 value=getattr(error, "strerror", None) or "something else",
                 remedy="Start the scheduler first, on a disk that all nodes see",
             ) from None
+    silence_dask()
     try:
-        with _silent():
-            # Checked first, since a client that finds no scheduler leaves threads behind.
-            socket.create_connection(get_address_host_port(str(address)), timeout=_ANSWER_SECONDS).close()
-            client = Client(address, timeout=_ANSWER_SECONDS, set_as_default=False)
+        # Checked first, since a client that finds no scheduler leaves threads behind.
+        socket.create_connection(get_address_host_port(str(address)), timeout=_ANSWER_SECONDS).close()
+        client = Client(address, timeout=_ANSWER_SECONDS, set_as_default=False)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         if str(address).startswith("tls://") and not Security().tls_ca_file:
             raise ClusterError(
@@ -358,7 +358,7 @@ def join_cluster(
             value=f"none within {_ANSWER_SECONDS} s ({str(error).splitlines()[0]})",
             remedy="Check the address, that the scheduler is running, and that no firewall blocks it",
         ) from None
-    with _silent(), dask.config.set(dashboard_link()), client:
+    with dask.config.set(dashboard_link()), client:
         try:
             client.wait_for_workers(workers or 1, timeout=seconds)
         except TimeoutError:
@@ -404,16 +404,15 @@ def write_performance_report(client: Client, path: Path, warn: Callable[[str], N
                 warn(f"{path}: the performance report could not be written: {error}")
 
 
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Silence distributed's log of failed or lost connections, which an error reports."""
-    logger = logging.getLogger("distributed")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+def silence_dask() -> None:
+    """Keep off the terminal what Dask logs of lost connections and of workers that do not start, which errors report.
+
+    It stays so until the process ends: a connection may also be lost while its cluster closes or after that, when
+    `silence_logs` of the cluster has no effect any more.
+    """
+    for handler in logging.getLogger("distributed").handlers:  # also those of "tornado"
+        handler.setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tracebacks of Dask's tasks that nobody waited for
 
 
 @contextmanager
@@ -468,7 +467,6 @@ def _cuda_cluster(workers: int, cpu_workers: int | None, options: dict[str, Any]
         )
     from dask_cuda import LocalCUDACluster
 
-    logging.getLogger("asyncio").addFilter(_not_of_a_nanny)
     cluster = LocalCUDACluster(n_workers=count, threads_per_worker=THREADS, security=security, **options)
     # It also opens if workers died while they started, and starts no others.
     started = {worker.name for worker in cluster.scheduler.workers.values()}
@@ -493,21 +491,6 @@ def _cuda_cluster(workers: int, cpu_workers: int | None, options: dict[str, Any]
 
 class _DeadWorkersError(RuntimeError):
     """Workers of a cluster with GPUs died while they started."""
-
-
-def hide_lost_connections() -> None:
-    """Keep the traceback of a worker that ends while it connects to a scheduler that closes off the terminal."""
-    logging.getLogger("tornado.application").addFilter(_not_of_a_listener)
-
-
-def _not_of_a_listener(record: logging.LogRecord) -> bool:
-    """Drop tornado's traceback of a connection that was lost after its listener had been stopped."""
-    return "non-started TCPListener" not in str(record.exc_info)
-
-
-def _not_of_a_nanny(record: logging.LogRecord) -> bool:
-    """Drop asyncio's traceback of a worker that died while it started, which an error reports."""
-    return "Nanny failed to start" not in str(record.exc_info)
 
 
 def _visible_gpus() -> list[int | str]:

@@ -36,7 +36,7 @@ from distributed import Client, Status
 from distributed.security import Security
 
 from cryosiam_dask.errors import ClusterError, ConfigurationError, LostClusterError, why_unreadable
-from cryosiam_dask.runs.cluster import KEEP_MEMORY, cluster_settings, hide_lost_connections, require_local_address
+from cryosiam_dask.runs.cluster import KEEP_MEMORY, cluster_settings, require_local_address, silence_dask
 from cryosiam_dask.runs.dask_executor import THREADS
 from cryosiam_dask.runs.workers import (
     HELPER_BYTES,
@@ -123,7 +123,7 @@ def open_slurm(
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="Port .* is already in use")
-        hide_lost_connections()
+        silence_dask()
         keys = stack.enter_context(TemporaryDirectory(prefix=".cryosiam-dask-tls-", dir=folder))
         stack.enter_context(dask.config.set({f"jobqueue.{_NAME}": section, **cluster_settings()}))
         try:
