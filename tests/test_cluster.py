@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from multiprocessing import active_children, get_context
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -681,7 +682,8 @@ def test_what_hangs_while_it_starts_is_killed(interrupted: bool, request: pytest
 
     with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
         cluster._within(3000 if interrupted else 0.1, {*active_children()}, start)
-    assert not psutil.pid_exists(hanging.pid)  # its exit code may be in the hands of another thread that waited for it
+    # Not its exit code, which may be in the hands of another thread that waited for it.
+    assert wait([hanging.sentinel], timeout=60)
 
 
 def test_connections_that_end_with_their_scheduler_are_not_shown() -> None:

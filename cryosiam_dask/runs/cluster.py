@@ -22,7 +22,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import resource_tracker
@@ -160,19 +160,28 @@ def _within(seconds: float, others: Collection[BaseProcess], call: Callable[[], 
         for process in {*multiprocessing.active_children()}.difference(others):
             process.kill()
 
-    # In a thread, since an interrupt within Dask would leave a cluster that nobody can close.
-    with ThreadPoolExecutor(1) as pool:
-        called, end = pool.submit(call), time.monotonic() + seconds
+    called: Future[R] = Future()
+
+    def run() -> None:
         try:
-            while not wait([called], 0.5).done:  # a blocked signal does not end a longer wait
-                if time.monotonic() > end:
-                    kill()
-            return called.result()
-        except BaseException:
-            kill()
-            while not wait([called], 0.5).done:
+            called.set_result(call())
+        except BaseException as error:
+            called.set_exception(error)
+
+    # In a thread, since an interrupt within Dask would leave a cluster that nobody can close.
+    thread, end = threading.Thread(target=run, daemon=True, name="within"), time.monotonic() + seconds
+    try:
+        thread.start()
+        while not wait([called], 0.5).done:  # a blocked signal does not end a longer wait
+            if time.monotonic() > end:
                 kill()
-            raise
+        return called.result()
+    except BaseException:
+        kill()
+        while thread.is_alive():
+            thread.join(0.5)
+            kill()
+        raise
 
 
 def _replace(cluster: Any, over: threading.Event) -> None:
