@@ -20,6 +20,7 @@ from support.command import call
 from support.inputs import write_yaml
 
 COMMAND = Path(sys.executable).with_name("cryosiam-dask")
+LABELS = Path(__file__).parent / "data" / "demo" / "labels.npz"
 
 
 def test_demo_finds_what_the_phantoms_hold(tmp_path: Path) -> None:
@@ -27,6 +28,8 @@ def test_demo_finds_what_the_phantoms_hold(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     scores = json.loads((tmp_path / "demo" / "dice.json").read_text())
     assert set(scores) == {"phantom_1", "phantom_2"}
+    with np.load(LABELS) as stored:
+        labels = dict(stored)
     for stem, found in scores.items():
         assert all(f"{score:.3f}" in done.stdout for score in found.values())
         assert found["lamella"] >= 0.9
@@ -38,6 +41,7 @@ def test_demo_finds_what_the_phantoms_hold(tmp_path: Path) -> None:
             assert raw.data.dtype == np.int16 and raw.data.max() == 30000  # a hot voxel
         with h5py.File(tmp_path / "demo" / "semantic" / f"{stem}_preds.h5") as file:
             assert file["labels"].shape == SHAPE
+            assert np.mean(file["labels"][()] == labels[stem]) > 0.999
             assert file.attrs["voxel_size_angstrom"][0] == pytest.approx(14)
     find_what_phantoms_without_the_noise_of_raw_ones_hold(tmp_path)
 
