@@ -175,13 +175,17 @@ def test_plan_of_a_pipeline_says_nothing_twice(pipeline: Path) -> None:
         printed(show_plan, pipeline / "pipeline.yaml", model="semantic")
 
 
-def test_the_outputs_of_many_tomograms_are_told_as_patterns(folder: Path) -> None:
+def test_what_many_tomograms_share_is_printed_once(folder: Path) -> None:
     (folder / "data" / f"{LONG}.mrc").unlink()
+    with mrcfile.open(folder / "data" / "TS_1.mrc", mode="r+") as mrc:
+        mrc.set_data((10 * mrc.data).astype(np.int8))
     for number in range(2, 23):
         shutil.copy(folder / "data" / "TS_1.mrc", folder / "data" / f"TS_{number}.mrc")
     text = printed(show_plan, folder / "config.yaml")
     assert "\nwrites, <name>: out/<name>_preds.h5, out/<name>_preview.png (22 tomograms)\n" in text
     assert text.count("writes") == 1
+    assert text.count("24 × 20 × 22") == 1 and len(re.findall(r"^│ TS_\d+ +│", text, re.MULTILINE)) == 22
+    assert text.count("mode 0") == 1 and "\nnote, TS_1, TS_10, TS_11 and 19 others: mode 0 " in text
 
 
 def test_a_trial_tells_the_time_and_writes_nothing(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,7 +220,9 @@ def _print_plan(
     _print_tomograms(console, stages)
     notes = [(stage, f": {note}") for stage, found in stages.items() for note in found.notes]
     notes += [
-        (stage, f", {t.stem}: {note}") for stage, found in stages.items() for t in found.tomograms for note in t.notes
+        (stage, f", {whom}: {note}")
+        for stage, found in stages.items()
+        for whom, note in merged_warnings((t.stem, note) for t in found.tomograms for note in t.notes)
     ]
     for note, of in _each_once(notes, stages):
         _inform(console, f"note{of}{note}")
@@ -297,7 +299,7 @@ def _each_once(sentences: Iterable[tuple[str, str]], stages: Collection[str]) ->
     return [(sentence, "" if len(set(of)) == len(stages) else f", {of[0]}") for sentence, of in by.items()]
 
 
-#: Up to this many tomograms the outputs are listed one by one.
+#: Up to this many tomograms are listed one by one, with all values and outputs of each.
 _LISTED = 20
 
 
@@ -349,7 +351,10 @@ _ACTIONS = {"segment": "to segment", "measure": "to measure", "skip": "skipped",
 
 
 def _print_tomograms(console: Console, stages: Mapping[str, Forecast]) -> None:
-    """Print the tomograms as a table or, if it is too wide, one below the other, with values that models share once."""
+    """Print the tomograms as a table or, if it is too wide, one below the other.
+
+    Values that all models share are printed once, as are those that many tomograms share.
+    """
     axes = "y, x" if are_images(t.shape for found in stages.values() for t in found.tomograms) else "z, y, x"
     by_stage = {
         stage: {t.stem: _row(t, axes, found.denoises) for t in found.tomograms} for stage, found in stages.items()
@@ -368,7 +373,10 @@ def _print_tomograms(console: Console, stages: Mapping[str, Forecast]) -> None:
             for stage, each in by_stage.items():
                 row[f"{name}, {stage}" if name in several else name] = each.get(stem, {}).get(name, "")
         rows.append(row)
-    used = [name for name in rows[0] if any(row[name] for row in rows)]
+    shared = _in_common(rows) if len(rows) > _LISTED else {}
+    if any(shared.values()):
+        _print_facts(console, [("all tomograms", ""), *((name, value) for name, value in shared.items() if value)])
+    used = [name for name in rows[0] if name not in shared and any(row[name] for row in rows)]
     table = _table(*used)
     for row in rows:
         table.add_row(*(escape(row[name]) for name in used))
@@ -376,7 +384,7 @@ def _print_tomograms(console: Console, stages: Mapping[str, Forecast]) -> None:
         console.print(table)
     else:
         for row in rows:
-            _print_facts(console, [(name, value) for name, value in row.items() if value])
+            _print_facts(console, [(name, row[name]) for name in used if row[name]])
 
 
 def _row(t: TomogramForecast, axes: str, denoises: bool) -> dict[str, str]:
