@@ -278,7 +278,7 @@ def test_a_tomogram_larger_than_the_disk_is_a_problem(folder: Path) -> None:
     with (folder / "data" / "TS_3.mrc").open("r+b") as file:
         file.truncate(1024 + 4 * 60_000 * 60_000 * 900)
     found = predicted(configure(folder, work_folder=str(folder / "work")))
-    assert len(found.problems) == 1 and "there must be 12960.0 GB of free disk space" in found.problems[0]
+    assert len(found.problems) == 1 and "there must be 13.0 TB of free disk space" in found.problems[0]
     assert found.all_problems == found.problems
     assert of(found, "TS_3").intensities.share < 1e-5  # type: ignore[union-attr]
 

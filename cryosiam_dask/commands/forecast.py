@@ -28,6 +28,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from pydantic_core import to_jsonable_python
+from rich.filesize import decimal
 
 from cryosiam_dask.config import Configuration
 from cryosiam_dask.core.diagnosis import Intensities
@@ -571,13 +572,13 @@ def _check_disks(disks: Iterable[Disk]) -> tuple[tuple[str, ...], tuple[str, ...
         where = " and ".join(map(str, disk.folders))
         if disk.certain_bytes > disk.free_bytes:
             problems.append(
-                f"{where}: there must be {_gb(disk.certain_bytes)} of free disk space; found "
-                f"{_gb(disk.free_bytes)}. Free space, or set work_folder or prediction_folder to another disk."
+                f"{where}: there must be {decimal(disk.certain_bytes)} of free disk space; found "
+                f"{decimal(disk.free_bytes)}. Free space, or set work_folder or prediction_folder to another disk."
             )
         elif disk.needed_bytes > disk.free_bytes:
             warnings.append(
-                f"{where}: up to {_gb(disk.needed_bytes)} may be needed, and {_gb(disk.free_bytes)} are free. Labels "
-                "compress to a small part of this, probabilities hardly"
+                f"{where}: up to {decimal(disk.needed_bytes)} may be needed, and {decimal(disk.free_bytes)} are free. "
+                "Labels compress to a small part of this, probabilities hardly"
             )
     return tuple(warnings), tuple(problems)
 
@@ -810,7 +811,3 @@ def _disks(needs: Iterable[_Need]) -> tuple[Disk, ...]:
             disk.certain_bytes + certain,
         )
     return tuple(disks.values())
-
-
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.1f} GB"

@@ -224,9 +224,8 @@ def _tomogram_facts(header: TomogramHeader) -> tuple[dict[str, Any], list[str], 
         "dtype": str(header.dtype),
     }
     if isinstance(header, MrcHeader):
-        facts |= {"mode": header.mode, "file_dtype": str(header.file_dtype)}
+        facts |= {"mode": header.mode, "file_dtype": str(header.file_dtype), "compressed": header.compressed}
     facts |= {
-        "compressed": header.compressed,
         "bytes": header.file_bytes,
         "voxel_size_angstrom": list(header.voxel_size_angstrom),
         "origin_angstrom": list(header.origin_angstrom),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Column, Table
@@ -253,7 +254,7 @@ def _facts(found: Forecast) -> dict[str, str]:
     return {
         "reads": "what is denoised first"
         if todo and all(t.denoised_first for t in todo)
-        else f"{_bytes(sum(t.file_bytes for t in todo))} in "
+        else f"{decimal(sum(t.file_bytes for t in todo))} in "
         + ", ".join(sorted({str(t.source.parent) for t in found.tomograms})),
         "lamella": ""
         if found.denoises
@@ -277,11 +278,11 @@ def _facts(found: Forecast) -> dict[str, str]:
             if any(t.action == action for t in found.tomograms)
         ),
         "patches to compute": f"{sum(t.patches for t in todo):,} at most",
-        "memory on CPUs": f"{_bytes(found.bytes_per_worker)} for each of {found.workers} "
+        "memory on CPUs": f"{decimal(found.bytes_per_worker)} for each of {found.workers} "
         f"worker{'s' * (found.workers != 1)}"
-        + (f", of {_bytes(found.memory_bytes)}" if found.memory_bytes is not None else ""),
-        "memory on GPUs": f"{_bytes(found.network_bytes)} on the GPU for each of {found.batch_size} patches, "
-        f"{_bytes(found.block_bytes * 3 // 2)} beside it",
+        + (f", of {decimal(found.memory_bytes)}" if found.memory_bytes is not None else ""),
+        "memory on GPUs": f"{decimal(found.network_bytes)} on the GPU for each of {found.batch_size} patches, "
+        f"{decimal(found.block_bytes * 3 // 2)} beside it",
     }
 
 
@@ -335,7 +336,7 @@ def _of_disks(disks: Sequence[Disk]) -> list[tuple[str, str]]:
     return [
         (
             f"disk of {' and '.join(map(str, disk.folders))}",
-            f"up to {_bytes(disk.needed_bytes)} needed, {_bytes(disk.free_bytes)} free",
+            f"up to {decimal(disk.needed_bytes)} needed, {decimal(disk.free_bytes)} free",
         )
         for disk in disks
     ]
@@ -400,8 +401,8 @@ def _row(t: TomogramForecast, axes: str, denoises: bool) -> dict[str, str]:
         "blocks": f"{t.blocks} (≤ {_shape(t.block_shape)})" if t.blocks else "",
         "in the mask": "",
         "ruled out": "",
-        "outputs": _bytes(t.output_bytes) if t.output_bytes else "",
-        "work": _bytes(t.work_bytes) if t.work_bytes else "",
+        "outputs": decimal(t.output_bytes) if t.output_bytes else "",
+        "work": decimal(t.work_bytes) if t.work_bytes else "",
     }
     if t.intensities is not None and not denoises:
         row["clipped below, above"] = f"{percent(t.intensities.below)}, {percent(t.intensities.above)}"
@@ -438,7 +439,7 @@ def _print_parts(console: Console, parts: Sequence[Part], facts: Mapping[str, An
         "dtype": [part.dtype for part in parts],
         "chunks": [_shape(part.chunks) for part in parts],
         "compression": [part.compression for part in parts],
-        "stored": ["" if part.stored_bytes is None else _bytes(part.stored_bytes) for part in parts],
+        "stored": ["" if part.stored_bytes is None else decimal(part.stored_bytes) for part in parts],
         "voxels of each class": ["\n".join(shares(part.voxels, names, part.shape, inside)) for part in parts],
     }
     filled = {name: values for name, values in columns.items() if any(values)}
@@ -479,7 +480,7 @@ def _text(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if name.endswith("bytes") and isinstance(value, int):
-        return f"{value:,} ({_bytes(value)})"
+        return f"{value:,} ({decimal(value)})"
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
@@ -527,10 +528,3 @@ def _shape(shape: Sequence[int]) -> str:
 def _voxel_size(sizes: Sequence[float | None]) -> str:
     texts = ["unknown" if size is None else f"{size:.4g}" for size in sizes]
     return texts[0] if len(set(texts)) == 1 else ", ".join(texts)
-
-
-def _bytes(count: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} bytes"

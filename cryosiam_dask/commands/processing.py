@@ -20,6 +20,7 @@ import numpy as np
 import scipy.fft
 import zarr
 from numpy.typing import NDArray
+from rich.filesize import decimal
 
 from cryosiam_dask.core.arrays import Computed, regions_of
 from cryosiam_dask.core.endings import HDF5_ENDINGS, MRC_ENDINGS, TOMOGRAM_ENDINGS
@@ -281,7 +282,7 @@ def match_pixel_size(found: Resampling, target: Path) -> None:
         raise OutputError(
             "there must be space for intermediate results beside the output",
             place=parent,
-            value=f"{free / 1e9:.1f} GB where {found.disk_bytes / 1e9:.1f} GB are needed",
+            value=f"{decimal(int(free))} where {decimal(found.disk_bytes)} are needed",
             remedy="Free space there, or write to another disk",
         )
     folder = parent / part_name(f"{target.name}.zarr")
