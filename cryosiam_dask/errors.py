@@ -172,6 +172,11 @@ class LostDeviceError(DeviceError):
     """This process can no longer use its device, but another process may."""
 
 
+def may_be_done_elsewhere(error: object) -> bool:
+    """Whether something is the error of a device that does not work, or lacks memory, where another one may not."""
+    return isinstance(error, LostDeviceError) or (isinstance(error, DeviceError) and error.transient)
+
+
 class ClusterError(CryosiamDaskError):
     """The Dask cluster cannot be reached, does not fit, or is gone.
 

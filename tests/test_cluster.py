@@ -14,6 +14,7 @@ import threading
 import time
 import warnings
 from _thread import interrupt_main
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -28,7 +29,7 @@ import dask
 import psutil
 import pytest
 from dask.utils import key_split
-from distributed import Client
+from distributed import Client, get_worker
 from distributed.comm import connect
 from tornado.web import RequestHandler
 
@@ -331,6 +332,53 @@ def test_a_broken_device_is_not_started_again_at_once(client: Client, monkeypatc
     assert group.error is None and ended.get(timeout=60) == ("_restart", broken)
     lose()
     assert isinstance(group.error, LostDeviceError)
+
+
+def device(dask_worker: Any) -> str:
+    """A name that the worker that replaces this one has, too."""
+    return f"device {dask_worker.name}"
+
+
+def die_at_first(number: int) -> int:
+    """Kill the first worker of the cluster, and each that replaces it."""
+    if get_worker().name == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_a_device_that_kills_its_worker_at_each_task_leaves_them_to_another_one(client: Client) -> None:
+    """More often than there are attempts at a task."""
+    wait_for_workers(client, 2)
+    executor = DaskExecutor(client, has_device=device)
+    assert executor.map(die_at_first, range(40), name="die", overlap=True) == list(range(40))
+    wait_for_workers(client, 2)
+
+
+def refuse_memory(folder: Path, refusing: int, number: int) -> int:
+    """Say that the memory does not suffice, as the first workers of the cluster do."""
+    if get_worker().name < refusing:
+        (folder / f"{get_worker().name} {time.time_ns()}").touch()
+        error = DeviceError("it must fit into the GPU's memory")
+        error.transient = True
+        raise error
+    time.sleep(0.05)
+    return number
+
+
+def test_what_one_device_has_no_memory_for_another_one_does_at_once(client: Client, tmp_path: Path) -> None:
+    wait_for_workers(client, 2)
+    executor = DaskExecutor(client, has_device=device)
+    assert executor.map(partial(refuse_memory, tmp_path, 1), range(30), name="x", overlap=True) == list(range(30))
+    assert 1 <= len(list(tmp_path.iterdir())) <= dask_executor.IN_FLIGHT_ON_DEVICE  # it is asked for no more
+
+
+def test_what_no_device_has_memory_for_is_not_tried_again(client: Client, tmp_path: Path) -> None:
+    wait_for_workers(client, 2)
+    executor = DaskExecutor(client, has_device=device)
+    with pytest.raises(DeviceError, match="must fit into the GPU's memory"):
+        executor.map(partial(refuse_memory, tmp_path, 2), range(30), name="y", overlap=True)
+    found = Counter(path.name.split()[0] for path in tmp_path.iterdir())
+    assert found.keys() == {"0", "1"} and found.total() <= 2 * dask_executor.IN_FLIGHT_ON_DEVICE
 
 
 def test_workers_that_all_have_a_device_do_everything(client: Client) -> None:

@@ -94,6 +94,7 @@ def test_a_gpu_whose_workers_always_die_is_named(tmp_path: Path) -> None:
     [
         ({"CUDA_VISIBLE_DEVICES": "0,7"}, r"found 0,7, where '7' is none of the 2 GPUs of this machine.*0,1 for exam"),
         ({"CUDA_VISIBLE_DEVICES": "0,1,"}, "found 0,1,, where '' is none of the 2 GPUs"),
+        ({"CUDA_VISIBLE_DEVICES": "0,-1"}, "found 0,-1, where '-1' is none of the 2 GPUs"),
         ({"CUDA_VISIBLE_DEVICES": "1,1"}, "found 1,1, where '1' is there twice"),
         ({"CUDA_VISIBLE_DEVICES": "one"}, "found one, where 'one' is none of"),
         ({"CUDA_VISIBLE_DEVICES": "GPU-12"}, "found GPU-12, where 'GPU-12' is none of"),
@@ -102,6 +103,14 @@ def test_a_gpu_whose_workers_always_die_is_named(tmp_path: Path) -> None:
         (
             {"CUDA_VISIBLE_DEVICES": fake_pynvml.nvmlDeviceGetUUID(1), "FAKE_AFFINITY": "missing"},
             "must list GPUs by their numbers where the driver does not know",
+        ),
+        (
+            {"FAKE_LOST": "1"},
+            r"^GPU 1: each visible GPU must work; found GPU is lost\. Look at nvidia-smi and dmesg, le",
+        ),
+        (
+            {"FAKE_LOST": "1", "CUDA_VISIBLE_DEVICES": fake_pynvml.nvmlDeviceGetUUID(1)},
+            "^GPU GPU-00000001-0000-0000-0000-000000000000: each visible GPU must work; found GPU is lost",
         ),
         ({"FAKE_GPUS": "0"}, r"asks for 1 GPUs; found 0 visible \(CUDA_VISIBLE_DEVICES=not set\)"),
         ({"FAKE_NVML": "missing"}, "management library, NVML; found NVML Shared Library Not Found. Install the driver"),
@@ -183,3 +192,23 @@ def test_a_run_on_gpus_with_little_memory_gives_the_labels_of_a_cpu(
     assert len(found) == len(right) == 3
     # The batches change the last bits of what the CPU below the faked GPU computes.
     assert all((one != other).mean() < 1e-3 for one, other in zip(found, right, strict=True))
+
+
+def test_gpus_that_cannot_compute_leave_everything_to_one_that_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPU 0 kills its process at each block, PyTorch cannot use 1, no network fits into 2, and 3 works."""
+    for name, value in environment(
+        4, FAKE_KILLS=0, FAKE_BROKEN=1, FAKE_NO_ROOM=2, FAKE_MEMORY="8 8 0.001 8", CUDA_VISIBLE_DEVICES="0,1,2,3"
+    ).items():
+        monkeypatch.setenv(name, value)
+    folder = make_folder(tmp_path)
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    write_yaml(folder / "config.yaml", {**values, "block_size": 16, "hyper_parameters": {"batch_size": 2}})
+    output = call(
+        "semantic-predict", "--config-file", "config.yaml", "--device", "cuda", "--cpu-workers", 0, folder=folder
+    )
+    assert "warning: the run goes on without GPU 1, which PyTorch cannot use" in output
+    assert "the network must fit into the GPU's memory" in output and "The other GPUs compute what this one" in output
+    assert "warning: 1 of 3 GPUs have too little memory, of which 0.0 GB are free" in output
+    assert "3 tomograms on 3 cuda workers" in output and output.count(" done ") >= 3

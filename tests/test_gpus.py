@@ -29,6 +29,7 @@ from cryosiam_dask.model.predictor import (
     Predictor,
     PredictorSpec,
     largest_patch,
+    memories_of_gpus,
     memory_of_gpu,
     name_of_gpu,
     predictor_spec,
@@ -145,6 +146,7 @@ MEMORY = [
     fake_cupy.OutOfMemoryError("Out of memory allocating 1,024 bytes"),
     fake_cupy.CUDARuntimeError("cudaErrorMemoryAllocation: out of memory"),
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB"),
+    MemoryError("std::bad_alloc: cudaErrorMemoryAllocation: out of memory"),
 ]
 
 
@@ -279,6 +281,24 @@ def test_reduced_precision_needs_a_cudnn_that_has_it(
     Predictor(spec)
     with pytest.raises(DeviceError, match=r"needs cuDNN 9\.16\.0 or newer; found cuDNN version incompatibility.*fp32"):
         Predictor(replace(spec, precision="tf32"))
+
+
+def test_gpus_are_told_apart_and_the_smallest_comes_first(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also parts of a GPU, and beside one that does not work."""
+    monkeypatch.setenv("FAKE_GPUS", "3")
+    monkeypatch.setenv("FAKE_MEMORY", "16 8 2")
+    assert memories_of_gpus() == [(2, 1_750_000_000), (1, 7_000_000_000), (0, 14_000_000_000)]
+    monkeypatch.setenv("FAKE_BROKEN", "1")
+    assert memories_of_gpus() == [(2, 1_750_000_000), (0, 14_000_000_000)]
+    monkeypatch.setenv("FAKE_BROKEN", "0 1 2")
+    with pytest.raises(LostDeviceError, match="unknown error"):
+        memories_of_gpus()
+    uuid, names = SimpleNamespace(name="GPU", uuid="GPU-1"), set()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: uuid)
+    for visible in ("0", "MIG-1", "MIG-2", "MIG-2,MIG-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        names.add(name_of_gpu())
+    assert names == {"GPU GPU-1", "GPU GPU-1 MIG-1", "GPU GPU-1 MIG-2"}
 
 
 @pytest.mark.parametrize(

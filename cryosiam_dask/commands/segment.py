@@ -25,10 +25,11 @@ from cryosiam_dask.core.machine import cores, memory_of_machine
 from cryosiam_dask.errors import ClusterError, ConfigurationError, CryosiamDaskError, DeviceError, Problems
 from cryosiam_dask.files.header import TomogramHeader
 from cryosiam_dask.files.tomogram import read_header
-from cryosiam_dask.model.device import has_gpu
 from cryosiam_dask.model.predictor import (
+    can_load,
     largest_patch,
     load_predictor,
+    memories_of_gpus,
     memory_of_gpu,
     name_of_gpu,
     on_device,
@@ -37,6 +38,7 @@ from cryosiam_dask.model.predictor import (
     unused_gpu,
 )
 from cryosiam_dask.runs.cluster import (
+    is_helper,
     is_loopback,
     join_cluster,
     open_cluster,
@@ -58,6 +60,7 @@ from cryosiam_dask.runs.plan import (
     USABLE,
     RunPlan,
     masks_made_before,
+    memory_to_use,
     on_this_machine,
     plan_run,
     require_memory,
@@ -75,6 +78,7 @@ from cryosiam_dask.runs.workers import (
     memory_of_workers,
     register_in_workers,
     wait_for_gpu,
+    workers_of,
 )
 from cryosiam_dask.stages.intensities import Sample, intensities, sample_file
 
@@ -266,14 +270,22 @@ def segment(
             if joins and device == "cuda":
                 wait_for_gpu(client, name_of_gpu, 60 * (worker_timeout or 0.5))
             found_device = describe_devices(client, name_of_gpu) if elsewhere or chosen == "cuda" else chosen
+            if elsewhere or chosen == "cuda":
+                chosen = _device_of(found_device, device if elsewhere else chosen, elsewhere)
             if elsewhere:
-                chosen = _device_of(found_device, device)
                 for plan in plans:
                     precision = plan.configuration.hyper_parameters.precision
                     ask(client, on_device, chosen, require_precision, precision, chosen)
             if elsewhere or chosen == "cuda":
-                alone, shared, of_gpu = memory_of_workers(client, memory_of_gpu if chosen == "cuda" else None)
+                alone, shared, gpus = memory_of_workers(client, memory_of_gpu if chosen == "cuda" else None)
+                of_gpu = memory_to_use(plans, alone, gpus)
                 require_memory(plans, alone, of_gpu)
+                if small := sum(memory < of_gpu for memory in gpus if of_gpu is not None):
+                    warn(
+                        console,
+                        f"{small} of {len(gpus)} GPUs have too little memory, of which {min(gpus) / 1e9:.1f} GB are "
+                        "free: the others compute what does not fit. Stop other programs there, or lower patch_size",
+                    )
                 plans = [plan.with_memory(int(USABLE * shared), of_gpu) for plan in plans]
             stack.enter_context(forwarded_warnings(client))
             log_workers(client, found_device)
@@ -284,9 +296,25 @@ def segment(
             for plan in plans:
                 if plan.jobs:
                     setup = Setup(partial(on_device, chosen, load_predictor, plan.spec(chosen)))
-                    register_in_workers(client, setup, f"model {plan.name}")
-            running = len(client.nthreads())
-            computing = sum(ask(client, has_gpu).values()) if chosen == "cuda" else running
+                    try:
+                        register_in_workers(client, setup, f"model {plan.name}")
+                    except DeviceError as error:
+                        ask(client, on_device, chosen, can_load, plan.spec(chosen))
+                        warn(console, f"{error} The other GPUs compute what this one cannot")
+            running = computing = len(client.nthreads())
+            if chosen == "cuda":
+                named = ask(client, name_of_gpu)
+                computing = sum(name is not None for name in named.values())
+                if broken := [
+                    f"{'worker' if elsewhere else 'GPU'} {worker['name']}"
+                    for address, worker in workers_of(client).items()
+                    if named.get(address) is None and (address not in named if elsewhere else not is_helper(worker))
+                ]:
+                    warn(
+                        console,
+                        f"the run goes on without {', '.join(broken)}, which PyTorch cannot use. Look at nvidia-smi "
+                        "and dmesg",
+                    )
             beside = f" and {running - computing} without a GPU beside them" if running > computing else ""
             inform(
                 console,
@@ -308,7 +336,7 @@ def segment(
             )
             pace = Pace(total, _network_voxels(plans), computing)
             reporter = Reporters(Meter(client), pace, make_reporter(console, pace), FileReporter(pace))
-            of_device = has_gpu if chosen == "cuda" else None
+            of_device = name_of_gpu if chosen == "cuda" else None
             executor = DaskExecutor(client, watch=reporter.watch, inform=reporter.inform, has_device=of_device)
             try:
                 outcomes = run(plans, reporter, device=chosen, executor=executor, timeline=timeline, stop=stop)
@@ -401,13 +429,15 @@ def _require_any(plans: Sequence[RunPlan]) -> None:
         )
 
 
-def _device_of(found: Literal["cpu", "cuda"], wanted: Device) -> Literal["cpu", "cuda"]:
-    """Return the device of a running cluster, if it is the requested one."""
+def _device_of(found: Literal["cpu", "cuda"], wanted: Device, elsewhere: bool) -> Literal["cpu", "cuda"]:
+    """Return the device of a running cluster, if it is the requested one; `elsewhere`: it was not started here."""
     if wanted == "cuda" and found == "cpu":
         raise DeviceError(
             "device cuda was asked for and must be usable",
-            value="workers without GPUs",
-            remedy="Start them with 'dask cuda worker' on nodes with GPUs, or use --device cpu",
+            value="workers without GPUs" if elsewhere else "no GPU that PyTorch can use in a worker process",
+            remedy="Start them with 'dask cuda worker' on nodes with GPUs, or use --device cpu"
+            if elsewhere
+            else "Look at nvidia-smi and dmesg, or use --device cpu",
         )
     return "cpu" if wanted == "cpu" else found
 
@@ -461,10 +491,15 @@ def _with_largest_patch(
     extent = tuple(max(sizes) for sizes in zip(plan.patch, *plan.shapes, strict=True))
     if device == "cuda":
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # this process keeps off the GPU
-            memory = int(USABLE * (pool.submit(memory_of_gpu).result() or 0))
-        patch = largest_patch(
-            plan.spec(device), extent, memory, lambda patch: replace(plan, patch=patch, room=0).block_bytes
-        )
+            gpus = pool.submit(memories_of_gpus).result()
+        beside = lambda patch: replace(plan, patch=patch, room=0).block_bytes  # noqa: E731
+        for gpu, memory in gpus:
+            try:
+                patch = largest_patch(plan.spec(device), extent, int(USABLE * memory), beside, gpu)
+                break
+            except DeviceError:  # larger GPUs will compute what does not fit
+                if gpu == gpus[-1][0]:
+                    raise
     else:
         memory = int(USABLE * memory_of_machine() / (workers or cores()))
         patch = largest_patch(plan.spec(device), extent, memory)

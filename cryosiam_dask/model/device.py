@@ -33,7 +33,8 @@ def memory_ran_out(error: BaseException) -> bool:
     """
     if _is(error, "torch", "OutOfMemoryError") or _is(error, "cupy", "OutOfMemoryError"):
         return True
-    return isinstance(error, RuntimeError) and any(part in str(error) for part in _MEMORY)
+    # Thrust, which sorts for cupy, raises a `MemoryError`.
+    return isinstance(error, RuntimeError | MemoryError) and any(part in str(error) for part in _MEMORY)
 
 
 def device_failed(error: BaseException) -> bool:

@@ -23,8 +23,9 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import cycle
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -34,7 +35,7 @@ import torch
 
 from cryosiam_dask.core.diagnosis import out_of_memory
 from cryosiam_dask.core.grid import Patch
-from cryosiam_dask.errors import CheckpointError, DeviceError
+from cryosiam_dask.errors import CheckpointError, DeviceError, LostDeviceError
 from cryosiam_dask.model.architecture import default_threshold, peak_bytes, required_divisor, widest
 from cryosiam_dask.model.checkpoint import read_checkpoint
 from cryosiam_dask.model.device import device_refuses, device_works, free_memory, has_gpu
@@ -262,7 +263,9 @@ def name_of_gpu() -> str | None:
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
-    return f"{properties.name} {getattr(properties, 'uuid', '')}".strip()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0]
+    part = visible if visible.startswith("MIG-") else ""  # of a GPU, whose id all its parts may tell
+    return f"{properties.name} {getattr(properties, 'uuid', '')} {part}".strip()
 
 
 def on_device(device: Literal["cpu", "cuda"], function: Callable[..., R], *arguments: object) -> R | None:
@@ -282,6 +285,25 @@ def memory_of_gpu() -> int | None:
         return None
     free, _ = torch.cuda.mem_get_info()
     return int(free + torch.cuda.memory_reserved())
+
+
+def memories_of_gpus() -> list[tuple[int, int]]:
+    """Return the number and the free memory, in bytes, of each GPU that this process can use; the smallest first.
+
+    Raises
+    ------
+    LostDeviceError
+        If none works.
+    """
+    found, count = list[tuple[int, int]](), count_of_gpus()
+    for gpu in range(count):
+        try:
+            with device_works():
+                found.append((gpu, torch.cuda.mem_get_info(gpu)[0]))
+        except LostDeviceError:
+            if gpu == count - 1 and not found:
+                raise
+    return sorted(found, key=itemgetter(1))
 
 
 #: From 9.8 on, cuDNN's convolutions in 3-D were wrong or slow in reduced precision, on some GPUs, up to this version.
@@ -307,8 +329,13 @@ def _require_cudnn(precision: Precision) -> None:
 
 
 @device_works()
-def require_precision(precision: Precision, device: Literal["cpu", "cuda"]) -> None:
+def require_precision(precision: Precision, device: Literal["cpu", "cuda"]) -> str:
     """Check that the device has instructions for a precision; without them it would be slower than single precision.
+
+    Returns
+    -------
+    str
+        The device's name.
 
     Raises
     ------
@@ -336,6 +363,7 @@ def require_precision(precision: Precision, device: Literal["cpu", "cuda"]) -> N
             value=f"{name}, which has {', '.join(sorted(able))}",
             remedy="Set it to fp32, or use another device",
         )
+    return str(name)
 
 
 #: Longest patch edge, in voxels, that `largest_patch` tries; a CPU would take minutes for a longer one.
@@ -349,6 +377,7 @@ def largest_patch(
     extent: tuple[int, ...],
     memory: int,
     beside: Callable[[tuple[int, ...]], int] = lambda patch: 0,
+    gpu: int = 0,
 ) -> tuple[int, ...]:
     """Find the largest patch that fits into the device's memory by running forward passes.
 
@@ -362,6 +391,8 @@ def largest_patch(
         Bytes of the device that network and blocks may use.
     beside
         Returns the bytes that the smallest blocks for a patch need beside the network.
+    gpu
+        Which of the GPUs that this process can see is tried.
 
     Raises
     ------
@@ -383,7 +414,7 @@ def largest_patch(
         # In a separate process: running out of memory may kill it, or leave memory of the GPU occupied.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             try:
-                pool.submit(_try_patch, replace(spec, patch=patch), memory - beside(patch)).result()
+                pool.submit(partial(_try_patch, gpu=gpu), replace(spec, patch=patch), memory - beside(patch)).result()
                 return patch
             except (DeviceError, BrokenProcessPool):
                 pass
@@ -395,9 +426,10 @@ def largest_patch(
     )
 
 
-def _try_patch(spec: PredictorSpec, memory: int) -> None:
+def _try_patch(spec: PredictorSpec, memory: int, *, gpu: int) -> None:
     """Predict a batch of empty patches in so much memory of a GPU."""
     if spec.device == "cuda":
+        torch.cuda.set_device(gpu)
         _, total = torch.cuda.mem_get_info()
         torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, memory / total)))
     whole = tuple(slice(0, size) for size in spec.patch)
@@ -702,3 +734,9 @@ def load_predictor(spec: PredictorSpec) -> Predictor:
 
 
 _load = lru_cache(maxsize=3)(Predictor)
+
+
+def can_load(spec: PredictorSpec) -> bool:
+    """Return True; see `load_predictor` for errors."""
+    load_predictor(spec)
+    return True

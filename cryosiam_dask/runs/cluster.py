@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -49,6 +49,8 @@ from cryosiam_dask.runs.workers import HELPER_BYTES, R, Setup, leave_at_once, re
 #: Make glibc keep freed memory in one heap for all threads, for the network's next layer and patch. Otherwise every
 #: large tensor is mapped anew, and the kernel spends much CPU time clearing its pages.
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": 8_000_000_000, "MALLOC_MMAP_MAX_": 0, "MALLOC_ARENA_MAX": 1}
+#: Let CUDA number GPUs as nvidia-smi and NVML do, and so dask-cuda: its own order begins with the fastest one.
+GPU_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 #: By default Dask gives up a worker whose replacement takes more than 15 s, which its imports alone may take, and keeps
 #: the last 1000 messages to each worker, each with a task. The web servers have no password, so they only show: routes
 #: that change or reach anything (``api`` retires workers, ``proxy`` forwards requests) are left out, whatever the
@@ -117,6 +119,9 @@ def open_cluster(
     }
     environment = "distributed.nanny.pre-spawn-environ"
     settings[environment] = dask.config.get(environment) | KEEP_MEMORY
+    if device == "cuda":
+        # It would show a traceback of a GPU that does not work, which the run tells.
+        settings[environment] |= {**GPU_ORDER, "DASK_DISTRIBUTED__LOGGING__DASK_CUDA": "critical"}
     others = {*multiprocessing.active_children()}
     with _interrupts_blocked(), warnings.catch_warnings(), dask.config.set(settings):
         warnings.filterwarnings("ignore", message="Port .* is already in use")
@@ -452,6 +457,15 @@ def _interrupts_blocked() -> Iterator[None]:
 _WITHOUT_GPUS = "or use --device cpu"
 
 
+def is_helper(worker: Mapping[str, Any]) -> bool:
+    """Whether a worker of a cluster that was started here (see `workers_of`) has no GPU, beside others with one."""
+    return str(worker["name"]).startswith(_HELPER)
+
+
+#: Begins the names of workers without a GPU beside those with one.
+_HELPER = "cpu-"
+
+
 def default_cpu_workers(gpus: int) -> int:
     """Return the number of workers beside those with GPUs: one for each core that is left, in half of the memory."""
     return max(0, min(cores() - gpus, memory_of_machine() // 2 // HELPER_BYTES))
@@ -476,7 +490,7 @@ def _cuda_cluster(workers: int, cpu_workers: int | None, options: dict[str, Any]
         )
     from dask_cuda import LocalCUDACluster
 
-    cluster = LocalCUDACluster(n_workers=count, threads_per_worker=THREADS, security=security, **options)
+    cluster = LocalCUDACluster(visible[:count], threads_per_worker=THREADS, security=security, **options)
     # It also opens if workers died while they started, and starts no others.
     started = {worker.name for worker in cluster.scheduler.workers.values()}
     if dead := [str(name) for name in cluster.worker_spec if name not in started]:
@@ -489,7 +503,7 @@ def _cuda_cluster(workers: int, cpu_workers: int | None, options: dict[str, Any]
         "config": dask.config.merge(dask.config.config, {"distributed": {"diagnostics": {"nvml": False}}}),
     }
     for number in range(cpu_workers):
-        cluster.worker_spec[f"cpu-{number}"] = {"cls": cluster.new_spec["cls"], "options": helper}
+        cluster.worker_spec[f"{_HELPER}{number}"] = {"cls": cluster.new_spec["cls"], "options": helper}
     try:
         cluster.sync(cluster._correct_state)
     except BaseException:
@@ -529,17 +543,26 @@ def _visible_gpus() -> list[int | str]:
             value=error,
             remedy=f"Install the driver, make it visible in the container (--gpus all, --nv), {_WITHOUT_GPUS}",
         ) from None
-    if not named:
-        return list(range(count)) if named is None else []
     visible = list[int | str]()
-    for name in named.split(","):
+    for name in [*map(str, range(count))] if named is None else named.split(",") if named else []:
         wrong = None
         try:
             gpu = parse_cuda_visible_device(name)
-            get_gpu_handle(gpu)
+            if isinstance(gpu, int) and not 0 <= gpu < count:
+                raise ValueError
             wrong = "is there twice" if gpu in visible else None
-        except ValueError:
-            wrong = f"is none of the {count} GPUs of this machine"
+            with suppress(pynvml.NVMLError_NotSupported):  # its memory may be the machine's
+                pynvml.nvmlDeviceGetMemoryInfo(get_gpu_handle(gpu))
+        except (ValueError, pynvml.NVMLError) as error:
+            wrong, refused = f"is none of the {count} GPUs of this machine", error.__context__ or error
+            unknown = ValueError | pynvml.NVMLError_InvalidArgument | pynvml.NVMLError_NotFound
+            if not isinstance(refused, unknown):
+                raise DeviceError(
+                    "each visible GPU must work",
+                    place=f"GPU {name}",
+                    value=refused,
+                    remedy=f"Look at nvidia-smi and dmesg, leave it out with CUDA_VISIBLE_DEVICES, {_WITHOUT_GPUS}",
+                ) from None
         if wrong or (visible and type(visible[0]) is not type(gpu)):
             raise DeviceError(
                 "must list GPUs of this machine, by their numbers or by their full ids",
@@ -551,7 +574,8 @@ def _visible_gpus() -> list[int | str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            get_cpu_affinity(visible[0])
+            for first in visible[:1]:
+                get_cpu_affinity(first)
     except TypeError:  # from dask-cuda's own warning, which expects a number
         raise DeviceError(
             "must list GPUs by their numbers where the driver does not know which CPU cores are near them",

@@ -11,8 +11,8 @@ import statistics
 import threading
 import time
 import uuid
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import CancelledError
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
@@ -84,7 +84,8 @@ class DaskExecutor:
     inform
         Receives messages for the user, such as that there has been no worker for long.
     has_device
-        Called in every worker process: whether it has a device. ``None``: all have one.
+        Called in every worker process: whether it has a device, or the device's name, which the worker that replaces
+        this one will have too. ``None``: all have one.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class DaskExecutor:
         hang_seconds: float = HANG_SECONDS,
         watch: Callable[[str, float | None], None] = lambda step, seconds: None,
         inform: Callable[[str], None] = lambda message: None,
-        has_device: Callable[[], bool] | None = None,
+        has_device: Callable[[], bool | str | None] | None = None,
     ) -> None:
         self.client = client
         self.has_device = has_device
@@ -108,7 +109,8 @@ class DaskExecutor:
         self._durations: dict[str, deque[float]] = {}
         self._addresses: set[str] = set(client.nthreads())
         self._abandoned: set[str] = set()
-        self._has_device: dict[str, bool] = {}  # by address, of the workers that have answered
+        self._has_device: dict[str, bool | str | None] = {}  # by address, of the workers that have answered
+        self._most_devices = 0  # workers with a device at the same time
         self._asked: set[str] = set()
         self._last_worker = math.inf  # when a worker was last seen; infinite after the user was told that there is none
         self._last_device = math.inf  # when a worker with a device was last seen
@@ -133,6 +135,11 @@ class DaskExecutor:
     @property
     def _with_device(self) -> list[str]:
         return [address for address in self._addresses if self.has_device is None or self._has_device.get(address)]
+
+    def _place(self, address: str) -> str:
+        """Name what a worker shares with the one that replaces it: its device, if that has a name."""
+        name = self._has_device.get(address)
+        return name if isinstance(name, str) else address
 
     @property
     def _helpers(self) -> list[str]:
@@ -265,6 +272,7 @@ class DaskExecutor:
         elif self.client.cluster is not None and now - self._last_device > self.hang_seconds:
             gone = _devices_are_gone if self._addresses else _workers_are_gone
             raise gone(now - self._last_device)
+        self._most_devices = max(self._most_devices, len(self._with_device))
         if self._with_device:
             self._last_worker = now
         elif now - self._last_worker > _NO_WORKER_SECONDS:
@@ -277,7 +285,7 @@ class DaskExecutor:
                 if future not in self._in_flight:
                     continue  # its group has just ended
                 if task.address not in self._addresses:
-                    self._retry(future, task, _worker_died(task.group.name), None)
+                    self._retry(future, task, self._worker_died(task.group), None)
                     continue
                 seconds = self.hang_seconds * (1 if task.group.overlap else _FILE_FACTOR)
                 if now - task.began > max(seconds, _HANG_FACTOR * usual.get(task.group.name, 0.0)):
@@ -304,8 +312,8 @@ class DaskExecutor:
             answers = self.client.run(self.has_device, workers=[*addresses], on_error="return")
         with self._lock:
             for address in addresses:
-                if isinstance(answers.get(address), bool):
-                    self._has_device[address] = answers[address]
+                if isinstance(answer := answers.get(address, KeyError()), bool | str | None):
+                    self._has_device[address] = answer
                 else:
                     self._asked.discard(address)
         self._events.put(None)
@@ -332,7 +340,7 @@ class DaskExecutor:
                 passed_over = []
                 while group.pending and heap:
                     count, address = heapq.heappop(heap)
-                    number = self._next_task(group, address, len(load) == 1)
+                    number = self._next_task(group, address, load)
                     if number is None:
                         passed_over.append((count, address))
                         continue
@@ -342,11 +350,15 @@ class DaskExecutor:
                 for entry in passed_over:
                     heapq.heappush(heap, entry)
 
-    def _next_task(self, group: _TaskGroup, address: str, alone: bool) -> int | None:
-        """Take the next task for a worker, except those whose disk failed there, unless it is `alone`."""
-        for place, number in enumerate(group.pending):
-            if alone or group.failed_at.get(number) != address:
-                del group.pending[place]
+    def _next_task(self, group: _TaskGroup, address: str, workers: Collection[str]) -> int | None:
+        """Take the next task for a worker, except those that failed there and need not fail on all `workers`."""
+        place, places = self._place(address), set(map(self._place, workers))
+        if place in group.refused and places - group.refused:
+            return None
+        for i, number in enumerate(group.pending):
+            failed = group.failed_at.get(number, ())
+            if place not in failed or not places.difference(failed, group.refused):
+                del group.pending[i]
                 return number
         return None
 
@@ -360,7 +372,7 @@ class DaskExecutor:
             workers=[address],
         )
         group.in_flight += 1
-        self._in_flight[future] = _Task(group, number, address, time.monotonic())
+        self._in_flight[future] = _Task(group, number, address, time.monotonic(), self._place(address))
         self.client.loop.add_callback(self._wait_for, future)
 
     async def _wait_for(self, future: Future) -> None:
@@ -406,18 +418,35 @@ class DaskExecutor:
             self._retry(finished.future, task, error, _retire if broken else _restart)
         elif isinstance(error, CancelledError | asyncio.CancelledError | CommClosedError | KilledWorker):
             # The scheduler was restarted and forgot the task, or gave it up.
-            self._retry(finished.future, task, _worker_died(group.name), None)
-        elif is_transient(error) and group.transient_failures[number] < len(RETRY_PAUSES):
+            self._retry(finished.future, task, self._worker_died(group), None)
+        elif isinstance(error, DeviceError) and is_transient(error) and self._another_device_is_left(task, error):
+            group.pending.appendleft(number)
+            self.watch(group.name, None)
+        elif self._may_go_away(error, group) and group.transient_failures[number] < len(RETRY_PAUSES):
             pause = RETRY_PAUSES[group.transient_failures[number]]
             LOG.warning(
                 "%s, task %d, worker %s: %s: trying again in %g s", group.prefix, number, task.address, error, pause
             )
             group.transient_failures[number] += 1
-            group.failed_at[number] = task.address
+            group.failed_at[number].add(task.place)
+            group.refused.clear()
             group.delayed.append((time.monotonic() + pause, number))
             self.watch(group.name, None)
         else:
             self._finish(group, retries_exhausted(error) if isinstance(error, Exception) else error)
+
+    def _another_device_is_left(self, task: _Task, error: DeviceError) -> bool:
+        """Whether a device is left that has not refused the step of a task, as the one of `task` has just done."""
+        refused = task.group.refused
+        if task.place not in refused:
+            refused.add(task.place)
+            LOG.warning("%s, task %d, worker %s: %s", task.group.prefix, task.number, task.address, error)
+        return not refused.issuperset(map(self._place, self._with_device))
+
+    def _may_go_away(self, error: BaseException, group: _TaskGroup) -> bool:
+        """Whether an error may be another one later. What every device refuses at first, it refuses for ever."""
+        all_refuse = group.name not in self._durations and len(self._with_device) >= self._most_devices
+        return is_transient(error) and not (isinstance(error, DeviceError) and all_refuse)
 
     def _retry(
         self,
@@ -440,12 +469,25 @@ class DaskExecutor:
             self._abandoned.add(task.address)
             threading.Thread(target=end, args=(self.client, task.address), daemon=True).start()
         group.tries[task.number] += 1
+        group.failed_at[task.number].add(task.place)
         LOG.warning("%s, task %d, worker %s: %s", group.prefix, task.number, task.address, error)
         if group.tries[task.number] >= TRIES:
             self._finish(group, error)
         else:
             self.watch(group.name, None)
             group.pending.appendleft(task.number)
+
+    def _worker_died(self, group: _TaskGroup) -> DeviceError:
+        smaller = "a smaller batch_size, patch_size or block_size"
+        if self.has_device is None:
+            cause = f"The machine probably ran out of memory: use fewer --workers, or {smaller}"
+        elif group.overlap:
+            cause = f"Look at nvidia-smi and dmesg. If memory ran out, use fewer --cpu-workers, or {smaller}"
+        else:
+            cause = "The machine probably ran out of memory: use fewer --cpu-workers"
+        return DeviceError(
+            "a worker process died several times during the same task", place=f"step '{group.name}'", remedy=cause
+        )
 
     def _finish(self, group: _TaskGroup, error: BaseException | None) -> None:
         """Remove a group, and let its caller continue."""
@@ -482,7 +524,9 @@ class _TaskGroup:
     #: Tasks to retry after a transient disk error, each with the time to do it, and how many errors each has had.
     delayed: list[tuple[float, int]] = field(default_factory=list)
     transient_failures: Counter[int] = field(default_factory=Counter)
-    failed_at: dict[int, str] = field(default_factory=dict)
+    #: Where each of these tasks, and tasks of the whole group for lack of memory, failed (see `DaskExecutor._place`).
+    failed_at: defaultdict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
+    refused: set[str] = field(default_factory=set)
     #: Task numbers with their results, in order of arrival; ``None`` at the end.
     results: queue.SimpleQueue[tuple[int, Any] | None] = field(default_factory=queue.SimpleQueue)
     error: BaseException | None = None
@@ -516,6 +560,7 @@ class _Task:
     number: int
     address: str
     began: float
+    place: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -551,15 +596,6 @@ class _TomogramExecutor:
     ) -> list[R]:
         group = _TaskGroup(function, items, name, self.tomogram, self.order, overlap, self.progress, done)
         return self.executor._run(group)
-
-
-def _worker_died(step: str) -> DeviceError:
-    return DeviceError(
-        "a worker process died several times during the same task",
-        place=f"step '{step}'",
-        remedy="The machine probably ran out of memory: use fewer --workers, or a smaller batch_size, patch_size or "
-        "block_size",
-    )
 
 
 def _task_hangs(task: _Task, now: float) -> DeviceError:

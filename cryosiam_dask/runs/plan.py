@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -795,6 +796,23 @@ def require_memory(plans: Sequence[RunPlan], host: int, device: int | None = Non
             problems.append(error)
     if problems:
         raise Problems(problems)
+
+
+def memory_to_use(plans: Sequence[RunPlan], host: int, devices: Collection[int]) -> int | None:
+    """Return the memory of the smallest GPU, in bytes, in which plans fit; of the largest one if they fit in none.
+
+    Parameters
+    ----------
+    plans, host
+        See `require_memory`.
+    devices
+        Memory of each GPU; ``None`` is returned if there is none.
+    """
+    for device in sorted(devices):
+        with suppress(Problems):
+            require_memory(plans, host, device)
+            return device
+    return max(devices, default=None)
 
 
 def masks_made_before(plans: Sequence[RunPlan], configuration: Configuration, filename: str | None = None) -> set[str]:

@@ -27,6 +27,7 @@ from cryosiam_dask.errors import (
     ClusterError,
     DeviceError,
     LostClusterError,
+    may_be_done_elsewhere,
 )
 
 T = TypeVar("T")
@@ -168,6 +169,9 @@ def _forget_warnings(client: Client) -> None:
 def ask(client: Client, function: Callable[..., R], *arguments: object) -> dict[str, R]:
     """Return the results of a function in every worker process, by address, without workers lost meanwhile.
 
+    Where another worker returns more than ``None``, those are left out, too, whose GPU does not work or does not
+    suffice: that worker does their work.
+
     Raises
     ------
     LostClusterError
@@ -179,6 +183,10 @@ def ask(client: Client, function: Callable[..., R], *arguments: object) -> dict[
     found = {worker: answer for worker, answer in answers.items() if not isinstance(answer, OSError)}
     if not found:
         raise _workers_are_gone(client)
+    refused = {worker: answer for worker, answer in found.items() if may_be_done_elsewhere(answer)}
+    if any(answer is not None for worker, answer in found.items() if worker not in refused):
+        for worker in refused:
+            LOG.warning("worker %s: %s", worker, found.pop(worker))
     for answer in found.values():
         if isinstance(answer, Exception):
             raise answer
@@ -249,8 +257,9 @@ def _workers_are_gone(client: Client, kind: str = "") -> LostClusterError:
 HELPER_BYTES = 1_500_000_000
 
 
-def memory_of_workers(client: Client, of_gpu: Callable[[], int | None] | None) -> tuple[int, int, int | None]:
-    """Return the smallest memory of a worker, in bytes: alone on its host, shared with workers there, and of its GPU.
+def memory_of_workers(client: Client, of_gpu: Callable[[], int | None] | None) -> tuple[int, int, list[int]]:
+    """Return the smallest memory of a worker, in bytes: alone on its host, and shared with workers there; and of all
+    GPUs.
 
     If GPUs are asked for, workers without one count only as what they take from the others on their host.
 
@@ -275,8 +284,7 @@ def memory_of_workers(client: Client, of_gpu: Callable[[], int | None] | None) -
         limit, host = known.get(worker, {}).get("memory_limit") or memory, known.get(worker, {}).get("host")
         alone.append(min(limit, memory))
         shared.append(min(limit, max(0, memory - helpers[host] * HELPER_BYTES) // max(1, hosts[host])))
-    gpus = [gpu for _, gpu in found.values() if gpu is not None]
-    return min(alone), min(shared), min(gpus, default=None)
+    return min(alone), min(shared), [gpu for _, gpu in found.values() if gpu is not None]
 
 
 def _memory(of_gpu: Callable[[], int | None] | None) -> tuple[int, int | None]:

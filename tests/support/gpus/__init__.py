@@ -11,6 +11,13 @@ FAKE_DIE
     Names of the GPUs whose workers die while they start, separated by spaces.
 FAKE_DIE_ONCE
     A file: the first worker for which it does not exist makes it and dies while it starts.
+FAKE_LOST
+    Names of the GPUs that the driver has lost.
+FAKE_MEMORY
+    Gigabytes of the GPUs, separated by spaces.
+FAKE_BROKEN, FAKE_NO_ROOM, FAKE_KILLS
+    Names of the GPUs that PyTorch finds but cannot use, on which no network fits, and that kill each process that
+    computes a batch.
 FAKE_VOXELS, FAKE_ERROR
     Voxels of the largest batch that fits, and PyTorch's message if a larger one does not.
 """

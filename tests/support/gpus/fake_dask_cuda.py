@@ -25,7 +25,8 @@ def parse_cuda_visible_device(name: Any) -> int | str:
 def get_gpu_handle(device: int | str) -> int:
     nvml.nvmlInit()
     try:
-        if isinstance(device, str):
+        if device and not str(device).isnumeric():
+            assert isinstance(device, str), "descriptor 'encode' for 'str' objects doesn't apply"
             return nvml.nvmlDeviceGetHandleByUUID(device.encode())
         return nvml.nvmlDeviceGetHandleByIndex(device)
     except nvml.NVMLError:
@@ -46,14 +47,12 @@ def get_cpu_affinity(device: int | str) -> list[int]:
 
 
 class LocalCUDACluster(LocalCluster):  # type: ignore[misc]
-    def __init__(self, n_workers: int, threads_per_worker: int, **options: Any) -> None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = range(get_gpu_count()) if visible is None else visible.split(",")
-        self.cuda_visible_devices = [parse_cuda_visible_device(name) for name in names]
-        get_gpu_handle(self.cuda_visible_devices[0])
+    def __init__(self, CUDA_VISIBLE_DEVICES: list[Any], threads_per_worker: int, **options: Any) -> None:
+        self.cuda_visible_devices = [parse_cuda_visible_device(name) for name in CUDA_VISIBLE_DEVICES]
+        nvml.nvmlDeviceGetMemoryInfo(get_gpu_handle(self.cuda_visible_devices[0]))
         super().__init__(n_workers=0, threads_per_worker=threads_per_worker, processes=True, **options)
         self.new_spec["options"]["preload"] = ["support.gpus.context"]
-        self.scale(n_workers)  # in the background, where nobody sees the error of a worker
+        self.scale(len(self.cuda_visible_devices))  # in the background, where nobody sees the error of a worker
         self.sync(self._correct_state)
 
     def new_worker_spec(self) -> dict[Any, Any]:
@@ -61,6 +60,7 @@ class LocalCUDACluster(LocalCluster):  # type: ignore[misc]
             name = min(set(self.cuda_visible_devices) - set(self.worker_spec))
         except ValueError:
             raise ValueError("Can not scale beyond visible devices", self.cuda_visible_devices) from None
+        nvml.nvmlDeviceGetMemoryInfo(get_gpu_handle(name))
         get_cpu_affinity(name)
         first = self.cuda_visible_devices.index(name)
         spec = copy.deepcopy(self.new_spec)

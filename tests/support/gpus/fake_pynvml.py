@@ -32,6 +32,18 @@ class NVMLError_InvalidArgument(NVMLError):
     pass
 
 
+class NVMLError_NotFound(NVMLError):
+    pass
+
+
+class NVMLError_GpuIsLost(NVMLError):
+    def __str__(self) -> str:
+        return "GPU is lost"
+
+
+NVML_DEVICE_MIG_DISABLE, NVML_DEVICE_MIG_ENABLE = 0, 1
+
+
 def modules() -> dict[str, ModuleType]:
     return {"pynvml": sys.modules[__name__]}
 
@@ -48,7 +60,25 @@ def nvmlDeviceGetCount() -> int:
 def nvmlDeviceGetHandleByIndex(index: int) -> int:
     if not 0 <= index < nvmlDeviceGetCount():
         raise NVMLError_InvalidArgument
+    if str(index) in os.environ.get("FAKE_LOST", "").split():
+        raise NVMLError_GpuIsLost
     return index
+
+
+def nvmlDeviceGetIndex(handle: int) -> int:
+    return handle
+
+
+def nvmlDeviceIsMigDeviceHandle(handle: int) -> bool:
+    return False
+
+
+def nvmlDeviceGetMigMode(handle: int) -> list[int]:
+    raise NVMLError_NotSupported
+
+
+def nvmlDeviceGetComputeRunningProcesses(handle: int) -> list[SimpleNamespace]:
+    return []
 
 
 def nvmlDeviceGetUUID(handle: int) -> str:
@@ -58,8 +88,8 @@ def nvmlDeviceGetUUID(handle: int) -> str:
 def nvmlDeviceGetHandleByUUID(uuid: bytes) -> int:
     for handle in range(nvmlDeviceGetCount()):
         if nvmlDeviceGetUUID(handle).encode() == uuid:
-            return handle
-    raise NVMLError_InvalidArgument
+            return nvmlDeviceGetHandleByIndex(handle)
+    raise NVMLError_NotFound
 
 
 def nvmlDeviceGetCpuAffinity(handle: int, words: int) -> list[int]:

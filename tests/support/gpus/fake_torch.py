@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 CALLS: Counter[str] = Counter()
 STREAMS: list[Stream] = []
 _here = threading.local()
+_DEVICE = [0]
 
 
 class Event:
@@ -59,10 +61,22 @@ def visible(count: int) -> list[str]:
     return [str(i) for i in range(count)] if named is None else [name for name in named.split(",") if name]
 
 
+def gpu(device: int | None = None) -> str:
+    """The name of a GPU, by default of the one that this process uses."""
+    names = visible(int(os.environ.get("FAKE_GPUS", 1)))
+    return names[_DEVICE[0] if device is None else device] if names else ""
+
+
+def chosen(variable: str, device: int | None = None) -> bool:
+    """Whether a variable names a GPU."""
+    return gpu(device) in os.environ.get(variable, "").split()
+
+
 def install(torch: Any, patch: Callable[[Any, str, Any], object] = setattr) -> None:
     """Fake GPUs; `patch` sets an attribute, as `pytest.MonkeyPatch.setattr` does."""
     CALLS.clear()
     STREAMS.clear()
+    _DEVICE[0] = 0
 
     def on_cpu(value: Any) -> Any:
         device = value.type if isinstance(value, torch.device) else value
@@ -93,6 +107,8 @@ def install(torch: Any, patch: Callable[[Any, str, Any], object] = setattr) -> N
             voxels = 1
             for size in batch:
                 voxels *= size
+            if batch and chosen("FAKE_KILLS"):
+                os.kill(os.getpid(), signal.SIGKILL)
             if most and voxels > most and batch:
                 kind = torch.OutOfMemoryError if os.environ.get("FAKE_ERROR") is None else RuntimeError
                 raise kind(os.environ.get("FAKE_ERROR", "CUDA out of memory. Tried to allocate 9 GiB"))
@@ -107,6 +123,28 @@ def install(torch: Any, patch: Callable[[Any, str, Any], object] = setattr) -> N
             for name in visible(int(os.environ.get("FAKE_GPUS", 1)))
         ]
 
+    def working(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(device: int | None = None) -> Any:
+            if chosen("FAKE_BROKEN", device):
+                raise torch.AcceleratorError("CUDA error: unknown error")
+            return function(device)
+
+        return call
+
+    def memory(device: int | None = None) -> tuple[int, int]:
+        sizes = os.environ.get("FAKE_MEMORY", "").split() or ["8"]
+        number = int(gpu(device)) if gpu(device).isdecimal() else 0
+        total = int(float(sizes[number % len(sizes)]) * 1e9)
+        return total * 7 // 8, total
+
+    def load(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(network: Any, device: Any = None, *arguments: Any, **options: Any) -> Any:
+            if device == "cuda" and chosen("FAKE_NO_ROOM"):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB")
+            return function(network, *(() if device is None else (device,)), *arguments, **options)
+
+        return call
+
     for name, value in {
         "Stream": Stream,
         "stream": stream,
@@ -114,8 +152,9 @@ def install(torch: Any, patch: Callable[[Any, str, Any], object] = setattr) -> N
         "device_count": lambda: len(properties()),
         "get_device_capability": lambda *_: (9, 0),
         "get_device_name": lambda *_: "Fake GPU",
-        "get_device_properties": lambda device: properties()[device],
-        "mem_get_info": lambda *_: (7 * 10**9, 8 * 10**9),
+        "set_device": lambda device: _DEVICE.__setitem__(0, device),
+        "get_device_properties": working(lambda device: properties()[device or 0]),
+        "mem_get_info": working(memory),
         "memory_reserved": lambda *_: 0,
         "max_memory_allocated": lambda *_: 0,
         "max_memory_reserved": lambda *_: 0,
@@ -132,7 +171,7 @@ def install(torch: Any, patch: Callable[[Any, str, Any], object] = setattr) -> N
     patch(torch.Tensor, "record_stream", lambda self, _: None)
     patch(torch.Tensor, "to", noted("to", redirected(torch.Tensor.to)))
     patch(torch.Tensor, "cpu", noted("cpu", torch.Tensor.cpu))
-    patch(torch.nn.Module, "to", redirected(torch.nn.Module.to))
+    patch(torch.nn.Module, "to", load(redirected(torch.nn.Module.to)))
     for name in ("empty", "tensor", "ones", "full", "zeros"):
         function = redirected(getattr(torch, name))
         patch(torch, name, noted(name, sized(function)))
