@@ -748,9 +748,11 @@ def test_components_in_the_run_and_after_it_are_the_same(folder: Path) -> None:
 
 
 def test_only_missing_components_are_made(folder: Path) -> None:
-    segment(configure(folder))
+    first = segment(configure(folder))
     written = labels(folder)
     outcomes = segment(configure(folder, components=True))
+    assert first["TS_1"].voxels
+    assert [outcomes[stem].voxels for stem in STEMS] == [first[stem].voxels for stem in STEMS]
     assert {outcome.status for outcome in outcomes.values()} == {"done"} and files(folder / "out") == [
         *LEDGER,
         *outputs(*STEMS),

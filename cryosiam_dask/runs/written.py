@@ -398,11 +398,10 @@ def _complete(plan: RunPlan, job: Job, executor: Executor) -> Outcome:
         shutil.rmtree(folder, ignore_errors=True)
     forget_failure(Ledger(configuration.prediction_folder, job.stem))
     keep_for_the_report(configuration, job.stem)
-    outcome = Outcome(
-        job.stem, "done", open_labels(job.output).shape, time.time() - began, warnings=tuple(warnings),
-        stage=plan.name, components=components,
-    )  # fmt: skip
-    return log_warnings(outcome)
+    attributes = attributes_written(configuration, job.output)
+    voxels = [int(count) for count in attributes.get("voxels", ())]
+    outcome = outcome_of(job.stem, attributes, open_labels(job.output).shape, voxels, warnings, components)
+    return log_warnings(replace(outcome, seconds=time.time() - began, stage=plan.name))
 
 
 def probabilities_of(path: Path) -> StoredDataset | None:
