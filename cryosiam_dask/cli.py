@@ -1,8 +1,8 @@
 """The command line: parse arguments, call functions, print results. No work happens here.
 
 Every command and option also has CryoSiam's spelling with underscores (``semantic_predict --config_file=…``). Exit
-status: 0 all done, 1 some tomograms failed and the others are done, 2 wrong usage or configuration, 70 a fault of this
-program, 75 stopped by a signal so that the same command resumes, 130 interrupted.
+status: 0 all done, 1 some tomograms failed and the others are done, 2 wrong usage or configuration, 70 an internal
+error, 75 stopped by a signal (the same command resumes), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from cryosiam_dask.errors import ClusterError, CryosiamDaskError, DiskError
 if TYPE_CHECKING:
     from cryosiam_dask.runs.outcome import Outcome
 
-#: CryoSiam's commands that have another name here.
+#: CryoSiam's commands that have a different name here.
 _RENAMED = {"semantic-postprocessing": "semantic-postprocess"}
-#: What to do instead of commands of CryoSiam and its viewer that do not exist here, by the beginning of their names.
+#: Alternatives to the commands of CryoSiam and its viewer that do not exist here, by the beginning of their names.
 _MISSING = {
-    "lamella": "'cryosiam-dask semantic-predict' also runs the YAML file of a lamella model",
+    "lamella": "'cryosiam-dask semantic-predict' also accepts the YAML file of a lamella model",
     "instance": "'cryosiam-dask components' numbers the connected components of a semantic segmentation; for instance "
     "models use 'cryosiam {name}'",
     "simsiam": "for embeddings use 'cryosiam {name}'",
@@ -82,7 +82,7 @@ class Configured(TyperCommand):
         if len(words) == 1 and "config_file" not in given:
             args, ctx.allow_extra_args = [f"--config-file={words[0]}", *args], True
         elif words and not ctx.resilient_parsing:
-            ctx.fail(f"takes one configuration file; found also {' '.join(words['config_file' not in given :])}")
+            ctx.fail(f"takes one configuration file; also found {' '.join(words['config_file' not in given :])}")
         return super().parse_args(ctx, args)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
@@ -106,7 +106,7 @@ app = typer.Typer(
 
 #: EX_TEMPFAIL of sysexits.h; batch systems can be configured to requeue a job with this status.
 TEMPORARY = 75
-#: EX_SOFTWARE of sysexits.h: a fault of this program itself.
+#: EX_SOFTWARE of sysexits.h: an internal error of this program.
 _SOFTWARE = 70
 
 
@@ -128,7 +128,7 @@ def _numbers(kind: type[int] | type[float], least: float, most: float = math.inf
 
 
 def _choices(kind: type[StrEnum]) -> dict[str, Any]:
-    """Return arguments of `typer.Option` for one of the values of an enumeration."""
+    """Return arguments of `typer.Option` for the values of an enumeration."""
     values = [each.value for each in kind]
 
     def parse(text: str) -> StrEnum:
@@ -234,13 +234,15 @@ Timeline = Annotated[
 ]
 Scheduler = Annotated[str | None, typer.Option(help="Use the workers of a running Dask scheduler, tcp://… or tls://….")]
 SchedulerFile = Annotated[
-    Path | None, typer.Option(help="As --scheduler, with the file that 'dask scheduler --scheduler-file' wrote.")
+    Path | None,
+    typer.Option(help="Like --scheduler, with the file that 'dask scheduler --scheduler-file' wrote."),
 ]
 Slurm = Annotated[
     str | None,
     typer.Option(
         metavar="FILE|NAME",
-        help="Submit the workers as Slurm jobs, as in this YAML file or section of Dask's jobqueue configuration.",
+        help="Submit the workers as Slurm jobs, described by this YAML file or this section of Dask's jobqueue "
+        "configuration.",
     ),
 ]
 WorkerTimeout = Annotated[
@@ -253,14 +255,12 @@ WorkerTimeout = Annotated[
 CpuWorkers = Annotated[
     int | None,
     typer.Option(
-        help="Number of worker processes without a GPU beside those with one, for all that needs none. "
-        "Default: the cores that are left, in half of the memory.",
+        help="Number of additional worker processes without a GPU, for the tasks that need none. "
+        "Default: one for each remaining core, as far as half of the memory suffices.",
         **_numbers(int, 0),
     ),
 ]
-PerformanceReport = Annotated[
-    Path | None, typer.Option(help="Write Dask's own report of what every worker did to this HTML file.")
-]
+PerformanceReport = Annotated[Path | None, typer.Option(help="Write Dask's performance report to this HTML file.")]
 
 
 def _of_run(
@@ -295,13 +295,13 @@ def _of_predictions(
     verbose: Verbose = False,
     as_json: OutcomesAsJson = False,
 ) -> None:
-    """Declare the options of the commands on existing predictions; a command's own stand before ``--workers``."""
+    """Declare the options of the commands on existing predictions; a command's own options precede ``--workers``."""
 
 
 def _options(declared: Callable[..., None], **others: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command, which takes them as keywords, the options of a declaration.
+    """Give a command the options of a declaration; it receives their values as keyword arguments.
 
-    `others` replace some of the declared annotations; ``None`` leaves an option out.
+    `others` replace declared annotations; ``None`` leaves an option out.
     """
 
     def add(command: Callable[..., None]) -> Callable[..., None]:
@@ -331,7 +331,7 @@ def denoise_predict(**options: Any) -> None:
 @app.command(cls=Configured)
 @_options(_of_run, model=Model)
 def semantic_predict(**options: Any) -> None:
-    """Predict the lamella or the semantic classes of every tomogram with one model; of a pipeline, the last.
+    """Predict the lamella or the semantic classes of every tomogram with one model (the last one of a pipeline).
 
     Example: cryosiam-dask semantic-predict --config-file configs/config_lamella.yaml
     """
@@ -341,7 +341,7 @@ def semantic_predict(**options: Any) -> None:
 @app.command(cls=Configured)
 @_options(_of_run)
 def run(**options: Any) -> None:
-    """Predict with all models of a file: the lamella of every tomogram and, inside it, its semantic classes.
+    """Run all models of a file: predict the lamella of every tomogram and, inside it, the semantic classes.
 
     Example: cryosiam-dask run configs/pipeline.yaml
     """
@@ -359,7 +359,7 @@ def _segment(
     **options: Any,
 ) -> None:
     with _plain_errors(drains=True) as stop:
-        # Slow imports come after the checks of what a user may have mistyped.
+        # Slow imports come after the checks for typing errors.
         from cryosiam_dask.config import read_denoiser, read_model, read_models
         from cryosiam_dask.runs.find import require_paths
 
@@ -391,7 +391,7 @@ def status(
     model: OnlyModel = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show which tomograms are done, running, failed (and why) or left, and how long the rest will take.
+    """Show which tomograms are done, running, failed (and why) or left to do, and how long the rest will take.
 
     Example: cryosiam-dask status --config-file configs/pipeline.yaml
 
@@ -414,9 +414,9 @@ def _on_predictions(
     sizes: bool = False,
     **options: Any,
 ) -> None:
-    """Call a function of `cryosiam_dask.commands.written`, once there are a configuration and predictions for it."""
+    """Call a function of `cryosiam_dask.commands.written` after checking that its configuration and inputs exist."""
     with _plain_errors():
-        # Slow imports come after the checks of what a user may have mistyped.
+        # Slow imports come after the checks for typing errors.
         from cryosiam_dask.config import read_model
         from cryosiam_dask.runs.find import find_predictions
 
@@ -505,7 +505,7 @@ def export(
         ),
     ] = None,
     per_class: Annotated[
-        bool, typer.Option("--per-class", help="Write MRC as one mask for each class, <stem>__<class>.mrc.")
+        bool, typer.Option("--per-class", help="Write one MRC mask for each class, <stem>__<class>.mrc.")
     ] = False,
     **options: Any,
 ) -> None:
@@ -525,7 +525,7 @@ def view(
     model: Model = None,
     filename: Annotated[str | None, typer.Option(help="Name of the tomogram. Default: the first that is done.")] = None,
 ) -> None:
-    """Open a tomogram with its labels in napari, with names, colours, contrast and positions.
+    """Open a tomogram with its labels in napari, with the names and colours of the classes.
 
     Needs a screen, and napari: pip install 'napari[pyqt6]'.
 
@@ -556,9 +556,10 @@ def plan(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what semantic-predict or run would read, compute and write, and what it costs; write nothing.
+    """Show what semantic-predict or run would read, compute and write, and how much time, memory and disk space it
+    would need; write nothing.
 
-    The exit status is that of the run, as far as known: 1 if some tomograms cannot be segmented, 2 if none can.
+    The exit status is the expected one of the run: 1 if some tomograms cannot be segmented, 2 if none can.
 
     The time is estimated from the latest run with the same model on the same kind of device, or from a --trial.
 
@@ -608,10 +609,11 @@ def init(
     ),
     lamella: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Lamella model. Default: the one nearby, or CryoSiam's."),
+        typer.Option(metavar="MODEL", help="Lamella model. Default: a single checkpoint nearby, or CryoSiam's."),
     ] = None,
     semantic: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Semantic model. Default: the one nearby, or CryoSiam's.")
+        str | None,
+        typer.Option(metavar="MODEL", help="Semantic model. Default: a single checkpoint nearby, or CryoSiam's."),
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="Dataset of HDF5 files with more than one volume.")] = None,
 ) -> None:
@@ -631,7 +633,7 @@ def init(
         marks = text.count(MARK)
         lines = (
             *summary(found),
-            f"wrote {output}: {marks} lines are marked {MARK}, since only you can check them",
+            f"wrote {output}: check the {marks} lines marked {MARK}, which no file could answer",
             f"next: cryosiam-dask plan {shlex.quote(str(output))}",
         )
         for line in lines:
@@ -648,7 +650,7 @@ def models(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List CryoSiam's published models, whose names trained_model accepts, and which of them are in the cache.
+    """List CryoSiam's published models, which trained_model accepts by name, and show which are in the cache.
 
     Example: cryosiam-dask models
 
@@ -745,7 +747,7 @@ def processing_invert_scale(
             if bounds is not None:  # of the file, whose low intensities become high if they are inverted
                 zero, one = (bound * (-1 if invert else 1) + 0.0 for bound in bounds)  # no -0
                 words.append(f"{zero:g} became 0 and {one:g} became 1")
-            _inform(console, f"{target}: {', '.join(words) or 'intensities as they were'}")
+            _inform(console, f"{target}: {', '.join(words) or 'intensities unchanged'}")
 
         _each(files(input_path, output_path), prepare)
 
@@ -763,7 +765,7 @@ def match_pixel_size(
         typer.Option(help="Voxel size of the input in Å. Default: that of its header.", **_numbers(float, 0.01)),
     ] = None,
 ) -> None:
-    """Resample tomograms to another voxel size by cropping or padding their Fourier transforms; values keep their
+    """Resample tomograms to another voxel size by cropping or padding their Fourier transforms; intensities keep their
     scale.
 
     Example: cryosiam-dask match-pixel-size raw/TS_01.mrc TS_01_10A.mrc --pixel-size 10
@@ -781,20 +783,22 @@ def match_pixel_size(
             shapes = " to ".join(" × ".join(map(str, shape)) for shape in (found.header.shape, found.shape))
             memory, disk = (math.ceil(number / 1e8) / 10 for number in (found.memory_bytes, found.disk_bytes))
             _inform(
-                console, f"{source}: {shapes} voxels, takes about {memory} GB of memory and {disk} GB beside the output"
+                console,
+                f"{source}: {shapes} voxels; needs about {memory} GB of memory and {disk} GB of disk beside the output",
             )
             match_pixel_size(found, target)
             _inform(console, f"{target}: voxels of {' × '.join(f'{size:.3f}' for size in found.after)} Å (z, y, x)")
             if any(abs(size / pixel_size - 1) > _FAR_OFF for size in found.after):
                 _inform(
-                    console, f"warning: this is not the requested {pixel_size:g} Å, since an axis has too few voxels"
+                    console,
+                    f"warning: this is not the requested {pixel_size:g} Å, because an axis has too few voxels",
                 )
 
         _each(files(input_path, output_path), prepare)
 
 
 def _each(pairs: Sequence[tuple[Path, Path]], prepare: Callable[[Path, Path], None]) -> None:
-    """Prepare tomograms one by one; the others go on after one fails."""
+    """Prepare tomograms one by one, and continue after one that fails."""
     failed = 0
     for pair in pairs:
         try:
@@ -829,7 +833,7 @@ def demo(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Make two raw phantom tomograms, denoise and segment them, and compare the result with the truth.
+    """Make two raw phantom tomograms, denoise and segment them, and compare the result with the ground truth.
 
     Example: cryosiam-dask demo --output demo --device cpu
     """
@@ -857,10 +861,11 @@ def _console(quiet: bool, verbose: bool, as_json: bool = False) -> Console:
 
 @contextmanager
 def _plain_errors(drains: bool = False, writes: bool = True) -> Iterator[threading.Event]:
-    """Print errors of the user as plain text and exit with status 2; exit with status 130 after an interrupt.
+    """Print errors that a user can mend as plain text and exit with status 2; after an interrupt exit with status 130.
 
-    If `drains`, the first signal only sets the yielded event, so that the command can finish its tasks in flight; and a
-    lost cluster exits with status 75, since the same command resumes once the cluster is back.
+    With `drains`, the first signal only sets the yielded event, so that the command can finish its tasks in flight, and
+    the loss of the cluster exits with status 75, because the same command resumes once the cluster is back. Without
+    `writes`, an interrupt says nothing about outputs.
     """
     from cryosiam_dask.core.log import own_handlers, traceback_file
 
@@ -879,7 +884,7 @@ def _plain_errors(drains: bool = False, writes: bool = True) -> Iterator[threadi
     for each in signals:
         signal.signal(each, interrupt)
     try:
-        with own_handlers():  # what --verbose prints ends with the command, also where a process runs several
+        with own_handlers():  # --verbose ends with the command, even if the process runs others
             yield stop
     except CryosiamDaskError as error:
         for line in str(error).splitlines():
@@ -890,7 +895,7 @@ def _plain_errors(drains: bool = False, writes: bool = True) -> Iterator[threadi
         if path is None:
             raise
         _complain(
-            f"error: unexpected {type(error).__name__}: {error}. This is a fault of the program: {path} has details."
+            f"error: unexpected {type(error).__name__}: {error}. This is a bug in the program; details are in {path}."
         )
         raise typer.Exit(_SOFTWARE) from None
     except KeyboardInterrupt:
@@ -900,7 +905,7 @@ def _plain_errors(drains: bool = False, writes: bool = True) -> Iterator[threadi
 
 
 def _complain(message: str) -> None:
-    """Print a line to standard error as it is."""
+    """Print a line to standard error, without markup or wrapping."""
     Console(emoji=False, stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -931,7 +936,7 @@ class _Forgiving(io.FileIO):
     def write(self, data: Any) -> int:
         """See `io.RawIOBase`."""
         try:
-            while (taken := super().write(data)) is None:  # the stream does not block
+            while (taken := super().write(data)) is None:  # a non-blocking stream that is full
                 select.select((), (self,), ())
             return taken
         except OSError:
@@ -957,11 +962,11 @@ def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def _forgive_streams() -> None:
-    """Keep a terminal, pipe or disk behind standard output and error from ending a command or changing its status."""
+    """Make sure that a closed terminal, pipe or full disk behind our output neither ends a command nor fails it."""
     codecs.register_error("cryosiam-dask", _plain)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed: a file that is opened later must not take its place
+        if stream is None:  # closed: the next file to be opened would get its number
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
             continue
         with suppress(OSError):  # it is not a file

@@ -52,7 +52,7 @@ def _expanded(path: Path) -> Path:
     try:
         return path.expanduser()
     except RuntimeError:
-        raise ValueError(f"must be below a home folder that exists, but {path.parts[0]} is unknown") from None
+        raise ValueError(f"must be below an existing home folder, but {path.parts[0]} is unknown") from None
 
 
 _Path = Annotated[Path, Field(strict=False), AfterValidator(_expanded)]
@@ -78,12 +78,12 @@ def _scientific(value: Any) -> Any:
 def _once(names: tuple[str, ...]) -> tuple[str, ...]:
     twice = [name for i, name in enumerate(names) if name in names[:i]]
     if twice:
-        raise ValueError(f"must not hold a name twice: {twice[0]}")
+        raise ValueError(f"must not contain a name twice: {twice[0]}")
     return names
 
 
 def _pattern(text: str) -> str:
-    """Check a regular expression, and refuse those that may take exponential time."""
+    """Check a regular expression, and refuse one that may take exponential time."""
     import warnings
 
     try:
@@ -93,12 +93,12 @@ def _pattern(text: str) -> str:
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"must be a regular expression, such as ^TS_[0-9]+: {error}") from None
     if _repeats(parsed) > 3:
-        raise ValueError("must not nest repetitions, or have more than three, because it could take for ever")
+        raise ValueError("must have at most three repetitions, none inside another, or matching could take forever")
     return text
 
 
 def _repeats(parsed: Any, inside: bool = False) -> int:
-    """Count the repetitions in a parsed regular expression; nested ones count as many."""
+    """Count the repetitions in a parsed regular expression; a nested one counts as 1000."""
     count = 0
     for kind, value in parsed:
         name, parts = str(kind), value if isinstance(value, list | tuple) else ()
@@ -116,7 +116,7 @@ _Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_scientif
 
 def _printable(name: str) -> str:
     if not name.strip() or not name.isprintable():
-        raise ValueError("a name must be a line of printable text")
+        raise ValueError("a name must be one line of printable text")
     return name
 
 
@@ -124,7 +124,7 @@ _Name = Annotated[str, AfterValidator(_printable)]
 
 OutputFormat = Literal["hdf5", "ome-zarr", "mrc"]
 
-# A discriminated union, so that a wrong value is reported once and not for each alternative.
+# A discriminated union reports a wrong value once instead of once for each alternative.
 _PatchSize = Annotated[
     Annotated[tuple[Annotated[int, Field(ge=4)], ...], Field(strict=False), Tag("tag-list")]
     | Annotated[Literal["auto"], Tag("tag-auto")],
@@ -141,7 +141,7 @@ _MinVoxels = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What the documentation says about a key, besides its type, its default and the docstring below it.
+    """Facts about a key for the documentation, besides its type, default and docstring.
 
     ``docs/reference.py`` generates the reference, the file with every key, and the schema for editors from these.
 
@@ -173,23 +173,24 @@ class Data(_Model):
     """How intensities are scaled, and how large the network's patches are."""
 
     patch_size: Annotated[_PatchSize | None, About("[ 128, 128, 128 ]", "voxels")] = None
-    """Size of the patches that the network sees: a list (z, y, x), or (y, x) for images, of multiples of 8 (BiFPN
-    models: 16). `null`: that of the model's training; `auto`: the largest that fits into the device's memory."""
+    """Size of the patches that the network sees, (z, y, x), or (y, x) for images: multiples of 8, or of 16 for BiFPN
+    models. `null`: the patch size of the model's training; `auto`: the largest that fits into the device's memory."""
     halo: Annotated[Annotated[int, Field(ge=1)] | None, About("32", "voxels", own=True)] = None
-    """How much at each side of a patch is not kept. `null`: a quarter of the patch, as in CryoSiam. A larger
-    `patch_size` with a smaller halo, `[ 256, 256, 256 ]` and `32`, is faster, but changes the labels a little."""
+    """Margin on each side of a patch in which predictions are discarded. `null`: a quarter of the patch, as in
+    CryoSiam. A larger `patch_size` with a smaller halo, such as `[ 256, 256, 256 ]` and `32`, is faster, but changes
+    the labels slightly."""
     min: Annotated[_Number, About(unit="intensity")] = 0.0
     """Intensity that becomes 0; lower ones are clipped to it."""
     max: Annotated[_Number, About(unit="intensity")] = 1.0
     """Intensity that becomes 1; higher ones are clipped to it."""
     invert: Annotated[bool | None, About("true", own=True)] = None
-    """For tomograms that are dark on bright: `max` becomes 0 and `min` becomes 1, so each intensity v is replaced by
-    min + max - v, before `mean` and `std`. `null`: no, with a warning if it looks necessary; `false`: no. Denoising
-    inverts unless this is `false`, for tomograms that are bright on dark already."""
+    """Invert the contrast of tomograms that are dark on bright: each intensity v becomes min + max - v, before `mean`
+    and `std` are applied. `null`: do not invert, but warn if that looks necessary; `false`: do not invert. Denoising
+    inverts unless this is `false`, which is for tomograms that are already bright on dark."""
     mean: Annotated[_Number | None, About(unit="scaled intensity")] = 0.0
-    """Number that is subtracted from the scaled intensities. `null` (denoising): their own mean."""
+    """Subtracted from the scaled intensities. `null` (denoising): their own mean."""
     std: Annotated[Annotated[_Number, Field(gt=0)] | None, About(unit="scaled intensity")] = 1.0
-    """Number that the difference is divided by. `null` (denoising): their own standard deviation."""
+    """Divides the scaled intensities after `mean` is subtracted. `null` (denoising): their own standard deviation."""
 
     @model_validator(mode="after")
     def _range(self) -> Self:
@@ -209,20 +210,20 @@ class Network(_Model):
     """Lamella: voxels with a higher probability belong to it. Several classes: a voxel is background if no class
     reaches this probability. `null`: 0.9 for models of one class, 0.1 for others."""
     postprocessing: Annotated[bool, About(model="lamella")] = False
-    """Smooth the mask and keep the convex hull of its largest component."""
+    """Smooth the lamella mask, and keep the convex hull of its largest component."""
     hull_3d: Annotated[bool, Field(alias="3d_postprocessing"), About(model="lamella")] = False
     """Use one convex hull in 3-D instead of one in each z-slice."""
     postprocessing_sizes: Annotated[
         Annotated[tuple[Annotated[int, Field(ge=-1)], ...], Field(strict=False)] | None,
         About("[ -1, 5000, -1, -1, -1 ]", "voxels", "semantic"),
     ] = None
-    """One entry per label, the first for label 0: components of that label with at most so many voxels are removed;
+    """One entry per label, the first for label 0: components of the label with at most this many voxels are removed;
     -1 keeps all."""
     min_voxels: Annotated[_MinVoxels | None, About("10", "voxels", "semantic")] = None
-    """Particle lists (`semantic-to-centers`) leave out components of at most so many voxels: one number, or a list with
-    one for each class. `null`: 0; 100 for lists in CryoSiam's form."""
+    """Particle lists (`semantic-to-centers`) leave out components of at most this many voxels: one number, or a list
+    with one for each class. `null`: 0; 100 for lists in CryoSiam's format."""
     out_channels: Annotated[Annotated[int, Field(ge=1)] | None, About("14", model="semantic")] = None
-    """Number of classes, background included, for particle lists in CryoSiam's form. `null`: that of the prediction.
+    """Number of classes, background included, for particle lists in CryoSiam's format. `null`: that of the prediction.
     Predictions use the number in the checkpoint."""
 
 
@@ -237,22 +238,23 @@ class HyperParameters(_Model):
     """How the network is run."""
 
     batch_size: Annotated[int, Field(ge=1), About(unit="patches")] = 2
-    """Patches per forward pass on a GPU; a CPU predicts one at a time. Another size may change the last digits of the
-    probabilities."""
+    """Patches per forward pass on a GPU; a CPU predicts one at a time. A different size may change the last digits of
+    the probabilities."""
     precision: Annotated[Literal["fp32", "tf32", "bf16", "fp16"], About("bf16", own=True)] = "fp32"
-    """Precision of the network's products: `fp32` or, on devices with instructions for it, `tf32`, `bf16` or `fp16`."""
+    """Precision of the network's multiplications: `fp32` or, on devices that support it, `tf32`, `bf16` or `fp16`."""
 
 
 class Configuration(_Model):
     """One YAML file, for one model."""
 
     data_folder: Annotated[_Path, About("/data/dataset1/denoised")]
-    """Folder of the tomograms, which should be denoised, as the models expect."""
+    """Folder of the tomograms. Lamella and semantic models expect denoised ones."""
     prediction_folder: Annotated[_Path, About("/data/dataset1/semantic")]
     """Folder of the outputs; created if it is missing."""
     trained_model: Annotated[_TrainedModel, About("/data/models/semantic.ckpt")]
     """Checkpoint of CryoSiam: a path (`.ckpt`); the name of a published model, such as `cryosiam_lamella` (the command
-    `models` lists them); or `hf://owner/repository/file`. The latter two are fetched once from the Hugging Face Hub."""
+    `models` lists them); or `hf://owner/repository/file`. The latter two are downloaded once from the Hugging Face
+    Hub."""
     mask_folder: Annotated[
         _Path | None, BeforeValidator(lambda value: value or None), About("/data/dataset1/lamella", model="semantic")
     ] = None
@@ -267,15 +269,16 @@ class Configuration(_Model):
     ome_zarr_level: Annotated[int, Field(ge=0), About("1", own=True)] = 0
     """Level of OME-Zarr images to segment; 0 is full resolution."""
     hdf5_dataset: Annotated[Annotated[str, Field(min_length=1)] | None, About("volume", own=True)] = None
-    """Dataset of HDF5 tomograms to segment. `null`: the only one that can be a tomogram."""
+    """Dataset to segment in HDF5 tomograms. `null`: the only one that can be a tomogram."""
     mrc_unsigned: Annotated[bool | None, About("True", own=True)] = None
-    """Whether the bytes of MRC files of mode 0 are unsigned (0 to 255). `null`: decide by the header or, if it says
-    nothing, by the voxels, with a warning."""
+    """Whether the bytes of MRC files of mode 0 are unsigned (0 to 255). `null`: decide by the header or, if the header
+    does not tell, by the voxels, with a warning."""
     tilt_series_pattern: Annotated[
         Annotated[str, AfterValidator(_pattern)] | None, About(r"'^TS_\d+'", model="semantic", own=True)
     ] = None
-    """Particle lists: regular expression for tomogram names such as `TS_018_9.96Apx_denoised`. Its match, or its first
-    group, is the name of the tilt series. `null`: the tomogram's name without Warp's `_9.96Apx` at its end."""
+    """Particle lists: regular expression that finds the name of the tilt series in a tomogram name such as
+    `TS_018_9.96Apx_denoised`: its match or, if it has a group, the first group. `null`: the tomogram's name without
+    Warp's `_9.96Apx` at its end."""
     class_names: Annotated[
         Annotated[tuple[_Name, ...], Field(strict=False), AfterValidator(_once)] | None,
         About("[ 'membrane', 'actin' ]", own=True),
@@ -288,9 +291,9 @@ class Configuration(_Model):
     """What to write: `hdf5` (always), `ome-zarr` (`<stem>.ome.zarr`: tomogram and labels in several resolutions),
     `mrc` (`<stem>_labels.mrc`)."""
     scale_prediction: Annotated[bool, About(model="denoise")] = True
-    """Scale the denoised intensities of each tomogram to the range from 0 to 1."""
+    """Scale the denoised intensities of each tomogram to 0 to 1."""
     save_raw_predictions: Annotated[bool, About(model="denoise")] = False
-    """Also write all channels of the result to `<stem>_preds.h5`, dataset `preds`."""
+    """Also write all channels of the denoiser's output to `<stem>_preds.h5`, dataset `preds`."""
     keep_denoised: Annotated[bool, About(model="denoise", own=True)] = True
     """Keep the denoised MRC file. `false`, in a pipeline: remove it once all models of the tomogram are done."""
     save_internal_files: bool = False
@@ -302,13 +305,14 @@ class Configuration(_Model):
     save_original_file_extension: bool = False
     """Write an MRC file with the input's name instead of HDF5; has no effect with `save_internal_files`."""
     work_folder: Annotated[_Path | None, About("/local_ssd/work", own=True)] = None
-    """Folder of the temporary zarr stores, to which MRC files are then copied. `null`: beside the outputs."""
+    """Folder of the temporary zarr stores. If it is set, MRC files are copied there first. `null`: beside the
+    outputs."""
     keep_work: Annotated[bool, About(own=True)] = False
-    """Keep each tomogram's zarr store (tomogram, labels) after its output is complete."""
+    """Keep each tomogram's zarr store (tomogram and labels) after its output is complete."""
     block_size: Annotated[Annotated[int, Field(ge=4)] | None, About("256", "voxels", own=True)] = None
-    """Edge of the blocks that are read, predicted and written at once. It changes memory and speed, but no result.
-    `null`: the largest edge up to 320 with which two blocks fit into the memory of a worker; if it has a GPU, two into
-    that of the GPU and three into its own."""
+    """Edge of the blocks, each of which one task reads, predicts and writes. It changes memory and speed, but no
+    result. `null`: the largest edge up to 320 for which two blocks fit into the memory of a worker; for workers with a
+    GPU, two blocks into the memory of the GPU and three into that of the worker."""
     parameters: Parameters = Parameters()
     hyper_parameters: HyperParameters = HyperParameters()
 
@@ -354,7 +358,7 @@ class Configuration(_Model):
 
     @property
     def place(self) -> str:
-        """The file that it was read from, and the name of the model if the file has several."""
+        """The file that the configuration was read from, and the name of the model if the file has several."""
         return self._place
 
     @property
@@ -363,7 +367,7 @@ class Configuration(_Model):
         return self._unused
 
 
-#: Keys that have no effect on a denoiser.
+#: Keys about labels, which have no effect on a denoiser.
 _ABOUT_LABELS = (
     "mask_folder", "class_names", "output_formats", "save_internal_files", "components", "tilt_series_pattern",
     "save_original_file_extension",
@@ -371,7 +375,7 @@ _ABOUT_LABELS = (
 #: Keys that only a denoiser's file has.
 _ABOUT_DENOISING = ("scale_prediction", "save_raw_predictions", "keep_denoised")
 
-#: pydantic's errors in the words of a YAML file.
+#: pydantic's errors in the terms of a YAML file.
 _RULES: Mapping[str, str] = {
     "string_pattern_mismatch": "must begin with a dot, such as .mrc, .rec or .mrc.gz",
     "path_type": "must be a path, written as text",
@@ -394,7 +398,7 @@ _SECTIONS: Mapping[str, type[_Model]] = {
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Loads YAML and refuses duplicate keys, the first of which would otherwise be lost silently."""
+    """Load YAML and refuse duplicate keys, of which PyYAML silently keeps only the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -432,12 +436,12 @@ _SHARED_KEYS = ("data_folder", "file_extension", "test_files", "ome_zarr_level",
 
 
 def read_pipeline(path: Path | str) -> dict[str, Configuration]:
-    """Read a YAML file for several models that process the same tomograms, or for one of them.
+    """Read a YAML file of a pipeline: one or more models that process the same tomograms.
 
-    The keys of each model stand below ``denoise``, ``lamella`` and ``semantic``. A key outside these sections is for
-    all models. The denoiser's ``prediction_folder`` is the ``data_folder`` of the other models, and the semantic
-    model's ``mask_folder`` is the lamella's ``prediction_folder``. In a common ``work_folder``, each model uses a
-    subfolder.
+    The keys of each model are indented below ``denoise``, ``lamella`` or ``semantic``. A key outside these sections
+    applies to all models. The denoiser's ``prediction_folder`` is the ``data_folder`` of the other models, and the
+    semantic model's ``mask_folder`` is the lamella's ``prediction_folder``. In a common ``work_folder``, each model
+    uses a subfolder.
 
     Parameters
     ----------
@@ -447,7 +451,7 @@ def read_pipeline(path: Path | str) -> dict[str, Configuration]:
     Returns
     -------
     dict
-        The models of the file by the names in `STAGES`, in that order.
+        The models of the file by name, in the order of `STAGES`.
 
     Raises
     ------
@@ -478,7 +482,7 @@ def _pipeline(values: dict[str, Any], path: Path) -> dict[str, Configuration]:
             problems.append(ConfigurationError(rule, place=place, value=repr(values[name]), remedy=remedy))
             continue
         denoiser = found.get("denoise")
-        # Of what the models have in common, the raw tomograms are the denoiser's alone.
+        # The shared keys that describe raw tomograms apply to the denoiser alone.
         left_out = {*(_SHARED_KEYS if denoiser else ()), *(_ABOUT_DENOISING if name != "denoise" else ())}
         shared = common.keys() - left_out
         own = {**{key: common[key] for key in shared}, **values[name]}
@@ -499,7 +503,7 @@ def _pipeline(values: dict[str, Any], path: Path) -> dict[str, Configuration]:
         except Problems as error:
             problems += error.problems
     if not problems:
-        problems += _at_odds(path, found)
+        problems += _contradictions(path, found)
     if problems:
         raise Problems({str(problem): problem for problem in problems}.values())  # a common key is reported once
     folders = {one.work_folder for one in found.values()}
@@ -517,12 +521,12 @@ def _denoised_by(denoiser: Configuration) -> dict[str, Any]:
 
 
 _MADE_BY_A_DENOISER = {
-    "data_folder": "must be what the denoiser makes: its prediction_folder",
-    "file_extension": "must be the ending of the files that the denoiser makes",
+    "data_folder": "must be the folder that the denoiser writes to, its prediction_folder",
+    "file_extension": "must be the ending of the files that the denoiser writes",
 }
 
 
-def _at_odds(path: Path, found: Mapping[str, Configuration]) -> Iterator[ConfigurationError]:
+def _contradictions(path: Path, found: Mapping[str, Configuration]) -> Iterator[ConfigurationError]:
     """Yield contradictions between the models of a pipeline."""
 
     def wrong(key: str, rule: str, value: object, remedy: str = "Leave it out") -> ConfigurationError:
@@ -535,22 +539,22 @@ def _at_odds(path: Path, found: Mapping[str, Configuration]) -> Iterator[Configu
         made = _denoised_by(denoiser)
         for key, rule in _MADE_BY_A_DENOISER.items():
             if (given := str(getattr(one, key))) != made[key]:
-                yield wrong(f"{name}.{key}", rule, f"{given}, and not {made[key]}")
+                yield wrong(f"{name}.{key}", rule, f"{given} instead of {made[key]}")
         if one.prediction_folder == denoiser.prediction_folder:
-            rule = "must be another folder than the denoiser's"
+            rule = "must not be the denoiser's folder"
             yield wrong(f"{name}.prediction_folder", rule, one.prediction_folder, "Set it to another folder")
     if lamella is None or semantic is None:
         return
     for key in _SHARED_KEYS:
         if (first := getattr(lamella, key)) != (other := getattr(semantic, key)):
-            rule = "must be the same for both models, which segment the same tomograms"
+            rule = "must be the same for both models, because they segment the same tomograms"
             remedy = "Write it once, above lamella and semantic"
             yield wrong(f"semantic.{key}", rule, f"{other} instead of {first}", remedy)
     if semantic.mask_folder != lamella.prediction_folder:
         value = f"{semantic.mask_folder} instead of {lamella.prediction_folder}"
         yield wrong("semantic.mask_folder", "must be the lamella's prediction_folder", value)
     if lamella.prediction_folder == semantic.prediction_folder:
-        rule = "must not be the lamella's folder, whose files have the same names"
+        rule = "must not be the lamella's folder, because its files have the same names"
         yield wrong("semantic.prediction_folder", rule, semantic.prediction_folder, "Set it to another folder")
     if lamella.save_original_file_extension:
         rule = "must be False, because the semantic model reads the mask from HDF5"
@@ -570,7 +574,7 @@ def read_models(path: Path | str, model: str | None = None) -> dict[str, Configu
     Returns
     -------
     dict
-        The models by their names, in the order in which they run; a single one has the name ``""``.
+        The models by name, in the order in which they run; a single one has the name ``""``.
 
     Raises
     ------
@@ -585,7 +589,7 @@ def read_models(path: Path | str, model: str | None = None) -> dict[str, Configu
         raise ConfigurationError(
             f"must name one of the models in {path}, {' or '.join(names)}"
             if names
-            else f"is for files of several models, and {path} holds the keys of a single one",
+            else f"is for files of several models, but {path} holds the keys of a single one",
             place="option --model",
             value=model,
             remedy=f"Did you mean {near[0]}?" if near else "Correct it, or leave it out" if names else "Leave it out",
@@ -597,7 +601,7 @@ def read_models(path: Path | str, model: str | None = None) -> dict[str, Configu
 
 
 def read_model(path: Path | str, model: str | None = None) -> Configuration:
-    """Read one model of a YAML file: `model`, or else the last one of the file.
+    """Read one model of a YAML file: `model` or, if it is ``None``, the last one of the file.
 
     Parameters
     ----------
@@ -609,7 +613,7 @@ def read_model(path: Path | str, model: str | None = None) -> Configuration:
 
 
 def read_denoiser(path: Path | str) -> Configuration:
-    """Read the denoiser's configuration from its own file or that of a pipeline.
+    """Read the denoiser's configuration from its own file or from that of a pipeline.
 
     Parameters
     ----------
@@ -619,7 +623,7 @@ def read_denoiser(path: Path | str) -> Configuration:
     Raises
     ------
     ConfigurationError, Problems
-        See `read_models`; also if a pipeline has none.
+        See `read_models`; also if a pipeline has no denoiser.
     """
     found = read_models(path, STAGES[0]) if STAGES[0] in (models := read_models(path)) else models
     if "" not in found:
@@ -700,9 +704,10 @@ def _configuration(
     stage: str = "",
     pending: Collection[str] = (),
 ) -> Configuration:
-    """Validate the keys of a file or of a section of it; errors name `place`, or `above` for the keys `of_above`.
+    """Validate the keys of a file or of one of its sections.
 
-    The same run makes the paths of the keys `pending`, so they may be missing.
+    Errors name `place` or, for the keys in `of_above`, `above`. Paths of the keys in `pending` may not exist yet,
+    because the same run makes them.
     """
     values, unused = _without_unused(values)
 
@@ -722,7 +727,7 @@ def _configuration(
 
 
 def _missing_paths(where: Callable[[str], str], values: dict[str, Any]) -> Iterator[ConfigurationError]:
-    """Yield errors about paths that do not exist, which the plan of a run would report only later."""
+    """Yield errors about paths that do not exist, so that they are reported together with wrong keys."""
     for key in ("data_folder", "mask_folder", "trained_model"):
         value = values.get(key)
         if not isinstance(value, str) or not value:
@@ -758,7 +763,7 @@ def _keys(section: str) -> Iterator[str]:
 
 
 def _explain(path: str, error: Any) -> ConfigurationError:
-    """Turn an error of pydantic into one in the words of the configuration."""
+    """Convert an error of pydantic to one in the terms of the YAML file."""
     location = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-", "tag-"))]
     key, kind, value = ".".join(location), error["type"], error["input"]
     place = f"{path}, key {key}" if key else f"{path}"

@@ -391,9 +391,9 @@ def test_predictions_are_found_by_the_name_of_the_raw_tomogram_too(folder: Path,
 @pytest.mark.parametrize(
     ("model", "changes", "rule"),
     [
-        ("lamella", {"data_folder": "data"}, "must be what the denoiser makes: its prediction_folder"),
-        ("semantic", {"file_extension": ".rec"}, "must be the ending of the files that the denoiser makes"),
-        ("lamella", {"prediction_folder": "denoised"}, "must be another folder than the denoiser's"),
+        ("lamella", {"data_folder": "data"}, "must be the folder that the denoiser writes to, its prediction_folder"),
+        ("semantic", {"file_extension": ".rec"}, "must be the ending of the files that the denoiser writes"),
+        ("lamella", {"prediction_folder": "denoised"}, "must not be the denoiser's folder"),
     ],
 )
 def test_models_at_odds_with_the_denoiser(folder: Path, model: str, changes: dict[str, str], rule: str) -> None:

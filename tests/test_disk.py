@@ -225,7 +225,7 @@ def test_folders_that_may_not_be_looked_into_are_named(tmp_path: Path) -> None:
             (tmp_path / closed).chmod(0o755)
         return dict(line.split(" ", 1) for line in done.stdout.splitlines())
 
-    home = "key data_folder: must be below a home folder that exists, but ~nobody_has_this_name is unknown"
+    home = "key data_folder: must be below an existing home folder, but ~nobody_has_this_name is unknown"
     of_data, of_out = found("data"), found("out")
     for said, key, names in (
         (of_data, "data_folder", ("plan", "status")),

@@ -247,7 +247,7 @@ def test_every_command_takes_the_file_of_a_pipeline(name: str, tmp_path: Path, m
         assert "nowhere" in fails("p.yaml") or "out/semantic" in fails("p.yaml")
         assert "nowhere" in fails("p.yaml", "--model=lamella") or "out/lamella" in fails("p.yaml", "--model=lamella")
     for arguments in (("p.yaml", "q.yaml"), ("p.yaml", "--config-file", "q.yaml")):
-        assert "takes one configuration file; found also" in " ".join(fails(*arguments).split())
+        assert "takes one configuration file; also found" in " ".join(fails(*arguments).split())
     assert "--config-file" in fails()
 
 
