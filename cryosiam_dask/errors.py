@@ -1,4 +1,4 @@
-"""Errors that a user can cause and mend.
+"""Errors that a user can cause and fix.
 
 Every error names the rule, the place, the value that breaks the rule, and the remedy::
 
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-#: Errors of the kernel while a file server is away, restarts or is busy; a retry may succeed.
+#: Errors of the operating system while a file server is unreachable, restarting or busy; a retry may succeed.
 _TRANSIENT = {
     getattr(errno, name)
     for name in (
@@ -30,12 +30,12 @@ _TRANSIENT = {
 
 
 def is_transient(error: BaseException | None) -> bool:
-    """Whether an error may go away by itself, or was caused by one of a disk that may."""
+    """Whether an error is, or was caused by, a disk error that may go away by itself."""
     while error is not None:
         if isinstance(error, CryosiamDaskError):
             return error.transient
         if isinstance(error, OSError):
-            # When HDF5 fails to read or write, the number is only in the text of its error.
+            # HDF5 gives the error number only in the text of its error.
             number = re.search(r"\berrno = (\d+)", str(error)) if error.errno is None else None
             if (int(number[1]) if number else error.errno) in _TRANSIENT:
                 return True
@@ -60,8 +60,8 @@ class CryosiamDaskError(Exception):
     Attributes
     ----------
     transient
-        Whether it was created while a transient disk error was handled (see `is_transient`), or the memory of a GPU
-        did not suffice.
+        Whether a retry may succeed: the error was raised while a transient disk error was handled (see
+        `is_transient`), or because a GPU ran out of memory.
     """
 
     def __init__(self, rule: str, *, place: object = "", value: object = None, remedy: str = "") -> None:
@@ -77,7 +77,7 @@ class CryosiamDaskError(Exception):
         return text if text.endswith("?") else f"{text}."
 
     def __reduce__(self) -> tuple[Callable[..., CryosiamDaskError], tuple[Any, ...]]:
-        # Workers send errors to the client. Keyword-only arguments are not pickled without this.
+        # Workers send errors to the client, and exceptions are pickled without their keyword-only arguments.
         return _rebuild, (type(self), self.rule, self.place, self.value, self.remedy, self.transient)
 
 
@@ -94,7 +94,7 @@ class ConfigurationError(CryosiamDaskError):
 
 
 class CheckpointError(CryosiamDaskError):
-    """A checkpoint is unsafe, of another program, incomplete, or does not match its own description."""
+    """A checkpoint is unsafe, foreign or incomplete, or does not match its own description."""
 
 
 class TomogramError(CryosiamDaskError):
@@ -106,7 +106,7 @@ class MaskError(CryosiamDaskError):
 
 
 class LabelsError(CryosiamDaskError):
-    """Labels cannot be labelled, filtered or post-processed as requested."""
+    """Labels cannot be filtered, measured or split into components as requested."""
 
 
 class OutputError(CryosiamDaskError):
@@ -114,7 +114,7 @@ class OutputError(CryosiamDaskError):
 
 
 class DiskError(OutputError):
-    """A disk is full, read-only or not permitted, so every other output there will fail as well."""
+    """A disk is full, read-only or without permission, so every other output on it will fail too."""
 
 
 class StorageError(CryosiamDaskError):
@@ -125,12 +125,12 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 
 def not_written(error: OSError, rule: str, *, place: object, remedy: str) -> OutputError:
-    """Return the error to raise if the kernel refused to write.
+    """Return the error to raise if the operating system refused to write.
 
     Parameters
     ----------
     error
-        The error of the kernel.
+        The error of the operating system.
     rule, place, remedy
         See `CryosiamDaskError`.
     """
@@ -140,7 +140,7 @@ def not_written(error: OSError, rule: str, *, place: object, remedy: str) -> Out
 
 @contextmanager
 def writing(rule: str, *, place: object, remedy: str) -> Iterator[None]:
-    """Raise `not_written` if the kernel refuses to write in the ``with`` block."""
+    """Raise `not_written` if the operating system refuses to write in the ``with`` block."""
     try:
         yield
     except OSError as error:
@@ -156,7 +156,7 @@ def not_ours(path: Path, what: str = "an output") -> OutputError:
 
 def not_there(path: Path) -> str:
     """Return the rule for a path in a configuration that does not exist."""
-    return f"does not exist: {path}" + ("" if path.is_absolute() else f" (seen from {Path.cwd()})")
+    return f"does not exist: {path}" + ("" if path.is_absolute() else f" (relative to {Path.cwd()})")
 
 
 def why_unreadable(error: OSError, rule: str) -> tuple[str, str | None]:
@@ -178,25 +178,25 @@ def may_be_done_elsewhere(error: object) -> bool:
 
 
 class ClusterError(CryosiamDaskError):
-    """The Dask cluster cannot be reached, does not fit, or is gone.
+    """The Dask cluster cannot be reached, is not suitable, or was lost.
 
     Attributes
     ----------
     temporary
-        Whether the cluster was there, so that the same command can resume when it is back.
+        Whether the cluster was lost during the run, so that the same command can resume when it is back.
     """
 
     temporary = False
 
 
 class LostClusterError(ClusterError):
-    """The Dask cluster was there and is gone."""
+    """The connection to the Dask cluster was lost during the run."""
 
     temporary = True
 
 
 class Problems(CryosiamDaskError):
-    """Several errors at once, so that a user can correct all of them before the next run.
+    """Several errors, reported together so that a user can correct all of them before the next run.
 
     Parameters
     ----------

@@ -203,7 +203,7 @@ def test_every_fault_of_a_configuration_at_once_and_nothing_made(folder: Path) -
     assert output.count("error: ") == 3 and "Did you mean trained_model?" in output
     write_yaml(folder / "bad.yaml", {"data_folder": "nowhere", "prediction_folder": "out", "trained_model": "m.ckpt"})
     output = invoke("semantic-predict", "--config-file", "bad.yaml", folder=folder, status=2)
-    assert output.count("error: ") == 2 and "does not exist: nowhere (seen from" in output and "m.ckpt" in output
+    assert output.count("error: ") == 2 and "does not exist: nowhere (relative to" in output and "m.ckpt" in output
     assert not (folder / "out").exists()
 
 

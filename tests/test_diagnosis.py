@@ -40,7 +40,7 @@ def test_scaling(below: float, above: float, central: tuple[float, float] | None
 
 def test_scaling_says_what_to_set() -> None:
     (found,) = scaling(0.5, 0.4, (-120.4, 88.2), 0, 1)
-    assert found.endswith("Write below parameters.data 'min: -120' and 'max: 88.2'")
+    assert found.endswith("Set 'min: -120' and 'max: 88.2' below parameters.data")
     assert CLIPPED == 0.05
 
 

@@ -144,7 +144,7 @@ def test_refusals_name_rule_value_place_and_remedy() -> None:
         make_grid((100, 100), (32, 32, 32))
     with pytest.raises(ConfigurationError, match="at least one voxel"):
         PatchAxis(0, 32)
-    with pytest.raises(ConfigurationError, match=r"halo: a halo must leave something.*found 16.*Set it to 8 or less"):
+    with pytest.raises(ConfigurationError, match=r"halo: a halo must be less than half.*found 16.*Set it to 8 or less"):
         PatchAxis(100, 32, 16)
     with pytest.raises(ValueError, match="odd number"):
         BlockAxis(PatchAxis(100, 32), 4)

@@ -147,11 +147,11 @@ def test_what_stays_is_not_tried_again(error: Exception | None) -> None:
 
 
 def test_a_disk_that_fails_for_good_is_said_with_a_remedy() -> None:
-    with pytest.raises(StorageError, match=r"^/disk/file: the disk must answer; found Stale file handle, 4 times in"):
+    with pytest.raises(StorageError, match=r"^/disk/file: the disk must respond; found Stale file handle, 4 times in"):
         with_retries(stale)
     with pytest.raises(StorageError) as raised:
         SerialExecutor().map(stale, [1], name="x")
-    assert "goes on from the blocks that are done" in str(raised.value) and not is_transient(raised.value)
+    assert "resumes after the finished blocks" in str(raised.value) and not is_transient(raised.value)
 
 
 # -------------------------------------------------------------------------------- the workers
@@ -265,7 +265,7 @@ def test_a_tomogram_whose_disk_fails_for_good_is_not_left_out(folder: Path, monk
     ail(monkeypatch, io, "open", f"{STEM}.mrc", times=9999)
     failed, done = run(plan_run(configuration), Listener())
     assert (failed.stem, failed.kind, done.status) == (STEM, "TomogramError", "done")
-    assert "found Stale file handle. Look at the disk, then" in failed.error
+    assert "found Stale file handle. Check the disk, then" in failed.error
 
 
 def test_a_disk_that_fails_once_leaves_no_number_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,7 @@ def test_keys_without_effect_and_labels_without_size_are_noted(folder: Path) -> 
 
 FAULTS: dict[str, tuple[dict[str, Any], Callable[[Path], object], str]] = {
     "no data folder": ({"data_folder": "nowhere"}, lambda f: None,
-        r"key data_folder: does not exist: nowhere \(seen from /.*\)\. Correct data_folder"),
+        r"key data_folder: does not exist: nowhere \(relative to /.*\)\. Correct data_folder"),
     "data folder is a file": ({"data_folder": "model.ckpt"}, lambda f: None, "key data_folder: must be a folder"),
     "empty data folder": ({}, lambda f: [p.unlink() for p in (f / "data").iterdir()],
         "key data_folder.*at least one file whose name ends with file_extension, which is .mrc; found no file at all"),

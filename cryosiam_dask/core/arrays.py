@@ -32,16 +32,16 @@ class WritableArray(Sliceable, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """An array that is computed, whenever a region is read, from the same region of another.
+    """An array whose regions are computed, each time they are read, from the same regions of another array.
 
     Attributes
     ----------
     source
-        The other array, of the same shape and chunks.
+        The other array, with the same shape and chunks.
     compute
-        Called with what is read of it; picklable if the array is sent to workers.
+        Called with a region of `source`, returns that region of this array; picklable if the array is sent to workers.
     dtype
-        Of the result.
+        Dtype of what `compute` returns.
     """
 
     source: Sliceable
@@ -50,12 +50,12 @@ class Computed:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the other array."""
+        """Shape of `source`."""
         return tuple(self.source.shape)
 
     @property
     def chunks(self) -> tuple[int, ...] | None:
-        """Of the other array."""
+        """Chunk shape of `source`; ``None`` without chunks."""
         return getattr(self.source, "chunks", None)
 
     def __getitem__(self, region: Any, /) -> Any:

@@ -16,7 +16,8 @@ from cryosiam_dask.errors import LabelsError
 
 Index: TypeAlias = tuple[int, int, int]
 Slices: TypeAlias = tuple[slice, slice, slice]
-#: Most voxels of a block: small chunks are joined, so that starting tasks costs little. A task takes 15 bytes a voxel.
+#: Maximum voxels of a block. Small chunks are joined up to this size, because starting a task costs time; a task needs
+#: 15 bytes per voxel.
 BLOCK_VOXELS = 1 << 22
 _LARGEST_BLOCK = 1 << 29  # a provisional label fits 29 bits: see `_touching`
 
@@ -34,8 +35,8 @@ class Blocks:
     ndim
         Axes of the array itself, 2 or 3.
     edges
-        Where the blocks begin along each axis, and the size of the axis at the end; ``None``: all are equal, but for
-        the last one along an axis, which may be smaller.
+        Where the blocks begin along each axis, followed by the size of the axis; ``None`` if all blocks are equal,
+        except that the last one along an axis may be smaller.
     """
 
     shape: Index
@@ -101,7 +102,7 @@ class Blocks:
         Parameters
         ----------
         edges
-            Where the blocks of the other division begin along each axis, and the size of the axis at the end.
+            Where the blocks of the other division begin along each axis, followed by the size of the axis.
         """
         voxels = BLOCK_VOXELS if voxels is None else voxels
         of_axes = [(0, 1)] * (3 - len(edges)) + [tuple(axis) for axis in edges]
@@ -120,7 +121,7 @@ class Blocks:
         return cls((sizes[0], sizes[1], sizes[2]), (longest[0], longest[1], longest[2]), len(edges), tuple(cuts))
 
     def inside(self, region: Sequence[slice]) -> list[Index]:
-        """Return the blocks of a region that consists of whole blocks, in C order."""
+        """Return the indices of the blocks of a region that consists of whole blocks, in C order."""
         where = [slice(0, 1)] * (3 - len(region)) + [*region]
         ranges = [
             [i for i, (a, b) in enumerate(itertools.pairwise(axis)) if part.start <= a and b <= part.stop]
@@ -130,7 +131,7 @@ class Blocks:
 
     @property
     def axis_edges(self) -> tuple[tuple[int, ...], ...]:
-        """Where the blocks begin along each axis, and the size of the axis at the end."""
+        """Where the blocks begin along each axis, followed by the size of the axis."""
         if self.edges is not None:
             return self.edges
         return tuple((0, *range(edge, size, edge), size) for edge, size in zip(self.block, self.shape, strict=True))
@@ -174,7 +175,7 @@ class Blocks:
         Raises
         ------
         LabelsError
-            If one of these does not hold.
+            If the shape differs, or two blocks would write to the same chunk.
         """
         if tuple(output.shape) != self.shape[3 - self.ndim :]:
             raise LabelsError(
@@ -192,7 +193,7 @@ class Blocks:
 
 
 def _grown(edges: list[int], shape: Sequence[int], voxels: int) -> list[int]:
-    """Double the shortest edge again and again, until a block would exceed `voxels` voxels or cover the volume."""
+    """Double the shortest edge until the block would exceed `voxels` voxels or covers the volume."""
     while short := [axis for axis in range(3) if edges[axis] < shape[axis]]:
         axis = min(short, key=lambda axis: edges[axis])
         grown = [edge * 2 if other == axis else edge for other, edge in enumerate(edges)]
@@ -205,5 +206,5 @@ def _grown(edges: list[int], shape: Sequence[int], voxels: int) -> list[int]:
 def chunk_shape(array: Sliceable) -> tuple[int, ...]:
     """Return the unit in which `array` is written: its shards, else its chunks, else single voxels."""
     chunks = getattr(array, "shards", None) or getattr(array, "chunks", None) or (1,) * len(array.shape)
-    # Dask lists every chunk along an axis. Reads need not be aligned, so the largest one will do.
+    # Dask lists every chunk along an axis. Reads need not be aligned with them, so the largest one will do.
     return tuple(int(max(edge)) if isinstance(edge, tuple) else int(edge) for edge in chunks)

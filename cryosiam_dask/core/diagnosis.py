@@ -1,6 +1,6 @@
-"""The likely cause of a result that looks wrong, in words: numbers in, sentences out.
+"""Explain in words why a result probably looks wrong: numbers in, sentences out.
 
-The rules are CryoSiam's troubleshooting table, with numbers that separate the causes:
+The rules are those of CryoSiam's troubleshooting table, with thresholds that tell the causes apart:
 
 =============================== ====================================================================================
 A segmentation is blank         Intensities outside [min, max] are clipped, so with the wrong scaling the network
@@ -30,9 +30,8 @@ SLIVER = 0.05
 #: Warn if a mask excludes less than this share of the tomogram.
 UNMASKED = 0.001
 _APART = (
-    "their intensities do not fit min and max, and the tomograms differ so much that no min and max suit all. Bring "
-    "them to one range with 'cryosiam-dask processing-invert-scale', or give those of each range a YAML file of their "
-    "own"
+    "their intensities do not fit min and max, and the tomograms differ so much that no min and max suit all. Scale "
+    "them to the same range with 'cryosiam-dask processing-invert-scale', or use a separate YAML file for each range"
 )
 _NUMBER = re.compile(r"[-+]?\d[\d.,]*(?:e[-+]?\d+)?")
 
@@ -77,7 +76,7 @@ def scaling(
     maximum: float,
     whose: str = "its",
 ) -> tuple[str, ...]:
-    """Say what is wrong with the scaling of the intensities.
+    """Explain what is wrong with the scaling of the intensities.
 
     Parameters
     ----------
@@ -93,7 +92,7 @@ def scaling(
     Returns
     -------
     tuple of str
-        Empty if at least `SLIVER` of the range is used and no more than `CLIPPED` of the voxels are clipped.
+        Empty if at least `SLIVER` of the range is used and at most `CLIPPED` of the voxels are clipped.
 
     Examples
     --------
@@ -101,15 +100,16 @@ def scaling(
     ()
     >>> print(*scaling(0.0, 0.0, (0.48, 0.51), 0, 1))
     the central 99 % of its intensities lie between 0.48 and 0.51, 3.0 % of the range from min 0 to max 1: the network \
-sees next to no contrast. Write below parameters.data 'min: 0.48' and 'max: 0.51'
+sees next to no contrast. Set 'min: 0.48' and 'max: 0.51' below parameters.data
     """
     if central is None:
-        return ("no voxel is a finite number: every one counts as the minimum",)
+        return ("no voxel is a finite number: all of them count as the minimum",)
     low, high = central
     if low == high:
         return (f"almost all voxels are {low:g}: there is nothing to see. Check the file",)
     between = " and ".join(distinct_digits(low, high))
-    remedy = "Write below parameters.data " + " and ".join(f"'{line}'" for line in to_write(central, None))
+    lines = " and ".join(f"'{line}'" for line in to_write(central, None))
+    remedy = f"Set {lines} below parameters.data"
     if below + above > CLIPPED:
         return (
             f"{percent(below)} of {whose} voxels lie below min {minimum:g} and {percent(above)} above max {maximum:g}, "
@@ -125,68 +125,68 @@ sees next to no contrast. Write below parameters.data 'min: 0.48' and 'max: 0.51
 
 
 def contrast(found: str | None, invert: bool | None, denoised: bool = False) -> tuple[str, ...]:
-    """Say whether the contrast of a tomogram is the wrong way round for CryoSiam's models.
+    """Warn if the contrast of a tomogram is not the one that CryoSiam's models expect.
 
     Parameters
     ----------
     found
         See `cryosiam_dask.stages.intensities.contrast`.
     invert
-        ``parameters.data.invert``. ``False`` silences the warning about dark on bright: the user decided.
+        ``parameters.data.invert``. ``False`` silences the warning about dark on bright, because the user has decided.
     denoised
-        Whether a denoiser of the same pipeline made the tomogram, so that its own ``invert`` is the cause.
+        Whether a denoiser of the same pipeline made the tomogram, so that the denoiser's ``invert`` is the cause.
 
     Examples
     --------
     >>> contrast("dark on bright", False)
     ()
     >>> print(*contrast("dark on bright", None))
-    dense matter looks dark on bright, and CryoSiam's models expect it bright on dark: write below parameters.data \
-'invert: true', or 'invert: false' if this model was trained on such tomograms
+    dense matter looks dark on bright, but CryoSiam's models expect it bright on dark: set 'invert: true' below \
+parameters.data, or 'invert: false' if this model was trained on such tomograms
     """
     if found == "dark on bright" and invert is None:
         if denoised:
             return (
-                "dense matter looks dark on bright, and CryoSiam's models expect it bright on dark: if the raw "
-                "tomogram is bright on dark already, write 'invert: false' below parameters.data of denoise, not of "
+                "dense matter looks dark on bright, but CryoSiam's models expect it bright on dark: if the raw "
+                "tomogram is already bright on dark, set 'invert: false' below parameters.data of denoise, not of "
                 "this model",
             )
         return (
-            "dense matter looks dark on bright, and CryoSiam's models expect it bright on dark: write below "
-            "parameters.data 'invert: true', or 'invert: false' if this model was trained on such tomograms",
+            "dense matter looks dark on bright, but CryoSiam's models expect it bright on dark: set 'invert: true' "
+            "below parameters.data, or 'invert: false' if this model was trained on such tomograms",
         )
     if found == "bright on dark" and invert:
         return (
-            "dense matter looks bright on dark, as CryoSiam's models expect it, and 'invert: true' reverses that: "
+            "dense matter looks bright on dark, as CryoSiam's models expect it, but 'invert: true' reverses that: "
             "remove it unless this model was trained on tomograms that are dark on bright",
         )
     return ()
 
 
 def contrast_of_raw(found: str | None, invert: bool | None) -> tuple[str, ...]:
-    """Say whether the contrast of a raw tomogram is the wrong way round for denoising.
+    """Warn if the contrast of a raw tomogram is not the one that denoising expects.
 
     Parameters
     ----------
     found, invert
-        See `contrast`; `invert` is on unless it is ``False``.
+        See `contrast`. Denoising inverts unless `invert` is ``False``.
 
     Examples
     --------
     >>> contrast_of_raw("dark on bright", None)
     ()
     >>> print(*contrast_of_raw("bright on dark", None))
-    dense matter looks bright on dark already, and denoising turns that round: write below parameters.data \
-'invert: false', or 'invert: true' to say that this is meant
+    dense matter already looks bright on dark, but denoising inverts it: set 'invert: false' below parameters.data, or \
+'invert: true' to confirm the inversion
     """
     if found == "bright on dark" and invert is None:
         return (
-            "dense matter looks bright on dark already, and denoising turns that round: write below parameters.data "
-            "'invert: false', or 'invert: true' to say that this is meant",
+            "dense matter already looks bright on dark, but denoising inverts it: set 'invert: false' below "
+            "parameters.data, or 'invert: true' to confirm the inversion",
         )
     if found == "dark on bright" and invert is False:
         return (
-            "dense matter looks dark on bright, as in raw tomograms, and 'invert: false' leaves it so: leave it out "
+            "dense matter looks dark on bright, as in raw tomograms, but 'invert: false' keeps it that way: remove it "
             "unless this denoiser was trained on such tomograms",
         )
     return ()
@@ -230,7 +230,7 @@ def distinct_digits(low: float, high: float) -> tuple[str, str]:
 def shared_warnings(
     found: Sequence[Intensities], minimum: float, maximum: float, invert: bool | None, denoised: bool = False
 ) -> tuple[list[tuple[str, int]], set[str]]:
-    """Return the warnings that hold for all tomograms of a collection, so that each is shown once.
+    """Return the warnings that apply to all tomograms of a collection, so that each is shown once.
 
     Parameters
     ----------
@@ -244,14 +244,14 @@ def shared_warnings(
     Returns
     -------
     sentences
-        Warnings, each with the number of tomograms that it is about.
-    instead
-        Warnings of `scaling` and `contrast` about single tomograms that these replace.
+        Warnings, each with the number of tomograms that it applies to.
+    replaced
+        Warnings of `scaling` and `contrast` about single tomograms, which these replace.
     """
     sentences: list[tuple[str, int]] = []
-    instead: set[str] = set()
+    replaced: set[str] = set()
     if len(found) < 2:
-        return sentences, instead
+        return sentences, replaced
     count = len(found)
     single = [scaling(f.below, f.above, f.central, minimum, maximum) for f in found]
     ranges = [f.central for f in found if f.central is not None and f.central[0] < f.central[1]]
@@ -261,15 +261,15 @@ def shared_warnings(
         below, above = sum(f.below for f in found) / count, sum(f.above for f in found) / count
         together = scaling(below, above, (low, high), minimum, maximum, "their")
         sentences += [(sentence, count) for sentence in together]
-        instead.update(*single if together else ())
+        replaced.update(*single if together else ())
     elif not one_range and any(single):
         sentences.append((_APART, sum(map(bool, single))))
     known = [f.contrast for f in found if f.contrast is not None]
     if len(set(known)) == 1 and 2 * len(known) >= count:
-        of_contrast = contrast(known[0], invert, denoised)
-        sentences += [(sentence, len(known)) for sentence in of_contrast]
-        instead.update(of_contrast)
-    return sentences, instead
+        about_contrast = contrast(known[0], invert, denoised)
+        sentences += [(sentence, len(known)) for sentence in about_contrast]
+        replaced.update(about_contrast)
+    return sentences, replaced
 
 
 def merged_warnings(warnings: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -306,7 +306,7 @@ def merged_warnings(warnings: Iterable[tuple[str, str]]) -> list[tuple[str, str]
 
 
 def beyond_lamella(classes: int, coverage: float | None) -> tuple[str, ...]:
-    """Say why a model may find things outside the lamella, if there is a reason.
+    """Warn if a model may find things outside the lamella, and explain why.
 
     Parameters
     ----------
@@ -344,7 +344,7 @@ def blank(
     removed_voxels: int = 0,
     class_names: Sequence[str] = (),
 ) -> str:
-    """Say why every voxel of a segmentation is background.
+    """Explain why every voxel of a segmentation is background.
 
     Parameters
     ----------
@@ -367,7 +367,7 @@ def blank(
     removed_voxels
         Number of voxels that ``postprocessing_sizes`` removed.
     class_names
-        Names of the labels from 1 on, as far as they have names.
+        Names of the labels from 1 on; the last labels may be without one.
     """
     start = "every voxel is background"
     if removed_voxels:
@@ -400,7 +400,7 @@ def blank(
 
 
 def _probabilities(threshold: float, highest: Sequence[float] | None, masked: bool, names: Sequence[str]) -> str:
-    """Say what the highest probability of each class means for the threshold."""
+    """Explain what the highest probability of each class means for the threshold."""
     if highest is None:
         return f"Lower network.threshold (now {threshold:g})"
     # A single class is the lamella; of several classes, the first is the background.
@@ -418,14 +418,14 @@ def _probabilities(threshold: float, highest: Sequence[float] | None, masked: bo
 
 
 def out_of_memory(batch_size: int, patch: Sequence[int], divisor: int = 8, free: int | None = None) -> tuple[str, str]:
-    """Say what did not fit into a GPU's memory, and what to set instead.
+    """Describe what did not fit into a GPU's memory, and what to set instead.
 
     Parameters
     ----------
     batch_size
         ``hyper_parameters.batch_size``.
     patch
-        Its shape in voxels, (z, y, x) or (y, x).
+        Shape of a patch in voxels, (z, y, x) or (y, x).
     divisor
         Number that must divide every axis of a patch.
     free
@@ -441,7 +441,7 @@ def out_of_memory(batch_size: int, patch: Sequence[int], divisor: int = 8, free:
     >>> out_of_memory(4, (128, 128, 128), free=2**33)[1]
     'Set hyper_parameters.batch_size to 2'
     >>> out_of_memory(1, (128, 128, 128))[1]
-    'Set parameters.data.patch_size to [96, 96, 96], which changes the labels a little, or use a GPU with more memory'
+    'Set parameters.data.patch_size to [96, 96, 96], which changes the labels slightly, or use a GPU with more memory'
     """
     tried = f"batch_size {batch_size} and patch_size {list(patch)}"
     if free is not None:
@@ -450,7 +450,7 @@ def out_of_memory(batch_size: int, patch: Sequence[int], divisor: int = 8, free:
         return tried, f"Set hyper_parameters.batch_size to {batch_size // 2}"
     smaller = [max(divisor, 3 * size // 4 // divisor * divisor) for size in patch]
     return tried, (
-        f"Set parameters.data.patch_size to {smaller}, which changes the labels a little, or use a GPU with more memory"
+        f"Set parameters.data.patch_size to {smaller}, which changes the labels slightly, or use a GPU with more memory"
     )
 
 

@@ -24,17 +24,17 @@ R = TypeVar("R")
 Progress = Callable[[str, int, int], None]
 
 
-#: Seconds to wait before each retry after a transient error, mostly of a disk: a file server that restarts, or its
-#: replacement, usually answers within half a minute.
+#: Seconds to wait before each retry after a transient error, usually of a disk: a file server that restarts, or its
+#: replacement, usually responds within half a minute.
 RETRY_PAUSES = (1.0, 5.0, 25.0)
 
 
 class Interrupted(Exception):
-    """The run is ending: no new task starts, and finished tasks stay finished."""
+    """The run is ending: no new task starts, and the results of finished tasks are kept."""
 
 
 class TakenOver(Interrupted):
-    """Another run has taken over the tomogram, because this one was silent for too long (a laptop slept, say)."""
+    """Another run has taken over the tomogram, because this one was silent for too long, as when a laptop sleeps."""
 
 
 def with_retries(work: Callable[[], R], check: Callable[[], None] = lambda: None) -> R:
@@ -43,7 +43,7 @@ def with_retries(work: Callable[[], R], check: Callable[[], None] = lambda: None
     Parameters
     ----------
     work
-        Can be called repeatedly.
+        A function that can be called repeatedly.
     check
         Called several times a second during a pause; an exception that it raises ends the pause.
 
@@ -78,18 +78,18 @@ def wait(seconds: float, check: Callable[[], None]) -> None:
 
 
 def retries_exhausted(error: Exception) -> Exception:
-    """Return the error to raise if `error` was the last one after all retries."""
+    """Return the error to raise after the last retry failed with `error`."""
     if not is_transient(error):
         return error
     if not isinstance(error, CryosiamDaskError):
         error = StorageError(
-            "the disk must answer",
+            "the disk must respond",
             place=getattr(error, "filename", None) or "",
             value=f"{getattr(error, 'strerror', None) or error}, {len(RETRY_PAUSES) + 1} times in "
             f"{sum(RETRY_PAUSES):.0f} s",
         )
     if not isinstance(error, DeviceError):
-        error.remedy = "Look at the disk, then repeat the command: it goes on from the blocks that are done"
+        error.remedy = "Check the disk, then repeat the command: it resumes after the finished blocks"
     error.transient = False
     return error
 
@@ -123,9 +123,9 @@ class Executor(Protocol):
         name
             Name of the tasks in the dashboard and in the progress display, for example ``"smooth"``.
         overlap
-            Whether a worker may start a task while another one still runs, so that one reads or writes while the
-            other computes. The function must do its own locking. Tasks of this kind keep the devices busy; all others
-            run beside them.
+            Whether a worker may run several of these tasks at the same time, so that one reads or writes while another
+            computes. The function must do its own locking. These tasks keep the devices busy; all other tasks run
+            next to them.
         done
             Called in this process with each item and its result, in the order of arrival.
 
@@ -198,14 +198,14 @@ class SerialExecutor:
 
 @dataclass(frozen=True, slots=True)
 class NamedExecutor:
-    """An executor for one of several models; it puts the model's name before the names of tasks.
+    """An executor for one of several models, whose name it puts before the names of tasks.
 
     Attributes
     ----------
     executor
         Runs the tasks.
     model
-        For example ``"lamella"``, with which ``"predict"`` becomes ``"lamella predict"``.
+        Name of the model: with ``"lamella"``, ``"predict"`` becomes ``"lamella predict"``.
     """
 
     executor: Executor
@@ -230,7 +230,8 @@ class GuardedExecutor:
     executor
         Runs the tasks.
     guard
-        Raises `TakenOver` if that has happened; called before and after the tasks, and before a result is recorded.
+        Raises `TakenOver` if that has happened; called before the tasks, when they fail, and before a result is
+        recorded.
     share
         Returns the number of runs that share the workers.
     """
@@ -263,12 +264,12 @@ class GuardedExecutor:
         try:
             return self.executor.map(function, items, done=record, **options)
         except Exception:
-            self.guard()  # if another run took over, that is most likely why the task failed
+            self.guard()  # a takeover by another run is the likely cause of the failure
             raise
 
 
 def all_workers(executor: Executor) -> int:
-    """Return how many tasks run at the same time, of all tomograms and models together."""
+    """Return how many tasks of all tomograms and models together run at the same time."""
     while isinstance(executor, NamedExecutor | GuardedExecutor):
         executor = executor.executor
     return executor.workers

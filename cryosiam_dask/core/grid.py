@@ -1,8 +1,8 @@
 """Patches, cores and blocks: the integer geometry of a run. No arrays, no Dask, no torch.
 
-There are two grids. The *patch* grid decides the numbers: which voxels the network sees at once, and for which of them
-its answer is kept. The *block* grid decides speed and memory, and never a value: which voxels are read, scheduled,
-retried and written at once. Along one axis of ``size`` voxels with patches of ``patch`` voxels:
+There are two grids. The *patch* grid determines the results: which voxels the network sees at once, and for which of
+them its output is kept. The *block* grid determines speed and memory, but never a result: which voxels one task reads,
+predicts and writes. Along one axis of ``size`` voxels with patches of ``patch`` voxels:
 
 1. An axis shorter than the patch is padded with zeros at its end, to ``patch`` voxels (``padded``).
 2. Patches start at 0, patch/2, patch, … while the start lies before ``padded - patch/4``.
@@ -87,7 +87,7 @@ class PatchAxis:
             )
         if not 0 <= 2 * self.halo < self.patch:
             raise ConfigurationError(
-                f"a halo must leave something of its patch, which has {self.patch} voxels",
+                f"a halo must be less than half of its patch, which has {self.patch} voxels",
                 place="parameters.data.halo",
                 value=self.halo,
                 remedy=f"Set it to {self.patch // 4} or less, or patch_size to more",
@@ -150,8 +150,8 @@ class BlockAxis:
     axis
         Its patches.
     cores
-        Patch cores per block, at least 1. With CryoSiam's patches an odd number of at least 3; the first block is half
-        as long.
+        Patch cores per block, at least 1. With CryoSiam's patches this is an odd number of at least 3, and the first
+        block is half as long as the others.
     """
 
     axis: PatchAxis
@@ -285,12 +285,12 @@ class Grid:
 
     @property
     def largest_window(self) -> tuple[int, ...]:
-        """Shape that no block's window exceeds."""
+        """Upper bound of the shapes of the blocks' windows."""
         return tuple(min((a.cores - 1) * a.axis.stride + a.axis.patch, a.axis.extent) for a in self.axes)
 
     @property
     def largest_block(self) -> tuple[int, ...]:
-        """Shape that no block exceeds."""
+        """Upper bound of the shapes of the blocks."""
         # With other patches the last core has no halo behind it, nor in front of it if it is the only core.
         return tuple(
             min(a.cores * a.axis.stride + (0 if a.axis.exact else 2 * a.axis.halo), a.axis.size) for a in self.axes
@@ -331,7 +331,7 @@ class Grid:
 def make_grid(
     shape: tuple[int, ...], patch: tuple[int, ...], block_size: int = DEFAULT_BLOCK_SIZE, halo: int = 0
 ) -> Grid:
-    """Lay patches and blocks over a tomogram.
+    """Divide a tomogram into patches and blocks.
 
     Parameters
     ----------
@@ -340,7 +340,7 @@ def make_grid(
     patch
         Shape of a patch, in the same order.
     block_size
-        Wanted block edge in voxels. Along each axis a block gets as many cores as fit into it; with CryoSiam's patches
+        Wanted block edge in voxels. Along each axis a block gets as many cores as fit into it; with CryoSiam's patches,
         an odd number of at least 3.
     halo
         See `PatchAxis`.

@@ -14,9 +14,9 @@ _NO_LINKS = {errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.EI
 class AnyDiskStore(LocalStore):
     """A store on a local path that does not need hard links.
 
-    zarr creates a file that must not replace another one as a hard link. If the file system refuses, this store
-    writes the file if there is none yet. If two processes create the same file at the same moment, the later one wins;
-    this program creates metadata in one process only.
+    To create a file without replacing an existing one, zarr makes a hard link. If the file system refuses it, this
+    store writes the file unless it exists. If two processes create the same file at the same moment, the later one
+    wins; this program creates metadata in one process only.
     """
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:

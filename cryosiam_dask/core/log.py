@@ -1,12 +1,12 @@
-"""A log file for every run, beside its outputs, for the user and for whoever helps them.
+"""A log file for every run, beside its outputs, for users and the people who help them.
 
 ``<prediction_folder>/logs/<time>_<command>_<process>.log`` holds versions, settings, devices, every tomogram, every
 warning (also those of libraries, here and in the workers) and every error with its traceback, which the terminal does
 not show. Every run starts a new file.
 
-* Each line is written at once, so a killed run leaves everything up to then.
+* Each line is written immediately, so the log of a killed run holds everything up to its end.
 * A file stops growing at `LARGEST` bytes; the last `RESERVED` bytes are kept for warnings and errors.
-* A run does not fail because its log cannot be written.
+* A run does not fail if its log cannot be written.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LARGEST, RESERVED = 16 * 2**20, 2 * 2**20  # bytes of a file, and how many of th
 _LONGEST = 2**16  # characters of an entry
 
 LOG = logging.getLogger("cryosiam_dask")
-LOG.addHandler(logging.NullHandler())  # a library is silent
+LOG.addHandler(logging.NullHandler())  # a library prints nothing by itself
 #: Marks records that the terminal has shown already, so that ``--verbose`` does not repeat them.
 SHOWN = {"shown": True}
 #: What is logged: our own records, and Python's warnings.
@@ -73,7 +73,7 @@ class LogFile(logging.Handler):
                 self._left -= self._file.write(line)
             elif not self._full:
                 self._full = True
-                self._file.write(b"this log is full: only warnings and errors follow, as far as there is room\n")
+                self._file.write(b"this log is full: only warnings and errors follow, until the file ends\n")
 
     def close(self) -> None:
         """See `logging.Handler`."""
@@ -92,7 +92,7 @@ class _Formatter(logging.Formatter):
 
 
 def begin_logs(folders: Iterable[Path], command: str) -> list[Path]:
-    """Start a log file in each folder; the log ends with the surrounding function that is `logged`.
+    """Start a log file in each folder; it is closed when the calling `logged` function ends.
 
     Parameters
     ----------
@@ -128,7 +128,7 @@ def begin_logs(folders: Iterable[Path], command: str) -> list[Path]:
 
 
 def logged(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function so that the logs it starts end with it, also if it fails."""
+    """Decorate a function so that the logs it starts are closed when it returns or fails."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -140,7 +140,7 @@ def logged(function: Callable[P, R]) -> Callable[P, R]:
 
 @contextmanager
 def own_handlers() -> Iterator[None]:
-    """Close, in the end, the logs that were begun within and no others."""
+    """Close the logs that are started in the ``with`` block when it ends, and no others."""
     before, level = list(LOG.handlers), LOG.level
     try:
         yield
@@ -183,7 +183,7 @@ def latest_log(folder: Path) -> Path | None:
 
 
 def print_log(console: Console) -> None:
-    """Print everything that is logged but not shown otherwise (versions, tracebacks …), until `own_handlers` ends."""
+    """Also print what otherwise is only logged (versions, tracebacks), until the current `own_handlers` ends."""
     handler = logging.Handler()
     handler.setFormatter(_Formatter("%(message)s"))
 

@@ -9,19 +9,19 @@ from pathlib import Path
 
 
 def is_running(process: int) -> bool:
-    """Whether a process with this number runs on this machine."""
+    """Whether a process with this id runs on this machine."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        pass  # it belongs to another user
+        pass  # the process of another user
     return True
 
 
 @cache
 def boot_id() -> str:
-    """Return an id of the current boot, or an empty string. Data that was not synced to disk is lost with a reboot."""
+    """Return an id of the current boot, or an empty string if unknown. A reboot loses data not synced to disk."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:  # not Linux: ask macOS
@@ -33,7 +33,7 @@ def boot_id() -> str:
 
 
 def process_namespace() -> str:
-    """Return the kernel's name of the namespace in which the number of this process is valid."""
+    """Return the name of this process's PID namespace, or an empty string if unknown."""
     try:
         return str(Path("/proc/self/ns/pid").readlink())
     except OSError:
@@ -46,7 +46,7 @@ def cores() -> int:
 
 
 def memory_of_machine() -> int:
-    """Return the bytes of memory that all workers together may use."""
+    """Return the memory that all workers together may use, in bytes."""
     from distributed.system import MEMORY_LIMIT  # respects control groups and resource limits
 
     return int(MEMORY_LIMIT)

@@ -1,9 +1,9 @@
 """Exact percentiles of a volume of any size, in two passes and constant memory.
 
 The bits of float32 numbers, read as integers with the negative ones reversed, sort like the numbers themselves. The
-first pass makes a histogram of the upper 16 bits, which tells in which bin each wanted order statistic lies. The second
-pass makes a histogram of the lower 16 bits within these bins. The results are the order statistics themselves, not
-the edges of bins, so they do not depend on how the volume is divided into regions.
+first pass makes a histogram of the upper 16 bits, which shows the bin of each wanted order statistic. The second pass
+makes a histogram of the lower 16 bits within these bins. The results are the order statistics themselves, not the edges
+of bins, so they do not depend on how the volume is divided into regions.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def percentiles(
     *,
     executor: Executor = SERIAL,
 ) -> list[float]:
-    """Return percentiles of a volume without its NaN, equal to those of `numpy.percentile` of the float32 array.
+    """Return percentiles of a volume, ignoring NaN; they equal `numpy.percentile` of the float32 array.
 
     Parameters
     ----------
     read
         Returns a region of the volume, in any real dtype. Must be picklable if `executor` uses other processes.
     regions
-        Regions that cover every voxel exactly once. A task holds one region, and a float32 copy of it.
+        Regions that cover every voxel exactly once. A task holds one region and its float32 copy in memory.
     percents
         From 0 to 100.
     executor
@@ -78,7 +78,7 @@ def percentiles(
 
 def _keys(voxels: NDArray[Any]) -> NDArray[np.uint32]:
     """Return integers that sort like the voxels, without NaN."""
-    with np.errstate(over="ignore"):  # becomes infinite, as in the network's scaling
+    with np.errstate(over="ignore"):  # too large numbers become infinite, as in the network's scaling
         numbers = np.ascontiguousarray(voxels, np.float32).reshape(-1)
     bits = numbers[~np.isnan(numbers)].view(np.uint32)
     return np.where(bits & _SIGN, ~bits, bits | _SIGN)

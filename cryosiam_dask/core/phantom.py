@@ -101,20 +101,19 @@ def make_phantom(seed: int, shape: tuple[int, int, int] = SHAPE) -> Phantom:
     )
 
 
-#: Of a raw phantom: standard deviation of its noise, of the density of structures, and the share of voxels that are
-#: hot or dead.
+#: Standard deviation of the noise of a raw phantom, in units of density, and the share of its hot and dead voxels.
 NOISE, HOT = 0.6, 2e-5
 
 
 def make_raw(phantom: Phantom, seed: int) -> NDArray[np.int16]:
-    """Simulate the reconstruction of a phantom's specimen as it is before it is denoised.
+    """Simulate the raw reconstruction of a phantom's specimen, before denoising.
 
     Parameters
     ----------
     phantom
         The phantom.
     seed
-        Of the noise.
+        Seed of the noise.
 
     Returns
     -------
@@ -137,7 +136,7 @@ def write_phantom(phantom: Phantom, folder: Path, stem: str, seed: int) -> Path:
     phantom, folder, stem
         What to write, and where.
     seed
-        Of the noise, see `make_raw`.
+        Seed of the noise, see `make_raw`.
 
     Returns
     -------
