@@ -214,7 +214,7 @@ def test_a_gpu_that_is_not_there_is_an_error(folder: Path) -> None:
         cwd=folder, capture_output=True, text=True, **options,
     )  # fmt: skip
     assert process.returncode == 2
-    assert "error: device cuda was asked for" in process.stderr and "--device cpu" in process.stderr
+    assert "error: device cuda was requested" in process.stderr and "--device cpu" in process.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])

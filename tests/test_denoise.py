@@ -360,9 +360,8 @@ def test_the_plan_of_a_pipeline_knows_what_is_to_come(folder: Path) -> None:
     with (folder / "plan.txt").open("w") as file:
         show_plan(pipeline, Console(file=file, width=240), workers=1)
     text = (folder / "plan.txt").read_text()
-    assert (
-        "denoise.ckpt, a denoiser" in text and "what is denoised first" in text and not (folder / "denoised").exists()
-    )
+    assert "denoise.ckpt, a denoiser" in text and "tomograms that this run denoises first" in text
+    assert not (folder / "denoised").exists()
     # A denoiser has neither a threshold nor classes, and its range is not one of intensities.
     assert "clipped below, above, denoise" not in text
 

@@ -96,7 +96,7 @@ def test_what_differs_or_is_not_known_is_marked(tmp_path: Path) -> None:
     (tmp_path / "TS_4.mrc").write_bytes(b"no tomogram")
     found, text = write_pipeline(tmp_path, tmp_path / "pipeline.yaml")
     assert found.contrast is None and len(found.headers) == 3 and found.others == {".rec": 1}
-    for doubt in ("dark on bright and some bright on dark", "differ in the range", "which no header knows"):
+    for doubt in ("dark on bright and some bright on dark", "differ in the range", "which no header gives"):
         assert any(line.startswith(f"# {MARK}") and doubt in line for line in text.splitlines())
     assert "cannot be read: 1, such as" in text and "2 other" not in text and "1 other shape" in text
     read_pipeline(tmp_path / "pipeline.yaml")

@@ -478,7 +478,7 @@ def test_hidden_predictions_are_none(folder: Path) -> None:
     with pytest.raises(TomogramError, match=r"a link that leads nowhere: .*nowhere"):
         inspect(folder / "out" / "TS_2_preds.h5")
     (folder / "._TS_1.mrc").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X" + bytes(300))
-    with pytest.raises(TomogramError, match=r"found what macOS puts beside another file"):
+    with pytest.raises(TomogramError, match=r"found macOS metadata of the file"):
         inspect(folder / "._TS_1.mrc")
 
 

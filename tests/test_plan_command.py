@@ -163,7 +163,7 @@ def test_plan_of_a_pipeline_says_nothing_twice(pipeline: Path) -> None:
     assert text.count("99.8 % above max 1") == 1 and text.count("24 × 20 × 22") == 2
     kinds = [line.split(",")[0].split(":")[0] for line in lines if line[:1].isalpha()]
     assert kinds == [*["warning"] * kinds.count("warning"), *["writes"] * 4]  # first what one has to read
-    assert "not known before a run with the same model on such a device" in text
+    assert "unknown before the first run with this model on this kind of device" in text
     # What only one model has to say, names it.
     values = yaml.safe_load((pipeline / "pipeline.yaml").read_text())
     values["semantic"]["parameters"] = {"data": {"patch_size": [32, 32, 32]}}

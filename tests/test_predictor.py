@@ -447,7 +447,7 @@ except DeviceError as error:
     output = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     ).stdout
-    assert output.startswith("cpu cpu\ndevice cuda was asked for and must be usable; found ")
+    assert output.startswith("cpu cpu\ndevice cuda was requested and must be usable; found ")
     assert "--device cpu" in output
 
 

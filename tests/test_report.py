@@ -539,7 +539,7 @@ def test_browser_sorts(page: Any, collection: tuple[Path, dict[str, np.ndarray]]
 
 
 def test_browser_filters(page: Any) -> None:
-    shown, find, look = page.locator("#shown"), page.get_by_role("searchbox"), page.get_by_label("only those to look")
+    shown, find, look = page.locator("#shown"), page.get_by_role("searchbox"), page.get_by_label("only those that need")
     assert shown.inner_text() == "200 of 200"
     find.fill("ts_1 ")
     assert len(names(page)) == 111 and shown.inner_text() == "111 of 200"

@@ -113,7 +113,7 @@ def test_a_cluster_that_does_not_fit_is_an_error(folder: Path, cluster: tuple[Pa
     (tmp_path / "other.json").write_text("[]")
     assert "must be a file that 'dask scheduler" in fails("--scheduler-file", tmp_path / "other.json")
     message = fails("--scheduler-file", cluster[0], "--device", "cuda", "--worker-timeout", 0.02)
-    assert "device cuda was asked for" in message and "workers without GPUs" in message
+    assert "device cuda was requested" in message and "workers without GPUs" in message
     assert not list(folder.glob("out/*/*.h5"))
 
 

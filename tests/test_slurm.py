@@ -187,7 +187,7 @@ def test_a_run_that_is_killed_leaves_no_jobs(folder: Path, fake: FakeSlurm) -> N
 def test_an_error_cancels_the_jobs(folder: Path, fake: FakeSlurm) -> None:
     arguments = ("--config-file", "config.yaml", "--slurm", fake.describe(), "--workers", 1, "--device", "cuda")
     message = " ".join(call("semantic-predict", *arguments, folder=folder, status=2).split())
-    assert "device cuda was asked for" in message and "workers without GPUs" in message
+    assert "device cuda was requested" in message and "workers without GPUs" in message
     assert fake.all_cancelled() and not list(folder.glob("out/*.h5"))
 
 

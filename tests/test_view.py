@@ -226,7 +226,7 @@ def test_without_napari_it_says_how_to_install_it(folder: Path, monkeypatch: pyt
     [
         ("qt.qpa.xcb: could not connect to display :7\nqt.qpa.plugin: Could not load\n", "connect to display :7"),
         ("qtpy.QtBindingsNotFoundError: No Qt bindings could be found\n", "needs Qt"),
-        ("QOpenGLWidget is not supported on this platform.\nno OpenGL\n", "OpenGL, which does not run"),
+        ("QOpenGLWidget is not supported on this platform.\nno OpenGL\n", "OpenGL, which does not work"),
     ],
 )
 def test_without_a_screen_nothing_is_aborted(

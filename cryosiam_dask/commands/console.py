@@ -1,4 +1,4 @@
-"""Print messages and tables of outcomes, and begin the logs."""
+"""Print messages and tables of outcomes, and start the logs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cryosiam_dask.runs.workers import versions
 
 
 def inform(console: Console, message: str) -> None:
-    """Print a line as it is, and log it."""
+    """Print a line without markup or wrapping, and log it."""
     LOG.info("%s", message, extra=SHOWN)
     console.print(message, markup=False, highlight=False, soft_wrap=True)
 
@@ -34,17 +34,17 @@ def inform(console: Console, message: str) -> None:
 def warn(console: Console, message: str) -> None:
     """Print a warning, even on a quiet console, and log it."""
     LOG.warning("%s", message, extra=SHOWN)
-    print_aloud(console, f"warning: {message}")
+    print_always(console, f"warning: {message}")
 
 
-def print_aloud(console: Console, message: str) -> None:
-    """Print a line as it is, even on a quiet console."""
+def print_always(console: Console, message: str) -> None:
+    """Print a line without markup or wrapping, even on a quiet console."""
     quiet, console.quiet = console.quiet, False
     console.print(message, markup=False, highlight=False, soft_wrap=True)
     console.quiet = quiet
 
 
-#: Packages whose versions are logged, since results, speed or files depend on them.
+#: Packages whose versions are logged too, because results, speed or files depend on them.
 _PACKAGES = (
     "connected-components-3d", "cucim-cu12", "cucim-cu13", "cupy-cuda12x", "cupy-cuda13x", "dask-cuda", "h5py",
     "mrcfile", "numcodecs", "pillow", "scikit-image", "scipy",
@@ -52,7 +52,7 @@ _PACKAGES = (
 
 
 def open_logs(command: str, configurations: Sequence[Configuration], console: Console) -> None:
-    """Begin the log files of a run, and log command, versions, machine and settings."""
+    """Start the log files of a run, and log the command, versions, machine and settings."""
     paths = begin_logs([configuration.prediction_folder for configuration in configurations], command)
     found = versions()
     for name in _PACKAGES:
@@ -97,11 +97,11 @@ def print_table(console: Console, outcomes: Sequence[Outcome], shown: Collection
             *((what,) if last else ()),
         )
     wide.print(table)
-    said = ((outcome.stem, warning) for outcome in outcomes for warning in outcome.warnings)
-    for whom, warning in merged_warnings(pair for pair in said if pair not in shown):
-        print_aloud(console, f"warning, {whom}: {warning}")
+    warnings = ((outcome.stem, warning) for outcome in outcomes for warning in outcome.warnings)
+    for whom, warning in merged_warnings(pair for pair in warnings if pair not in shown):
+        print_always(console, f"warning, {whom}: {warning}")
     for outcome in outcomes:
         if outcome.error:
-            print_aloud(console, f"failed, {outcome.stem}: {outcome.error}")
+            print_always(console, f"failed, {outcome.stem}: {outcome.error}")
             if outcome.details and os.environ.get("CRYOSIAM_DASK_DEBUG"):
-                print_aloud(console, outcome.details)
+                print_always(console, outcome.details)

@@ -51,7 +51,7 @@ def convert_file(
             place=target,
             remedy=f"Use {name}.zarr, or {name}.ome.zarr for an image with several levels",
         )
-    header = read_header(source, level=level, dataset=dataset)  # errors come before workers start
+    header = read_header(source, level=level, dataset=dataset)  # fails before workers start
     header.require_complete()
     require_free(target, overwrite=overwrite)
     make = convert_to_ome_zarr if target.name.lower().endswith(".ome.zarr") else convert

@@ -1,4 +1,4 @@
-"""Run the demo: segment two raw phantom tomograms like a user would, and compare the result with the truth.
+"""Run the demo: segment two raw phantom tomograms as a user would, and compare the result with the ground truth.
 
 It writes tomograms and YAML files to a folder, runs the denoiser, the lamella and the semantic model on them in one
 pass with the small models that ship with the package, prints the Dice score of every class and draws a picture of every
@@ -107,8 +107,9 @@ def prepare_demo(folder: Path, console: Console) -> Path:
             remedy="Choose another one with --output",
         ) from None  # fmt: skip
     console.print(
-        f"made {len(SEEDS)} raw phantom tomograms in {raw}, models in {models}, and in {folder} pipeline.yaml for all "
-        "models in one pass, and config_denoising.yaml, config_lamella.yaml and config_semantic.yaml for one each",
+        f"wrote {len(SEEDS)} raw phantom tomograms to {raw}, models to {models}, and YAML files to {folder}: "
+        "pipeline.yaml for all models; config_denoising.yaml, config_lamella.yaml and config_semantic.yaml for one "
+        "model each",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
     return folder / "pipeline.yaml"
@@ -119,7 +120,7 @@ def _denoise(output: Path, model: Path) -> dict[str, Any]:
         "prediction_folder": str(output),
         "trained_model": str(model),
         "save_raw_predictions": False,
-        "scale_prediction": False,  # the models after it were trained on phantoms from 0 to 1, as the denoiser was
+        "scale_prediction": False,  # the denoiser and the models after it were trained on phantoms from 0 to 1
         "parameters": {
             "data": {"min": 0, "max": 1, "mean": 0, "std": 1},
             "network": {"in_channels": 1, "spatial_dims": 3},

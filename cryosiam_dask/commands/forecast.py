@@ -1,14 +1,14 @@
-"""Forecast what a run will read, compute and write, and what it will cost, without writing anything.
+"""Forecast what a run will read, compute and write, and how much time, memory and disk space it will need.
 
-`forecast` takes a plan (see `cryosiam_dask.runs.plan`); a run of several models has a forecast
-for each. For every tomogram that the plan does not skip it
+Nothing is written. `forecast` takes a plan (see `cryosiam_dask.runs.plan`); a run of several models has one forecast
+per model. For every tomogram that the plan does not skip, it
 
 1. reads the header and a sample of the intensities (see `cryosiam_dask.stages.intensities`), since a wrong scaling is
    the most common cause of a blank segmentation;
-2. reads its mask, or evenly spread chunks of it if all masks together are large;
-3. cuts it into blocks, and adds up the disk space of its work store and outputs.
+2. reads its mask or, if all masks together are large, evenly spaced chunks of it;
+3. divides it into blocks, and adds up the disk space of its work store and outputs.
 
-No GPU is used. Errors of a tomogram become its problems, and the next one follows.
+No GPU is used. Errors about a tomogram become its problems, and the forecast continues with the next one.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ from cryosiam_dask.stages.lamella import WORK_BYTES
 from cryosiam_dask.stages.measurements import INSTANCE_BYTES, component_files
 from cryosiam_dask.stages.preview import most_bytes, preview_file
 
-MASK_VOXELS = 1 << 31  # read from all masks together, in a few seconds
-_LEAST_MASK_VOXELS = 1 << 26  # read from each
+MASK_VOXELS = 1 << 31  # maximum voxels to read from all masks together, which takes a few seconds
+_LEAST_MASK_VOXELS = 1 << 26  # minimum voxels to read from each mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +62,13 @@ class Masking:
     path
         The file.
     stored_shape
-        Of the mask, (z, y, x); it is resized if the tomogram has another.
+        Shape of the mask, (z, y, x); the mask is resized if the tomogram has another shape.
     coverage
         Share of the tomogram inside the mask, 0 to 1.
     blocks_ruled_out
         Number of blocks that need no prediction.
     exact
-        Whether both are exact; not if the mask is resized, or so large that only chunks of it were read.
+        Whether both numbers are exact; they are not if the mask is resized, or if only some chunks of it were read.
     """
 
     path: Path
@@ -85,37 +85,37 @@ class TomogramForecast:
     Attributes
     ----------
     stem, source
-        Its name and file.
+        Name and file of the tomogram.
     action
-        ``"segment"``; ``"measure"`` if only outputs beside its labels are missing; ``"skip"``; ``"refuse"`` if it has
-        problems.
+        ``"segment"``; ``"measure"`` if the labels are up to date but other outputs are missing; ``"skip"``;
+        ``"refuse"`` if there are problems.
     reason
-        Why it is skipped, or what is missing.
+        Why it is skipped, or which outputs are missing.
     shape
         (z, y, x) in voxels; empty if the file was not or cannot be read.
     dtype
-        Of the voxels.
+        Dtype of the voxels.
     voxel_size_angstrom
-        Along the axes of `shape`; ``None`` if the header does not have it.
+        Voxel size along the axes of `shape`, in Å; ``None`` where the header does not give it.
     file_bytes
-        Size of the file on the disk.
+        Size of the file on disk.
     compressed
-        Whether it is gzip-compressed.
+        Whether the file is gzip-compressed.
     intensities
-        How they lie in ``parameters.data.min`` to ``max``.
+        How the intensities fit ``parameters.data.min`` and ``max``.
     mask
-        The effect of its mask, if it has one.
+        The effect of the lamella mask, if there is one.
     mask_to_come
-        Whether an earlier model of the same run makes it.
+        Whether an earlier model of the same run makes the mask.
     denoised_first
-        Whether the run makes the tomogram itself, by denoising another one.
+        Whether the run itself makes the tomogram, by denoising a raw one.
     blocks, patches
-        Their number without a mask; each patch is predicted once.
+        Number of blocks and patches without a mask.
     block_shape
-        Of the largest block, in voxels.
+        Shape of the largest block, in voxels.
     work_bytes, output_bytes
-        Maximum disk space of its work store, which is temporary, and of its outputs. Labels compress to a small part
-        of this, probabilities hardly.
+        Maximum disk space of the work store, which is temporary, and of the outputs. Labels compress to a small
+        fraction of this; probabilities hardly compress.
     certain_work_bytes, certain_output_bytes
         The part of both that does not depend on compression.
     removed_bytes
@@ -123,11 +123,11 @@ class TomogramForecast:
     outputs
         Files that will be written.
     preview
-        Its preview, included in `output_bytes`; ``None`` for none.
+        The preview, included in `output_bytes`; ``None`` if there will be none.
     notes, warnings
-        What was decided about the file, and warnings.
+        Decisions about the file, and warnings.
     problems
-        Why it cannot be segmented.
+        Why the tomogram cannot be segmented.
     """
 
     stem: str
@@ -165,7 +165,7 @@ class Disk:
     Attributes
     ----------
     folders
-        Of the run, on this file system.
+        The run's folders on this file system.
     free_bytes
         Free space. A quota may allow less.
     needed_bytes
@@ -193,9 +193,9 @@ class Forecast:
     classes
         Channels of the model's probabilities.
     patch, halo
-        In voxels; a halo of 0 stands for a quarter of the patch.
+        Patch shape and halo in voxels; a halo of 0 stands for a quarter of the patch.
     precision
-        Of the network's arithmetic.
+        Precision of the network's multiplications.
     threshold
         Probability threshold.
     scaling
@@ -203,29 +203,31 @@ class Forecast:
     tomograms
         One forecast for each tomogram.
     workers
-        Worker processes on the CPUs of this machine.
+        Number of worker processes on the CPUs of this machine.
     bytes_per_worker
         Memory of a worker that runs the network on the CPU.
     block_bytes
-        The part of it for two blocks; a worker with a GPU, which has three, needs half as much again.
+        The part of `bytes_per_worker` for two blocks; a worker with a GPU holds three blocks, so it needs half as much
+        again.
     network_bytes
-        The part of it for the network; a worker with a GPU needs this on the GPU for each patch of a batch.
+        The part of `bytes_per_worker` for the network; a worker with a GPU needs this on the GPU for each patch of a
+        batch.
     batch_size
         Patches that a GPU predicts at once.
     memory_bytes
-        Of this machine; ``None`` if not given.
+        Memory of this machine; ``None`` if not given.
     disks
         File systems that the run writes to.
     notes, warnings, problems
         Notes, warnings and errors about the run as a whole, not about single tomograms.
     shared
-        Beginnings of warnings about single tomograms that `warnings` states for all of them.
+        Beginnings of warnings about single tomograms that `warnings` gives once for all of them.
     seconds
-        Estimated time of the run; ``None`` if no pace is known.
+        Estimated duration of the run; ``None`` if no pace is known.
     pace
-        Source of the pace.
+        How the pace was determined, in words.
     denoises
-        Whether the model denoises; then it has neither classes nor a threshold.
+        Whether the model denoises; if so, it has neither classes nor a threshold.
     """
 
     model: str
@@ -260,7 +262,7 @@ class Forecast:
 
     @property
     def status(self) -> int:
-        """Expected exit status of the run: 2 if no tomogram can be segmented, 1 if not all can."""
+        """Expected exit status of the run: 2 if no tomogram can be segmented, 1 if only some can, otherwise 0."""
         refused = [tomogram.action == "refuse" for tomogram in self.tomograms]
         return 2 if self.problems or all(refused) else int(any(refused))
 
@@ -277,11 +279,11 @@ class PipelineForecast:
     Attributes
     ----------
     stages
-        One forecast for each model, by name, in order, without `disks`, which the models share.
+        One forecast for each model, by name, in order; their `disks` are empty, because the models share them.
     disks
         As in `Forecast`; a tomogram is converted once for all models.
     warnings, problems
-        Of the disks.
+        Warnings and problems about the disks.
     """
 
     stages: Mapping[str, Forecast]
@@ -291,7 +293,7 @@ class PipelineForecast:
 
     @property
     def seconds(self) -> float | None:
-        """Estimated time of the run; ``None`` if the pace of a model is not known."""
+        """Estimated duration of the run; ``None`` if the pace of a model is not known."""
         each = [stage.seconds for stage in self.stages.values()]
         return None if None in each else sum(seconds for seconds in each if seconds is not None)
 
@@ -303,7 +305,7 @@ class PipelineForecast:
 
     @property
     def status(self) -> int:
-        """See `Forecast`; a tomogram that the first model cannot segment, no other can."""
+        """See `Forecast`; no model can segment a tomogram that the first model refuses."""
         first = next(iter(self.stages.values()))
         return 2 if self.problems or first.status == 2 else max(stage.status > 0 for stage in self.stages.values())
 
@@ -321,9 +323,9 @@ class Pace:
     Attributes
     ----------
     patches_per_second
-        Of all workers together.
+        Patches per second of all workers together.
     source
-        In words.
+        How it was determined, in words.
     """
 
     patches_per_second: float
@@ -331,16 +333,16 @@ class Pace:
 
 
 def pace_of_runs(plan: RunPlan, device: str, workers: int | None) -> Pace | None:
-    """Return the pace of the latest run that finished a tomogram with the model on such a device, or ``None``.
+    """Return the pace of the latest run that finished a tomogram with this model and kind of device, or ``None``.
 
     Parameters
     ----------
     plan
-        For the model.
+        The plan for the model.
     device
         ``"cpu"`` or ``"cuda"``.
     workers
-        Of the planned run; ``None``: as many as in that run.
+        Number of workers of the planned run; ``None``: as many as in the latest run.
     """
     done = [
         outcome
@@ -368,16 +370,16 @@ TRIAL_SECONDS = 5.0
 
 
 def pace_of_trial(plan: RunPlan, device: Literal["cpu", "cuda"], workers: int | None) -> Pace | None:
-    """Measure the pace of the model here: predict patches of one of the plan's tomograms, without writing anything.
+    """Measure the pace of the model on this machine: predict patches of one planned tomogram, without writing anything.
 
     Parameters
     ----------
     plan
-        For the model; without a tomogram to segment, ``None`` is returned.
+        The plan for the model; without a tomogram to segment, ``None`` is returned.
     device
         Where to run the network.
     workers
-        Number of processes; on GPUs one is measured, and ``None`` stands for all GPUs.
+        Number of processes. Only one GPU is measured; ``None`` then stands for all GPUs.
 
     Raises
     ------
@@ -405,7 +407,7 @@ def pace_of_trial(plan: RunPlan, device: Literal["cpu", "cuda"], workers: int | 
     except BrokenProcessPool:
         raise DeviceError(
             "a process must survive the prediction of a block", place="--trial", value="a process that died",
-            remedy="It probably ran out of memory: set fewer --workers, or a smaller patch_size",
+            remedy="It probably ran out of memory: use fewer --workers, or a smaller patch_size",
         ) from None  # fmt: skip
     all_of = workers or count_of_gpus() if device == "cuda" else count
     return Pace(pace / count * all_of, f"as fast as in a trial of {TRIAL_SECONDS:.0f} s on {device} just now")
@@ -428,14 +430,14 @@ def forecast_pipeline(
     workers, concurrent, memory_bytes
         See `forecast`.
     paces
-        Of each model.
+        The pace of each model, ``None`` if not known.
     """
     sampled: dict[Any, Intensities] = {}
     stages: dict[str, Forecast] = {}
     needs: list[_Need] = []
     last = {job.stem for job in plans[-1].jobs}
     for plan, pace in zip_longest(plans, paces):
-        kept = last if plan is not plans[-1] else ()  # in the work store of the last model
+        kept = last if plan is not plans[-1] else ()  # the last model's work stores hold these tomograms
         stages[plan.name] = found = _forecast_model(plan, workers, memory_bytes, pace, sampled, kept)
         needs += _needs(plan, found.tomograms, concurrent)
     disks = _disks(needs)
@@ -457,13 +459,13 @@ def forecast(
     plan
         From `cryosiam_dask.runs.plan.plan_run`.
     workers
-        Number of worker processes; small tomograms have smaller blocks for more workers.
+        Number of worker processes; with more workers, small tomograms have smaller blocks.
     concurrent
         Number of tomograms in progress at the same time.
     memory_bytes
-        Of the machine.
+        Memory of the machine.
     pace
-        Of the model, if known.
+        Pace of the model, if known.
     """
     found = _forecast_model(plan, workers, memory_bytes, pace, {})
     disks = _disks(_needs(plan, found.tomograms, concurrent))
@@ -481,7 +483,7 @@ def _forecast_model(
 ) -> Forecast:
     """Forecast one model, without disks.
 
-    For the `converted` tomograms another model's work store holds the voxels. Intensities `sampled` for one model are
+    The voxels of the `converted` tomograms are in another model's work store. Intensities `sampled` for one model are
     reused for the others.
     """
     configuration = plan.configuration
@@ -504,15 +506,15 @@ def _forecast_model(
     tomograms.sort(key=lambda tomogram: tomogram.source)
     notes = list(plan.notes)
     found = [t.intensities for t in tomograms if t.intensities is not None]
-    shared, instead = plan.shared_warnings(found)
+    shared, replaced = plan.shared_warnings(found)
     of_all = [f"{count} of {len(found)} tomograms: {sentence}" for sentence, count in shared]
     warnings = (*plan.warnings(workers, memory_bytes), *of_all)
     patches = sum(t.patches for t in tomograms if t.action == "segment")
     data = configuration.parameters.data
     if configuration.parameters.data.patch_size == "auto":
         notes.append(
-            "patch_size auto: the run finds out which patch fits into the device's memory. This plan assumes the "
-            f"checkpoint's own, {list(plan.patch)}"
+            "patch_size auto: the run will choose the largest patch that fits into the device's memory. This plan "
+            f"assumes the checkpoint's patch, {list(plan.patch)}"
         )
     return Forecast(
         model=str(configuration.trained_model),
@@ -534,7 +536,7 @@ def _forecast_model(
         disks=(),
         notes=tuple(notes),
         warnings=warnings,
-        shared=tuple(sorted(instead)),
+        shared=tuple(sorted(replaced)),
         seconds=None if pace is None else patches / pace.patches_per_second,
         pace="" if pace is None else pace.source,
         denoises=plan.denoises,
@@ -542,12 +544,12 @@ def _forecast_model(
 
 
 def disk_warnings(plans: Sequence[RunPlan]) -> tuple[str, ...]:
-    """Warn about the disks, before a run and during it alike.
+    """Return warnings about the disks of a run.
 
     Parameters
     ----------
     plans
-        Of the models of the run, in their order.
+        The plans for the models of the run, in order.
     """
     needs: list[_Need] = []
     last = {job.stem for job in plans[-1].jobs}
@@ -577,14 +579,14 @@ def _check_disks(disks: Iterable[Disk]) -> tuple[tuple[str, ...], tuple[str, ...
             )
         elif disk.needed_bytes > disk.free_bytes:
             warnings.append(
-                f"{where}: up to {decimal(disk.needed_bytes)} may be needed, and {decimal(disk.free_bytes)} are free. "
-                "Labels compress to a small part of this, probabilities hardly"
+                f"{where}: up to {decimal(disk.needed_bytes)} may be needed, but {decimal(disk.free_bytes)} are free. "
+                "Labels compress to a small fraction of this; probabilities hardly compress"
             )
     return tuple(warnings), tuple(problems)
 
 
 def unreadable(configuration: Configuration, filename: str | None = None) -> list[CryosiamDaskError]:
-    """Return the errors of the headers of a configuration's tomograms, even if it cannot be planned."""
+    """Return the errors in the headers of a configuration's tomograms, also if no run can be planned."""
     problems: list[CryosiamDaskError] = []
     for source in find_tomograms(configuration, filename):
         if configuration.denoiser and not source.exists():
@@ -606,7 +608,7 @@ def masking(mask: Mask, grid: Grid, voxels: int = MASK_VOXELS) -> Masking:
     grid
         The blocks of the tomogram.
     voxels
-        Maximum number of the mask's voxels to read; of larger masks evenly spread chunks are read.
+        Maximum number of voxels to read; of larger masks, evenly spaced chunks are read.
 
     Raises
     ------
@@ -671,7 +673,7 @@ def _tomogram(
             key = (job.source, data.min, data.max)
             known["intensities"] = sampled.get(key) or intensities(sample_file(header), data.min, data.max)
             sampled[key] = known["intensities"]
-            if plan.denoises:  # whose range is not one of intensities
+            if plan.denoises:  # the denoiser's min and max do not refer to the intensities in the file
                 known["intensities"] = replace(known["intensities"], below=0.0, above=0.0)
     except CryosiamDaskError as error:
         problems.append(str(error))
@@ -685,7 +687,7 @@ def _tomogram(
     warnings: tuple[str, ...] = ()
     if header is not None:
         mask = known.get("mask")
-        # A coverage of 0 only counts if the whole mask was read.
+        # A mask counts as empty only if all of it was read.
         coverage = mask.coverage if mask and (mask.exact or mask.coverage) else None
         warnings = plan.warnings_of(header, known.get("intensities"), mask=opened, coverage=coverage)
     return TomogramForecast(
@@ -741,7 +743,7 @@ def _preview(plan: RunPlan, job: Job) -> Path | None:
 
 
 def _other_bytes(plan: RunPlan, job: Job, header: TomogramHeader) -> tuple[int, int, int]:
-    """Return the sizes of components, of all that is not the labels together, and how much of that is certain."""
+    """Return the bytes of the components, of all outputs except the labels, and how many of the latter are certain."""
     instances = INSTANCE_BYTES * math.prod(header.shape) if job.components else 0
     formats, certain = most_bytes_of_formats(other_formats(plan.configuration), header)
     preview = most_bytes(header.shape, header.voxel_size_angstrom) if plan.configuration.preview else 0
@@ -751,12 +753,12 @@ def _other_bytes(plan: RunPlan, job: Job, header: TomogramHeader) -> tuple[int, 
 def _disk_bytes(plan: RunPlan, job: Job, header: TomogramHeader, converted: bool) -> dict[str, int]:
     """Add up the disk space of a tomogram's work store and outputs."""
     configuration, voxels = plan.configuration, math.prod(header.shape)
-    # Only one of several models stores the tomogram, unless a denoiser of the same run leaves it.
+    # Only one of several models stores the tomogram, and none does if a denoiser of the same run writes it.
     copy = copy_bytes(header, configuration) if plan.denoises or not (converted or job.raw) else 0
     removal = REMOVAL_BYTES if removal_sizes(configuration) else 0
     lamella = WORK_BYTES if configuration.parameters.network.postprocessing else 0
     instances, others, certain_others = _other_bytes(plan, job, header)
-    # Of a voxel: of the network's outputs, of the result, and of what is kept beside it.
+    # Bytes per voxel of the network's outputs, of the result, and of what is kept in addition.
     network, result = plan.bytes_per_voxel, 4 if plan.denoises else 1
     is_mrc = job.output.suffix != ".h5"
     kept = 0 if is_mrc else removal // 2
@@ -771,8 +773,8 @@ def _disk_bytes(plan: RunPlan, job: Job, header: TomogramHeader, converted: bool
     }
 
 
-#: Usual number of work stores at the same time: of one tomogram that is predicted, one that is finished, and one that
-#: is read. There may be more small tomograms for a while; see `cryosiam_dask.runs.collection`.
+#: Usual number of work stores at the same time: one tomogram is read, one is predicted and one is exported. Small
+#: tomograms may be more for a while; see `cryosiam_dask.runs.collection`.
 USUALLY_AT_ONCE = 3
 
 _Need: TypeAlias = tuple[Path, int, int]  # folder, maximum and certain bytes
@@ -781,7 +783,7 @@ _Need: TypeAlias = tuple[Path, int, int]  # folder, maximum and certain bytes
 def _needs(plan: RunPlan, tomograms: Iterable[TomogramForecast], concurrent: int) -> list[_Need]:
     """Return the disk space needed in each folder."""
     configuration, done = plan.configuration, [t for t in tomograms if t.action in ("segment", "measure")]
-    # Work stores are removed when their tomogram is done, unless keep_work is set. Only one is certain.
+    # Work stores are removed when their tomogram is done, unless keep_work is set. Only one is certain to exist.
     kept = len(done) if configuration.keep_work else 0
     work, certain_work = (
         sum(sorted((getattr(t, name) for t in done), reverse=True)[: kept or at_once])
@@ -799,7 +801,7 @@ def _needs(plan: RunPlan, tomograms: Iterable[TomogramForecast], concurrent: int
 
 
 def _disks(needs: Iterable[_Need]) -> tuple[Disk, ...]:
-    """Sum up the needed and free space of each file system."""
+    """Add up the needed space of each file system, and look up its free space."""
     disks: dict[int, Disk] = {}
     for folder, needed, certain in needs:
         existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())

@@ -44,7 +44,7 @@ _MAGIC: tuple[tuple[bytes, str, Kind | None], ...] = (
     (b"PK\x03\x04", "a zip archive, as torch writes checkpoints", "checkpoint"),
     (b"\x80\x02", "a pickle, as old versions of torch write checkpoints", "checkpoint"),
     (b"\x1f\x8b", "a gzip file", "tomogram"),
-    (b"\0\5\x16\7", "what macOS puts beside another file, whose name lacks the ._", None),
+    (b"\0\5\x16\7", "macOS metadata of the file with the same name without ._", None),
     *((start, what, None) for start, what in OTHERS.items()),
 )
 _BY_NAME: Mapping[str, Kind] = {
@@ -65,19 +65,19 @@ class Part:
     Attributes
     ----------
     name
-        Its path in the file.
+        Path of the array in the file.
     shape
-        As stored; this program writes (z, y, x), after a class axis if there is one.
+        Shape as stored; this program writes (z, y, x), after a class axis if there is one.
     dtype
-        Of its elements.
+        Dtype of the elements.
     chunks
-        Shape of the chunks; empty if it is contiguous.
+        Shape of the chunks; empty if the array is contiguous.
     compression
         Name of the codec, or ``""``.
     stored_bytes
         Size in the file; ``None`` if unknown.
     voxels
-        Of each label, if they were counted.
+        Number of voxels of each label, if they were counted.
     """
 
     name: str
@@ -98,13 +98,13 @@ class Information:
     path
         The file or folder.
     kind
-        In words.
+        Kind of file, in words.
     facts
-        Its metadata: numbers, text, and lists and mappings of them.
+        Metadata: numbers, text, and lists and mappings of them.
     parts
-        The arrays that it holds.
+        The arrays in the file.
     notes, warnings
-        What was decided about it, and warnings.
+        Decisions about the file, and warnings.
     """
 
     path: Path
@@ -132,7 +132,7 @@ def inspect(path: str | Path) -> Information:
     Raises
     ------
     TomogramError, OutputError, CheckpointError
-        If it is missing, damaged, of an unknown kind, or of a kind that its name contradicts.
+        If it is missing, damaged, of an unknown kind, or of another kind than its name implies.
     """
     path = Path(path)
     readers: Mapping[Kind, Callable[[Path], Information]] = {
@@ -216,7 +216,7 @@ def _tomogram(path: Path) -> Information:
 
 
 def _tomogram_facts(header: TomogramHeader) -> tuple[dict[str, Any], list[str], list[str]]:
-    """Facts from a header and a sample of its voxels, notes on how it suits the models, and warnings."""
+    """Return facts from a header and a sample of the voxels, notes on how to use it with the models, and warnings."""
     found = intensities(sample_file(header), 0, 1)
     facts: dict[str, Any] = {
         "shape": list(header.shape),
@@ -237,7 +237,7 @@ def _tomogram_facts(header: TomogramHeader) -> tuple[dict[str, Any], list[str], 
         warnings.append(f"{percent(found.non_finite)} of the sampled voxels are NaN or infinite")
     outside = scaling(found.below, found.above, found.central, 0, 1)
     lines = to_write(found.central if outside else None, found.contrast)
-    notes = [f"for the models of CryoSiam write below parameters.data {_listed(lines)}"] if lines else []
+    notes = [f"for CryoSiam's models, set {_listed(lines)} below parameters.data"] if lines else []
     return facts, notes, warnings
 
 
@@ -263,26 +263,26 @@ def _intensity_facts(found: Intensities) -> dict[str, Any]:
 def _zarr(path: Path) -> Information:
     with (
         _damage_reported(path, "the zarr store must be readable"),
-        library_warnings.catch_warnings(record=True) as said,
+        library_warnings.catch_warnings(record=True) as caught,
     ):
         library_warnings.simplefilter("always")
         opened = zarr.open(str(path), mode="r")
-        # Opened one by one, since only this shows which arrays of a group are broken.
+        # Opening the arrays one by one shows which of them are broken.
         arrays = [opened] if isinstance(opened, zarr.Array) else [a for _, a in opened.members(max_depth=8)]
         parts = tuple(_zarr_part(array) for array in arrays if isinstance(array, zarr.Array))
         attributes = dict(opened.attrs)
     facts: dict[str, Any] = {"zarr_format": opened.metadata.zarr_format, **_ome(attributes), **attributes}
     facts.pop("ome", None), facts.pop("multiscales", None)
     warnings = [str(warning) for warning in facts.pop("warnings", None) or ()]
-    warnings += dict.fromkeys(" ".join(str(each.message).split()) for each in said)
+    warnings += dict.fromkeys(" ".join(str(each.message).split()) for each in caught)
     if "source_bytes" in facts and "statistics" not in facts:
         warnings.append("the conversion that made it was not completed: some voxels are missing")
     notes = tuple(map(str, facts.pop("notes", None) or ()))
     try:
         header = read_header(path)
-        of_tomogram, suits, seen = _tomogram_facts(header)
+        of_tomogram, found, seen = _tomogram_facts(header)
         facts, warnings = {**of_tomogram, **facts}, list(dict.fromkeys([*warnings, *header.warnings, *seen]))
-        notes += tuple(suits)
+        notes += tuple(found)
     except TomogramError as error:
         if "ngff_version" in facts or arrays == [opened]:  # other groups may hold something else
             warnings.append(f"cannot be read as a tomogram: {error}")
@@ -343,8 +343,8 @@ def _hdf5(path: Path) -> Information:
     unpacked = {name: _unpacked(value) for name, value in attributes.items()}
     # Short facts first, the configuration last.
     facts = dict(sorted(unpacked.items(), key=lambda item: isinstance(item[1], Mapping)))
-    said = facts.pop("warnings", None)
-    warnings = said.splitlines() if isinstance(said, str) else []
+    stored = facts.pop("warnings", None)
+    warnings = stored.splitlines() if isinstance(stored, str) else []
     notes: list[str] = []
     shapes = {part.name: part.shape for part in parts}
     kind = "HDF5 file"

@@ -1,7 +1,7 @@
 """Write a first `pipeline.yaml` for a folder of tomograms.
 
-Format, shape and voxel size come from the headers, range and contrast from a sample of the voxels, each with a comment.
-Facts that no file contains, such as whether the tomograms are denoised, are marked with `MARK`.
+Format, shape and voxel size come from the headers, range and contrast from a sample of the voxels; comments explain
+them. Facts that no file contains, such as whether the tomograms are denoised, are marked with `MARK`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from cryosiam_dask.stages.intensities import Sample, contrast, intensities, samp
 MARK = "CHECK:"
 #: Quantiles of the voxels that CryoSiam's own preparation scales to 0 and 1 (`processing_invert_scale`).
 _QUANTILES = (0.001, 0.999)
-_SAMPLED = 5  # tomograms whose voxels are sampled, evenly spread over all of them
+_SAMPLED = 5  # tomograms whose voxels are sampled, evenly spaced over all of them
 
 _OUTPUTS = ("_preds.h5", "_components.h5", "_labels.mrc")  # and <stem>__<class>.mrc
 
@@ -43,21 +43,21 @@ class Collection:
     Attributes
     ----------
     folder
-        Absolute.
+        Absolute path of the folder.
     ending
-        Of the tomograms' names, with its dot.
+        Ending of the tomograms' names, with its dot.
     headers
-        Of the readable tomograms, sorted by name.
+        Headers of the readable tomograms, sorted by name.
     problems
-        Of the others.
+        Errors of the unreadable tomograms.
     others
-        Number of files by other endings.
+        Number of tomograms with each other ending.
     outputs
-        Names of files with that ending that are outputs of this program.
+        Names of files with `ending` that are outputs of this program.
     scaling
         Intensities that become 0 and 1.
     contrast
-        Of the sampled tomograms; ``None`` if it is not clear.
+        Contrast of the sampled tomograms; ``None`` if it is not clear.
     doubts
         Facts that the user should check.
     """
@@ -79,9 +79,9 @@ def read_folder(folder: Path, dataset: str | None = None) -> Collection:
     Parameters
     ----------
     folder
-        Of the tomograms.
+        Folder of the tomograms.
     dataset
-        Which dataset of HDF5 files; ``None``: the only one that can be a tomogram.
+        Dataset of HDF5 files; ``None``: the only one that can be a tomogram.
 
     Raises
     ------
@@ -162,9 +162,9 @@ def _refuse(folder: Path) -> None:
 
 
 def _scaling(samples: Sequence[Sample]) -> tuple[tuple[float, float], list[str]]:
-    """Choose the intensities that become 0 and 1, the same for all tomograms, and name doubts about them."""
-    as_they_are = [intensities(sample, 0, 1) for sample in samples]
-    if not any(scaling(each.below, each.above, each.central, 0, 1) for each in as_they_are):
+    """Choose the intensities that become 0 and 1 for all tomograms, and list doubts about them."""
+    unscaled = [intensities(sample, 0, 1) for sample in samples]
+    if not any(scaling(each.below, each.above, each.central, 0, 1) for each in unscaled):
         return (0.0, 1.0), []
     finite = [sample.values[np.isfinite(sample.values)] for sample in samples]
     bounds = np.array([np.quantile(values, _QUANTILES) for values in finite if values.size])
@@ -173,7 +173,7 @@ def _scaling(samples: Sequence[Sample]) -> tuple[tuple[float, float], list[str]]
     low, high = np.median(bounds, axis=0)
     spans = bounds[:, 1] - bounds[:, 0]
     apart = spans.max() > 2 * spans.min() or np.ptp(bounds[:, 0]) > spans.min()
-    doubts = ["the tomograms differ in the range of their intensities: scale them alike first"] if apart else []
+    doubts = ["the tomograms differ in the range of their intensities: scale them to one range first"] if apart else []
     low, high = map(float, distinct_digits(low, high))
     return (low, high), doubts
 
@@ -209,12 +209,12 @@ def write_pipeline(
     Parameters
     ----------
     folder
-        Of the tomograms.
+        Folder of the tomograms.
     output
         The YAML file. Predictions go to ``predictions/lamella`` and ``predictions/semantic`` beside it.
     lamella, semantic
         Values of ``trained_model``. ``None``: the only checkpoint of its kind beside the YAML file or the tomograms,
-        or in a folder ``models`` there; CryoSiam's published model if there is none.
+        or in a folder ``models`` there; without exactly one, CryoSiam's published model.
     dataset
         See `read_folder`.
 
@@ -301,10 +301,10 @@ def summary(found: Collection) -> list[str]:
     ]
     if found.others:
         others = ", ".join(f"{number} {ending}" for ending, number in found.others.items())
-        lines.append(f"left out, since file_extension is {found.ending}: {others}")
+        lines.append(f"left out, because file_extension is {found.ending}: {others}")
     if found.outputs:
         more = f" and {len(found.outputs) - 3} more" if len(found.outputs) > 3 else ""
-        lines.append(f"left out, since they are outputs: {', '.join(found.outputs[:3])}{more}")
+        lines.append(f"left out, because they are outputs: {', '.join(found.outputs[:3])}{more}")
     if found.problems:
         lines.append(f"cannot be read: {len(found.problems)}, such as {found.problems[0]}")
     return lines
@@ -323,8 +323,8 @@ def _doubts(found: Collection) -> list[str]:
     """List facts that no file contains, or that do not suit the published models."""
     model = PUBLISHED["cryosiam_semantic_segmentation"]
     doubts = [
-        "that these tomograms are denoised, as those that the models were trained on; if they are raw, run "
-        "denoise-predict first and init on its results",
+        "that these tomograms are denoised, like those that the models were trained on; if they are raw, run "
+        "denoise-predict first, then init on its results",
         *found.doubts,
     ]
     sizes = [size for header in found.headers for size in header.voxel_size_angstrom if size]
@@ -336,15 +336,15 @@ def _doubts(found: Collection) -> list[str]:
         )
     elif not sizes:
         doubts.append(
-            f"the voxel size, which no header knows: the published models were made for about "
+            f"the voxel size, which no header gives: the published models were made for about "
             f"{model.voxel_size_angstrom:g} Å"
         )
     if found.contrast is None:
         doubts.append("whether dense matter is bright, as the models expect; if it is dark, set invert: True")
     if found.outputs:
-        doubts.append("test_files, which lists the tomograms, since the folder also holds outputs")
+        doubts.append("test_files, which lists the tomograms, because the folder also holds outputs")
     if any(len(header.shape) == 2 for header in found.headers):
-        doubts.append("that the models are two-dimensional, since the images are 2-D and spatial_dims is 2")
+        doubts.append("that the models are two-dimensional, because the images are 2-D and spatial_dims is 2")
     return doubts
 
 
@@ -361,7 +361,7 @@ def _text(found: Collection, output: Path, models: dict[str, str], dataset: str 
     scaled = "The tomograms are already scaled like this." if found.scaling == (0, 1) else (
         "99.8 % of the sampled voxels lie between them."
     )  # fmt: skip
-    # Not False, which would overrule what a run finds.
+    # Not False, which would silence the warning of a run.
     invert = "True" if found.contrast == "dark on bright" else "null"
     command = shlex.quote(str(output))
     names = " null  # or a list of names, to start with a few"

@@ -1,4 +1,4 @@
-"""Commands that change nothing: what a run would do (``plan``), and what is in a file (``info``)."""
+"""Commands that change nothing: show what a run would do (``plan``) and what a file holds (``info``)."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def show_plan(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     trial: bool = False,
 ) -> int:
-    """Print what a run would do and cost; return its exit status, as far as it is known.
+    """Print what a run would do and need; return its expected exit status.
 
     Parameters
     ----------
     config_file
-        The YAML file, of one model or of a pipeline.
+        The YAML file of one model or of a pipeline.
     console
         Where to print.
     model
@@ -147,7 +147,7 @@ def _single(error: CryosiamDaskError) -> Sequence[CryosiamDaskError]:
 
 
 def show_files(paths: Sequence[Path], console: Console, *, as_json: bool = False) -> None:
-    """Print what is in files; those that cannot be read do not keep it from the others.
+    """Print what files hold, and continue after those that cannot be read.
 
     Parameters
     ----------
@@ -161,7 +161,7 @@ def show_files(paths: Sequence[Path], console: Console, *, as_json: bool = False
     Raises
     ------
     Problems
-        Of all files that cannot be read.
+        If files cannot be read, with the errors of all of them.
     """
     if len(paths) == 1:
         require_there(paths[0])  # checked before slow imports
@@ -200,14 +200,14 @@ def _print_plan(
     seconds: float | None,
     warnings: Sequence[str] = (),
 ) -> None:
-    """Print the forecasts of all models, what they share only once: warnings first, then the outputs."""
+    """Print the forecasts of all models, with what they share only once; notes, warnings and outputs come last."""
     console = _unbroken(console)
     facts = {name: _facts(found) for name, found in stages.items()}
     shared = _in_common(facts.values())
     pace = next((found.pace for found in stages.values() if found.pace), "")
     if any(t.action == "segment" for found in stages.values() for t in found.tomograms):
         shared["time"] = (
-            "not known before a run with the same model on such a device; --trial measures it"
+            "unknown before the first run with this model on this kind of device; --trial estimates it"
             if seconds is None
             else f"about {_time(seconds)}, {pace}"
         )
@@ -252,7 +252,7 @@ def _facts(found: Forecast) -> dict[str, str]:
     todo = [t for t in found.tomograms if t.action == "segment"]
     masks = sorted({str(t.mask.path.parent) for t in found.tomograms if t.mask})
     return {
-        "reads": "what is denoised first"
+        "reads": "tomograms that this run denoises first"
         if todo and all(t.denoised_first for t in todo)
         else f"{decimal(sum(t.file_bytes for t in todo))} in "
         + ", ".join(sorted({str(t.source.parent) for t in found.tomograms})),
@@ -269,7 +269,7 @@ def _facts(found: Forecast) -> dict[str, str]:
         + ("a denoiser" if found.denoises else f"{classes} {'classes' if classes > 1 else 'class'}"),
         "patch": f"{_shape(found.patch)} voxels, halo {found.halo or 'a quarter of it'}, {found.precision}",
         "threshold": "" if found.denoises else f"{found.threshold:g}",
-        "intensities": "stretched between each tomogram's 0.1 and 99.9 percentiles"
+        "intensities": "the 0.1 and 99.9 percentiles of each tomogram become 0 and 1"
         if found.denoises
         else f"{low:g} to {high:g} become 0 to 1" + (", inverted" if low > high else ""),
         "tomograms": ", ".join(
@@ -282,7 +282,7 @@ def _facts(found: Forecast) -> dict[str, str]:
         f"worker{'s' * (found.workers != 1)}"
         + (f", of {decimal(found.memory_bytes)}" if found.memory_bytes is not None else ""),
         "memory on GPUs": f"{decimal(found.network_bytes)} on the GPU for each of {found.batch_size} patches, "
-        f"{decimal(found.block_bytes * 3 // 2)} beside it",
+        f"{decimal(found.block_bytes * 3 // 2)} of main memory",
     }
 
 
@@ -293,7 +293,7 @@ def _in_common(each: Iterable[Mapping[str, str]]) -> dict[str, str]:
 
 
 def _each_once(sentences: Iterable[tuple[str, str]], stages: Collection[str]) -> list[tuple[str, str]]:
-    """List sentences once each, with the name of its model unless all models share it."""
+    """List each sentence once, with the name of its model unless all models share it."""
     by: dict[str, list[str]] = {}
     for stage, sentence in sentences:
         by.setdefault(sentence, []).append(stage)
@@ -305,7 +305,7 @@ _LISTED = 20
 
 
 def _outputs(tomograms: Sequence[TomogramForecast]) -> list[str]:
-    """List the files that will be written or are up to date; for many tomograms as patterns of names."""
+    """List the files that will be written or are up to date; with many tomograms, list patterns of names."""
     lines: dict[str, int] = {}
     many = len({t.stem for t in tomograms}) > _LISTED
     for t in tomograms:

@@ -158,7 +158,7 @@ def _bounds(voxels: Computed, place: Path, lower: float, upper: float) -> tuple[
 
 @contextmanager
 def _voxels(header: TomogramHeader, target: Path) -> Iterator[TomogramHeader | Voxels]:
-    """Yield an array of the voxels; a compressed file is unpacked beside the target for the time being."""
+    """Yield an array of the voxels; a compressed file is temporarily unpacked beside the target."""
     if not header.compressed:
         yield header
         return
@@ -183,15 +183,15 @@ class Resampling:
     Attributes
     ----------
     header
-        Of the tomogram.
+        Header of the tomogram.
     before
-        Voxel size, Å, along each axis.
+        Voxel size along each axis, in Å.
     shape
-        Of the result, (z, y, x) or (y, x).
+        Shape of the result, (z, y, x) or (y, x).
     after
-        Voxel size of the result along each axis, Å: the requested one as closely as whole voxels allow.
+        Voxel size of the result along each axis, in Å: the requested one as closely as whole voxels allow.
     memory_bytes, disk_bytes
-        Estimated memory, and disk space beside the output, without the output.
+        Estimated memory, and temporary disk space beside the output.
     """
 
     header: TomogramHeader
@@ -210,9 +210,9 @@ def plan_resampling(source: Path, voxel_size: float, given: float | None = None)
     source
         A tomogram of any supported format.
     voxel_size
-        Of the result, Å.
+        Voxel size of the result, in Å.
     given
-        Of the source, Å, if its header lacks it or is wrong.
+        Voxel size of the source, in Å, if its header lacks it or is wrong.
 
     Raises
     ------
@@ -256,9 +256,9 @@ def _tile(longest: int) -> int:
 def match_pixel_size(found: Resampling, target: Path) -> None:
     """Resample a tomogram to another voxel size by cropping or padding its Fourier transform.
 
-    Frequencies that both grids have are kept, all others are removed or zero. Values keep their scale: the mean of the
-    result is that of the source. The axes are transformed one after another, some lines at a time, from one temporary
-    store of complex64 beside the target to the next; the real part of the last store is the result.
+    Frequencies that both grids have are kept; all others are removed or zero. Intensities keep their scale: the result
+    has the mean of the source. The axes are transformed one after the other, some lines at a time, each from one
+    temporary complex64 store beside the target to the next; the real part of the last store is the result.
 
     Parameters
     ----------
@@ -272,7 +272,7 @@ def match_pixel_size(found: Resampling, target: Path) -> None:
     TomogramError
         If the source cannot be read, or holds voxels that are not finite.
     OutputError
-        If the target is the source, cannot be written, or there is not enough space for the stores beside it.
+        If the target is the source or cannot be written, or there is not enough space for the stores beside it.
     """
     header = found.header
     _require_other_file(header.path, target)
@@ -333,7 +333,7 @@ def _resample_axis(source: Any, target: Any, axis: int, place: Path) -> None:
         values = np.asarray(source[region])
         if not np.isfinite(values).all():
             raise TomogramError(
-                "all voxels must be finite numbers, since each one affects the whole result", place=place,
+                "all voxels must be finite numbers, because each one affects the whole result", place=place,
                 value="NaN or infinity", remedy="Replace them first, for example by the mean",
             )  # fmt: skip
         kept = min(before, after)

@@ -46,8 +46,8 @@ from cryosiam_dask.stages.summary import KEPT, Summary, summary_of
 
 REPORT = "report.html"
 PICTURES_BYTES = 11 * 10**6  # of all thumbnails together, so that a page stays below 20 MB
-_DEVIATIONS, _EFFECT, _FEWEST = 3.5, 0.25, 5  # thresholds of an outlier, and the fewest tomograms for a median
-_BARS, _WIDTH, _HEIGHT, _BELOW = 24, 264, 76, 30  # of a histogram: maximum of bars, and lengths in pixels
+_DEVIATIONS, _EFFECT, _FEWEST = 3.5, 0.25, 5  # thresholds of an outlier, and minimum number of tomograms for one
+_BARS, _WIDTH, _HEIGHT, _BELOW = 24, 264, 76, 30  # of a histogram: maximum number of bars, and lengths in pixels
 
 
 def write_report(
@@ -63,8 +63,8 @@ def write_report(
     configuration
         The YAML file that the predictions were made with.
     outcomes
-        Attributes of `cryosiam_dask.runs.outcome.Outcome` by name of the tomogram. Tomograms without an output, because
-        they failed, are listed too.
+        Attributes of `cryosiam_dask.runs.outcome.Outcome` by name of the tomogram. Failed tomograms without an output
+        are listed too.
     warnings
         Warnings about the run as a whole; ``None``: those of the latest run that had any.
 
@@ -181,7 +181,7 @@ def _with_outcome(tomogram: Summary, outcome: Mapping[str, Any]) -> Summary:
 
 @dataclass(frozen=True, slots=True)
 class _Cell:
-    """A number of one tomogram; without a `value` it is last in any order of the table."""
+    """A number of one tomogram; without a `value` it is sorted last."""
 
     text: str
     value: float | None
@@ -195,17 +195,17 @@ class _Column:
     Attributes
     ----------
     title
-        Of the column.
+        Title of the column.
     group
-        Number of the class; 0 for none.
+        Number of the class; 0 if it belongs to none.
     cells
         One for each tomogram.
     histogram
-        Title of its histogram and name as an outlier; empty for neither.
+        Title of the histogram and name of the value in outliers; empty for a column without either.
     detail
-        Whether it can be hidden.
+        Whether the column can be hidden.
     words
-        Formats one of its values.
+        Formats a value.
     """
 
     title: str
@@ -308,7 +308,7 @@ def _voxel_size(tomogram: Summary) -> _Cell:
 
 
 def _thicknesses(tomograms: Sequence[Summary]) -> _Column:
-    """Make the column of mean thickness and range, in one unit."""
+    """Return the column of mean thickness and its range, in one unit."""
     units = [t.thickness.get("unit") for t in tomograms]
     unit = "nm" if "nm" in units else "voxels"
     means = [t.thickness["mean"] if u == unit else None for t, u in zip(tomograms, units, strict=True)]
@@ -358,11 +358,12 @@ def _duration(seconds: float | None) -> str:
 
 
 def outliers(values: Sequence[float | None]) -> list[str]:
-    """Mark values that lie far from the others as ``"high"`` or ``"low"``, others with an empty string.
+    """Mark values that lie far from the median as ``"high"`` or ``"low"``, others with an empty string.
 
-    Far means more than 3.5 times 1.4826 times the median absolute deviation from the median, and more than a quarter of
-    the median, so that 4 % is not far from 4.2 % if all values are similar. If more than half of the values are equal,
-    1.2533 times the mean absolute deviation is used instead. Fewer than 5 values have no outliers.
+    A value is far if it differs from the median by more than 3.5 robust standard deviations (1.4826 times the median
+    absolute deviation), and by more than a quarter of the median, so that 4 % is not far from 4.2 % if all values are
+    similar. If more than half of the values are equal, 1.2533 times the mean absolute deviation is used instead. Fewer
+    than 5 values have no outliers.
 
     >>> outliers([1, 1.1, 0.9, 1.05, 0.95, 8, None])
     ['', '', '', '', '', 'high', '']

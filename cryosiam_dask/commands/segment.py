@@ -15,7 +15,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from cryosiam_dask.commands.console import counted, inform, open_logs, print_aloud, print_table, warn
+from cryosiam_dask.commands.console import counted, inform, open_logs, print_always, print_table, warn
 from cryosiam_dask.commands.forecast import disk_warnings
 from cryosiam_dask.commands.written import report_on
 from cryosiam_dask.config import Configuration
@@ -111,7 +111,7 @@ def segment(
     Parameters
     ----------
     configurations
-        Of each model; see `cryosiam_dask.config.read_models`.
+        Configuration of each model; see `cryosiam_dask.config.read_models`.
     console
         Where to print.
     filename, overwrite, overwrite_all
@@ -119,20 +119,20 @@ def segment(
     device
         ``"auto"``: CUDA where it can be used, else the CPU.
     workers
-        Number of worker processes; ``None``: all visible GPUs, or as many as cores and memory allow. For a running
-        cluster: how many to wait for.
+        Number of worker processes; ``None``: one for each visible GPU, or as many as cores and memory allow. For a
+        running cluster: how many workers to wait for.
     cpu_workers
-        Number of workers without a GPU beside those with one; see `cryosiam_dask.runs.cluster.open_cluster`.
+        Number of additional workers without a GPU; see `cryosiam_dask.runs.cluster.open_cluster`.
     scheduler, scheduler_file
         See `cryosiam_dask.runs.cluster.join_cluster`; ``None``: workers are started on this machine.
     slurm
-        See `cryosiam_dask.runs.slurm.open_slurm`; instead of workers on this machine.
+        See `cryosiam_dask.runs.slurm.open_slurm`; replaces workers on this machine.
     worker_timeout
-        Minutes to wait for the workers of a scheduler, or for the first one of Slurm; ``None``: 2, and 60.
+        Minutes to wait for the workers of a scheduler (``None``: 2), or for the first worker from Slurm (``None``: 60).
     dashboard_address
         Where the Dask dashboard listens.
     performance_report
-        HTML file for Dask's own report of what every worker did.
+        HTML file for Dask's performance report.
     timeline, stop
         See `cryosiam_dask.runs.collection.run`.
     warned
@@ -147,13 +147,13 @@ def segment(
     elsewhere = joins or slurm is not None  # only the workers know their devices and memory
     if joins and slurm is not None:
         raise ConfigurationError(
-            "workers are either submitted or already running",
+            "must not be given together, because workers are either submitted or already running",
             place="options --slurm and --scheduler",
             remedy="Remove one of them",
         )
     if slurm is not None and workers is None:
         raise ConfigurationError(
-            "must give the number of GPUs, or CPU workers, to request from Slurm",
+            "must give the number of GPUs or CPU workers to request from Slurm",
             place="option --workers",
             remedy="Add it",
         )
@@ -201,7 +201,7 @@ def segment(
         plans, count = on_this_machine(plans, workers)
     _require_any(plans)
     if cpu_workers is not None and (elsewhere or chosen == "cpu"):
-        warn(console, "--cpu-workers has no effect: it is for workers with GPUs that are started on this machine")
+        warn(console, "--cpu-workers has no effect: it adds CPU workers to GPU workers started on this machine")
     for plan in plans:
         make_folders(plan)
     open_logs(_command(plans), [plan.configuration for plan in plans], console)
@@ -249,7 +249,7 @@ def segment(
                     warn(
                         console,
                         f"{client.scheduler.address} has no TLS: {others} can run any code as you. Dask's "
-                        "documentation of TLS says how to close it",
+                        "documentation of TLS explains how to prevent that",
                     )
             elif slurm is not None:
                 client = stack.enter_context(
@@ -312,13 +312,13 @@ def segment(
                 ]:
                     warn(
                         console,
-                        f"the run goes on without {', '.join(broken)}, which PyTorch cannot use. Look at nvidia-smi "
+                        f"the run continues without {', '.join(broken)}, which PyTorch cannot use. Check nvidia-smi "
                         "and dmesg",
                     )
-            beside = f" and {running - computing} without a GPU beside them" if running > computing else ""
+            others = f" and {counted(running - computing, 'worker')} without a GPU" if running > computing else ""
             inform(
                 console,
-                f"{counted(total, 'tomogram')} on {counted(computing, f'{chosen} worker')}{beside}; "
+                f"{counted(total, 'tomogram')} on {counted(computing, f'{chosen} worker')}{others}; "
                 f"dashboard {client.dashboard_link}",
             )
             largest = max(plans, key=lambda plan: plan.bytes_per_worker)
@@ -329,7 +329,7 @@ def segment(
                 f"{in_flight} blocks, "
                 f"{math.ceil(largest.network_bytes / 1e8) / 10} GB for the network"
                 + (
-                    f" and each of {largest.configuration.hyper_parameters.batch_size} patches, on its GPU"
+                    f" and for each of {largest.configuration.hyper_parameters.batch_size} patches on its GPU"
                     if chosen == "cuda"
                     else ""
                 ),
@@ -343,7 +343,7 @@ def segment(
             finally:
                 reporter.close()
     finally:
-        if not joins:  # tasks of a cluster that keeps running may still be in flight
+        if not joins:  # on a cluster that keeps running, tasks may still be in flight
             for plan in plans:
                 remove_left_overs(plan)
     print_table(console, outcomes, shown)
@@ -385,16 +385,16 @@ def _planned(
     workers: int | None,
     console: Console,
 ) -> RunPlan:
-    """Plan one model; `device` is ``None`` if only the cluster knows it."""
+    """Plan one model; `device` is ``None`` if only the workers know it."""
     automatic = configuration.parameters.data.patch_size == "auto"
     if automatic and device is None:
         raise Problems(
             [
                 ConfigurationError(
-                    "must be given as numbers if the workers run on another machine",
+                    "must be given in numbers if the workers run on other machines",
                     place="key parameters.data.patch_size",
                     value="auto",
-                    remedy="Run a single tomogram on such a machine, and set the patch_size that it prints",
+                    remedy="Segment a single tomogram on such a machine, and set the patch_size that it prints",
                 )
             ]
         )
@@ -433,16 +433,16 @@ def _device_of(found: Literal["cpu", "cuda"], wanted: Device, elsewhere: bool) -
     """Return the device of a running cluster, if it is the requested one; `elsewhere`: it was not started here."""
     if wanted == "cuda" and found == "cpu":
         raise DeviceError(
-            "device cuda was asked for and must be usable",
+            "device cuda was requested and must be usable",
             value="workers without GPUs" if elsewhere else "no GPU that PyTorch can use in a worker process",
             remedy="Start them with 'dask cuda worker' on nodes with GPUs, or use --device cpu"
             if elsewhere
-            else "Look at nvidia-smi and dmesg, or use --device cpu",
+            else "Check nvidia-smi and dmesg, or use --device cpu",
         )
     return "cpu" if wanted == "cpu" else found
 
 
-#: Tomograms whose intensities are checked before a run, which takes about a second.
+#: Number of tomograms whose intensities are checked before a run, which takes about a second.
 _CHECKED_FIRST = 3
 
 
@@ -455,11 +455,11 @@ def _warn_about_intensities(plans: Sequence[RunPlan], console: Console) -> set[t
         Names of tomograms with the warnings that were shown.
     """
     shown: set[tuple[str, str]] = set()
-    models: dict[str, list[str]] = {}  # by what is said
+    models: dict[str, list[str]] = {}  # by warning
     samples: dict[Path, tuple[TomogramHeader, Sample]] = {}
     for plan in plans:
         data, found = plan.configuration.parameters.data, dict[str, Intensities]()
-        count, of_single = len(plan.jobs), list[tuple[str, str]]()
+        count, single = len(plan.jobs), list[tuple[str, str]]()
         for i in sorted({0, count // 2, count - 1} if count else ())[:_CHECKED_FIRST]:
             job = plan.jobs[i]
             with suppress(CryosiamDaskError):  # the tomogram fails later
@@ -468,18 +468,18 @@ def _warn_about_intensities(plans: Sequence[RunPlan], console: Console) -> set[t
                     samples[job.source] = header, sample_file(header)
                 header, sample = samples[job.source]
                 found[job.stem] = intensities(sample, data.min, data.max)
-                of_single += [(job.stem, s) for s in plan.intensity_warnings(header, found[job.stem])]
-        shown.update(of_single)
-        sentences, instead = plan.shared_warnings(list(found.values()))
+                single += [(job.stem, s) for s in plan.intensity_warnings(header, found[job.stem])]
+        shown.update(single)
+        sentences, replaced = plan.shared_warnings(list(found.values()))
         where = "" if len(found) == count else ", checked before the run"
         lines = [f": {number} of {count} tomograms{where}: {sentence}" for sentence, number in sentences]
-        of_single = [(stem, sentence) for stem, sentence in of_single if not sentence.startswith(tuple(instead))]
-        for line in (*lines, *(f", {whom}: {sentence}" for whom, sentence in merged_warnings(of_single))):
+        single = [(stem, sentence) for stem, sentence in single if not sentence.startswith(tuple(replaced))]
+        for line in (*lines, *(f", {whom}: {sentence}" for whom, sentence in merged_warnings(single))):
             models.setdefault(line, []).append(plan.name)
     for line, names in models.items():
         line = f"warning{line}" if len(names) == len(plans) else f"warning, {' and '.join(names)}{line}"
         LOG.warning("%s", line, extra=SHOWN)
-        print_aloud(console, line)
+        print_always(console, line)
     return shown
 
 
@@ -490,14 +490,14 @@ def _with_largest_patch(
     plan = plan.with_shapes()
     extent = tuple(max(sizes) for sizes in zip(plan.patch, *plan.shapes, strict=True))
     if device == "cuda":
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # this process keeps off the GPU
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # this process does not use the GPU
             gpus = pool.submit(memories_of_gpus).result()
         beside = lambda patch: replace(plan, patch=patch, room=0).block_bytes  # noqa: E731
         for gpu, memory in gpus:
             try:
                 patch = largest_patch(plan.spec(device), extent, int(USABLE * memory), beside, gpu)
                 break
-            except DeviceError:  # larger GPUs will compute what does not fit
+            except DeviceError:  # larger GPUs will compute blocks that do not fit
                 if gpu == gpus[-1][0]:
                     raise
     else:

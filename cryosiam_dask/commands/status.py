@@ -29,21 +29,22 @@ class State:
     Attributes
     ----------
     tomogram
-        Its name.
+        Name of the tomogram.
     stage
-        Of the model, if there are several.
+        Name of the model if the file has several, otherwise empty.
     state
-        ``"done"``, ``"running"``, ``"stopped"`` (started, but no run works on it), ``"failed"`` or ``"left"``.
+        ``"done"``, ``"running"``, ``"stopped"`` (started, but no run works on it), ``"failed"`` or ``"left"`` (not
+        started).
     blocks
         Number of finished blocks, if it is running or stopped.
     detail
         Why it failed, or which process works on it.
     seconds
-        That it took.
+        Duration in seconds; 0 if it has not ended.
     ended
         End in seconds since the epoch, by the clock of the run's machine; 0 if it has not ended.
     run
-        That recorded it.
+        Id of the run that recorded the outcome; empty without one.
     """
 
     tomogram: str
@@ -64,7 +65,7 @@ def states(configuration: Configuration, stage: str = "") -> list[State]:
     configuration
         The YAML file.
     stage
-        Name of its model, if there are several.
+        Name of the model if the file has several.
 
     Raises
     ------
@@ -91,7 +92,7 @@ def _state(configuration: Configuration, stem: str, stage: str) -> State:
         who = f"process {int(holder['process'])} on {holder['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         claim, who = b"", ""
-    # Blocks before the last entry "blocks" belong to other settings.
+    # Blocks recorded before the last entry "blocks" belong to other settings.
     first = max((i for i, entry in enumerate(entries) if entry["what"] == "blocks"), default=0)
     blocks = sum(entry["what"] == "block" for entry in entries[first:])
     if claim and not process_is_gone(claim):
@@ -120,10 +121,7 @@ def _output_exists(configuration: Configuration, stem: str) -> bool:
 
 
 def seconds_left(found: Sequence[State]) -> float | None:
-    """Estimate the time left at the pace of the latest run; ``None`` if there is none.
-
-    The pace is that of the tomograms that the run finished, by its own clock.
-    """
+    """Estimate the time left in seconds from the tomograms that the latest run finished; ``None`` if there are none."""
     runs = sorted({state.run for state in found if state.state == "done" and state.run})
     if not runs:
         return None
@@ -182,10 +180,10 @@ def print_overview(config_file: Path, console: Console, *, model: str | None = N
     words = [f"{counts[state]} {state}" for state in ("done", "running", "stopped", "failed", "left") if counts[state]]
     line = ", ".join(words) or "no tomogram"
     if left:
-        line += f"; about {time.strftime('%H:%M:%S', time.gmtime(left % 86400))} left at the pace of the latest run"
-        if left >= 86400:
-            line += f", and {left // 86400:.0f} days"
-    # The logs only matter if not all is done.
+        days = f"{left // 86400:.0f} days and " if left >= 86400 else ""
+        rest = time.strftime("%H:%M:%S", time.gmtime(left % 86400))
+        line += f"; about {days}{rest} left at the pace of the latest run"
+    # The logs only matter if something is not done.
     for text in (
         line,
         *(f"note: {note}" for note in notes),

@@ -58,11 +58,11 @@ class Layer:
     levels
         Dask arrays, (z, y, x) or (y, x), the finest first.
     options
-        Keyword arguments of napari's layer.
+        Keyword arguments for napari's layer.
     colours
         Red, green and blue of each label, 0 to 255.
     contour
-        Width of the outline of labels in pixels; 0: they are filled.
+        Width of the outline of labels in pixels; with 0 they are filled.
     """
 
     kind: Literal["image", "labels"]
@@ -102,7 +102,7 @@ class _Lazy:
 
 
 def first_prediction(configuration: Configuration, filename: str | None = None) -> Path:
-    """Return the prediction of a tomogram, or the first existing one that is wanted.
+    """Return the prediction of a tomogram, or the first existing one of the configuration.
 
     Parameters
     ----------
@@ -179,7 +179,7 @@ def _names(configuration: Configuration, attributes: dict[str, Any], levels: Seq
     names, counted = given_names(configuration) or names_in(attributes), attributes.get("voxels")
     if isinstance(counted, list):
         return named(names, max(len(names), len(counted) - 1))
-    return named(names, max(len(names), int(levels[-1].max().compute())))  # of another program
+    return named(names, max(len(names), int(levels[-1].max().compute())))  # a prediction of another program
 
 
 def _of_classes(levels: Sequence[Any], names: Sequence[str], place: dict[str, Any]) -> list[Layer]:
@@ -256,24 +256,24 @@ def _levels(voxels: Any) -> list[Any]:
 
 
 def require_napari() -> None:
-    """Refuse to go on if napari is not installed.
+    """Check that napari is installed.
 
     Raises
     ------
     ConfigurationError
-        With the command that installs it.
+        If it is not; the remedy is the command that installs it.
     """
     if find_spec("napari") is None:
         raise ConfigurationError("napari must be installed to show tomograms", remedy=_INSTALL)
 
 
 def require_screen() -> None:
-    """Refuse to go on if Qt finds no screen, or cannot draw on it with OpenGL.
+    """Check that Qt finds a screen and can draw on it with OpenGL.
 
     Raises
     ------
     ConfigurationError
-        With Qt's message.
+        If it does not, with Qt's message.
     """
     program = """
 from qtpy.QtGui import QOpenGLContext
@@ -287,15 +287,15 @@ if not QOpenGLContext().create():
     )
     if tried.returncode == 0:
         return
-    said = [line.strip() for line in tried.stderr.splitlines() if line.strip()]
-    if any("qtbindings" in line.lower() or "qtpy" in line.lower() for line in said[-1:]):
-        raise ConfigurationError("napari needs Qt to draw its windows", value=said[-1], remedy=_INSTALL)
-    if said[-1:] == ["no OpenGL"]:
+    lines = [line.strip() for line in tried.stderr.splitlines() if line.strip()]
+    if any("qtbindings" in line.lower() or "qtpy" in line.lower() for line in lines[-1:]):
+        raise ConfigurationError("napari needs Qt to draw its windows", value=lines[-1], remedy=_INSTALL)
+    if lines[-1:] == ["no OpenGL"]:
         raise ConfigurationError(
-            "napari draws with OpenGL, which does not run on this screen",
+            "napari needs OpenGL, which does not work on this screen",
             remedy="Install Mesa's OpenGL libraries, use another machine, or look at the pictures and report.html",
         )
-    why = next((line for line in said if "display" in line.lower() or "platform plugin" in line.lower()), "none")
+    why = next((line for line in lines if "display" in line.lower() or "platform plugin" in line.lower()), "none")
     raise ConfigurationError(
         "napari needs a screen",
         value=why.removeprefix("qt.qpa.xcb: "),
@@ -311,7 +311,7 @@ def show(found: Sequence[Layer], title: str) -> Any:
     found
         From `layers`.
     title
-        Of the window.
+        Title of the window.
 
     Returns
     -------
@@ -349,7 +349,7 @@ def view(
     configuration, filename
         See `first_prediction`.
     inform, warn
-        Receive messages about what is opened, and what cannot be shown.
+        Receive messages about what is opened and what cannot be shown.
 
     Raises
     ------
@@ -364,7 +364,7 @@ def view(
     with layers(configuration, prediction, warn) as found:
         require_screen()
         names = [str(layer.options["name"]) for layer in found]
-        inform(f"{stem} is open in napari: {', '.join(names)}. Close its window to end")
+        inform(f"{stem} is open in napari: {', '.join(names)}. Close the window to end")
         import napari
 
         show(found, f"{stem}, cryosiam-dask")

@@ -1,4 +1,4 @@
-"""The commands on existing predictions, and the report after any run."""
+"""Commands on existing predictions, and the report after a run."""
 
 from __future__ import annotations
 
@@ -81,19 +81,19 @@ def export_predictions(
     configuration, console, filename, workers
         See `cryosiam_dask.commands.segment.segment`.
     formats
-        ``"ome-zarr"``, ``"mrc"``; none: those of the key ``output_formats``.
+        ``"ome-zarr"``, ``"mrc"``; if empty, those of the key ``output_formats``.
     per_class
-        Whether the MRC file is one for each class.
+        Whether to write one MRC file for each class.
 
     Raises
     ------
     ConfigurationError
-        If neither names a format, or `per_class` is given without MRC.
+        If neither `formats` nor the key names a format, or `per_class` is given without MRC.
     """
     formats = formats or other_formats(configuration)
     if per_class and "mrc" not in formats:
         raise ConfigurationError(
-            "masks of single classes are MRC files", place="option --per-class", value=list(formats) or None,
+            "applies to the format mrc only", place="option --per-class", value=list(formats) or None,
             remedy="Add --format mrc",
         )  # fmt: skip
     if not formats:
@@ -132,7 +132,7 @@ def list_particles(
 
 
 def _note_left_out(configuration: Configuration, filename: str | None, console: Console) -> None:
-    """Note files that look like predictions and are left out, if all predictions are used."""
+    """If all predictions are used, print a note about files that look like predictions but are left out."""
     if filename is None and configuration.test_files is None:
         found = left_out(configuration.prediction_folder, "_preds.h5")
         if found:
@@ -156,7 +156,7 @@ def report_again(configuration: Configuration, console: Console) -> None:
 
 
 def recorded_outcomes(configuration: Configuration) -> dict[str, dict[str, Any]]:
-    """Return the recorded outcomes of earlier runs, without values that the outputs themselves hold."""
+    """Return the recorded outcomes of earlier runs, without the values that the outputs themselves hold."""
     folder, masks = configuration.prediction_folder, configuration.mask_folder
 
     def in_output(stem: str, outcome: Mapping[str, Any]) -> set[str]:
@@ -192,7 +192,7 @@ def report_on(
     Parameters
     ----------
     configuration, outcomes, console
-        Of the run.
+        Configuration, outcomes and console of the run.
     warnings
         See `cryosiam_dask.commands.report.write_report`.
     """
@@ -226,7 +226,7 @@ def _with_predictions(
     workers: int | None,
     sizes: bool = False,
 ) -> list[Outcome]:
-    """Run the action of a command on existing predictions with CPU workers, and print the outcomes."""
+    """Run an action on existing predictions with CPU workers, and print the outcomes."""
     predictions = find_predictions(configuration, filename, sizes=sizes)
     open_logs(command, [configuration], console)
     _note_left_out(configuration, filename, console)

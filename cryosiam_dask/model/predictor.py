@@ -226,7 +226,7 @@ def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cu
     if device == "auto":
         return "cpu"
     raise DeviceError(
-        "device cuda was asked for and must be usable",
+        "device cuda was requested and must be usable",
         value=_without_cuda(),
         remedy="Install PyTorch for CUDA and its driver, or use --device cpu",
     )
