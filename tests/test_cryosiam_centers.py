@@ -117,7 +117,7 @@ def test_what_is_no_such_list_is_not_replaced(tmp_path: Path) -> None:
     configuration = prepare(tmp_path, "scalar_minimum")
     (tmp_path / "preds" / "labels_2.csv").write_text("mine,yours\n1,2\n")
     *_, last = listed(configuration)
-    assert last.status == "failed" and "must be a particle list in CryoSiam's form" in last.error
+    assert last.status == "failed" and "must be a particle list in CryoSiam's format" in last.error
     assert (tmp_path / "preds" / "labels_2.csv").read_text() == "mine,yours\n1,2\n"
     assert not (tmp_path / "preds" / "labels_1.csv").exists()
 

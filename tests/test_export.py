@@ -348,7 +348,7 @@ def test_other_sizes_are_applied_to_all_formats(folder: Path) -> None:
     sizes = {"network": {"postprocessing_sizes": [-1, -1, 10**6]}}
     configuration = configure(folder, output_formats=BOTH, parameters=sizes)
     (outcome,) = postprocess(configuration, predictions, Listener())
-    assert "holds the tomogram beside its labels, so the tomogram must be there" in outcome.error
+    assert "the tomogram must exist, because an OME-Zarr image holds it together with its labels" in outcome.error
     assert names(folder / "out") == [".ledger", f"{STEM}_preds.h5"]  # no earlier labels beside the new ones
 
 

@@ -77,7 +77,7 @@ def test_a_sample_is_what_lies_in_the_file(tmp_path: Path) -> None:
     sample = sample_file(read_header(write(tmp_path / "a.mrc", np.array(voxels))), voxels=10**6)
     assert sample.values.size <= 10**6 and sample.share == pytest.approx(sample.values.size / voxels.size)
     sections = np.unique(sample.values)
-    assert len(sections) > 5 and sections.mean() == pytest.approx(24.5, abs=1) and "evenly spread" in sample.where
+    assert len(sections) > 5 and sections.mean() == pytest.approx(24.5, abs=1) and "evenly spaced" in sample.where
 
 
 def test_an_image(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """Particle lists: the centres of each class's components, for RELION 5, Warp and spreadsheets.
 
-Each class of a tomogram has the files ``<stem>_class<k>_centers.star`` and ``.csv``. Each class of all tomograms in a
-folder has ``class<k>_centers.star`` and ``.csv``, and ``class<k>_relion_import.star``. If class 2 is named particle,
-its files are called ``class2_particle…``. As in CryoSiam, each class may be eroded once, components (26 neighbours)
-count if they have more than a given number of voxels, and the centre is the mean of the voxel indices.
+For each class, a tomogram has the files ``<stem>_class<k>_centers.star`` and ``.csv``, and a folder has the files
+``class<k>_centers.star`` and ``.csv`` with the particles of all its tomograms, and ``class<k>_relion_import.star``. If
+class 2 is named particle, its files are called ``class2_particle…``. As in CryoSiam, each class may be eroded once,
+components (26 neighbours) count if they have more than a given number of voxels, and the centre is the mean of the
+voxel indices.
 
 Coordinates are in voxels of the segmented tomogram, and 0 is the centre of the first voxel. CryoSiam's viewer, napari
 and Warp use the same convention, and so does RELION, where the centre of n voxels is at n / 2. A STAR file has the
@@ -14,14 +15,14 @@ columns
 ``rlnCenteredCoordinateXAngst``, … in Å from the centre of the tomogram, independent of binning; RELION 5 prefers them
 ``rlnPixelSize``                   in Å
 ``rlnTomoName``                    the tomogram's name without its extension, dots included: ``TS_018_9.96Apx``
-``rlnMicrographName``              Warp's name of the tilt series: the same without its ``_9.96Apx``, and ``.tomostar``
+``rlnMicrographName``              Warp's name of the tilt series: the same without ``_9.96Apx``, plus ``.tomostar``
 ================================== =====================================================================================
 
 If the voxel size is unknown, the columns in Å are missing. There are no orientations. The first column is a number,
 because a row that begins with ``_``, ``data_`` or ``#`` would not be read as a row; names that begin like that are
 quoted. The first line of a tomogram's list identifies the labels that it was made from (see `labels_of`).
 
-`write_cryosiam_centers` writes lists in CryoSiam's own form.
+`write_cryosiam_centers` writes lists in CryoSiam's own format.
 
 RELION 5 imports ``class<k>_relion_import.star``. It lists, for each tomogram, its ``rlnTomoName`` and the absolute path
 of its list, ``rlnTomoImportParticleFile``, so that any RELION project finds it. (RELION also accepts a wildcard, but
@@ -66,7 +67,7 @@ _COLLECTED_LIST = re.compile(r"class\d+(?:_(?!.*class\d).+)?_(?:centers\.(?:csv|
 _NOT_COORDINATES = ("tomogram", "class", "class_name", "voxels")  # columns that hold no coordinates
 #: Values that a STAR file would misinterpret. `starfile` itself quotes values with spaces.
 _TO_QUOTE = re.compile(r"(?!.* )(?:[_#$;\[\]]|(?:data|loop|save|stop|global)_|.*#|[.?]$)", re.IGNORECASE)
-#: Characters that no name contains, for bytes of a path that are not text and that pandas does not accept.
+#: Stand-ins, which no name contains, for bytes of a path that are not text, which pandas does not accept.
 _SURROGATES = {0xDC00 + byte: 0x10FF00 + byte for byte in range(0x80, 0x100)}
 _WARPS_PIXEL_SIZE = re.compile(r"_\d+(\.\d+)?Apx$")  # Warp appends it to the name of the tilt series
 
@@ -91,17 +92,17 @@ class Eroded:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the labels."""
+        """Shape of the labels."""
         return tuple(self.labels.shape)
 
     @property
     def dtype(self) -> Any:
-        """Of the labels."""
+        """Dtype of the labels."""
         return self.labels.dtype
 
     @property
     def chunks(self) -> Any:
-        """Of the labels."""
+        """Chunk shape of the labels; ``None`` without chunks."""
         return getattr(self.labels, "chunks", None)
 
     def __getitem__(self, region: tuple[slice, ...], /) -> NDArray[Any]:
@@ -141,19 +142,20 @@ def write_centers(
     labels
         (z, y, x) or (y, x), integers, 0 is background.
     min_voxels
-        Components with at most so many voxels (after erosion) are left out; a sequence has a number for each class.
+        Components with at most this many voxels (after erosion) are left out; a sequence has a number for each class.
     erode
         Whether to erode each class once.
     classes
         Classes that get a file even if they have no particles.
     class_names
-        Names of the classes from 1 on, as far as they have names; used in file names.
+        Names of the classes from 1 on, used in file names; the last classes may be without one.
     voxel_size_angstrom
         Along z, y and x (or y and x); ``None`` where unknown.
     made_from
         Identifies the labels, see `labels_of`.
     tilt_series_pattern
-        Regular expression for the tomogram's name; its match, or its first group, names the tilt series.
+        Regular expression that finds the name of the tilt series in the tomogram's name: its match or, if it has a
+        group, the first group.
     executor
         Runs the tasks.
 
@@ -215,7 +217,7 @@ def _smallest(min_voxels: int | Sequence[int], classes: NDArray[Any]) -> NDArray
     if len(classes) and classes.max() > len(min_voxels):
         raise ConfigurationError(
             "must have one number for each class", place="key parameters.network.min_voxels",
-            value=f"{len(min_voxels)} numbers, and class {classes.max()}", remedy="Add those of the other classes",
+            value=f"{len(min_voxels)} numbers, but class {classes.max()}", remedy="Add numbers for the other classes",
         )  # fmt: skip
     return np.array([0, *min_voxels])[np.asarray(classes, np.int64)]
 
@@ -266,18 +268,18 @@ def cryosiam_centers(
 def write_cryosiam_centers(
     folder: Path, tables: Mapping[str, Any], classes: int, *, there: Callable[[str], bool] | None = None
 ) -> dict[int, int]:
-    """Write ``labels_<class>.csv`` and ``labels_<class>_particles.star``, which cryosiam_vis reads.
+    """Write ``labels_<class>.csv`` and ``labels_<class>_particles.star``, as cryosiam_vis reads them.
 
     Parameters
     ----------
     folder
         Folder of the files.
     tables
-        `cryosiam_centers` of each tomogram by its name. Rows of other tomograms in existing files stay.
+        `cryosiam_centers` of each tomogram, by name. Rows of other tomograms in existing files are kept.
     classes
-        Number of classes that get files, also without particles.
+        Number of classes that get files, even without particles.
     there
-        Whether the prediction of another tomogram still exists; otherwise its rows are removed.
+        Returns whether the prediction of another tomogram still exists; if not, its rows are removed.
 
     Returns
     -------
@@ -287,7 +289,7 @@ def write_cryosiam_centers(
     Raises
     ------
     OutputError
-        If an existing file is not such a list, or a file cannot be written.
+        If an existing file is not a list in CryoSiam's format, or a file cannot be written.
     """
     import pandas
     import starfile
@@ -320,7 +322,7 @@ def _cryosiam_star(table: Any) -> Any:
 
 
 def _earlier(path: Path) -> Any:
-    """Read an existing list in CryoSiam's form; ``None`` if there is none."""
+    """Read an existing list in CryoSiam's format; ``None`` if there is none."""
     import pandas
 
     try:
@@ -331,7 +333,7 @@ def _earlier(path: Path) -> Any:
         table, why = None, str(error)
     if table is None or list(table)[:2] != ["label", "area"] or list(table)[-1] != "tomo":
         raise OutputError(
-            "an existing file of this name must be a particle list in CryoSiam's form, so that rows can be added",
+            "an existing file of this name must be a particle list in CryoSiam's format, so that rows can be added",
             place=path,
             value="other columns" if table is not None else why,
             remedy="Move it elsewhere",
@@ -368,7 +370,7 @@ def _remove(folder: Path, stem: str, keep: Collection[str]) -> None:
 
 
 def labels_of(prediction: Path, attributes: Mapping[str, Any]) -> str:
-    """Return what identifies the labels of a prediction: its fingerprint or, without one, its size and time."""
+    """Return an identifier of a prediction's labels: its fingerprint or, without one, the file's size and time."""
     fingerprint = attributes.get("fingerprint")
     if isinstance(fingerprint, str) and fingerprint:
         return fingerprint
@@ -377,7 +379,7 @@ def labels_of(prediction: Path, attributes: Mapping[str, Any]) -> str:
 
 
 def _made_from(path: Path) -> str:
-    """Return what identifies the labels that a STAR file was made from; empty if unknown."""
+    """Return the identifier of the labels that a STAR file was made from (see `labels_of`); empty if unknown."""
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             first = file.readline()
@@ -470,15 +472,15 @@ def collect_centers(
     *,
     tilt_series_pattern: str | None = None,
 ) -> list[str]:
-    """Join the lists of all tomograms of a folder, one for each class, and write the index that RELION imports.
+    """Join the lists of all tomograms of a folder to one for each class, and write the index that RELION imports.
 
     Parameters
     ----------
     folder
         Folder of the lists.
     labels_now
-        Returns what identifies the present labels of a tomogram (see `labels_of`), or ``None`` if it has none. Lists
-        of a tomogram without labels are left out, and lists of other labels are removed. By default all lists count.
+        Returns the identifier of a tomogram's current labels (see `labels_of`), or ``None`` if it has none. Lists of
+        tomograms without labels are left out, and lists made from other labels are removed. By default all lists count.
     tilt_series_pattern
         See `write_centers`.
 
@@ -511,7 +513,7 @@ def collect_centers(
                     found = _made_from(star)
                     if labels is not None and found != labels:
                         outdated[stem] = None
-                        # Lists of earlier versions do not identify their labels and may be right.
+                        # Lists of earlier versions do not identify their labels, so they may be up to date.
                         for each in filter(made_here, (path, star) if found else ()):
                             each.unlink()
                     if found != labels:

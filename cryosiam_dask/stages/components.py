@@ -13,11 +13,12 @@ whole chunks) is labelled alone, and then the labels that touch at borders are m
 5. Number the components 1 .. K by their first voxel in C order, so that the numbers do not depend on the blocks.
 6. Pass 2, one task per block: read and label it again (cheaper than storing labels), look up the final numbers, write.
 
-Pass 1 can be part of another task that has a block's labels at hand: see `describe_block`. To remove small components,
-pass 2 needs no labels: pass 1 returns the runs of voxels of all provisional labels that are small enough.
+Pass 1 can be part of another task that already holds a block's labels: see `describe_block`. To remove small
+components, pass 2 need not label again: pass 1 returns the runs of voxels of all provisional labels that are small
+enough.
 
-Memory depends on the size of a volume only through the tables, about 40 bytes per provisional label, and these runs,
-which only the caller holds. Components are filtered and measured after the merge, as a whole.
+The caller's memory grows with the volume only through the tables, about 40 bytes per provisional label, and these runs;
+a task's memory does not grow. Components are filtered and measured after the merge, as a whole.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ from cryosiam_dask.model.device import device_refuses, device_works, free_memory
 
 R = TypeVar("R")
 ArrayModule: TypeAlias = Literal["numpy", "cupy", "auto"]
-"""The library of arrays that a task uses; "auto" is cupy in a process that has a GPU, and numpy in any other."""
+"""The array library that a task uses; "auto" means cupy in a process with a GPU and numpy in any other."""
 _REACH = {6: 1, 18: 2, 26: 3}  # number of axes along which a neighbour may differ
 _PROBABILITY_ONE = 1 << 30  # probabilities are summed as integers, so that sums do not depend on the blocks
 _PACKED = LZ4()  # border planes are mostly background, and distances between runs are small
-# Measurements of a component: how those of two parts are merged, the dtype, and the shape of an entry.
+# Measurements of a component: how the values of two parts are merged, and dtype and shape of a value.
 _COLUMNS: dict[str, tuple[np.ufunc, Any, tuple[int, ...]]] = {
     "voxels": (np.add, np.int64, ()),
     "coordinate_sums": (np.add, np.int64, (3,)),
@@ -68,12 +69,12 @@ class Backend:
     Attributes
     ----------
     xp
-        The module of arrays, numpy or cupy.
+        The array module, numpy or cupy.
     gaussian
         ``gaussian(block, sigma, axis, **options)``: see `scipy.ndimage.gaussian_filter1d`; sums in double precision.
     label
         ``label(block, connectivity) -> (labels, count)``: the components of each class of a C-contiguous (z, y, x)
-        block, numbered from 1 by their first voxel in C order, so that a block may be labelled on either.
+        block, numbered from 1 by their first voxel in C order, so that CPU and GPU give the same labels.
     to_host
         Copies a device array to a NumPy array; does nothing on the CPU.
     """
@@ -131,7 +132,7 @@ def backend(array_module: ArrayModule) -> Backend:
 
 
 def _own_module(array_module: ArrayModule) -> ArrayModule:
-    """Return which library of arrays this process uses."""
+    """Return the array library that this process uses."""
     if array_module != "auto":
         return array_module
     return "cupy" if has_gpu() else "numpy"
@@ -139,7 +140,7 @@ def _own_module(array_module: ArrayModule) -> ArrayModule:
 
 @contextmanager
 def _without_clara() -> Iterator[None]:
-    """Leave out the part of cucim that reads images: its libraries print messages, and write cufile.log here."""
+    """Import cucim without its image reader, whose libraries print messages and write cufile.log to this folder."""
     missing = "cucim.clara" not in sys.modules
     if missing:
         sys.modules["cucim.clara"] = None  # type: ignore[assignment]
@@ -151,17 +152,17 @@ def _without_clara() -> Iterator[None]:
 
 
 def wherever_it_fits(task: Callable[..., R]) -> Callable[..., R]:
-    """Let a task run on the CPU if the memory of the GPU does not suffice for it, also after it has been freed.
+    """Decorate a task so that it runs on the CPU if it does not fit into the GPU's memory, even after that is freed.
 
     Parameters
     ----------
     task
-        Takes the keyword `array_module`, or `labelling`, which has it. It may be called several times.
+        Takes the keyword `array_module`, or `labelling`, which contains it. It may be called several times.
 
     Returns
     -------
     Callable
-        Raises `LostDeviceError` if this process can no longer use its GPU.
+        The task, which raises `LostDeviceError` if this process can no longer use its GPU.
     """
 
     @wraps(task)
@@ -197,8 +198,8 @@ class Labelling:
     array_module
         See `ArrayModule`.
     sizes
-        For each class, index = label: the runs of provisional labels with at most as many voxels are described, since
-        their components may have to be removed. Empty: those of none.
+        For each class, index = label: the runs of provisional labels with at most this many voxels are described,
+        because their components may have to be removed. If empty, no runs are described.
     """
 
     blocks: Blocks
@@ -213,7 +214,7 @@ class Labelling:
             raise LabelsError(
                 "connectivity must be 6, 18 or 26",
                 value=self.connectivity,
-                remedy="Count the neighbours in 3-D, also for an image",
+                remedy="Count the neighbours in 3-D, even for an image",
             )
 
 
@@ -244,7 +245,7 @@ class Measurements:
 
 @dataclass(frozen=True, slots=True)
 class Components:
-    """The components of a volume, numbered 1 .. K by their first voxel in C order; arrays of K begin with component 1.
+    """The components of a volume, numbered 1 .. K by their first voxel in C order.
 
     Attributes
     ----------
@@ -255,13 +256,13 @@ class Components:
     numbers
         Final number of each provisional label, 0 if it was dropped.
     voxels
-        Number of voxels of each component, int64, (K,).
+        Number of voxels of each component, component 1 first, int64, (K,).
     classes
         Class of each component, in the dtype of the labels, (K,).
     first
         Raster index of the first voxel of each component, int64, (K,).
     measurements
-        None unless requested.
+        Measurements; ``None`` unless requested.
     """
 
     labelling: Labelling
@@ -336,7 +337,7 @@ class Removal:
     Attributes
     ----------
     found, removed
-        Number of components, and of those that were removed; 0 for a class that is not filtered.
+        Number of components, and number of removed ones; 0 for a class that is not filtered.
     removed_voxels
         Number of voxels that became background.
     """
@@ -379,7 +380,7 @@ def find_components(
     block
         Shape of the block that one task labels; by default one or several whole chunks of `labels`.
     executor, array_module
-        Runs the tasks, and the library of arrays that they use.
+        What runs the tasks, and the array library that they use.
 
     Returns
     -------
@@ -416,7 +417,7 @@ def describe_block(
     measure: bool = False,
     probabilities: Sliceable | None = None,
 ) -> Description:
-    """Run pass 1 of one block, whose labels are at hand.
+    """Run pass 1 of one block, given its labels.
 
     Parameters
     ----------
@@ -490,7 +491,7 @@ def write_instances(
     executor.map(task, components.per_block(components.numbers), name="number")
 
 
-#: What `remove_small` fills, per voxel: the labels that stay, and those that were removed.
+#: Bytes per voxel of the outputs of `remove_small`: the labels that stay, and the removed ones.
 REMOVAL_BYTES = 2
 
 
@@ -526,10 +527,10 @@ def remove_small(
         See `find_components`; CryoSiam uses 26.
     labelling, described
         From `removal_labelling`, and what `describe_block` returned for some or all of its blocks; the others are
-        described here. If given, `n_classes`, `connectivity` and `array_module` are those of the labelling, and
-        `sizes` must be. To save memory the descriptions are emptied.
+        described here. If given, they replace `n_classes`, `connectivity` and `array_module`, and must have been made
+        for `sizes`. To save memory, the descriptions are emptied.
     executor, array_module
-        Runs the tasks, and the library of arrays that they use.
+        What runs the tasks, and the array library that they use.
 
     Returns
     -------
@@ -594,7 +595,7 @@ def removal_labelling(
     connectivity: int = 26,
     array_module: ArrayModule = "numpy",
 ) -> Labelling:
-    """Return how blocks are labelled to remove what is small; see `remove_small` for the parameters and errors."""
+    """Return the labelling for `remove_small`; see there for the parameters and errors."""
     n_classes = len(sizes) if n_classes is None else n_classes
     if len(sizes) != n_classes:
         raise LabelsError(
@@ -623,7 +624,7 @@ def largest_component(
     executor: Executor = SERIAL,
     array_module: ArrayModule = "numpy",
 ) -> tuple[Components, int]:
-    """Return the components of a mask and the number of the largest one, the first of equals.
+    """Return the components of a mask, and the number of the largest one (the first one of several equally large).
 
     Parameters
     ----------
@@ -635,7 +636,7 @@ def largest_component(
     Returns
     -------
     tuple of Components and int
-        The number is 0 if the mask is empty. `relabel_block` returns the component in a block.
+        The number is 0 if the mask is empty. `relabel_block` extracts the component in a block.
     """
     components = find_components(
         mask, connectivity=connectivity, block=block, executor=executor, array_module=array_module
@@ -683,12 +684,12 @@ def count_labels(labels: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 
 def require_channel(label: int, channels: int) -> None:
-    """Check that a label has its own channel of probabilities; a single channel is for all labels.
+    """Check that a label has its own channel of probabilities; a single channel applies to all labels.
 
     Raises
     ------
     LabelsError
-        If it has none.
+        If the label has no channel.
     """
     if label >= channels > 1:
         raise LabelsError(
@@ -700,16 +701,16 @@ def require_channel(label: int, channels: int) -> None:
 
 def _require_two_arrays(labels: Sliceable, output: Sliceable) -> None:
     store = getattr(output, "store_path", None)
-    # Compared by name, because for zarr two stores in memory with the same content are equal.
+    # Compared by name, because two in-memory stores of zarr with the same content compare equal.
     if output is labels or (store is not None and str(store) == str(getattr(labels, "store_path", None))):
         raise LabelsError(
-            "the output must not be the array of labels, which is read twice", remedy="Write to a new array"
+            "the output must not be the array of labels, because that is read twice", remedy="Write to a new array"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Labelled:
-    """A block on the host, and its voxels of the wanted classes and their labels 1 .. count on the device."""
+    """A block on the host; on the device, its voxels of the wanted classes and their labels 1 .. count."""
 
     block: NDArray[Any]
     wanted: Any = None
@@ -780,7 +781,7 @@ def _small_runs(
 ) -> bytes:
     """Return the runs of labels that may be too small: start, length and provisional label, uint32, compressed.
 
-    Starts are the distances in C order to the start of the run before, in the block.
+    A start is stored as its distance, in C order within the block, from the start of the previous run.
     """
     small = columns["voxels"] <= np.asarray(labelling.sizes)[columns["class"].astype(np.int64)]
     kept = small[run_labels - 1]
@@ -802,13 +803,13 @@ def _runs_by_block(
     labelled
         The blocks that were described.
     blocks
-        Those that are written.
+        The blocks that are written.
     descriptions, goes
-        Of each described block: its description, and its index with whether each provisional label goes.
+        For each described block: its description, and its index with whether each provisional label is removed.
     """
     runs: dict[Index, list[NDArray[np.uint32]]] = {index: [np.zeros((2, 0), np.uint32)] for index in blocks.indices}
     edges = blocks.axis_edges
-    # Block by block, so that there is hardly more than the result in memory.
+    # Block by block, so that memory holds little more than the result.
     for description, (index, which) in zip(descriptions, goes, strict=True):
         if not which.any():
             continue
@@ -913,7 +914,7 @@ def _write_without(
     removed: WritableArray | None,
     blocks: Blocks,
 ) -> None:
-    """Write one block without some voxels: `item` is its index, and starts and lengths of their runs along x."""
+    """Write one block without some voxels; `item` is its index, and the starts and lengths of their runs along x."""
     index, starts, lengths = item
     block = blocks.read(labels, index)
     voxels = np.repeat(starts - np.cumsum(lengths, dtype=np.int64) + lengths, lengths)
@@ -938,13 +939,13 @@ def _merged(
     measure: bool,
     with_probabilities: bool,
 ) -> Components:
-    """Merge the blocks: steps 2 to 5 of the module's description."""
+    """Merge the blocks: steps 2 to 5 in the module's docstring."""
 
     offsets = _offsets([description.count for description in descriptions])
 
     def concatenated(name: str, dtype: Any, shape: tuple[int, ...] = ()) -> NDArray[Any]:
         column = np.empty((offsets[-1], *shape), dtype=dtype)
-        # Block by block, so that there is hardly more than one copy of the column in memory.
+        # Block by block, so that memory holds little more than one copy of the column.
         for description, start, stop in zip(descriptions, offsets, offsets[1:], strict=False):
             if description.count:
                 column[start:stop] = description.columns.pop(name)
@@ -1001,7 +1002,7 @@ def _offsets(counts: Sequence[int]) -> NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
-# Which part of a neighbour's plane lies in the margin, and its place there: before, beside, behind.
+# The part of a neighbour's plane that lies in the margin, and its place there, by the neighbour's offset along an axis.
 _FROM = {-1: slice(-1, None), 0: slice(None), 1: slice(0, 1)}
 _TO = {-1: slice(0, 1), 0: slice(1, -1), 1: slice(-1, None)}
 
@@ -1064,7 +1065,7 @@ def _touching(
 
 
 def _roots(pairs: NDArray[np.int64], first: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the provisional labels that are merged into another one, and that root of each.
+    """Return the provisional labels that are merged into another one, and the root that each is merged into.
 
     The root of connected labels is the one with the first voxel in C order.
 

@@ -1,10 +1,10 @@
-"""Denoising: scaling a raw tomogram for the network, and reading its result.
+"""Denoising: scale a raw tomogram for the network, and read the network's result.
 
-1. The percentiles of the whole tomogram become 0 and 1, the higher one 0, because structures are dark in raw tomograms
-   and must be bright for the later networks (`stretch_of`).
+1. Two percentiles of the whole tomogram become 0 and 1. The higher one becomes 0, because structures are dark in raw
+   tomograms and must be bright for the networks that follow (`stretch_of`).
 2. The network predicts block by block, like every network (`cryosiam_dask.stages.predict`).
-3. The lowest and the highest value of all blocks become 0 and 1 when a region is read (`Denoised`). So nothing is
-   stored twice, and the next model reads the same values as the file holds.
+3. The lowest and the highest value of all blocks become 0 and 1 whenever a region is read (`Denoised`). So nothing is
+   stored twice, and the next model reads exactly the values that are in the file.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def stretch_of(
     tomogram : (z, y, x) or (y, x), real numbers
         Stored intensities. NaN is ignored.
     place
-        The place that an error names.
+        Place to name in an error.
     invert
-        Whether the higher one becomes 0.
+        Whether the higher percentile becomes 0, and the lower one 1.
     executor
         Runs the tasks, which read the tomogram twice.
 
@@ -54,10 +54,10 @@ def stretch_of(
     low, high = percentiles(read, _regions(tomogram), PERCENTS, executor=executor)
     if not np.float32(low) < np.float32(high) or not math.isfinite(high - low):
         raise TomogramError(
-            f"its {PERCENTS[0]} and {PERCENTS[1]} percentiles must differ: denoising stretches what lies between them",
+            f"its {PERCENTS[0]} and {PERCENTS[1]} percentiles must differ, because denoising scales them to 0 and 1",
             place=place,
             value="nothing but NaN" if math.isnan(low) else f"{low:g} and {high:g}",
-            remedy="Check what the file holds with 'cryosiam-dask info', or leave it out with test_files",
+            remedy="Check the file with 'cryosiam-dask info', or leave it out with test_files",
         )
     return (high, low) if invert else (low, high)
 
@@ -65,12 +65,12 @@ def stretch_of(
 def with_own_moments(
     spec: PredictorSpec, tomogram: Sliceable, *, mean: bool, std: bool, executor: Executor = SERIAL
 ) -> PredictorSpec:
-    """Normalise by the mean, the standard deviation or both of the tomogram's own scaled intensities.
+    """Return `spec` with the mean, the standard deviation or both of the tomogram's scaled intensities.
 
     Parameters
     ----------
     spec
-        How intensities are scaled before.
+        How intensities are scaled first.
     tomogram : (z, y, x) or (y, x), real numbers
         Stored intensities.
     mean, std
@@ -115,7 +115,7 @@ class Denoised:
     scale
         The values that become 0 and 1; ``None`` leaves the result unscaled.
     channel
-        The wanted channel; ``None`` means all, with their axis.
+        The channel to return; ``None`` returns all, with the channel axis.
     """
 
     prediction: zarr.Array[Any]
@@ -124,7 +124,7 @@ class Denoised:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """In voxels."""
+        """Shape in voxels."""
         return self.prediction.shape[self._dropped :]
 
     @property
@@ -139,7 +139,7 @@ class Denoised:
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """Voxels of a chunk."""
+        """Chunk shape in voxels."""
         return self.prediction.chunks[self._dropped :]
 
     @property
@@ -156,7 +156,7 @@ class Denoised:
         return self.scaled(self.prediction[index if self.channel is None else (self.channel, *index)])
 
     def scaled(self, values: Any) -> NDArray[np.float32]:
-        """Scale values of the network; all become 0 if its result is constant."""
+        """Scale values of the network's result; all become 0 if the result is constant."""
         found = np.asarray(values, np.float32)
         if self.scale is None:
             return found

@@ -1,11 +1,11 @@
-"""Writing labels in formats other than HDF5: OME-Zarr and MRC.
+"""Write labels in formats other than HDF5: OME-Zarr and MRC.
 
 ``<stem>.ome.zarr`` (see `cryosiam_dask.stages.ome_zarr`) holds the tomogram and its labels, ``<stem>_labels.mrc`` the
-labels, and ``<stem>__<class>.mrc`` 1 for voxels of a class and 0 elsewhere. Each has the fingerprint of the prediction
-that it was made from. A missing or outdated one is made from the written prediction, without inference.
+labels, and ``<stem>__<class>.mrc`` 1 for voxels of a class and 0 elsewhere. Each file has the fingerprint of the
+prediction that it was made from. A missing or outdated file is made from the written prediction, without inference.
 
-Voxel size and position are those of the prediction. Viewers place an MRC file by its origin, or, if that is 0, by its
-start times the voxel size. An OME-Zarr image has only a translation, which is set so that both are at the same place.
+Voxel size and position are those of the prediction. Viewers place an MRC file by its origin or, if that is 0, by its
+start times the voxel size. An OME-Zarr image has only a translation, which puts it at the same place.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from cryosiam_dask.model.classes import file_names, given_names, named
 from cryosiam_dask.stages.ingest import IngestReport, converting_to, ingest
 from cryosiam_dask.stages.ome_zarr import SEGMENTATION, most_bytes, read_own_attributes, write_ome_zarr
 
-#: Marks before the fingerprint in the label of an MRC header: for labels, and for the mask of a class.
+#: Marks before the fingerprint in the label of an MRC header, for labels and for the mask of a class.
 MRC_LABEL, MASK_LABEL = "cryosiam_dask ", "cryosiam_dask mask "
 _ENDINGS = {"ome-zarr": ".ome.zarr", "mrc": "_labels.mrc"}
 #: Attributes of the prediction that an OME-Zarr image keeps.
@@ -116,7 +116,7 @@ def write_other_formats(
     labels
         (z, y, x) or (y, x), uint8.
     tomogram
-        Needed only for ``"ome-zarr"``.
+        The tomogram; needed only for ``"ome-zarr"``.
     attributes
         Known attributes of the predictions file: ``voxel_size_angstrom``, ``origin_angstrom``, ``nstart``,
         ``class_names``, ``fingerprint`` and others.
@@ -164,7 +164,8 @@ def write_masks(
     Raises
     ------
     OutputError
-        If a file cannot be written, or would replace one that this program did not make; in that case none is written.
+        If a file cannot be written, or if one would replace a file that this program did not make; then none is
+        written.
     """
     paths = mask_paths(folder, stem, attributes["class_names"])
     for path in paths:
@@ -222,7 +223,7 @@ def formats_done(configuration: Configuration, stem: str, fingerprint: str, name
 
 
 def _fingerprint(name: str, path: Path, names: Sequence[str] | None = None) -> str | None:
-    """Return the fingerprint in a file: "" without one, ``None`` for a file of another program or with other names."""
+    """Return a file's fingerprint, "" without one; ``None`` if another program made it or its class names differ."""
     if name == "mrc":
         return read_mrc_fingerprint(path)
     own = read_own_attributes(path)
@@ -276,7 +277,7 @@ def remove_outdated_formats(folder: Path, stem: str, fingerprint: str | None, ke
         if path.exists() and _fingerprint(name, path) not in (None, fingerprint):
             shutil.rmtree(real(path)) if path.is_dir() else path.unlink()
             removed.append(
-                f"{path.name} had outdated labels and was removed; "
+                f"{path.name} had outdated labels, so it was removed; "
                 f"'cryosiam-dask export --format {name}' writes it again"
             )
     masks = [path for path, found in _masks(folder, stem).items() if found != fingerprint]
@@ -284,7 +285,7 @@ def remove_outdated_formats(folder: Path, stem: str, fingerprint: str | None, ke
         path.unlink()
     if masks:
         removed.append(
-            f"the masks {', '.join(sorted(path.name for path in masks))} had outdated labels and were removed; "
+            f"the masks {', '.join(sorted(path.name for path in masks))} had outdated labels, so they were removed; "
             "'cryosiam-dask export --format mrc --per-class' writes them again"
         )
     return removed
@@ -307,7 +308,7 @@ def export_prediction(
     Parameters
     ----------
     configuration
-        Its ``data_folder`` and ``file_extension`` name the tomograms, ``class_names`` the labels.
+        Its ``data_folder`` and ``file_extension`` locate the tomograms, and its ``class_names`` name the labels.
     prediction
         ``<stem>_preds.h5``.
     formats
@@ -315,7 +316,7 @@ def export_prediction(
     per_class
         Whether to write one MRC file for each class.
     work
-        Group for a temporary copy of the tomogram, unless that is zarr itself.
+        Group for a temporary copy of the tomogram, unless the tomogram is zarr.
     executor
         Runs the tasks.
 
@@ -346,7 +347,7 @@ def export_prediction(
     if "ome-zarr" in formats:
         if source is None:
             raise OutputError(
-                "an OME-Zarr image holds the tomogram beside its labels, so the tomogram must be there",
+                "the tomogram must exist, because an OME-Zarr image holds it together with its labels",
                 place=prediction,
                 value=f"no {stem}{configuration.file_extension} in {configuration.data_folder}",
                 remedy=(
@@ -372,16 +373,16 @@ def export_prediction(
 def written_attributes(configuration: Configuration, prediction: Path, *, patient: bool = False) -> dict[str, Any]:
     """Return the attributes of a predictions file, completed from the header of its tomogram.
 
-    CryoSiam's own files have no attributes, and those of this program lack the voxel size if the header had none.
+    CryoSiam's own files have no attributes, and this program's files lack the voxel size if the header had none.
 
     Parameters
     ----------
     configuration
-        Its ``data_folder`` and ``file_extension`` name the tomograms.
+        Its ``data_folder`` and ``file_extension`` locate the tomograms.
     prediction
         ``<stem>_preds.h5``.
     patient
-        Whether to raise transient errors of the tomogram's disk, instead of leaving out its attributes.
+        Whether to raise transient errors of the tomogram's disk instead of returning fewer attributes.
 
     Returns
     -------
@@ -394,7 +395,7 @@ def written_attributes(configuration: Configuration, prediction: Path, *, patien
     OutputError
         If the predictions file cannot be read.
     OSError, TomogramError
-        If `patient` and the disk of the tomogram does not answer.
+        If `patient`, and the disk of the tomogram does not respond.
     """
     attributes = read_attributes(prediction)
     shape = open_dataset(prediction, "labels").shape

@@ -1,11 +1,11 @@
-"""Copying tomogram files (MRC and its relatives, HDF5, zarr) to chunked zarr arrays.
+"""Copy tomogram files (MRC and its relatives, HDF5, zarr) to chunked zarr arrays.
 
 1. `read_header` recognizes the format, decides what is ambiguous in the header (byte order, signedness, axis order,
    voxel size), and refuses what cannot be read. It reads hardly any voxels, so that hundreds of files can be checked
    before a run.
 2. `ingest` creates a zarr array with its metadata. Tasks fill whole chunks of it, and the statistics of the voxels are
-   added at the end, so an array without the attribute ``statistics`` is incomplete. A tomogram that is zarr already is
-   not copied; tasks only read its voxels for the statistics.
+   added at the end, so an array without the attribute ``statistics`` is incomplete. A zarr tomogram is not copied;
+   tasks only read its voxels for the statistics.
 3. `convert` always copies, to a path of its own, which appears complete or not at all.
 
 Arrays are always (z, y, x), or (y, x) for an image; voxel sizes and positions have the same order.
@@ -38,7 +38,7 @@ from cryosiam_dask.files.tomogram import read_header
 from cryosiam_dask.files.zarr import Voxels, ZarrHeader, is_zarr, read_region
 
 CHUNK = 128  # voxels along each axis
-TASK_BYTES = 64 * 2**20  # that a task reads and writes at once
+TASK_BYTES = 64 * 2**20  # bytes that a task reads and writes at once
 COMPRESSOR = BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle")  # the work store is written once and read twice
 
 
@@ -57,9 +57,9 @@ class Statistics:
 
 
 def reads_in_place(header: TomogramHeader, configuration: Configuration) -> bool:
-    """Whether a tomogram is read where it is.
+    """Whether a run reads a tomogram from its own file instead of a copy.
 
-    A `work_folder` may be on a faster disk, and whoever sets `keep_work` wants the copy.
+    A `work_folder` may be on a faster disk, and `keep_work` asks for a copy.
     """
     stays = configuration.keep_work or configuration.work_folder is not None
     return isinstance(header, ZarrHeader) or (in_place(header) and not stays)
@@ -71,7 +71,7 @@ def copy_bytes(header: TomogramHeader, configuration: Configuration) -> int:
 
 
 def compresses(header: TomogramHeader, *, keep_work: bool) -> bool:
-    """Whether the copy of a tomogram is worth compressing: one of floats, which hardly shrinks, only if it is kept."""
+    """Whether the copy of a tomogram is compressed; floats hardly shrink, so they are only if the copy is kept."""
     return header.dtype.kind != "f" or keep_work
 
 
@@ -97,7 +97,7 @@ def ingest(
     copy: bool = True,
     executor: Executor = SERIAL,
 ) -> tuple[Voxels, IngestReport]:
-    """Copy the voxels of a tomogram file to a new zarr array, or open the zarr array that holds them already.
+    """Copy the voxels of a tomogram file to a new zarr array, or open the zarr array that already holds them.
 
     Parameters
     ----------
@@ -114,7 +114,7 @@ def ingest(
     compress
         Whether to compress the voxels. Floats hardly shrink, and are read faster uncompressed.
     copy
-        Whether an MRC file is copied that can be read where it is; see `cryosiam_dask.files.mrc.in_place`.
+        Whether to copy an MRC file that could be read in place; see `cryosiam_dask.files.mrc.in_place`.
     executor
         Runs one task for each row of chunks, or a single one for a compressed file. A task uses about 200 MB.
 
@@ -187,7 +187,7 @@ def _fill(
             parts = [part for row in copied for part in row]
         statistics = _merge(parts)
         if not isinstance(header, ZarrHeader):
-            require_unchanged(header)  # voxels of two files, or of a file that is being written, are no tomogram
+            require_unchanged(header)  # otherwise the voxels may come from two files, or an incomplete one
         array.update_attributes({"statistics": statistics.attributes()})
     return array, statistics
 
@@ -199,7 +199,7 @@ def _stored_statistics(header: ZarrHeader) -> Statistics | None:
 
 
 def _statistics(voxels: Voxels, path: Path, executor: Executor) -> Statistics:
-    """Return the statistics of all voxels of a file that is read where it is."""
+    """Return the statistics of all voxels of a file that is read in place."""
     # Whole chunks, about as many bytes as a task copies at once.
     step = list(voxels.chunks)
     for axis in reversed(range(len(step))):
@@ -259,7 +259,7 @@ def convert(
 
 @contextmanager
 def converting_to(target: Path, *, overwrite: bool) -> Iterator[None]:
-    """Convert to `target`, if that `require_free` allows, and name it in all errors.
+    """Convert to `target` within the ``with`` block, if `require_free` allows it; all errors name `target`.
 
     Raises
     ------
@@ -280,7 +280,7 @@ def require_free(target: Path, *, overwrite: bool) -> None:
     Raises
     ------
     OutputError
-        If something is there that is not zarr, or that may not be replaced.
+        If something exists there that is not zarr or may not be replaced.
     """
     ours = is_zarr(target)
     if (target.exists() or target.is_symlink()) and not (ours and overwrite):

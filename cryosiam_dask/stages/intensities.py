@@ -1,8 +1,8 @@
-"""The intensities of a tomogram, from a sample that costs as little for four gigavoxels as for four million.
+"""Sample the intensities of a tomogram, as fast for four gigavoxels as for four megavoxels.
 
-A file is read in chunks, or in some rows of a section. `spread_regions` chooses chunks that are evenly spread along
-each axis and hold a limited number of voxels; a smaller tomogram is read completely. A compressed file can only be
-read sequentially, so its sample is its first sections.
+The sample consists of chunks or, in a file without chunks, of some rows of a section. `spread_regions` spaces them
+evenly along each axis and limits the number of voxels; a small tomogram is read completely. A compressed file can only
+be read sequentially, so its sample is its first sections.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cryosiam_dask.files.header import TomogramHeader
 from cryosiam_dask.files.mrc import MrcHeader, read_beginning
 
 SAMPLE_VOXELS = 1 << 22  # 16 MiB of float32, a fraction of a second
-SAMPLE_STREAM_BYTES = 64 * 2**20  # of a compressed file, uncompressed
+SAMPLE_STREAM_BYTES = 64 * 2**20  # uncompressed bytes to read from a compressed file
 _ROWS_VOXELS = 1 << 14  # read at once from a file without chunks
 _CENTRAL = (0.005, 0.995)  # quantiles of the central 99 %
 
@@ -42,7 +42,7 @@ class Sample:
     Attributes
     ----------
     values
-        Their intensities, one axis, float32.
+        Intensities of the voxels, one axis, float32.
     share
         Share of the tomogram's voxels, 0 to 1.
     where
@@ -58,19 +58,19 @@ class Sample:
 
 
 def spread_regions(shape: Sequence[int], chunk: Sequence[int], voxels: int) -> list[Region]:
-    """Choose chunks of an array that are evenly spread along each axis.
+    """Choose chunks of an array that are evenly spaced along each axis.
 
     Parameters
     ----------
     shape, chunk
         Shapes of the array and of its chunks.
     voxels
-        Most voxels of all chosen chunks together; at least one chunk is chosen.
+        Maximum number of voxels of all chosen chunks together; at least one chunk is chosen.
 
     Returns
     -------
     list of tuple of slice
-        Regions of the chunks in C order; all chunks if they have no more voxels.
+        Regions of the chunks in C order; all chunks if the array has no more voxels than that.
 
     Examples
     --------
@@ -102,7 +102,7 @@ def sample_file(header: TomogramHeader, voxels: int = SAMPLE_VOXELS) -> Sample:
     header
         From `cryosiam_dask.files.tomogram.read_header`.
     voxels
-        Most voxels to take from a file that is not compressed.
+        Maximum number of voxels to take from an uncompressed file.
 
     Raises
     ------
@@ -132,7 +132,7 @@ def sample_array(array: Sliceable, voxels: int = SAMPLE_VOXELS) -> Sample:
     array
         (z, y, x) or (y, x), real numbers.
     voxels
-        Most voxels to take.
+        Maximum number of voxels to take.
     """
     chunks = getattr(array, "chunks", None)
     if chunks is None:
@@ -149,12 +149,12 @@ def _sample_chunks(
     # Chunks with more voxels than wanted are thinned out.
     parts = [_thinned(np.asarray(read(region)), max(1, voxels // len(regions))) for region in regions]
     taken = sum(math.prod(s.stop - s.start for s in region) for region in regions)
-    where = "all voxels" if whole else f"{len(regions)} evenly spread parts of it"
+    where = "all voxels" if whole else f"{len(regions)} evenly spaced parts of it"
     return _sample(parts, taken / math.prod(shape), where)
 
 
 def _thinned(part: NDArray[Any], voxels: int) -> NDArray[Any]:
-    """Take every n-th section of a part, and also of its rows and columns while it has more than `voxels` voxels."""
+    """Take every n-th section of a part, then every n-th row and column, until at most `voxels` voxels are left."""
     for axis in range(part.ndim):
         step = min(part.shape[axis], -(-part.size // voxels))
         part = part[(slice(None),) * axis + (slice(None, None, step),)]
@@ -162,7 +162,7 @@ def _thinned(part: NDArray[Any], voxels: int) -> NDArray[Any]:
 
 
 def intensities(sample: Sample, minimum: float, maximum: float) -> Intensities:
-    """Describe how the intensities of a sample lie relative to [`minimum`, `maximum`]."""
+    """Describe the intensities of a sample relative to [`minimum`, `maximum`]."""
     finite = sample.values[np.isfinite(sample.values)]
     count = max(1, sample.values.size)
     quantiles: list[Any] = [None] * 3
@@ -185,11 +185,11 @@ def intensities(sample: Sample, minimum: float, maximum: float) -> Intensities:
 def contrast(sample: Sample) -> Contrast | None:
     """Estimate whether dense matter is bright or dark.
 
-    Membranes, filaments and complexes are denser than the space between them and fill the smaller part of it. So the
-    densest voxels of a small area differ more from its median than the least dense ones.
+    Membranes, filaments and complexes are denser than the space between them and fill less than half of a volume. So
+    in a small area, the densest voxels differ more from the median than the least dense ones do.
 
     1. Voxels are averaged 3 × 3 in a section, to reduce noise, and grouped into tiles of 24 × 24 voxels. Within a tile,
-       slow changes of the specimen, such as from a lamella to vacuum, do not matter.
+       slow changes, such as from a lamella to vacuum, do not matter.
     2. The asymmetry of a tile is (bright + dark - 2 median) / (bright - dark), from -1 to 1, where bright and dark are
        the means of its brightest and darkest sixteenth.
     3. The weight of a tile is bright - dark, so that the lamella outweighs vacuum, but at most the 0.9 quantile, so
@@ -238,7 +238,7 @@ def contrast(sample: Sample) -> Contrast | None:
 
 
 def _asymmetries(part: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the asymmetry, and bright - dark, of each tile of a part that is not ignored."""
+    """Return asymmetry and bright - dark of each tile of a part, without the ignored tiles."""
     sections = np.moveaxis(part, np.argmin(part.shape), 0) if part.ndim == 3 else part.reshape(-1, *part.shape[-2:])
     edge = _BIN * _BINS
     count, rows, columns = len(sections), sections.shape[1] // edge, sections.shape[2] // edge
@@ -266,5 +266,5 @@ def _sample(parts: Sequence[NDArray[Any]], share: float, where: str) -> Sample:
 
 
 def _float32(values: NDArray[Any]) -> NDArray[np.float32]:
-    with np.errstate(over="ignore"):  # becomes infinite and counts as such, as in the network's scaling
+    with np.errstate(over="ignore"):  # too large numbers become infinite, as in the network's scaling
         return values.astype(np.float32)

@@ -1,4 +1,4 @@
-"""From lamella probabilities to a clean lamella mask, on chunked arrays.
+"""Turn lamella probabilities into a clean lamella mask, on chunked arrays.
 
 1. Smooth the probability with a Gaussian, one axis after the other, and compare it with the threshold, block by block.
    Every block is read with the halo of the Gaussian, so that each voxel is a sum of the same numbers in the same order
@@ -37,22 +37,22 @@ from cryosiam_dask.stages.components import (
 )
 
 SIGMA = (10.0, 5.0, 5.0)
-"""Width of the Gaussian in voxels, (z, y, x)."""
+"""Standard deviation of the Gaussian in voxels, (z, y, x)."""
 
 TRUNCATE = 4.0
-"""Radius of the Gaussian in sigmas."""
+"""Radius of the Gaussian in standard deviations."""
 
-_SMOOTHED_VOXELS = 1 << 23  # of a block to smooth; the halo is half of the work at this size, and more below it
+_SMOOTHED_VOXELS = 1 << 23  # voxels of a block to smooth; at this size, the halo is half of the work
 
 Corners: TypeAlias = NDArray[np.int64]  # (n, axes): voxels whose convex hull is wanted
 
 
 @dataclass(frozen=True, slots=True)
 class Thickness:
-    """Thickness of a lamella along z, in voxels, over the columns (y, x) that contain any of it.
+    """Thickness of a lamella in voxels, over the columns (y, x) that contain any of it.
 
-    It is measured along z, not perpendicular to the faces: for a lamella that is tilted by α, it is 1 / cos α times
-    their distance.
+    It is measured along z, not perpendicular to the faces: in a lamella that is tilted by α, it is 1 / cos α times
+    the distance of the faces.
 
     Attributes
     ----------
@@ -66,7 +66,7 @@ class Thickness:
 
     @classmethod
     def of(cls, columns: Sequence[int] | NDArray[np.int64]) -> Thickness | None:
-        """Compute it from the numbers of columns with 0, 1, 2 … voxels of the lamella; ``None`` without a lamella.
+        """Compute the thickness from the numbers of columns with 0, 1, 2 … voxels; return ``None`` without a lamella.
 
         >>> Thickness.of([7, 0, 1, 3])
         Thickness(mean=2.75, lowest=2, highest=3)
@@ -163,7 +163,7 @@ class HalfSpaces:
     offsets: NDArray[np.int64]
 
 
-#: What `postprocess_lamella` adds to the work store, per voxel: what lies above the threshold, and its output.
+#: Bytes per voxel that `postprocess_lamella` adds to the work store: the thresholded probability, and its output.
 WORK_BYTES = 2
 
 
@@ -178,7 +178,7 @@ class LamellaReport:
     component_voxels
         Number of voxels of the largest component of the thresholded, smoothed probability.
     z_slices
-        The slices that it touches, first inclusive and last exclusive.
+        Range of slices that the component touches, its end exclusive.
     voxels
         Number of voxels of the output that are not 0.
     """
@@ -216,9 +216,9 @@ def postprocess_lamella(
         "slices": the 2-D hull of the component in each z-slice that it touches; other slices keep their labels.
         "volume": only the 3-D hull of the component.
     work
-        A zarr group for the temporary array ``lamella_above_threshold``, one byte per voxel, which stays there.
+        A zarr group for the array ``lamella_above_threshold``, one byte per voxel, which is not removed here.
     executor, array_module
-        Runs the tasks, and the library of arrays that they use.
+        What runs the tasks, and the array library that they use.
 
     Returns
     -------
@@ -364,8 +364,8 @@ def _fill_block(
 ) -> int:
     """Write one block and return how many of its voxels are not 0.
 
-    `item` is its index and what to fill: the hull corners of each of its slices (labels stay where there are none), the
-    body that replaces the labels, or None.
+    `item` is its index and what to fill: the hull corners of each of its slices (slices without corners keep their
+    labels), the body that replaces the labels, or None.
     """
     index, hull = item
     z, y, x = blocks.slices(index)
@@ -425,7 +425,7 @@ def half_spaces(voxels: Corners) -> HalfSpaces:
 
 
 def _cutting(body: HalfSpaces, region: tuple[slice, ...]) -> HalfSpaces:
-    """Return the half-spaces that cut a region; if one excludes the whole region, return only that."""
+    """Return the half-spaces that cut a region or, if one excludes the whole region, only that one."""
     first, last = (2 * np.array(ends) for ends in zip(*((part.start, part.stop - 1) for part in region), strict=True))
     nearest = (body.normals * np.where(body.normals > 0, first, last)).sum(axis=1)
     farthest = (body.normals * np.where(body.normals > 0, last, first)).sum(axis=1)
@@ -436,7 +436,7 @@ def _cutting(body: HalfSpaces, region: tuple[slice, ...]) -> HalfSpaces:
 
 
 def _inside(body: HalfSpaces, lines: NDArray[np.int64], x: slice) -> NDArray[np.bool_]:
-    """Return which voxels with x in `x` of each line are inside `body`: (lines, x).
+    """Return which voxels of each line, in the range `x`, are inside `body`: (lines, x).
 
     `lines` holds the leading coordinates, (y,) or (z, y). The part of a line inside the body is one interval, so each
     facet is evaluated once per line, not once per voxel.

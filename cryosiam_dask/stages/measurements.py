@@ -41,11 +41,11 @@ from cryosiam_dask.model.classes import named
 from cryosiam_dask.stages.components import ArrayModule, Components, find_components, instances_dtype, write_instances
 
 CONNECTIVITY = 26
-#: Of an instance number, at most: per voxel in the work store and in ``<stem>_components.h5``.
+#: Maximum bytes of an instance number, per voxel of the work store and of ``<stem>_components.h5``.
 INSTANCE_BYTES = 4
 COLLECTION = "components"  # name of the tables of all tomograms
 STAR_MARK = "# cryosiam_dask"  # first characters of this program's STAR files
-_COMMON_COLUMNS = {"tomogram", "class", "voxels"}  # columns
+_COMMON_COLUMNS = {"tomogram", "class", "voxels"}  # of all tables and CSV lists of this program
 
 
 def component_files(folder: Path, stem: str) -> tuple[Path, Path, Path]:
@@ -81,12 +81,12 @@ def write_components(
     work
         Group for the temporary array ``instances``.
     attributes
-        For the HDF5 file, as in `cryosiam_dask.files.predictions.write_hdf5`; ``voxel_size_angstrom`` and
-        ``class_names`` also for the tables.
+        Attributes of the HDF5 file, as in `cryosiam_dask.files.predictions.write_hdf5`; the tables also use
+        ``voxel_size_angstrom`` and ``class_names``.
     probabilities
         (class, z, y, x) or (class, y, x).
     executor, array_module
-        Runs the tasks, and the library of arrays that they use.
+        What runs the tasks, and the array library that they use.
 
     Raises
     ------
@@ -129,12 +129,12 @@ def write_components(
 def remove_outdated(folder: Path, stem: str, fingerprint: str | None) -> bool:
     """Remove the components of a tomogram unless they were made from the labels with this fingerprint.
 
-    Files of other programs stay.
+    Files of other programs are kept.
 
     Returns
     -------
     bool
-        Whether there was anything to remove.
+        Whether anything was removed.
     """
     files = component_files(folder, stem)
     try:
@@ -189,7 +189,7 @@ def component_table(
     *,
     class_names: Sequence[str] | None = None,
 ) -> Any:
-    """Return the measurements of each component as a pandas.DataFrame; the module's description lists the columns.
+    """Return the measurements of each component as a pandas.DataFrame; the module's docstring lists the columns.
 
     Parameters
     ----------
@@ -233,7 +233,7 @@ def component_table(
 
 
 def voxel_size(ndim: int, voxel_size_angstrom: Sequence[float | None] | None) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return the voxel size along z, y and x in Å; NaN if unknown, and along z of an image."""
+    """Return the voxel size along z, y and x in Å, with NaN for unknown sizes and for z of an image."""
     known = [np.nan if not size else float(size) for size in voxel_size_angstrom or ()]
     return np.array([np.nan] * (3 - ndim) + known) if len(known) == ndim else np.full(3, np.nan)
 
@@ -253,7 +253,7 @@ def write_table(path: Path, table: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Number of components of a class, and voxels of the median and of the largest one."""
+    """Number of components of a class, and their median and largest size in voxels."""
 
     count: int
     median: float
@@ -288,7 +288,7 @@ def collect_tables(folder: Path, is_there: Callable[[str], bool] = lambda stem: 
     folder
         Folder of the tables.
     is_there
-        Whether a tomogram (stem) still has a prediction; tables of other tomograms are left out, but stay.
+        Returns whether a tomogram (stem) still has a prediction; tables of other tomograms are left out, but kept.
 
     Raises
     ------
@@ -313,7 +313,7 @@ def collect_tables(folder: Path, is_there: Callable[[str], bool] = lambda stem: 
             return
         require_own(text_file, table_file)
         schema = pyarrow.unify_schemas([schemas[path] for path in paths], promote_options="permissive")
-        # One table after the other, because a collection has millions of components.
+        # One table at a time, because a collection has millions of components.
         with replacing(text_file) as text, replacing(table_file) as sink, parquet.ParquetWriter(sink, schema) as writer:
             for path in paths:
                 found = _parquet(path, parquet.read_table)

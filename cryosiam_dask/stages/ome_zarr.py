@@ -1,4 +1,4 @@
-"""Writing a tomogram with its labels as an OME-Zarr image (NGFF 0.5 on zarr format 3).
+"""Write a tomogram with its labels as an OME-Zarr image (NGFF 0.5 on zarr format 3).
 
 One group holds both, side by side::
 
@@ -6,10 +6,10 @@ One group holds both, side by side::
         0, 1, 2 …                         the tomogram; each level has half as many voxels along each axis
         labels/segmentation/0, 1, 2 …     the labels, in the same levels
 
-1. Level 0 is a copy, with the minimum for voxels that are NaN or infinite. A voxel of the next level covers 2 × 2 × 2
-   voxels (fewer at the far edges). For the tomogram it is their mean. For the labels it is the most frequent label, or
-   among equally frequent ones the lowest that is not background, so that thin structures do not vanish. Labels are
-   never interpolated.
+1. Level 0 is a copy in which the minimum replaces NaN and infinity. A voxel of the next level covers 2 × 2 × 2 voxels
+   (fewer at the far edges). In the tomogram it is their mean. In the labels it is the most frequent label or, among
+   equally frequent ones, the lowest that is not background, so that thin structures do not vanish. Labels are never
+   interpolated.
 2. A voxel's position is that of its centre. The centres of level n are shifted inwards by (2ⁿ − 1) / 2 voxels of level
    0; each level has that translation, in Å along z, y and x.
 3. The attribute ``omero`` tells viewers to show the central 99 % of a sample's intensities from black to white.
@@ -84,7 +84,7 @@ def write_ome_zarr(
     tomogram : (z, y, x) or (y, x)
         Any real dtype.
     labels : (z, y, x) or (y, x), uint8
-        The tomogram's shape.
+        Labels with the tomogram's shape.
     class_names
         Names of the labels from 1 on; named labels also get colours.
     voxel_size_angstrom
@@ -197,7 +197,7 @@ def _multiscale(
 
 
 def _omero(tomogram: Sliceable, name: str) -> dict[str, Any]:
-    """Return how viewers show the intensities: one channel, in grey."""
+    """Return the attribute ``omero``, which tells viewers how to show the intensities: one channel, in grey."""
     low, high, lowest, highest = contrast_limits(sample_array(tomogram))
     window = {"min": lowest, "max": highest, "start": low, "end": high}
     channel = {"label": name, "color": "FFFFFF", "active": True, "inverted": False, "window": window}
@@ -283,7 +283,7 @@ def _fill(
 
 
 def _make(level: _Level, region: Region) -> None:
-    """Compute a region of a level, some sections at a time, and write it at once."""
+    """Compute a region of a level, some sections at a time, and write it in one go."""
     result = np.empty([part.stop - part.start for part in region], level.target.dtype)
     for first in range(0, result.shape[0], _DEPTH):
         sections = slice(first, min(first + _DEPTH, result.shape[0]))
@@ -330,7 +330,7 @@ def mean_of_pairs(voxels: NDArray[Any]) -> NDArray[Any]:
 
 
 def mode_of_pairs(labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Halve the voxels along each axis by the most frequent label, among equals the lowest other than 0.
+    """Halve the voxels along each axis by the most frequent label; among equals, by the lowest one other than 0.
 
     >>> mode_of_pairs(np.array([[0, 3, 0, 0, 1], [3, 0, 0, 2, 2]], np.uint8))
     array([[3, 0, 1]], dtype=uint8)

@@ -1,8 +1,8 @@
-"""Predicting labels: the network's sliding window, block by block.
+"""Predict labels: the network's sliding window, block by block.
 
 A block (see `cryosiam_dask.core.grid`) is read with the halo that its patches need, its patches are predicted in
 batches, and the cores of the patches are joined to the block's labels, probabilities and distances. `predict_window`
-does that for the voxels of one block. There are two ways to it:
+does that for the voxels of one block. Two functions call it for a whole volume:
 
 * `predict_store` for stored volumes: every task reads its own block with its halo from the zarr store and writes whole
   chunks of the outputs. Only the block's index is sent to a worker. The command line uses this way.
@@ -75,11 +75,11 @@ def predict_window(
     Returns
     -------
     dict
-        ``labels`` (z, y, x), ``probabilities`` and ``distances`` (class, z, y, x), as far as they were wanted, and
-        ``highest`` (class,), of all patches that were predicted, also where they reach out of the mask. Of a denoiser
-        ``denoised`` (channel, z, y, x).
+        Those of ``labels`` (z, y, x), ``probabilities`` and ``distances`` (class, z, y, x) that were wanted, and
+        ``highest`` (class,), the highest probabilities in the cores of all predicted patches, also outside the mask.
+        For a denoiser, ``denoised`` (channel, z, y, x).
     tuple of float
-        When the device started and finished, seconds since 1970.
+        When the device started and finished, in seconds since 1970.
     """
     patches = [p for p in block.patches if mask is None or mask[p.target].any()]
     result, computed = load_predictor(spec).predict_block(voxels, patches, block.shape, wanted)
@@ -129,11 +129,11 @@ class StoredPrediction:
     mask
         The lamella, or ``None``.
     labelling
-        How the components of the labels are to be found; its blocks divide those of `grid`. Each is labelled as soon as
-        it is predicted, so that nothing has to be read again. ``None``: they are not.
+        How to find the components of the labels; its blocks divide those of `grid`. Each block is labelled as soon as
+        it is predicted, so that nothing has to be read again. ``None``: components are not found.
     token
-        Attribute ``blocks`` of the outputs' group, if it has one. Nothing is written after it has changed, because a
-        task of a killed run may still run when the next run has started.
+        Attribute ``blocks`` of the outputs' group, if it has one. A task writes nothing if it has changed, because a
+        task of a killed run may still be running when the next run has started.
     """
 
     spec: PredictorSpec
@@ -229,10 +229,10 @@ def predict_store(
     prediction
         What to read and where to write.
     skip
-        Indices of blocks whose results exist already.
+        Indices of blocks whose results already exist.
     done
-        Called with the index of every block whose results are on the disk, and with its `BlockTimes`, or ``None`` if
-        the mask excludes the block.
+        Called with the index of every block whose results are on disk, and with its `BlockTimes`, or ``None`` if the
+        mask excludes the block.
     executor
         Runs one task for each block.
 
@@ -286,7 +286,7 @@ def predict_stored_block(prediction: StoredPrediction, index: tuple[int, ...]) -
 
 
 def _describe(labels: Array, block: Block, labelling: Labelling) -> Iterator[tuple[Index, Description]]:
-    """Yield the blocks of a labelling in a block whose labels, (z, y, x) or (y, x), are at hand."""
+    """Yield the index and description of each block of a labelling in `block`, whose labels are (z, y, x) or (y, x)."""
     for index in labelling.blocks.inside(block.region):
         where = labelling.blocks.slices(index)[-labels.ndim :]
         part = labels[
@@ -346,7 +346,7 @@ def read_window(tomogram: Any, block: Block, grid: Grid, spec: PredictorSpec) ->
     voxels = (np.empty if covered else np.zeros)(block.window_shape, np.float32)
     for pieces in product(*segments):
         source, target = zip(*pieces, strict=True)
-        # Some chunks at a time, because there would be three copies of a whole window in memory.
+        # Some chunks at a time, because a whole window would be in memory three times.
         for first in range(source[0].start // depth * depth, source[0].stop, depth):
             slab = slice(max(first, source[0].start), min(first + depth, source[0].stop))
             at = target[0].start + slab.start - source[0].start
@@ -380,7 +380,7 @@ def predict(
     mask
         Shape of the tomogram, 0 or 1; every output is multiplied by it.
     block_size
-        Wanted edge of the blocks in voxels; changes no value.
+        Wanted edge of the blocks in voxels; it does not change the results.
 
     Returns
     -------
@@ -457,8 +457,8 @@ def labels_of(probabilities: Array, threshold: float) -> npt.NDArray[np.uint8]:
     probabilities
         (class, z, y, x), float32.
     threshold
-        One class: a voxel above it is 1. Several: values below it count as 0 and the largest wins, the first of
-        equals; where none reaches it the label is 0.
+        One class: a voxel above it is 1. Several classes: values below it count as 0, and the class with the largest
+        value wins (the first one of equals); where no class reaches the threshold, the label is 0.
     """
     limit = np.float32(threshold)
     labels: Array

@@ -1,18 +1,19 @@
-"""A picture of a segmentation: slices without and with the labels, and all labels along z.
+"""Draw a segmentation: slices without and with the labels, and all labels along z.
 
 The panels have the same scale and are aligned as in a technical drawing::
 
     x–y bare   x–y with labels   y–z with labels   labels along z
     x–z bare   x–z with labels   legend
 
-with the raw tomogram to the left of the bare one and the true labels to the right of the others, where they are given.
+If they are given, the raw tomogram is to the left of the bare slices, and the true labels are to the right of the
+others.
 
 A lamella is drawn as an outline, and the panel along z shows its thickness instead of labels.
 
 1. A task reads a tile of a slice, or a block of the labels, and returns no more than the size of the picture, so the
    volume on disk may have any size.
-2. The slices go through the middle of the volume. If there are hardly any labels in such a slice, it is replaced by the
-   slice with most labels.
+2. The slices go through the middle of the volume. A slice with hardly any labels is replaced by the slice with most
+   labels.
 3. Greys are averaged over cells of whole voxels until they are less than twice as fine as the picture, then resampled.
    Labels and lamella are never averaged: a pixel shows the voxel at its centre.
 4. Along z, a class is visible wherever a column contains any voxel of it, and brighter the more there are. If a column
@@ -49,7 +50,7 @@ from cryosiam_dask.stages.lamella import Thickness, thickness_words
 PALETTE = COLOURS  # label 1 has the first
 OPACITY = 0.5
 
-_ENLARGE_TO, _LONGEST, _WIDEST = 640, 800, 2400  # pixels: of an enlarged axis, longest axis, all panels side by side
+_ENLARGE_TO, _LONGEST, _WIDEST = 640, 800, 2400  # pixels of an enlarged axis, of the longest axis, of a row of panels
 _MARGIN, _GAP, _CAPTION, _LINE, _SWATCH = 28, 20, 32, 32, 26
 _TITLE_SIZE, _SIZE = 30, 21  # of letters, in pixels
 _PAPER, _INK, _FAINT, _LAMELLA, _DARK = (255, 255, 255), (30, 30, 36), (110, 110, 120), (255, 255, 255), (18, 18, 22)
@@ -112,7 +113,7 @@ class _Tile:
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    """From the voxels of a volume to the pixels of the picture, everything in (z, y, x).
+    """Convert voxels of a volume to pixels of the picture, everything in (z, y, x).
 
     Attributes
     ----------
@@ -149,7 +150,7 @@ class _Scale:
         return cls(shape, (pixels[0], pixels[1], pixels[2]), (cells[0], cells[1], cells[2]))
 
     def binned(self, axis: int) -> int:
-        """Length of an axis of averaged greys."""
+        """Return the length of an axis of averaged greys."""
         return -(-self.shape[axis] // self.cells[axis])
 
     def voxels_of_cells(self, axis: int) -> list[int]:
@@ -191,7 +192,7 @@ def most_bytes(shape: Sequence[int], voxel_size_angstrom: Sequence[float | None]
     pixels = _Scale.of((z, y, x), _spacing(_voxel_size(voxel_size_angstrom, len(shape))), volume).pixels
     z, y, x = pixels
     panels = 3 * y * x + z * (y + 2 * x) if volume else 2 * y * x
-    return 3 * panels + 500_000  # three bytes a pixel, and the rest of the sheet, which is mostly white
+    return 3 * panels + 500_000  # three bytes per pixel, and the rest of the sheet, which is mostly white
 
 
 def write_preview(
@@ -221,8 +222,8 @@ def write_preview(
     tomogram, labels
         (z, y, x), or (y, x) for an image; of the same shape.
     voxel_size_angstrom
-        Edge of a voxel in Å, or its edges along each axis, for the scale bar and the panels' proportions; ``None``,
-        also for a single axis, gives a bar in voxels.
+        Edge of a voxel in Å, or its edges along each axis, for the scale bar and the panels' proportions; with
+        ``None``, even for a single axis, the bar is in voxels.
     class_names
         Names of the labels; label 0 is not drawn. Labels without a name are numbered.
     lamella
@@ -234,10 +235,10 @@ def write_preview(
     truth
         The true labels, of the same shape, drawn beside the others.
     raw
-        What the tomogram was denoised from, of the same shape, drawn beside it in its own range of intensities.
+        The raw tomogram, of the same shape, drawn beside the denoised one in its own range of intensities.
     first
-        If the volume was cut out of a larger tomogram, the voxel (z, y, x) or (y, x) of that where it begins. Captions
-        then count from the beginning of the tomogram.
+        If the volume was cut out of a larger tomogram, the voxel (z, y, x) or (y, x) of that tomogram where the volume
+        begins. Captions then count from the beginning of the tomogram.
     limits
         Intensities shown as black and white; by default the 0.5 and 99.5 percentiles of the slices.
     title
@@ -337,7 +338,7 @@ def write_denoised_preview(
     Parameters
     ----------
     path, voxel_size_angstrom, title, fingerprint, executor
-        See `write_preview`, also for what is raised.
+        See `write_preview`, also for the errors.
     tomogram, denoised
         (z, y, x), or (y, x) for an image; of the same shape. Each has its own range of intensities from black to white.
     """
@@ -381,7 +382,7 @@ def _save(
     title: str,
     fingerprint: str,
 ) -> None:
-    """Write a sheet with what `read_fingerprint` and `thumbnails` find in it; `small` ones have the same height."""
+    """Write a sheet with a fingerprint and a thumbnail of the `small` pictures, which have the same height."""
     texts = PngInfo()
     texts.add_itxt("Title", title)
     texts.add_text(_PANELS, json.dumps(boxes))
@@ -703,7 +704,7 @@ def _outline(mask: NDArray[np.bool_], width: int = 2) -> NDArray[np.bool_]:
 
 
 def _along_z_picture(thickness: Mapping[int, NDArray[np.int64]], scale: _Scale) -> NDArray[np.uint8]:
-    """Draw each class in its colour wherever there is any of it, the least frequent on top; (rows, columns, 3)."""
+    """Draw each class in its colour wherever it occurs, the least frequent class on top; (rows, columns, 3)."""
     rows, columns = (scale.voxels(axis) * scale.bins(axis) // scale.shape[axis] for axis in (1, 2))
     picture = np.full((scale.pixels[1], scale.pixels[2], 3), _DARK, np.float32)
     columns_of_bins = np.outer(scale.columns_of_bins(1), scale.columns_of_bins(2))
@@ -728,7 +729,7 @@ class _ColourBar:
 
 
 def _thickness_map(along: _Along, scale: _Scale, edge: float | None) -> tuple[Image.Image, _ColourBar | None]:
-    """Draw the number of labelled voxels along z, and return the picture with its key; `edge` is a voxel's in Å."""
+    """Draw the number of labelled voxels along z; return the picture and its key. `edge` is that of a voxel, in Å."""
     thickness = Thickness.of(along.columns)
     picture = np.full((scale.pixels[1], scale.pixels[2], 3), _DARK, np.float32)
     if thickness is None:
@@ -890,7 +891,7 @@ def _length(text: str, size: int) -> float:
 
 
 def _printable(text: str, size: int) -> tuple[str, Any]:
-    """Return a text and a font that has its characters: our own, else one of the system, else a plainer text."""
+    """Return a text and a font with its characters: our own font, else a system font, else an ASCII text."""
     text = "".join(letter if letter.isprintable() else "?" for letter in text)
     own = _font(str(_OWN_FONT), size)
     for name in (str(_OWN_FONT), *_OTHER_FONTS):

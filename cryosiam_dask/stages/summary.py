@@ -50,13 +50,13 @@ class Summary:
     sizes
         Sizes of the components of each class, if they were measured.
     seconds
-        Time spent on it.
+        Duration of the prediction in seconds.
     warnings, notes, error
-        Warnings, what was decided about the file, and why it failed.
+        Warnings, decisions about the file, and why it failed.
     class_names
         Names of the labels from 1 on, according to the output.
     pictures
-        Thumbnail, WebP, in all its sizes, the largest first.
+        The thumbnail in several sizes, WebP, the largest first.
     """
 
     name: str
@@ -91,14 +91,14 @@ def is_mrc(configuration: Configuration) -> bool:
 
 
 def summary_of(configuration: Configuration, picture_bytes: int, name: str) -> Summary:
-    """Return the summary of a tomogram's outputs from the last time, or read the outputs and keep it.
+    """Return the cached summary of a tomogram's outputs or, if they have changed, read them and cache the summary.
 
     Parameters
     ----------
     configuration
-        See `write_report`.
+        The YAML file that the predictions were made with.
     picture_bytes
-        Size of the thumbnail: the largest one that takes no more, else the smallest one.
+        Maximum size of the thumbnail; if all sizes exceed it, the smallest one is used.
     name
         Name of the tomogram.
     """
@@ -139,7 +139,7 @@ def summary_of(configuration: Configuration, picture_bytes: int, name: str) -> S
 KEPT = "report"  # subfolder of the ledgers' folder
 _KEPT_VERSION = 2
 _FACTS = ("shape", "voxel_size_angstrom", "voxels", "lamella", "thickness", "sizes", "warnings", "class_names")
-#: Keys that determine from which files a summary is read.
+#: Keys that determine which files a summary is read from.
 _SOURCE_KEYS = {
     "data_folder", "mask_folder", "file_extension", "ome_zarr_level", "hdf5_dataset", "save_original_file_extension",
 }  # fmt: skip
@@ -236,5 +236,5 @@ def _lamella(configuration: Configuration, tomogram: Summary) -> tuple[float | N
             attributes.setdefault("voxel_size_angstrom", list(tomogram.voxel_size_angstrom))
         (outside, *inside), thickness = _voxels(path, attributes, True)
     except (OSError, CryosiamDaskError):
-        return None, {}  # a mask that cannot be read has failed its tomogram
+        return None, {}  # the tomogram of an unreadable mask has failed anyway
     return sum(inside) / max(1, outside + sum(inside)), thickness

@@ -1,4 +1,4 @@
-"""A picture of what each worker did when, which shows whether reading and writing kept the network waiting."""
+"""Draw when each worker read, computed and wrote, to show whether reading and writing kept the network waiting."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COLOURS = {"read": (86, 180, 233), "compute": (213, 94, 0), "write": (0, 158, 1
 
 
 def busy_share(times: Sequence[BlockTimes]) -> float:
-    """Return the share of the time that the workers' devices computed, from the first block's start to the last's end.
+    """Return the share of the time in which the workers' devices computed, from the first block to the last one.
 
     Parameters
     ----------
