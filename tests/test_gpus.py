@@ -192,7 +192,7 @@ def test_it_is_said_that_the_cpu_labels(cupy: None) -> None:
 
 def test_other_errors_of_cupy_are_those_of_a_lost_device(cupy: None) -> None:
     fake_cupy.ERRORS[:] = [fake_cupy.CUDARuntimeError("cudaErrorIllegalAddress: an illegal memory access")]
-    with pytest.raises(LostDeviceError, match=r"must work until the run is over; found cudaErrorIllegalAddress"):
+    with pytest.raises(LostDeviceError, match=r"must work until the end of the run; found cudaErrorIllegalAddress"):
         made("cupy")
     fake_cupy.ERRORS[:] = [ValueError("a fault of the program")]
     with pytest.raises(ValueError, match="a fault of the program"):

@@ -342,7 +342,7 @@ def test_sections_of_space_group_0_are_a_volume(tmp_path: Path) -> None:
         (
             {"mz": 1, "cella": (70, 60, 50)},
             (None, 10, 10),
-            "the header does not tell the voxel size along z (cell 50 Å",
+            "the header does not give the voxel size along z (cell 50 Å",
         ),
     ],
 )

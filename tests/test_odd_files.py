@@ -117,9 +117,9 @@ def _written(path: Path, content: bytes) -> Path:
 #: What is wrong, and words of `convert` and of `info`, which warns where there is more in a folder than a tomogram.
 UNREADABLE: dict[str, tuple[Callable[[Path], Path], str, str]] = {
     "bzip2": (lambda f: _written(f / "a.mrc.bz2", bz2.compress(mrc(f / "b.mrc").read_bytes())),
-        "begin as bzip2 does. Decompress it", "found a bzip2 file. Decompress it"),
+        "begin like bzip2. Decompress it", "found a bzip2 file. Decompress it"),
     "HTML of a failed download": (lambda f: _written(f / "a.mrc", b"<!DOCTYPE html>" + b" " * 2000),
-        "begin as HTML or XML does", "begin as HTML or XML does"),
+        "begin like HTML or XML", "begin like HTML or XML"),
     "gzip of noise": (lambda f: _written(f / "a.mrc.gz", b"\x1f\x8b\x08" + VOXELS.tobytes()[:500]),
         "must be a complete gzip file", "must be a complete gzip file"),
     "HDF5 cut short": (lambda f: _truncated(hdf5(f / "a.h5", "data")), "the HDF5 file must be readable",

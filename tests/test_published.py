@@ -68,8 +68,8 @@ def test_a_model_is_fetched_once(hub: Hub, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("error", "must be fetched completely from the Hugging Face Hub; found "),
-        ("half", "must be fetched completely from the Hugging Face Hub; found "),
+        ("error", "must be downloaded completely from the Hugging Face Hub; found "),
+        ("half", "must be downloaded completely from the Hugging Face Hub; found "),
         ("wrong", "must be the one that the Hugging Face Hub describes; found SHA-256 "),
     ],
 )
@@ -90,7 +90,7 @@ def test_without_a_network(tmp_path: Path) -> None:
     with serve(Hub()) as gone:
         pass  # nobody listens there any more
     _, error = fetch(gone, tmp_path)
-    assert "must be fetched completely from the Hugging Face Hub; found " in error
+    assert "must be downloaded completely from the Hugging Face Hub; found " in error
     assert f"{gone.url}/{REPOSITORY}/resolve/main/cryosiam_lamella.ckpt" in error
     _, error = fetch(gone, tmp_path, HF_HUB_OFFLINE="1")
     assert "while HF_HUB_OFFLINE is set" in error and str(tmp_path) in error
@@ -146,7 +146,7 @@ def test_the_nearest_name_is_offered(tmp_path: Path) -> None:
         parse("cryosiam_lamela")
     assert nearest("/scratch/models/cryosiam_semantic.ckpt") == "cryosiam_semantic_segmentation"
     assert nearest("model.ckpt") is None
-    with pytest.raises(CheckpointError, match="or to cryosiam_lamella, which is fetched then"):
+    with pytest.raises(CheckpointError, match="or to cryosiam_lamella, which is then downloaded"):
         read_checkpoint(tmp_path / "cryosiam_lamella.ckpt")
 
 

@@ -434,14 +434,14 @@ def test_the_content_tells_what_a_file_is(tmp_path: Path) -> None:
         (
             "c.h5",
             b"PK\3\4" + bytes(2000),
-            "must be an HDF5 file; found 2004 bytes of another format, which begin as ZIP",
+            "must be an HDF5 file; found 2004 bytes of another format, which begin like ZIP",
         ),
         (
             "d.mrc",
             b"II*\0" + bytes(range(256)) * 9,
-            "in a file of 2308 bytes, which begin as TIFF does. Remove the file",
+            "in a file of 2308 bytes, which begin like TIFF. Remove the file",
         ),
-        ("e.rec", b"<!DOCTYPE html><title>403</title>" * 99, "which begin as HTML or XML does"),
+        ("e.rec", b"<!DOCTYPE html><title>403</title>" * 99, "which begin like HTML or XML"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(TomogramError, match=message):

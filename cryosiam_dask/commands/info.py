@@ -237,7 +237,7 @@ def _tomogram_facts(header: TomogramHeader) -> tuple[dict[str, Any], list[str], 
         warnings.append(f"{percent(found.non_finite)} of the sampled voxels are NaN or infinite")
     outside = scaling(found.below, found.above, found.central, 0, 1)
     lines = to_write(found.central if outside else None, found.contrast)
-    notes = [f"for CryoSiam's models, set {_listed(lines)} below parameters.data"] if lines else []
+    notes = [f"for the models of CryoSiam, set {_listed(lines)} below parameters.data"] if lines else []
     return facts, notes, warnings
 
 

@@ -22,27 +22,27 @@ from cryosiam_dask.core.machine import boot_id, is_running, process_namespace
 from cryosiam_dask.errors import OutputError, not_written
 from cryosiam_dask.files.folders import real
 
-#: A temporary file of another machine that has not changed for so many seconds is abandoned.
+#: Seconds without a change after which a temporary file of another machine counts as abandoned.
 ABANDONED_SECONDS = 3600.0
 
 
 def part_name(name: str) -> str:
-    """Return a hidden temporary name for `name`, which identifies the process that writes it."""
+    """Return a hidden temporary name for `name` that identifies the writing process."""
     return f".{name}.{_machine()}-{os.getpid()}-{next(_PARTS)}.part"
 
 
 def sweep_parts(folder: Path, *, own: bool = False) -> None:
-    """Remove temporary outputs that killed processes left.
+    """Remove temporary outputs that killed processes left behind.
 
-    Those of a running process of this machine stay, and those of another machine that changed within the last hour. If
-    a process was killed while it replaced a folder, the earlier folder is put back.
+    Those of running processes on this machine are kept, as are those of other machines that changed within the last
+    hour. If a process was killed while it replaced a folder, the earlier folder is restored.
 
     Parameters
     ----------
     folder
         The folder of the outputs.
     own
-        Whether to remove those of this process as well, for example after its workers have died.
+        Whether to remove those of this process too, for example after its workers have died.
     """
     with os.scandir(folder) as entries:
         found = [(entry.name, match) for entry in entries if (match := _PART.match(entry.name))]
@@ -74,10 +74,10 @@ def _machine() -> str:
 
 @contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
-    """Yield the path of a hidden folder that replaces `target` if the ``with`` block succeeds.
+    """Yield the path of a hidden folder, yet to be created, that replaces `target` if the ``with`` block succeeds.
 
-    The hidden folder does not exist yet. If the block fails, it is removed and `target` stays unchanged; see
-    `sweep_parts` for killed processes. If `target` is a link, the folder that it points to is replaced.
+    If the block fails, the folder is removed and `target` is unchanged; see `sweep_parts` for killed processes. If
+    `target` is a link, the folder that it points to is replaced.
     """
     target = real(target)
     part = target.with_name(part_name(target.name))
@@ -103,14 +103,14 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     Raises
     ------
     OutputError
-        If the file cannot be written; an earlier file is then untouched.
+        If the file cannot be written; an earlier file is then unchanged.
     """
     with replacing(Path(path)) as sink:
         sink.write(content)
 
 
 def require_voxels(path: str | Path, source: Sliceable) -> None:
-    """Refuse to write an array without voxels, which neither HDF5 chunks nor MRC files can store.
+    """Check that an array has voxels; HDF5 chunks and MRC files cannot store an empty one.
 
     Raises
     ------
@@ -129,8 +129,8 @@ def require_voxels(path: str | Path, source: Sliceable) -> None:
 class Sink(io.FileIO):
     """A file that keeps the first error of the operating system and ignores all later writes.
 
-    HDF5 cannot close a file that it cannot write: on a full disk it keeps the file open for good, cannot create another
-    one with that name, and crashes the process at exit. So the error is hidden from HDF5; the writer calls `check`.
+    HDF5 cannot close a file that it cannot write: on a full disk it keeps the file open forever, cannot create another
+    one with that name, and crashes the process at exit. So HDF5 does not see the error; the writer calls `check`.
     """
 
     error: OSError | None = None
@@ -170,8 +170,8 @@ def replacing(path: Path, *, alone: bool = False) -> Iterator[Sink]:
     path
         The file.
     alone
-        Whether to fail if another process has replaced `path` meanwhile. That happens if this process hung and its
-        task was retried elsewhere; the other file then stays.
+        Whether to fail if another process has replaced `path` in the meantime, because this process hung and its task
+        was retried elsewhere; the other file is then kept.
 
     Raises
     ------
@@ -192,8 +192,8 @@ def replacing(path: Path, *, alone: bool = False) -> Iterator[Sink]:
             raise OutputError(
                 "only one process may write an output at a time",
                 place=path,
-                value="a newer file of another process",
-                remedy="There is nothing to do: the newer file stays",
+                value="a newer file from another process",
+                remedy="There is nothing to do: the newer file is kept",
             )
         part.replace(path)
     except OSError as error:

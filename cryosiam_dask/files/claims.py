@@ -1,4 +1,4 @@
-"""Claims: which run works on a tomogram. A claim is a file beside the ledger that its holder keeps updating."""
+"""Claims: only one run works on a tomogram. A claim is a file beside the ledger that its holder keeps updating."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cryosiam_dask.files.atomic import ABANDONED_SECONDS
 
 FOLDER = ".ledger"
 #: Seconds between two updates of a claim, and seconds without an update after which its holder counts as dead. Network
-#: disks show changes of another machine late, but hardly by a minute.
+#: disks show the changes of another machine with a delay, but rarely of a minute.
 BEAT, PATIENCE = 10.0, 100.0
 
 
@@ -27,12 +27,12 @@ class Claims:
     """The tomograms that this process has claimed, so that no other run works on them.
 
     A claim is a file that only one process can create, with a counter that its holder increases. A process that finds
-    the claim of another one watches it with its own clock. If the claim has not changed for `patience` seconds, or its
-    holder ran on this machine and is gone, the process takes the claim over. This needs neither file locks, which some
-    network disks lack, nor synchronous clocks.
+    the claim of another process watches it with its own clock. If the claim has not changed for `patience` seconds, or
+    if its holder ran on this machine and is gone, the process takes the claim over. This needs neither file locks,
+    which some network disks lack, nor synchronized clocks.
 
-    A holder that slept so long that it lost its claim notices at its next update, and leaves the claim to its
-    successor (see `keeps`).
+    A holder that was suspended for so long that it lost its claim notices this at its next update, and leaves the claim
+    to its successor (see `keeps`).
 
     Parameters
     ----------
@@ -72,8 +72,8 @@ class Claims:
                 return self._create(path)
             if not self._abandoned(path, found):
                 return False
-            # Several processes may find the same claim abandoned. Only the one that holds a second claim, on replacing
-            # exactly this content, replaces it; so no process replaces the claim of a successor.
+            # Several processes may find the same claim abandoned. Only the holder of a second claim, on replacing
+            # exactly this content, may replace it; so no process replaces the claim of a successor.
             takeover = path.with_name(f"{path.name}.{zlib.crc32(found):08x}")
             if not self.take(takeover):
                 return False
@@ -87,7 +87,7 @@ class Claims:
     def holds(self, path: Path) -> bool:
         """Whether this process still holds the claim, according to the disk.
 
-        If the disk does not answer, the result is that of the last update.
+        If the disk does not respond, the result is that of the last update.
         """
         try:
             return self._is_ours(path)
@@ -200,19 +200,19 @@ def open_claims(beat: float | None = None, patience: float | None = None) -> Ite
 
 
 def sweep(prediction_folder: Path, claims: Claims) -> None:
-    """Remove temporary files of claims and ledgers that killed processes left.
+    """Remove temporary files of claims and ledgers that killed processes left behind.
 
     Parameters
     ----------
     prediction_folder
-        See `Ledger`.
+        See `cryosiam_dask.runs.ledger.Ledger`.
     claims
         The claims of this process.
     """
     folder = prediction_folder / FOLDER
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         with suppress(OSError):
-            if re.search(r"\.claim(\.[0-9a-f]{8})+$", path.name):  # a claim on taking over a claim
+            if re.search(r"\.claim(\.[0-9a-f]{8})+$", path.name):  # a claim on the takeover of another claim
                 if process_is_gone(path.read_bytes()) and claims.take(path):
                     claims.release(path)
             elif re.search(r"\.claim(\.[0-9a-f]{8})*\.[0-9a-f]{32}$|^\..*\.jsonl\.[0-9a-f]{32}$", path.name) and (
@@ -227,7 +227,7 @@ def claim_path(prediction_folder: Path, stem: str) -> Path:
 
 
 def collection_claim(prediction_folder: Path) -> Path:
-    """Return the path of the claim on the files about all tomograms of a folder: tables, lists, the report."""
+    """Return the path of the claim on the files that cover all tomograms of a folder: tables, lists, the report."""
     return prediction_folder / FOLDER / ".collection.claim"
 
 

@@ -1,4 +1,4 @@
-"""Which files of a folder are used, and where links lead."""
+"""Choose the files of a folder that are used, and follow links."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def unusable(path: Path) -> str:
     Hidden files are temporary, or metadata such as ``._TS_01.mrc`` that macOS writes to foreign disks.
     """
     if path.name.startswith("."):
-        return "metadata of macOS for another file" if path.name.startswith("._") else "a hidden name"
+        return "macOS metadata of another file" if path.name.startswith("._") else "a hidden file"
     try:
         path.stat()
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP) and path.is_symlink():
-            return f"a link that leads nowhere: {path.readlink()}"
-        return "" if is_transient(error) else str(error.strerror)  # opening the file is retried
+            return f"a broken link to {path.readlink()}"
+        return "" if is_transient(error) else str(error.strerror)  # opening the file will be retried
     return ""
 
 
@@ -44,12 +44,12 @@ def visible(folder: Path, ending: str = "") -> list[Path]:
 
 
 def left_out(folder: Path, ending: str, why: Callable[[Path], str] = unusable) -> str:
-    """Say which files of a folder are skipped, and why; empty if there are none.
+    """Describe which files of a folder are skipped, and why; empty if there are none.
 
     Parameters
     ----------
     folder, ending
-        See `visible`. Files that differ from `ending` only in upper and lower case are among those skipped.
+        See `visible`. Files whose names end with `ending` in other upper and lower case are skipped too.
     why
         Returns why a path is skipped, or an empty string.
     """
@@ -71,17 +71,17 @@ def real(path: Path) -> Path:
     Raises
     ------
     OutputError
-        If the link leads nowhere.
+        If the link is broken.
     """
     if not path.is_symlink():
         return path
     found = Path(os.path.realpath(path))
     if found.is_symlink() or not found.parent.is_dir():
         raise OutputError(
-            "an output must not be a link that leads nowhere",
+            "an output must not be a broken link",
             place=path,
             value=path.readlink(),
-            remedy="Remove the link, or mount the disk that it leads to",
+            remedy="Remove the link, or mount the disk that it points to",
         )
     return found
 

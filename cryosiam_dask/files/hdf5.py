@@ -1,4 +1,4 @@
-"""Reading HDF5 files: tomograms and predictions."""
+"""Read HDF5 files: tomograms and predictions."""
 
 from __future__ import annotations
 
@@ -104,12 +104,12 @@ def open_labels(prediction: Path, kinds: str = "iu") -> StoredDataset:
 
 
 def uint8_labels(prediction: Path, kinds: str = "iu") -> Computed:
-    """As `open_labels`, converted to uint8 when a region is read; see `as_uint8`."""
+    """Like `open_labels`, but converted to uint8 when a region is read; see `as_uint8`."""
     return Computed(open_labels(prediction, kinds), partial(as_uint8, place=prediction), np.dtype(np.uint8))
 
 
 def open_hdf5(path: str | Path, **options: Any) -> Any:
-    """Open an HDF5 file for reading, also on a disk without file locks.
+    """Open an HDF5 file for reading, even on a disk without file locks.
 
     Parameters
     ----------
@@ -199,7 +199,7 @@ def read_attributes(path: str | Path) -> dict[str, Any]:
 
 
 def voxel_size_in(attributes: Mapping[str, Any], ndim: int) -> Sequence[float | None] | None:
-    """Return the voxel size in attributes; ``None`` without one, or if another program uses the name otherwise."""
+    """Return the voxel size in attributes; ``None`` without one, or if another program uses the name differently."""
     size = attributes.get("voxel_size_angstrom")
     fits = isinstance(size, list | tuple) and len(size) == ndim and all(isinstance(v, float | int | None) for v in size)
     return size if fits else None
@@ -248,9 +248,9 @@ class Hdf5Header(TomogramHeader):
     dataset
         Name of the dataset.
     axes
-        Which axes of the dataset are z, y and x (or y and x); the others have length 1.
-    stored_shape
-        Shape of the dataset.
+        The axes of the dataset that are z, y and x (or y and x); the others have length 1.
+    stored_shape, stored_dtype, dataset_chunks
+        Shape, dtype and chunk shape of the dataset; `dataset_chunks` is ``None`` if it is contiguous.
     """
 
     dataset: str
@@ -261,12 +261,12 @@ class Hdf5Header(TomogramHeader):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the voxels as they are read: native byte order; half precision becomes float32."""
+        """Dtype of the voxels when they are read: native byte order; half precision becomes float32."""
         return np.dtype(np.float32) if self.stored_dtype == np.float16 else self.stored_dtype.newbyteorder("=")
 
     @property
     def stored_chunks(self) -> tuple[int, ...]:
-        """Voxels of a chunk of the dataset."""
+        """Chunk shape of the dataset along `axes`, in voxels; all 1 without chunks."""
         chunks = self.dataset_chunks
         return tuple(chunks[axis] for axis in self.axes) if chunks else (1,) * len(self.shape)
 
@@ -296,7 +296,7 @@ def read_hdf5_header(path: Path, *, dataset: str | None = None) -> Hdf5Header:
     path
         The file.
     dataset
-        Name of the dataset. If ``None``, the only 3-D dataset, or else the only 2-D dataset.
+        Name of the dataset. If ``None``, the only 3-D dataset or, without one, the only 2-D dataset.
 
     Raises
     ------
@@ -348,7 +348,7 @@ def read_hdf5_header(path: Path, *, dataset: str | None = None) -> Hdf5Header:
 
 
 def _missing_in_hdf5(found: Any, path: Path) -> tuple[list[str], str]:
-    """Find missing chunks, sources and external voxels of a dataset; returns what zarr's `_missing_chunks` does."""
+    """Find missing chunks, sources and external voxels of a dataset; return warnings and `incomplete`."""
     lost, total = False, math.prod(found.shape)
     if found.is_virtual:
         there, gone = 0, set()
@@ -420,7 +420,7 @@ def _if_space(names: list[str]) -> list[str] | None:
 
 
 def _eman(attributes: Any) -> dict[str, Any]:
-    """Return the voxel size that EMAN2 and IMOD write beside a dataset, under our name."""
+    """Return the voxel size that EMAN2 and IMOD write beside a dataset, under this program's name for it."""
     size = [attributes.get(f"EMAN.apix_{axis}") for axis in "zyx"]
     return {"voxel_size_angstrom": [float(np.ravel(v)[0]) for v in size]} if None not in size else {}
 
@@ -463,7 +463,7 @@ def hdf5_datasets(group: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_volume(node: Any) -> bool:
-    """Whether a node is a dataset of numbers with two or three axes in space."""
+    """Whether a node is a dataset of numbers with two or three spatial axes."""
     return bool(
         isinstance(node, h5py.Dataset)
         and node.dtype.kind in "iuf"

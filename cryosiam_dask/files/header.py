@@ -49,19 +49,19 @@ class TomogramHeader(ABC):
         Size in bytes and modification time (seconds since 1970) of the file on disk; for zarr, the uncompressed size
         of the voxels and the modification time of the metadata.
     voxel_size_angstrom
-        Per axis of `shape`; ``None`` where unknown.
+        Voxel size along each axis of `shape`, in Å; ``None`` where unknown.
     origin_angstrom, nstart
-        Position of the volume in Å and in voxels, per axis of `shape`.
+        Position of the volume in Å and in voxels, along each axis of `shape`.
     notes
-        Decisions about ambiguous headers, for the log.
+        Decisions about an ambiguous header, for the log.
     warnings
         What looks wrong with the file.
     compressed
         Whether the file can only be read sequentially.
     incomplete
-        What is missing, if that is too much to segment the tomogram; otherwise empty.
+        What is missing, if too much is missing to segment the tomogram; otherwise empty.
     decided
-        How the voxels are read, if earlier versions read them differently: their outputs are then out of date.
+        How the voxels are read, if earlier versions read them differently; outputs of those are then out of date.
     """
 
     path: Path
@@ -88,20 +88,20 @@ class TomogramHeader(ABC):
         """
         if self.incomplete:
             raise TomogramError(
-                f"no more than {MOST_MISSING:.0%} of a tomogram may be missing, unless it seems to be empty there",
+                f"at most {MOST_MISSING:.0%} of a tomogram may be missing, unless the missing part seems to be empty",
                 place=self.path,
                 value=self.incomplete,
-                remedy="Copy it again, for this copy is incomplete, or write it with all its chunks",
+                remedy="Copy it again, because this copy is incomplete, or write it with all its chunks",
             )
 
     @property
     @abstractmethod
     def dtype(self) -> np.dtype[Any]:
-        """Of the voxels as they are read, in native byte order."""
+        """Dtype of the voxels when they are read, in native byte order."""
 
     @property
     def stored_chunks(self) -> tuple[int, ...]:
-        """Shape of the chunks that are read as a whole, in voxels along the axes of `shape`; 1 if there are none."""
+        """Shape of the chunks that are read as a whole, in voxels along the axes of `shape`; all 1 without chunks."""
         return (1,) * len(self.shape)
 
     @abstractmethod
@@ -115,7 +115,7 @@ class TomogramHeader(ABC):
         """
 
     def __getitem__(self, region: Region, /) -> np.ndarray[Any, Any]:
-        """As `read`, in the byte order and dtype of the machine, so that the file can be sliced like an array."""
+        """Like `read`, in `dtype` and native byte order, so that the file can be sliced like an array."""
         return native(self.read(region), self.dtype)
 
     @property
@@ -140,7 +140,7 @@ class TomogramHeader(ABC):
         }
 
 
-#: Largest share of chunks that may be missing if their neighbours are not empty.
+#: Maximum share of chunks that may be missing if their neighbours are not empty.
 MOST_MISSING = 0.5
 _NEIGHBOURS = 8  # number of neighbouring chunks that are read
 
@@ -148,7 +148,7 @@ _NEIGHBOURS = 8  # number of neighbouring chunks that are read
 def ends_abruptly(
     array: Any, fill_value: Any, chunk: Sequence[int], counts: Sequence[int], missing: set[tuple[int, ...]]
 ) -> Iterator[bool]:
-    """For some missing chunks, yield whether the adjacent voxels of an existing chunk differ from the fill value."""
+    """Yield, for some missing chunks, whether the adjacent voxels of an existing chunk differ from the fill value."""
     beside = []
     for index in sorted(missing):
         for axis, step in product(range(len(counts)), (-1, 1)):
@@ -182,7 +182,7 @@ def own_attributes(attributes: Mapping[str, Any], ndim: int) -> tuple[list[float
 
 
 def space(shape: Sequence[int]) -> int:
-    """Return the number of axes in space; those before the last three count if they are longer than 1."""
+    """Return the number of spatial axes; axes before the last three count if they are longer than 1."""
     if len(_long(shape)) == 3:
         return 3
     extra = sum(size != 1 for size in shape[:-3])
@@ -190,7 +190,7 @@ def space(shape: Sequence[int]) -> int:
 
 
 def _long(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the axes longer than 1; three of them make a volume, even if the last axis is a channel."""
+    """Return the axes longer than 1; three of them form a volume, even if the last axis is a channel."""
     return tuple(axis for axis, size in enumerate(shape) if size > 1)
 
 
@@ -226,9 +226,9 @@ def plausible_sizes(
     Parameters
     ----------
     sizes
-        Along z, y and x (or y and x) in Å, as written.
+        Along z, y and x (or y and x) in Å, as stored.
     details
-        How each was computed, for the warning.
+        How each size was computed, for the warning.
 
     Returns
     -------

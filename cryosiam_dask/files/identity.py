@@ -14,9 +14,9 @@ from cryosiam_dask.files.zarr import ZARR_METADATA
 def source_identity(path: str | Path) -> list[Any]:
     """Return JSON values that change whenever a tomogram changes, without reading its voxels.
 
-    They are, for a file, its name, size and modification time, and a hash of its beginning. For a folder, they are its
+    For a file, these are its name, size and modification time, and a hash of its beginning. For a folder, they are its
     name, a hash of all metadata files, and a hash of the names, sizes and modification times of all files, because some
-    zarr writers replace chunks and others change them in place. That takes one disk access per file: 0.9 s for 97,336
+    zarr writers replace chunks and others change them in place. This takes one disk access per file: 0.9 s for 97,336
     chunks on a busy machine's local disk (``benchmarks/results/identity-2-cores.json``), more on a network disk.
 
     Parameters
@@ -45,11 +45,11 @@ _SAMPLES, _SAMPLE_BYTES = 256, 2**16
 
 
 def source_content(path: str | Path) -> str:
-    """Return a hash of samples of a tomogram's content, which is the same for a copy or if only its times changed.
+    """Return a hash of samples of a tomogram's content; a copy, or a file with other times, has the same hash.
 
     For a file, it covers the size and 256 samples of 64 KiB, the first and the last included, or the whole file if that
-    is no more. For a folder, it covers the names and sizes of all files, all metadata, and as many bytes of up to 256
-    other files.
+    is smaller. For a folder, it covers the names and sizes of all files, all metadata, and the same number of bytes of
+    up to 256 other files.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ def source_content(path: str | Path) -> str:
 
 
 def _samples(path: Path, count: int) -> Iterator[bytes]:
-    """Yield `count` evenly spaced samples of a file, or the whole file if that is no more."""
+    """Yield `count` evenly spaced samples of a file, or the whole file if that is smaller."""
     with path.open("rb") as file:
         last = file.seek(0, os.SEEK_END) - _SAMPLE_BYTES
         many = min(count, -(-last // _SAMPLE_BYTES) + 1)
@@ -91,9 +91,9 @@ def newest_chunk(path: str | Path) -> int:
 
 
 def is_newer_in_part(path: str | Path, since: int) -> bool:
-    """Whether some chunks of a zarr, but not all, were written after `since`: it was then changed in place.
+    """Whether some chunks of a zarr, but not all, were written after `since`, so that it was changed in place.
 
-    In a copy all chunks are newer, or none if the copy kept the times (to the second or better).
+    In a copy, all chunks are newer, or none if the copy kept the times (to the second or better).
     """
     times = _times(path)
     return bool(times) and min(times) <= since < max(times)

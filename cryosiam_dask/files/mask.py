@@ -1,4 +1,4 @@
-"""The lamella mask of a tomogram, block by block.
+"""Read the lamella mask of a tomogram, block by block.
 
 A mask is the dataset ``labels`` of an HDF5 file, with the values 0 and 1. If its shape differs from the tomogram's, it
 is resized. The result equals, voxel for voxel,
@@ -52,7 +52,7 @@ class Mask:
     stored_shape
         Shape of the mask in the file; if it is not `shape`, the mask is resized when it is read.
     full
-        Whether a mask of another shape is 1 everywhere. Resizing keeps that, because it clips to the mask's range.
+        Whether a mask of another shape is 1 everywhere, which it also is after resizing.
     """
 
     path: Path
@@ -62,7 +62,7 @@ class Mask:
 
     @property
     def dtype(self) -> np.dtype[np.uint8]:
-        """Of the voxels: 0 outside, 1 inside."""
+        """Dtype of the voxels: 0 outside, 1 inside."""
         return np.dtype(np.uint8)
 
     def __getitem__(self, region: Region) -> NDArray[np.uint8]:
@@ -114,7 +114,7 @@ def look_at_mask(path: Path, shape: tuple[int, ...]) -> None:
     with _open(path) as labels:
         stored = _stored_shape(labels, path, shape)
         require_aspect(Mask(path, shape, stored))
-        # A chunk in the middle, where a file that is not a mask most likely has other values.
+        # A chunk in the middle, where a file that is not a mask is most likely to have other values.
         chunk = labels.chunks or (_SAMPLE,) * len(stored)
         middle = [n // 2 // c * c for n, c in zip(stored, chunk, strict=True)]
         _binary(
@@ -130,7 +130,7 @@ def require_aspect(mask: Mask) -> None:
     Raises
     ------
     MaskError
-        If it does not; the remedy names another order of the axes if that would fit.
+        If it does not; if another order of the axes would fit, the remedy names it.
     """
     stored, shape = mask.stored_shape, mask.shape
     if _proportional(stored, shape):
@@ -139,7 +139,7 @@ def require_aspect(mask: Mask) -> None:
     names = "zyx"[-len(shape) :]
     found = ", ".join(names[fitting[0].index(axis)] for axis in range(len(shape))) if fitting else ""
     raise MaskError(
-        "the mask must have the tomogram's proportions, because resizing would distort it otherwise",
+        "the mask must have the tomogram's proportions, because resizing would otherwise distort it",
         place=f"{mask.path}, dataset {DATASET}",
         value=f"{_times(stored)} voxels ({', '.join(names)}) for a tomogram of {_times(shape)}",
         remedy=(

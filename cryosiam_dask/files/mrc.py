@@ -1,4 +1,4 @@
-"""Reading and writing MRC files."""
+"""Read and write MRC files."""
 
 from __future__ import annotations
 
@@ -176,9 +176,9 @@ class MrcHeader(TomogramHeader):
     mode
         The MRC mode: 0, 1, 2, 4, 6 or 12.
     file_dtype
-        Of the voxels in the file, with their byte order, signed or unsigned.
+        Dtype of the voxels in the file, with their byte order, signed or unsigned.
     axes
-        Which axis of the file's (section, row, column) array is z, y and x; usually (0, 1, 2).
+        The axes of the file's (section, row, column) array that are z, y and x; usually (0, 1, 2).
     offset
         Position of the first voxel in the file, in bytes.
     compressed
@@ -192,7 +192,7 @@ class MrcHeader(TomogramHeader):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the voxels as they are read: native byte order; half precision and complex voxels become float32."""
+        """Dtype of the voxels when they are read: native byte order; half precision and complex become float32."""
         if self.file_dtype.kind in "fc":
             return np.dtype(np.float32)
         return self.file_dtype.newbyteorder("=")
@@ -303,7 +303,7 @@ def open_file(path: Path, *, compressed: bool) -> BinaryIO:
 
 
 def _in_byte_order(raw: bytes, path: Path, file_bytes: int, warnings: list[str]) -> tuple[Any, str]:
-    """Interpret the header in the byte order of its machine stamp, or else in the one that makes sense."""
+    """Interpret the header in the byte order of its machine stamp or, if that makes no sense, in the other one."""
     header = np.frombuffer(raw, HEADER_DTYPE)[0]
     if bytes(header["map"])[:3] != MAP_ID[:3]:
         warnings.append("no MAP identifier in the header")
@@ -315,7 +315,7 @@ def _in_byte_order(raw: bytes, path: Path, file_bytes: int, warnings: list[str])
         known = True
     except ValueError:
         known = False
-    # A negative length of the extended header makes a byte order unlikely, unless the other one makes no sense at all.
+    # A negative length of the extended header makes a byte order unlikely; it is accepted if no other one makes sense.
     for least, order in itertools.product((0, -(2**31)), orders):
         header = np.frombuffer(raw, HEADER_DTYPE.newbyteorder(order))[0]
         sizes = [int(header[name]) for name in ("nx", "ny", "nz")]
@@ -358,8 +358,8 @@ def _extended_bytes(header: Any, path: Path, compressed: bool, file_bytes: int, 
         fills = file_bytes == whole
     if counted and fills:
         warnings.append(
-            f"the header announces an extended header of {counted} bytes (nsymbt) that is not in the file; it is "
-            "ignored, as all voxels are there"
+            f"the header announces an extended header of {counted} bytes (nsymbt) that is not in the file; this is "
+            "ignored, because all voxels are there"
         )
         return 0
     if counted < 0:
@@ -455,9 +455,9 @@ _SAMPLES, _SAMPLE_BYTES = 64, 1 << 15
 def _look_unsigned(found: np.ndarray[Any, Any]) -> bool | None:
     """Whether bytes look like unsigned numbers; ``None`` if that cannot be decided.
 
-    The two readings cut the circle of the 256 bytes at different places: unsigned numbers between 255 and 0, signed
-    ones between 127 and -128. At the right cut there are few voxels, at least on one side. The bytes next to a cut do
-    not count, because clipped voxels accumulate there.
+    The two interpretations cut the circle of the 256 byte values at different places: unsigned numbers between 255 and
+    0, signed ones between 127 and -128. Next to the right cut there are few voxels, at least on one side. The values
+    directly at a cut do not count, because clipped voxels accumulate there.
     """
     counts = np.bincount(found, minlength=256)
     of_unsigned = min(counts[1:16].sum(), counts[240:255].sum())  # around 255 | 0
@@ -483,7 +483,7 @@ def _voxel_size(header: Any, warnings: list[str]) -> tuple[float | None, ...]:
         others = [size for other, size in enumerate(sizes) if other != axis and size > 0]
         # With one sample, the cell may be that of a whole stack of images.
         if found[axis] and samples[axis] == 1 < header[name] and not all(0.9 < sizes[axis] / s < 1.1 for s in others):
-            warnings.append(f"the header does not tell the voxel size along {'zyx'[axis]}{details[axis]}")
+            warnings.append(f"the header does not give the voxel size along {'zyx'[axis]}{details[axis]}")
             found[axis] = None
     return tuple(found)
 
@@ -527,7 +527,7 @@ def read_beginning(header: MrcHeader, largest: int = STREAM_BYTES) -> np.ndarray
     header
         From `read_header`.
     largest
-        Uncompressed bytes of the sections; at least one section is read.
+        Maximum uncompressed bytes of the sections; at least one section is read.
 
     Returns
     -------
@@ -553,7 +553,7 @@ def read_region_of(header: MrcHeader, region: Region) -> np.ndarray[Any, Any]:
     """Read a region of an uncompressed file, as (z, y, x).
 
     Whole rows are read and then cropped. A memory map would make that unnecessary, but its pages count as memory of the
-    process, and a file that shrinks meanwhile would kill the process.
+    process, and a file that shrinks in the meantime would kill the process.
     """
     stored = [region[header.axes.index(axis)] for axis in range(len(region))]  # (section, row, column) or (row, column)
     sections = range(stored[0].start, stored[0].stop) if len(stored) == 3 else range(1)
@@ -582,7 +582,7 @@ class MrcVoxels:
     Attributes
     ----------
     header
-        Of the file; see `in_place`.
+        Header of the file; see `in_place`.
     """
 
     header: MrcHeader
@@ -599,12 +599,12 @@ class MrcVoxels:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the voxels as they are read."""
+        """Dtype of the voxels when they are read."""
         return self.header.dtype
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """What is best read at once: whole rows of a section."""
+        """Shape of the regions that are read fastest: whole rows of a section."""
         *sections, rows, columns = self.header.shape
         return (*(1 for _ in sections), min(rows, 512), columns)
 
@@ -619,7 +619,7 @@ class MrcVoxels:
 
 
 def require_unchanged(header: TomogramHeader) -> None:
-    """Check that a file, not a zarr, is the one whose header was read.
+    """Check that a file (not a zarr) has not changed since its header was read.
 
     Raises
     ------
@@ -627,7 +627,7 @@ def require_unchanged(header: TomogramHeader) -> None:
         If it has been removed, replaced or written to.
     """
     try:
-        with header.path.open("rb") as file:  # opened, because a network disk may tell an earlier time until then
+        with header.path.open("rb") as file:  # opened, because a network disk may report an outdated time before
             found = os.fstat(file.fileno())
     except OSError as error:
         raise unreadable(header.path, error) from error
@@ -635,13 +635,13 @@ def require_unchanged(header: TomogramHeader) -> None:
         raise TomogramError(
             "a tomogram must not change while it is segmented",
             place=header.path,
-            value="another size or time than at the start",
-            remedy="Repeat the command: unless only the time has changed, the tomogram starts again",
+            value="a size or time that differs from the start",
+            remedy="Repeat the command: unless only the time has changed, the tomogram starts from the beginning",
         )
 
 
 def in_place(header: TomogramHeader) -> bool:
-    """Whether voxels are read fast enough where they are: an MRC file that is not compressed, with sections along z."""
+    """Whether a tomogram can be read in place fast enough: an uncompressed MRC file with sections along z."""
     return isinstance(header, MrcHeader) and not header.compressed and header.axes == tuple(range(len(header.shape)))
 
 

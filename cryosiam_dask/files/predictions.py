@@ -1,8 +1,8 @@
-"""Writing predictions to HDF5.
+"""Write predictions to HDF5.
 
-A file is written under a hidden name in the same folder, flushed to the disk and then renamed. So a user sees a
-complete file or none, and an earlier file stays until then. Arrays are read and written block by block, so that no
-whole volume is ever in memory.
+A file is written under a hidden name in the same folder, flushed to disk and then renamed. So a user sees a complete
+file or none, and an earlier file is kept until then. Arrays are read and written block by block, so that no whole
+volume is ever in memory.
 
 The HDF5 library compresses one chunk after the other, about 50 MB of probabilities per second. Here, chunks are
 compressed by a pool of threads, or earlier by the tasks that fill an `exportable_array`, and written directly.
@@ -33,7 +33,7 @@ from cryosiam_dask.core.arrays import Sliceable, regions_of
 from cryosiam_dask.files.atomic import Sink, replacing, require_voxels
 from cryosiam_dask.files.hdf5 import DISTANCES, INSTANCES, LABELS, PROBABILITIES, REMOVED, reading
 
-#: Shapes of HDF5 chunks by number of axes, for voxels of one byte and of more: up to 1 MiB, the size of HDF5's cache.
+#: Shapes of HDF5 chunks by number of axes, for voxels of one byte and for wider ones: up to 1 MiB, HDF5's cache size.
 CHUNK = {2: (512, 512), 3: (64, 128, 128)}
 CHUNK_OF_WIDER = {2: (256, 256), 3: (64, 64, 64)}
 BLOCK_CHUNKS = 4  # chunks along each axis that are in memory at once: 64 MiB
@@ -50,7 +50,7 @@ def exportable_array(group: zarr.Group, name: str, shape: tuple[int, ...]) -> za
     group
         Where to create it.
     name
-        Its name there.
+        Name in the group.
     shape
         (z, y, x) or (y, x).
 
@@ -90,8 +90,8 @@ def write_hdf5(
     labels : (z, y, x) or (y, x), uint8
         Written as the dataset ``labels``.
     attributes
-        Written to the file and to ``labels``: numbers, strings, sequences of either, mappings (as JSON). Values that
-        are ``None`` are left out; ``None`` in a sequence of numbers becomes NaN.
+        Written to the file and to ``labels``: numbers, strings, sequences of either, and mappings (as JSON). Values
+        that are ``None`` are left out; ``None`` in a sequence of numbers becomes NaN.
     removed : (z, y, x) or (y, x), uint8
         Labels that a size filter set to 0, and 0 elsewhere; written as the dataset ``removed`` if given.
     probabilities, distances : (class, z, y, x) or (class, y, x), float32
@@ -114,14 +114,14 @@ def write_hdf5(
 
 
 def write_raw_predictions(path: str | Path, predictions: Sliceable, *, attributes: Mapping[str, Any]) -> None:
-    """Write all channels of a denoiser's result, replacing an earlier file at once when it is complete.
+    """Write all channels of a denoiser's result, replacing an earlier file atomically.
 
     Parameters
     ----------
     path, attributes
-        See `write_hdf5`, also for what is raised.
+        See `write_hdf5`, also for the errors.
     predictions : (channel, z, y, x) or (channel, y, x), float32
-        Written as the dataset ``preds``, which is what CryoSiam calls it.
+        Written as the dataset ``preds``, as in CryoSiam.
     """
     require_voxels(path, predictions)
     with replacing(Path(path), alone=True) as sink, h5py.File(sink, "w") as file, ThreadPoolExecutor() as pool:
@@ -160,7 +160,7 @@ def replace_labels(
     path
         An existing predictions file.
     labels : (z, y, x) or (y, x), uint8
-        The new labels; they may be computed from the old ones during the replacement.
+        The new labels, which may be computed from the old ones while they are written.
     removed : (z, y, x) or (y, x), uint8
         Labels that a size filter set to 0, and 0 elsewhere; ``None`` if nothing was removed.
     attributes

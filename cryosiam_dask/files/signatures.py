@@ -17,7 +17,7 @@ OTHERS = {
     b"\xfd7zXZ": "an xz file",
     b"(\xb5/\xfd": "a zstd file",
 }
-#: Of what is found under a tomogram's name.
+#: File types that are found under the name of a tomogram, by their first bytes.
 _NAMES = {start: what.split()[1] for start, what in OTHERS.items()} | {
     b"PK\3\4": "ZIP", b"\x89HDF": "HDF5", b"<": "HTML or XML", b"version https://git-lfs": "Git LFS pointer",
 }  # fmt: skip
@@ -25,12 +25,12 @@ PACKED = ("bzip2", "xz", "zstd", "ZIP")
 
 
 def name_of(path: Path) -> str:
-    """Return the name of the type of a file that is none of ours, such as ``"TIFF"``; empty if it is unknown."""
+    """Return the type of a file that is not a tomogram, such as ``"TIFF"``; empty if it is unknown."""
     with path.open("rb") as file:
         first = file.read(32).lstrip()
     return next((name for start, name in _NAMES.items() if first.startswith(start)), "")
 
 
 def resemblance_of(path: Path) -> str:
-    """Describe the beginning of such a file for an error."""
-    return f", which begin as {name} does" if (name := name_of(path)) else ""
+    """Return a part of an error message that describes the beginning of such a file; empty if it is unknown."""
+    return f", which begin like {name}" if (name := name_of(path)) else ""

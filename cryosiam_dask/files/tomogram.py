@@ -29,12 +29,13 @@ def read_header(
     dataset
         Dataset of an HDF5 file. If ``None``, the only one that can be a tomogram.
     unsigned
-        Whether the bytes of an MRC file of mode 0 are unsigned. If ``None``, the header decides, or else the voxels.
+        Whether the bytes of an MRC file of mode 0 are unsigned. If ``None``, the header decides or, if it does not
+        tell, the voxels.
 
     Returns
     -------
     TomogramHeader
-        Its `warnings` name what is odd about the file.
+        Its `warnings` describe what looks wrong with the file.
 
     Raises
     ------

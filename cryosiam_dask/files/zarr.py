@@ -1,4 +1,4 @@
-"""Reading tomograms in zarr and OME-Zarr."""
+"""Read tomograms in zarr and OME-Zarr."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from cryosiam_dask.files.header import (
 from cryosiam_dask.files.mrc import MrcVoxels
 
 ZARR_METADATA = ("zarr.json", ".zarray", ".zgroup", ".zattrs")
-LARGEST_CHUNK = 2 * 2**30  # bytes; a chunk is decoded as a whole
-LARGE_CHUNK = 256 * 2**20
+LARGEST_CHUNK = 2 * 2**30  # bytes; larger chunks are refused, because a chunk is decoded as a whole
+LARGE_CHUNK = 256 * 2**20  # bytes; larger chunks cause a warning
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class ArrayView:
     array
         The stored array.
     axes
-        Which of its axes are z, y and x (or y and x).
+        The axes of the array that are z, y and x (or y and x).
     """
 
     array: zarr.Array[Any]
@@ -51,7 +51,7 @@ class ArrayView:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """In voxels."""
+        """Shape in voxels."""
         return tuple(self.array.shape[axis] for axis in self.axes)
 
     @property
@@ -61,12 +61,12 @@ class ArrayView:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the stored voxels."""
+        """Dtype of the stored voxels."""
         return np.dtype(self.array.dtype)
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """Voxels of a chunk."""
+        """Chunk shape in voxels."""
         return tuple(self.array.chunks[axis] for axis in self.axes)
 
     @property
@@ -96,9 +96,11 @@ class ZarrHeader(TomogramHeader):
     array_path
         Folder of the array.
     axes
-        Which of its axes are z, y and x (or y and x).
+        The axes of the array that are z, y and x (or y and x).
+    array_dtype
+        Dtype of the stored voxels.
     statistics
-        ``min``, ``max``, ``mean`` and ``non_finite_voxels`` from the attributes of the array; empty if not there.
+        ``min``, ``max``, ``mean`` and ``non_finite_voxels`` from the attributes of the array; empty without them.
     """
 
     array_path: Path
@@ -108,12 +110,12 @@ class ZarrHeader(TomogramHeader):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the voxels, in native byte order."""
+        """Dtype of the voxels, in native byte order."""
         return self.array_dtype.newbyteorder("=")
 
     @property
     def stored_chunks(self) -> tuple[int, ...]:
-        """Voxels of a chunk."""
+        """Chunk shape in voxels."""
         return self.open().chunks
 
     def open(self) -> Voxels:
@@ -219,7 +221,7 @@ def _children(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def _find_image(path: Path, metadata: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, str]:
-    """Return the multiscale image of a group, or of its first child (which Bio-Formats writes), and its path."""
+    """Return the multiscale image of a group, or of its first child, as Bio-Formats writes it, and its path."""
     for within, node in (("", metadata), ("0", {} if _is_array(metadata) else _metadata(path / "0"))):
         attributes = node.get("attributes")
         ome = attributes.get("ome", attributes) if isinstance(attributes, dict) else None
@@ -311,7 +313,7 @@ def _ome_axes(axes: Any, ndim: int, path: Path) -> tuple[list[str], list[str | N
 
 
 def _axes_of_system(systems: list[Any], transforms: Any) -> Any:
-    """Return the axes of the coordinate system that a level's transformations lead to (NGFF 0.6), else of the first."""
+    """Return the axes of the coordinate system that a level is transformed to (NGFF 0.6), else of the first system."""
     last = transforms[-1] if isinstance(transforms, list) and transforms else None
     wanted = last.get("output") if isinstance(last, dict) else None
     wanted = wanted.get("name") if isinstance(wanted, dict) else wanted
@@ -330,7 +332,7 @@ def _single_transforms(transforms: Any) -> Iterator[Any]:
 
 
 def _units_of(transform: Any, ndim: int) -> list[str | None]:
-    """Return units that some writers put into a transformation instead of the axes: one, or one for each axis."""
+    """Return the units, one for each axis, that some writers put into a transformation instead of the axes."""
     given = transform.get("unit", transform.get("units")) if isinstance(transform, dict) else None
     listed = given if isinstance(given, list) and len(given) == ndim else [given] * ndim
     return [unit if isinstance(unit, str) else None for unit in listed]
@@ -393,8 +395,8 @@ def _array_header(
         )
     if chunk_bytes > LARGE_CHUNK:
         found.append(
-            f"chunks of {chunk_bytes / 2**20:.0f} MiB are decoded as a whole, several at once, which takes memory in "
-            "every worker. 'cryosiam-dask convert' makes a copy with smaller chunks"
+            f"chunks of {chunk_bytes / 2**20:.0f} MiB are decoded as a whole, several at the same time, which takes "
+            "memory in every worker. 'cryosiam-dask convert' makes a copy with smaller chunks"
         )
     missing, incomplete = _missing_chunks(array, folder)
     found += missing
@@ -424,9 +426,9 @@ def _missing_chunks(array: zarr.Array[Any], folder: Path) -> tuple[list[str], st
     """Return a warning if chunks (or shards) have no file, and `TomogramHeader.incomplete`.
 
     zarr reads such chunks as the fill value. Writers leave out chunks that hold nothing else, whereas an interrupted
-    copy lacks arbitrary ones. An empty region seldom ends exactly at a chunk border, so the neighbours of an omitted
-    chunk have voxels with the fill value next to it. If no chunk exists, or more than `MOST_MISSING` are missing and
-    some neighbours are not empty at the border, the tomogram is incomplete.
+    copy lacks arbitrary chunks. An empty region seldom ends exactly at a chunk border, so if a chunk was left out
+    because it is empty, its neighbours have the fill value next to it. If no chunk exists, or more than `MOST_MISSING`
+    are missing and some neighbours are not empty at the border, the tomogram is incomplete.
     """
     stored = array.shards or array.chunks
     counts = [-(-n // p) for n, p in zip(array.shape, stored, strict=True)]

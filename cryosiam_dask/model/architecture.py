@@ -1,4 +1,4 @@
-"""The shapes of CryoSiam's network, without importing torch. A plan needs no more of a model.
+"""The shapes of CryoSiam's network, without importing torch; a plan needs nothing else of a model.
 
 `cryosiam_dask.model.network` builds the network.
 """
@@ -39,10 +39,10 @@ class Architecture:
     dense_dim
         Channels of the dense embedding.
     out_channels
-        Number of classes, and of channels of the distances; channels of a denoiser's result.
+        Number of classes, and of channels of the distances; for a denoiser, number of channels of its result.
     semantic_widths, distance_widths
-        Channels of the hidden convolutions of the heads; None without a distance head. A denoiser has one head, whose
-        widths are the first.
+        Channels of the hidden convolutions of the heads; None without a distance head. A denoiser's only head uses
+        `semantic_widths`.
     kernel_size
         Kernel of the heads' convolutions, one odd number per axis.
     denoises
@@ -167,8 +167,8 @@ def default_threshold(classes: int) -> float:
 def required_halo(architecture: Architecture) -> int:
     """Return the smallest halo, in voxels, with which the values of a core can be right.
 
-    Neither the heads' convolutions, nor the decoder's last one, nor the voxel of the coarsest level next to the core
-    may touch the padding at a patch's border.
+    The heads' convolutions, the decoder's last one, and the voxel of the coarsest level next to the core must not touch
+    the padding at a patch's border.
     """
     return max(architecture.head_margin) + architecture.later_convolutions + required_divisor(architecture)
 
@@ -177,13 +177,13 @@ def required_divisor(architecture: Architecture) -> int:
     """Return the number that must divide every axis of a patch.
 
     It is the stride of the coarsest level: 16 for the bidirectional pyramid, 8 for the other decoder. Denoisers with
-    the latter take multiples of 4, as in CryoSiam.
+    the latter accept multiples of 4, as in CryoSiam.
     """
     return 16 if architecture.decoder == "bifpn" else 4 if architecture.denoises else 8
 
 
 def widest(architecture: Architecture) -> int:
-    """Return the most channels of an array with all voxels of a patch."""
+    """Return the largest number of channels of an array with all voxels of a patch."""
     heads = (width for widths in architecture.heads.values() for width in widths)
     levels = (architecture.num_filters[0], *architecture.level_channels[:1], architecture.fpn_channels)
     return max(*levels, architecture.dense_dim, architecture.out_channels, *heads)
@@ -192,8 +192,8 @@ def widest(architecture: Architecture) -> int:
 def peak_bytes(architecture: Architecture, patch: tuple[int, ...], batch_size: int = 1) -> int:
     """Estimate an upper bound of the memory for one batch, weights included, in bytes.
 
-    The estimate counts the float32 channels at stride 1 that are in memory at once at the peak, and adds half of that
-    for the coarser levels, which have at most a quarter of the voxels, and for work space of the libraries.
+    The estimate counts the float32 channels at stride 1 that are in memory at the peak, and adds half of that for the
+    coarser levels, which have at most a quarter of the voxels, and for the libraries' workspace.
 
     Parameters
     ----------

@@ -1,16 +1,16 @@
-"""Reading the architecture and the weights from a ``.ckpt`` file, without executing anything in the file.
+"""Read the architecture and the weights from a ``.ckpt`` file, without executing anything in the file.
 
 A checkpoint is a pickle, and a pickle can call any function while it is loaded. Therefore it is read with torch's
-restricted unpickler, which allows only tensors and plain containers. The few other names that training programs leave
-in checkpoints are replaced by inert stand-ins, so nothing that the file names is imported or called. A file with any
-other name is refused.
+restricted unpickler, which allows only tensors and plain containers. The few other classes and functions that training
+programs leave in checkpoints are replaced by inert stand-ins, so nothing that the file names is imported or called. A
+file that names anything else is refused.
 
 The architecture comes from the file's ``hyper_parameters``, and the widths of the heads from the weights. The weights
 that prediction uses must fit that architecture exactly. Everything else in the file (optimizer, callbacks, projectors
 and predictors of the training) is ignored.
 
 Importing torch takes seconds. `look_at_checkpoint` needs no weights, so it reads the pickle without torch, with
-stand-ins for the few allowed names. What it cannot read, `read_checkpoint` reads.
+stand-ins for the few allowed names. If that fails, it calls `read_checkpoint`.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def look_at_checkpoint(path: str | Path) -> Checkpoint:
-    """Read and check a checkpoint like `read_checkpoint`, but without keeping its weights and mostly without torch.
+    """Read and check a checkpoint like `read_checkpoint`, but without keeping its weights, and usually without torch.
 
     Parameters
     ----------
@@ -114,7 +114,7 @@ def look_at_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _described(path: str | Path, content: Any) -> tuple[Architecture, tuple[int, ...], dict[str, Any]]:
-    """Return architecture, patch and weights from a file's content; weights by their names in the network."""
+    """Return the architecture, the patch and the weights, by their names in the network, from a file's content."""
     weights = content.get("state_dict") if isinstance(content, Mapping) else None
     if not isinstance(weights, Mapping):
         _refuse_foreign(path, "no state_dict")
@@ -145,7 +145,7 @@ def _unwrapped(weights: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint's settings of the training, as far as they are numbers, text, lists and mappings.
+    """Read the training settings of a checkpoint: those that are numbers, text, lists and mappings.
 
     Parameters
     ----------
@@ -155,8 +155,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``epoch``, ``global_step`` and ``hyper_parameters``, if they are there. Other objects, and anything nested too
-        deeply, are left out.
+        ``epoch``, ``global_step`` and ``hyper_parameters``, if the file has them. Other objects, and anything nested
+        too deeply, are left out.
 
     Raises
     ------
@@ -253,7 +253,7 @@ def open_checkpoint(path: str | Path) -> BufferedReader:
             rule,
             place=path,
             value=value,
-            remedy=_REMEDY_PATH + (f", or to {model}, which is fetched then" if model else ""),
+            remedy=_REMEDY_PATH + (f", or to {model}, which is then downloaded" if model else ""),
         ) from None
 
 
@@ -263,7 +263,7 @@ def _hash(path: str | Path) -> str:
 
 
 def _load(path: str | Path) -> tuple[Any, str]:
-    """Content and hash of a file."""
+    """Return the content and the hash of a file."""
     import torch
 
     sha256 = _hash(path)
@@ -278,11 +278,11 @@ def _load(path: str | Path) -> tuple[Any, str]:
         reason = str(error).partition("WeightsUnpickler error: ")[2] or str(error) or "an unexpected end"
         if named := re.search(r"GLOBAL (\S+)", reason):
             raise CheckpointError(
-                "loading a checkpoint must not execute anything, but this one calls a function or class other than "
-                "tensors and plain values",
+                "a checkpoint must contain only tensors and plain values, but this one would call a function or class "
+                "while it is loaded",
                 place=path,
                 value=named[1],
-                remedy="If you trust its source, load it there with torch and save only its state_dict and "
+                remedy="If you trust its source, load it with torch in a safe place, and save only its state_dict and "
                 "hyper_parameters to a new file",
             ) from None
         raise CheckpointError(
@@ -308,7 +308,7 @@ def _refuse_foreign(path: str | Path, found: str) -> NoReturn:
 
 @dataclass(frozen=True, slots=True)
 class _Parameters:
-    """The ``hyper_parameters`` of a file, which come from YAML files of any version of CryoSiam."""
+    """The ``hyper_parameters`` of a file, which come from the YAML files of some version of CryoSiam."""
 
     path: str | Path
     tree: Any
@@ -409,7 +409,7 @@ def _hidden_widths(state: Mapping[str, Tensor], head: str) -> tuple[int, ...]:
     return tuple(widths[:-1])
 
 
-#: Only training uses this counter, and programs that convert weights leave it out.
+#: Only training uses this counter, and programs that convert weights may leave it out.
 _COUNTED = ".num_batches_tracked"
 
 
@@ -443,7 +443,7 @@ def _fit(path: str | Path, architecture: Architecture, state: Mapping[str, Tenso
             value="; ".join(found),
             remedy="Use the checkpoint as CryoSiam's training wrote it",
         )
-    # A copy, because somebody may replace the file while it is memory-mapped.
+    # A copy, because the file is memory-mapped and may be replaced.
     fitted = {
         name: state.get(name, torch.tensor(0))
         .detach()
@@ -518,7 +518,7 @@ def _weight(
 
 
 class _Outline(pickle.Unpickler):
-    """Unpickles a file with a `_Weight` for each tensor; only the names of stand-ins are allowed."""
+    """Unpickle a file to a `_Weight` for each tensor; only the names of stand-ins are allowed."""
 
     names: Mapping[str, Any] = {
         **{name: _Mapping if kind is dict else kind for kind, name in _NAMED},

@@ -107,7 +107,7 @@ def counted(name: str, number: str) -> str:
 
 
 def percentage(share: float) -> str:
-    """Format a share as per cent with two significant digits; only exactly 0 becomes 0 %."""
+    """Format a share as a percentage with two significant digits; only exactly 0 becomes 0 %."""
     if 0 < share < 5e-5:
         return "<0.01 %"
     return f"{100 * share:.0f} %" if share in (0, 1) or share >= 0.1 else f"{100 * share:.2g} %"
@@ -121,14 +121,14 @@ def shares(
     *,
     brief: bool = False,
 ) -> list[str]:
-    """Say how much of each class was found.
+    """Describe how much of each class was found.
 
     Parameters
     ----------
     voxels
         Number of voxels of each label, from 0.
     names
-        Names of the labels from 1 on, as far as they have names.
+        Names of the labels from 1 on; the last labels may be without one.
     shape
         (z, y, x) or (y, x) in voxels.
     lamella_voxels

@@ -1,6 +1,6 @@
-"""What to do when a GPU refuses: its memory ran out, which another try may change, or this process has lost it.
+"""Tell the errors of a GPU apart: out of memory, after which a retry may succeed, or a GPU that this process has lost.
 
-PyTorch, cuDNN, cuBLAS and cupy report both in their own ways. None of them is imported to tell their errors apart.
+PyTorch, cuDNN, cuBLAS and cupy report both in their own ways. Their errors are told apart without importing them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from cryosiam_dask.errors import LostDeviceError
 
 #: Parts of the messages of PyTorch, cuDNN, cuBLAS and CUDA for too little memory. cuDNN finds no engine for a
-#: convolution if each needs more work space than there is.
+#: convolution if each of them needs more workspace than there is.
 _MEMORY = (
     "out of memory", "OUT_OF_MEMORY", "ALLOC_FAILED", "ALLOCATION_FAILED", "unable to find an engine",
     "Unable to find a valid cuDNN algorithm",
@@ -24,7 +24,7 @@ _DEVICE = ("CUDA error", "CUDA driver error", "cuDNN error", "CUDNN_STATUS_", "C
 
 
 def memory_ran_out(error: BaseException) -> bool:
-    """Whether an error says that the memory of a GPU did not suffice.
+    """Whether an error means that a GPU ran out of memory.
 
     >>> memory_ran_out(RuntimeError("GET was unable to find an engine to execute this computation"))
     True
@@ -38,7 +38,7 @@ def memory_ran_out(error: BaseException) -> bool:
 
 
 def device_failed(error: BaseException) -> bool:
-    """Whether an error, which is not of memory, says that this process can no longer use its GPU.
+    """Whether an error, which must not be `memory_ran_out`, means that this process can no longer use its GPU.
 
     >>> device_failed(RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")), device_failed(RuntimeError("no"))
     (True, False)
@@ -49,7 +49,7 @@ def device_failed(error: BaseException) -> bool:
 
 
 def _is(error: BaseException, library: str, name: str = "") -> bool:
-    """Whether an error is of a library: of a class with that name, or of any."""
+    """Whether an error's class belongs to a library and, if `name` is given, has that name."""
     return any(kind.__module__.startswith(library) and name in kind.__name__ for kind in type(error).__mro__)
 
 
@@ -62,18 +62,19 @@ def device_works() -> Iterator[None]:
         if memory_ran_out(error) or not device_failed(error):
             raise
         raise LostDeviceError(
-            "the device must work until the run is over",
+            "the GPU must work until the end of the run",
             place=f"process {os.getpid()} on {socket.gethostname()}",
             value=_first_line(error),
-            remedy="Look at the device's log (nvidia-smi, dmesg)",
+            remedy="Check the GPU with nvidia-smi and dmesg",
         ) from None
 
 
 @contextmanager
 def device_refuses() -> Iterator[list[str]]:
-    """Suppress an error of memory within the context, and append its first line to the list; see also `device_works`.
+    """Suppress an out-of-memory error of a GPU, and append its first line to the yielded list.
 
-    The caller frees memory and tries again after the context, because the error keeps arrays of the failed try.
+    The caller frees memory and tries again after the ``with`` block, because the error keeps the arrays of the failed
+    attempt alive. Other errors of the GPU become `LostDeviceError`, as in `device_works`.
     """
     refused: list[str] = []
     try:
@@ -97,14 +98,14 @@ def has_gpu() -> bool:
 
 
 def free_memory() -> None:
-    """Return to the GPU what PyTorch keeps of it; cupy, which allocates through PyTorch, keeps nothing."""
+    """Release the GPU memory that PyTorch caches; cupy allocates through PyTorch and caches none."""
     import torch
 
     torch.cuda.empty_cache()
 
 
 def share_memory(cupy: Any) -> None:
-    """Let cupy allocate through PyTorch: otherwise each library keeps freed memory that the other one needs."""
+    """Let cupy allocate through PyTorch, because each library would cache freed memory that the other one needs."""
     import torch
 
     def allocate(size: int, device: int) -> int:

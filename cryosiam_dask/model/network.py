@@ -67,7 +67,7 @@ class ResNet(nn.Module):
 
 
 def _shortcut(dims: int, channels: int, width: int, stride: int) -> nn.Sequential | None:
-    """Return the module that gives a block's input the shape of its output; None if they are equal."""
+    """Return the module that gives a block's input the shape of its output; None if the shapes are equal."""
     if stride == 1 and channels == width:
         return None
     return nn.Sequential(_CONVOLUTION[dims](channels, width, 1, stride=stride), _BATCH_NORM[dims](width))
@@ -136,7 +136,7 @@ class FPN(nn.Module):
         if doubles:
             for size in sizes[1:]:
                 regions.append(_read_by_enlarging(regions[-1], size))
-        else:  # where a level has an odd size, enlarging it mixes voxels in a way that depends on the whole level
+        else:  # with odd sizes, enlarging mixes voxels in a way that depends on the whole level
             regions = [tuple(slice(0, n) for n in size) for size in sizes]
         x: Tensor = self.get_submodule("layer1")(_part(levels.pop(), regions[-1]))
         for number, coarser, finer in zip((2, 3, 4), regions[:0:-1], regions[-2::-1], strict=True):
@@ -298,7 +298,7 @@ def _part(x: Tensor, region: Region) -> Tensor:
 
 
 def _grown(region: Region, margin: Sequence[int], size: Sequence[int]) -> Region:
-    """Add a margin to `region`, but stay inside `size`, beyond which the convolutions' padding is right."""
+    """Add a margin to `region`, but stay inside `size`; beyond it, the convolutions' padding is correct."""
     return tuple(slice(max(0, r.start - m), min(r.stop + m, n)) for r, m, n in zip(region, margin, size, strict=True))
 
 
@@ -352,8 +352,8 @@ def fold_batch_norms(module: nn.Module) -> None:
 class _OneDNNConvolution(nn.Module):
     """A convolution that always uses oneDNN.
 
-    For one patch per batch, PyTorch uses its own code for kernels of one voxel and for coarse levels. That is slower,
-    and copies tensors whose channels are last.
+    With one patch per batch, PyTorch uses its own code for kernels of one voxel and for coarse levels, which is slower
+    and copies tensors in the channels-last format.
     """
 
     def __init__(self, of: nn.Conv2d | nn.Conv3d) -> None:

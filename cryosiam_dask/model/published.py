@@ -1,7 +1,7 @@
-"""CryoSiam's published models: what is known about them, and how to fetch one by its name.
+"""CryoSiam's published models: what is known about them, and how to download one by its name.
 
 `trained_model` of a configuration is a path, the name of a published model, or ``hf://owner/repository/file`` for a
-file on the Hugging Face Hub. `huggingface_hub` fetches the latter two once into its cache. They are never executed:
+file on the Hugging Face Hub. `huggingface_hub` downloads the latter two once to its cache. They are never executed:
 `cryosiam_dask.model.checkpoint` reads them like every other checkpoint.
 """
 
@@ -34,7 +34,7 @@ class HubFile:
     repository
         ``owner/repository``.
     file
-        Its path there.
+        Path in the repository.
     revision
         Branch, tag or commit.
     """
@@ -50,7 +50,7 @@ class HubFile:
 
     @property
     def url(self) -> str:
-        """Where a browser downloads it."""
+        """Address from which a browser downloads the file."""
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
         return f"{endpoint}/{self.repository}/resolve/{self.revision}/{self.file}"
 
@@ -61,16 +61,16 @@ class HubFile:
 
 @dataclass(frozen=True, slots=True)
 class PublishedModel:
-    """What CryoSiam's documentation says about one of its models; ``None`` where it says nothing.
+    """What CryoSiam's documentation tells about one of its models; ``None`` where it tells nothing.
 
     Attributes
     ----------
     file
-        Its file in `REPOSITORY`.
+        File in `REPOSITORY`.
     task
-        The kind of model.
+        Kind of model.
     about
-        Its purpose, as a sentence.
+        Purpose, as a sentence.
     class_names
         Names of the labels from 1 on.
     patch
@@ -80,7 +80,7 @@ class PublishedModel:
     contrast
         Expected contrast of dense matter.
     voxel_size_angstrom
-        Approximate voxel size of the tomograms that it was made for.
+        Approximate voxel size of the tomograms that the model was made for, in Å.
     """
 
     file: str
@@ -94,7 +94,7 @@ class PublishedModel:
 
     @property
     def source(self) -> HubFile:
-        """Where it is published."""
+        """File on the Hugging Face Hub."""
         return HubFile(REPOSITORY, self.file)
 
 
@@ -176,7 +176,7 @@ def parse(text: str) -> Path | HubFile:
 
 
 def nearest(name: str) -> str | None:
-    """Return the published model whose name is most like `name`, which may be a path; ``None`` if none is similar."""
+    """Return the published model whose name is closest to `name`, which may be a path; ``None`` if none is similar."""
     found = difflib.get_close_matches(Path(name).name.lower().removesuffix(".ckpt"), PUBLISHED, 1, 0.7)
     return found[0] if found else None
 
@@ -190,7 +190,7 @@ def cached(source: HubFile) -> Path | None:
 
 
 def fetch(source: HubFile) -> Path:
-    """Fetch a file of the Hub, unless it is in the cache.
+    """Download a file from the Hub, unless it is in the cache.
 
     Returns
     -------
@@ -200,7 +200,7 @@ def fetch(source: HubFile) -> Path:
     Raises
     ------
     CheckpointError
-        If the file does not exist, or cannot be fetched or stored.
+        If the file does not exist, or cannot be downloaded or stored.
     """
     if (found := cached(source)) is not None:
         return found
@@ -214,7 +214,7 @@ def fetch(source: HubFile) -> Path:
         "to its path"
     )
     try:
-        # Without a network this fails at once, whereas the download would retry for minutes.
+        # Without a network this fails immediately, whereas the download would retry for minutes.
         metadata = huggingface_hub.get_hf_file_metadata(source.url)
         path = Path(huggingface_hub.hf_hub_download(source.repository, source.file, revision=source.revision))
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError) as error:
@@ -235,10 +235,10 @@ def fetch(source: HubFile) -> Path:
         of_disk = isinstance(error, OSError) and error.errno is not None and error.filename is not None
         raise CheckpointError(
             f"the model's file must fit into the cache {constants.HF_HUB_CACHE}" if of_disk
-            else "the model's file must be fetched completely from the Hugging Face Hub",
+            else "the model's file must be downloaded completely from the Hugging Face Hub",
             place=source,
             value=error.strerror if of_disk and isinstance(error, OSError) else _first_line(error),
-            remedy="Set HF_HOME to a folder that can be written and has room" if of_disk else by_hand,
+            remedy="Set HF_HOME to a writable folder with enough space" if of_disk else by_hand,
         ) from None  # fmt: skip
     _verify(path, metadata.etag or "", source)
     return path
@@ -250,7 +250,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _verify(path: Path, etag: str, source: HubFile) -> None:
-    """Compare a fetched file with the SHA-256 hash that the Hub keeps for each large file."""
+    """Compare a downloaded file with the SHA-256 hash that the Hub keeps for each large file."""
     if not _SHA256.fullmatch(etag):
         return  # a small file, for which the Hub keeps only Git's hash
     with path.open("rb") as file:
@@ -267,7 +267,7 @@ def _verify(path: Path, etag: str, source: HubFile) -> None:
 
 
 def locate(model: Path | HubFile) -> Path:
-    """Return the path of a checkpoint, and fetch it if necessary.
+    """Return the path of a checkpoint, downloading it if necessary.
 
     Raises
     ------
@@ -278,7 +278,7 @@ def locate(model: Path | HubFile) -> Path:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """Return what is known about a published model as plain values; ``None`` where CryoSiam's pages say nothing.
+    """Return what is known about a published model as plain values; ``None`` where CryoSiam's pages tell nothing.
 
     Returns
     -------
