@@ -179,7 +179,9 @@ def test_what_befalls_all_ends_the_run_at_once(folder: Path, executor: SharedExe
     assert outcomes["TS_0"].kind == "CheckpointError" and "Start the run again" in outcomes["TS_0"].error
     assert [outcomes[stem].status for stem in STEMS[1:]].count("left") >= 2
     assert {outcome.status for outcome in outcomes.values()} == {"failed", "left"}
-    assert any("stopping: the error of the first tomogram would fail all others" in text for text in listener.messages)
+    assert any(
+        "stopping: all other tomograms would fail with the error of the first one" in text for text in listener.messages
+    )
 
 
 def test_files_that_are_broken_do_not_end_the_run(folder: Path, executor: SharedExecutor) -> None:
@@ -396,7 +398,7 @@ class Successor(Listener):
 
     def inform(self, message: str) -> None:
         super().inform(message)
-        if "left to another run" in message:
+        if "another run took it over" in message:
             self.claim.unlink()
 
 
@@ -417,7 +419,7 @@ def test_a_tomogram_that_was_taken_over_is_left_to_the_other_run(folder: Path, f
     listener = Successor(claim)
     outcomes = run(plan(folder, test_files=["TS_0.mrc", "TS_1.mrc"]), listener, executor=Acting(take_over))
     assert [outcome.status for outcome in outcomes] == ["done", "done"]
-    told = [text for text in listener.messages if text.startswith(("TS_0: left to another run", "begin TS"))]
+    told = [text for text in listener.messages if text.startswith(("TS_0: another run took it over", "begin TS"))]
     assert [text.split(":")[0] for text in told] == ["begin TS_0", "TS_0", "begin TS_1", "begin TS_0"]
     assert contents(folder) == whole and any("blocks are already done" in text for text in listener.messages)
 

@@ -252,7 +252,9 @@ def test_a_denoised_file_that_is_not_kept_is_removed_in_the_end(folder: Path) ->
     assert outputs(folder).keys() == before.keys()
     assert "3 done" in invoke("status", pipeline, folder=folder)
     planned = invoke("plan", pipeline, folder=folder)
-    assert f"{STEM}.mrc was made from the same input, checkpoint and settings, and removed since all models" in planned
+    assert (
+        f"{STEM}.mrc was made from the same input, checkpoint and settings, and removed because all models" in planned
+    )
     assert "no masks" not in planned
     assert "Make it again with denoise-predict, or" in invoke(
         "export", pipeline, "--format", "ome-zarr", status=1, folder=folder
@@ -290,7 +292,7 @@ def test_a_denoised_file_that_is_not_kept_is_made_again_where_it_is_needed(folde
     assert len(raised.value.problems) == 1 and "made from another input" in str(raised.value)
     # A changed denoiser is told before anything is computed.
     without_denoised(folder, scale_prediction=False)
-    with pytest.raises(Problems, match="made from another input, checkpoint or other settings"):
+    with pytest.raises(Problems, match="made from another input or checkpoint, or with other settings"):
         plans_of(pipeline)
 
 
@@ -351,7 +353,7 @@ def test_a_changed_denoiser_makes_all_again(folder: Path) -> None:
     values = yaml.safe_load(pipeline.read_text())
     values["denoise"]["scale_prediction"] = False
     pipeline.write_text(yaml.safe_dump(values))
-    with pytest.raises(Problems, match="made from another input, checkpoint or other settings"):
+    with pytest.raises(Problems, match="made from another input or checkpoint, or with other settings"):
         plans_of(pipeline)
 
 

@@ -114,7 +114,7 @@ def test_a_disk_that_is_full_ends_the_run_and_more_room_completes_it(
     assert "No space left on device" in said and "Free space" in said
     # As plan says before.
     assert re.search(r"warning: out: (there must be .* of free disk space|up to .* may be needed)", said), said
-    assert "stopping: the error of the first tomogram would fail all others too" in said
+    assert "stopping: all other tomograms would fail with the error of the first one" in said
     assert re.search(r"TS_2\W+left", said)
     expected = contents(whole / "whole")
     for path in out.iterdir():  # complete, or not there; but for what the same command goes on from

@@ -317,7 +317,7 @@ def test_a_gpu_that_fails_when_it_is_asked_is_lost(
 
     ask()
     monkeypatch.setattr(torch.cuda, asked, fail)
-    with pytest.raises(LostDeviceError, match=r"found CUDA error: unknown error\. Look at"):
+    with pytest.raises(LostDeviceError, match=r"found CUDA error: unknown error\. Check the GPU"):
         ask()
 
 

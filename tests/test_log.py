@@ -82,7 +82,7 @@ def test_a_run_that_is_killed_leaves_its_log(folder: Path) -> None:
     (log,) = logs(folder / "out")
     text = log.read_text()
     assert text.endswith("\n") and all(map(ENTRY.match, text.splitlines()))
-    assert "versions: python" in text and "INFO TS_2: begins" in text and "TS_2: done" not in text
+    assert "versions: python" in text and "INFO TS_2: started" in text and "TS_2: done" not in text
 
 
 def _shows_warnings() -> str:

@@ -440,7 +440,7 @@ def test_a_run_that_stands_still_is_taken_over_and_leaves_the_tomogram_when_it_w
     finally:
         os.killpg(first.pid, signal.SIGCONT)
     said, _ = first.communicate(timeout=120)
-    assert first.returncode == 0 and "left to another run" in said and "Traceback" not in said, said
+    assert first.returncode == 0 and "another run took it over" in said and "Traceback" not in said, said
     assert (folder / "out" / f"{STEM}_preds.h5").stat() == written
     assert read_outcomes(folder / "out")[STEM]["status"] == "done" and not claim_path(folder / "out", STEM).exists()
     assert not list((folder / "out").glob("*.zarr"))

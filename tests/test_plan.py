@@ -130,7 +130,7 @@ FAULTS: dict[str, tuple[dict[str, Any], Callable[[Path], object], str]] = {
     "prediction folder below a file": ({"prediction_folder": "model.ckpt/out"}, lambda f: None,
         "key prediction_folder: must be a folder"),
     "prediction folder below a lost disk": ({"prediction_folder": "gone/out"},
-        lambda f: (f / "gone").symlink_to(f / "disk"), r"gone is a link that leads nowhere\).*mount the disk"),
+        lambda f: (f / "gone").symlink_to(f / "disk"), r"gone is a broken link\).*mount the disk"),
     "work folder is a file": ({"work_folder": "model.ckpt"}, lambda f: None, "key work_folder: must be a folder"),
     "missing test file": ({"test_files": ["TS_9.mrc"]}, lambda f: None,
         r"key test_files: the tomogram must be a file in data_folder.*found TS_9.mrc"),
@@ -168,7 +168,7 @@ def test_a_folder_without_masks_is_told_once(folder: Path) -> None:
         shutil.copy(folder / "data" / "TS_1.mrc", folder / "data" / f"TS_1{number}.mrc")
     (problem,) = problems(configure(folder, mask_folder=str(folder / "empty")))
     assert re.search(
-        r"/empty: must hold a lamella mask of each tomogram; found none of \d, such as TS_.*Run the lamella", problem
+        r"/empty: must hold a lamella mask for each tomogram; found none of \d, such as TS_.*Run the lamella", problem
     )
 
 
@@ -199,7 +199,7 @@ def test_lamella_of_an_image_is_refused(folder: Path) -> None:
     checkpoints.write(folder / "model.ckpt", images)
     network = {"parameters__network__spatial_dims": 2, "parameters__network__postprocessing": True}
     (problem,) = problems(configure(folder, **network))
-    assert "postprocessing: lamella post-processing needs a model of 3-D tomograms" in problem
+    assert "postprocessing: lamella post-processing needs a model for 3-D tomograms" in problem
 
 
 def test_what_cannot_be_looked_into_is_named(folder: Path) -> None:
@@ -405,7 +405,7 @@ def test_what_is_of_one_tomogram_stands_in_its_way_alone(folder: Path) -> None:
 def test_another_patch_than_the_model_was_trained_with_is_said(folder: Path) -> None:
     given = plan_run(configure(folder, parameters__data__patch_size=[32, 32, 32]))
     (warning,) = [w for w in given.warnings(1, None) if "trained with" in w]
-    assert warning.startswith("patch_size is [32, 32, 32], the model was trained with 16: ")
+    assert warning.startswith("patch_size is [32, 32, 32], but the model was trained with 16: ")
     for same in (None, [16, 16, 16]):
         assert not any(
             "trained with" in w

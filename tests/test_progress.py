@@ -40,7 +40,7 @@ def lines_of(total: int, interval: float, **options: Any) -> list[str]:
 def test_a_log_has_plain_lines_and_at_most_three_for_a_tomogram() -> None:
     lines = lines_of(2, 0, voxels={"TS_1": {"lamella": 8.0}, "TS_2": {"lamella": 8.0}})
     assert all(re.match(r"\d\d:\d\d:\d\d TS_[12]: ", line) for line in lines)
-    assert re.fullmatch(r".* TS_1: begins \(1 of 2\)", lines[0])
+    assert re.fullmatch(r".* TS_1: started \(1 of 2\)", lines[0])
     assert sum("done in 3 s [not markup]" in line for line in lines) == 2
     assert re.search(r"\(1 of 2 done, \d+ tomograms/h, 0:00:00 left\)$", lines[1])
     assert re.search(r"\(2 of 2 done, \d+ tomograms/h\)$", lines[-1]) and len(lines) <= 6

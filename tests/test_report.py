@@ -234,7 +234,7 @@ def test_names_that_are_too_long_for_the_disk_spoil_no_page(tmp_path: Path) -> N
 def test_warnings_about_a_whole_run_stand_on_this_page_and_later_ones(tmp_path: Path) -> None:
     configuration = configure(tmp_path)
     write(tmp_path, "run", make_labels(0))
-    sentence = "patch_size is [<b>32</b>], the model was trained with 16"
+    sentence = "patch_size is [<b>32</b>], but the model was trained with 16"
     assert sentence in Page(write_report(configuration, warnings=[sentence])).text
     assert sentence in Page(write_report(configuration)).text
     assert sentence not in Page(write_report(configuration, warnings=[])).text

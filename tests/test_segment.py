@@ -302,7 +302,7 @@ def test_no_lamella_keeps_the_thresholded_labels_and_warns(folder: Path) -> None
     thresholded = labels(folder)
     outcomes = segment(configure(folder, {"threshold": 0.999, "postprocessing": True}), overwrite_all=True)
     assert any("no lamella found" in warning for warning in outcomes["TS_1"].warnings)
-    assert any("The labels are the network's own" in warning for warning in outcomes["TS_1"].warnings)
+    assert any("The labels are those of the network" in warning for warning in outcomes["TS_1"].warnings)
     np.testing.assert_array_equal(labels(folder), thresholded)
 
 
@@ -418,7 +418,7 @@ class Waiting(Listener):
 
     def inform(self, message: str) -> None:
         super().inform(message)
-        if "another run works on it" in message:
+        if "another run is working on it" in message:
             self.other.release(self.claim)
 
 
@@ -433,7 +433,7 @@ def test_no_command_touches_a_prediction_that_another_run_works_on(folder: Path,
         outcomes = command(configuration, find_predictions(configuration), reporter)
     assert {outcome.stem: outcome.status for outcome in outcomes} == dict.fromkeys(STEMS, "done")
     begun = [message for message in reporter.messages if message.startswith(("begin", "TS_1: another"))]
-    waits = "TS_1: another run works on it; waiting for it"
+    waits = "TS_1: another run is working on it; waiting"
     assert begun == [waits, *(f"begin {stem}" for stem in (*STEMS[1:], "TS_1"))] and not claim.exists()
 
 

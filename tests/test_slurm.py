@@ -200,7 +200,7 @@ def test_what_slurm_or_the_environment_lacks_is_said(folder: Path, fake: FakeSlu
     fake.command("sbatch", "echo 'sbatch: error: invalid partition specified: gpu' >&2; exit 1\n")
     fails(r"sbatch must accept the job; found sbatch: error: invalid partition specified: gpu\. Correct")
     fake.command("sbatch", "echo 'Submitted batch job 4194305'\n")
-    fails(r"the jobs must start a worker; found none within 0 min\. See squeue --me")
+    fails(r"the jobs must start a worker; found none within 0 min\. 'squeue --me'")
     fails("a scheduler must be able to start on this node.*nothing0", interface="nothing0")
     arguments = ("semantic-predict", "--config-file", "config.yaml", "--slurm", fake.describe())
     assert "to request from Slurm" in call(*arguments, folder=folder, status=2)

@@ -672,7 +672,7 @@ def test_chunks_that_are_missing_are_counted(tmp_path: Path, version: Any) -> No
     )
     for name, lost in (("c", lambda i: i[0] > 0), ("d", lambda i: True)):
         header = read_header(stored_part(tmp_path / f"{name}.zarr", lost, **options))
-        with pytest.raises(TomogramError, match=r"more than 50% .* of 64 chunks .* are missing.*Copy it again"):
+        with pytest.raises(TomogramError, match=r"at most 50% .* of 64 chunks .* are missing.*Copy it again"):
             header.require_complete()
 
 

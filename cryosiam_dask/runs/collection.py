@@ -1,11 +1,11 @@
-"""Run many tomograms: in which order, how many at a time, and what happens after failures and beside other runs.
+"""Run many tomograms: in order, some at the same time, and with failures and other runs taken into account.
 
 Tomograms start in order, and each finishes as early as possible: pending tasks of the tomogram that started first run
-first. The next tomogram starts early enough that no device waits for it to be read, and late enough that few are in
-progress at a time. Tasks that do not need the devices run beside those that do.
+first. The next tomogram starts early enough that no device waits for it to be read, and late enough that few tomograms
+are in progress. Tasks that do not need the devices run at the same time as those that do.
 
-A tomogram that fails is recorded and the others go on, unless the same error would fail all of them. Several runs on
-the same folders share the tomograms (`cryosiam_dask.files.claims.Claims`).
+If a tomogram fails, that is recorded and the run continues, unless all others would fail with the same error. Several
+runs on the same folders share the tomograms (`cryosiam_dask.files.claims.Claims`).
 """
 
 from __future__ import annotations
@@ -46,13 +46,14 @@ from cryosiam_dask.runs.tomogram import segment_tomogram
 from cryosiam_dask.runs.workspace import forget_failure, has_work_stores, work_stores
 from cryosiam_dask.runs.written import complete
 
-#: Errors that concern a single tomogram, however many tomograms have them.
+#: Errors that concern single tomograms, even if many tomograms have them.
 _TOMOGRAM_ERRORS = {"TomogramError", "MaskError"}
-#: Errors that concern every tomogram: a single one stops the run if nothing has succeeded yet.
+#: Errors that concern all tomograms: a single one stops the run if nothing has succeeded yet.
 _RUN_ERRORS = {"CheckpointError", "ClusterError", "DeviceError", "LostDeviceError", "DiskError"}
-#: This many consecutive failures of one kind stop the run, whatever they are.
+#: Number of consecutive failures of the same kind, of any other error, that stop the run.
 _SAME_FAILURES = 3
-#: Failed attempts to claim a tomogram on a disk that does not answer, before it starts without and reports the error.
+#: Failed attempts to claim a tomogram on a disk that does not respond; after them it starts without a claim and reports
+#: the disk's error.
 _CLAIM_ATTEMPTS = 15
 #: Seconds between two attempts to claim tomograms that other runs hold.
 _CLAIM_PAUSE = 2.0
@@ -67,7 +68,7 @@ def run(
     timeline: bool = False,
     stop: threading.Event | None = None,
 ) -> list[Outcome]:
-    """Segment the tomograms of a plan, or of several for the same tomograms.
+    """Segment the tomograms of a plan, or of several plans for the same tomograms.
 
     Parameters
     ----------
@@ -78,7 +79,7 @@ def run(
     device
         The device that the workers run the networks on.
     executor
-        Runs the tasks of every stage; by default this process.
+        Runs the tasks of every stage; by default in this process.
     timeline
         Whether to draw ``<stem>_timeline.png``, which shows when each worker read, computed and wrote each block.
     stop
@@ -87,12 +88,12 @@ def run(
     Returns
     -------
     list of Outcome
-        One for each tomogram and plan, including those that were done before. Failures are outcomes, not exceptions.
+        One for each tomogram and plan, including those that were already done. Failures are outcomes, not exceptions.
 
     Raises
     ------
     LostClusterError
-        If the workers are gone; the same command resumes.
+        If the workers are lost; the same command resumes.
     """
     plans = [plans] if isinstance(plans, RunPlan) else list(plans)
     for plan in plans:
@@ -106,7 +107,7 @@ def run(
         for plan in plans:
             _tidy(plan, claims)
         for path in (claim_path(plan.configuration.prediction_folder, j.stem) for plan in plans for j in plan.skipped):
-            with suppress(OSError):  # claims left by a run that was killed just after the tomogram was done
+            with suppress(OSError):  # a claim left by a run that was killed just after the tomogram was done
                 if path.exists() and claims.take(path):
                     claims.release(path)
         collection = _Collection(plans, reporter, device, executor, timeline, stop or threading.Event(), claims)
@@ -146,7 +147,7 @@ def forget_failures(plans: Sequence[RunPlan]) -> None:
 
 
 def remove_denoised(plans: Sequence[RunPlan]) -> None:
-    """Remove denoised tomograms that all models of a pipeline are done with, unless they are to be kept."""
+    """Remove denoised tomograms once all models of a pipeline are done with them, unless they are to be kept."""
     if not plans[0].removes_denoised:
         return
     left = {job.stem for plan in plans for job in (*plan.jobs, *plan.incomplete)}
@@ -163,7 +164,7 @@ def _remove_denoised(plans: Sequence[RunPlan], stem: str, claims: Claims) -> Non
         return
     folder = first.configuration.prediction_folder
     claim = claim_path(folder, stem)
-    with suppress(OutputError, OSError):  # it stays until the next run
+    with suppress(OutputError, OSError):  # the next run removes it
         if (made := read_fingerprint(path)) is not None and claims.take(claim):
             try:
                 ledger, size = Ledger(folder, stem), read_header(path).voxel_size_angstrom
@@ -182,7 +183,7 @@ def make_folders(plan: RunPlan) -> None:
     Raises
     ------
     OutputError, StorageError
-        If one cannot be created.
+        If a folder cannot be created.
     """
     for key in ("prediction_folder", "work_folder"):
         folder: Path | None = getattr(plan.configuration, key)
@@ -194,12 +195,12 @@ def make_folders(plan: RunPlan) -> None:
                 "must be a folder that can be created",
                 place=f"key {key}",
                 value=f"{folder}: {error.strerror}",
-                remedy=f"Set {key} to another folder or change the permissions",
+                remedy=f"Set {key} to another folder, or change the permissions",
             ) from None
 
 
 def remove_left_overs(plan: RunPlan) -> None:
-    """Remove what tasks wrote after their tomogram had failed; call it when the workers are gone."""
+    """Remove what tasks wrote after their tomogram had failed; call it after the workers have ended."""
     _sweep_parts(plan, own=True)
     with open_claims() as claims:
         for job in () if plan.configuration.keep_work else (*plan.jobs, *plan.incomplete):
@@ -215,7 +216,7 @@ def _sweep_parts(plan: RunPlan, own: bool = False) -> None:
 
 
 def _tidy(plan: RunPlan, claims: Claims) -> None:
-    """Remove work stores that a killed run left of tomograms that are done."""
+    """Remove work stores of finished tomograms that a killed run left behind."""
     with suppress(OSError):
         if plan.configuration.keep_work or not has_work_stores(plan.configuration):
             return
@@ -238,7 +239,7 @@ def _remove_work(plan: RunPlan, job: Job, claims: Claims, only: Callable[[Ledger
 
 @dataclass(eq=False, slots=True)
 class _Work:
-    """A tomogram that is in progress or pending; if it is `predicted`, only files made from the labels are missing."""
+    """A pending or running tomogram; if `predicted`, only files made from its labels are missing."""
 
     order: int
     stem: str
@@ -248,7 +249,7 @@ class _Work:
     thread: threading.Thread | None = None
     preparing: bool = True
     taken_over: bool = False
-    claim_failures: int = 0  # attempts to claim it on which the disk did not answer
+    claim_failures: int = 0  # attempts to claim it at which the disk did not respond
     outcomes: list[Outcome] = field(default_factory=list)
 
 
@@ -283,15 +284,15 @@ class _Collection:
             work.order = order
         self.elsewhere: deque[_Work] = deque()
         self.active: list[_Work] = []
-        self.others: dict[str, tuple[bool, int]] = {}  # of tomograms with another work to do: failed, voxels
+        self.unfinished: dict[str, tuple[bool, int]] = {}  # (failed, voxels) of tomograms with another `_Work` left
         self.ended: queue.SimpleQueue[_Work] = queue.SimpleQueue()
-        self.blocks = 1  # of the latest tomogram
+        self.blocks = 1  # number of blocks of the latest tomogram
         self.over = False
         self.lost: LostClusterError | None = None
         self.failures: list[str] = []
         self.noted = set[str]()
-        self.succeeded = False  # a block has been predicted
-        self.written = False  # an output has
+        self.succeeded = False  # whether a block has been predicted
+        self.written = False  # whether an output has been written
 
     def work(self) -> list[Outcome]:
         """Run all tomograms."""
@@ -302,7 +303,7 @@ class _Collection:
                 if self.stop.is_set() and not self.over:
                     self.over = True
                     self.executor.drain()
-                    self.reporter.inform("stopping: tasks in flight are finished, so that the run can be resumed")
+                    self.reporter.inform("stopping after the tasks in flight; repeat the command to resume")
                 if self.over and not self.active:
                     break
                 if not self.waiting and self.elsewhere and time.monotonic() - looked > _CLAIM_PAUSE:
@@ -339,7 +340,7 @@ class _Collection:
             except OSError as error:
                 work.claim_failures += 1
                 if not is_transient(error) or work.claim_failures > _CLAIM_ATTEMPTS:
-                    break  # the tomogram starts without a claim, and reports the disk's error
+                    break  # the tomogram starts without a claim and reports the disk's error
                 claimed_now = False
             if not claimed_now:
                 for other in taken:
@@ -367,14 +368,14 @@ class _Collection:
 
         began = time.time()
         shared = self.executor.share(work.stem, work.order, progress)
-        # Claims that the disk did not take are not checked.
+        # Claims that could not be written to the disk are not checked.
         claims = tuple(filter(self.claims.keeps, work.claims))
 
         def guard() -> None:
             if not all(map(self.claims.holds, claims)):
                 raise TakenOver
 
-        # While other tomograms are left, one need not have enough blocks for all workers.
+        # While other tomograms are left, one tomogram need not have enough blocks for all workers.
         executor = GuardedExecutor(shared, guard, lambda: len(self.waiting) + len(self.active))
         try:
             if work.predicted:
@@ -395,15 +396,15 @@ class _Collection:
         except TakenOver:
             work.taken_over = True
         except Interrupted:
-            pass  # models without an outcome are left
-        except BaseException as error:  # including errors of the error handling
+            pass  # models without an outcome get the status "left"
+        except BaseException as error:  # including errors in the error handling
             plan, job = work.jobs[min(len(work.outcomes), len(work.jobs) - 1)]
             work.outcomes = [*work.outcomes[: len(work.jobs) - 1], failed(plan, job, began, error)]
         finally:
             self.ended.put(work)
 
     def _inform(self, stem: str, message: str) -> None:
-        """Inform the user; of notes that differ only in numbers, only the first is shown."""
+        """Inform the user; of several notes that differ only in numbers, only the first one is shown."""
         note = re.sub(r"\d+", "0", message)
         if not message.startswith(NOTE) or note not in self.noted:
             self.noted.add(note)
@@ -415,10 +416,10 @@ class _Collection:
         for path in work.claims:
             self.claims.release(path)
         if work.taken_over:
-            self.reporter.inform(f"{work.stem}: left to another run, which took it over while this one was suspended")
+            self.reporter.inform(f"{work.stem}: another run took it over while this one was suspended")
             self.elsewhere.append(work)
             return
-        failed, voxels = self.others.pop(work.stem, (False, 0))
+        failed, voxels = self.unfinished.pop(work.stem, (False, 0))
         parts, left = list[str](), len(work.outcomes) < len(work.jobs)
         for outcome, (_, job) in zip(work.outcomes, work.jobs, strict=False):
             stage = f"{outcome.stage}: " if outcome.stage else ""
@@ -437,7 +438,7 @@ class _Collection:
             parts.append("stopped, can be resumed")
         message = "; ".join(parts)
         if any(other.stem == work.stem for other in (*self.waiting, *self.active, *self.elsewhere)):
-            self.others[work.stem] = failed, voxels  # another model is still to run on it
+            self.unfinished[work.stem] = failed, voxels  # another model is still to run on it
             self.reporter.inform(f"{work.stem}: {message}")
         elif left:
             self.reporter.end(work.stem, message, left=True)
@@ -447,18 +448,18 @@ class _Collection:
             self.reporter.end(work.stem, message, failed=failed, voxels=voxels)
 
     def _stop_if_hopeless(self, outcome: Outcome) -> None:
-        """Stop the run if the error of a failed tomogram would fail all others too."""
+        """Stop the run if all other tomograms would fail with the error of a failed one."""
         if outcome.kind in _TOMOGRAM_ERRORS or self.over:
             return
         self.failures = [kind for kind in self.failures if kind == outcome.kind] + [outcome.kind]
-        proven = self.written if outcome.kind == "DiskError" else self.succeeded
-        at_once = not proven and outcome.kind in _RUN_ERRORS
-        if (at_once or len(self.failures) >= _SAME_FAILURES) and (self.waiting or self.active):
+        has_worked = self.written if outcome.kind == "DiskError" else self.succeeded
+        concerns_all = not has_worked and outcome.kind in _RUN_ERRORS
+        if (concerns_all or len(self.failures) >= _SAME_FAILURES) and (self.waiting or self.active):
             self.over = True
             self.executor.drain()
             self.reporter.inform(
-                "stopping: the error of the first tomogram would fail all others too"
-                if at_once
+                "stopping: all other tomograms would fail with the error of the first one"
+                if concerns_all
                 else f"stopping: {_SAME_FAILURES} tomograms in a row failed with the same kind of error"
             )
 

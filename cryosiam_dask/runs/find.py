@@ -28,19 +28,19 @@ from cryosiam_dask.files.folders import left_out, unusable, visible
 
 
 def require_paths(configurations: Mapping[str, Configuration], filename: str | None = None) -> None:
-    """Refuse wrong paths before anything is imported that takes longer than checking them.
+    """Check the paths of configurations before slow imports.
 
     Parameters
     ----------
     configurations
-        Of each model, in their order; see `cryosiam_dask.config.read_models`.
+        Configuration of each model, in order; see `cryosiam_dask.config.read_models`.
     filename
-        See `plan_run`, which finds the same problems and more.
+        See `cryosiam_dask.runs.plan.plan_run`, which finds the same problems and more.
 
     Raises
     ------
     Problems
-        All problems at once.
+        If paths are wrong, with all problems together.
     """
     from cryosiam_dask.model.checkpoint import open_checkpoint
 
@@ -48,14 +48,14 @@ def require_paths(configurations: Mapping[str, Configuration], filename: str | N
     for number, configuration in enumerate(configurations.values()):
         try:
             sources = all_tomograms(configuration, filename, problems)
-            if number == 0:  # later models use the masks that the first makes
+            if number == 0:  # later models use the masks that the first one makes
                 find_masks(configuration, sources, (), problems)
             check_prediction_folder(configuration, problems)
             if isinstance(configuration.trained_model, Path):
                 open_checkpoint(configuration.trained_model).close()
         except CheckpointError as error:
             problems.append(error)
-        except OSError:  # may be transient: `plan_run` tries again
+        except OSError:  # perhaps transient: `plan_run` tries again
             pass
     if problems:
         raise Problems(
@@ -63,12 +63,12 @@ def require_paths(configurations: Mapping[str, Configuration], filename: str | N
         )  # each once: models share their tomograms
 
 
-#: Bytes by which names of outputs and temporary files are longer than that of their tomogram.
+#: Bytes by which the names of outputs and temporary files are longer than the name of their tomogram.
 _LONGER = 60
 
 
 def refused_names(configuration: Configuration, sources: Sequence[Path]) -> dict[Path, TomogramError]:
-    """Find tomograms whose names cannot be used for outputs, with the reason.
+    """Find the tomograms whose names cannot be used for outputs, and return them with the error.
 
     Names are text in every table, list and report; a file system limits their length, and may ignore their case.
     """
@@ -84,13 +84,13 @@ def refused_names(configuration: Configuration, sources: Sequence[Path]) -> dict
         stem, rule = source.name.removesuffix(configuration.file_extension), ""
         same = taken.setdefault(unicodedata.normalize("NFC", stem).casefold(), source) if ignores_case else source
         if shown(stem) != stem:
-            rule = "its name must be UTF-8 text without tabs or other control characters: lists and tables contain it"
+            rule = "its name must be UTF-8 text without control characters, because lists and tables contain it"
         elif len(os.fsencode(stem)) > longest:
             rule = (
-                f"its name must have at most {longest} bytes without its extension, since names of outputs are longer"
+                f"its name must have at most {longest} bytes without its extension, because names of outputs are longer"
             )
         elif same != source:
-            rule = f"its outputs must not be those of {same.name}: {folder} ignores upper and lower case"
+            rule = f"its outputs must not be those of {same.name}, but {folder} ignores upper and lower case"
         if rule:
             found[source] = TomogramError(rule, place=shown(str(source)), remedy="Rename it, or make a link to it")
     return found
@@ -108,7 +108,7 @@ def _upwards(folder: Path) -> tuple[Path, ...]:
 
 
 def _ignores_case(folder: Path) -> bool:
-    """Whether a file system ignores case, found out without writing."""
+    """Whether a file system ignores upper and lower case; tested without writing."""
     for each in _upwards(folder):
         if each.name.swapcase() != each.name:
             other = each.with_name(each.name.swapcase())
@@ -147,7 +147,7 @@ def all_tomograms(configuration: Configuration, filename: str | None, problems: 
 
 
 def name_in_data_folder(configuration: Configuration, name: str, place: str) -> str:
-    """Return the name in `data_folder` of a tomogram, given relative to that or to the current folder.
+    """Return the name of a tomogram in `data_folder`, given a path relative to that or to the current folder.
 
     Raises
     ------
@@ -178,7 +178,7 @@ def find_predictions(configuration: Configuration, filename: str | None = None, 
     filename
         Name of a single tomogram; takes precedence over ``test_files``.
     sizes
-        Whether ``postprocessing_sizes`` are needed.
+        Whether the key ``postprocessing_sizes`` is required.
 
     Raises
     ------
@@ -223,10 +223,10 @@ def _find_predictions(configuration: Configuration, filename: str | None, sizes:
 
 
 def _stem(configuration: Configuration, name: str, place: str) -> str:
-    """Return the stem of a tomogram, named as in `data_folder` or, in a pipeline, as the raw one that it is made of."""
+    """Return the stem of a tomogram, given the name of its file in `data_folder` or, in a pipeline, of the raw file."""
     known = [each for each in (configuration, configuration.denoiser) if each and name.endswith(each.file_extension)]
     for each in known[:-1]:
-        with suppress(ConfigurationError):  # it may be a path to the other one
+        with suppress(ConfigurationError):  # it may be a path to the raw file
             return Path(name_in_data_folder(each, name, place)).name.removesuffix(each.file_extension)
     last = known[-1] if known else configuration
     return Path(name_in_data_folder(last, name, place)).name.removesuffix(last.file_extension)
@@ -243,13 +243,13 @@ def unreadable_folder(key: str, folder: Path, error: OSError) -> ConfigurationEr
 
 
 def denoised_file(denoiser: Configuration, source: Path) -> Path:
-    """The MRC file that a denoiser makes of a tomogram: of the same name, where that is a name of MRC files."""
+    """Return the MRC file that a denoiser makes from a tomogram, which has the same name if that suits an MRC file."""
     stem, ending = source.name.removesuffix(denoiser.file_extension), denoised_ending(denoiser.file_extension)
     return denoiser.prediction_folder / f"{stem}{ending}"
 
 
 def made_of(configuration: Configuration, filename: str | None = None) -> dict[Path, Path]:
-    """The tomograms that a pipeline's denoiser makes for a model, each with that which it is made of."""
+    """Return the tomograms that a pipeline's denoiser makes for a model, each with its raw tomogram."""
     denoiser = configuration.denoiser
     sources = [] if denoiser is None else find_tomograms(denoiser, filename)
     return {denoised_file(denoiser, source): source for source in sources if denoiser is not None}
@@ -305,7 +305,7 @@ def _tomograms(configuration: Configuration, filename: str | None, problems: lis
 
 
 def left_out_tomograms(configuration: Configuration) -> list[str]:
-    """Describe files in `data_folder` that look like tomograms and are not used, in a sentence if there are any."""
+    """Describe the files in `data_folder` that look like tomograms but are not used, in one sentence or none."""
     folder = configuration.data_folder
     with suppress(OSError):
         if configuration.test_files is None and folder.is_dir():
@@ -319,9 +319,9 @@ def _is_tomogram(path: Path) -> bool:
 
 
 def _why_no_tomogram(path: Path) -> str:
-    """Say why a path cannot be a tomogram; empty for files and zarr folders.
+    """Return why a path cannot be a tomogram; empty for files and zarr folders.
 
-    A zarr folder without metadata fails later, with its name.
+    A zarr folder without metadata fails later, with an error that names it.
     """
     why = unusable(path)
     try:
@@ -335,7 +335,7 @@ def _why_no_tomogram(path: Path) -> str:
 
 
 def _is_output(path: Path) -> bool:
-    """Whether this is an output of a run; outputs may lie in the same folder as the tomograms."""
+    """Whether a path is an output of a run; outputs may be in the same folder as the tomograms."""
     if path.name.endswith(("_preds.h5", "_components.h5", ".work.zarr")):
         return True
     from cryosiam_dask.stages.export import read_mrc_fingerprint
@@ -364,7 +364,7 @@ def find_masks(
         for source, mask in zip(sources, masks, strict=True)
         if not mask.is_file() and mask.name.removesuffix("_preds.h5") not in pending
     ]
-    if len(missing) == len(sources):  # otherwise those of others fail alone
+    if len(missing) == len(sources):  # otherwise only the tomograms without a mask fail
         problems += missing if len(missing) <= _FEW else [_without_masks(folder, masks[0], len(missing))]
     return list(masks)
 
@@ -374,7 +374,7 @@ _FEW = 3  # missing masks that are reported one by one
 
 def _without_masks(folder: Path, first: Path, count: int) -> MaskError:
     return MaskError(
-        "must hold a lamella mask of each tomogram",
+        "must hold a lamella mask for each tomogram",
         place=f"key mask_folder, {folder}",
         value=f"none of {count}, such as {first.name}",
         remedy="Run the lamella prediction first, or correct mask_folder",
@@ -401,7 +401,7 @@ def not_readable(source: Path, mask: Path | None, error: OSError) -> CryosiamDas
 
 
 def not_found(key: str, path: Path) -> ConfigurationError:
-    rule = f"must be a folder, and {path} is not" if path.exists() else not_there(path)
+    rule = f"must be a folder, but {path} is not" if path.exists() else not_there(path)
     remedy = f"Run the lamella prediction first, or correct {key}" if key == "mask_folder" else f"Correct {key}"
     return ConfigurationError(rule, place=f"key {key}", remedy=remedy)
 
@@ -413,7 +413,7 @@ def check_prediction_folder(configuration: Configuration, problems: list[Cryosia
             continue
         existing = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            what = "read-only" if existing.is_dir() else "a file" if existing.exists() else "a link that leads nowhere"
+            what = "read-only" if existing.is_dir() else "a file" if existing.exists() else "a broken link"
             rule, value = "must be a folder that can be written or created", f"{path} ({existing} is {what})"
             remedy = f"Set {key} to another folder, change its permissions, or mount the disk"
             problems.append(OutputError(rule, place=f"key {key}", value=value, remedy=remedy))

@@ -1,4 +1,4 @@
-"""Fingerprints: whether an output was made from the same input with the same settings."""
+"""Fingerprints show whether an output was made from the same input with the same settings."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from cryosiam_dask.errors import OutputError, TomogramError, is_transient
 from cryosiam_dask.model.classes import named
 from cryosiam_dask.runs.ledger import read_entries
 
-# Imported where it is used, since it takes seconds: a wrong path is reported at once.
+# Imported where it is used, because it takes seconds and wrong paths should be reported immediately.
 if TYPE_CHECKING:
     from cryosiam_dask.model.checkpoint import Checkpoint
 
 
-#: Increased whenever a change of the code changes results, so that earlier outputs do not count as done.
+#: Increase this whenever a change of the code changes results, so that earlier outputs do not count as done.
 NUMBERS_VERSION = 2
 
 
 def settings_of(
     configuration: Configuration, checkpoint: Checkpoint, patch: tuple[int, ...], threshold: float
 ) -> dict[str, Any]:
-    """Return everything that the numbers of an output depend on, except its input."""
+    """Return everything that an output depends on, except its input."""
     network, data = configuration.parameters.network, configuration.parameters.data
     common = {
         "numbers_version": NUMBERS_VERSION,
@@ -36,7 +36,7 @@ def settings_of(
         "halo": data.halo,
         "precision": configuration.hyper_parameters.precision,
         "scaling": [data.min, data.max, data.mean, data.std],
-        # Only if set, so that earlier outputs stay valid.
+        # Only if set, so that earlier outputs remain valid.
         **{name: value for name, value in configuration.reading.items() if value or value is False},
     }
     if configuration.denoises:
@@ -54,7 +54,7 @@ def settings_of(
 
 
 def removal_sizes(configuration: Configuration) -> list[int]:
-    """Return ``postprocessing_sizes`` without trailing entries that have no effect; empty if none has any."""
+    """Return ``postprocessing_sizes`` without trailing entries that have no effect."""
     sizes = list(configuration.parameters.network.postprocessing_sizes or ())
     while sizes and sizes[-1] == -1:
         sizes.pop()
@@ -62,12 +62,12 @@ def removal_sizes(configuration: Configuration) -> list[int]:
 
 
 def known_identity(configuration: Configuration, source: Path, stem: str) -> list[Any]:
-    """Return the identity of a tomogram's file: the recorded one, if only its times have changed since.
+    """Return the identity of a tomogram's file: the recorded one if only the file's times have changed since then.
 
     Parameters
     ----------
     configuration
-        Whose ``prediction_folder`` holds the record.
+        The configuration whose ``prediction_folder`` holds the record.
     source, stem
         The tomogram and its name.
     """
@@ -94,7 +94,7 @@ def known_identity(configuration: Configuration, source: Path, stem: str) -> lis
 
 
 def removal_of(denoiser: Configuration | None, stem: str) -> dict[str, Any] | None:
-    """Return what is known of a denoised tomogram that was removed; ``None`` if it was not, or is to be kept.
+    """Return what is known of a denoised tomogram that was removed; ``None`` if it was not removed or is to be kept.
 
     Returns
     -------
@@ -108,7 +108,7 @@ def removal_of(denoiser: Configuration | None, stem: str) -> dict[str, Any] | No
 
 
 def _made_here(source: Path) -> str | None:
-    """The fingerprint of a tomogram that was denoised here: the same whenever it is made from the same."""
+    """Return the fingerprint of a tomogram that this program denoised, which a repeated run gives it again."""
     from cryosiam_dask.core.endings import MRC_ENDINGS
     from cryosiam_dask.stages.export import read_mrc_fingerprint
 
@@ -125,10 +125,10 @@ def fingerprint_of(
     if not source.is_dir():
         try:
             decided = read_header(source, **configuration.reading).decided
-        except TomogramError as error:  # the tomogram fails later, without the others
+        except TomogramError as error:  # this tomogram alone will fail later
             if is_transient(error) and isinstance(error.__cause__, OSError):
                 raise error.__cause__ from None
-    # Only if there is something, so that earlier outputs stay valid.
+    # Only if set, so that earlier outputs remain valid.
     settings = {**settings, **({"decided": decided} if decided else {})}
     return hashlib.sha256(json.dumps([files, settings], sort_keys=True).encode()).hexdigest()
 
@@ -142,7 +142,7 @@ def made_otherwise(output: Path) -> OutputError:
             remedy="Change its permissions, or set another prediction_folder",
         )
     return OutputError(
-        "this output was made from another input, checkpoint or other settings",
+        "this output was made from another input or checkpoint, or with other settings",
         place=output,
         remedy="Replace it with --overwrite, or set another prediction_folder",
     )
@@ -157,7 +157,7 @@ def identity_of(path: Path) -> tuple[int, ...] | None:
 
 
 def _mask_identity(path: Path) -> list[Any]:
-    """Identify a mask by its content, which is small and the same whenever it is made."""
+    """Identify a mask by its content, which is small, and the same if the mask is made again."""
     with path.open("rb") as file:
         return [path.name, hashlib.file_digest(file, "sha256").hexdigest()]
 
@@ -181,11 +181,11 @@ def components_done(path: Path | None, fingerprint: str, names: Sequence[str]) -
     Parameters
     ----------
     path
-        Their HDF5 file, or ``None``.
+        HDF5 file of the components; ``None`` if they are not wanted.
     fingerprint
-        Of the output.
+        Fingerprint of the output.
     names
-        Of the labels from 1 on.
+        Names of the labels from 1 on.
     """
     from cryosiam_dask.files.hdf5 import read_attributes
 

@@ -1,16 +1,16 @@
-"""The ledger of a tomogram: a record of finished work, from which a run that was killed resumes.
+"""The ledger of a tomogram: a record of finished work, from which the next run resumes after a killed one.
 
-The folder ``.ledger`` of a prediction folder holds a file for each tomogram. Lines are only appended, each a checksum
-and a JSON object::
+The folder ``.ledger`` of a prediction folder holds a file for each tomogram. Lines are only appended; each consists of
+a checksum and a JSON object::
 
     7b1f02c4 {"what": "ledger", "version": 1}
     90c1d3aa {"what": "blocks", "key": "5d41…", "block_size": 320, "token": "a1b2…"}
     1c22b07e {"what": "block", "index": [0, 0, 1]}
 
-A line is written after its result is on the disk. A truncated last line is ignored; after any other damage, or in a
-ledger of another version, the recorded work is done again.
+A line is written after its result is on disk. A truncated last line is ignored; if a ledger is otherwise damaged or of
+another version, the recorded work is done again.
 
-While a run works on the tomogram, its claim lies beside the ledger (`cryosiam_dask.files.claims`).
+While a run works on the tomogram, its claim is beside the ledger (`cryosiam_dask.files.claims`).
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ VERSION = 1
 
 
 class Ledger:
-    """The ledger of one tomogram; see the module.
+    """The ledger of one tomogram.
 
     Parameters
     ----------
     prediction_folder
-        Where the outputs go.
+        Folder of the outputs.
     stem
-        The tomogram's name.
+        Name of the tomogram.
 
     Attributes
     ----------
@@ -74,19 +74,19 @@ class Ledger:
         return [entry for entry in self.entries[first:] if entry["what"] == what]
 
     def append(self, what: str, **values: Any) -> None:
-        """Record a result that is on the disk."""
+        """Record a result that is on disk."""
         entry = {"what": what, **values}
         with self._lock, self.path.open("ab") as file:
             file.write(_line(entry))
             self.entries.append(entry)
-            # Entries lost in a crash are only done again, so not every block waits for the disk.
+            # Work whose entry is lost in a crash is only done again, so not every block waits for the disk.
             if time.monotonic() - self._synced > 1:
                 file.flush()
                 os.fsync(file.fileno())
                 self._synced = time.monotonic()
 
     def close(self, **outcome: Any) -> None:
-        """Replace all entries by the tomogram's outcome; its source and the removal of its denoised file stay."""
+        """Replace all entries by the tomogram's outcome, except its source and the removal of its denoised file."""
         with self._lock:
             kept = filter(None, map(self.last, ("source", "removed")))
             self._replace([*kept, {"what": "outcome", **outcome}])
@@ -106,12 +106,12 @@ class Ledger:
 
 
 def read_entries(prediction_folder: Path, stem: str) -> tuple[list[dict[str, Any]], str]:
-    """Return the entries of a tomogram's ledger, empty if there is none, and what is wrong with it.
+    """Return the entries of a tomogram's ledger (empty if there is none), and what is wrong with it.
 
     Parameters
     ----------
     prediction_folder, stem
-        As of `Ledger`.
+        See `Ledger`.
     """
     entries, fault, _ = _read(prediction_folder / FOLDER / f"{stem}.jsonl")
     return entries, fault
@@ -141,7 +141,7 @@ def _line(entry: Mapping[str, Any]) -> bytes:
 
 
 def _read(path: Path, patient: bool = False) -> tuple[list[dict[str, Any]], str, int]:
-    """Return entries, fault, and bytes of complete lines; if `patient`, raise transient errors."""
+    """Return entries, fault, and number of bytes in complete lines; if `patient`, raise transient errors."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:

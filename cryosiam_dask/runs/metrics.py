@@ -1,4 +1,4 @@
-"""Export a run's counts in Prometheus form at ``/metrics`` of the scheduler's dashboard.
+"""Export a run's counts in the Prometheus format at ``/metrics`` of the scheduler's dashboard.
 
 A `Meter` counts in this process and sends its totals to the scheduler every few seconds. A plugin of the scheduler
 exports them together with Dask's own metrics and the state of each worker's GPU.
@@ -26,12 +26,12 @@ _OUTCOMES = ("done", "failed")
 
 
 class Meter(Reporter):
-    """A reporter that counts.
+    """A reporter that counts tasks, retries, tomograms and voxels.
 
     Parameters
     ----------
     client
-        Of the cluster whose scheduler exports the counts.
+        Client of the cluster whose scheduler exports the counts.
     """
 
     def __init__(self, client: Client) -> None:
@@ -44,7 +44,7 @@ class Meter(Reporter):
         self._voxels = 0
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
-        with suppress(Exception):  # a scheduler of another environment: the run goes on without metrics
+        with suppress(Exception):  # with a scheduler of another environment, the run continues without metrics
             client.register_plugin(Collector())
             self._thread = threading.Thread(target=self._send_often, daemon=True, name="metrics")
             self._thread.start()
@@ -88,7 +88,7 @@ class Meter(Reporter):
             over = self._over.wait(_INTERVAL)
             totals = self._totals()
             if totals != sent:
-                with suppress(Exception):  # the scheduler may be gone, which the run notices itself
+                with suppress(Exception):  # a lost scheduler is noticed elsewhere
                     self._client.log_event(_TOPIC, totals)
                     sent = totals
             if over:
@@ -106,7 +106,7 @@ class Collector(SchedulerPlugin):  # type: ignore[misc]  # untyped
         self._scheduler: Any = None
 
     async def start(self, scheduler: Any) -> None:
-        """Start to export."""
+        """Start exporting."""
         self._scheduler = scheduler
         REGISTRY.register(self)
 
@@ -166,7 +166,7 @@ class Collector(SchedulerPlugin):  # type: ignore[misc]  # untyped
             )
         ]
         for worker in list(self._scheduler.workers.values()):
-            # Of Dask's system monitor. The metrics of the name "gpu" are only there if NVML was loaded before Dask.
+            # From Dask's system monitor. The metrics named "gpu" only exist if NVML was loaded before Dask.
             busy = worker.metrics.get("gpu_utilization")
             used, total = worker.metrics.get("gpu_memory_used"), worker.metrics.get("gpu-memory-total")
             for family, value in zip(families, (used, total, None if busy is None else busy / 100), strict=True):

@@ -27,34 +27,34 @@ class Outcome:
     Attributes
     ----------
     stem
-        Its name.
+        Name of the tomogram.
     status
-        ``"done"``, ``"skipped"``, ``"failed"``, or ``"left"`` if the run stopped before.
+        ``"done"``, ``"skipped"``, ``"failed"``, or ``"left"`` if the run stopped earlier.
     shape
         (z, y, x) in voxels; empty if the file could not be read.
     seconds
-        Wall-clock time spent on it.
+        Duration in seconds.
     voxels
-        Voxels of each label.
+        Number of voxels of each label.
     warnings
-        Warnings.
+        Warnings about the tomogram and its result.
     error
         Why it failed.
     details
-        The traceback of an unexpected error.
+        Traceback of an unexpected error.
     kind
-        The name of the error's class.
+        Name of the error's class.
     stage
-        Of the model, if there are several.
+        Name of the model if there are several, otherwise empty.
     notes
-        What was decided about the file.
+        Decisions about the file.
     class_names
-        Of the labels from 1 on.
+        Names of the labels from 1 on.
     lamella_voxels
-        Voxels inside the lamella mask; ``None`` if there was none.
+        Number of voxels inside the lamella mask; ``None`` if there was none.
     thickness
-        Of a lamella along z: ``mean``, ``lowest`` and ``highest`` over all columns (y, x) that contain it, and their
-        ``unit``, nm or voxels. Empty for other labels.
+        Thickness of a lamella along z: ``mean``, ``lowest`` and ``highest`` over all columns (y, x) that contain it,
+        and their ``unit``, nm or voxels. Empty for other labels.
     components
         Number of components by class name, if they were numbered.
     particles
@@ -81,7 +81,7 @@ class Outcome:
     def found(self, brief: bool = False) -> list[str]:
         """Describe what was found: a line for each class, and one each for thickness, components and particles.
 
-        If `brief`, lines give only the share of each class, of the lamella if there is a mask, and no voxels.
+        If `brief`, the lines give only the share of each class (of the lamella, if there is a mask), without voxels.
         """
         lines = shares(self.voxels, self.class_names, self.shape, self.lamella_voxels, brief=brief)
         if self.thickness:
@@ -93,18 +93,18 @@ class Outcome:
 
 
 def record(
-    plan: RunPlan, outcome: Outcome, began: float, device: str, executor: Executor, *, goes_on: bool = False
+    plan: RunPlan, outcome: Outcome, began: float, device: str, executor: Executor, *, resumable: bool = False
 ) -> Outcome:
-    """Write the outcome of a tomogram to its ledger, with what its pace depends on, if the disk permits.
+    """Write the outcome of a tomogram to its ledger, with what its pace depends on, if the disk allows it.
 
-    It replaces all earlier entries, unless the same command `goes_on` from them.
+    The outcome replaces all earlier entries, unless a repeated command resumes from them (`resumable`).
     """
     values = {name: value for name, value in asdict(outcome).items() if name not in ("stem", "details")}
     values |= {"run": plan.run, "began": began, "ended": time.time()}
     values |= {"model": plan.model, "device": device, "workers": all_workers(executor)}
     with suppress(OSError):
         ledger = Ledger(plan.configuration.prediction_folder, outcome.stem)
-        if goes_on or (outcome.status == "failed" and has_blocks(ledger)):
+        if resumable or (outcome.status == "failed" and has_blocks(ledger)):
             ledger.append("outcome", **values)
         else:
             ledger.close(**values)
@@ -119,7 +119,7 @@ def failed(plan: RunPlan, job: Job, began: float, error: BaseException) -> Outco
 def failure_of(
     stem: str, shape: tuple[int, ...], began: float, error: BaseException, path: Path, stage: str = ""
 ) -> Outcome:
-    """Return the outcome of a tomogram whose work on the output `path` ended with `error`."""
+    """Return the outcome of a tomogram that failed with `error` while the output `path` was made."""
     raised, details = error, ""
     if isinstance(error, OSError):
         refused = not_written(
@@ -128,7 +128,7 @@ def failure_of(
             place=error.filename or path.parent,
             remedy="Free space, change the permissions, or set work_folder or prediction_folder to another disk",
         )
-        if isinstance(refused, DiskError) or error.errno == errno.EFBIG:  # the latter of large files only
+        if isinstance(refused, DiskError) or error.errno == errno.EFBIG:  # too large a file concerns one tomogram
             error = refused
     kind = type(error).__name__
     if isinstance(error, CryosiamDaskError):
@@ -136,7 +136,7 @@ def failure_of(
     else:
         message = f"{path}: unexpected {type(error).__name__}: {error}"
         details = "".join(traceback.format_exception(error))
-    # The log has the traceback of every error, the user sees none.
+    # The log has the traceback of every error; the terminal shows none.
     LOG.error("%s: %s", stem, message, exc_info=raised)
     return Outcome(stem, "failed", shape, time.time() - began, error=message, details=details, kind=kind, stage=stage)
 
@@ -148,7 +148,7 @@ def log_warnings(outcome: Outcome) -> Outcome:
 
 
 def as_numbers(voxels: Sequence[int], inside: int | None, thickness: Thickness | None) -> dict[str, Any]:
-    """Return attributes of a prediction: voxels of each label and inside the mask, and a lamella's thickness."""
+    """Return attributes of a prediction: voxels of each label and inside the mask, and the thickness of a lamella."""
     thick = None if thickness is None else (thickness.mean, thickness.lowest, thickness.highest)
     return {"voxels": voxels, "lamella_voxels": inside, "thickness_voxels": thick}
 
@@ -178,7 +178,7 @@ def outcome_of(
 
 #: Prefix of messages about decisions on a file.
 NOTE = "note: "
-#: Errors that end a run, after which the same command resumes.
+#: Errors that end a run; the same command then resumes.
 ENDING = (Interrupted, ClusterError, DeviceError)
 #: Errors after which a tomogram's work store is always kept.
 RESUMABLE = (*ENDING, StorageError)

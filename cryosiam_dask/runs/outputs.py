@@ -1,4 +1,4 @@
-"""Make all that depends on a tomogram's labels: components, other formats, previews, tables of all tomograms."""
+"""Make the files that depend on a tomogram's labels: components, other formats, previews, tables of all tomograms."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def without_small(
 ) -> tuple[zarr.Array[Any], zarr.Array[Any], tuple[int, ...]]:
     """Apply ``postprocessing_sizes``; return the labels, the removed labels, and the number of `voxels` of each label.
 
-    The removed labels are kept in the output, where they compress well: added to the others they restore the unfiltered
-    labels, so that other sizes can be tried without inference. `labelling` and `described` are those of `remove_small`.
+    The output also keeps the removed labels, which compress well: the sum of both are the unfiltered labels, so that
+    other sizes can be tried without inference. `labelling` and `described` are those of `remove_small`.
     """
     kept, removed = (exportable_array(work, name, labels.shape) for name in ("filtered", "removed"))
     removal = remove_small(
@@ -74,7 +74,7 @@ def without_small(
 def count_voxels(
     labels: zarr.Array[Any], count: int, executor: Executor, thick: bool = False
 ) -> tuple[tuple[int, ...], Thickness | None]:
-    """Count the voxels of each label, of at least `count` labels; if `thick`, measure the thickness of all together."""
+    """Count the voxels of each label, for at least `count` labels; if `thick`, also measure their common thickness."""
     thickness = None
     if thick:
         voxels, columns = count_columns(labels, executor=executor)
@@ -118,7 +118,7 @@ _OUTDATED_LISTS = (
 
 
 def keep_for_the_report(configuration: Configuration, stem: str) -> None:
-    with suppress(Exception):  # the report reads it again then
+    with suppress(Exception):  # the report will read the outputs again
         summary_of(configuration, 0, stem)
 
 
@@ -130,7 +130,7 @@ def update_formats(configuration: Configuration, path: Path, work: zarr.Group, e
         if formats:
             warnings += export_prediction(configuration, path, formats, work=work, executor=executor)
             made = formats
-    finally:  # also if a format cannot be written, such as OME-Zarr without the tomogram
+    finally:  # even if a format cannot be written, such as OME-Zarr without the tomogram
         fingerprint = read_attributes(path).get("fingerprint")
         warnings += remove_outdated_formats(path.parent, stem_of(path), fingerprint, keep=made)
     return warnings
@@ -143,7 +143,7 @@ def attributes_written(configuration: Configuration, path: Path) -> dict[str, An
     return attributes | ({"class_names": list(names)} if names else {})
 
 
-#: Attributes that the components file takes over from the predictions file.
+#: Attributes that the components file copies from the predictions file.
 _INHERITED = ("source", "voxel_size_angstrom", "origin_angstrom", "nstart", "axes", "class_names", "fingerprint")
 
 
@@ -169,8 +169,8 @@ def update_components(
     if not configuration.components:
         if outdated:
             warnings.append(
-                "its components belonged to earlier labels and have been removed. Set components: True, or run "
-                "'cryosiam-dask components', to make them again"
+                "its components belonged to earlier labels and have been removed. Set components: True or run "
+                "'cryosiam-dask components' to make them again"
             )
         return warnings, {}
     inherited = {name: attributes[name] for name in _INHERITED if attributes.get(name) is not None}
@@ -199,7 +199,7 @@ def draw_preview(
     attributes: Mapping[str, Any],
     executor: Executor,
 ) -> list[str]:
-    """Draw a tomogram with its new labels and return warnings; a picture that cannot be drawn is only a warning."""
+    """Draw a tomogram with its new labels and return warnings; if the picture cannot be drawn, that is a warning."""
     path = preview_file(configuration.prediction_folder, stem)
     if not configuration.preview:
         path.unlink(missing_ok=True)  # it shows earlier labels
@@ -241,7 +241,7 @@ def draw_denoised(
     attributes: Mapping[str, Any],
     executor: Executor,
 ) -> list[str]:
-    """Draw a raw tomogram beside its denoised one and return warnings, such as that it cannot be drawn."""
+    """Draw a raw tomogram beside the denoised one and return warnings; if it cannot be drawn, that is a warning."""
     path = preview_file(configuration.prediction_folder, stem)
     if not configuration.preview:
         path.unlink(missing_ok=True)
@@ -271,8 +271,8 @@ def draw_preview_again(
 ) -> list[str]:
     """Draw existing labels over the tomogram that they were made from, if it still exists; return warnings.
 
-    A preview that shows these labels is kept. A preview that does not exist is only drawn if `missing` ones are wanted,
-    or if the labels are those of another program, which draws none.
+    A preview that already shows these labels is kept. A preview that does not exist is only drawn if `missing`, or if
+    the labels are those of another program, which draws none.
     """
     path = preview_file(configuration.prediction_folder, stem)
     missing = missing or ("source" in attributes and not attributes.get("fingerprint"))
@@ -282,7 +282,7 @@ def draw_preview_again(
         return []
     attributes = {**attributes, "fingerprint": shows}
     try:
-        # Only the name: the file may come from anybody.
+        # Only the name, because the path in the file may come from a stranger.
         source = configuration.data_folder / Path(str(attributes["source"])).name
         mask_file = configuration.mask_folder and configuration.mask_folder / f"{stem}_preds.h5"
         mask = open_mask(mask_file, labels.shape) if mask_file and mask_file.exists() else None

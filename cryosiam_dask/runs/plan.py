@@ -1,7 +1,7 @@
-"""Plan a run: check everything that it needs, and report all problems at once.
+"""Plan a run: check everything that it needs, and report all problems together.
 
 Nothing is written. A tomogram is skipped if the fingerprint in its output shows that it was made from the same input,
-checkpoint and settings. An output made from others is a problem until the user allows the program to replace it.
+checkpoint and settings. An output made from others is a problem, unless the user allows the program to replace it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from cryosiam_dask.runs.fingerprint import (
     with_sizes,
 )
 
-# Imported where it is used, since it takes seconds: a wrong path is reported at once.
+# Imported where it is used, because it takes seconds and wrong paths should be reported immediately.
 if TYPE_CHECKING:
     from cryosiam_dask.core.diagnosis import Intensities
     from cryosiam_dask.files.header import TomogramHeader
@@ -69,8 +69,8 @@ if TYPE_CHECKING:
     from cryosiam_dask.model.predictor import PredictorSpec
 
 
-_PROCESS_BYTES = 700 * 2**20  # of one process: Python with its libraries
-#: Share of the memory that a plan may use: estimates are rough, and other programs use some of it.
+_PROCESS_BYTES = 700 * 2**20  # memory of one process: Python with its libraries
+#: Share of the memory that a plan may use, because estimates are rough and other programs use some of it.
 USABLE = 0.8
 _GPU = "a worker's GPU"
 
@@ -94,13 +94,13 @@ class Job:
     prediction_fingerprint
         Hash of everything that the labels depend on before small components are removed.
     fingerprint
-        Hash of everything that the output depends on. Both are empty while the mask is pending.
+        Hash of everything that the output depends on. Both hashes are empty while an input is pending.
     found
         Identity of the output that existed before the run, or ``None``; see `identity_of`.
     problem
-        Why this tomogram cannot be segmented, while others can.
+        Why this tomogram cannot be segmented although others can.
     shape
-        Of the tomogram, (z, y, x); empty if its header was not read.
+        Shape of the tomogram, (z, y, x); empty if its header was not read.
     raw
         The tomogram that the same run denoises to make `source`; ``None`` if `source` exists.
     """
@@ -125,7 +125,7 @@ class RunPlan:
     Attributes
     ----------
     configuration, checkpoint
-        As read.
+        The configuration, and its checkpoint without weights.
     patch
         Patch shape in voxels, (z, y, x) or (y, x).
     threshold
@@ -133,25 +133,25 @@ class RunPlan:
     jobs
         Tomograms to segment.
     incomplete
-        Tomograms whose output is up to date, but not their components, other formats or preview.
+        Tomograms whose output is up to date, but whose components, other formats or preview are not.
     skipped
         Tomograms whose outputs are all up to date.
     notes
         Messages for the user.
     refused
-        Tomograms whose names cannot be used for outputs, as they are shown, each with its error.
+        Tomograms whose names cannot be used for outputs, in printable form, each with its error.
     overwrite
         Whether outputs made from other inputs or settings may be replaced.
     overwrite_all
         Whether all outputs are made again, including those that are up to date.
     name
-        Of the model, if there are several.
+        Name of the model if there are several, otherwise empty.
     run
-        Name of the run in the ledgers.
+        Id of the run in the ledgers.
     shapes
-        Distinct shapes of the tomograms of `jobs`, as far as they are known; see `with_shapes`.
+        Known distinct shapes of the tomograms of `jobs`; see `with_shapes`.
     room
-        Bytes that a worker has for two blocks; ``None`` if unknown.
+        Memory that a worker has for two blocks, in bytes; ``None`` if unknown.
     """
 
     configuration: Configuration
@@ -192,7 +192,7 @@ class RunPlan:
 
     @property
     def model(self) -> list[Any]:
-        """Everything that the time for a patch depends on, except the device."""
+        """Everything that the duration of a patch depends on, except the device."""
         precision = self.configuration.hyper_parameters.precision
         return [self.checkpoint.sha256, list(self.patch), self.halo, precision]
 
@@ -216,7 +216,7 @@ class RunPlan:
 
     @property
     def network_bytes(self) -> int:
-        """Estimated memory that the network needs for a patch on a worker's device, in bytes."""
+        """Estimated memory that the network needs for one patch on a worker's device, in bytes."""
         return peak_bytes(self.checkpoint.architecture, self.patch)
 
     @property
@@ -226,7 +226,7 @@ class RunPlan:
 
     @property
     def least_bytes_per_worker(self) -> int:
-        """As `bytes_per_worker`, with the smallest possible blocks."""
+        """Like `bytes_per_worker`, but with the smallest possible blocks."""
         return replace(self, room=0).bytes_per_worker
 
     @property
@@ -240,7 +240,7 @@ class RunPlan:
 
     @property
     def bytes_per_voxel(self) -> int:
-        """Bytes of the network's `wanted` outputs, in memory and, without compression, in the work store."""
+        """Bytes per voxel of the network's `wanted` outputs, in memory and, uncompressed, in the work store."""
         classes = self.checkpoint.architecture.out_channels
         return sum(1 if name == "labels" else 4 * classes for name in self.wanted)
 
@@ -248,10 +248,10 @@ class RunPlan:
         return 2 * (math.prod(grid.largest_window) * 4 + math.prod(grid.largest_block) * self.bytes_per_voxel)
 
     def blocks(self, shape: tuple[int, ...], workers: int = 1) -> Grid:
-        """Cut a tomogram of `shape`, (z, y, x), into blocks.
+        """Divide a tomogram of `shape`, (z, y, x), into blocks.
 
-        Their size is that of the configuration or, by default, the largest that fits into memory and still gives each
-        of the `workers` two blocks, if the tomogram is large enough.
+        Their size is that of the configuration or, by default, the largest one that fits into memory and gives each of
+        the `workers` at least two blocks, if the tomogram is large enough.
         """
         return make_grid(shape, self.patch, self.block_size(shape, workers), self.halo)
 
@@ -287,7 +287,7 @@ class RunPlan:
         return replace(self, jobs=tuple(jobs), shapes=tuple(sorted(shapes)))
 
     def header(self, job: Job) -> TomogramHeader:
-        """The header of a job's tomogram, or of that which it is still to be denoised from.
+        """Read the header of a job's tomogram or, if it must be denoised first, of the raw one.
 
         Raises
         ------
@@ -326,18 +326,18 @@ class RunPlan:
         mask: Mask | None = None,
         coverage: float | None = None,
     ) -> tuple[str, ...]:
-        """Warn about a tomogram and its mask, before a run and after it alike.
+        """Return warnings about a tomogram and its mask; they are the same before a run and after it.
 
         Parameters
         ----------
         header
-            Of the tomogram.
+            Header of the tomogram.
         found
-            How its intensities lie in ``parameters.data.min`` to ``max``; ``None`` if they cannot be read.
+            How the intensities fit ``parameters.data.min`` and ``max``; ``None`` if they cannot be read.
         non_finite
             Number of voxels that are NaN or infinite, if they were counted.
         mask
-            Its mask, if it has one.
+            Lamella mask, if there is one.
         coverage
             Share of the tomogram inside the mask, 0 to 1; ``None`` if unknown.
         """
@@ -358,11 +358,11 @@ class RunPlan:
         return tuple(warnings)
 
     def intensity_warnings(self, header: TomogramHeader, found: Intensities) -> list[str]:
-        """Warn if the model cannot see the contrast of a tomogram, or sees it inverted."""
+        """Return warnings if the model cannot see the contrast of a tomogram, or sees it inverted."""
         data = self.configuration.parameters.data
         # The beginning of a compressed file may differ from the rest.
         partly = header.compressed and found.share < 1
-        judged = f" (judged by {found.where}: only its beginning is read)" if partly else ""
+        judged = f" (judging by {found.where})" if partly else ""
         if self.denoises:
             flat = found.central is not None and found.central[0] == found.central[1]
             of_range = scaling(0, 0, found.central, 0, 1) if flat else ()
@@ -373,14 +373,14 @@ class RunPlan:
         return [f"{sentence}{judged}" for sentence in sentences]
 
     def shared_warnings(self, found: Sequence[Intensities]) -> tuple[list[tuple[str, int]], set[str]]:
-        """Warn about several tomograms at once; see `cryosiam_dask.core.diagnosis.shared_warnings`."""
+        """Return warnings about several tomograms together; see `cryosiam_dask.core.diagnosis.shared_warnings`."""
         if self.denoises:
             return [], set()
         data = self.configuration.parameters.data
         return shared_warnings(found, data.min, data.max, data.invert, self.configuration.denoiser is not None)
 
     def require_usable(self, header: TomogramHeader) -> None:
-        """Refuse a truncated file, an image for a 3-D model, and a tomogram for a 2-D model.
+        """Check that a tomogram is complete and has as many axes as the model's patches.
 
         Raises
         ------
@@ -393,7 +393,7 @@ class RunPlan:
                 f"the patch must have as many axes as the tomogram, which has {len(header.shape)}",
                 place=header.path,
                 value=f"shape {header.shape} and patch_size {list(self.patch)}",
-                remedy="Use a model for 2-D images or for 3-D tomograms, as needed, or exclude this file with "
+                remedy="Use a model for 2-D images or for 3-D tomograms, whichever this is, or leave it out with "
                 "test_files",
             )
 
@@ -403,19 +403,19 @@ class RunPlan:
         Parameters
         ----------
         host
-            Bytes that a worker may use.
+            Main memory that a worker may use, in bytes.
         device
-            Bytes of its GPU; ``None`` if the network runs on the CPU.
+            Memory of its GPU, in bytes; ``None`` if the network runs on the CPU.
         """
         return replace(self, room=min(self._rooms(host, device).values()))
 
     def require_memory(self, host: int, device: int | None = None) -> None:
-        """Refuse a plan that does not fit into the memory of a worker; see `with_memory`.
+        """Check that the plan fits into the memory of a worker; see `with_memory`.
 
         Raises
         ------
         ConfigurationError
-            With a block size or, if none fits, a patch size that fits.
+            If it does not. The remedy is a block size or, if none fits, a patch size that fits.
         """
         if not self.jobs:
             return
@@ -432,14 +432,14 @@ class RunPlan:
                 )
 
     def warnings(self, workers: int | None, memory: int | None) -> tuple[str, ...]:
-        """Warn about the run as a whole, before it and after it alike.
+        """Return warnings about the run as a whole; they are the same before the run and after it.
 
         Parameters
         ----------
         workers
             Number of CPU workers on this machine; ``None`` if there are none.
         memory
-            Of the machine, in bytes; ``None`` if unknown.
+            Memory of the machine, in bytes; ``None`` if unknown.
         """
         if not self.jobs:
             return ()
@@ -448,8 +448,9 @@ class RunPlan:
             warnings += beyond_lamella(self.checkpoint.architecture.out_channels, None)
         if self.patch != self.checkpoint.patch_size:
             warnings.append(
-                f"patch_size is {list(self.patch)}, the model was trained with {_edge(self.checkpoint.patch_size)}: "
-                "CryoSiam always uses the latter, which often gives better results. Remove patch_size to use it"
+                f"patch_size is {list(self.patch)}, but the model was trained with "
+                f"{_edge(self.checkpoint.patch_size)}: CryoSiam always uses the latter, which often gives better "
+                "results. Remove patch_size to use it"
             )
         needed = (workers or 0) * self.bytes_per_worker
         if memory is not None and needed > memory:
@@ -462,12 +463,12 @@ class RunPlan:
         return tuple(warnings)
 
     def _rooms(self, host: int, device: int | None) -> dict[str, int]:
-        """Bytes left for blocks beside the network, by the memory that holds them."""
+        """Return the bytes left for two blocks, by the memory that holds them."""
         if device is None:
             return {"a worker": host - _PROCESS_BYTES - self.network_bytes}
         batch = self.configuration.hyper_parameters.batch_size
         network = peak_bytes(self.checkpoint.architecture, self.patch, batch)
-        # `block_bytes` is that of two blocks, but three are in flight beside a GPU: see `runs.dask_executor`.
+        # `block_bytes` is that of two blocks, but a worker with a GPU has three in flight: see `runs.dask_executor`.
         return {_GPU: int(USABLE * device) - network, "a worker": (host - _PROCESS_BYTES) * 2 // 3}
 
     def _block_size_in(self, room: int) -> int:
@@ -494,15 +495,16 @@ class RunPlan:
         return "Use a machine with more memory"
 
     def with_fingerprint(self, job: Job) -> Job:
-        """Return the job with fingerprints of its tomogram and mask as they are now; the mask may have been pending."""
+        """Return the job with fingerprints of its current tomogram and mask, which may have been pending before."""
         settings = settings_of(self.configuration, self.checkpoint, self.patch, self.threshold)
         prediction = fingerprint_of(self.configuration, job.source, job.stem, job.mask, settings)
         sizes = removal_sizes(self.configuration)
         return replace(job, prediction_fingerprint=prediction, fingerprint=with_sizes(prediction, sizes))
 
     def done_meanwhile(self, job: Job) -> bool:
-        """Whether the output of a job, whose fingerprint is known, was made since the plan: by another run, or earlier
-        with a mask that turns out to be the same.
+        """Whether the output of a job turns out to be up to date, now that the job's fingerprint is known.
+
+        Another run may have made it since the plan, or an earlier run with the same mask.
 
         Raises
         ------
@@ -520,7 +522,7 @@ class RunPlan:
         raise made_otherwise(job.output)
 
     def outdated(self, job: Job) -> str:
-        """Name what is outdated beside the output of a job, as a clause; empty if nothing is."""
+        """Return a clause that names what is outdated besides the output of a job; empty if nothing is."""
         from cryosiam_dask.stages.export import formats_done
 
         names, missing = self.class_names, []
@@ -535,7 +537,7 @@ class RunPlan:
         return f"{' and '.join(missing)} {'is' if missing == ['its picture'] else 'are'} not" if missing else ""
 
     def spec(self, device: Literal["cpu", "cuda"]) -> PredictorSpec:
-        """Describe for a worker how to run the network on `device`."""
+        """Return the specification with which workers run the network on `device`."""
         from cryosiam_dask.model.predictor import PredictorSpec
 
         data = self.configuration.parameters.data
@@ -578,14 +580,14 @@ def plan_run(
     overwrite_all
         Whether all outputs are made again, including those that are up to date.
     name
-        Of the model, if there are several.
+        Name of the model if there are several.
     pending_inputs
-        Tomograms (stems) that an earlier model of the same run denoises, or makes the masks of.
+        Tomograms (stems) that an earlier model of the same run denoises or makes masks for.
 
     Raises
     ------
     Problems
-        All problems at once.
+        If there are problems, with all of them together.
     ConfigurationError
         If a folder cannot be read.
     """
@@ -702,7 +704,7 @@ def _plan_run(
         else:
             problems.append(made_otherwise(output))
         outputs[output] = source
-    if not name:  # nobody else denoises them
+    if not name:  # without the other models, nothing denoises them
         jobs = [
             job if job.raw is None else replace(job, problem=_must_be_denoised(job.source, job.raw), raw=None)
             for job in jobs
@@ -728,15 +730,15 @@ def _must_be_denoised(source: Path, raw: Path) -> TomogramError:
 
 
 def up_to_date(job: Job) -> str:
-    """Say why a tomogram is skipped."""
-    gone = "" if job.output.exists() else ", and removed since all models are done with it"
+    """Return why a tomogram is skipped, as a participle clause."""
+    gone = "" if job.output.exists() else ", and removed because all models are done with it"
     return f"made from the same input, checkpoint and settings{gone}"
 
 
 def with_denoising(plans: Sequence[RunPlan]) -> list[RunPlan]:
     """Return the plans of a pipeline, with jobs for denoised tomograms that were removed and are needed again.
 
-    A model whose mask is pending reads the file of a tomogram that is denoised already.
+    A model whose mask is pending reads the file of a tomogram that is already denoised.
     """
     if not plans or not plans[0].denoises:
         return list(plans)
@@ -762,9 +764,9 @@ def on_this_machine(plans: Sequence[RunPlan], workers: int | None) -> tuple[list
     Parameters
     ----------
     plans
-        Of all models of a run.
+        Plans of all models of a run.
     workers
-        Requested number; ``None``: as many as cores and memory allow.
+        Requested number of workers; ``None``: as many as cores and memory allow.
 
     Raises
     ------
@@ -774,19 +776,19 @@ def on_this_machine(plans: Sequence[RunPlan], workers: int | None) -> tuple[list
     memory = memory_of_machine()
     plans = [plan.with_shapes() for plan in plans]
     require_memory(plans, memory)
-    # Small blocks cost little time, an idle core costs much.
+    # Small blocks cost little time, but an idle core costs much.
     allowed = min(int(USABLE * memory / plan.least_bytes_per_worker) for plan in plans)
     count = workers or max(1, min(cores(), allowed))
     return [plan.with_memory(int(USABLE * memory / count)) for plan in plans], count
 
 
 def require_memory(plans: Sequence[RunPlan], host: int, device: int | None = None) -> None:
-    """Refuse plans that do not fit into the memory of a worker; see `RunPlan.require_memory`.
+    """Check that all plans fit into the memory of a worker; see `RunPlan.require_memory`.
 
     Raises
     ------
     Problems
-        Those of all models.
+        If they do not, with the errors of all models.
     """
     problems = []
     for plan in plans:
@@ -821,7 +823,7 @@ def masks_made_before(plans: Sequence[RunPlan], configuration: Configuration, fi
     Parameters
     ----------
     plans
-        Of the previous models; empty if the last one could not be planned, so that any mask may be pending.
+        Plans of the previous models; empty if the last one could not be planned, so that any mask may be pending.
     configuration, filename
         See `plan_run`.
     """
@@ -854,8 +856,8 @@ def _check_network(
     if not configuration.denoises and (data.mean is None or data.std is None):
         refuse(
             f"parameters.data.{'mean' if data.mean is None else 'std'}",
-            "must be a number: only a denoiser takes the tomogram's own", "null",
-            "Set mean to 0 and std to 1, or to what the model was trained with",
+            "must be a number, because only a denoiser uses the tomogram's own", "null",
+            "Set mean to 0 and std to 1, or to the values of the model's training",
         )  # fmt: skip
     for key, value in (("spatial_dims", architecture.spatial_dims), ("in_channels", architecture.in_channels)):
         if (given := getattr(network, key)) != value:
@@ -885,8 +887,8 @@ def _check_network(
         notes.append(f"{configuration.trained_model} has no distance head: only probs are saved, not distances")
     if network.postprocessing and architecture.spatial_dims == 2:
         refuse(
-            "parameters.network.postprocessing", "lamella post-processing needs a model of 3-D tomograms",
-            f"True, and a model of {architecture.spatial_dims}-D images", "Set it to False",
+            "parameters.network.postprocessing", "lamella post-processing needs a model for 3-D tomograms",
+            f"True with a model for {architecture.spatial_dims}-D images", "Set it to False",
         )  # fmt: skip
     sizes, labels = network.postprocessing_sizes, max(2, architecture.out_channels)
     names = configuration.class_names
@@ -908,12 +910,12 @@ def _check_network(
     return patch
 
 
-#: Relative difference from the voxel size of a model's training above which there is a warning.
+#: Relative difference from the voxel size of a model's training that causes a warning.
 FAR_OFF = 0.2
 
 
 def voxel_size_warnings(configuration: Configuration, header: TomogramHeader) -> tuple[str, ...]:
-    """Warn if a tomogram's voxel size is far from that of the model's training, where that is published."""
+    """Return a warning if a tomogram's voxel size is far from that of the model's training, if that is published."""
     model = PUBLISHED.get(configuration.trained_model.name.removesuffix(".ckpt"))
     far = [
         size
@@ -923,7 +925,7 @@ def voxel_size_warnings(configuration: Configuration, header: TomogramHeader) ->
     if model is None or not far:
         return ()
     return (
-        f"its voxel size is {far[0]:.4g} Å, and this model was trained with about {model.voxel_size_angstrom:g} Å: "
+        f"its voxel size is {far[0]:.4g} Å, but this model was trained with about {model.voxel_size_angstrom:g} Å: "
         f"'cryosiam-dask match-pixel-size --pixel-size {model.voxel_size_angstrom:g}' resamples tomograms",
     )
 
@@ -940,7 +942,7 @@ def _output_path(configuration: Configuration, source: Path, stem: str) -> Path:
 
 
 def raw_predictions_done(configuration: Configuration, job: Job) -> bool:
-    """Whether the HDF5 file of a denoiser's result, where it is wanted, belongs to the denoised tomogram."""
+    """Whether the HDF5 file of a denoiser's result, if wanted, belongs to the denoised tomogram."""
     if not (configuration.denoises and configuration.save_raw_predictions):
         return True
     return read_fingerprint(raw_predictions_file(configuration.prediction_folder, job.stem)) == job.fingerprint

@@ -1,7 +1,7 @@
 """Report the progress of a run: live bars on a terminal, plain lines in a log.
 
-A `Pace` estimates the time left from the seconds that each kind of work has taken per voxel and the voxels that are
-left for each model, so that all models count from the first blocks on.
+A `Pace` estimates the time left from the seconds per voxel that each kind of task has taken and the voxels left for
+each model, so that the estimate covers all models from the first blocks on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cryosiam_dask.core.log import LOG, SHOWN
 
 
 class Reporter:
-    """Receives the progress of a run, from any thread; several tomograms may be in progress at the same time."""
+    """Receives the progress of a run from any thread; several tomograms may be in progress at the same time."""
 
     def begin(self, tomogram: str) -> None:
         """Report that a tomogram starts."""
@@ -33,7 +33,7 @@ class Reporter:
         """Report that `done` of `total` tasks of the step `name` of a tomogram are done."""
 
     def watch(self, step: str, seconds: float | None) -> None:
-        """Report that a task of a step is done, `seconds` after it was submitted; ``None``: it is retried."""
+        """Report that a task of a step is done, `seconds` after it was submitted, or will be retried (``None``)."""
 
     def end(self, tomogram: str, message: str, *, failed: bool = False, voxels: int = 0, left: bool = False) -> None:
         """Report how a tomogram ended, the `voxels` that were segmented, and whether work is `left`."""
@@ -47,7 +47,7 @@ class Reporter:
 
 @dataclass(slots=True)
 class _Kind:
-    """One kind of work, such as ``lamella predict``, in all tomograms."""
+    """Totals of one kind of task, such as ``lamella predict``, in all tomograms."""
 
     tasks: int = 0
     seconds: float = 0.0
@@ -65,20 +65,20 @@ class _Tomogram:
 class Pace(Reporter):
     """Estimate how much of a run is done, and the time left.
 
-    1. Each kind of work (a model's blocks, reading, writing outputs) has a rate: the seconds that workers spent,
-       divided by the voxels. A model that has not started yet is assumed to be as fast as the others; other work counts
-       once it has been seen.
+    1. Each kind of task (a model's blocks, reading, writing outputs) has a rate: the seconds that workers spent,
+       divided by the voxels. A model that has not started is assumed to be as fast as the others; other kinds of tasks
+       count once the first one is done.
     2. Tasks in flight count as half done.
-    3. The ratio of time left to elapsed time is that of work left to work done, in worker seconds. It is at least the
-       time of the consecutive steps of any one tomogram.
+    3. Time left and elapsed time have the same ratio as worker seconds left and spent. The time left is at least that
+       of the consecutive steps of any one tomogram.
 
     Parameters
     ----------
     total
-        Tomograms in the run.
+        Number of tomograms in the run.
     voxels
-        Of each tomogram, by model: voxels that the network sees, those in several patches counted several times.
-        Without them the estimate is based on whole tomograms.
+        For each tomogram and model, the voxels that the network sees; a voxel counts once for every patch that contains
+        it. Without them, the estimate is based on whole tomograms.
     workers
         Number of workers.
     clock
@@ -145,7 +145,7 @@ class Pace(Reporter):
             return elapsed / self.ended * (self.total - self.ended) if self.ended else None
 
     def _seconds(self) -> tuple[float, float]:
-        """Worker seconds spent and left; none spent while no block has been predicted."""
+        """Return worker seconds spent and left; the former are 0 until a block has been predicted."""
         rates = self._rates()
         left = sum(
             count * sum(seconds for _, seconds in self._work_left(tomogram, rates))
@@ -169,7 +169,7 @@ class Pace(Reporter):
         yield from by_size.values()
 
     def _rates(self) -> dict[str, float]:
-        """Worker seconds per voxel, by kind of work in the order of the steps; empty without that of a network."""
+        """Return worker seconds per voxel by kind of task, in the order of the steps; empty until a network has run."""
         rates = {name: kind.seconds / kind.voxels for name, kind in self._kinds.items() if kind.voxels and kind.seconds}
         networks = [rate for name, rate in rates.items() if _is_of_network(name)]
         for model in self._models if networks else ():
@@ -177,16 +177,16 @@ class Pace(Reporter):
         return rates if networks else {}
 
     def _work_left(self, tomogram: _Tomogram, rates: Mapping[str, float]) -> Iterator[tuple[str, float]]:
-        """Yield the kinds of work left for a tomogram, with their worker seconds."""
+        """Yield the kinds of tasks left for a tomogram, with their worker seconds."""
         order = {name: number for number, name in enumerate(rates) if name in self._kinds}
         at = max((order[name] for name in tomogram.steps if name in order), default=-1)
         for name, rate in rates.items():
-            # Steps have an order: one that this tomogram has already skipped does not follow.
+            # Steps have an order, so a step that this tomogram has skipped will not follow.
             if name in tomogram.steps or order.get(name, at + 1) > at:
                 yield name, rate * self._voxels(tomogram, name) * (1 - tomogram.steps.get(name, 0.0))
 
     def _longest(self) -> float:
-        """Seconds of the consecutive steps of the slowest tomogram if all workers work on it."""
+        """Return the seconds of the consecutive steps of the slowest tomogram if all workers work on it."""
         rates, longest = self._rates(), 0.0
         for tomogram, _ in self._groups():
             path = 0.0
@@ -209,7 +209,7 @@ class Pace(Reporter):
         return [*words, *([self.rate()] if self.rate() else [])]
 
     def rate(self) -> str:
-        """Return the tomograms per hour, once there are any."""
+        """Return the tomograms per hour in words; empty until a tomogram is done."""
         done, hours = self.ended - self.failed, (self._clock() - self._began) / 3600
         if done < 1 or hours <= 0 or self.total < 2:
             return ""
@@ -229,14 +229,14 @@ def _is_of_network(step: str) -> bool:
 
 
 class LogReporter(Reporter):
-    """Plain lines, at most three for each tomogram: start, end, and occasionally the progress of the run.
+    """Print plain lines, at most three for each tomogram: start, end, and occasionally the progress of the run.
 
     Parameters
     ----------
     console
         Where to print.
     pace
-        Of the run; it must be updated before this reporter.
+        Pace of the run, which must be updated before this reporter.
     interval
         Seconds between two lines of progress.
     """
@@ -252,7 +252,7 @@ class LogReporter(Reporter):
         with self._lock:
             if tomogram not in self._begun:
                 self._begun[tomogram] = len(self._begun) + 1
-                self.inform(f"{tomogram}: begins ({self._begun[tomogram]} of {self._pace.total})")
+                self.inform(f"{tomogram}: started ({self._begun[tomogram]} of {self._pace.total})")
 
     def step(self, tomogram: str, name: str, done: int, total: int) -> None:
         """See `Reporter`."""
@@ -295,7 +295,7 @@ class TerminalReporter(Reporter):
     console
         A terminal.
     pace
-        Of the run; it must be updated before this reporter.
+        Pace of the run, which must be updated before this reporter.
     """
 
     def __init__(self, console: Console, pace: Pace) -> None:
@@ -384,8 +384,8 @@ def _widths(width: int, title: str, lines: Sequence[tuple[str, str]], rate: str)
     step = min(_STEP[width >= 100], max((len(step) for _, step in lines), default=0))
     name = max(len(title) - 1 - step, *(len(name) for name, _ in lines), 1)
     left = _TIME + len(" left")
-    # One column stays free: some terminals wrap a line that ends at their edge.
-    room = width - 1 - 3 - 5 - left - 1 - step  # of name, bar and rate
+    # One column stays free, because some terminals wrap a line that ends at their edge.
+    room = width - 1 - 3 - 5 - left - 1 - step  # for name, bar and rate
     note = f"  {rate}" if rate else ""
     if min(name, _NAME) + usual + len(note) > room:
         note = ""
@@ -395,12 +395,12 @@ def _widths(width: int, title: str, lines: Sequence[tuple[str, str]], rate: str)
 
 
 def shortened(name: str, width: int, among: Iterable[str] = ()) -> str:
-    """Shorten a name that is too long in its middle, or elsewhere if that keeps it different from others.
+    """Shorten a long name in its middle, or elsewhere if that keeps it different from others.
 
     Parameters
     ----------
     name
-        To shorten.
+        The name to shorten.
     width
         Maximum number of characters, including the ellipsis.
     among
@@ -457,7 +457,7 @@ class Reporters(Reporter):
     Parameters
     ----------
     reporters
-        In this order.
+        The reporters, in the order in which they are called.
     """
 
     def __init__(self, *reporters: Reporter) -> None:
@@ -476,7 +476,7 @@ class Reporters(Reporter):
 
 
 def make_reporter(console: Console, pace: Pace) -> Reporter:
-    """Return live bars if `console` is a terminal, else plain lines; `pace` must be updated before the reporter."""
+    """Return a reporter with live bars if `console` is a terminal, else with plain lines; update `pace` before it."""
     return TerminalReporter(console, pace) if console.is_terminal else LogReporter(console, pace)
 
 

@@ -1,9 +1,11 @@
 """Run workers as Slurm jobs, submitted through dask-jobqueue for the duration of a run.
 
-A file in dask-jobqueue's format, or a section of Dask's configuration, describes a job. This module adds what follows
-from it: a worker for each GPU, pinned to it by dask-cuda, and for each core that is left, or else for each core;
-threads that read and write while one computes; an end before the walltime, so that tasks move to other workers in
-order; and TLS keys that only this user can read, without which nobody can connect to the scheduler.
+A file in dask-jobqueue's format, or a section of Dask's configuration, describes a job. From that, this module derives:
+
+* a worker for each GPU, pinned to it by dask-cuda, and for each remaining core; without GPUs, a worker for each core;
+* threads that read and write while one computes;
+* an end of the workers before the walltime, so that their tasks move to other workers in an orderly way;
+* TLS keys that only this user can read, without which nobody can connect to the scheduler.
 
 A job that ends, at its walltime or with its node, is submitted again.
 """
@@ -73,13 +75,13 @@ def open_slurm(
         section in Dask's configuration.
     workers
         Number of GPUs if the jobs request any, else of CPU workers. As many jobs as necessary are submitted, and the
-        run begins with the first worker.
+        run starts with the first worker.
     folder
-        On a disk that all nodes can read; it holds the TLS keys during the run.
+        Folder on a disk that all nodes can read; it holds the TLS keys during the run.
     dashboard_address
         Where the Dask dashboard listens.
     seconds
-        To wait for the first worker.
+        Seconds to wait for the first worker.
     stop
         Once set, the wait for a worker ends.
     inform
@@ -94,7 +96,7 @@ def open_slurm(
     ConfigurationError
         If the file or section cannot be used.
     ClusterError
-        If dask-jobqueue or Slurm is missing, a job is refused, no worker joins, or one has other versions.
+        If dask-jobqueue or Slurm is missing, a job is refused, no worker joins, or a worker has other versions.
     """
     section = read_jobs(jobs)
     require_local_address(dashboard_address)
@@ -103,7 +105,7 @@ def open_slurm(
     refused: list[str] = []
 
     class _Job(SLURMJob):  # type: ignore[misc]  # untyped
-        """A job that keeps the reason of its refusal for the waiting thread."""
+        """A job that keeps the reason for its refusal for the waiting thread."""
 
         def __init__(self, *args: Any, security: Security, **options: Any) -> None:
             super().__init__(*args, security=_quoted(security), **options)
@@ -137,7 +139,7 @@ def open_slurm(
                 scheduler_options={
                     "dashboard_address": dashboard_address,
                     **section["scheduler-options"],
-                    "jupyter": False,  # it would run code from anybody who can reach the dashboard's port
+                    "jupyter": False,  # it would run code for anyone who can reach the dashboard's port
                 },
             )
         except (OSError, RuntimeError, TypeError, ValueError) as error:
@@ -152,7 +154,7 @@ def open_slurm(
         register_in_workers(client, Setup(leave_at_once), "leave")
         count = math.ceil(workers / section["processes"])
         cluster.scale(jobs=count)
-        inform(f"{count} Slurm {'jobs' if count > 1 else 'job'} submitted; the run begins with the first worker")
+        inform(f"{count} Slurm {'jobs' if count > 1 else 'job'} submitted; the run starts with the first worker")
         _wait_for_worker(cluster, client, refused, seconds, stop or threading.Event(), f"--slurm {jobs}")
         require_versions(client, f"--slurm {jobs}")
         over = threading.Event()
@@ -235,7 +237,7 @@ def read_jobs(jobs: str) -> dict[str, Any]:
     ]
     environment: dict[str, object] = dict(KEEP_MEMORY)
     if section["walltime"]:
-        # Tasks of a worker that retires move at once; those of a killed worker only when it is missed.
+        # The tasks of a retiring worker move immediately, those of a killed one only when its loss is noticed.
         lifetime = _seconds(section["walltime"], place)
         environment["DASK_DISTRIBUTED__WORKER__LIFETIME__DURATION"] = f"{lifetime - min(300, lifetime // 4)}s"
     exports = [f"export {name}={value}" for name, value in environment.items()]
@@ -243,7 +245,7 @@ def read_jobs(jobs: str) -> dict[str, Any]:
     return section
 
 
-#: End of the names of workers without a GPU beside those with one.
+#: Suffix of the names of workers without a GPU in a job with GPUs.
 _HELPER = "-helper"
 #: Options that a worker with a GPU and one without have in common.
 _COMMON = {
@@ -253,14 +255,14 @@ _COMMON = {
 
 
 def with_helpers(command: str, section: Mapping[str, Any]) -> str:
-    """Add workers without a GPU to the command of a job, for the cores that its workers with one leave.
+    """Add workers without a GPU to the command of a job, for the cores that its GPU workers leave free.
 
     Parameters
     ----------
     command
-        Starts the workers of a job.
+        The command that starts the workers of a job.
     section
-        See `read_jobs`. As on a node, these workers take up to half of the memory.
+        See `read_jobs`. These workers take up to half of the memory.
     """
     python, gpus, rest = command.partition(" -m dask_cuda.cli ")
     room = int(parse_bytes(section["memory"])) // 2 // HELPER_BYTES
@@ -275,7 +277,7 @@ def with_helpers(command: str, section: Mapping[str, Any]) -> str:
 
 
 def _load_dask_jobqueue() -> None:
-    """Load its defaults into Dask's configuration, and restore the handler of Ctrl-C, which it replaces."""
+    """Load dask-jobqueue's defaults into Dask's configuration, and restore the handler of Ctrl-C that it replaces."""
     handler = signal.getsignal(signal.SIGINT)
     importlib.import_module("dask_jobqueue")
     if threading.current_thread() is threading.main_thread():
@@ -328,7 +330,7 @@ def _seconds(walltime: object, place: str) -> int:
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", walltime if isinstance(walltime, str) else "")
     if not found:
         raise ConfigurationError(
-            "must be a time in Slurm's format, in quotes, since YAML may read it as a number otherwise",
+            "must be a time in Slurm's format, in quotes, because YAML may otherwise read it as a number",
             place=f"{place}, key walltime",
             value=repr(walltime),
             remedy="Write for example '04:00:00'",
@@ -357,7 +359,7 @@ def _security(folder: Path) -> Security:
 
 
 def _quoted(security: Security) -> Security:
-    """Return the same with paths quoted for the job's script, into which dask-jobqueue copies them."""
+    """Return the same certificates with paths quoted for the job script, to which dask-jobqueue copies them."""
     role = security.get_tls_config_for_role("worker")
     paths = {name: shlex.quote(role[name]) for name in ("ca_file", "cert", "key") if role[name]}
     return Security(tls_ca_file=paths["ca_file"], tls_worker_cert=paths.get("cert"), tls_worker_key=paths.get("key"))
@@ -401,13 +403,13 @@ def _wait_for_worker(
                 "the jobs must start a worker",
                 place=place,
                 value=value,
-                remedy="See squeue --me for why jobs wait, and slurm-<job>.out or log-directory for their output; "
-                "--worker-timeout waits longer",
+                remedy="'squeue --me' shows why jobs are pending, and slurm-<job>.out or log-directory hold their "
+                "output; --worker-timeout waits longer",
             )
 
 
 def _in_queue(jobs: set[str]) -> set[str]:
-    """Return those of the jobs that are pending or running; all of them if Slurm does not answer."""
+    """Return the jobs that are pending or running; all of them if Slurm does not respond."""
     try:
         done = subprocess.run(
             ["squeue", "--me", "--noheader", "--format=%i"], capture_output=True, text=True, timeout=60
@@ -420,11 +422,11 @@ def _in_queue(jobs: set[str]) -> set[str]:
 def _resubmit(
     cluster: Any, client: Client, count: int, refused: list[str], over: threading.Event, inform: Callable[[str], None]
 ) -> None:
-    """Resubmit jobs that had workers and had none in two consecutive checks."""
+    """Resubmit jobs that have lost all their workers, as seen in two consecutive checks."""
     seen: set[Any] = set()
     missing: set[Any] = set()
     while not over.wait(_CHECK_SECONDS):
-        with suppress(Exception):  # the scheduler may be gone, which the run notices itself
+        with suppress(Exception):  # a lost scheduler is noticed elsewhere
             there = {str(worker["name"]) for worker in workers_of(client).values()}
             alive = {
                 name
@@ -438,6 +440,6 @@ def _resubmit(
                 seen -= gone
                 cluster.sync(cluster.scale_down, gone)
                 cluster.scale(jobs=count)
-                inform(f"{len(gone)} Slurm {'jobs' if len(gone) > 1 else 'job'} ended and submitted again")
+                inform(f"{len(gone)} Slurm {'jobs have' if len(gone) > 1 else 'job has'} ended and been resubmitted")
             if refused:
                 inform(f"warning: a job was not accepted: {refused.pop()}")

@@ -6,10 +6,10 @@
     tomogram.mrc ─ingest─▶ zarr ─predict─▶ labels ─lamella─▶ ─remove small─▶ ─export─▶ <stem>_preds.h5
                                                                            └─number─▶ <stem>_components.h5, tables
 
-and through them again for a further model, which uses the denoised tomogram of the first, or its lamella mask and the
+and repeats them for the next model, which uses the denoised tomogram of the previous one, or its lamella mask and the
 same zarr array. An output appears complete or not at all. Each finished block is recorded in the ledger
-(`cryosiam_dask.runs.ledger`), and a run that was killed resumes from there. `cryosiam_dask.runs.collection` does this
-for many tomograms.
+(`cryosiam_dask.runs.ledger`), from which the next run resumes if this one is killed. `cryosiam_dask.runs.collection`
+does this for many tomograms.
 """
 
 from __future__ import annotations
@@ -101,9 +101,9 @@ def segment_tomogram(
     inform: Callable[[str], None] = lambda message: None,
     guard: Callable[[], None] = lambda: None,
 ) -> Iterator[Outcome]:
-    """Segment one tomogram with one model after another.
+    """Segment one tomogram with one model after the other.
 
-    After a transient disk error the finished work is kept, and the rest is tried again.
+    After a transient disk error, finished work is kept and the rest is retried.
 
     Parameters
     ----------
@@ -123,12 +123,12 @@ def segment_tomogram(
     Yields
     ------
     Outcome
-        Of each job; a failed one is the last.
+        The outcome of each job; there is none after a failed one.
 
     Raises
     ------
     Interrupted, KeyboardInterrupt
-        If the run is to stop; finished work is kept.
+        If the run should stop; finished work is kept.
     """
     run = _Run(*jobs[0], device, executor, timeline, inform, guard)
     yielded = set[str]()
@@ -146,7 +146,7 @@ def segment_tomogram(
             if pause is None or not is_transient(error):
                 failure = retries_exhausted(error)
                 outcome = failure_of(run.job.stem, run.shape, run.began, failure, run.job.output, run.plan.name)
-                yield run.record(outcome, goes_on=isinstance(error, RESUMABLE))
+                yield run.record(outcome, resumable=isinstance(error, RESUMABLE))
                 return
             inform(f"{error}: trying again in {pause:g} s")
             wait(pause, guard)
@@ -154,7 +154,7 @@ def segment_tomogram(
 
 @dataclass(slots=True)
 class _Run:
-    """The model and job at hand, the shape of their tomogram, and what `segment_tomogram` was given."""
+    """The current model and job, the shape of their tomogram, and the arguments of `segment_tomogram`."""
 
     plan: RunPlan
     job: Job
@@ -167,20 +167,20 @@ class _Run:
     shape: tuple[int, ...] = ()
 
     def begin(self, plan: RunPlan, job: Job) -> None:
-        """Go on with the next model."""
+        """Continue with the next model."""
         self.plan, self.job, self.began = plan, job, time.time()
 
     @property
     def named(self) -> Executor:
-        """The executor for the tasks of the model at hand."""
+        """The executor for the tasks of the current model."""
         return NamedExecutor(self.executor, self.plan.name) if self.plan.name else self.executor
 
     def workspace(self) -> AbstractContextManager[Workspace]:
-        """Open the work store of the job at hand."""
+        """Open the work store of the current job."""
         return open_workspace(self.plan.configuration, self.job.stem, self.inform, self.guard)
 
     def record(self, outcome: Outcome, **options: bool) -> Outcome:
-        """Record the outcome of the job at hand."""
+        """Record the outcome of the current job."""
         return record(self.plan, outcome, self.began, self.device, self.executor, **options)
 
     def done(self, outcome: Outcome) -> Outcome:
@@ -225,7 +225,7 @@ def _removed_meanwhile(jobs: Sequence[tuple[RunPlan, Job]]) -> bool:
 def _run_label_models(
     run: _Run, jobs: Sequence[tuple[RunPlan, Job]], given: tuple[Denoised, Statistics] | None
 ) -> Iterator[Outcome]:
-    """Run the models that give labels, on the tomogram that has just been denoised if one is `given`."""
+    """Run the models that predict labels; `given` is the tomogram if it has just been denoised."""
     last_plan, last = jobs[-1]
     run.plan, run.job = jobs[0]
     header = read_header(last.source, **last_plan.configuration.reading)
@@ -241,7 +241,7 @@ def _run_label_models(
             tomogram, report = _ingest(shared, last_plan.configuration, last, header, grid, run.executor)
         else:
             tomogram, report = given[0], IngestReport(header, given[1], ())
-        # The same voxels as before the run, except for a compressed file, of which only the beginning was sampled.
+        # The same sample as before the run, except for a compressed file, of which only the beginning was sampled then.
         sample = sample_array(tomogram) if header.compressed else sample_file(header)
         for plan, job in jobs:
             run.begin(plan, job)
@@ -263,7 +263,7 @@ def _run_label_models(
                     yield run.done(outcome)
     if outcome.status == "done":
         run.done(outcome)
-    else:  # skipped: the outcome of the run that made it stays the last one
+    else:  # skipped: the last outcome remains that of the run that made the output
         run.guard()
         before = shared.ledger.last("outcome") or {"status": "done"}
         shared.ledger.close(**{name: value for name, value in before.items() if name != "what"})
@@ -271,9 +271,9 @@ def _run_label_models(
 
 
 def _denoise(run: _Run, workspaces: ExitStack) -> tuple[Outcome, tuple[Denoised, Statistics] | None]:
-    """Denoise a raw tomogram and write its file; return also the voxels, readable until `workspaces` is closed.
+    """Denoise a raw tomogram and write its file; also return the voxels, which are readable until `workspaces` closes.
 
-    They are ``None`` if another run has made the file meanwhile.
+    They are ``None`` if another run has made the file in the meantime.
     """
     plan, configuration, began = run.plan, run.plan.configuration, time.time()
     header = read_header(run.job.source, **configuration.reading)
@@ -310,7 +310,7 @@ def _denoise(run: _Run, workspaces: ExitStack) -> tuple[Outcome, tuple[Denoised,
             )
             executor.map(write_raw, [raw], name="export")
         elif read_fingerprint(raw) is not None:
-            raw.unlink()  # of an earlier run, with other settings
+            raw.unlink()  # made by an earlier run with other settings
         write = partial(write_mrc_floats, voxels=denoised, label=MRC_LABEL + job.fingerprint, **header.placement)
         executor.map(write, [job.output], name="export")
         warnings += draw_denoised(configuration, job.stem, tomogram, denoised, attributes, executor)
@@ -322,7 +322,7 @@ def _denoise(run: _Run, workspaces: ExitStack) -> tuple[Outcome, tuple[Denoised,
 
 
 def _denoising_spec(run: _Run, tomogram: Voxels, space: Workspace) -> PredictorSpec:
-    """Return how a tomogram is scaled for its denoiser: computed once from all voxels, then read from the ledger."""
+    """Return a denoiser's specification with the scaling of its tomogram: computed once, then read from the ledger."""
     data, spec, executor = run.plan.configuration.parameters.data, run.plan.spec(run.device), run.named
     key = run.job.prediction_fingerprint
     found = space.ledger.last("scaling")
@@ -346,11 +346,11 @@ def _ingest(
     chunks = None if header.compressed else tomogram_chunks(grid)
     compress = compresses(header, keep_work=configuration.keep_work)
     copy = not reads_in_place(header, configuration)
-    # An earlier run that read the tomogram where it is left a copy as it was, perhaps that of another file.
+    # An earlier run that read the tomogram in place ignored an existing copy, which may be that of another file.
     identity = [known_identity(configuration, job.source, job.stem), configuration.reading, chunks, compress, copy]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     found = space.ledger.last("ingested")
-    # After a reboot, pages that the kernel had not written are missing from the copy.
+    # After a reboot, data that had not been synced to disk is missing from the copy.
     copied = found is not None and found["boot"] == boot_id() != "" and "tomogram" in space.group
     if found and found["key"] == key and (copied or not copy):
         values = found["statistics"]
@@ -389,7 +389,8 @@ class _Predicted:
     blocks
         The ledger's entry of every block.
     labelling, described
-        See `remove_small`: the labels' components, as far as blocks were predicted in this run; ``None`` if not wanted.
+        See `cryosiam_dask.stages.components.remove_small`; `described` holds the blocks that this run has predicted.
+        `labelling` is ``None`` if no components are removed.
     """
 
     outputs: dict[str, zarr.Array[Any]]
@@ -444,7 +445,7 @@ def _predict(run: _Run, tomogram: Voxels | Denoised, space: Workspace, spec: Pre
 
     def record_block(index: tuple[int, ...], block: BlockTimes | None) -> None:
         if isinstance(tomogram, MrcVoxels):
-            require_unchanged(tomogram.header)  # the file may become again what it was, and this block would be kept
+            require_unchanged(tomogram.header)  # otherwise this block would be kept if the old file were restored
         highest, inside, counts = (block.highest, block.inside, block.counts) if block else ((), 0, ())
         lowest = {} if block is None or block.lowest is None else {"lowest": block.lowest}
         ledger.append("block", index=index, highest=highest, inside=inside, counts=counts, **lowest)
@@ -491,8 +492,8 @@ def _run_model(
         ).found
         if not found:
             warnings.append(
-                f"no lamella found: no smoothed probability lies above the threshold {plan.threshold:g}. The labels "
-                "are the network's own, with rough faces and isolated spots. Lower network.threshold, and check "
+                f"no lamella found: no smoothed probability is above the threshold {plan.threshold:g}. The labels are "
+                "those of the network, with rough faces and isolated spots. Lower network.threshold, and check "
                 "trained_model"
             )
         labels = filled
@@ -555,7 +556,7 @@ def _why_blank(
     blocks: Sequence[Mapping[str, Any]],
     coverage: float | None,
 ) -> str:
-    """Explain why no label but the background is left of `found` voxels of other labels."""
+    """Explain why all voxels are background; `found` of them had labels before small components were removed."""
     masked = plan.configuration.mask_folder is not None
     data, statistics = plan.configuration.parameters.data, report.statistics
     return why_blank(

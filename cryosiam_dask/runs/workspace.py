@@ -50,13 +50,13 @@ def work_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
 def open_workspace(
     configuration: Configuration, stem: str, inform: Callable[[str], None], guard: Callable[[], None]
 ) -> Iterator[Workspace]:
-    """Open the work store of a tomogram with its ledger, those of an earlier run if they belong together.
+    """Open the work store of a tomogram and its ledger; an earlier run's store is used if it belongs to the ledger.
 
-    Blocks that have been predicted are kept, whatever error follows.
+    Predicted blocks are kept, whatever error follows.
     """
     ledger = Ledger(configuration.prediction_folder, stem)
     if ledger.fault:
-        inform(f"its ledger {ledger.fault}: the tomogram starts again from the beginning")
+        inform(f"its ledger {ledger.fault}: the tomogram starts from the beginning")
     folder, group = _open_store(configuration, stem, ledger)
     try:
         yield Workspace(folder, group, ledger)
@@ -76,13 +76,13 @@ def open_workspace(
 
 
 def _is_done(configuration: Configuration, stem: str) -> bool:
-    """Whether a model's outcome has replaced all that its ledger held, so that an error is that of a later model."""
+    """Whether a model is done, so that its outcome has replaced all ledger entries and an error is a later model's."""
     ledger = Ledger(configuration.prediction_folder, stem)
     return (ledger.last("outcome") or {}).get("status") == "done" and ledger.last("store") is None
 
 
 def record_source(ledger: Ledger, source: Path) -> None:
-    """Record the identity of the tomogram's file, so that a copy of it is recognised."""
+    """Record the identity of the tomogram's file, so that a copy of it is recognized."""
     found, identity = ledger.last("source"), source_identity(source)
     if found is None or found["identity"] != identity:
         content, newest = source_content(source), newest_chunk(source)
@@ -109,7 +109,7 @@ def _open_store(configuration: Configuration, stem: str, ledger: Ledger) -> tupl
             continue
         with suppress(FileNotFoundError):
             shutil.rmtree(folder)
-        # Renamed after it names its owner, so that no other run can take it for its own.
+        # Renamed after it names its owner, so that no other run mistakes it for its own.
         part = folder.with_name(part_name(folder.name))
         part.parent.mkdir(parents=True, exist_ok=True)
         attributes = {"store": token, "prediction_folder": str(configuration.prediction_folder.resolve())}
@@ -177,7 +177,7 @@ def work_stores(configuration: Configuration, stem: str) -> list[Path]:
 
 @contextmanager
 def forgetting_damaged(plan: RunPlan, shape: tuple[int, ...], space: Workspace) -> Iterator[None]:
-    """After an unexpected error, forget what cannot be read: damaged intermediate arrays may be its cause."""
+    """After an unexpected error, forget intermediate arrays that cannot be read, because they may be its cause."""
     try:
         yield
     except (OSError, CryosiamDaskError):
@@ -195,7 +195,7 @@ def _forget_damaged(plan: RunPlan, shape: tuple[int, ...], space: Workspace) -> 
         blocks = Blocks.of(tomogram)
         if not all(_is_readable(tomogram, blocks.slices(index)[3 - blocks.ndim :]) for index in blocks.indices):
             ledger.append("ingested", key="", boot="")
-            LOG.warning("%s: cannot be read and will be made again", tomogram.path)
+            LOG.warning("%s: the copy cannot be read and will be made again", tomogram.path)
     if found:
         grid = make_grid(shape, plan.patch, found["block_size"], plan.halo)
         arrays = [work_array(work, name) for name in plan.wanted if name in work]
@@ -213,7 +213,7 @@ def _forget_damaged(plan: RunPlan, shape: tuple[int, ...], space: Workspace) -> 
 
 
 def _is_readable(array: zarr.Array[Any], region: tuple[slice, ...]) -> bool:
-    """Whether a region of every class can be read; also true if the disk does not answer."""
+    """Whether a region of every class can be read; also true if the disk does not respond."""
     for leading in np.ndindex(array.shape[: -len(region)]):
         try:
             array[(*leading, *region)]
@@ -226,7 +226,7 @@ def _is_readable(array: zarr.Array[Any], region: tuple[slice, ...]) -> bool:
 
 @contextmanager
 def work_group(configuration: Configuration, stem: str) -> Iterator[zarr.Group]:
-    """Create an empty zarr group for a command on a written prediction whose claim it holds."""
+    """Yield an empty zarr group for a command on a written prediction, whose claim the command holds."""
     folder = _work_root(configuration) / f"{_own_name(configuration, stem)}{_SCRATCH}"
     shutil.rmtree(folder, ignore_errors=True)
     try:

@@ -69,13 +69,14 @@ def postprocess(
 ) -> list[Outcome]:
     """Apply ``postprocessing_sizes`` to existing predictions, without inference.
 
-    It starts from the labels before any removal, so that other sizes can be tried, and the same sizes change nothing.
+    The sizes are applied to the labels before any removal, so that other sizes can be tried; the same sizes change
+    nothing.
 
     Parameters
     ----------
     configuration
-        The YAML file. Of its paths, ``prediction_folder`` and ``work_folder`` are used; those of the tomograms and
-        masks only for previews and for ``output_formats`` that contain the tomogram.
+        The YAML file. Tomograms and masks are only read for previews and for ``output_formats`` that contain the
+        tomogram.
     predictions
         From `cryosiam_dask.runs.find.find_predictions`.
     reporter
@@ -134,7 +135,7 @@ def measure(
     Parameters
     ----------
     configuration, predictions, reporter, executor
-        As of `postprocess`.
+        See `postprocess`.
 
     Returns
     -------
@@ -161,7 +162,7 @@ def export(
     Parameters
     ----------
     configuration, predictions, reporter, executor
-        As of `postprocess`; ``data_folder`` and ``file_extension`` name the tomograms.
+        See `postprocess`; ``data_folder`` and ``file_extension`` locate the tomograms.
     formats, per_class
         See `cryosiam_dask.stages.export.export_prediction`.
 
@@ -196,11 +197,11 @@ def list_centers(
     Parameters
     ----------
     configuration, predictions, reporter, executor
-        As of `postprocess`.
+        See `postprocess`.
     min_voxels
         Components with at most this many voxels are left out; ``None``: as in the configuration.
     erode
-        Whether to erode each class once before; always done for CryoSiam's form.
+        Whether to erode each class once first; always done for CryoSiam's format.
     form
         ``"relion"`` for RELION and Warp (`cryosiam_dask.stages.centers.write_centers`), or ``"cryosiam"``
         (`write_cryosiam_centers`).
@@ -282,7 +283,7 @@ def _each(
     act: Callable[[Path, Executor], Outcome],
     executor: SharedExecutor,
 ) -> list[Outcome]:
-    """Apply `act` to each prediction; those that another run works on come last."""
+    """Apply `act` to each prediction; predictions that another run works on come last."""
     outcomes: dict[Path, Outcome] = {}
     pending, waiting, announced = deque(predictions), set[Path](), set[Path]()
     for folder in {path.parent for path in predictions}:
@@ -297,7 +298,7 @@ def _each(
                 waiting.clear()
                 continue
             if path not in announced:
-                reporter.inform(f"{stem_of(path)}: another run works on it; waiting for it")
+                reporter.inform(f"{stem_of(path)}: another run is working on it; waiting")
                 announced.add(path)
             waiting.add(path)
             pending.append(path)
@@ -335,7 +336,7 @@ def _attempt(
     except (Interrupted, LostClusterError):
         raise
     except Exception as error:
-        if not begun:  # the disk took no claim
+        if not begun:  # the claim could not be written
             reporter.begin(stem)
         outcome = failure_of(stem, (), began, error, path)
         reporter.end(stem, f"FAILED: {outcome.error}")
@@ -357,17 +358,17 @@ def measure_one(configuration: Configuration, path: Path, executor: Executor) ->
 
 
 def complete(plan: RunPlan, job: Job, executor: Executor) -> Outcome:
-    """Make what is missing or outdated beside an existing prediction.
+    """Make the missing or outdated files that belong to an existing prediction.
 
     Returns
     -------
     Outcome
-        ``"skipped"`` if another run has made everything meanwhile.
+        ``"skipped"`` if another run has made everything in the meantime.
 
     Raises
     ------
     Interrupted, LostClusterError
-        If the run is to stop; finished work is kept.
+        If the run should stop; finished work is kept.
     """
     began = time.time()
     try:
@@ -393,7 +394,7 @@ def _complete(plan: RunPlan, job: Job, executor: Executor) -> Outcome:
     if not formats_done(configuration, job.stem, job.fingerprint, plan.class_names):
         with work_group(configuration, job.stem) as work:
             warnings += update_formats(configuration, job.output, work, executor)
-    # A run that failed after writing the labels left its work store and a recorded failure.
+    # A run that failed after writing the labels has left its work store and a recorded failure behind.
     for folder in () if configuration.keep_work else work_stores(configuration, job.stem):
         shutil.rmtree(folder, ignore_errors=True)
     forget_failure(Ledger(configuration.prediction_folder, job.stem))
@@ -409,7 +410,7 @@ def probabilities_of(path: Path) -> StoredDataset | None:
 
 
 def _read_unfiltered(path: Path, work: zarr.Group, executor: Executor) -> zarr.Array[Any]:
-    """Copy the labels of a prediction, including those that were removed, to a zarr array."""
+    """Copy the labels of a prediction, including the removed ones, to a zarr array."""
     shape = open_labels(path).shape
     labels = work.create_array("labels", shape=shape, chunks=tuple(min(128, n) for n in shape), dtype=np.uint8)
     regions = list(regions_of(shape, labels.chunks))
@@ -421,6 +422,6 @@ def _read_unfiltered_chunk(path: Path, labels: zarr.Array[Any], region: Region) 
     with open_hdf5(path) as file:
         chunk = file["labels"][region]
         if "removed" in file:
-            # In 64 bits, since a sum in 8 bits could wrap around to a valid label.
+            # In 64 bits, because a sum in 8 bits could wrap around to a valid label.
             chunk = np.add(chunk, file["removed"][region], dtype=np.int64, casting="same_kind")
     labels[region] = as_uint8(chunk, path)
