@@ -288,7 +288,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "incomplete zarr": (_lacking_zarr, "the zarr store must be readable; found "),
     "a pickle that runs something": (lambda f: _written(f / "a.ckpt", pickle.dumps(_Runs(), protocol=2)), "a.ckpt"),
     "a checkpoint that runs something": (
-        lambda f: checkpoints.write(f / "a.ckpt", edit=lambda content: content.update(epoch=_Runs())), "would call a function"),
+        lambda f: checkpoints.write(f / "a.ckpt", edit=lambda content: content.update(epoch=_Runs())), "would call"),
     "a loop of links": (lambda f: (f / "loop.mrc").symlink_to(f / "loop.mrc") or f / "loop.mrc", "levels of symbolic"),
 }  # fmt: skip
 
