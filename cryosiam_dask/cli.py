@@ -256,7 +256,7 @@ CpuWorkers = Annotated[
     int | None,
     typer.Option(
         help="Number of additional worker processes without a GPU, for the tasks that need none. "
-        "Default: one for each remaining core, as far as half of the memory suffices.",
+        "Default: one for each remaining core, if half of the memory allows.",
         **_numbers(int, 0),
     ),
 ]

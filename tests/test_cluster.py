@@ -304,7 +304,9 @@ def test_a_cluster_whose_devices_do_not_come_back_ends_the_run(client: Client) -
 def test_a_cluster_of_this_run_whose_workers_do_not_come_back_ends_the_run(client: Client) -> None:
     executor = DaskExecutor(client, hang_seconds=1)
     executor._knows = lambda address: False  # type: ignore[method-assign]  # as if there were none
-    with pytest.raises(LostClusterError, match=r"^this machine: a worker must run until the run ends; found none for "):
+    with pytest.raises(
+        LostClusterError, match=r"^this machine: a worker must keep running until the run ends; found none for "
+    ):
         executor.map(square, [3], name="predict", overlap=True)
 
 
@@ -323,10 +325,10 @@ def test_a_broken_device_is_not_started_again_at_once(client: Client, monkeypatc
         task = dask_executor._Task(group, 0, broken, 0.0)
         executor._handle(dask_executor._Finished(future, error=LostDeviceError("the device must work")), task)
 
-    executor._proven.add(works)
+    executor._have_computed.add(works)
     lose()
     assert group.error is None and group.pending and ended.get(timeout=60) == ("_retire", broken)
-    executor._proven.clear()  # no other device works either
+    executor._have_computed.clear()  # no other device works either
     executor._addresses.add(broken)
     lose()
     assert group.error is None and ended.get(timeout=60) == ("_restart", broken)
@@ -422,7 +424,7 @@ def test_workers_compute_in_one_thread_and_keep_their_memory(client: Client, nam
 
 def test_gpus_that_are_not_there_are_an_error() -> None:
     with (
-        pytest.raises(CryosiamDaskError, match=r"dask-cuda|asks for \d+ GPUs|NVIDIA's driver"),
+        pytest.raises(CryosiamDaskError, match=r"dask-cuda|requests \d+ GPUs|NVIDIA's driver"),
         open_cluster("cuda", 99),
     ):
         pass

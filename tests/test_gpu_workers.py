@@ -86,33 +86,36 @@ def test_each_gpu_has_a_worker_and_tells_of_itself_and_a_cpu_worker_helps(tmp_pa
 def test_a_gpu_whose_workers_always_die_is_named(tmp_path: Path) -> None:
     told = opened(tmp_path, 1, FAKE_DIE="0")
     assert "ClusterError this machine: worker processes must be able to start; found 1 of 1 died" in told
-    assert "on GPU 0. Look at nvidia-smi and dmesg, leave out a broken GPU with CUDA_VISIBLE_DEVICES" in told
+    assert "on GPU 0. Check nvidia-smi and dmesg, exclude a broken GPU with CUDA_VISIBLE_DEVICES" in told
 
 
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"CUDA_VISIBLE_DEVICES": "0,7"}, r"found 0,7, where '7' is none of the 2 GPUs of this machine.*0,1 for exam"),
-        ({"CUDA_VISIBLE_DEVICES": "0,1,"}, "found 0,1,, where '' is none of the 2 GPUs"),
-        ({"CUDA_VISIBLE_DEVICES": "0,-1"}, "found 0,-1, where '-1' is none of the 2 GPUs"),
-        ({"CUDA_VISIBLE_DEVICES": "1,1"}, "found 1,1, where '1' is there twice"),
-        ({"CUDA_VISIBLE_DEVICES": "one"}, "found one, where 'one' is none of"),
-        ({"CUDA_VISIBLE_DEVICES": "GPU-12"}, "found GPU-12, where 'GPU-12' is none of"),
+        (
+            {"CUDA_VISIBLE_DEVICES": "0,7"},
+            r"found 0,7, where '7' is not one of the 2 GPUs of this machine.*0,1 for exam",
+        ),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,"}, "found 0,1,, where '' is not one of the 2 GPUs"),
+        ({"CUDA_VISIBLE_DEVICES": "0,-1"}, "found 0,-1, where '-1' is not one of the 2 GPUs"),
+        ({"CUDA_VISIBLE_DEVICES": "1,1"}, "found 1,1, where '1' is listed twice"),
+        ({"CUDA_VISIBLE_DEVICES": "one"}, "found one, where 'one' is not one of"),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-12"}, "found GPU-12, where 'GPU-12' is not one of"),
         ({"CUDA_VISIBLE_DEVICES": f"0,{fake_pynvml.nvmlDeviceGetUUID(1)}"}, "is of another kind than the first"),
-        ({"CUDA_VISIBLE_DEVICES": ""}, r"asks for 1 GPUs; found 0 visible \(CUDA_VISIBLE_DEVICES=\)"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, r"requests 1 GPUs; found 0 visible \(CUDA_VISIBLE_DEVICES=\)"),
         (
             {"CUDA_VISIBLE_DEVICES": fake_pynvml.nvmlDeviceGetUUID(1), "FAKE_AFFINITY": "missing"},
-            "must list GPUs by their numbers where the driver does not know",
+            "must list GPUs by their numbers if the driver does not know",
         ),
         (
             {"FAKE_LOST": "1"},
-            r"^GPU 1: each visible GPU must work; found GPU is lost\. Look at nvidia-smi and dmesg, le",
+            r"^GPU 1: each visible GPU must work; found GPU is lost\. Check nvidia-smi and dmesg, le",
         ),
         (
             {"FAKE_LOST": "1", "CUDA_VISIBLE_DEVICES": fake_pynvml.nvmlDeviceGetUUID(1)},
             "^GPU GPU-00000001-0000-0000-0000-000000000000: each visible GPU must work; found GPU is lost",
         ),
-        ({"FAKE_GPUS": "0"}, r"asks for 1 GPUs; found 0 visible \(CUDA_VISIBLE_DEVICES=not set\)"),
+        ({"FAKE_GPUS": "0"}, r"requests 1 GPUs; found 0 visible \(CUDA_VISIBLE_DEVICES=not set\)"),
         ({"FAKE_NVML": "missing"}, "management library, NVML; found NVML Shared Library Not Found. Install the driver"),
     ],
 )
@@ -134,7 +137,7 @@ def test_more_cpu_workers_than_memory_are_refused(monkeypatch: pytest.MonkeyPatc
         for name, module in made.items():
             monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setenv("FAKE_GPUS", "1")
-    wanted = r"asks for 99999 workers of about 1.5 GB each; found \d+ GB of memory. Ask for at most \d+"
+    wanted = r"requests 99999 workers of about 1.5 GB each; found \d+ GB of memory. Request at most \d+"
     with pytest.raises(DeviceError, match=wanted), open_cluster("cuda", 0, cpu_workers=99999):
         pass
 
@@ -208,7 +211,7 @@ def test_gpus_that_cannot_compute_leave_everything_to_one_that_can(
     output = call(
         "semantic-predict", "--config-file", "config.yaml", "--device", "cuda", "--cpu-workers", 0, folder=folder
     )
-    assert "warning: the run goes on without GPU 1, which PyTorch cannot use" in output
+    assert "warning: the run continues without GPU 1, which PyTorch cannot use" in output
     assert "the network must fit into the GPU's memory" in output and "The other GPUs compute what this one" in output
-    assert "warning: 1 of 3 GPUs have too little memory, of which 0.0 GB are free" in output
+    assert "warning: 1 of 3 GPUs have too little free memory, at least 0.0 GB: " in output
     assert "3 tomograms on 3 cuda workers" in output and output.count(" done ") >= 3

@@ -22,7 +22,7 @@ import zarr
 from cryosiam_dask.core.grid import Patch
 from cryosiam_dask.errors import DeviceError
 from cryosiam_dask.model.architecture import required_halo, widest
-from cryosiam_dask.model.device import device_works, has_gpu
+from cryosiam_dask.model.device import has_gpu, lost_device_reported
 from cryosiam_dask.model.predictor import (
     Predictor,
     PredictorSpec,
@@ -233,7 +233,7 @@ def predicted(mark: Path, spec: PredictorSpec, how: str, number: int) -> bytes:
         else:
             if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
-            with device_works():
+            with lost_device_reported():
                 values = torch.zeros(1, device="cuda")
                 values[torch.tensor([5], device="cuda")].cpu()
             raise AssertionError

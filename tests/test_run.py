@@ -107,8 +107,8 @@ def test_a_cluster_that_does_not_fit_is_an_error(folder: Path, cluster: tuple[Pa
     def fails(*options: object) -> str:
         return " ".join(invoke("run", "--config-file", "pipeline.yaml", *options, folder=folder, status=2).split())
 
-    assert "a Dask scheduler must answer; found none" in fails("--scheduler", "tcp://127.0.0.1:1")
-    assert "a Dask scheduler must answer" in fails("--scheduler", "nonsense://x")
+    assert "a Dask scheduler must respond; found none" in fails("--scheduler", "tcp://127.0.0.1:1")
+    assert "a Dask scheduler must respond" in fails("--scheduler", "nonsense://x")
     assert "must be a file that 'dask scheduler --scheduler-file' wrote" in fails("--scheduler-file", "none.json")
     (tmp_path / "other.json").write_text("[]")
     assert "must be a file that 'dask scheduler" in fails("--scheduler-file", tmp_path / "other.json")

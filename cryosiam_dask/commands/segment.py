@@ -283,8 +283,8 @@ def segment(
                 if small := sum(memory < of_gpu for memory in gpus if of_gpu is not None):
                     warn(
                         console,
-                        f"{small} of {len(gpus)} GPUs have too little memory, of which {min(gpus) / 1e9:.1f} GB are "
-                        "free: the others compute what does not fit. Stop other programs there, or lower patch_size",
+                        f"{small} of {len(gpus)} GPUs have too little free memory, at least {min(gpus) / 1e9:.1f} GB: "
+                        "the others compute what does not fit. Stop other programs on them, or lower patch_size",
                     )
                 plans = [plan.with_memory(int(USABLE * shared), of_gpu) for plan in plans]
             stack.enter_context(forwarded_warnings(client))

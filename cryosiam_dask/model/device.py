@@ -54,7 +54,7 @@ def _is(error: BaseException, library: str, name: str = "") -> bool:
 
 
 @contextmanager
-def device_works() -> Iterator[None]:
+def lost_device_reported() -> Iterator[None]:
     """Raise a `LostDeviceError` instead of an error after which this process can no longer use its GPU."""
     try:
         yield
@@ -70,15 +70,15 @@ def device_works() -> Iterator[None]:
 
 
 @contextmanager
-def device_refuses() -> Iterator[list[str]]:
+def out_of_memory_caught() -> Iterator[list[str]]:
     """Suppress an out-of-memory error of a GPU, and append its first line to the yielded list.
 
     The caller frees memory and tries again after the ``with`` block, because the error keeps the arrays of the failed
-    attempt alive. Other errors of the GPU become `LostDeviceError`, as in `device_works`.
+    attempt alive. Other errors of the GPU become `LostDeviceError`, as in `lost_device_reported`.
     """
     refused: list[str] = []
     try:
-        with device_works():
+        with lost_device_reported():
             yield refused
     except Exception as error:
         if not memory_ran_out(error):

@@ -4,11 +4,11 @@ The last bits of the libraries' sums depend on the batch size and on the number 
 evaluated
 
 * on a CPU one at a time, in one thread (more worker processes use more cores);
-* on a GPU with deterministic algorithms, in batches of constant size; the last one is filled up with zeros. Only if a
-  batch does not fit into the GPU's memory, the batches become smaller, which may change the last bits, as may another
-  engine of cuDNN: it takes one whose work space fits.
+* on a GPU with deterministic algorithms, in batches of constant size; the last batch is filled up with zeros. Only if a
+  batch does not fit into the GPU's memory, the batches become smaller, which may change the last bits. So may another
+  cuDNN engine, which cuDNN chooses by the workspace that is available.
 
-Single precision is the default. Other precisions are optional, and an error on a device without instructions for them.
+Single precision is the default. Other precisions are optional, and an error on devices without instructions for them.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from cryosiam_dask.core.grid import Patch
 from cryosiam_dask.errors import CheckpointError, DeviceError, LostDeviceError
 from cryosiam_dask.model.architecture import default_threshold, peak_bytes, required_divisor, widest
 from cryosiam_dask.model.checkpoint import read_checkpoint
-from cryosiam_dask.model.device import device_refuses, device_works, free_memory, has_gpu
+from cryosiam_dask.model.device import free_memory, has_gpu, lost_device_reported, out_of_memory_caught
 from cryosiam_dask.model.network import build_network, convolve_with_onednn, fold_batch_norms
 
 _CACHED = 1 << 16  # voxels that fit into a processor's cache
-#: Held while computing: a worker of a pipeline has several networks, but memory and a core for one at a time.
+#: Held while computing: a worker of a pipeline has several networks, but memory and a core for only one at a time.
 _TURN = threading.Lock()
 
 R = TypeVar("R")
@@ -56,7 +56,7 @@ class PredictorSpec:
     Attributes
     ----------
     checkpoint, sha256
-        The file and its hash; a file that has changed meanwhile is refused.
+        The file and its hash; a file that has changed in the meantime is refused.
     device
         Where the network runs.
     patch
@@ -66,19 +66,19 @@ class PredictorSpec:
     batch_size
         Patches per batch on a GPU; may change the last bits of probabilities.
     minimum, maximum
-        Intensities that become 0 and 1; others are clipped. If intensities are inverted, the minimum is larger than the
-        maximum.
+        Intensities that become 0 and 1; those beyond are clipped. If intensities are inverted, the minimum is larger
+        than the maximum.
     mean, std
         The scaled intensities become (intensity - mean) / std.
     threshold
         Probability that a class must reach to become a label.
     halo
-        Voxels on either side of a patch that are not kept; 0 for CryoSiam's patches (see `cryosiam_dask.core.grid`).
+        Voxels on each side of a patch that are discarded; 0 for CryoSiam's patches (see `cryosiam_dask.core.grid`).
     precision
-        Precision of the products in convolutions; sums, probabilities and labels use single precision.
+        Precision of the multiplications in convolutions; sums, probabilities and labels use single precision.
     stretch
-        Intensities that become 0 and 1 first, with what lies outside clipped; ``None``: no such step. Denoisers take
-        percentiles of the tomogram, the higher one first, and so invert.
+        Intensities that become 0 and 1 before all else, those beyond being clipped; ``None``: no such step. For
+        denoisers, these are percentiles of the tomogram; the higher one comes first, which inverts the contrast.
     """
 
     checkpoint: str
@@ -180,7 +180,7 @@ def normalise(
     scaled = np.empty(given.shape, np.float32) if out is None else out.reshape(-1)
     width = spec.maximum - spec.minimum
     with np.errstate(over="ignore"):  # values that overflow are infinite, or clipped
-        # In sections that stay in the processor's cache during all operations.
+        # In sections that fit into the processor's cache during all operations.
         for first in range(0, given.size, _CACHED):
             section = scaled[first : first + _CACHED]
             section[:] = given[first : first + _CACHED]
@@ -233,7 +233,7 @@ def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cu
 
 
 def _without_cuda() -> str:
-    """Say why PyTorch finds no GPU."""
+    """Return why PyTorch finds no GPU."""
     if not torch.version.cuda:
         return f"PyTorch {torch.__version__}, which was built without CUDA"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -246,7 +246,7 @@ _DEVICES = Path("/dev")
 
 
 def unused_gpu() -> str | None:
-    """Say why a GPU of this machine, which nobody has hidden, cannot be used; ``None`` if there is no such GPU."""
+    """Return why a visible GPU of this machine cannot be used; ``None`` if there is no such GPU."""
     if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return None
     if not any(_DEVICES.glob("nvidia[0-9]*")):
@@ -257,19 +257,19 @@ def unused_gpu() -> str | None:
     )
 
 
-@device_works()
+@lost_device_reported()
 def name_of_gpu() -> str | None:
     """Return a unique name of the GPU that this process uses; ``None`` if it uses none."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0]
-    part = visible if visible.startswith("MIG-") else ""  # of a GPU, whose id all its parts may tell
+    part = visible if visible.startswith("MIG-") else ""  # all instances of a GPU may report its id
     return f"{properties.name} {getattr(properties, 'uuid', '')} {part}".strip()
 
 
 def on_device(device: Literal["cpu", "cuda"], function: Callable[..., R], *arguments: object) -> R | None:
-    """Call a function, unless GPUs are used and this process, which helps those with a GPU, has none."""
+    """Call a function, unless `device` is ``"cuda"`` and this process has no GPU."""
     return function(*arguments) if device == "cpu" or has_gpu() else None
 
 
@@ -278,7 +278,7 @@ def count_of_gpus() -> int:
     return torch.cuda.device_count()
 
 
-@device_works()
+@lost_device_reported()
 def memory_of_gpu() -> int | None:
     """Return the bytes of GPU memory that this process may use; ``None`` if it has no GPU."""
     if not torch.cuda.is_available():
@@ -298,7 +298,7 @@ def memories_of_gpus() -> list[tuple[int, int]]:
     found, count = list[tuple[int, int]](), count_of_gpus()
     for gpu in range(count):
         try:
-            with device_works():
+            with lost_device_reported():
                 found.append((gpu, torch.cuda.mem_get_info(gpu)[0]))
         except LostDeviceError:
             if gpu == count - 1 and not found:
@@ -328,9 +328,9 @@ def _require_cudnn(precision: Precision) -> None:
         )
 
 
-@device_works()
+@lost_device_reported()
 def require_precision(precision: Precision, device: Literal["cpu", "cuda"]) -> str:
-    """Check that the device has instructions for a precision; without them it would be slower than single precision.
+    """Check that the device has instructions for a precision, which would otherwise be slower than single precision.
 
     Returns
     -------
@@ -368,7 +368,7 @@ def require_precision(precision: Precision, device: Literal["cpu", "cuda"]) -> s
 
 #: Longest patch edge, in voxels, that `largest_patch` tries; a CPU would take minutes for a longer one.
 _LONGEST_PATCH = {"cuda": 448, "cpu": 256}
-#: Most values that an array of one patch may have on a GPU. CUDA's libraries count more of them in other kernels.
+#: Maximum number of values in an array of one patch on a GPU. For more, CUDA's libraries use other kernels.
 _MOST_VALUES = 2**31 - 1
 
 
@@ -386,13 +386,13 @@ def largest_patch(
     spec
         How to predict; its patch is the smallest that is tried.
     extent
-        Voxels of the largest tomogram along each axis; no longer patch is tried.
+        Shape of the largest tomogram in voxels; no longer patch is tried.
     memory
-        Bytes of the device that network and blocks may use.
+        Memory of the device that network and blocks may use, in bytes.
     beside
-        Returns the bytes that the smallest blocks for a patch need beside the network.
+        Returns the bytes that the smallest blocks for a patch need in addition to the network.
     gpu
-        Which of the GPUs that this process can see is tried.
+        Number of the GPU, among those that this process can see.
 
     Raises
     ------
@@ -411,7 +411,7 @@ def largest_patch(
         if edge and spec.device == "cuda" and widest(architecture) * math.prod(patch) > _MOST_VALUES:
             continue
         tried.add(patch)
-        # In a separate process: running out of memory may kill it, or leave memory of the GPU occupied.
+        # In a separate process, because running out of memory may kill it or leave GPU memory occupied.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             try:
                 pool.submit(partial(_try_patch, gpu=gpu), replace(spec, patch=patch), memory - beside(patch)).result()
@@ -419,15 +419,15 @@ def largest_patch(
             except (DeviceError, BrokenProcessPool):
                 pass
     raise DeviceError(
-        "the patch of the checkpoint must fit into the memory",
+        "the checkpoint's patch must fit into the memory",
         place=spec.checkpoint,
         value=f"patch_size {list(spec.patch)}",
-        remedy="Set parameters.data.patch_size to a smaller one, or use another device",
+        remedy="Set parameters.data.patch_size to a smaller patch, or use another device",
     )
 
 
 def _try_patch(spec: PredictorSpec, memory: int, *, gpu: int) -> None:
-    """Predict a batch of empty patches in so much memory of a GPU."""
+    """Predict a batch of empty patches, using at most `memory` bytes of a GPU."""
     if spec.device == "cuda":
         torch.cuda.set_device(gpu)
         _, total = torch.cuda.mem_get_info()
@@ -450,7 +450,7 @@ def measured_pace(
     window, patches, shape
         A block; see `Predictor.predict_block`.
     least
-        Shortest measurement in seconds, after a first batch.
+        Minimum duration of the measurement in seconds, after a first batch.
     """
     predictor, size = load_predictor(spec), 1 if spec.device == "cpu" else spec.batch_size
     batches = cycle([patches[first : first + size] for first in range(0, len(patches), size)])
@@ -503,7 +503,7 @@ class Predictor:
         self._streams = _streams() if device == "cuda" else None
         for _ in range(2):
             with (
-                device_refuses() as refused,
+                out_of_memory_caught() as refused,
                 torch.cuda.stream(self._streams.compute) if self._streams else nullcontext(),
             ):
                 self._network = network.to(device, self._dtype).to(memory_format=self._layout)  # type: ignore[call-overload]
@@ -521,7 +521,7 @@ class Predictor:
         if device == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             convolve_with_onednn(network)
         self._turn = _TURN
-        # Becomes smaller when the GPU runs out of memory, and then stays so in this process.
+        # Becomes smaller when the GPU runs out of memory, and does not grow again in this process.
         self._batch_size = 1 if device == "cpu" else spec.batch_size
 
     def predict_block(
@@ -533,7 +533,7 @@ class Predictor:
     ) -> tuple[dict[str, npt.NDArray[Any]], tuple[float, float]]:
         """Predict the patches of a block.
 
-        Threads of one process take turns on the device; one may copy its voxels there while another one computes.
+        Threads of one process take turns on the device; one may copy its voxels there while another computes.
 
         Parameters
         ----------
@@ -544,19 +544,19 @@ class Predictor:
         shape
             Shape of the result in voxels.
         wanted
-            Which of ``"labels"``, ``"probabilities"``, ``"distances"`` and ``"highest"`` to return, or of a denoiser
+            Which of ``"labels"``, ``"probabilities"``, ``"distances"`` and ``"highest"`` to return; for a denoiser,
             ``"denoised"``.
 
         Returns
         -------
         dict
             ``labels`` uint8 (z, y, x): with one class, 1 where its probability exceeds the threshold; with several, the
-            most probable one (the first of equals), or 0 where none reaches the threshold. ``probabilities`` and
+            most probable class (the first of equals), or 0 where none reaches the threshold. ``probabilities`` and
             ``distances`` float32 (class, z, y, x), before any threshold. All are 0 outside the cores of the patches.
             ``highest`` float32 (class,): the highest probability of each class in any core. ``denoised`` float32
             (channel, z, y, x).
         tuple of float
-            When the device started and finished, seconds since 1970.
+            When the device started and finished, in seconds since 1970.
 
         Raises
         ------
@@ -576,14 +576,14 @@ class Predictor:
             )
         while True:
             batch_size = self._batch_size
-            with device_refuses():
+            with out_of_memory_caught():
                 return self._predict_block(window, patches, shape, wanted, batch_size)
-            with self._turn, device_refuses() as refused:
+            with self._turn, out_of_memory_caught() as refused:
                 free_memory()
                 if batch_size > 1:
                     self._batch_size = min(self._batch_size, batch_size // 2)
                     continue
-                # Retry without another block beside it.
+                # Retry while no other block uses the device.
                 return self._predict_block(window, patches, shape, wanted, 1, alone=True)
             tried, _ = out_of_memory(self.spec.batch_size, self.spec.patch)
             _, remedy = out_of_memory(1, self.spec.patch)
@@ -606,7 +606,7 @@ class Predictor:
         """See `predict_block`; `alone` means that this thread already holds the lock."""
         device, streams = self.spec.device, self._streams
         with torch.inference_mode(), _one_thread():
-            # Copied only if torch cannot use it: if it is read-only, of foreign byte order or flipped.
+            # Copied only if torch cannot use it, because it is read-only, flipped, or has a foreign byte order.
             voxels = torch.from_numpy(np.require(window, np.float32, ["C", "W"]))
             if streams:
                 with torch.cuda.stream(streams.upload):
@@ -667,7 +667,7 @@ class Predictor:
 
 
 def _does_not_fit(rule: str, **details: Any) -> DeviceError:
-    """Return an error after which another GPU is tried, or the same one later: its memory may be another program's."""
+    """Return an error that is retried, on another GPU or later, because another program may be using the memory."""
     error = DeviceError(rule, **details)
     error.transient = True
     return error
@@ -684,7 +684,7 @@ def _batches(patches: Sequence[Patch], size: int) -> Iterator[list[Patch]]:
 
 @dataclass(frozen=True, slots=True)
 class _Streams:
-    """The queues of a process's GPU: one that computes, and one for copies in each direction."""
+    """The CUDA streams of a process: one for computing, and one for copies in each direction."""
 
     compute: torch.cuda.Stream
     upload: torch.cuda.Stream
@@ -693,12 +693,12 @@ class _Streams:
 
 @cache
 def _streams() -> _Streams:
-    """Return this process's streams; PyTorch keeps freed memory for the stream that allocated it, so they are few."""
+    """Return this process's streams, which are few because PyTorch caches freed memory for each stream."""
     return _Streams(*(torch.cuda.Stream() for _ in range(3)))  # type: ignore[no-untyped-call]
 
 
 def _set_precision(spec: PredictorSpec) -> None:
-    """Choose the GPU's algorithms for the next block: the choice is the process's, whose models may differ in it."""
+    """Choose the GPU's algorithms for the next block; it is global, and models of a process may differ."""
     if spec.device == "cuda":
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
@@ -721,14 +721,14 @@ _LOADING = threading.Lock()
 
 
 def load_predictor(spec: PredictorSpec) -> Predictor:
-    """Return the predictor for `spec`, loaded at the first call in a process; the last three are kept.
+    """Return the predictor for `spec`, which is loaded at the first call in a process; the last three are kept.
 
     Raises
     ------
     CheckpointError, DeviceError
         See `Predictor`.
     """
-    with _LOADING:  # other threads wait for the one that loads
+    with _LOADING:  # other threads wait for the loading one
         # The scaling of intensities is not part of the network, and a denoiser scales every tomogram differently.
         return _load(replace(spec, minimum=0.0, maximum=1.0, mean=0.0, std=1.0, stretch=None))
 

@@ -1,7 +1,7 @@
 """Start worker processes on this machine, each with one GPU or one CPU core, or join a running cluster.
 
-A worker has several threads, so that it can read one block and write another while it predicts a third. Tasks that do
-not declare that they may overlap like this run alone in their process.
+A worker has several threads, so that it can read one block and write another while it predicts a third. Tasks that may
+not overlap like this run one at a time in their process.
 
 `open_cluster` and `join_cluster` yield a Dask client. `cryosiam_dask.runs.dask_executor.DaskExecutor` runs the tasks of
 all stages on its workers with a bounded number in flight, so that neither the memory of the scheduler nor that of the
@@ -52,9 +52,9 @@ KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": 8_000_000_000, "MALLOC_MMAP_MAX_": 0, "
 #: Let CUDA number GPUs as nvidia-smi and NVML do, and so dask-cuda: its own order begins with the fastest one.
 GPU_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 #: By default Dask gives up a worker whose replacement takes more than 15 s, which its imports alone may take, and keeps
-#: the last 1000 messages to each worker, each with a task. The web servers have no password, so they only show: routes
-#: that change or reach anything (``api`` retires workers, ``proxy`` forwards requests) are left out, whatever the
-#: user's configuration adds.
+#: the last 1000 messages to each worker, each with a task. The web servers have no password, so they are read-only:
+#: routes that change or forward anything (``api`` retires workers, ``proxy`` forwards requests) are left out, whatever
+#: the user's configuration adds.
 _SCHEDULER: dict[str, Any] = {
     "distributed.deploy.lost-worker-timeout": "10 minutes",
     "distributed.admin.low-level-log-length": 100,
@@ -77,7 +77,7 @@ def open_cluster(
 ) -> Iterator[Client]:
     """Start workers on this machine and close them at the end.
 
-    The TLS keys exist only in the memory of these processes and keep everybody else out, including other users of the
+    The TLS keys exist only in the memory of these processes, and exclude everybody else, including other users of the
     machine.
 
     Parameters
@@ -87,9 +87,9 @@ def open_cluster(
     workers
         Number of workers; for ``"cuda"`` at most the number of visible GPUs, 0 for all of them.
     cpu_workers
-        Number of workers without a GPU beside those of ``"cuda"``; ``None``: see `default_cpu_workers`.
+        Number of additional workers without a GPU for ``"cuda"``; ``None``: see `default_cpu_workers`.
     dashboard_address
-        Where the Dask dashboard listens; if its port is in use, another port of the same host.
+        Where the Dask dashboard listens; if its port is in use, another port of the same host is used.
     scratch
         Folder for Dask's own temporary files.
 
@@ -100,14 +100,14 @@ def open_cluster(
     Raises
     ------
     DeviceError
-        If GPUs were asked for and dask-cuda or enough GPUs are missing, or the memory does not suffice for
+        If GPUs were requested, but dask-cuda or enough GPUs are missing, or there is not enough memory for
         `cpu_workers`.
     ClusterError
         If workers cannot start or repeatedly die while starting, or the dashboard cannot listen at the address.
     """
     require_local_address(dashboard_address)
     silence_dask()
-    # A worker without a GPU would tell of the machine's first one.
+    # Otherwise a worker without a GPU would report the metrics of the machine's first GPU.
     settings = cluster_settings(scratch) | {"distributed.diagnostics.nvml": device == "cuda"}
     options: dict[str, Any] = {
         "dashboard_address": dashboard_address,
@@ -144,21 +144,22 @@ def open_cluster(
 
 
 def _leave_silently() -> None:
-    """See `leave_at_once`; a worker that retires would also log the end of its connections on the user's terminal."""
+    """See `leave_at_once`; this also keeps a retiring worker from logging closed connections to the user's terminal."""
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     leave_at_once()
 
 
-#: Seconds after which workers are killed that have not started, and that have not ended.
+#: Seconds after which workers are killed if they have not started, or have not ended.
 _START_SECONDS, _CLOSE_SECONDS = 600.0, 20.0
-#: Seconds between two looks for workers that Dask has given up, at first and at most.
+#: Seconds between two checks for workers that Dask has given up, at first and at most.
 _REPLACE_SECONDS = 15.0, 600.0
 
 
 def _within(seconds: float, others: Collection[BaseProcess], call: Callable[[], R]) -> R:
     """Return ``call()``; if it takes longer or fails, kill the processes that were started since there were `others`.
 
-    So does an interrupt. Dask waits for ever for a process that hangs while it starts, also to close its cluster.
+    An interrupt kills them, too. If a process hangs while it starts, Dask would wait for it forever, even to close its
+    cluster.
     """
 
     def kill() -> None:
@@ -190,7 +191,7 @@ def _within(seconds: float, others: Collection[BaseProcess], call: Callable[[], 
 
 
 def _replace(cluster: Any, over: threading.Event) -> None:
-    """Start workers again that died while they replaced others, which Dask does not."""
+    """Replace workers that died while they replaced others, which Dask itself does not."""
     pause, longest = _REPLACE_SECONDS
     while not over.wait(pause):
         with suppress(Exception):  # the next one may start
@@ -208,8 +209,8 @@ def cluster_settings(scratch: str | None = None) -> dict[str, Any]:
     Parameters
     ----------
     scratch
-        Folder for Dask's own temporary files; by default that of Dask's configuration, then of the system. A folder
-        that cannot be used is skipped, since almost nothing is written there.
+        Folder for Dask's own temporary files; by default that of Dask's configuration, then that of the system. A
+        folder that cannot be used is skipped, because almost nothing is written there.
 
     Raises
     ------
@@ -220,12 +221,12 @@ def cluster_settings(scratch: str | None = None) -> dict[str, Any]:
 
 
 def require_local_address(dashboard_address: str) -> None:
-    """Refuse a dashboard address on which this machine cannot listen.
+    """Check that this machine can listen at a dashboard address.
 
     Raises
     ------
     ClusterError
-        With the system's reason.
+        If it cannot, with the system's reason.
     """
     try:
         for each in clean_dashboard_address(dashboard_address):
@@ -242,7 +243,7 @@ def require_local_address(dashboard_address: str) -> None:
 
 
 def dashboard_link() -> dict[str, str]:
-    """Return Dask's default for the dashboard link if the user's own names variables that are not set here."""
+    """Return Dask's default dashboard link if the user's link contains variables that are not set here."""
     try:
         dask.config.get("distributed.dashboard.link").format(**{**os.environ, "scheme": "", "host": "", "port": ""})
     except (AttributeError, LookupError, ValueError):
@@ -262,7 +263,7 @@ def _temporary_folder(scratch: str | None) -> str:
             why = error
             LOG.warning("%s cannot be used for temporary files: %s", wanted or "the system's folder", error)
     raise ClusterError(
-        "there must be a folder for temporary files, with free space",
+        "there must be a writable folder for temporary files, with free space",
         place="this machine",
         value=why,
         remedy="Set TMPDIR to a writable folder",
@@ -270,7 +271,7 @@ def _temporary_folder(scratch: str | None) -> str:
 
 
 def _start(make: Callable[[], Any]) -> Any:
-    """Start a cluster, and try again if one of its processes died while starting, which closes the others."""
+    """Start a cluster, and try again if one of its processes dies while starting, which closes the others."""
     for left in reversed(range(TRIES)):
         try:
             return make()
@@ -280,7 +281,7 @@ def _start(make: Callable[[], Any]) -> Any:
             cause: BaseException = error
             while cause.__cause__:
                 cause = cause.__cause__
-            # Dask only reports that a process did not start, not whether it died or did not answer.
+            # Dask only reports that a process did not start, not whether it died or did not respond.
             died = isinstance(cause, RuntimeError | TimeoutError | CommClosedError)
             if not (died and left):
                 raise ClusterError(
@@ -293,13 +294,13 @@ def _start(make: Callable[[], Any]) -> Any:
 
 def _remedy(cause: BaseException, died: bool) -> str:
     if isinstance(cause, _DeadWorkersError):
-        return f"Look at nvidia-smi and dmesg, leave out a broken GPU with CUDA_VISIBLE_DEVICES, {_WITHOUT_GPUS}"
+        return f"Check nvidia-smi and dmesg, exclude a broken GPU with CUDA_VISIBLE_DEVICES, {_WITHOUT_GPUS}"
     if died or isinstance(cause, MemoryError) or getattr(cause, "errno", None) in (errno.ENOMEM, errno.EAGAIN):
         return "Check that it has enough free memory, use fewer --workers, and repeat the command"
     return "Check Dask's own configuration (~/.config/dask, /etc/dask, and DASK_... in the environment)"
 
 
-#: Seconds to wait for a scheduler to answer, and for it to have a worker.
+#: Seconds to wait for a scheduler to respond, and for it to have a worker.
 _ANSWER_SECONDS, _WORKER_SECONDS = 10, 120.0
 
 
@@ -316,14 +317,14 @@ def join_cluster(
     Parameters
     ----------
     address
-        Of the scheduler, such as ``tcp://node1:8786``; for ``tls://…`` the certificates of Dask's configuration are
-        used.
+        Address of the scheduler, such as ``tcp://node1:8786``; for ``tls://…`` the certificates of Dask's configuration
+        are used.
     scheduler_file
         File that ``dask scheduler --scheduler-file`` wrote, instead of the address.
     workers
         Number of workers to wait for, one by default; others may join later.
     seconds
-        To wait for them.
+        Maximum seconds to wait for them.
 
     Yields
     ------
@@ -332,8 +333,8 @@ def join_cluster(
     Raises
     ------
     ClusterError
-        If the scheduler does not answer, has no worker in time, or a worker has other versions of packages that results
-        depend on.
+        If the scheduler does not respond, has no worker in time, or a worker has other versions of packages that
+        results depend on.
     """
     place = f"--scheduler-file {scheduler_file}" if scheduler_file else f"--scheduler {address}"
     encrypted = bool(dask.config.get("distributed.comm.require-encryption"))
@@ -349,7 +350,7 @@ def join_cluster(
             ) from None
     silence_dask()
     try:
-        # Checked first, since a client that finds no scheduler leaves threads behind.
+        # Checked first, because a client that finds no scheduler leaves threads behind.
         socket.create_connection(get_address_host_port(str(address)), timeout=_ANSWER_SECONDS).close()
         client = Client(address, timeout=_ANSWER_SECONDS, set_as_default=False)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
@@ -367,10 +368,10 @@ def join_cluster(
                 remedy="Start it with --protocol tls, or unset distributed.comm.require-encryption",
             ) from None
         raise ClusterError(
-            "a Dask scheduler must answer",
+            "a Dask scheduler must respond",
             place=place,
             value=f"none within {_ANSWER_SECONDS} s ({str(error).splitlines()[0]})",
-            remedy="Check the address, that the scheduler is running, and that no firewall blocks it",
+            remedy="Check the address, whether the scheduler is running, and whether a firewall blocks it",
         ) from None
     with dask.config.set(dashboard_link()), client:
         try:
@@ -393,7 +394,7 @@ def is_loopback(address: str) -> bool:
 
 
 def who_else_has_access(client: Client) -> str | None:
-    """Name who, beside its owner, can run code on the workers of a scheduler; ``None``: nobody."""
+    """Return who, besides its owner, can run code on the workers of a scheduler; ``None`` for nobody."""
     address = str(client.scheduler.address)
     if address.startswith(("tls://", "wss://", "inproc://")):
         return None
@@ -402,9 +403,9 @@ def who_else_has_access(client: Client) -> str | None:
 
 @contextmanager
 def write_performance_report(client: Client, path: Path, warn: Callable[[str], None]) -> Iterator[None]:
-    """Write Dask's report of what every worker did within the context to a self-contained HTML file.
+    """Write Dask's performance report of the ``with`` block to a self-contained HTML file.
 
-    `warn` receives the message if the file cannot be written; the run does not fail for it.
+    If the file cannot be written, `warn` receives a message, and the run does not fail.
     """
     report = performance_report(filename=str(path), mode="inline")
     with client.as_current():
@@ -419,14 +420,14 @@ def write_performance_report(client: Client, path: Path, warn: Callable[[str], N
 
 
 def silence_dask() -> None:
-    """Keep off the terminal what Dask logs of lost connections and of workers that do not start, which errors report.
+    """Hide Dask's log messages about lost connections and workers that do not start; our errors report them.
 
-    It stays so until the process ends: a connection may also be lost while its cluster closes or after that, when
-    `silence_logs` of the cluster has no effect any more.
+    The messages are hidden until the process ends, because a connection may be lost while its cluster closes or after
+    that, when the cluster's `silence_logs` no longer has an effect.
     """
     for handler in logging.getLogger("distributed").handlers:  # also those of "tornado"
         handler.setLevel(logging.CRITICAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tracebacks of Dask's tasks that nobody waited for
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tracebacks of Dask's tasks that were never awaited
 
 
 @contextmanager
@@ -436,8 +437,8 @@ def _interrupts_blocked() -> Iterator[None]:
     They inherit the blocked signal from the thread that starts them, as do those that replace a lost one. The client
     receives it as soon as they run, and stops them in order.
     """
-    # Python's resource tracker would unblock the signal in the thread that starts workers if it were started later. Its
-    # warning about the semaphore of a worker that was stopped during a task is of no use.
+    # If Python's resource tracker were started later, it would unblock the signal in the thread that starts workers.
+    # Its warning about the semaphore of a worker that was stopped during a task does not matter.
     silent = "ignore::UserWarning:multiprocessing.resource_tracker"
     warnings_before = os.environ.get("PYTHONWARNINGS")
     os.environ["PYTHONWARNINGS"] = f"{warnings_before},{silent}" if warnings_before else silent
@@ -458,16 +459,16 @@ _WITHOUT_GPUS = "or use --device cpu"
 
 
 def is_helper(worker: Mapping[str, Any]) -> bool:
-    """Whether a worker of a cluster that was started here (see `workers_of`) has no GPU, beside others with one."""
+    """Whether a worker (see `workers_of`) of a cluster that `open_cluster` started has no GPU, but others have one."""
     return str(worker["name"]).startswith(_HELPER)
 
 
-#: Begins the names of workers without a GPU beside those with one.
+#: Prefix of the names of workers without a GPU in a cluster with GPUs.
 _HELPER = "cpu-"
 
 
 def default_cpu_workers(gpus: int) -> int:
-    """Return the number of workers beside those with GPUs: one for each core that is left, in half of the memory."""
+    """Return the number of workers without a GPU: one for each remaining core, if half of the memory allows."""
     return max(0, min(cores() - gpus, memory_of_machine() // 2 // HELPER_BYTES))
 
 
@@ -475,23 +476,23 @@ def _cuda_cluster(workers: int, cpu_workers: int | None, options: dict[str, Any]
     visible = _visible_gpus()
     if len(visible) < max(1, workers):
         raise DeviceError(
-            f"--workers asks for {max(1, workers)} GPUs",
+            f"--workers requests {max(1, workers)} GPUs",
             value=f"{len(visible)} visible (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')})",
-            remedy="Ask for fewer, or make more GPUs visible",
+            remedy="Request fewer, or make more GPUs visible",
         )
     count = workers or len(visible)
     if cpu_workers is None:
         cpu_workers = default_cpu_workers(count)
     elif cpu_workers * HELPER_BYTES > memory_of_machine():
         raise DeviceError(
-            f"--cpu-workers asks for {cpu_workers} workers of about {HELPER_BYTES / 1e9:g} GB each",
+            f"--cpu-workers requests {cpu_workers} workers of about {HELPER_BYTES / 1e9:g} GB each",
             value=f"{memory_of_machine() / 1e9:.0f} GB of memory",
-            remedy=f"Ask for at most {default_cpu_workers(count)}, or leave the option out",
+            remedy=f"Request at most {default_cpu_workers(count)}, or leave out the option",
         )
     from dask_cuda import LocalCUDACluster
 
     cluster = LocalCUDACluster(visible[:count], threads_per_worker=THREADS, security=security, **options)
-    # It also opens if workers died while they started, and starts no others.
+    # It opens even if workers have died while they started, and does not replace them.
     started = {worker.name for worker in cluster.scheduler.workers.values()}
     if dead := [str(name) for name in cluster.worker_spec if name not in started]:
         cluster.close()
@@ -499,7 +500,7 @@ def _cuda_cluster(workers: int, cpu_workers: int | None, options: dict[str, Any]
     helper = {
         **{name: value for name, value in cluster.new_spec["options"].items() if not name.startswith("preload")},
         "env": {"CUDA_VISIBLE_DEVICES": ""},
-        # It would tell of the first GPU of the machine.
+        # Otherwise it would report the metrics of the machine's first GPU.
         "config": dask.config.merge(dask.config.config, {"distributed": {"diagnostics": {"nvml": False}}}),
     }
     for number in range(cpu_workers):
@@ -507,13 +508,13 @@ def _cuda_cluster(workers: int, cpu_workers: int | None, options: dict[str, Any]
     try:
         cluster.sync(cluster._correct_state)
     except BaseException:
-        cluster.close()  # for another try, its GPUs must be free
+        cluster.close()  # its GPUs must be free for another attempt
         raise
     return cluster
 
 
 class _DeadWorkersError(RuntimeError):
-    """Workers of a cluster with GPUs died while they started."""
+    """Workers with GPUs died while they started."""
 
 
 def _visible_gpus() -> list[int | str]:
@@ -525,12 +526,12 @@ def _visible_gpus() -> list[int | str]:
         If dask-cuda, NVIDIA's driver or a GPU named in CUDA_VISIBLE_DEVICES is missing.
     """
     try:
-        import dask_cuda  # noqa: F401  # itself, since its parts can be imported where it cannot
+        import dask_cuda  # noqa: F401  # because its parts can be imported even if it cannot
         import pynvml
         from dask_cuda.utils import get_cpu_affinity, get_gpu_count, get_gpu_handle, parse_cuda_visible_device
     except ImportError as error:
         raise DeviceError(
-            "running on GPUs needs dask-cuda and what it imports",
+            "running on GPUs needs dask-cuda and its dependencies",
             value=error,
             remedy=f"Install the extra, pip install 'cryosiam-dask[gpu-cu13]', {_WITHOUT_GPUS}",
         ) from None
@@ -550,18 +551,18 @@ def _visible_gpus() -> list[int | str]:
             gpu = parse_cuda_visible_device(name)
             if isinstance(gpu, int) and not 0 <= gpu < count:
                 raise ValueError
-            wrong = "is there twice" if gpu in visible else None
+            wrong = "is listed twice" if gpu in visible else None
             with suppress(pynvml.NVMLError_NotSupported):  # its memory may be the machine's
                 pynvml.nvmlDeviceGetMemoryInfo(get_gpu_handle(gpu))
         except (ValueError, pynvml.NVMLError) as error:
-            wrong, refused = f"is none of the {count} GPUs of this machine", error.__context__ or error
+            wrong, refused = f"is not one of the {count} GPUs of this machine", error.__context__ or error
             unknown = ValueError | pynvml.NVMLError_InvalidArgument | pynvml.NVMLError_NotFound
             if not isinstance(refused, unknown):
                 raise DeviceError(
                     "each visible GPU must work",
                     place=f"GPU {name}",
                     value=refused,
-                    remedy=f"Look at nvidia-smi and dmesg, leave it out with CUDA_VISIBLE_DEVICES, {_WITHOUT_GPUS}",
+                    remedy=f"Check nvidia-smi and dmesg, exclude it with CUDA_VISIBLE_DEVICES, {_WITHOUT_GPUS}",
                 ) from None
         if wrong or (visible and type(visible[0]) is not type(gpu)):
             raise DeviceError(
@@ -578,7 +579,7 @@ def _visible_gpus() -> list[int | str]:
                 get_cpu_affinity(first)
     except TypeError:  # from dask-cuda's own warning, which expects a number
         raise DeviceError(
-            "must list GPUs by their numbers where the driver does not know which CPU cores are near them",
+            "must list GPUs by their numbers if the driver does not know which CPU cores are near them",
             place="CUDA_VISIBLE_DEVICES in the environment",
             value=named,
             remedy="'nvidia-smi -L' lists them",

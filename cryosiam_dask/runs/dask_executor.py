@@ -1,4 +1,4 @@
-"""Run tasks on the workers of a Dask cluster: few in flight, first tomogram first, retried after a lost worker."""
+"""Run tasks on the workers of a Dask cluster: few in flight, in the order of tomograms, retried if a worker is lost."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ from cryosiam_dask.errors import (
 )
 from cryosiam_dask.runs.workers import R, Setup, T, load_tasks, register_in_workers
 
-#: Tasks in flight for each worker, of those that may overlap and as many of the others: while one runs, the other
-#: waits, reads or writes, so that the worker is never idle. A worker has a thread for each.
+#: Tasks in flight for each worker, for tasks that may overlap and again for the others: while one runs, the other one
+#: waits, reads or writes, so that the worker is never idle. A worker has a thread for each task.
 IN_FLIGHT = 2
-#: The same for a worker with a GPU: while it computes one block, it writes another and reads a third.
+#: The same for a worker with a GPU: while it computes one block, it writes another one and reads a third.
 IN_FLIGHT_ON_DEVICE = 3
 THREADS = 2 * IN_FLIGHT
 #: Attempts at a task whose workers die, hang or lose their devices.
 TRIES = 3
 #: A task hangs if it takes longer than this many seconds and this many times the median of its step.
 HANG_SECONDS, _HANG_FACTOR = 900.0, 20.0
-#: Seconds without workers before the user is told: Dask replaces a worker that died sooner than this.
+#: Seconds without workers until the user is informed; Dask replaces a dead worker sooner.
 _NO_WORKER_SECONDS = 60.0
-#: Factor on the seconds above for tasks that do not use the device: one may write a file of hundreds of gigabytes.
+#: Factor on `HANG_SECONDS` for tasks that do not use the device, because one may write hundreds of gigabytes.
 _FILE_FACTOR = 24.0
 
 
 def _restart(client: Client, address: str) -> None:
-    """Restart a worker process, or retire it if it has no nanny that could restart it."""
+    """Restart a worker process, or retire it if it has no nanny to restart it."""
     try:
         client.restart_workers([address], timeout=10, raise_for_error=False)
     except Exception:
@@ -66,15 +66,15 @@ def _retire(client: Client, address: str) -> None:
 class DaskExecutor:
     """Run tasks on the workers of a Dask cluster (see `cryosiam_dask.core.executor.SharedExecutor`).
 
-    Tasks are pending here and not in the scheduler: each worker receives a few, those of the tomogram that began first,
-    and another one whenever one is done. Tasks that use the device and tasks that do not are counted separately, so
-    that neither kind waits for the other. Where some workers have a device and others have none, tasks that use the
-    device run on the former, and all others on the latter, the helpers.
+    Pending tasks wait in this process, not in the scheduler. Each worker receives a few of them, those of the tomogram
+    that started first, and another one whenever one is done. Tasks that use the device and tasks that do not are
+    counted separately, so that neither kind waits for the other. If only some workers have a device, tasks that use it
+    run on these, and all others on the helpers, the workers without one.
 
     Parameters
     ----------
     client
-        The cluster's client.
+        Client of the cluster.
     progress
         Called after every finished task.
     hang_seconds
@@ -84,8 +84,8 @@ class DaskExecutor:
     inform
         Receives messages for the user, such as that there has been no worker for long.
     has_device
-        Called in every worker process: whether it has a device, or the device's name, which the worker that replaces
-        this one will have too. ``None``: all have one.
+        Called in every worker process; returns whether it has a device, or the name of its device, which stays the
+        same when the worker is replaced. ``None`` if all workers have one.
     """
 
     def __init__(
@@ -112,14 +112,14 @@ class DaskExecutor:
         self._has_device: dict[str, bool | str | None] = {}  # by address, of the workers that have answered
         self._most_devices = 0  # workers with a device at the same time
         self._asked: set[str] = set()
-        self._last_worker = math.inf  # when a worker was last seen; infinite after the user was told that there is none
+        self._last_worker = math.inf  # when a worker was last seen; infinite once the user knows of it
         self._last_device = math.inf  # when a worker with a device was last seen
         self._lock = threading.RLock()
         self._events: queue.SimpleQueue[_Finished | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._drained = False
         self._any_succeeded = False
-        self._proven: set[str] = set()  # workers that have finished a task that uses the device
+        self._have_computed: set[str] = set()  # workers that have finished a task that uses the device
         client.register_plugin(_ForgetFinished())
         register_in_workers(client, Setup(load_tasks), "tasks")
         if has_device is not None:
@@ -137,7 +137,7 @@ class DaskExecutor:
         return [address for address in self._addresses if self.has_device is None or self._has_device.get(address)]
 
     def _place(self, address: str) -> str:
-        """Name what a worker shares with the one that replaces it: its device, if that has a name."""
+        """Return what identifies a worker and the one that replaces it: its device's name, or else its address."""
         name = self._has_device.get(address)
         return name if isinstance(name, str) else address
 
@@ -160,13 +160,13 @@ class DaskExecutor:
         Raises
         ------
         DeviceError
-            If a task's workers died, hung or lost their devices `TRIES` times.
+            If the workers of a task died, hung or lost their devices `TRIES` times.
         ClusterError
-            If the scheduler is gone.
+            If the connection to the scheduler is lost.
         Interrupted
             If `drain` was called and tasks are left.
         Exception
-            Raised by the first task that fails; pending tasks are cancelled.
+            The error of the first task that fails; pending tasks are cancelled.
         """
         return self._run(_TaskGroup(function, items, name, "", 0, overlap, self.progress, done))
 
@@ -217,7 +217,7 @@ class DaskExecutor:
                 if group.done:
                     group.done(group.items[number], result)
                 group.progress(group.name, len(results), group.total)
-        except BaseException as error:  # a result that cannot be recorded is not done; or an interrupt
+        except BaseException as error:  # a result could not be recorded, or an interrupt
             with self._lock:
                 self._finish(group, error if isinstance(error, Exception) else Interrupted())
             raise
@@ -251,7 +251,7 @@ class DaskExecutor:
                     self._finish(group, error)
 
     def _check_workers(self) -> None:
-        """Update the list of workers, and retry tasks that hang or whose worker is gone."""
+        """Update the list of workers, and retry tasks that hang or whose worker is lost."""
         if self.client.status not in ("running", "connecting"):
             raise _scheduler_is_gone(self.client)
         if self.client.status == "running":
@@ -260,12 +260,12 @@ class DaskExecutor:
                     found = self.client.sync(self.client.scheduler.ncores, callback_timeout=self.hang_seconds)
                 except TimeoutError:
                     raise _scheduler_is_gone(self.client, f"no answer within {self.hang_seconds:.0f} s") from None
-                # A hanging worker takes long to be replaced, and would meanwhile receive the same task again.
+                # Replacing a hanging worker takes a while, in which it must not receive the same task again.
                 self._abandoned &= set(found)  # a new worker may have the same address
                 self._addresses = {a for a in found if a not in self._abandoned and self._knows(a)}
                 self._ask_new(set(found))
         now = time.monotonic()
-        # Nobody adds another one to a cluster of this run; only jobs of Slurm may all be pending.
+        # A cluster of this run gets no other workers, except from Slurm, whose jobs may all be pending.
         local = isinstance(self.client.cluster, LocalCluster)
         if self._with_device or not (self._addresses or local):
             self._last_device = now
@@ -278,7 +278,7 @@ class DaskExecutor:
         elif now - self._last_worker > _NO_WORKER_SECONDS:
             self._last_worker = math.inf
             which = " with a GPU" if self._addresses else ""
-            self.inform(f"no worker{which} is left: the run goes on once another one joins the scheduler")
+            self.inform(f"no worker{which} is left: the run continues once a new one joins the scheduler")
         usual = {name: statistics.median(times) for name, times in self._durations.items()}
         with self._lock:
             for future, task in list(self._in_flight.items()):
@@ -303,7 +303,7 @@ class DaskExecutor:
             self._has_device = {address: has for address, has in self._has_device.items() if address in found}
             new = found - self._asked
             self._asked |= new
-        for address in new:  # each alone, because one may never answer
+        for address in new:  # each in its own thread, because one may never respond
             threading.Thread(target=self._ask, args=(address,), daemon=True, name="ask a worker").start()
 
     def _ask(self, *addresses: str) -> None:
@@ -319,7 +319,7 @@ class DaskExecutor:
         self._events.put(None)
 
     def _submit_pending(self) -> None:
-        """Submit pending tasks to workers that have room, those of the first groups first."""
+        """Submit pending tasks, those of the first groups first, to workers with fewer tasks in flight than allowed."""
         for group in self._groups:
             group.pending.extendleft(number for since, number in group.delayed if since <= time.monotonic())
             group.delayed = [entry for entry in group.delayed if entry[0] > time.monotonic()]
@@ -351,7 +351,7 @@ class DaskExecutor:
                     heapq.heappush(heap, entry)
 
     def _next_task(self, group: _TaskGroup, address: str, workers: Collection[str]) -> int | None:
-        """Take the next task for a worker, except those that failed there and need not fail on all `workers`."""
+        """Take the next task for a worker; skip those that failed there and have not failed on all `workers`."""
         place, places = self._place(address), set(map(self._place, workers))
         if place in group.refused and places - group.refused:
             return None
@@ -376,9 +376,9 @@ class DaskExecutor:
         self.client.loop.add_callback(self._wait_for, future)
 
     async def _wait_for(self, future: Future) -> None:
-        """Pass the result of a task to the dispatching thread, which must not wait itself.
+        """Pass the result of a task to the dispatching thread, which must not wait for a single result.
 
-        A result that is lost with its worker after the scheduler announced it never arrives.
+        A result never arrives if its worker is lost after the scheduler has announced it.
         """
         try:
             self._events.put(_Finished(future, result=await future))
@@ -408,16 +408,16 @@ class DaskExecutor:
             self._durations.setdefault(group.name, deque(maxlen=99)).append(time.monotonic() - task.began)
             if group.overlap:
                 self._any_succeeded = True
-                self._proven.add(task.address)
+                self._have_computed.add(task.address)
             self.watch(group.name, time.monotonic() - task.began)
             group.results.put((number, finished.result))
         elif isinstance(error, LostDeviceError):
-            # A device that has never worked while others do is broken: restarted at once, it would use up the attempts
-            # at a task.
-            broken = task.address not in self._proven and not self._proven.isdisjoint(self._with_device)
+            # A device that has never worked, while others do, is broken. A worker restarted on it would use up the
+            # attempts at a task.
+            broken = task.address not in self._have_computed and not self._have_computed.isdisjoint(self._with_device)
             self._retry(finished.future, task, error, _retire if broken else _restart)
         elif isinstance(error, CancelledError | asyncio.CancelledError | CommClosedError | KilledWorker):
-            # The scheduler was restarted and forgot the task, or gave it up.
+            # The scheduler was restarted and lost the task, or gave it up.
             self._retry(finished.future, task, self._worker_died(group), None)
         elif isinstance(error, DeviceError) and is_transient(error) and self._another_device_is_left(task, error):
             group.pending.appendleft(number)
@@ -436,7 +436,7 @@ class DaskExecutor:
             self._finish(group, retries_exhausted(error) if isinstance(error, Exception) else error)
 
     def _another_device_is_left(self, task: _Task, error: DeviceError) -> bool:
-        """Whether a device is left that has not refused the step of a task, as the one of `task` has just done."""
+        """Record that a task's device is too small for its step, and return whether another device may suffice."""
         refused = task.group.refused
         if task.place not in refused:
             refused.add(task.place)
@@ -444,7 +444,7 @@ class DaskExecutor:
         return not refused.issuperset(map(self._place, self._with_device))
 
     def _may_go_away(self, error: BaseException, group: _TaskGroup) -> bool:
-        """Whether an error may be another one later. What every device refuses at first, it refuses for ever."""
+        """Whether a retry may succeed. It cannot if the step has never succeeded on any device."""
         all_refuse = group.name not in self._durations and len(self._with_device) >= self._most_devices
         return is_transient(error) and not (isinstance(error, DeviceError) and all_refuse)
 
@@ -455,9 +455,9 @@ class DaskExecutor:
         error: CryosiamDaskError,
         end: Callable[[Client, str], None] | None = _restart,
     ) -> None:
-        """Retry a task whose worker failed in another process; after `TRIES` attempts, fail with `error`.
+        """Retry a task, whose worker has failed, in another process; after `TRIES` attempts, fail with `error`.
 
-        `end` ends the worker's process, unless that is already gone.
+        `end` ends the worker's process; ``None`` if it has already ended.
         """
         group = task.group
         if self._in_flight.pop(future, None):
@@ -482,7 +482,7 @@ class DaskExecutor:
         if self.has_device is None:
             cause = f"The machine probably ran out of memory: use fewer --workers, or {smaller}"
         elif group.overlap:
-            cause = f"Look at nvidia-smi and dmesg. If memory ran out, use fewer --cpu-workers, or {smaller}"
+            cause = f"Check nvidia-smi and dmesg. If memory ran out, use fewer --cpu-workers, or {smaller}"
         else:
             cause = "The machine probably ran out of memory: use fewer --cpu-workers"
         return DeviceError(
@@ -521,10 +521,10 @@ class _TaskGroup:
     tries: list[int] = field(init=False)
     in_flight: int = 0
     submitted: int = 0
-    #: Tasks to retry after a transient disk error, each with the time to do it, and how many errors each has had.
+    #: Tasks to retry after a transient error, each with the time of the retry, and the number of such errors of each.
     delayed: list[tuple[float, int]] = field(default_factory=list)
     transient_failures: Counter[int] = field(default_factory=Counter)
-    #: Where each of these tasks, and tasks of the whole group for lack of memory, failed (see `DaskExecutor._place`).
+    #: Where each task failed, and where any task lacked memory (see `DaskExecutor._place`).
     failed_at: defaultdict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
     refused: set[str] = field(default_factory=set)
     #: Task numbers with their results, in order of arrival; ``None`` at the end.
@@ -536,8 +536,8 @@ class _TaskGroup:
     def __post_init__(self) -> None:
         self.pending = deque(range(len(self.items)))
         self.tries = [0] * len(self.items)
-        # The dashboard groups tasks by the first word of their keys, then by the whole prefix. Keys are ASCII, since a
-        # file name may hold bytes that no message can carry.
+        # The dashboard groups tasks by the first word of their keys, then by the whole prefix. Keys are ASCII, because
+        # messages cannot carry all bytes of file names.
         tomogram = re.sub(r"[^A-Za-z0-9_.+-]", "_", self.tomogram)
         self.prefix = "-".join(filter(None, (self.name, tomogram, uuid.uuid4().hex)))
         self.pickled = _Pickled(dumps(self.function), not self.overlap)
@@ -611,16 +611,16 @@ def _devices_are_gone(seconds: float) -> DeviceError:
     return DeviceError(
         "a worker must have a GPU until the run ends",
         value=f"none for {seconds:.0f} s",
-        remedy="Look with nvidia-smi what the GPUs lack, then repeat the command: finished work is kept",
+        remedy="Check the GPUs with nvidia-smi, then repeat the command: finished work is kept",
     )
 
 
 def _workers_are_gone(seconds: float) -> LostClusterError:
     return LostClusterError(
-        "a worker must run until the run ends",
+        "a worker must keep running until the run ends",
         place="this machine",
         value=f"none for {seconds:.0f} s",
-        remedy="Look with free, nvidia-smi and dmesg what it lacks, then repeat the command: finished work is kept",
+        remedy="Check the machine with free, nvidia-smi and dmesg, then repeat the command: finished work is kept",
     )
 
 
@@ -640,8 +640,8 @@ _EXCLUSIVE = threading.Lock()
 class _Pickled:
     """Call a function with an item, both pickled.
 
-    Unpickled, the scheduler would import everything that the function needs, including PyTorch, and traverse the
-    arguments of every task.
+    If they were not pickled here, the scheduler would import everything that the function needs, including PyTorch, and
+    traverse the arguments of every task.
     """
 
     function: bytes
@@ -655,14 +655,14 @@ class _Pickled:
 class _ForgetFinished(SchedulerPlugin):  # type: ignore[misc]  # untyped
     """Let the scheduler forget finished tasks.
 
-    `distributed.spans` keeps every task group and an entry for every task, and goes through all groups whenever a new
-    one arrives; `dask.utils.key_split` caches a hundred thousand names. Together that is tens of kilobytes for each
+    `distributed.spans` keeps every task group and an entry for every task, and iterates over all groups whenever a new
+    one arrives; `dask.utils.key_split` caches a hundred thousand names. Together they take tens of kilobytes for each
     tomogram.
     """
 
     name = "forget finished tasks"
     idempotent = True
-    #: Finished tasks between two clean-ups; spans to keep, since workers may still report on the latest ones.
+    #: Finished tasks between two clean-ups; spans to keep, because workers may still report on the latest ones.
     _EVERY, _SPANS = 50, 100
 
     async def start(self, scheduler: Any) -> None:

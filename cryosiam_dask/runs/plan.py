@@ -801,14 +801,14 @@ def require_memory(plans: Sequence[RunPlan], host: int, device: int | None = Non
 
 
 def memory_to_use(plans: Sequence[RunPlan], host: int, devices: Collection[int]) -> int | None:
-    """Return the memory of the smallest GPU, in bytes, in which plans fit; of the largest one if they fit in none.
+    """Return the memory of the smallest GPU that plans fit in, in bytes; or of the largest one if they fit in none.
 
     Parameters
     ----------
     plans, host
         See `require_memory`.
     devices
-        Memory of each GPU; ``None`` is returned if there is none.
+        Memory of each GPU; if there is none, ``None`` is returned.
     """
     for device in sorted(devices):
         with suppress(Problems):

@@ -54,13 +54,13 @@ class Setup(WorkerPlugin):  # type: ignore[misc]  # untyped
 def register_in_workers(client: Client, plugin: WorkerPlugin, name: str) -> None:
     """Register a plugin in all workers, including those that join later.
 
-    If a worker dies during the registration, Dask gives up, and other workers may not have the plugin: it is registered
+    If a worker dies during the registration, Dask gives up and other workers may lack the plugin, so it is registered
     again.
 
     Raises
     ------
     OSError
-        If the scheduler is gone.
+        If the connection to the scheduler is lost.
     """
     for seconds in (0.1, 0.5, 2.0):
         try:
@@ -73,21 +73,21 @@ def register_in_workers(client: Client, plugin: WorkerPlugin, name: str) -> None
 
 
 def load_tasks() -> None:
-    """Import the modules that tasks need before a worker's threads import them at the same time.
+    """Import the modules that tasks need before several threads of a worker import them at the same time.
 
-    Modules that import each other, as mrcfile's do, could then be seen half initialised by another thread.
+    A thread could otherwise see half-initialized modules that import each other, such as those of mrcfile.
     """
-    for room in (files, stages):
-        for module in pkgutil.iter_modules(room.__path__, f"{room.__name__}."):
+    for package in (files, stages):
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
 
 
-#: Packages whose versions must be the same in every worker as here, since results or messages depend on them.
+#: Packages whose versions must be the same in every worker as here, because results or messages depend on them.
 _SAME = ("python", "cryosiam_dask", "dask", "distributed", "numpy", "torch", "zarr")
 
 
 def require_versions(client: Client, place: str) -> None:
-    """Refuse workers with other versions than this process; `place` names the cluster in errors.
+    """Check that all workers have the same versions as this process; `place` names the cluster in errors.
 
     Raises
     ------
@@ -136,20 +136,20 @@ class _LoggedWarnings(WorkerPlugin):  # type: ignore[misc]  # untyped
 
 
 def _as_text(record: logging.LogRecord) -> bool:
-    """Make a record's text valid UTF-8, which file names need not be, so that it can be sent."""
+    """Make a record's text valid UTF-8, so that it can be sent even if it contains a file name that is not."""
     record.msg, record.args = record.getMessage().encode("utf-8", "backslashreplace").decode(), None
     return True
 
 
 @contextmanager
 def forwarded_warnings(client: Client) -> Iterator[None]:
-    """Log in this process, within the context, the warnings of Python's libraries in the workers."""
+    """Log the workers' Python warnings in this process during the ``with`` block."""
     register_in_workers(client, _LoggedWarnings(), "warnings")
     client.forward_logging("py.warnings")
     try:
         yield
     finally:
-        # In a thread, since a worker that does not answer would keep this process waiting.
+        # In a thread, because an unresponsive worker would keep this process waiting.
         thread = threading.Thread(target=_forget_warnings, args=(client,), daemon=True, name="forget warnings")
         thread.start()
         thread.join(_FORGET_SECONDS)
@@ -169,13 +169,13 @@ def _forget_warnings(client: Client) -> None:
 def ask(client: Client, function: Callable[..., R], *arguments: object) -> dict[str, R]:
     """Return the results of a function in every worker process, by address, without workers lost meanwhile.
 
-    Where another worker returns more than ``None``, those are left out, too, whose GPU does not work or does not
-    suffice: that worker does their work.
+    Workers whose GPU does not work or is too small are left out, too, if another worker returns more than ``None``: it
+    takes over their work.
 
     Raises
     ------
     LostClusterError
-        If no worker answers.
+        If no worker responds.
     Exception
         Whatever the function raised in a worker.
     """
@@ -194,19 +194,19 @@ def ask(client: Client, function: Callable[..., R], *arguments: object) -> dict[
 
 
 def workers_of(client: Client) -> dict[str, Any]:
-    """Return what the scheduler knows of every worker, by address."""
+    """Return what the scheduler knows about every worker, by address."""
     return dict(client.scheduler_info(n_workers=-1)["workers"])
 
 
 def wait_for_gpu(client: Client, describe: Callable[[], str | None], seconds: float) -> None:
-    """Wait until a worker with a GPU has joined: those without one may start sooner.
+    """Wait until a worker with a GPU has joined, because workers without one may start sooner.
 
     Parameters
     ----------
     client, describe
         See `describe_devices`.
     seconds
-        To wait for it.
+        Maximum seconds to wait.
     """
     end = time.monotonic() + seconds
     while describe_devices(client, describe) == "cpu" and time.monotonic() < end:
@@ -214,14 +214,14 @@ def wait_for_gpu(client: Client, describe: Callable[[], str | None], seconds: fl
 
 
 def describe_devices(client: Client, describe: Callable[[], str | None]) -> Literal["cpu", "cuda"]:
-    """Return the device of the workers: no two share a GPU; workers without one help the others.
+    """Return the device of the workers: ``"cuda"`` if any worker has a GPU. No two workers may share a GPU.
 
     Parameters
     ----------
     client
-        Of the cluster.
+        Client of the cluster.
     describe
-        Names the GPU that a process uses; ``None`` if it has none.
+        Returns the name of the GPU that a process uses; ``None`` if it has none.
 
     Raises
     ------
@@ -238,8 +238,8 @@ def describe_devices(client: Client, describe: Callable[[], str | None]) -> Lite
             raise DeviceError(
                 "every worker must have its own GPU",
                 value=f"{gpu} used by {worker} and {twin}",
-                remedy="Start the workers with 'dask cuda worker', which pins each to a GPU, and those that help them "
-                "with 'dask worker', where CUDA_VISIBLE_DEVICES is empty",
+                remedy="Start workers with 'dask cuda worker', which pins each to a GPU, and those without a GPU with "
+                "'dask worker' and an empty CUDA_VISIBLE_DEVICES",
             )
     return "cuda"
 
@@ -248,27 +248,33 @@ def _workers_are_gone(client: Client, kind: str = "") -> LostClusterError:
     return LostClusterError(
         f"a worker{kind} must keep running until the run ends",
         place=client.scheduler.address,
-        value="none that answers",
-        remedy="Look at the workers' output, start them again and repeat the command",
+        value="none that responds",
+        remedy="Check the workers' output, start them again and repeat the command",
     )
 
 
-#: Memory of a worker without a GPU beside workers with one, in bytes: libraries, and the largest of its tasks.
+#: Memory of a worker without a GPU that helps workers with one, in bytes: libraries, and the largest of its tasks.
 HELPER_BYTES = 1_500_000_000
 
 
 def memory_of_workers(client: Client, of_gpu: Callable[[], int | None] | None) -> tuple[int, int, list[int]]:
-    """Return the smallest memory of a worker, in bytes: alone on its host, and shared with workers there; and of all
-    GPUs.
+    """Return the memory of workers and GPUs, in bytes.
 
-    If GPUs are asked for, workers without one count only as what they take from the others on their host.
+    With `of_gpu`, workers without a GPU matter only for what they take from the others on their host.
 
     Parameters
     ----------
     client
-        Of the cluster.
+        Client of the cluster.
     of_gpu
-        Returns a worker's GPU memory; ``None`` to skip it.
+        Returns a worker's GPU memory, or ``None`` if it has no GPU; ``None`` to ignore GPUs.
+
+    Returns
+    -------
+    alone, shared : int
+        Smallest memory of a worker that has its host to itself, and that shares it with the other workers there.
+    gpus : list of int
+        Memory of each GPU.
     """
     known = workers_of(client)
     found = ask(client, _memory, of_gpu)
@@ -294,8 +300,8 @@ def _memory(of_gpu: Callable[[], int | None] | None) -> tuple[int, int | None]:
 def leave_at_once() -> None:
     """Make this process exit without running the destructors of C++ libraries.
 
-    If a thread is still working, as in a worker whose run was interrupted, they abort with a message on the user's
-    terminal.
+    If a thread is still working, as in a worker whose run was interrupted, the destructors would abort with a message
+    on the user's terminal.
     """
     atexit.register(os._exit, 0)
 
@@ -304,7 +310,7 @@ def log_workers(client: Client, device: str) -> None:
     """Log the address, device and host of every worker."""
     gpus: dict[str, str | None] = {}
     if device == "cuda":
-        from cryosiam_dask.model.predictor import name_of_gpu  # nobody needs torch for the rest of this module
+        from cryosiam_dask.model.predictor import name_of_gpu  # with torch, which the rest of this module does not need
 
         gpus = ask(client, name_of_gpu)
     for address, worker in workers_of(client).items():

@@ -43,7 +43,7 @@ from cryosiam_dask.core.arrays import Sliceable, WritableArray
 from cryosiam_dask.core.blocks import Blocks, Index
 from cryosiam_dask.core.executor import SERIAL, Executor
 from cryosiam_dask.errors import DeviceError, LabelsError
-from cryosiam_dask.model.device import device_refuses, device_works, free_memory, has_gpu, share_memory
+from cryosiam_dask.model.device import free_memory, has_gpu, lost_device_reported, out_of_memory_caught, share_memory
 
 R = TypeVar("R")
 ArrayModule: TypeAlias = Literal["numpy", "cupy", "auto"]
@@ -126,7 +126,7 @@ def backend(array_module: ArrayModule) -> Backend:
         # Cupy sums in the precision of the block, scipy always in double precision.
         return ndimage.gaussian_filter1d(block.astype(np.float64), sigma, axis, output=block.dtype, **options)
 
-    with device_works():
+    with lost_device_reported():
         share_memory(cupy)
     return Backend(cupy, gaussian, on_gpu, cupy.asnumpy)
 
@@ -170,7 +170,7 @@ def wherever_it_fits(task: Callable[..., R]) -> Callable[..., R]:
         labelling = options.get("labelling")
         if _own_module(labelling.array_module if labelling else options["array_module"]) == "cupy":
             for _ in range(2):
-                with device_refuses():
+                with out_of_memory_caught():
                     return task(*arguments, **options)
                 free_memory()
             warnings.warn("a block that does not fit into the GPU's memory is labelled on the CPU", stacklevel=2)
