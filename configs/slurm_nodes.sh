@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Segments a collection on all GPUs of several nodes, in one allocation: sbatch configs/slurm_nodes.sh pipeline.yaml
+# Segment a collection on all GPUs of several nodes, in one allocation: sbatch configs/slurm_nodes.sh pipeline.yaml
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=4
@@ -11,7 +11,7 @@
 set -u
 scheduler_file=$PWD/scheduler-$SLURM_JOB_ID.json # on a disk that all nodes see
 
-# Keys for this allocation alone, without which nobody enters the scheduler and the workers.
+# Keys for this allocation only, without which nobody can connect to the scheduler and the workers.
 keys=$PWD/.dask-keys-$SLURM_JOB_ID # on the same disk
 mkdir -p -m 700 "$keys" || exit
 trap 'rm -rf "$keys"' EXIT
@@ -31,10 +31,10 @@ done
 export DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH=100
 dask scheduler --protocol tls --scheduler-file "$scheduler_file" --dashboard-address 127.0.0.1:8787 &
 # One process for each GPU of a node, pinned to it; four threads, so that it reads and writes while it computes.
-export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # newer versions of srun do not take it over
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # newer versions of srun do not inherit it
 common=(--scheduler-file "$scheduler_file" --nthreads 4 --no-dashboard --death-timeout 300)
 srun --overlap dask cuda worker "${common[@]}" &
-# The other cores do what needs no GPU; each such process takes up to 1.5 GB of memory.
+# Workers on the other cores do the tasks that need no GPU; each takes up to 1.5 GB of memory.
 left=$((SLURM_CPUS_PER_TASK - SLURM_GPUS_ON_NODE))
 if [ $left -gt 0 ]; then
     srun --overlap env CUDA_VISIBLE_DEVICES= dask worker "${common[@]}" --memory-limit 0 --nworkers $left &
@@ -43,7 +43,7 @@ until [ -s "$scheduler_file" ]; do sleep 1; done
 
 cryosiam-dask run --config-file "$1" --scheduler-file "$scheduler_file" --device cuda &
 run=$!
-trap 'kill -USR1 $run' USR1 # Slurm's warning: what is in flight is finished and recorded
+trap 'kill -USR1 $run' USR1 # Slurm's warning: tasks in flight are finished and recorded
 wait $run
 status=$?
 while kill -0 $run 2>/dev/null; do # a trap ends 'wait' before the run has ended
@@ -52,6 +52,6 @@ while kill -0 $run 2>/dev/null; do # a trap ends 'wait' before the run has ended
 done
 rm -f "$scheduler_file"
 if [ "$status" -eq 75 ]; then
-    scontrol requeue "$SLURM_JOB_ID" # the same command goes on from here
+    scontrol requeue "$SLURM_JOB_ID" # the same command resumes
 fi
 exit "$status"
