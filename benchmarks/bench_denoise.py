@@ -47,7 +47,7 @@ from cryosiam_dask.commands.demo import prepare_demo  # noqa: E402
 from cryosiam_dask.core.grid import block_size_for, make_grid  # noqa: E402
 from cryosiam_dask.core.phantom import make_phantom, write_phantom  # noqa: E402
 from cryosiam_dask.model.checkpoint import read_checkpoint  # noqa: E402
-from cryosiam_dask.model.network import Network, build_network  # noqa: E402
+from cryosiam_dask.model.network import Network  # noqa: E402
 from cryosiam_dask.model.predictor import predictor_spec  # noqa: E402
 from cryosiam_dask.runs.cluster import open_cluster  # noqa: E402
 from cryosiam_dask.runs.dask_executor import DaskExecutor  # noqa: E402
@@ -85,7 +85,7 @@ def bench_denoise(options: argparse.Namespace, folder: Path) -> list[Row]:
     denoiser = replace(architecture(options.divide), denoises=True, out_channels=1, distance_widths=None)
     path = write(folder / "model.ckpt", denoiser, patch=options.patch)
     checkpoint = read_checkpoint(path)
-    network = build_network(checkpoint.architecture).eval()
+    network = Network(checkpoint.architecture).eval()
     network.load_state_dict(checkpoint.state)
     raw = np.random.default_rng(0).normal(300, 800, shape).astype(np.int16)
     tomogram = zarr.create_array(folder / "raw.zarr", data=raw, chunks=(64,) * 3)

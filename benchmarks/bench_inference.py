@@ -47,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from cryosiam_dask.core.grid import Grid, block_size_for, make_grid
 from cryosiam_dask.files.mask import Mask, open_mask
 from cryosiam_dask.model.checkpoint import read_checkpoint
-from cryosiam_dask.model.network import Architecture, Network, build_network
+from cryosiam_dask.model.network import Architecture, Network
 from cryosiam_dask.model.predictor import PredictorSpec, predictor_spec
 from cryosiam_dask.runs.cluster import open_cluster
 from cryosiam_dask.runs.dask_executor import DaskExecutor
@@ -143,7 +143,7 @@ class Peak:
 def flop(spec: PredictorSpec, mask: np.ndarray | None, shape: tuple[int, ...]) -> float:
     """What the network computes in this package's run."""
     with torch.device("meta"):
-        network = build_network(read_checkpoint(spec.checkpoint).architecture).eval()
+        network = Network(read_checkpoint(spec.checkpoint).architecture).eval()
         patch = torch.zeros(1, 1, *spec.patch)
     known: dict[str, int] = {}
     total = 0
@@ -189,7 +189,7 @@ def bench(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     shape = tuple(options.shape)
     checkpoint = write(folder / "model.ckpt", architecture(options.divide), patch=options.patch)
-    network = build_network(read_checkpoint(checkpoint).architecture).eval()
+    network = Network(read_checkpoint(checkpoint).architecture).eval()
     network.load_state_dict(read_checkpoint(checkpoint).state)
     volume = rng.random(shape, np.float32)  # which scaling from [0, 1] to [0, 1] leaves alone
     tomogram = zarr.create_array(folder / "t.zarr", data=volume, chunks=(64,) * 3)
@@ -234,7 +234,7 @@ def bench(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     starts = [range(0, n - options.patch // 4, options.patch // 2) for n in shape]
     count = int(np.prod([len(axis) for axis in starts]))
     with torch.device("meta"):
-        on_meta = build_network(read_checkpoint(checkpoint).architecture).eval()
+        on_meta = Network(read_checkpoint(checkpoint).architecture).eval()
         whole = torch.zeros(1, 1, *(options.patch,) * 3)
     with FlopCounterMode(display=False) as both:
         on_meta(whole, distances=True)

@@ -431,11 +431,11 @@ def plain_loop_and_monai(output: Path) -> None:
     from bench_inference import labels_of, plain_loop
 
     from cryosiam_dask.model.checkpoint import read_checkpoint
-    from cryosiam_dask.model.network import build_network
+    from cryosiam_dask.model.network import Network
 
     spec, edge = in_mode(output, "exact"), edge_of(192)
     checkpoint = read_checkpoint(spec.checkpoint)
-    net = build_network(checkpoint.architecture)
+    net = Network(checkpoint.architecture)
     net.load_state_dict(checkpoint.state)
     net = net.eval().to("cuda")
     volume = np.random.default_rng(0).random((edge,) * 3, np.float32)

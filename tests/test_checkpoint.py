@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cryosiam_dask.errors import CheckpointError
 from cryosiam_dask.model import checkpoint as module
 from cryosiam_dask.model.checkpoint import look_at_checkpoint, read_checkpoint
-from cryosiam_dask.model.network import build_network
+from cryosiam_dask.model.network import Network
 from support import checkpoints
 from support.checkpoints import SMALL
 from support.golden import CASES, FOLDER, configuration
@@ -65,7 +65,7 @@ def test_variants_are_read_as_they_were_written(tmp_path, name):
     assert checkpoint.architecture == architecture
     assert checkpoint.architecture.has_distance_head == (architecture.distance_widths is not None)
     assert checkpoint.patch_size == (32,) * architecture.spatial_dims
-    network = build_network(architecture)
+    network = Network(architecture)
     network.load_state_dict(checkpoint.state, strict=True)
     assert {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()} == architecture.weights()
     saved = torch.load(path, weights_only=True)["state_dict"]

@@ -24,7 +24,7 @@ from cryosiam_dask.core.grid import Patch
 from cryosiam_dask.errors import DeviceError, LostDeviceError, is_transient
 from cryosiam_dask.model import predictor as module
 from cryosiam_dask.model.architecture import peak_bytes, widest
-from cryosiam_dask.model.network import build_network
+from cryosiam_dask.model.network import Network
 from cryosiam_dask.model.predictor import (
     Predictor,
     PredictorSpec,
@@ -375,7 +375,7 @@ def test_the_largest_patch_leaves_room_on_a_gpu(
 
 def test_the_widest_array_of_a_patch_is_known() -> None:
     """Counted in the network itself."""
-    network = build_network(SMALL).eval()
+    network = Network(SMALL).eval()
     with torch.inference_mode():
         for part in network.modules():
             part.register_forward_hook(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cryosiam_dask.model.architecture import peak_bytes, required_divisor, required_halo
-from cryosiam_dask.model.network import BiFPN, build_network, fold_batch_norms
+from cryosiam_dask.model.network import BiFPN, Network, fold_batch_norms
 from support.checkpoints import SMALL
 
 VARIANTS = {
@@ -34,7 +34,7 @@ def constant_levels(values, dims=3, size=16):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_scores_and_distances_have_the_shape_of_the_patch(name):
     architecture = VARIANTS[name]
-    network = build_network(architecture)
+    network = Network(architecture)
     shape = (16, 32, 16)[: architecture.spatial_dims]
     scores, distances = run(network, torch.rand(2, 1, *shape), distances=True)
     assert scores.shape == distances.shape == (2, architecture.out_channels, *shape)
@@ -45,7 +45,7 @@ def test_scores_and_distances_have_the_shape_of_the_patch(name):
 def randomised(architecture):
     """A network whose batch norms and fusions do something."""
     torch.manual_seed(1)
-    network = build_network(architecture)
+    network = Network(architecture)
     for name, tensor in network.state_dict().items():
         if tensor.ndim == 1 or name.endswith((".w1", ".w2")):
             tensor.copy_(torch.rand_like(tensor, dtype=torch.float32) + 0.5)
@@ -68,7 +68,7 @@ def test_a_core_is_evaluated_as_in_its_whole_patch(name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_core_takes_less_work_than_its_patch(name):
     architecture = VARIANTS[name]
-    network, patch = build_network(architecture), torch.rand(1, 1, *(64,) * architecture.spatial_dims)
+    network, patch = Network(architecture), torch.rand(1, 1, *(64,) * architecture.spatial_dims)
     voxels = []
     network.semantic_head.register_forward_hook(lambda _, given, __: voxels.append(math.prod(given[0].shape[2:])))
     run(network, patch, core=(slice(16, 48),) * architecture.spatial_dims)
@@ -98,12 +98,12 @@ def test_a_halo_covers_what_the_heads_and_the_coarsest_level_reach():
 @pytest.mark.parametrize("size", [8, 16, 24, 40])
 def test_every_multiple_of_the_divisor_is_a_patch(size):
     assert required_divisor(SMALL) == 8 and required_divisor(VARIANTS["bifpn"]) == 16
-    assert run(build_network(SMALL), torch.rand(1, 1, size, size, size))[0].shape[2:] == (size,) * 3
+    assert run(Network(SMALL), torch.rand(1, 1, size, size, size))[0].shape[2:] == (size,) * 3
 
 
 @pytest.mark.parametrize("name", ["basic, later", "bifpn"])
 def test_what_prediction_does_not_use_is_not_evaluated(name):
-    network = build_network(VARIANTS[name])
+    network = Network(VARIANTS[name])
     evaluated = set()
     for path, module in network.named_modules():
         module.register_forward_hook(lambda *_, path=path: evaluated.add(path))
@@ -119,7 +119,7 @@ def test_what_prediction_does_not_use_is_not_evaluated(name):
 
 
 def test_the_pyramid_adds_enlarged_levels():
-    decoder = build_network(replace(SMALL, fpn_channels=1, num_filters=(1, 1, 1, 1), block_type="basic")).decoder
+    decoder = Network(replace(SMALL, fpn_channels=1, num_filters=(1, 1, 1, 1), block_type="basic")).decoder
     for number in (1, 2, 3, 4):
         nn.init.constant_(decoder.get_submodule(f"layer{number}").weight, 10.0**number)
         nn.init.constant_(decoder.get_submodule(f"layer{number}").bias, 0)
@@ -128,7 +128,7 @@ def test_the_pyramid_adds_enlarged_levels():
 
 
 def test_levels_are_enlarged_linearly_between_voxel_centres():
-    decoder = build_network(replace(SMALL, fpn_channels=1, num_filters=(1, 1, 1, 1), block_type="basic")).decoder
+    decoder = Network(replace(SMALL, fpn_channels=1, num_filters=(1, 1, 1, 1), block_type="basic")).decoder
     for number in (1, 2, 3, 4):
         nn.init.constant_(decoder.get_submodule(f"layer{number}").weight, 1)
         nn.init.constant_(decoder.get_submodule(f"layer{number}").bias, 0)
@@ -176,7 +176,7 @@ def test_the_bidirectional_pyramid_on_constant_levels(dims, layers):
 
 
 def test_memory_estimate_grows_with_voxels_and_batch():
-    weights = sum(tensor.nbytes for tensor in build_network(SMALL).state_dict().values())
+    weights = sum(tensor.nbytes for tensor in Network(SMALL).state_dict().values())
     one, two = (peak_bytes(SMALL, (16, 16, 16), batch_size) for batch_size in (1, 2))
     assert two - weights == 2 * (one - weights) == peak_bytes(SMALL, (16, 32, 16)) - weights
     assert one - weights > 4 * 16**3 * 4 * SMALL.level_channels[0]

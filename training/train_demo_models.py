@@ -33,7 +33,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from cryosiam_dask.core.phantom import CLASS_NAMES, make_phantom, make_raw
-from cryosiam_dask.model.network import Architecture, Network, build_network
+from cryosiam_dask.model.network import Architecture, Network
 from cryosiam_dask.stages.denoise import PERCENTS
 from support.checkpoints import HIDDEN, saved
 
@@ -171,7 +171,7 @@ def train(task: Task) -> Network:
     if not task.weights:
         return train_denoiser(task)
     patches, weights = Patches(task), torch.tensor(task.weights)
-    network = build_network(architecture(task))
+    network = Network(architecture(task))
     network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
     def semantic_step() -> Tensor:
@@ -198,7 +198,7 @@ def train(task: Task) -> Network:
 
 def train_denoiser(task: Task) -> Network:
     """Train the denoiser."""
-    patches, network = NoisyPatches(task), build_network(architecture(task))
+    patches, network = NoisyPatches(task), Network(architecture(task))
     network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
     def step() -> Tensor:

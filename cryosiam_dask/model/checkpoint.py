@@ -56,7 +56,7 @@ class Checkpoint:
     patch_size
         Patch of the training in voxels, (z, y, x) or (y, x).
     state
-        Weights for `load_state_dict` of the network that `build_network` builds; float32. Empty after
+        Weights for `load_state_dict` of `cryosiam_dask.model.network.Network`; float32. Empty after
         `look_at_checkpoint`.
     sha256
         SHA-256 hash of the file, hexadecimal.

@@ -236,7 +236,7 @@ class _HalvingUnit(nn.Module):
 
 
 class Network(nn.Module):
-    """Encoder, decoder, projector and heads, with random weights.
+    """Encoder, decoder, projector and heads, with random weights, in training mode.
 
     Parameters
     ----------
@@ -327,11 +327,6 @@ def _head(architecture: Architecture, widths: tuple[int, ...]) -> nn.Sequential:
         channels = width
     modules.append(_CONVOLUTION[dims](channels, architecture.out_channels, kernel, padding=padding))  # type: ignore[arg-type]
     return nn.Sequential(*modules)
-
-
-def build_network(architecture: Architecture) -> Network:
-    """Build a network with random weights, in training mode."""
-    return Network(architecture)
 
 
 def fold_batch_norms(module: nn.Module) -> None:

@@ -39,7 +39,7 @@ from cryosiam_dask.errors import CheckpointError, DeviceError, LostDeviceError
 from cryosiam_dask.model.architecture import default_threshold, peak_bytes, required_divisor, widest
 from cryosiam_dask.model.checkpoint import read_checkpoint
 from cryosiam_dask.model.device import free_memory, has_gpu, lost_device_reported, out_of_memory_caught
-from cryosiam_dask.model.network import build_network, convolve_with_onednn, fold_batch_norms
+from cryosiam_dask.model.network import Network, convolve_with_onednn, fold_batch_norms
 
 _CACHED = 1 << 16  # voxels that fit into a processor's cache
 #: Held while computing: a worker of a pipeline has several networks, but memory and a core for only one at a time.
@@ -491,7 +491,7 @@ class Predictor:
                 remedy="Start the run again",
             )
         with torch.device("meta"):  # no random weights, because they come from the checkpoint
-            network = build_network(checkpoint.architecture)
+            network = Network(checkpoint.architecture)
         network.load_state_dict(checkpoint.state, assign=True)
         self.spec = spec
         self.has_distance_head = checkpoint.architecture.has_distance_head

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cryosiam_dask.model.network import Architecture, build_network
+from cryosiam_dask.model.network import Architecture, Network
 
 #: A network small enough for every test.
 SMALL = Architecture(
@@ -74,7 +74,7 @@ def content(architecture: Architecture, patch: int = 16, seed: int = 0) -> dict[
     state = {
         # Weights, statistics and shares of fusions that no default happens to equal.
         name: (torch.rand_like(tensor) + 0.5 if tensor.ndim == 1 or name.endswith((".w1", ".w2")) else tensor).clone()
-        for name, tensor in build_network(architecture).state_dict().items()
+        for name, tensor in Network(architecture).state_dict().items()
     }
     for unused in ("global_projector.0", "global_predictor.0", "predictor.0", "level_projector_2.0", "encoder.fc"):
         state[f"{unused}.weight"] = torch.zeros(2, 2)
