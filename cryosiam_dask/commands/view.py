@@ -26,6 +26,7 @@ import dask.array
 import numpy as np
 
 from cryosiam_dask.config import Configuration
+from cryosiam_dask.core.arrays import sliced
 from cryosiam_dask.errors import ConfigurationError, CryosiamDaskError, not_written
 from cryosiam_dask.files.hdf5 import open_dataset, uint8_labels, voxel_size_in
 from cryosiam_dask.files.header import TomogramHeader
@@ -85,20 +86,7 @@ class _Lazy:
         return len(self.shape)
 
     def __getitem__(self, index: Any, /) -> Any:
-        index = index if isinstance(index, tuple) else (index,)
-        index = (*index, *(slice(None),) * (self.ndim - len(index)))
-        parts = [
-            range(n)[i] if isinstance(i, slice) else range(range(n)[i], range(n)[i] + 1)
-            for n, i in zip(self.shape, index, strict=True)
-        ]
-        if not all(parts):  # dask reads an empty region to learn the dtype
-            return np.zeros(
-                [len(part) for part, i in zip(parts, index, strict=True) if isinstance(i, slice)], self.dtype
-            )
-        region = tuple(slice(min(part[0], part[-1]), max(part[0], part[-1]) + 1) for part in parts)
-        steps = tuple(slice(None, None, part.step) for part in parts)
-        voxels = np.asarray(self.read(region))[steps]
-        return voxels[tuple(slice(None) if isinstance(i, slice) else 0 for i in index)]
+        return sliced(self.read, self.shape, self.dtype, index)
 
 
 def first_prediction(configuration: Configuration, filename: str | None = None) -> Path:

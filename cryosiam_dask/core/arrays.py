@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
 #: A slice for each axis, in the order of the array's axes.
 Region: TypeAlias = tuple[slice, ...]
 
@@ -60,6 +63,37 @@ class Computed:
 
     def __getitem__(self, region: Any, /) -> Any:
         return self.compute(self.source[region])
+
+
+def sliced(read: Callable[[Region], NDArray[Any]], shape: Sequence[int], dtype: Any, index: Any) -> NDArray[Any]:
+    """Index an array of `shape` and `dtype` with slices and integers, reading a single region of it.
+
+    Parameters
+    ----------
+    read
+        Returns a region, whose slices have a start, a stop and no step.
+    shape, dtype
+        Of the array.
+    index
+        A slice or an integer, or a tuple of these for the first axes.
+
+    Examples
+    --------
+    >>> array = np.arange(12).reshape(3, 4)
+    >>> sliced(array.__getitem__, array.shape, array.dtype, (1, slice(None, None, -2)))
+    array([7, 5])
+    """
+    given = index if isinstance(index, tuple) else (index,)
+    given = (*given, *[slice(None)] * (len(shape) - len(given)))
+    parts = [
+        range(size)[part] if isinstance(part, slice) else range(range(size)[part], range(size)[part] + 1)
+        for size, part in zip(shape, given, strict=True)
+    ]
+    if not all(parts):  # dask reads an empty region to learn the dtype
+        return np.zeros([len(p) for p, part in zip(parts, given, strict=True) if isinstance(part, slice)], dtype)
+    voxels = np.asarray(read(tuple(slice(min(p[0], p[-1]), max(p[0], p[-1]) + 1) for p in parts)))
+    kept = (slice(None, None, p.step) if isinstance(part, slice) else 0 for p, part in zip(parts, given, strict=True))
+    return voxels[tuple(kept)]
 
 
 def regions_of(shape: Sequence[int], step: Sequence[int]) -> Iterator[Region]:

@@ -20,7 +20,7 @@ from mrcfile.dtypes import HEADER_DTYPE
 from mrcfile.utils import machine_stamp_from_byte_order, mode_from_dtype
 from numpy.typing import NDArray
 
-from cryosiam_dask.core.arrays import Region, Sliceable, regions_of
+from cryosiam_dask.core.arrays import Region, Sliceable, regions_of, sliced
 from cryosiam_dask.errors import TomogramError
 from cryosiam_dask.files.atomic import Sink, replacing, require_voxels
 from cryosiam_dask.files.header import TomogramHeader, native, plausible_sizes, unknown_sizes
@@ -609,13 +609,7 @@ class MrcVoxels:
         return (*(1 for _ in sections), min(rows, 512), columns)
 
     def __getitem__(self, region: Any, /) -> np.ndarray[Any, Any]:
-        given = region if isinstance(region, tuple) else (region,)
-        parts = (*given, *[slice(None)] * (self.ndim - len(given)))
-        chosen = [range(size)[part] for part, size in zip(parts, self.shape, strict=True)]  # a range or an index
-        ranges = [each if isinstance(each, range) else range(each, each + 1) for each in chosen]
-        whole = tuple(slice(min(each), max(each) + 1) if each else slice(0, 0) for each in ranges)
-        voxels = native(self.header.read(whole), self.dtype)
-        return voxels[tuple(slice(None, None, each.step) if isinstance(each, range) else 0 for each in chosen)]
+        return sliced(self.header.__getitem__, self.shape, self.dtype, region)
 
 
 def require_unchanged(header: TomogramHeader) -> None:
