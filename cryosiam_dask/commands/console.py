@@ -98,8 +98,8 @@ def print_table(console: Console, outcomes: Sequence[Outcome], shown: Collection
         )
     wide.print(table)
     warnings = ((outcome.stem, warning) for outcome in outcomes for warning in outcome.warnings)
-    for whom, warning in merged_warnings(pair for pair in warnings if pair not in shown):
-        print_always(console, f"warning, {whom}: {warning}")
+    for stems, warning in merged_warnings(pair for pair in warnings if pair not in shown):
+        print_always(console, f"warning, {stems}: {warning}")
     for outcome in outcomes:
         if outcome.error:
             print_always(console, f"failed, {outcome.stem}: {outcome.error}")

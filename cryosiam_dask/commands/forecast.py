@@ -3,7 +3,7 @@
 Nothing is written. `forecast` takes a plan (see `cryosiam_dask.runs.plan`); a run of several models has one forecast
 per model. For every tomogram that the plan does not skip, it
 
-1. reads the header and a sample of the intensities (see `cryosiam_dask.stages.intensities`), since a wrong scaling is
+1. reads the header and a sample of the intensities (see `cryosiam_dask.stages.intensities`), as wrong scaling is
    the most common cause of a blank segmentation;
 2. reads its mask or, if all masks together are large, evenly spaced chunks of it;
 3. divides it into blocks, and adds up the disk space of its work store and outputs.

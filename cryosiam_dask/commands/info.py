@@ -36,7 +36,7 @@ from cryosiam_dask.stages.intensities import intensities, sample_file
 
 Kind: TypeAlias = Literal["tomogram", "zarr", "HDF5", "checkpoint"]
 
-COUNTED_VOXELS = 1 << 28  # labels of larger volumes are not counted, since it takes many seconds
+COUNTED_VOXELS = 1 << 28  # labels of larger volumes are not counted, because that takes many seconds
 _ZARR = ("zarr.json", ".zarray", ".zgroup")
 #: First bytes of a file, its description, and its kind.
 _MAGIC: tuple[tuple[bytes, str, Kind | None], ...] = (

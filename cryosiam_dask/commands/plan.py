@@ -221,18 +221,18 @@ def _print_plan(
     _print_tomograms(console, stages)
     notes = [(stage, f": {note}") for stage, found in stages.items() for note in found.notes]
     notes += [
-        (stage, f", {whom}: {note}")
+        (stage, f", {stems}: {note}")
         for stage, found in stages.items()
-        for whom, note in merged_warnings((t.stem, note) for t in found.tomograms for note in t.notes)
+        for stems, note in merged_warnings((t.stem, note) for t in found.tomograms for note in t.notes)
     ]
     for note, of in _each_once(notes, stages):
         _inform(console, f"note{of}{note}")
     found_warnings = [
         *((stage, f": {warning}") for stage, found in stages.items() for warning in found.warnings),
         *(
-            (stage, f", {whom}: {warning}")
+            (stage, f", {stems}: {warning}")
             for stage, found in stages.items()
-            for whom, warning in merged_warnings(
+            for stems, warning in merged_warnings(
                 (t.stem, warning)
                 for t in found.tomograms
                 for warning in t.warnings

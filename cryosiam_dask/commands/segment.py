@@ -474,7 +474,7 @@ def _warn_about_intensities(plans: Sequence[RunPlan], console: Console) -> set[t
         where = "" if len(found) == count else ", checked before the run"
         lines = [f": {number} of {count} tomograms{where}: {sentence}" for sentence, number in sentences]
         single = [(stem, sentence) for stem, sentence in single if not sentence.startswith(tuple(replaced))]
-        for line in (*lines, *(f", {whom}: {sentence}" for whom, sentence in merged_warnings(single))):
+        for line in (*lines, *(f", {stems}: {sentence}" for stems, sentence in merged_warnings(single))):
             models.setdefault(line, []).append(plan.name)
     for line, names in models.items():
         line = f"warning{line}" if len(names) == len(plans) else f"warning, {' and '.join(names)}{line}"

@@ -1,1 +1,1 @@
-"""What everything else stands on: grids of blocks, executors, logs."""
+"""The basis of everything else: grids of blocks, executors, logs."""

@@ -73,7 +73,7 @@ def sliced(read: Callable[[Region], NDArray[Any]], shape: Sequence[int], dtype: 
     read
         Returns a region, whose slices have a start, a stop and no step.
     shape, dtype
-        Of the array.
+        Shape and dtype of the array.
     index
         A slice or an integer, or a tuple of these for the first axes.
 

@@ -38,14 +38,14 @@ _NUMBER = re.compile(r"[-+]?\d[\d.,]*(?:e[-+]?\d+)?")
 
 @dataclass(frozen=True, slots=True)
 class Intensities:
-    """How the intensities of a tomogram lie relative to [min, max], estimated from a sample.
+    """The intensities of a tomogram relative to [min, max], estimated from a sample.
 
     Attributes
     ----------
     share, where
         See `cryosiam_dask.stages.intensities.Sample`.
     lowest, highest, median
-        Of the finite voxels; ``None`` if there are none.
+        Intensities of the finite voxels; ``None`` if there are none.
     central
         The range of the central 99 % of the finite voxels; ``None`` if there are none.
     below, above
@@ -296,12 +296,12 @@ def merged_warnings(warnings: Iterable[tuple[str, str]]) -> list[tuple[str, str]
     found = []
     for group in groups.values():
         names, sentence = list(group), next(iter(group.values()))
-        whom = ", ".join(names[:-1] if len(names) <= 4 else names[:3])
+        listed = ", ".join(names[:-1] if len(names) <= 4 else names[:3])
         last = names[-1] if len(names) <= 4 else f"{len(names) - 3} others"
-        whom = f"{whom} and {last}" if whom else last
+        listed = f"{listed} and {last}" if listed else last
         if len(set(group.values())) > 1:
-            whom += f" (the {'numbers' if '0' in _NUMBER.sub('0', sentence) else 'names'} are those of {names[0]})"
-        found.append((whom, sentence))
+            listed += f" (the {'numbers' if '0' in _NUMBER.sub('0', sentence) else 'names'} are those of {names[0]})"
+        found.append((listed, sentence))
     return found
 
 

@@ -343,7 +343,7 @@ def _in_byte_order(raw: bytes, path: Path, file_bytes: int, warnings: list[str])
 
 
 def _extended_bytes(header: Any, path: Path, compressed: bool, file_bytes: int, warnings: list[str]) -> int:
-    """Return the length of the extended header: as the header says, but 0 if the voxels fill the file."""
+    """Return the length of the extended header: as the header states, but 0 if the voxels fill the file."""
     counted = int(header["nsymbt"])
     try:
         itemsize = mrcfile.utils.dtype_from_mode(header["mode"]).itemsize
@@ -537,7 +537,7 @@ def read_beginning(header: MrcHeader, largest: int = STREAM_BYTES) -> np.ndarray
     Raises
     ------
     TomogramError
-        If the file cannot be read, or is damaged or too short as far as it was read.
+        If the part of the file that was read is unreadable, damaged or too short.
     """
     section_bytes = header.voxel_bytes // header.file_shape[0]
     count = min(header.file_shape[0], max(1, largest // section_bytes))

@@ -40,7 +40,7 @@ def read_header(
     Raises
     ------
     TomogramError
-        If the file cannot be opened, has another format, is shorter than its header says, or holds something that is
+        If the file cannot be opened, has another format, is shorter than its header states, or holds something that is
         not supported (4-bit and RGB voxels, stacks of volumes). The length of a compressed file is not checked here.
     """
     path = Path(path)

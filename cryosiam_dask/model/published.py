@@ -61,7 +61,7 @@ class HubFile:
 
 @dataclass(frozen=True, slots=True)
 class PublishedModel:
-    """What CryoSiam's documentation tells about one of its models; ``None`` where it tells nothing.
+    """What CryoSiam's documentation says about one of its models; ``None`` where it says nothing.
 
     Attributes
     ----------
@@ -278,7 +278,7 @@ def locate(model: Path | HubFile) -> Path:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """Return what is known about a published model as plain values; ``None`` where CryoSiam's pages tell nothing.
+    """Return what is known about a published model as plain values; ``None`` where CryoSiam's pages say nothing.
 
     Returns
     -------

@@ -174,7 +174,7 @@ def _within(seconds: float, others: Collection[BaseProcess], call: Callable[[], 
         except BaseException as error:
             called.set_exception(error)
 
-    # In a thread, since an interrupt within Dask would leave a cluster that nobody can close.
+    # In a thread, because an interrupt within Dask would leave a cluster that nobody can close.
     thread, end = threading.Thread(target=run, daemon=True, name="within"), time.monotonic() + seconds
     try:
         thread.start()

@@ -845,7 +845,7 @@ def _columns(
     """Return the measurements of each provisional label; row 0 belongs to label 1."""
 
     def total(weights: NDArray[Any]) -> NDArray[np.int64]:
-        # bincount adds in float64: exact, since no sum over a block reaches 2**53.
+        # bincount adds in float64: exact, because no sum over a block reaches 2**53.
         return np.bincount(run_labels, weights, minlength=count + 1)[1:].astype(np.int64)
 
     def extreme(ufunc: np.ufunc, values: NDArray[Any]) -> NDArray[np.int64]:

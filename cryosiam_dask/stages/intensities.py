@@ -107,7 +107,7 @@ def sample_file(header: TomogramHeader, voxels: int = SAMPLE_VOXELS) -> Sample:
     Raises
     ------
     TomogramError
-        If the file cannot be read, or is shorter than its header says.
+        If the file cannot be read, or is shorter than its header states.
     """
     if isinstance(header, MrcHeader) and header.compressed:
         beginning = read_beginning(header, SAMPLE_STREAM_BYTES)

@@ -186,7 +186,7 @@ def _multiscale(
     axes = [{"name": axis, "type": "space", **({"unit": unit} if unit else {})} for axis in "zyx"[-len(scale) :]]
     datasets = []
     for level in range(len(levels)):
-        # An axis of one voxel stays as it is.
+        # An axis of one voxel is not halved.
         factor = np.array([2**level if size > 1 else 1 for size in levels[0]])
         transforms = [
             {"type": "scale", "scale": (scale * factor).tolist()},

@@ -108,7 +108,7 @@ def tomogram_chunks(grid: Grid) -> tuple[int, ...]:
     """
     strides = [a.axis.stride if a.axis.exact else _SLAB for a in grid.axes]
     chunk = [s * max(1, round(_SLAB / s)) for s in strides]
-    chunk[-1] *= 4  # opening a chunk costs about as much as reading so many voxels
+    chunk[-1] *= 4  # opening a chunk costs about as much as reading that many voxels
     return tuple(min(n, c) for n, c in zip(grid.shape, chunk, strict=True))
 
 
