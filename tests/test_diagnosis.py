@@ -12,10 +12,10 @@ from cryosiam_dask.core.diagnosis import (
     blank,
     contrast,
     merged_warnings,
-    out_of_memory,
     percent,
     scaling,
     shared_warnings,
+    with_a_smaller_patch,
 )
 
 
@@ -97,18 +97,11 @@ def test_blank(given: dict[str, object], words: list[str], others: list[str]) ->
     assert not any(word in text for word in others), text
 
 
-@pytest.mark.parametrize("batch_size", [8, 3, 2])
-def test_memory_is_first_saved_on_the_batch(batch_size: int) -> None:
-    tried, remedy = out_of_memory(batch_size, (128, 128, 128), free=5 * 10**9)
-    assert tried == f"batch_size {batch_size} and patch_size [128, 128, 128], for which 5.0 GB were free"
-    assert remedy == f"Set hyper_parameters.batch_size to {batch_size // 2}"
-
-
 @pytest.mark.parametrize("divisor", [8, 16])
-def test_then_on_the_patch_until_nothing_is_left(divisor: int) -> None:
+def test_the_patch_is_reduced_until_nothing_is_left(divisor: int) -> None:
     patch = (128, 64, divisor)
     for _ in range(30):
-        _, remedy = out_of_memory(1, patch, divisor)
+        remedy = with_a_smaller_patch(patch, divisor)
         smaller = tuple(map(int, remedy[remedy.index("[") + 1 : remedy.index("]")].split(",")))
         assert all(s % divisor == 0 and s >= divisor for s in smaller)
         assert all(s < p or s == p == divisor for s, p in zip(smaller, patch, strict=True))

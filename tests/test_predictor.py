@@ -511,6 +511,14 @@ def test_a_patch_that_does_not_fit_alone_is_an_error_with_numbers(spec):
     assert network.tried == [4, 2, 1, 1]
 
 
+def test_the_patch_that_an_error_recommends_suits_the_network():
+    """The bidirectional decoder needs multiples of 16."""
+    predictor = Predictor(make_spec(golden.FOLDER / "bifpn" / "model.ckpt", patch=(32, 32, 32)))
+    predictor._network = Small(predictor._network, 0)
+    with pytest.raises(DeviceError, match=r"Set parameters.data.patch_size to \[16, 16, 16\]"):
+        predict_patches(predictor, np.zeros((1, 32, 32, 32), np.float32), ("labels",))
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [

@@ -417,39 +417,23 @@ def _probabilities(threshold: float, highest: Sequence[float] | None, masked: bo
     return f"{text}, but the background is more probable everywhere{outside}: a lower threshold does not help"
 
 
-def out_of_memory(batch_size: int, patch: Sequence[int], divisor: int = 8, free: int | None = None) -> tuple[str, str]:
-    """Describe what did not fit into a GPU's memory, and what to set instead.
+def with_a_smaller_patch(patch: Sequence[int], divisor: int) -> str:
+    """Return the remedy for a patch that does not fit into a GPU's memory.
 
     Parameters
     ----------
-    batch_size
-        ``hyper_parameters.batch_size``.
     patch
-        Shape of a patch in voxels, (z, y, x) or (y, x).
+        Shape of the patch in voxels, (z, y, x) or (y, x).
     divisor
         Number that must divide every axis of a patch.
-    free
-        Bytes of the GPU that were free before; ``None`` if unknown.
-
-    Returns
-    -------
-    tried, remedy
-        The value and the remedy of an error.
 
     Examples
     --------
-    >>> out_of_memory(4, (128, 128, 128), free=2**33)[1]
-    'Set hyper_parameters.batch_size to 2'
-    >>> out_of_memory(1, (128, 128, 128))[1]
+    >>> with_a_smaller_patch((128, 128, 128), 8)
     'Set parameters.data.patch_size to [96, 96, 96], which changes the labels slightly, or use a GPU with more memory'
     """
-    tried = f"batch_size {batch_size} and patch_size {list(patch)}"
-    if free is not None:
-        tried += f", for which {free / 1e9:.1f} GB were free"
-    if batch_size > 1:
-        return tried, f"Set hyper_parameters.batch_size to {batch_size // 2}"
     smaller = [max(divisor, 3 * size // 4 // divisor * divisor) for size in patch]
-    return tried, (
+    return (
         f"Set parameters.data.patch_size to {smaller}, which changes the labels slightly, or use a GPU with more memory"
     )
 

@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cryosiam_dask.core.diagnosis import out_of_memory
+from cryosiam_dask.core.diagnosis import with_a_smaller_patch
 from cryosiam_dask.core.grid import Patch
 from cryosiam_dask.errors import CheckpointError, DeviceError, LostDeviceError
 from cryosiam_dask.model.architecture import default_threshold, peak_bytes, required_divisor, widest
@@ -495,6 +495,7 @@ class Predictor:
         network.load_state_dict(checkpoint.state, assign=True)
         self.spec = spec
         self.has_distance_head = checkpoint.architecture.has_distance_head
+        self._divisor = required_divisor(checkpoint.architecture)
         network.eval()
         fold_batch_norms(network)
         # Convolutions are fastest with channels last, on CPUs and GPUs.
@@ -585,8 +586,8 @@ class Predictor:
                     continue
                 # Retry while no other block uses the device.
                 return self._predict_block(window, patches, shape, wanted, 1, alone=True)
-            tried, _ = out_of_memory(self.spec.batch_size, self.spec.patch)
-            _, remedy = out_of_memory(1, self.spec.patch)
+            tried = f"batch_size {self.spec.batch_size} and patch_size {list(self.spec.patch)}"
+            remedy = with_a_smaller_patch(self.spec.patch, self._divisor)
             raise _does_not_fit(
                 "a patch and its block must fit into the GPU's memory",
                 value=f"{tried}, and a block of {list(shape)}; even a batch of 1 without another block does not fit "
