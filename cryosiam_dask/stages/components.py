@@ -619,7 +619,6 @@ def removal_labelling(
 def largest_component(
     mask: Sliceable,
     *,
-    connectivity: int = 26,
     block: Sequence[int] | None = None,
     executor: Executor = SERIAL,
     array_module: ArrayModule = "numpy",
@@ -629,8 +628,8 @@ def largest_component(
     Parameters
     ----------
     mask
-        (z, y, x) or (y, x), 0 and 1.
-    connectivity, block, executor, array_module
+        (z, y, x) or (y, x), 0 and 1; voxels are connected with 26 neighbours.
+    block, executor, array_module
         See `find_components`.
 
     Returns
@@ -638,9 +637,7 @@ def largest_component(
     tuple of Components and int
         The number is 0 if the mask is empty. `relabel_block` extracts the component in a block.
     """
-    components = find_components(
-        mask, connectivity=connectivity, block=block, executor=executor, array_module=array_module
-    )
+    components = find_components(mask, block=block, executor=executor, array_module=array_module)
     return components, int(np.argmax(components.voxels)) + 1 if len(components) else 0
 
 
