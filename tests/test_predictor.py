@@ -530,7 +530,7 @@ def test_the_patch_that_an_error_recommends_suits_the_network():
 def test_a_device_that_failed_is_lost(spec, error, message):
     predictor = Predictor(spec)
     predictor._network = Small(predictor._network, 0, error, message)
-    with pytest.raises(LostDeviceError, match=rf"process {os.getpid()} on .*{message}\. Look at"):
+    with pytest.raises(LostDeviceError, match=rf"process {os.getpid()} on .*{message}\. Check the GPU"):
         predict_patches(predictor, np.zeros((1, 16, 16, 16), np.float32), EVERYTHING)
 
 
