@@ -142,7 +142,7 @@ def test_a_name_that_no_output_can_have_fails_its_tomogram_alone(folder: Path) -
     refused = dict(found.refused)
     assert set(refused) == {"tab\\t", "TS_\\udcb5", long} and [job.stem for job in found.jobs] == ["good"]
     for stem in ("tab\\t", "TS_\\udcb5"):
-        assert "its name must be UTF-8 text without tabs" in str(refused[stem])
+        assert "its name must be UTF-8 text without control characters" in str(refused[stem])
     assert f"its name must have at most {LONGEST} bytes" in str(refused[long])
     problems = forecast(found).all_problems
     assert set(problems) == {str(error) for error in refused.values()}
