@@ -267,7 +267,7 @@ def _facts(found: Forecast) -> dict[str, str]:
         else "",
         "model": f"{found.model}, "
         + ("a denoiser" if found.denoises else f"{classes} {'classes' if classes > 1 else 'class'}"),
-        "patch": f"{_shape(found.patch)} voxels, halo {found.halo or 'a quarter of it'}, {found.precision}",
+        "patch": f"{_shape(found.patch)} voxels, halo {found.halo or 'a quarter of the patch'}, {found.precision}",
         "threshold": "" if found.denoises else f"{found.threshold:g}",
         "intensities": "the 0.1 and 99.9 percentiles of each tomogram become 0 and 1"
         if found.denoises
@@ -280,7 +280,7 @@ def _facts(found: Forecast) -> dict[str, str]:
         "patches to compute": f"{sum(t.patches for t in todo):,} at most",
         "memory on CPUs": f"{decimal(found.bytes_per_worker)} for each of {found.workers} "
         f"worker{'s' * (found.workers != 1)}"
-        + (f", of {decimal(found.memory_bytes)}" if found.memory_bytes is not None else ""),
+        + (f"; this machine has {decimal(found.memory_bytes)}" if found.memory_bytes is not None else ""),
         "memory on GPUs": f"{decimal(found.network_bytes)} on the GPU for each of {found.batch_size} patches, "
         f"{decimal(found.block_bytes * 3 // 2)} of main memory",
     }
