@@ -109,7 +109,7 @@ def test_a_gpu_whose_workers_always_die_is_named(tmp_path: Path) -> None:
         ),
         (
             {"FAKE_LOST": "1"},
-            r"^GPU 1: each visible GPU must work; found GPU is lost\. Check nvidia-smi and dmesg, le",
+            r"^GPU 1: each visible GPU must work; found GPU is lost\. Check nvidia-smi and dmesg, ex",
         ),
         (
             {"FAKE_LOST": "1", "CUDA_VISIBLE_DEVICES": fake_pynvml.nvmlDeviceGetUUID(1)},
