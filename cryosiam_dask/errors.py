@@ -173,7 +173,7 @@ class LostDeviceError(DeviceError):
 
 
 def may_be_done_elsewhere(error: object) -> bool:
-    """Whether something is the error of a device that does not work, or lacks memory, where another one may not."""
+    """Whether an object is the error of a device that is broken or lacks memory, so that another one may succeed."""
     return isinstance(error, LostDeviceError) or (isinstance(error, DeviceError) and error.transient)
 
 

@@ -738,6 +738,6 @@ _load = lru_cache(maxsize=3)(Predictor)
 
 
 def can_load(spec: PredictorSpec) -> bool:
-    """Return True; see `load_predictor` for errors."""
+    """Load a predictor in this process, and return True; see `load_predictor` for errors."""
     load_predictor(spec)
     return True

@@ -49,7 +49,7 @@ from cryosiam_dask.runs.workers import HELPER_BYTES, R, Setup, leave_at_once, re
 #: Make glibc keep freed memory in one heap for all threads, for the network's next layer and patch. Otherwise every
 #: large tensor is mapped anew, and the kernel spends much CPU time clearing its pages.
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": 8_000_000_000, "MALLOC_MMAP_MAX_": 0, "MALLOC_ARENA_MAX": 1}
-#: Let CUDA number GPUs as nvidia-smi and NVML do, and so dask-cuda: its own order begins with the fastest one.
+#: Number GPUs like nvidia-smi, NVML and dask-cuda. By default, CUDA's numbers begin with the fastest GPU.
 GPU_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 #: By default Dask gives up a worker whose replacement takes more than 15 s, which its imports alone may take, and keeps
 #: the last 1000 messages to each worker, each with a task. The web servers have no password, so they are read-only:
@@ -120,7 +120,7 @@ def open_cluster(
     environment = "distributed.nanny.pre-spawn-environ"
     settings[environment] = dask.config.get(environment) | KEEP_MEMORY
     if device == "cuda":
-        # It would show a traceback of a GPU that does not work, which the run tells.
+        # Without tracebacks of a GPU that does not work: the run reports it.
         settings[environment] |= {**GPU_ORDER, "DASK_DISTRIBUTED__LOGGING__DASK_CUDA": "critical"}
     others = {*multiprocessing.active_children()}
     with _interrupts_blocked(), warnings.catch_warnings(), dask.config.set(settings):
