@@ -211,7 +211,7 @@ def test_what_is_judged_by_the_beginning_of_a_compressed_file_says_so(
     found = of(predicted(configure(folder, file_extension=".mrc.gz", data={"max": 0.5})))
     assert found.intensities is not None and found.intensities.share == 0.1
     (warning,) = found.warnings
-    assert "are clipped" in warning and "judged by the first 4 of the 40 sections of the compressed file" in warning
+    assert "are clipped" in warning and "judging by the first 4 of the 40 sections of the compressed file" in warning
 
 
 def test_nan_is_warned_of_and_not_in_the_json(folder: Path) -> None:

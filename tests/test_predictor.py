@@ -544,6 +544,6 @@ def test_a_device_that_fails_in_the_last_try_of_a_block_is_lost(spec):
     predictor = Predictor(spec)
     predictor._network = network = Small(predictor._network, 0)
     network.forward = fail
-    with pytest.raises(LostDeviceError, match=r"device error: at 0x7f\. Look at"):
+    with pytest.raises(LostDeviceError, match=r"device error: at 0x7f\. Check the GPU"):
         predict_patches(predictor, np.zeros((1, 16, 16, 16), np.float32), EVERYTHING)
     assert network.tried == [1, 1]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 #: A slice for each axis, in the order of the array's axes.
 Region: TypeAlias = tuple[slice, ...]
@@ -79,10 +79,13 @@ def sliced(read: Callable[[Region], NDArray[Any]], shape: Sequence[int], dtype: 
 
     Examples
     --------
+    >>> import numpy as np
     >>> array = np.arange(12).reshape(3, 4)
     >>> sliced(array.__getitem__, array.shape, array.dtype, (1, slice(None, None, -2)))
     array([7, 5])
     """
+    import numpy as np  # here, because errors in a configuration are reported before numpy is loaded
+
     given = index if isinstance(index, tuple) else (index,)
     given = (*given, *[slice(None)] * (len(shape) - len(given)))
     parts = [
