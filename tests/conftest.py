@@ -12,6 +12,8 @@ settings.register_profile("no deadline", deadline=None, derandomize=True)
 settings.load_profile("no deadline")
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # beside others, threads that wait for one another would only take their cores
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
     import torch
 
     torch.set_num_threads(1)
@@ -19,7 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # beside others, threads that wait for 
 #: The files of tests that take longest. They begin first, so that none is alone at the end.
 SLOWEST = (
     "test_cli", "test_docs", "test_cluster", "test_resume", "test_benchmarks", "test_collection", "test_slurm",
-    "test_disk", "test_denoise", "test_run", "test_passing_errors", "test_components", "test_hosts", "test_demo",
+    "test_disk", "test_denoise", "test_run", "test_passing_errors", "test_components", "test_hosts",
 )  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 1. Every block of shell or Python on a page is run, in order, in a fresh folder: the tutorial's begins empty, those of
    the others as the tutorial leaves it. One that stands on several pages is run on the first. A block that cannot run
    here follows a comment, ``<!-- not run: reason -->``; what a reader has done already stands in another,
-   ``<!-- first: command -->``.
+   ``<!-- first: command -->``. The tutorial is followed by the real entry point; on other pages, commands of the program
+   and Python run in this process, which has loaded everything.
 2. Every command and option that is written anywhere, also in ``configs``, is one that the program has.
 3. Every YAML block holds keys and values that the program takes.
 4. What ``docs/reference.py`` makes is up to date, links lead somewhere, and what `docs/viewers.md` says of the files
@@ -12,7 +13,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -22,7 +25,6 @@ import sys
 import tomllib
 import types
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,15 +37,21 @@ import typer
 import yaml
 import zarr
 from markdown_it import MarkdownIt
+from PIL import Image
 
 from cryosiam_dask.cli import app
+from cryosiam_dask.commands.demo import SEEDS
 from cryosiam_dask.config import STAGES, read_configuration, read_models
+from cryosiam_dask.core.phantom import SHAPE, dice, make_phantom
 from cryosiam_dask.model.classes import COLOURS
+from support.command import call, invoke
+from support.inputs import write_yaml
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 EXAMPLES = ROOT / "docs" / "command-line.md"  # each of these commands stands on another page, too
+LABELS = ROOT / "tests" / "data" / "demo" / "labels.npz"
 SHELL, PYTHON, YAML = "bash", "python", "yaml"
 NOT_RUN = re.compile(r"<!-- not run: (?P<reason>.+?) -->", re.DOTALL)
 FIRST = re.compile(r"<!-- first: (?P<command>.+?) -->")
@@ -80,56 +88,57 @@ def to_run(page: Path) -> list[Block]:
     return [block for block in here if block.text not in before]
 
 
-def run_page(page: Path, folder: Path) -> None:
+def run_page(page: Path, folder: Path, *, here: bool = False) -> None:
+    """Run the blocks of a page; `here`: in this process, where it is Python or only commands of the program."""
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     for block in to_run(page):
-        command = ["bash", "-euo", "pipefail", "-c"] if block.language == SHELL else [sys.executable, "-c"]
-        done = subprocess.run(
-            [*command, block.text], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
-        )
-        assert done.returncode == 0, f"{page.name}:{block.line}\n{block.text}\n{done.stdout}{done.stderr}"
-        assert "Traceback" not in done.stdout + done.stderr
+        lines = [shlex.split(line, comments=True) for line in block.text.replace("\\\n", " ").splitlines()]
+        if here and block.language == PYTHON:
+            with contextlib.chdir(folder):
+                exec(compile(block.text, f"{page.name}:{block.line}", "exec"), {"__name__": "__main__"})
+        elif here and all(line[:1] in ([], ["cryosiam-dask"]) for line in lines):
+            for _, *arguments in filter(None, lines):
+                invoke(*arguments, folder=folder)
+        else:
+            command = ["bash", "-euo", "pipefail", "-c"] if block.language == SHELL else [sys.executable, "-c"]
+            done = subprocess.run(
+                [*command, block.text], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+            )
+            assert done.returncode == 0, f"{page.name}:{block.line}\n{block.text}\n{done.stdout}{done.stderr}"
+            assert "Traceback" not in done.stdout + done.stderr
 
 
 ORDER = [TUTORIAL, *(page for page in PAGES if page not in (TUTORIAL, EXAMPLES))]
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[ThreadPoolExecutor]:
-    """Two threads, each as on a machine with one core: most of a command's time is the start of its workers."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
-
-    def take_core() -> None:
-        if cores:
-            os.sched_setaffinity(0, {cores.pop()})  # of this thread and of what it starts
-
-    with ThreadPoolExecutor(2, initializer=take_core) as pool:
-        yield pool
+def one_core() -> Iterator[None]:
+    """As on a machine with one core: most of a command's time is the start of its workers."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(before)})  # of this thread and of what it starts
+    yield
+    os.sched_setaffinity(0, before)
 
 
 @pytest.fixture(scope="module")
-def finished(pool: ThreadPoolExecutor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(one_core: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which the tutorial was followed, word for word."""
     folder = tmp_path_factory.mktemp("tutorial")
-    pool.submit(run_page, TUTORIAL, folder).result()
+    run_page(TUTORIAL, folder)
     return folder
 
 
-@pytest.fixture(scope="module")
-def runs(
-    finished: Path, pool: ThreadPoolExecutor, tmp_path_factory: pytest.TempPathFactory
-) -> dict[Path, Future[None]]:
-    """The other pages, two at a time."""
-    started = {}
-    for page in filter(to_run, ORDER[1:]):
-        folder = tmp_path_factory.mktemp(page.stem)
-        shutil.copytree(finished, folder, dirs_exist_ok=True)
-        started[page] = pool.submit(run_page, page, folder)
-    return started
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path) -> Path:
+    """A copy of `finished`."""
+    return shutil.copytree(finished, tmp_path / "copy")
 
 
 def test_the_tutorial_leads_to_its_figure(finished: Path) -> None:
@@ -143,8 +152,66 @@ def test_the_tutorial_leads_to_its_figure(finished: Path) -> None:
 
 
 @pytest.mark.parametrize("page", list(filter(to_run, ORDER[1:])), ids=lambda page: page.name)
-def test_what_a_page_says_can_be_done(page: Path, runs: dict[Path, Future[None]]) -> None:
-    runs[page].result()
+def test_what_a_page_says_can_be_done(page: Path, folder: Path) -> None:
+    run_page(page, folder, here=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ the demo
+
+
+def test_demo_finds_what_the_phantoms_hold(folder: Path) -> None:
+    """By its real entry point, in the tutorial's folder: it does what is missing there, and takes the rest as done."""
+    demo = folder / "tutorial"
+    for path in (demo / "semantic").glob("phantom_2*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    said = call("demo", "--output", "tutorial", folder=folder)
+    scores = json.loads((demo / "dice.json").read_text())
+    assert set(scores) == {"phantom_1", "phantom_2"}
+    with np.load(LABELS) as stored:
+        labels = dict(stored)
+    for stem, found in scores.items():
+        assert all(f"{score:.3f}" in said for score in found.values())
+        assert found["lamella"] >= 0.9
+        assert min(found["membrane"], found["particle"], found["microtubule"]) >= 0.7
+        assert found["filament"] >= 0.6
+        with Image.open(demo / f"{stem}.png") as picture:
+            assert picture.width > 800 and len(np.unique(np.asarray(picture.convert("L")))) > 100
+        with mrcfile.open(demo / "raw" / f"{stem}.mrc") as raw:
+            assert raw.data.dtype == np.int16 and raw.data.max() == 30000  # a hot voxel
+        with h5py.File(demo / "semantic" / f"{stem}_preds.h5") as file:
+            assert file["labels"].shape == SHAPE
+            assert np.mean(file["labels"][()] == labels[stem]) > 0.999
+            assert file.attrs["voxel_size_angstrom"][0] == pytest.approx(14)
+
+
+def test_models_of_the_demo_find_what_phantoms_without_the_noise_of_raw_ones_hold(folder: Path) -> None:
+    """The demo's models for lamella and classes on phantoms such as they were trained on."""
+    pipeline = yaml.safe_load((folder / "tutorial" / "pipeline.yaml").read_text())
+    del pipeline["denoise"]
+    pipeline["data_folder"] = str(folder / "phantoms")
+    for model in ("lamella", "semantic"):
+        pipeline[model]["prediction_folder"] = str(folder / model)
+    write_yaml(folder / "phantoms.yaml", pipeline)
+    (folder / "phantoms").mkdir()
+    phantoms = {stem: make_phantom(seed) for stem, seed in SEEDS.items()}
+    for stem, phantom in phantoms.items():
+        with mrcfile.new(folder / "phantoms" / f"{stem}.mrc") as mrc:
+            mrc.set_data(phantom.tomogram)
+    invoke("run", "phantoms.yaml", folder=folder)
+    for stem, phantom in phantoms.items():
+        found = {}
+        for model in ("lamella", "semantic"):
+            with h5py.File(folder / model / f"{stem}_preds.h5") as file:
+                found[model] = file["labels"][:]
+        membrane, particle, filament, microtubule = dice(found["semantic"], phantom.truth, 5)[1:]
+        assert min(dice(found["lamella"], phantom.lamella, 2)[1], membrane, particle) >= 0.8
+        assert min(filament, microtubule) >= 0.6
+
+
+def test_demo_needs_a_folder_that_it_can_write_to(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    said = call("demo", "--output", tmp_path / "file" / "demo", folder=tmp_path, status=2)
+    assert "error: " in said and "--output" in said
 
 
 def test_the_examples_of_the_reference_are_run_on_other_pages() -> None:
