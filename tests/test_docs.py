@@ -3,8 +3,8 @@
 1. Every block of shell or Python on a page is run, in order, in a fresh folder: the tutorial's begins empty, those of
    the others as the tutorial leaves it. One that stands on several pages is run on the first. A block that cannot run
    here follows a comment, ``<!-- not run: reason -->``; what a reader has done already stands in another,
-   ``<!-- first: command -->``. The tutorial is followed by the real entry point; on other pages, commands of the program
-   and Python run in this process, which has loaded everything.
+   ``<!-- first: command -->``. The tutorial is followed by the real entry point; on other pages, commands of the
+   program and Python run in this process, which has loaded everything.
 2. Every command and option that is written anywhere, also in ``configs``, is one that the program has.
 3. Every YAML block holds keys and values that the program takes.
 4. What ``docs/reference.py`` makes is up to date, links lead somewhere, and what `docs/viewers.md` says of the files

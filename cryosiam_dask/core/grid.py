@@ -172,16 +172,20 @@ class BlockAxis:
     @property
     def edges(self) -> tuple[int, ...]:
         """Block edges in voxels, from 0 to the size of the axis."""
+        return (0, *self._inner_edges, self.axis.size)
+
+    @property
+    def _inner_edges(self) -> range:
         step = self.cores * self.axis.stride
         first = self.chunk if self.axis.exact else step
         # No edge may cut the last core, which may be longer than the others.
         last = self.axis.size - 1 if self.axis.exact else self.axis.core(self.axis.count - 1)[0]
-        return (0, *range(first, last + 1, step), self.axis.size)
+        return range(first, last + 1, step)
 
     @property
     def count(self) -> int:
         """Number of blocks."""
-        return len(self.edges) - 1
+        return len(self._inner_edges) + 1
 
     def patches(self, block: int) -> range:
         """Return the numbers of the patches whose cores block `block` owns."""
