@@ -46,7 +46,7 @@ def predicted_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = {**os.environ, "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     with Path("/dev/full").open("w") as full:
         subprocess.run(
-            [COMMAND, "semantic-predict", "--config-file", "config.yaml"],
+            [COMMAND, "semantic-predict", "--config-file", "config.yaml", "--workers", "1"],
             cwd=folder, env=environment, stdout=full, stderr=full, check=True,
         )  # fmt: skip
     assert (folder / "out" / "report.html").exists()
@@ -251,7 +251,7 @@ def test_a_stopped_run_leaves_nothing_half_written_and_goes_on(predicted: Path, 
     ledgers = [*(f"TS_{i}.jsonl" for i in range(3)), "report"]
     assert sorted(path.name for path in (folder / "out" / ".ledger").iterdir()) == ledgers
     done = ledger.read_bytes().count(b'"what":"block"')
-    output = call(*command, folder=folder)
+    output = invoke(*command, folder=folder)
     assert "TS_0: skipped" in output and "TS_1: skipped" in output
     size = block_size_for(LARGE, (16, 16, 16), BLOCK_SIZE, 1)
     blocks = len(make_grid(LARGE, (16, 16, 16), size).indices())

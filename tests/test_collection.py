@@ -32,7 +32,7 @@ from cryosiam_dask.runs.outcome import Outcome
 from cryosiam_dask.runs.plan import RunPlan, plan_run
 from cryosiam_dask.stages.predict import BlockTimes
 from support import checkpoints
-from support.command import call, start
+from support.command import start
 from support.inputs import configure, write_tomogram
 from support.runs import Acting, Listener
 
@@ -374,9 +374,8 @@ def test_what_is_made_of_outputs_is_stopped_shared_and_lost_like_all_else(
 
 
 def test_two_runs_at_once_share_the_tomograms(folder: Path) -> None:
-    plan(folder, components=True)
+    run(plan(folder, components=True), Listener())
     arguments = ("semantic-predict", "--config-file", "config.yaml", "--device", "cpu", "--workers", 1)
-    call(*arguments, folder=folder)
     whole = contents(folder)
     shutil.rmtree(folder / "out")
     processes = [start(*arguments, folder=folder) for _ in range(2)]

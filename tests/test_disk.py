@@ -20,7 +20,7 @@ from cryosiam_dask.stages.export import remove_outdated_formats
 from cryosiam_dask.stages.ome_zarr import write_ome_zarr
 from cryosiam_dask.stages.preview import write_preview
 from support import checkpoints
-from support.command import COMMAND, call, contents
+from support.command import COMMAND, contents, invoke
 from support.inputs import write_tomogram, write_yaml
 
 STEMS = ("TS_0", "TS_1", "TS_2")
@@ -95,7 +95,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoints.write(folder / "model.ckpt", seed=35)
     values = {"data_folder": "data", "prediction_folder": "out", "trained_model": "model.ckpt", "block_size": 16}
     write_yaml(folder / "config.yaml", {**values, "components": True, "save_internal_files": True})
-    call(*RUN, folder=folder)
+    invoke(*RUN, folder=folder)
     (folder / "out").rename(folder / "whole")
     for name in ("out", "work"):
         (folder / name).mkdir()

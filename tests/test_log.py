@@ -40,7 +40,7 @@ def logs(folder: Path) -> list[Path]:
 
 def test_a_run_is_logged_with_what_the_user_does_not_see(folder: Path) -> None:
     (folder / "data" / "TS_0.mrc").write_bytes(b"\0" * 3000)
-    command = ("semantic-predict", "--config-file", "config.yaml")
+    command = ("semantic-predict", "--config-file", "config.yaml", "--workers", 1)
     process = start(*command, "--quiet", "--json", folder=folder)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 1
@@ -72,7 +72,8 @@ def test_a_run_is_logged_with_what_the_user_does_not_see(folder: Path) -> None:
 def test_a_run_that_is_killed_leaves_its_log(folder: Path) -> None:
     (folder / "data" / "TS_2.mrc").unlink()
     write_tomogram(folder / "data" / "TS_2.mrc", 1, LARGE)
-    process = start("semantic-predict", "--config-file", "config.yaml", folder=folder, start_new_session=True)
+    command = ("semantic-predict", "--config-file", "config.yaml", "--workers", 1)
+    process = start(*command, folder=folder, start_new_session=True)
     ledger = folder / "out" / ".ledger" / "TS_2.jsonl"
     while not (ledger.exists() and b'"what":"block"' in ledger.read_bytes()):
         assert process.poll() is None

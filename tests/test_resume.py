@@ -19,14 +19,14 @@ from cryosiam_dask.core.grid import make_grid
 from cryosiam_dask.files.claims import process_is_gone
 from cryosiam_dask.runs.ledger import read_entries
 from support import checkpoints
-from support.command import call, children, contents, start
+from support.command import call, children, contents, invoke, start
 from support.inputs import write_tomogram, write_yaml
 
 STEMS = ("TS_0", "TS_1")
 SHAPE = (24, 40, 40)
 PATCH, BLOCK_SIZE = (16, 16, 16), 8
 BLOCKS = len(make_grid(SHAPE, PATCH, BLOCK_SIZE).indices())
-RUN = ("semantic-predict", "--config-file", "config.yaml", "--device", "cpu", "--workers", 2)
+RUN = ("semantic-predict", "--config-file", "config.yaml", "--device", "cpu", "--workers")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "block_size": BLOCK_SIZE,
     }
     write_yaml(folder / "config.yaml", {**values, "components": True, "save_internal_files": True})
-    call(*RUN, folder=folder)
+    invoke(*RUN, 1, folder=folder)
     (folder / "out").rename(folder / "whole")
     return folder
 
@@ -67,7 +67,7 @@ def change(folder: Path, **values: Any) -> None:
 
 def start_until(folder: Path, stem: str, count: int) -> subprocess.Popen[str]:
     """A run in which so many blocks of a tomogram are recorded."""
-    process = start(*RUN, folder=folder, start_new_session=True)
+    process = start(*RUN, 1, folder=folder, start_new_session=True)
     while blocks(folder, stem) < count:
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
@@ -102,7 +102,7 @@ def test_runs_killed_at_any_moment_end_with_the_bytes_of_one_that_was_not(folder
     while killed < kills:
         for _ in range(moments.randint(1, 2)):
             what = ("group", "client", "worker")[killed % 3]
-            process = start(*RUN, folder=folder, start_new_session=True)
+            process = start(*RUN, 2, folder=folder, start_new_session=True)
             goal = moments.randint(progress(folder), 2 * BLOCKS)
             while process.poll() is None and (progress(folder) < goal or not children(process.pid)):
                 time.sleep(0.01)
@@ -122,7 +122,7 @@ def test_runs_killed_at_any_moment_end_with_the_bytes_of_one_that_was_not(folder
             if process.returncode == 0:
                 break
         if process.returncode:
-            call(*RUN, folder=folder)
+            call(*RUN, 2, folder=folder)
         assert contents(folder / "out") == expected
         tidy(folder)
         shutil.rmtree(folder / "out")
@@ -148,7 +148,7 @@ def test_blocks_that_are_recorded_are_not_predicted_again(folder: Path) -> None:
     assert len(chunks) >= 5 and any(chunks.values())
     # Of one whose output was just written, nothing is resumed.
     recorded = {stem: blocks(folder, stem) for stem in STEMS if not (folder / "out" / f"{stem}_preds.h5").exists()}
-    output = call(*RUN, folder=folder)
+    output = invoke(*RUN, 1, folder=folder)
     (folder / "config.yaml").write_text(configuration)
     for stem, count in recorded.items():
         if count:
