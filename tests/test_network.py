@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cryosiam_dask.model.architecture import peak_bytes, required_divisor, required_halo
 from cryosiam_dask.model.network import BiFPN, Network, fold_batch_norms
@@ -85,6 +86,20 @@ def test_folding_batch_norms_changes_nothing(name):
     assert not any(isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d) for module in network.modules())
     for found, whole in zip(run(network, patch, distances=True), expected, strict=True):
         torch.testing.assert_close(found, whole, rtol=1e-9, atol=1e-9)
+
+
+def test_no_numbers_are_drawn_for_weights_that_a_checkpoint_replaces():
+    """PyTorch would load compilers for that, in every worker."""
+    called = set()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            called.add(str(function))
+            return function(*arguments, **(options or {}))
+
+    with torch.device("meta"), Recorder():
+        Network(SMALL)
+    assert "aten.empty.memory_format" in called and not any("normal" in name for name in called), called
 
 
 def test_a_halo_covers_what_the_heads_and_the_coarsest_level_reach():

@@ -36,7 +36,7 @@ from cryosiam_dask.stages.preview import (
 def picture(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         assert (image.format, image.mode) == ("PNG", "RGB")
-        return np.asarray(image).astype(int)
+        return np.asarray(image).astype(np.int16)
 
 
 def over_grey(label: int, grey: float) -> np.ndarray:
@@ -45,7 +45,7 @@ def over_grey(label: int, grey: float) -> np.ndarray:
 
 
 def count(image: np.ndarray, colour: np.ndarray) -> int:
-    return int((np.abs(image - colour).max(axis=2) <= 1).sum())
+    return int(np.logical_and.reduce([np.abs(image[..., i] - colour[i]) <= 1 for i in range(3)]).sum())
 
 
 @pytest.fixture

@@ -53,7 +53,8 @@ class ResNet(nn.Module):
                 channels = width * EXPANSION[architecture.block_type]
             self.add_module(f"layer{number}", nn.Sequential(*blocks))
         for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Conv3d):
+            # Drawing numbers for the meta device, which keeps none, would load compilers for more than a second.
+            if isinstance(module, nn.Conv2d | nn.Conv3d) and not module.weight.is_meta:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> list[Tensor]:
