@@ -10,6 +10,7 @@
 
 set -u
 scheduler_file=$PWD/scheduler-$SLURM_JOB_ID.json # on a disk that all nodes see
+rm -f "$scheduler_file" # a job that starts again after a node failed keeps its number
 
 # Keys for this allocation only, without which nobody can connect to the scheduler and the workers.
 keys=$PWD/.dask-keys-$SLURM_JOB_ID # on the same disk
@@ -30,16 +31,26 @@ done
 # Dask's scheduler keeps the last 1000 messages to each worker; with many workers that is gigabytes.
 export DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH=100
 dask scheduler --protocol tls --scheduler-file "$scheduler_file" --dashboard-address 127.0.0.1:8787 &
+scheduler=$!
 # One process for each GPU of a node, pinned to it; four threads, so that it reads and writes while it computes.
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # newer versions of srun do not inherit it
-common=(--scheduler-file "$scheduler_file" --nthreads 4 --no-dashboard --death-timeout 300)
+# CUDA numbers GPUs as nvidia-smi and dask-cuda do. No memory limit: a paused worker would hang.
+export CUDA_DEVICE_ORDER=PCI_BUS_ID
+common=(--scheduler-file "$scheduler_file" --nthreads 4 --memory-limit 0 --no-dashboard --death-timeout 300)
 srun --overlap dask cuda worker "${common[@]}" &
-# Workers on the other cores do the tasks that need no GPU; each takes up to 1.5 GB of memory.
-left=$((SLURM_CPUS_PER_TASK - SLURM_GPUS_ON_NODE))
+# Workers on the other cores do the tasks that need no GPU, in half of a node's memory; each takes up to 1.5 GB of it.
+left=$((SLURM_CPUS_PER_TASK - ${SLURM_GPUS_ON_NODE:-0}))
+memory=${SLURM_MEM_PER_NODE:-0} # in MB
+[ "$memory" -gt 0 ] || memory=$((${SLURM_MEM_PER_CPU:-0} * SLURM_CPUS_PER_TASK))
+[ "$memory" -gt 0 ] || memory=$(awk '/MemTotal/ { print int($2 / 1024) }' /proc/meminfo)
+[ $left -lt $((memory / 3000)) ] || left=$((memory / 3000))
 if [ $left -gt 0 ]; then
-    srun --overlap env CUDA_VISIBLE_DEVICES= dask worker "${common[@]}" --memory-limit 0 --nworkers $left &
+    srun --overlap env CUDA_VISIBLE_DEVICES= dask worker "${common[@]}" --nworkers $left &
 fi
-until [ -s "$scheduler_file" ]; do sleep 1; done
+until [ -s "$scheduler_file" ]; do
+    kill -0 $scheduler || exit # it could not start
+    sleep 1
+done
 
 cryosiam-dask run --config-file "$1" --scheduler-file "$scheduler_file" --device cuda &
 run=$!

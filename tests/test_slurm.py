@@ -357,3 +357,57 @@ def test_the_example_is_read(fake: FakeSlurm) -> None:
     lines = script(section)
     assert "#SBATCH --gres=gpu:1" in lines and any("dask_cuda.cli" in line for line in lines)
     subprocess.run(["bash", "-n"], input="\n".join(lines), text=True, check=True)
+
+
+#: What runs on the nodes of an allocation, without Slurm, Dask and this program.
+NODES = {
+    "srun": """
+        echo "$@" >> srun
+    """,
+    "dask": """
+        [ -z "${REFUSE:-}" ] || exit 1
+        echo begun > "$5"  # the scheduler's file
+    """,
+    "scontrol": """
+        echo "$@" >> scontrol
+    """,
+    "cryosiam-dask": """
+        cat "$5" > joined
+        exit 75
+    """,
+}
+
+
+@pytest.mark.parametrize(
+    ("variables", "helpers"),
+    [
+        ({"SLURM_MEM_PER_NODE": "400000"}, 28),
+        ({"SLURM_MEM_PER_NODE": "30000"}, 10),
+        ({"SLURM_MEM_PER_CPU": "1000"}, 10),
+        ({"SLURM_MEM_PER_NODE": "2000"}, 0),
+        ({"SLURM_MEM_PER_NODE": "400000", "SLURM_CPUS_PER_TASK": "4"}, 0),
+        ({"REFUSE": "1"}, None),
+    ],
+)
+def test_an_allocation_of_nodes_has_workers_for_its_gpus_and_for_the_cores_and_memory_left(
+    fake: FakeSlurm, tmp_path: Path, variables: dict[str, str], helpers: int | None
+) -> None:
+    """Also if it begins again after a node failed, which leaves the scheduler's old file there."""
+    for name, script in {**NODES, "python": "exit 0"}.items():
+        fake.command(name, script)
+    (tmp_path / "scheduler-7.json").write_text("old")
+    given = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "32", "SLURM_GPUS_ON_NODE": "4"}
+    script = Path(__file__).parents[1] / "configs" / "slurm_nodes.sh"
+    done = subprocess.run(
+        ["bash", script, "pipeline.yaml"], cwd=tmp_path, env={**os.environ, **given, **variables}, timeout=60
+    )
+    assert not list(tmp_path.glob("*.json"))
+    if helpers is None:  # the scheduler could not start
+        assert done.returncode == 1 and not (tmp_path / "joined").exists()
+        return
+    assert done.returncode == 75 and (tmp_path / "scontrol").read_text() == "requeue 7\n"
+    assert (tmp_path / "joined").read_text() == "begun\n"
+    until(lambda: len((tmp_path / "srun").read_text().splitlines()) == 1 + bool(helpers))
+    steps = sorted((tmp_path / "srun").read_text().splitlines())
+    assert steps[0].startswith("--overlap dask cuda worker ") and all("--memory-limit 0 " in step for step in steps)
+    assert [step.partition("--nworkers ")[2] for step in steps[1:]] == [str(helpers)] * bool(helpers)

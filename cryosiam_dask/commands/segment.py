@@ -268,7 +268,7 @@ def segment(
                     )
                 )
             if joins and device == "cuda":
-                wait_for_gpu(client, name_of_gpu, 60 * (worker_timeout or 0.5))
+                wait_for_gpu(client, name_of_gpu, 60 * (worker_timeout or 2))
             found_device = describe_devices(client, name_of_gpu) if elsewhere or chosen == "cuda" else chosen
             if elsewhere or chosen == "cuda":
                 chosen = _device_of(found_device, device if elsewhere else chosen, elsewhere)

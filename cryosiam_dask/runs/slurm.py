@@ -38,7 +38,7 @@ from distributed import Client, Status
 from distributed.security import Security
 
 from cryosiam_dask.errors import ClusterError, ConfigurationError, LostClusterError, why_unreadable
-from cryosiam_dask.runs.cluster import KEEP_MEMORY, cluster_settings, require_local_address, silence_dask
+from cryosiam_dask.runs.cluster import GPU_ORDER, KEEP_MEMORY, cluster_settings, require_local_address, silence_dask
 from cryosiam_dask.runs.dask_executor import THREADS
 from cryosiam_dask.runs.workers import (
     HELPER_BYTES,
@@ -235,7 +235,7 @@ def read_jobs(jobs: str) -> dict[str, Any]:
         "--no-dashboard",
         *section["worker-extra-args"],
     ]
-    environment: dict[str, object] = dict(KEEP_MEMORY)
+    environment: dict[str, object] = {**KEEP_MEMORY, **(GPU_ORDER if on_gpus else {})}
     if section["walltime"]:
         # The tasks of a retiring worker move immediately, those of a killed one only when its loss is noticed.
         lifetime = _seconds(section["walltime"], place)
