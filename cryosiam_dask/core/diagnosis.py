@@ -325,7 +325,7 @@ def beyond_lamella(classes: int, coverage: float | None) -> tuple[str, ...]:
     if coverage > 1 - UNMASKED:
         return (
             f"the mask covers {percent(coverage)} of the tomogram: it excludes no false positives outside the lamella. "
-            "Look at the lamella prediction, and raise its network.threshold if it took everything for lamella",
+            "Look at the lamella prediction, and raise its network.threshold if everything is labelled as lamella",
         )
     return ()
 

@@ -1,6 +1,7 @@
-"""Tell the errors of a GPU apart: out of memory, after which a retry may succeed, or a GPU that this process has lost.
+"""Classify the errors of a GPU: out of memory, where a retry may succeed, or a GPU that this process has lost.
 
-PyTorch, cuDNN, cuBLAS and cupy report both in their own ways. Their errors are told apart without importing them.
+PyTorch, cuDNN, cuBLAS and cupy report both in their own ways. This module recognises their errors without importing
+them.
 """
 
 from __future__ import annotations

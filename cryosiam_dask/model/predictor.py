@@ -77,8 +77,8 @@ class PredictorSpec:
     precision
         Precision of the multiplications in convolutions; sums, probabilities and labels use single precision.
     stretch
-        Intensities that become 0 and 1 before all else, those beyond being clipped; ``None``: no such step. For
-        denoisers, these are percentiles of the tomogram; the higher one comes first, which inverts the contrast.
+        Intensities that are scaled to 0 and 1 first; values outside them are clipped. ``None`` to skip this step. For
+        denoisers, these are percentiles of the tomogram, the higher one first, which inverts the contrast.
     """
 
     checkpoint: str

@@ -61,7 +61,7 @@ class HubFile:
 
 @dataclass(frozen=True, slots=True)
 class PublishedModel:
-    """What CryoSiam's documentation says about one of its models; ``None`` where it says nothing.
+    """What CryoSiam's documentation says about one of its models; ``None`` for values that it does not give.
 
     Attributes
     ----------
