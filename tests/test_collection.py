@@ -75,7 +75,7 @@ class Stopper(Listener):
 
     def inform(self, text: str) -> None:
         super().inform(text)
-        if text.startswith("stopping: "):
+        if text.startswith("stopping after "):
             self.stops.set()
 
 
