@@ -110,7 +110,7 @@ class DaskExecutor:
         self._addresses: set[str] = set(client.nthreads())
         self._abandoned: set[str] = set()
         self._has_device: dict[str, bool | str | None] = {}  # by address, of the workers that have answered
-        self._told: set[str] = set()  # devices of which the user knows that they failed
+        self._reported: set[str] = set()  # devices whose failure was reported to the user
         self._most_devices = 0  # workers with a device at the same time
         self._asked: set[str] = set()
         self._last_worker = math.inf  # when a worker was last seen; infinite once the user knows of it
@@ -416,7 +416,7 @@ class DaskExecutor:
             # A device that has never worked, while others do, is broken. A worker restarted on it would use up the
             # attempts at a task.
             broken = task.address not in self._have_computed and not self._have_computed.isdisjoint(self._with_device)
-            self._tell(task.place, error)
+            self._report(task.place, error)
             self._retry(finished.future, task, error, _retire if broken else _restart)
         elif isinstance(error, CancelledError | asyncio.CancelledError | CommClosedError | KilledWorker):
             # The scheduler was restarted and lost the task, or gave it up.
@@ -443,13 +443,13 @@ class DaskExecutor:
         if task.place not in refused:
             refused.add(task.place)
             LOG.warning("%s, task %d, worker %s: %s", task.group.prefix, task.number, task.address, error)
-            self._tell(task.place, error)
+            self._report(task.place, error)
         return not refused.issuperset(map(self._place, self._with_device))
 
-    def _tell(self, place: str, error: Exception) -> None:
-        """Tell the user, once for each device, why it does less than others."""
-        if place not in self._told:
-            self._told.add(place)
+    def _report(self, place: str, error: Exception) -> None:
+        """Inform the user, once for each device, why others take over its tasks."""
+        if place not in self._reported:
+            self._reported.add(place)
             self.inform(f"warning: {place}: {error}")
 
     def _may_go_away(self, error: BaseException, group: _TaskGroup) -> bool:
