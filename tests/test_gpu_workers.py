@@ -212,6 +212,7 @@ def test_gpus_that_cannot_compute_leave_everything_to_one_that_can(
         "semantic-predict", "--config-file", "config.yaml", "--device", "cuda", "--cpu-workers", 0, folder=folder
     )
     assert "warning: the run continues without GPU 1, which PyTorch cannot use" in output
+    assert "CUDA Context" not in output  # which dask-cuda logs
     assert "the network must fit into the GPU's memory" in output and "The other GPUs compute what this one" in output
     assert "warning: 1 of 3 GPUs have too little free memory, at least 0.0 GB: " in output
     assert "3 tomograms on 3 cuda workers" in output and output.count(" done ") >= 3

@@ -1,7 +1,7 @@
 """GPUs faked on machines without any, in a test's process and in those that it starts.
 
-They show wrong calls, wrong pinning and wrong recovery; nothing about numbers, memory or speed of a GPU. Variables of
-the environment say what is there and what fails:
+They show wrong calls, wrong pinning and wrong recovery; nothing about numbers, memory or speed of a GPU. dask-cuda is
+faked only where it is not installed. Variables of the environment say what is there and what fails:
 
 FAKE_GPUS
     Number of GPUs.

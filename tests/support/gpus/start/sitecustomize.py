@@ -11,7 +11,10 @@ import sys
 from types import ModuleType
 from typing import Any
 
-_FAKES = {"cupy": "cupy", "cupyx": "cupy", "cucim": "cupy", "dask_cuda": "dask_cuda", "pynvml": "pynvml"}
+_FAKES = {"cupy": "fake_cupy", "cupyx": "fake_cupy", "cucim": "fake_cupy", "pynvml": "fake_pynvml"}
+# The real dask-cuda, where it is installed, is strictest.
+_REAL = importlib.machinery.PathFinder.find_spec("dask_cuda") is not None
+_FAKES |= {"cuda": "context"} if _REAL else {"dask_cuda": "fake_dask_cuda"}
 
 
 class _Made(importlib.abc.Loader):
@@ -30,7 +33,7 @@ class _Made(importlib.abc.Loader):
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         if fake := _FAKES.get(name.partition(".")[0]):
-            made = dict(importlib.import_module(f"support.gpus.fake_{fake}").modules()).get(name)
+            made = dict(importlib.import_module(f"support.gpus.{fake}").modules()).get(name)
             return None if made is None else importlib.machinery.ModuleSpec(name, _Made(made), is_package=True)
         if name != "torch":
             return None
