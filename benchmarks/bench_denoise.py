@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.shape, options.patch, options.divide, options.phantom = [24, 40, 24], 16, 16, [32, 32, 32]
+        options.shape, options.patch, options.divide, options.phantom = [24, 40, 24], 16, 16, [48, 48, 48]
         options.tomograms, options.workers, options.repeats = 1, 1, 1
     described = machine("cpu")
     rows: list[Row] = []

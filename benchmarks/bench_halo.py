@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if options.quick:
-        options.size, options.patch, options.block_size, options.repeat = 96, 32, 48, 1
+        options.size, options.patch, options.block_size, options.repeat, options.workers = 96, 32, 48, 1, 1
     result = measure(options.size, options.patch, options.block_size, options.repeat, options.workers)
     text = json.dumps(result, indent=2)
     print(text)

@@ -20,8 +20,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # beside others, threads that wait for 
 
 #: The files of tests that take longest. They begin first, so that none is alone at the end.
 SLOWEST = (
-    "test_cli", "test_docs", "test_cluster", "test_resume", "test_benchmarks", "test_collection", "test_slurm",
-    "test_disk", "test_denoise", "test_run", "test_passing_errors", "test_components", "test_hosts",
+    "test_docs", "test_denoise", "test_cluster", "test_cli", "test_benchmarks", "test_collection", "test_slurm",
+    "test_resume", "test_disk", "test_gpu_workers", "test_run", "test_passing_errors", "test_segment", "test_hosts",
 )  # fmt: skip
 
 
