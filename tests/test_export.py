@@ -446,7 +446,9 @@ def test_exports_that_cannot_be(folder: Path) -> None:
     of_cryosiam(folder, np.zeros(SHAPE, np.float32))
     assert "labels must be whole numbers; found float32" in failure(folder)
     of_cryosiam(folder, np.zeros(SHAPE, np.uint8))
-    assert f"the tomogram must be there; found no {STEM}.rec in " in failure(folder, file_extension=".rec")
+    missing = failure(folder, file_extension=".rec")
+    assert "the tomogram must exist, because an OME-Zarr image holds it together with its labels" in missing
+    assert f"; found no {STEM}.rec in " in missing
     (folder / "data" / f"{STEM}.mrc").write_bytes(b"")
     assert "it is empty or truncated" in failure(folder)
 

@@ -253,7 +253,7 @@ def test_a_job_that_ends_is_submitted_again(
         until(lambda: len(fake.jobs()) == 3 and len(client.nthreads()) == 2 * processes)
         groups = set(DaskExecutor(client).map(os.getpgid, [0] * 40, name="group", overlap=True))
         assert groups == fake.jobs() - {victim}
-    assert any("1 Slurm job ended" in text for text in told)
+    assert any("1 Slurm job has ended" in text for text in told)
     until(lambda: not fake.running())
 
 
