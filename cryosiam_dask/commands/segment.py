@@ -38,7 +38,7 @@ from cryosiam_dask.model.predictor import (
     unused_gpu,
 )
 from cryosiam_dask.runs.cluster import (
-    is_helper,
+    gpus_of,
     is_loopback,
     join_cluster,
     open_cluster,
@@ -303,13 +303,22 @@ def segment(
                         warn(console, f"{error} The other GPUs compute what this one cannot")
             running = computing = len(client.nthreads())
             if chosen == "cuda":
+                wait_for_gpu(client, name_of_gpu, 60)  # workers that died while they loaded the network are replaced
                 named = ask(client, name_of_gpu)
                 computing = sum(name is not None for name in named.values())
-                if broken := [
-                    f"{'worker' if elsewhere else 'GPU'} {worker['name']}"
-                    for address, worker in workers_of(client).items()
-                    if named.get(address) is None and (address not in named if elsewhere else not is_helper(worker))
-                ]:
+                if not computing:
+                    raise DeviceError(
+                        "a worker with a GPU must keep running when it has loaded the network",
+                        value="none",
+                        remedy="Check nvidia-smi, dmesg and the free memory of the machine, or use --device cpu",
+                    )
+                known = {address: str(worker["name"]) for address, worker in workers_of(client).items()}
+                if elsewhere:
+                    broken = [f"worker {name}" for address, name in known.items() if address not in named]
+                else:
+                    able = {known.get(address) for address, gpu in named.items() if gpu is not None}
+                    broken = [f"GPU {name}" for name in gpus_of(client) if name not in able]
+                if broken:
                     warn(
                         console,
                         f"the run continues without {', '.join(broken)}, which PyTorch cannot use. Check nvidia-smi "

@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -458,9 +458,9 @@ def _interrupts_blocked() -> Iterator[None]:
 _WITHOUT_GPUS = "or use --device cpu"
 
 
-def is_helper(worker: Mapping[str, Any]) -> bool:
-    """Whether a worker (see `workers_of`) of a cluster that `open_cluster` started has no GPU, but others have one."""
-    return str(worker["name"]).startswith(_HELPER)
+def gpus_of(client: Client) -> list[str]:
+    """Return the GPUs of a cluster that `open_cluster` started, as dask-cuda names them and their workers."""
+    return [name for name in map(str, client.cluster.worker_spec) if not name.startswith(_HELPER)]
 
 
 #: Prefix of the names of workers without a GPU in a cluster with GPUs.
