@@ -43,6 +43,7 @@ from rich.console import Console
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
 from bench_inference import Peak, _warm, architecture, machine, plain_loop, write_results  # noqa: E402
 
+from cryosiam_dask.cli import app  # noqa: E402
 from cryosiam_dask.commands.demo import prepare_demo  # noqa: E402
 from cryosiam_dask.core.grid import block_size_for, make_grid  # noqa: E402
 from cryosiam_dask.core.phantom import make_phantom, write_phantom  # noqa: E402
@@ -134,8 +135,11 @@ def bench_chain(options: argparse.Namespace, folder: Path) -> list[Row]:
         for name in ("denoised", "lamella", "semantic"):
             shutil.rmtree(folder / name, ignore_errors=True)
         for command, file in those:
-            workers = ("--device", "cpu", "--workers", str(options.workers), "--quiet")
-            subprocess.run([COMMAND, command, folder / file, *workers], check=True)
+            words = [command, str(folder / file), "--device", "cpu", "--workers", str(options.workers), "--quiet"]
+            if options.quick:  # in this process, which has loaded everything
+                assert not app(words, standalone_mode=False)
+            else:
+                subprocess.run([COMMAND, *words], check=True)
         labels.append([])
         for stem in stems:
             with h5py.File(folder / "semantic" / f"{stem}_preds.h5") as file:
