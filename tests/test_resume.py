@@ -122,7 +122,7 @@ def test_runs_killed_at_any_moment_end_with_the_bytes_of_one_that_was_not(folder
             if process.returncode == 0:
                 break
         if process.returncode:
-            call(*RUN, 2, folder=folder)
+            call(*RUN, 1, folder=folder)
         assert contents(folder / "out") == expected
         tidy(folder)
         shutil.rmtree(folder / "out")
