@@ -57,7 +57,7 @@ def randomised(architecture):
 def test_a_core_is_evaluated_as_in_its_whole_patch(name):
     architecture = VARIANTS[name]
     network, dims = randomised(architecture).double(), architecture.spatial_dims
-    patch = torch.rand(1, 1, *(48, 48, 48)[:dims], dtype=torch.float64)
+    patch = torch.rand(2, 1, *(48, 48, 48)[:dims], dtype=torch.float64)
     scores, distances = run(network, patch, distances=True)
     sides = [(0, 24), (12, 36), (29, 48)], [(8, 24), (0, 24), (47, 48)], [(9, 10), (0, 48), (17, 25)]
     for core in (*zip(*sides[:dims], strict=True), *zip(*sides[dims - 1 :: -1], strict=True)):

@@ -165,7 +165,7 @@ def test_both_models_on_jobs_give_what_cryosiam_gave(tmp_path: Path, fake: FakeS
 
 
 def test_a_run_that_is_interrupted_cancels_its_jobs(folder: Path, fake: FakeSlurm) -> None:
-    process = fake.predict(folder, 1)
+    process = fake.predict(folder, 2)
     ledger = folder / "out" / ".ledger" / "TS_0.jsonl"
     until(lambda: process.poll() is not None or (ledger.exists() and b'"block"' in ledger.read_bytes()))
     for number in (signal.SIGTERM, signal.SIGINT):  # the second one does not wait for what is in flight

@@ -353,6 +353,8 @@ class DaskExecutor:
 
     def _next_task(self, group: _TaskGroup, address: str, workers: Collection[str]) -> int | None:
         """Take the next task for a worker; skip those that failed there and have not failed on all `workers`."""
+        if not group.failed_at and not group.refused:
+            return group.pending.popleft()
         place, places = self._place(address), set(map(self._place, workers))
         if place in group.refused and places - group.refused:
             return None
