@@ -341,7 +341,7 @@ def semantic_predict(**options: Any) -> None:
 @app.command(cls=Configured)
 @_options(_of_run)
 def run(**options: Any) -> None:
-    """Run all models of a file: predict the lamella of every tomogram and, inside it, the semantic classes.
+    """Run all models of a file: denoise every tomogram, predict its lamella and, inside it, the semantic classes.
 
     Example: cryosiam-dask run configs/pipeline.yaml
     """

@@ -161,7 +161,7 @@ def test_the_command_says_what_it_found_and_what_is_next(tmp_path: Path, monkeyp
     write(tmp_path / "TS_1.mrc", 1 - BRIGHT)
     result = CliRunner().invoke(app, ["init"])
     assert result.exit_code == 0, result.output
-    assert f"1 tomogram .mrc in {tmp_path}" in result.output and "contrast: dark on bright" in result.output
+    assert f"1 .mrc tomogram in {tmp_path}" in result.output and "contrast: dark on bright" in result.output
     assert "next: cryosiam-dask plan pipeline.yaml" in result.output
     (tmp_path / "model.ckpt").touch()
     result = CliRunner().invoke(app, ["init", "--output", "my file.yaml", "--lamella", "model.ckpt"])

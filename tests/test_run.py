@@ -100,7 +100,7 @@ def test_one_pass_on_a_cluster_gives_what_cryosiam_gave(folder: Path, cluster: t
     assert "lamella: done" in output and "semantic: already done" in output
     assert "warning: tcp://127.0.0.1:" in output and "has no TLS: every user of this machine can run" in output
     assert (folder / "out" / "semantic" / "TS_a_6.80Apx_preds.h5").stat().st_mtime_ns == before
-    assert invoke("status", "--config-file", "pipeline.yaml", folder=folder).strip() == "2 done"
+    assert invoke("status", "--config-file", "pipeline.yaml", folder=folder).strip() == "1 tomogram, 2 models: 2 done"
 
 
 def test_a_cluster_that_does_not_fit_is_an_error(folder: Path, cluster: tuple[Path, Any], tmp_path: Path) -> None:

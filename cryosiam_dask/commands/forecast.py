@@ -773,8 +773,8 @@ def _disk_bytes(plan: RunPlan, job: Job, header: TomogramHeader, converted: bool
     }
 
 
-#: Usual number of work stores at the same time: one tomogram is read, one is predicted and one is exported. Small
-#: tomograms may be more for a while; see `cryosiam_dask.runs.collection`.
+#: Usual number of work stores at the same time: one tomogram is read, one is predicted and one is exported. There
+#: may be more of small tomograms for a while; see `cryosiam_dask.runs.collection`.
 USUALLY_AT_ONCE = 3
 
 _Need: TypeAlias = tuple[Path, int, int]  # folder, maximum and certain bytes

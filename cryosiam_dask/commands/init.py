@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cryosiam_dask.commands.console import counted
 from cryosiam_dask.config import read_pipeline
 from cryosiam_dask.core.diagnosis import distinct_digits, scaling
 from cryosiam_dask.core.endings import TOMOGRAM_ENDINGS
@@ -291,10 +292,10 @@ def summary(found: Collection) -> list[str]:
         f"{' × '.join(map(str, most))} voxels (z, y, x)" if len(most) == 3 else f"{most[0]} × {most[1]} pixels (y, x)"
     )
     if len(shapes) > 1:
-        shape += f" in {count} of them, {len(shapes) - 1} other shape{'s' * (len(shapes) > 2)}"
+        shape += f" in {count} of them, {counted(len(shapes) - 1, 'other shape')}"
     kinds = Counter(header.kind for header in headers)
     lines = [
-        f"{len(headers)} tomogram{'s' * (len(headers) > 1)} {found.ending} in {found.folder}",
+        f"{counted(len(headers), f'{found.ending} tomogram')} in {found.folder}",
         f"{shape}; {', '.join(kinds)}",
         f"voxel size: {_voxel_sizes(headers)}",
         f"contrast: {found.contrast or 'not clear'}",

@@ -179,6 +179,9 @@ def print_overview(config_file: Path, console: Console, *, model: str | None = N
         wide.print(table)
     words = [f"{counts[state]} {state}" for state in ("done", "running", "stopped", "failed", "left") if counts[state]]
     line = ", ".join(words) or "no tomogram"
+    if models := {state.stage for state in found if state.stage}:
+        count = len({state.tomogram for state in found})
+        line = f"{count} tomogram{'s' * (count != 1)}, {len(models)} model{'s' * (len(models) != 1)}: {line}"
     if left:
         days = f"{left // 86400:.0f} days and " if left >= 86400 else ""
         rest = time.strftime("%H:%M:%S", time.gmtime(left % 86400))
