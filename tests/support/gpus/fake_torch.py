@@ -172,6 +172,9 @@ def install(torch: Any, patch: Callable[[Any, str, Any], object] = setattr) -> N
     patch(torch.Tensor, "to", noted("to", redirected(torch.Tensor.to)))
     patch(torch.Tensor, "cpu", noted("cpu", torch.Tensor.cpu))
     patch(torch.nn.Module, "to", load(redirected(torch.nn.Module.to)))
+    # At its first use, `torch.device` as a context remembers the functions that it affects: the real ones.
+    with torch.device("meta"):
+        torch.empty(0)
     for name in ("empty", "tensor", "ones", "full", "zeros"):
         function = redirected(getattr(torch, name))
         patch(torch, name, noted(name, sized(function)))
