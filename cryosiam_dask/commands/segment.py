@@ -38,10 +38,10 @@ from cryosiam_dask.model.predictor import (
     unused_gpu,
 )
 from cryosiam_dask.runs.cluster import (
-    gpus_of,
     is_loopback,
     join_cluster,
     open_cluster,
+    usable_gpus,
     who_else_has_access,
     write_performance_report,
 )
@@ -78,7 +78,6 @@ from cryosiam_dask.runs.workers import (
     memory_of_workers,
     register_in_workers,
     wait_for_gpu,
-    workers_of,
 )
 from cryosiam_dask.stages.intensities import Sample, intensities, sample_file
 
@@ -299,25 +298,11 @@ def segment(
                     try:
                         register_in_workers(client, setup, f"model {plan.name}")
                     except DeviceError as error:
-                        ask(client, on_device, chosen, can_load, plan.spec(chosen))
+                        ask(client, on_device, chosen, can_load, plan.spec(chosen))  # fails if no other GPU can
                         warn(console, f"{error} The other GPUs compute what this one cannot")
             running = computing = len(client.nthreads())
             if chosen == "cuda":
-                wait_for_gpu(client, name_of_gpu, 60)  # workers that died while they loaded the network are replaced
-                named = ask(client, name_of_gpu)
-                computing = sum(name is not None for name in named.values())
-                if not computing:
-                    raise DeviceError(
-                        "a worker with a GPU must keep running when it has loaded the network",
-                        value="none",
-                        remedy="Check nvidia-smi, dmesg and the free memory of the machine, or use --device cpu",
-                    )
-                known = {address: str(worker["name"]) for address, worker in workers_of(client).items()}
-                if elsewhere:
-                    broken = [f"worker {name}" for address, name in known.items() if address not in named]
-                else:
-                    able = {known.get(address) for address, gpu in named.items() if gpu is not None}
-                    broken = [f"GPU {name}" for name in gpus_of(client) if name not in able]
+                computing, broken = usable_gpus(client, name_of_gpu)
                 if broken:
                     warn(
                         console,
@@ -501,14 +486,20 @@ def _with_largest_patch(
     if device == "cuda":
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # this process does not use the GPU
             gpus = pool.submit(memories_of_gpus).result()
-        beside = lambda patch: replace(plan, patch=patch, room=0).block_bytes  # noqa: E731
-        for gpu, memory in gpus:
-            try:
-                patch = largest_patch(plan.spec(device), extent, int(USABLE * memory), beside, gpu)
+
+        def beside(patch: tuple[int, ...]) -> int:
+            return replace(plan, patch=patch, room=0).block_bytes
+
+        def largest_on(gpu: int, memory: int) -> tuple[int, ...]:
+            return largest_patch(plan.spec(device), extent, int(USABLE * memory), beside, gpu)
+
+        *smaller, last = gpus
+        for each in smaller:
+            with suppress(DeviceError):  # larger GPUs will compute blocks that do not fit
+                patch = largest_on(*each)
                 break
-            except DeviceError:  # larger GPUs will compute blocks that do not fit
-                if gpu == gpus[-1][0]:
-                    raise
+        else:
+            patch = largest_on(*last)
     else:
         memory = int(USABLE * memory_of_machine() / (workers or cores()))
         patch = largest_patch(plan.spec(device), extent, memory)

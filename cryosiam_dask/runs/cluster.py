@@ -44,7 +44,17 @@ from cryosiam_dask.errors import (
     DeviceError,
 )
 from cryosiam_dask.runs.dask_executor import THREADS, TRIES
-from cryosiam_dask.runs.workers import HELPER_BYTES, R, Setup, leave_at_once, register_in_workers, require_versions
+from cryosiam_dask.runs.workers import (
+    HELPER_BYTES,
+    R,
+    Setup,
+    ask,
+    leave_at_once,
+    register_in_workers,
+    require_versions,
+    wait_for_gpu,
+    workers_of,
+)
 
 #: Make glibc keep freed memory in one heap for all threads, for the network's next layer and patch. Otherwise every
 #: large tensor is mapped anew, and the kernel spends much CPU time clearing its pages.
@@ -458,9 +468,39 @@ def _interrupts_blocked() -> Iterator[None]:
 _WITHOUT_GPUS = "or use --device cpu"
 
 
-def gpus_of(client: Client) -> list[str]:
-    """Return the GPUs of a cluster that `open_cluster` started, as dask-cuda names them and their workers."""
-    return [name for name in map(str, client.cluster.worker_spec) if not name.startswith(_HELPER)]
+def usable_gpus(client: Client, describe: Callable[[], str | None]) -> tuple[int, list[str]]:
+    """Count the workers that can use their GPU after they have loaded the network, and name what cannot be used.
+
+    Parameters
+    ----------
+    client
+        Client of the cluster. If `open_cluster` did not start it, only workers are named, not GPUs.
+    describe
+        Returns the name of the GPU that a process uses; ``None`` if it has none.
+
+    Raises
+    ------
+    DeviceError
+        If no worker can use a GPU.
+    LostClusterError
+        If no worker responds.
+    """
+    wait_for_gpu(client, describe, 60)  # workers that died while they loaded the network are replaced
+    named = ask(client, describe)
+    able = {address for address, gpu in named.items() if gpu is not None}
+    if not able:
+        raise DeviceError(
+            "a worker with a GPU must keep running when it has loaded the network",
+            value="none",
+            remedy="Check nvidia-smi, dmesg and the free memory of the machine, or use --device cpu",
+        )
+    names = {address: str(worker["name"]) for address, worker in workers_of(client).items()}
+    if not isinstance(client.cluster, LocalCluster):
+        return len(able), [f"worker {name}" for address, name in names.items() if address not in named]
+    # dask-cuda names workers like their GPUs.
+    expected = [name for name in map(str, client.cluster.worker_spec) if not name.startswith(_HELPER)]
+    working = {names.get(address) for address in able}
+    return len(able), [f"GPU {name}" for name in expected if name not in working]
 
 
 #: Prefix of the names of workers without a GPU in a cluster with GPUs.
@@ -575,8 +615,8 @@ def _visible_gpus() -> list[int | str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for first in visible[:1]:
-                get_cpu_affinity(first)
+            if visible:
+                get_cpu_affinity(visible[0])
     except TypeError:  # from dask-cuda's own warning, which expects a number
         raise DeviceError(
             "must list GPUs by their numbers if the driver does not know which CPU cores are near them",
