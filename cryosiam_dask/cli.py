@@ -861,7 +861,7 @@ def _console(quiet: bool, verbose: bool, as_json: bool = False) -> Console:
 
 @contextmanager
 def _plain_errors(drains: bool = False, writes: bool = True) -> Iterator[threading.Event]:
-    """Print errors that a user can mend as plain text and exit with status 2; after an interrupt exit with status 130.
+    """Print errors that a user can fix as plain text and exit with status 2; after an interrupt exit with status 130.
 
     With `drains`, the first signal only sets the yielded event, so that the command can finish its tasks in flight, and
     the loss of the cluster exits with status 75, because the same command resumes once the cluster is back. Without

@@ -53,7 +53,7 @@ class ResNet(nn.Module):
                 channels = width * EXPANSION[architecture.block_type]
             self.add_module(f"layer{number}", nn.Sequential(*blocks))
         for module in self.modules():
-            # Drawing numbers for the meta device, which keeps none, would load compilers for more than a second.
+            # On the meta device, which stores no values, this would only make PyTorch load its compilers.
             if isinstance(module, nn.Conv2d | nn.Conv3d) and not module.weight.is_meta:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 

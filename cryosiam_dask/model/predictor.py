@@ -292,17 +292,19 @@ def memories_of_gpus() -> list[tuple[int, int]]:
 
     Raises
     ------
-    LostDeviceError
-        If none works.
+    DeviceError
+        If there is no GPU, or none works.
     """
-    found, count = list[tuple[int, int]](), count_of_gpus()
-    for gpu in range(count):
+    resolve_device("cuda")
+    found, errors = list[tuple[int, int]](), list[LostDeviceError]()
+    for gpu in range(count_of_gpus()):
         try:
             with lost_device_reported():
                 found.append((gpu, torch.cuda.mem_get_info(gpu)[0]))
-        except LostDeviceError:
-            if gpu == count - 1 and not found:
-                raise
+        except LostDeviceError as error:
+            errors.append(error)
+    if not found:
+        raise errors[-1]
     return sorted(found, key=itemgetter(1))
 
 

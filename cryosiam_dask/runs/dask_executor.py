@@ -455,7 +455,7 @@ class DaskExecutor:
             self.inform(f"warning: {place}: {error}")
 
     def _may_go_away(self, error: BaseException, group: _TaskGroup) -> bool:
-        """Whether a retry may succeed. It cannot if the step has never succeeded on any device."""
+        """Whether a retry may succeed: after transient errors, but not if all devices are too small from the start."""
         all_refuse = group.name not in self._durations and len(self._with_device) >= self._most_devices
         return is_transient(error) and not (isinstance(error, DeviceError) and all_refuse)
 
